@@ -1,0 +1,47 @@
+# PYTHON picks the interpreter (3.11 or newer) that the virtual environment is made with.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+BIN := $(VENV)/bin
+PRETRAINED := $(RUNS)/demo/pretrain
+TRANSFERRED := $(RUNS)/demo/transfer
+
+.PHONY: install demo test test-all lint golden clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Pretrain on formula-driven images, transfer to real digits, draw what happened.
+demo: install
+	$(BIN)/python -m big_vit.train --config configs/demo_pretrain.py --workdir $(PRETRAINED)
+	$(BIN)/python -m big_vit.transfer --config configs/demo_transfer.py \
+		--config.init=$(PRETRAINED) --workdir $(TRANSFERRED)
+	$(BIN)/python -m big_vit.explore $(PRETRAINED) --brief --png $(RUNS)/demo
+	@echo
+	@echo "pictures     $(RUNS)/demo/curves.png  $(RUNS)/demo/images.png"
+	@echo "checkpoint   $(PRETRAINED)/checkpoints"
+	@echo "next         $(BIN)/python -m big_vit.explore $(TRANSFERRED)/pretrained"
+	@echo "             $(BIN)/python -m big_vit.evaluate --checkpoint $(PRETRAINED)"
+	@echo "             $(BIN)/python -m big_vit.train --config configs/fashion_mnist.py --workdir $(RUNS)/fashion"
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Rewrites tests/golden/ from the code; look at the difference before committing it.
+golden: install
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_golden.py
+
+clean:
+	rm -rf $(VENV) $(RUNS) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

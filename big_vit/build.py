@@ -1,0 +1,341 @@
+"""From the sections of a config to the objects that they describe, one function each."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from big_vit import config as config_lib
+from big_vit import objectives, sharding, state, steps, trees
+from big_vit.config import Config
+from big_vit.data import fdsl, order, pipeline, sources, transforms
+from big_vit.errors import UserError
+from big_vit.models import variants
+from big_vit.models.vit import ViT
+from big_vit.optim import factory, schedules
+
+
+class Data(NamedTuple):
+    """A source with the transform that makes its examples fit the model."""
+
+    source: sources.Source
+    transform: transforms.Transform
+    image_shape: tuple[int, int, int]
+
+
+class Experiment(NamedTuple):
+    """All that training needs, before anything is computed."""
+
+    mesh: Mesh
+    data: Data
+    evals: dict[str, Data]
+    model: ViT
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: schedules.Schedule
+    like: state.State
+    total_steps: int
+    flops_per_example: int
+    decay_factors: dict[str, float]
+    lr_factors: dict[str, float]
+    batch_size: int
+    due: 'Duties'
+
+
+class Duties(NamedTuple):
+    """Every how many steps what is due; 0 is never. `keep_last` is a number of checkpoints."""
+
+    log: int
+    save: int
+    keep: int
+    keep_last: int
+    evals: dict[str, int]
+
+
+def is_due(every: int, step: int, total: int) -> bool:
+    """At multiples of `every` and at the end."""
+    return bool(every) and (step % every == 0 or step == total)
+
+
+def _required(section: Config, name: str, key: str) -> Any:
+    value = section[name]
+    if value is None:
+        raise UserError(f'config: {key}.{name} must be set for {key}.name={section.name!r}')
+    return value
+
+
+def data(
+    section: Config, key: str, image_size: tuple[int, int], seed: int, num_classes: int | None
+) -> Data:
+    """Opens a source and checks that its transform gives what the model takes.
+
+    Args:
+      section: the config's `data`, or one of `evals` completed by `complete_eval`.
+      key: the section's path, for messages.
+      num_classes: the model's, where it is known already.
+    """
+    name, split = section.name, section.split
+    classes = section.num_classes or num_classes
+    if name == 'fdsl':
+        if classes is None:
+            raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
+        source = fdsl.fdsl(split, classes, image_size, seed, key=key)
+    elif name == 'digits':
+        source = sources.digits(split, key=key)
+    elif name == 'idx':
+        source = sources.idx(split, _required(section, 'path', key), classes, key=key)
+    else:
+        tfds_name = _required(section, 'tfds_name', key)
+        source = sources.tfds(split, tfds_name, section.path or '', classes, key=key)
+    transform = transforms.parse(section.transform, size=image_size, key=key)
+    shape = transforms.check(transform, source, image_size, train=key == 'data')
+    return Data(source, transform, shape)
+
+
+def complete_eval(config: Config, name: str) -> Config:
+    """An evaluation's section with what it leaves open taken from `data`.
+
+    What says where a dataset is goes together: an evaluation that names another
+    source inherits none of it.
+    """
+    own, whole = config.evals[name], config.data
+    defaults: dict[str, Any] = {'split': 'test', 'transform': 'resize(size)'}
+    if own.name is None or own.name == whole.name:
+        inherited = ('name', 'path', 'tfds_name', 'num_classes')
+        defaults.update({part: whole.peek(part) for part in inherited})
+    return own.completed(defaults)
+
+
+def evals(config: Config, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Data]:
+    """The data of each evaluation, checked against the model that it will score."""
+    result = {}
+    for name in config.evals:
+        key, section = f'evals.{name}', complete_eval(config, name)
+        found = data(section, key, config.image_size, config.seed, num_classes)
+        if found.image_shape != image_shape:
+            raise UserError(
+                f'config: {key}.transform gives images of {found.image_shape[2]} channel(s), the '
+                f'model takes {image_shape[2]}: add rgb or grayscale to it'
+            )
+        if found.source.num_classes > num_classes:
+            raise UserError(
+                f'config: {key} has {found.source.num_classes} classes, the model {num_classes}'
+            )
+        result[name] = found
+    return result
+
+
+def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: Mesh) -> ViT:
+    """The ViT of the config.
+
+    Raises:
+      UserError: sizes that do not fit together.
+    """
+    m = config.model
+    fields: dict[str, Any] = variants.parse(m.variant)
+    for name in ('width', 'depth', 'mlp_dim', 'num_heads'):
+        value = m[name]
+        fields[name] = fields[name] if value is None else value
+    width, heads, patch = fields['width'], fields['num_heads'], fields['patch_size']
+    if width % heads:
+        raise UserError(f'config: model.width={width} is not divisible by model.num_heads={heads}')
+    if m.posemb == 'sincos2d' and width % 4:
+        raise UserError(
+            f"config: model.width={width} must be divisible by 4 for model.posemb='sincos2d'"
+        )
+    if image_size[0] % patch[0] or image_size[1] % patch[1]:
+        raise UserError(
+            f'config: image_size {image_size[0]}x{image_size[1]} is not divisible by the '
+            f'{patch[0]}x{patch[1]} patch of model.variant={m.variant!r}'
+        )
+    return ViT(
+        num_classes=num_classes,
+        posemb=m.posemb,
+        pool=m.pool,
+        dropout=m.dropout,
+        scan=m.scan,
+        remat=m.remat,
+        dtype=jnp.dtype(m.dtype),
+        constrain=sharding.constrain_batch(mesh),
+        **fields,
+    )
+
+
+def model_cost(vit: ViT, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(parameters, forward floating-point operations per image), from the sizes alone."""
+    sizes: dict[str, Any] = dict(
+        image=image_shape,
+        num_classes=vit.num_classes,
+        patch_size=vit.patch_size,
+        width=vit.width,
+        depth=vit.depth,
+        mlp_dim=vit.mlp_dim,
+        pool=vit.pool,
+    )
+    return variants.count_params(posemb=vit.posemb, **sizes), variants.forward_flops(**sizes)
+
+
+def optimizer(
+    config: Config, names: list[str], schedule: schedules.Schedule
+) -> tuple[optax.GradientTransformationExtraArgs, dict[str, float], dict[str, float]]:
+    """(optimizer, weight decay by parameter path, learning-rate factor by parameter path)."""
+    o = config.optim
+    if o.name == 'adamw':
+        scaler = factory.adamw_scaler(o.b1, o.b2, o.eps, o.mu_dtype)
+    else:
+        scaler = factory.sgd_scaler(o.momentum, o.nesterov, o.mu_dtype)
+    lr = trees.match_rules(o.lr_rules, names, 'config: optim.lr_rules')
+    if o.weight_decay:
+        factors = trees.match_rules(o.weight_decay_rules, names, 'config: optim.weight_decay_rules')
+        decay = {name: o.weight_decay * factor for name, factor in factors.items()}
+    else:
+        decay = dict.fromkeys(names, 0.0)
+    made = factory.make(scaler, schedule, decay_factors=decay, lr_factors=lr, clip=o.clip)
+    return made, decay, lr
+
+
+def experiment(config: Config) -> Experiment:
+    """Everything that the config describes; reads every key that it uses, computes nothing.
+
+    Raises:
+      UserError: parts that do not exist or do not fit together.
+    """
+    m = config.mesh
+    mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor)
+    sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
+    train = data(config.data, 'data', config.image_size, config.seed, None)
+    classes = train.source.num_classes
+    held_out = evals(config, classes, train.image_shape)
+    vit = model(config, classes, config.image_size, mesh)
+    total = in_steps(config, 'total', config, train.source)
+    if not total:
+        raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
+    warmup = in_steps(config.schedule, 'warmup', config, train.source, total)
+    schedule = schedules.make(
+        config.schedule.name,
+        peak=config.lr,
+        total_steps=total,
+        warmup_steps=warmup or 0,
+        end=config.schedule.end,
+    )
+    shapes = state.abstract_params(vit, train.image_shape)
+    made, decay, lr = optimizer(config, list(trees.flatten(shapes)), schedule)
+    like = state.abstract(vit, train.image_shape, made, bool(config.ema), mesh, m.min_shard_size)
+    return Experiment(
+        mesh=mesh,
+        data=train,
+        evals=held_out,
+        model=vit,
+        optimizer=made,
+        schedule=schedule,
+        like=like,
+        total_steps=total,
+        flops_per_example=3 * model_cost(vit, train.image_shape)[1],
+        decay_factors=decay,
+        lr_factors=lr,
+        batch_size=config.batch_size,
+        due=_duties(config, train.source, total),
+    )
+
+
+def in_steps(
+    section: Config, name: str, config: Config, source: sources.Source, total: int | None = None
+) -> int | None:
+    """A duration of the config in steps, None where it is not set."""
+    return config_lib.steps(
+        section, name, batch_size=config.batch_size, examples=source.length, total=total
+    )
+
+
+def _duties(config: Config, source: sources.Source, total: int) -> Duties:
+    """When not set: log at each 1 %, save at each 10 %, evaluate at each 10 % of the run."""
+
+    def every(section: Config, name: str, otherwise: int) -> int:
+        steps = in_steps(section, name, config, source, total)
+        return otherwise if steps is None else steps
+
+    tenth = max(1, total // 10)
+    return Duties(
+        log=every(config.log, 'every', max(1, total // 100)),
+        save=every(config.checkpoint, 'every', tenth),
+        keep=every(config.checkpoint, 'keep_every', 0),
+        keep_last=config.checkpoint.keep_last,
+        evals={name: every(config.evals[name], 'every', tenth) for name in config.evals},
+    )
+
+
+def train_batches(config: Config, parts: Experiment, start_step: int) -> pipeline.DeviceBatches:
+    """The batches from `start_step` on, as global arrays, one ahead of the step."""
+    where = sharding.batch_sharding(parts.mesh)
+    batches = pipeline.train_batches(
+        parts.data.source,
+        parts.data.transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        rows=pipeline.local_rows(where, config.batch_size),
+        shuffle=config.data.shuffle,
+    )
+    return pipeline.to_device(batches, where, batch_size=config.batch_size)
+
+
+def example_indices(config: Config, parts: Experiment, step: int) -> list[int]:
+    """Which examples the batch of this step holds (of a 0-based step)."""
+    index, _ = order.example_indices(
+        step,
+        length=parts.data.source.length,
+        batch_size=parts.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    return index.tolist()
+
+
+def abstract_batch(parts: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a training batch looks like, without loading one."""
+    where = sharding.batch_sharding(parts.mesh)
+    size = parts.batch_size
+    return {
+        'image': jax.ShapeDtypeStruct((size, *parts.data.image_shape), jnp.uint8, sharding=where),
+        'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
+    }
+
+
+def eval_batches(parts: Experiment, name: str) -> Iterator[dict[str, jax.Array]]:
+    """Every example of an evaluation once, as global arrays, padded with a mask."""
+    where, size, found = sharding.batch_sharding(parts.mesh), parts.batch_size, parts.evals[name]
+    batches = pipeline.eval_batches(
+        found.source,
+        found.transform,
+        batch_size=size,
+        rows=pipeline.local_rows(where, size),
+    )
+    with pipeline.to_device(batches, where, batch_size=size) as on_device:
+        yield from on_device
+
+
+def train_step(config: Config, parts: Experiment) -> Any:
+    """The one train step, for training, transfer, planning and benchmarks."""
+    return steps.make_train_step(
+        objectives.classification(parts.model.apply, config.label_smoothing),
+        parts.optimizer,
+        parts.schedule,
+        parts.like,
+        parts.mesh,
+        seed=config.seed,
+        accumulation=config.accumulation,
+        ema=config.ema,
+    )
+
+
+def eval_step(parts: Experiment) -> Any:
+    """The jitted evaluation step."""
+    sums = objectives.classification_sums(parts.model.apply)
+    return steps.make_eval_step(sums, parts.like, parts.mesh)
+
+
+def log_targets(config: Config) -> dict[str, Any]:
+    """Where metrics go beside JSONL, as arguments of `metrics.Writer`."""
+    return {'tensorboard': config.log.tensorboard, 'wandb': config.log.wandb}

@@ -1,0 +1,549 @@
+"""Configs: a Python file of choices, checked against one schema before anything runs.
+
+A config file defines `get_config(**arguments)` and returns a
+`ml_collections.ConfigDict` with the keys that differ from the schema's
+defaults. `load` merges schema, file and `--config.x=y` overrides into a frozen
+`Config`, which remembers what has been read: `audit` turns a key that was set
+but that this run never reads into an error.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from big_vit.errors import UserError
+
+UNITS = ('steps', 'epochs', 'examples', 'percent')
+
+
+class Field(NamedTuple):
+    """One key of the schema: how its value is checked, its default, what it means."""
+
+    check: Callable[[Any], Any]
+    default: Any
+    doc: str
+
+
+def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError('a number')
+        if not lowest <= value <= highest:
+            raise ValueError(f'a number from {lowest:g} to {highest:g}')
+        return float(value)
+
+    return check
+
+
+def _int(lowest: float = -math.inf) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError('a whole number')
+        if value < lowest:
+            raise ValueError(f'a whole number of at least {lowest}')
+        return value
+
+    return check
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError('true or false')
+    return value
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError('a text')
+    return value
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise ValueError('one of ' + ', '.join(map(repr, choices)) + hint)
+        return value
+
+    return check
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """A side or (height, width) in pixels; bounded, so that a typo cannot ask for terabytes."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if value else ()
+    if len(pair) != 2 or not all(isinstance(n, int) and 1 <= n <= 16384 for n in pair):
+        raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
+    return pair[0], pair[1]
+
+
+def _rules(value: Any) -> tuple[tuple[str, float], ...]:
+    try:
+        return tuple((_str(pattern), _number()(factor)) for pattern, factor in value)
+    except (TypeError, ValueError):
+        raise ValueError("a tuple of (regex on the parameter's path, factor)") from None
+
+
+def _durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
+    return {f'{key}_{unit}': Field(_number(0), None, f'{doc}, in {unit}.') for unit in units}
+
+
+# None as a default means "not set": the value is required, inherited or absent.
+_SOURCE = {
+    'name': Field(_choice('fdsl', 'digits', 'idx', 'tfds'), None, 'Where examples come from.'),
+    'split': Field(_str, 'train', "A split in TFDS syntax, as in 'train[:90%]'."),
+    'path': Field(_str, None, 'Folder of the files (idx), or the TFDS data_dir.'),
+    'tfds_name': Field(_str, None, "What TFDS calls the dataset, as in 'cifar10'."),
+    'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
+    'transform': Field(
+        _str, 'resize(size)', "Operations such as 'resize(size) | flip_lr'; docs/data.md has them."
+    ),
+}
+
+SCHEMA: dict[str, Field] = {
+    'seed': Field(_int(0), 0, 'Decides parameters, data order, augmentation and dropout.'),
+    **_durations('total', 'Length of training', UNITS[:3]),
+    'batch_size': Field(_int(1), None, 'Examples a step, over all devices.'),
+    'accumulation': Field(_int(1), 1, 'Microbatches that a step is computed in.'),
+    'image_size': Field(_size, None, 'Pixels: a side, or (height, width).'),
+    'lr': Field(_number(0), None, 'Peak learning rate.'),
+    'init': Field(_str, None, 'Workdir or checkpoint whose parameters to start from.'),
+    'ema': Field(_number(0, 1), 0.0, 'Decay of the moving average of parameters; 0 is off.'),
+    'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
+    'model.variant': Field(_str, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
+    'model.width': Field(_int(1), None, "Overrides the variant's width."),
+    'model.depth': Field(_int(1), None, "Overrides the variant's number of blocks."),
+    'model.mlp_dim': Field(_int(1), None, "Overrides the variant's hidden width of the MLP."),
+    'model.num_heads': Field(_int(1), None, "Overrides the variant's number of heads."),
+    'model.pool': Field(_choice('gap', 'cls', 'map'), 'gap', 'How tokens become one vector.'),
+    'model.posemb': Field(_choice('sincos2d', 'learned'), 'sincos2d', 'Position embeddings.'),
+    'model.dropout': Field(_number(0, 1), 0.0, 'Dropout rate of the residual branches.'),
+    'model.dtype': Field(_choice('bfloat16', 'float32'), 'bfloat16', 'Type to compute in.'),
+    'model.scan': Field(_bool, True, 'Compile one block and scan it, or unroll all.'),
+    'model.remat': Field(
+        _choice('none', 'names', 'full'), 'none', 'What the backward pass recomputes.'
+    ),
+    **{f'data.{name}': field for name, field in _SOURCE.items()},
+    'data.shuffle': Field(_bool, True, 'Reshuffle each epoch, or keep the order of the source.'),
+    # What an evaluation does not say, it takes from `data`.
+    **{f'evals.*.{name}': field._replace(default=None) for name, field in _SOURCE.items()},
+    **_durations('evals.*.every', 'Evaluate this often, and at the end'),
+    'optim.name': Field(_choice('adamw', 'sgd'), 'adamw', 'The optimizer.'),
+    'optim.b1': Field(_number(0, 1), 0.9, 'Decay of the first moment (adamw).'),
+    'optim.b2': Field(_number(0, 1), 0.999, 'Decay of the second moment (adamw).'),
+    'optim.eps': Field(_number(0), 1e-8, 'Added to the root of the second moment (adamw).'),
+    'optim.mu_dtype': Field(
+        _choice('float32', 'bfloat16'), 'float32', 'Type the first moment or momentum is kept in.'
+    ),
+    'optim.momentum': Field(_number(0, 1), 0.9, 'Momentum (sgd).'),
+    'optim.nesterov': Field(_bool, False, 'Nesterov momentum (sgd).'),
+    'optim.clip': Field(_number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
+    'optim.weight_decay': Field(_number(0), 0.0, 'Decoupled decay, multiplied by the rate.'),
+    'optim.weight_decay_rules': Field(
+        _rules, (('.*/kernel', 1.0), ('.*', 0.0)), 'Factors on the decay; the first match wins.'
+    ),
+    'optim.lr_rules': Field(
+        _rules, (('.*', 1.0),), 'Factors on the rate; the first match wins, 0 freezes.'
+    ),
+    'schedule.name': Field(
+        _choice('cosine', 'linear', 'constant'), 'cosine', 'How the rate moves after the warmup.'
+    ),
+    **_durations('schedule.warmup', 'Linear warmup from 0'),
+    'schedule.end': Field(_number(0, 1), 0.0, 'The last rate, as a share of the peak.'),
+    'mesh.replica': Field(_int(-1), 1, 'Devices that hold copies; -1 takes the rest.'),
+    'mesh.fsdp': Field(_int(-1), -1, 'Devices that parameters are sharded over.'),
+    'mesh.tensor': Field(_int(-1), 1, 'Devices that heads and MLPs are split over.'),
+    'mesh.min_shard_size': Field(
+        _int(0), 2**20, 'Arrays of fewer scalars stay replicated on every device.'
+    ),
+    **_durations('checkpoint.every', 'Save this often, and at the end'),
+    'checkpoint.keep_last': Field(_int(1), 2, 'How many of the newest checkpoints stay.'),
+    **_durations('checkpoint.keep_every', 'Never delete the checkpoints at multiples of this'),
+    **_durations('log.every', 'Write training metrics this often'),
+    'log.tensorboard': Field(_bool, False, 'Also write TensorBoard event files.'),
+    'log.wandb': Field(_str, None, 'Also log to this Weights & Biases project.'),
+    'transfer.control': Field(_bool, True, 'Also train the same recipe from random parameters.'),
+}
+_EITHER = {  # One of each group must be set; the message names the first.
+    'total_epochs': ('total_steps', 'total_epochs', 'total_examples'),
+    'batch_size': ('batch_size',),
+    'image_size': ('image_size',),
+    'lr': ('lr',),
+    'model.variant': ('model.variant',),
+    'data.name': ('data.name',),
+}
+
+
+class Config:
+    """A frozen tree of settings: `config.model.variant`; what is read is remembered."""
+
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        explicit: frozenset[str] = frozenset(),
+        *,
+        prefix: str = '',
+        reads: set[str] | None = None,
+    ):
+        set_ = object.__setattr__
+        set_(self, '_tree', tree)
+        set_(self, '_explicit', explicit)
+        set_(self, '_prefix', prefix)
+        set_(self, '_reads', set() if reads is None else reads)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_') or name not in self._tree:
+            raise AttributeError(f'the config has no key {self._prefix}{name}')
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        value, key = self._tree[name], self._prefix + name
+        if isinstance(value, dict):
+            return Config(value, self._explicit, prefix=key + '.', reads=self._reads)
+        self._reads.add(key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError(f'a config is frozen: set {self._prefix}{name} by replacing({{...}})')
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tree
+
+    def sets(self, key: str) -> bool:
+        """Whether the file or an override set this dotted key (else it is the default)."""
+        return key in self._explicit
+
+    def peek(self, name: str) -> Any:
+        """A value, without counting as reading it."""
+        return self._tree[name]
+
+    def completed(self, defaults: dict[str, Any]) -> 'Config':
+        """This section with `defaults` where it has None; reads count as reads of this section."""
+        given = {name: value for name, value in self._tree.items() if value is not None}
+        tree = {**self._tree, **defaults, **given}
+        return Config(tree, self._explicit, prefix=self._prefix, reads=self._reads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A nested copy for dumping; does not count as reading."""
+        return json.loads(json.dumps(self._tree))
+
+    def replacing(self, flat: dict[str, Any]) -> 'Config':
+        """A checked copy of a whole config with the dotted keys of `flat` set."""
+        given = {key: flatten(self._tree)[key] for key in self._explicit}
+        return resolve({**given, **flat})
+
+    def audit(self) -> None:
+        """Call once everything is built.
+
+        Raises:
+          UserError: the user set a key that this run has not read.
+        """
+        unread = sorted(self._explicit - self._reads)
+        if unread:
+            keys = ', '.join(unread)
+            raise UserError(
+                f'config: {keys} {"is" if len(unread) == 1 else "are"} set, but this run never '
+                f'reads {"it" if len(unread) == 1 else "them"} with the other choices made; '
+                'remove or change what goes with it (--explain shows what is in use)'
+            )
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Nested dictionaries as one dictionary of dotted keys."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f'{prefix}{name}.'))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split('.')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _field(key: str) -> Field:
+    parts = key.split('.')
+    if parts[0] == 'evals' and len(parts) == 3:
+        parts[1] = '*'
+    field = SCHEMA.get('.'.join(parts))
+    if field is None:
+        near = difflib.get_close_matches('.'.join(parts), SCHEMA, n=1, cutoff=0.6)
+        if not near:  # A right name in the wrong section, or with its section forgotten.
+            by_name = {name.rpartition('.')[2]: name for name in SCHEMA}
+            near = [
+                by_name[name]
+                for name in difflib.get_close_matches(parts[-1], by_name, n=1, cutoff=0.7)
+            ]
+        wanted = key.split('.')[1] if '*' in parts else '*'
+        hint = f'; did you mean {near[0].replace("*", wanted)}?' if near else ''
+        raise UserError(f'config: unknown key {key}{hint}')
+    return field
+
+
+def _checked(key: str, value: Any) -> Any:
+    field = _field(key)
+    if value is None and field.default is None:
+        return None
+    if isinstance(value, list):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    try:
+        return field.check(value)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'config: {key} must be {error}, got {value!r}') from None
+
+
+def resolve(explicit: dict[str, Any]) -> Config:
+    """The config that sets the dotted keys of `explicit` and leaves the rest at its default.
+
+    Raises:
+      UserError: an unknown key, a wrong type, a missing key, or two units for
+        one duration.
+    """
+    values = {key: _checked(key, value) for key, value in explicit.items()}
+    for first, group in _EITHER.items():
+        if all(values.get(key) is None for key in group):
+            options = ' or '.join(group)
+            raise UserError(f'config: {options} must be set, for example --config.{first}=...')
+    flat = {key: field.default for key, field in SCHEMA.items() if '*' not in key}
+    names = dict.fromkeys(key.split('.')[1] for key in values if key.startswith('evals.'))
+    for name in names:
+        if not re.fullmatch(r'\w+', name):
+            raise UserError(f'config: evals.{name}: use letters, digits and _ in the name')
+        flat.update(
+            {k.replace('*', name): f.default for k, f in SCHEMA.items() if k.startswith('evals.*')}
+        )
+    flat.update(values)
+    for key in flat:
+        if key.rpartition('_')[2] in UNITS and flat[key] is not None:
+            others = [k for k in _siblings(key) if flat.get(k) is not None]
+            if others:
+                raise UserError(f'config: {key} and {others[0]} are both set; set one')
+    tree = _unflatten(flat)
+    tree.setdefault('evals', {})
+    set_keys = frozenset(key for key, value in values.items() if value is not None)
+    return Config(tree, set_keys)
+
+
+def _siblings(key: str) -> list[str]:
+    """The same duration in the other units."""
+    stem, _, unit = key.rpartition('_')
+    return [f'{stem}_{other}' for other in UNITS if other != unit] if unit in UNITS else []
+
+
+def _parsed(key: str, text: str) -> Any:
+    field = _field(key)
+    if field.check is _str:
+        return None if text.lower() == 'none' else text
+    words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _call_get_config(function: Callable[..., Any], text: str, path: Path) -> Any:
+    """Calls `get_config` with the `arg=value,flag` text behind the file's colon."""
+    parameters = inspect.signature(function).parameters
+    arguments: dict[str, Any] = {}
+    for i, token in enumerate(filter(None, text.split(','))):
+        name, equals, word = token.partition('=')
+        if not equals:
+            if isinstance(getattr(parameters.get(name), 'default', None), bool):
+                word = 'true'
+            elif i == 0 and parameters:
+                name, word = next(iter(parameters)), name
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            known = ', '.join(parameters) or 'none'
+            hint = f'did you mean {near[0]}?' if near else f'it takes: {known}'
+            raise UserError(f'{path}: get_config has no argument {name!r}; {hint}')
+        default = parameters[name].default
+        if isinstance(default, bool):
+            if word.lower() not in ('true', 'false'):
+                raise UserError(f'{path}: argument {name} must be true or false, got {word!r}')
+            arguments[name] = word.lower() == 'true'
+        elif isinstance(default, int | float):
+            try:
+                arguments[name] = type(default)(word)
+            except ValueError:
+                kind = type(default).__name__
+                raise UserError(f'{path}: argument {name} must be {kind}, got {word!r}') from None
+        else:
+            arguments[name] = word
+    return function(**arguments)
+
+
+def load(
+    spec: str, overrides: Sequence[tuple[str, str]] = (), base: dict[str, Any] | None = None
+) -> Config:
+    """Loads `configs/x.py:arg=v,arg2=v`, then applies `(key, text)` overrides.
+
+    A duration that is overridden in another unit replaces the file's.
+    `base` holds values (dotted keys) that file and overrides may replace.
+
+    Raises:
+      UserError: a file that is missing or has no `get_config`, a wrong
+        argument, an unknown key or a wrong value.
+    """
+    name, _, arguments = spec.partition(':')
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], n=1)
+        hint = f'; did you mean {path.parent / near[0]}?' if near else ''
+        raise UserError(f'--config: there is no file {path}{hint}')
+    module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f'--config: {path}, line {error.lineno}: {error.msg}') from None
+    finally:
+        sys.dont_write_bytecode = dont_write
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'--config: {path} defines no get_config()')
+    config = _call_get_config(module.get_config, arguments, path)
+    explicit = dict(base or {})
+
+    def put(key: str, value: Any) -> None:
+        _field(key)
+        for sibling in _siblings(key):
+            explicit.pop(sibling, None)
+        explicit[key] = value
+
+    from_file = flatten(config.to_dict())
+    for key in from_file:
+        for sibling in _siblings(key):
+            if sibling in from_file:
+                raise UserError(f'config: {key} and {sibling} are both set; set one')
+    for key, value in from_file.items():
+        put(key, value)
+    for key, text in overrides:
+        put(key, _parsed(key, text))
+    return resolve(explicit)
+
+
+def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """A config with `--config.key=text` overrides applied."""
+    flat: dict[str, Any] = {}
+    for key, text in overrides:
+        flat.update(dict.fromkeys(_siblings(key)))
+        flat[key] = _parsed(key, text)
+    return config.replacing(flat)
+
+
+def from_json(tree: dict[str, Any]) -> Config:
+    """A config from its own dump; keys that differ from the default count as set.
+
+    Raises:
+      UserError: the dump has a key this version does not know.
+    """
+    flat = flatten(tree)
+    defaults = {key: _field(key).default for key in flat}
+    return resolve(
+        {k: v for k, v in flat.items() if v is not None and _checked(k, v) != defaults[k]}
+    )
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each dotted key whose value differs between two dumps."""
+    a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
+    return [
+        f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def digest(config: Config) -> str:
+    """Equal for equal configs, to compare hosts with each other."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def steps(
+    section: Config, name: str, *, batch_size: int, examples: int, total: int | None = None
+) -> int | None:
+    """A duration in steps, whichever unit it was given in; None where it is not set.
+
+    Args:
+      section: the part of the config with the keys `{name}_steps`,
+        `{name}_epochs`, `{name}_examples`, `{name}_percent`.
+      examples: examples in an epoch.
+      total: steps of the whole run, which `percent` refers to.
+    """
+    per_unit = {
+        'steps': 1.0,
+        'epochs': examples / batch_size,
+        'examples': 1.0 / batch_size,
+        'percent': None if total is None else total / 100,
+    }
+    for unit, factor in per_unit.items():
+        if f'{name}_{unit}' not in section or factor is None:
+            continue
+        value = section[f'{name}_{unit}']
+        if value is not None:
+            # 1e-9 keeps an exact product such as 0.1 epochs x 10 from losing a step to rounding.
+            steps_ = int(value * factor + 1e-9)
+            return max(1, steps_) if value else 0
+    return None
+
+
+def parse_command_line(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The parser's own flags, and the `--config.key=value` overrides as (key, text) pairs.
+
+    Raises:
+      UserError: an unknown flag, or an override without a value.
+    """
+    overrides, rest, words = [], [], iter(argv)
+    for word in words:
+        if not word.startswith('--config.'):
+            rest.append(word)
+            continue
+        key, equals, text = word.removeprefix('--config.').partition('=')
+        value = text if equals else next(words, '--')
+        if not equals and value.startswith('--'):
+            raise UserError(f'{word} needs a value: --config.{key}=VALUE')
+        overrides.append((key, value))
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition('=')[0], flags, n=1)
+        hint = f'; did you mean {near[0]}?' if near else '; see --help'
+        raise UserError(f'unknown argument {unknown[0]}{hint}')
+    return args, overrides
+
+
+def require_flag(value: str | None, flag: str, example: str) -> str:
+    """Raises UserError with an example where a flag is missing."""
+    if not value:
+        raise UserError(f'{flag} is missing, for example {flag} {example}')
+    return value

@@ -1,0 +1,1 @@
+"""Data: sources, their order, transforms, and the way to the devices."""

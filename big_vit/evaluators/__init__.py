@@ -1,0 +1,1 @@
+"""Evaluators: functions of (eval step, parameters, batches) that give a dictionary of floats."""

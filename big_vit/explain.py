@@ -1,0 +1,83 @@
+"""What a config means, in words and tables, before anything is computed."""
+
+import re
+
+import jax
+
+from big_vit import build, config, metrics, sharding, state, trees
+
+
+def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
+    """What is about to be done, in a few lines."""
+    data, vit = parts.data, parts.model
+    height, width, channels = data.image_shape
+    params, flops = build.model_cost(vit, data.image_shape)
+    tokens = (height // vit.patch_size[0]) * (width // vit.patch_size[1]) + (vit.pool == 'cls')
+    mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
+    on_device = sharding.device_bytes(parts.like, state.shardings(parts.like))
+    epochs = parts.total_steps * settings.batch_size / data.source.length
+    whole = sum(trees.nbytes(x) for x in jax.tree.leaves(parts.like) if not any(x.sharding.spec))
+    replicated = f' ({whole / trees.nbytes(parts.like):.0%} of it replicated)'
+    return [
+        f'mesh    {mesh}; state {trees.nbytes(parts.like) / 1e6:,.1f} MB, '
+        f'{on_device / 1e6:,.1f} MB on a device' + (replicated if parts.mesh.size > 1 else ''),
+        f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
+        f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP an image, {tokens} tokens',
+        f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
+        f'{data.source.num_classes} classes, {height}x{width}x{channels}',
+        f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
+        f'{epochs:,.2f} epochs, {settings.optim.name}',
+    ]
+
+
+def page(settings: config.Config) -> str:
+    """The `--explain` page: schedule, duties, and what happens to each group of parameters."""
+    parts = build.experiment(settings)
+    due, total = parts.due, parts.total_steps
+    points = sorted({0, *(round(total * share / 10) for share in range(11))})
+    # The schedule is computed on the host's own device: a few scalars.
+    rates = [(step, f'{float(parts.schedule(step)):.3e}') for step in points]
+
+    def often(every: int) -> str:
+        times = total // every + bool(total % every) if every else 0
+        return f'every {every:,} steps ({times:,} times)' if every else 'never'
+
+    rows = [
+        ('log', often(due.log)),
+        ('save', often(due.save)),
+        ('keep for ever', often(due.keep)),
+        *((f'evaluate {name}', often(every)) for name, every in due.evals.items()),
+    ]
+    groups: dict[tuple, list[str]] = {}
+    flat = trees.flatten(parts.like['params'])
+    for name, leaf in flat.items():
+        spec = ', '.join(
+            '+'.join(axis) if isinstance(axis, tuple) else str(axis or '-')
+            for axis in leaf.sharding.spec
+        )
+        collapsed = re.sub(r'encoderblock_\d+', 'encoderblock_*', name)
+        key = (
+            collapsed,
+            'x'.join(map(str, leaf.shape)),
+            f'{settings.lr * parts.lr_factors[name]:.2e}',
+            f'{parts.decay_factors[name]:g}',
+            spec or 'replicated',
+        )
+        groups.setdefault(key, []).append(name)
+    header = ('parameter', 'shape', 'peak lr', 'weight decay', 'sharding', 'arrays')
+    table = metrics.table(header, [(*key, len(names)) for key, names in groups.items()])
+    values = sorted(config.flatten(settings.to_dict()).items())
+    lines = [
+        f'{key} = {value!r}' + ('' if settings.sets(key) else '  # default')
+        for key, value in values
+        if value is not None
+    ]
+    return '\n\n'.join(
+        [
+            '\n'.join(summary(settings, parts)),
+            metrics.table(('duty', 'when'), rows),
+            metrics.table(('step', 'learning rate'), rates),
+            table,
+            '\n'.join(lines),
+        ]
+    )

@@ -1,0 +1,253 @@
+"""What a run reports: JSONL always, TensorBoard and W&B when asked, progress on the console."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from big_vit.errors import UserError
+
+FILE = 'metrics.jsonl'
+# Rows of two runs with the same config are equal but for keys that start with this.
+TIMING = 'time/'
+
+
+def read(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run, oldest first; a last row that was cut off while written is left out."""
+    path = Path(workdir) / FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The newest value of each metric, without timings."""
+    merged = {name: value for row in rows for name, value in row.items()}
+    return {name: value for name, value in merged.items() if not name.startswith(TIMING)}
+
+
+class Writer:
+    """Writes rows of metrics; opened at step N it drops rows of later steps, soon made again.
+
+    Args:
+      start_step: the step that the run starts or resumes at.
+      active: whether this process writes (process 0 does).
+      tensorboard: also write event files to WORKDIR/tensorboard.
+      wandb: also log to this Weights & Biases project.
+      config: dump of the config, for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        start_step: int,
+        *,
+        active: bool = True,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        self._file = self._events = self._wandb = None
+        self.latest: dict[str, float] = {}
+        if not active:
+            return
+        path = Path(workdir) / FILE
+        rows = [row for row in read(workdir) if row['step'] <= start_step]
+        self.latest = latest(rows)
+        partial = path.with_suffix('.tmp')
+        partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        partial.replace(path)
+        self._file = path.open('a')
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=start_step)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise UserError("config: log.wandb needs `pip install 'big_vit[wandb]'`") from None
+            name = Path(workdir).name
+            self._wandb = client.init(project=wandb, name=name, config=config, resume='allow')
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one row; values are plain numbers."""
+        self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
+        if self._file is None:
+            return
+        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> 'Writer':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Clock:
+    """Where the time goes: seconds by bucket ('data', 'step', 'eval', 'save', 'start')."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self._window: dict[str, float] = {}
+        self._steps = 0
+
+    @contextmanager
+    def bucket(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.total[name] = self.total.get(name, 0.0) + seconds
+        self._window[name] = self._window.get(name, 0.0) + seconds
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def summary(self) -> str:
+        """The total, and each bucket's share of it."""
+        whole = sum(self.total.values())
+        shares = (f'{name} {seconds / (whole or 1):.0%}' for name, seconds in self.total.items())
+        return f'{duration(whole)}: ' + ', '.join(shares)
+
+    def window(
+        self, *, batch_size: int, flops_per_example: float, peak_flops: float, steps_left: int
+    ) -> dict[str, float]:
+        """Rates since the last call, over the time spent on data and steps; {} after no step.
+
+        Args:
+          flops_per_example: of a training step.
+          peak_flops: of all devices together.
+        """
+        data = self._window.get('data', 0.0)
+        seconds = data + self._window.get('step', 0.0)
+        steps, self._window, self._steps = self._steps, {}, 0
+        if not steps or not seconds:
+            return {}
+        rate = steps * batch_size / seconds
+        return {
+            TIMING + 'examples_per_s': rate,
+            TIMING + 'mfu': rate * flops_per_example / peak_flops,
+            TIMING + 'data_wait': data / seconds,
+            TIMING + 'eta_s': steps_left * seconds / steps,
+        }
+
+
+def duration(seconds: float) -> str:
+    """'45s', '3m20s', '2h05m'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m{seconds % 60:02d}s'
+    return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere; silent where `active` is false."""
+
+    def __init__(self, total: int, start: int, *, label: str, active: bool = True):
+        self._active, self._label, self._bar, self._total = active, label, None, total
+        if active and sys.stdout.isatty():
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn('{task.description}'),
+                progress.BarColumn(bar_width=24),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn('{task.fields[status]}'),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(label, total=total, completed=start, status='')
+
+    def say(self, *lines: str) -> None:
+        if not self._active:
+            return
+        for line in lines:
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, flush=True)
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """Shows a row of training metrics."""
+        parts = [f'loss {values["train/loss"]:.4f}', f'acc {values["train/accuracy"]:.3f}']
+        parts.append(f'lr {values["train/lr"]:.2e}')
+        if TIMING + 'examples_per_s' in values:
+            parts += [
+                f'{values[TIMING + "examples_per_s"]:,.0f} ex/s',
+                f'MFU {values[TIMING + "mfu"]:.0%}',
+                f'data-wait {values[TIMING + "data_wait"]:.1%}',
+                f'ETA {duration(values[TIMING + "eta_s"])}',
+            ]
+        if values['train/skipped']:
+            parts.append(f'skipped {values["train/skipped"]:.0f}')
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status='  '.join(parts))
+        else:
+            self.say(
+                f'{self._label} {step:>{len(str(self._total))}}/{self._total}  ' + '  '.join(parts)
+            )
+
+    def evaluation(self, step: int, name: str, values: dict[str, float]) -> None:
+        """Shows what an evaluator found."""
+        shown = '  '.join(f'{key} {value:.4f}' for key, value in values.items() if key != 'count')
+        width = len(str(self._total))
+        self.say(f'{"eval":<{len(self._label)}} {step:>{width}}/{self._total}  {name}: {shown}')
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> 'Console':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as text in aligned columns; numbers to the right."""
+    cells = [[str(cell) for cell in header]] + [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    right = [
+        len(cells) > 1
+        and all(row[i][:1].isdigit() or row[i][:1] in ('-', '+', '') for row in cells[1:])
+        for i in range(len(widths))
+    ]
+
+    def line(row: list[str]) -> str:
+        return '  '.join(
+            cell.rjust(w) if r else cell.ljust(w)
+            for cell, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+
+    return '\n'.join([line(cells[0]), '  '.join('-' * w for w in widths), *map(line, cells[1:])])

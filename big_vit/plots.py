@@ -1,0 +1,69 @@
+"""Curves and grids of images as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+def _axes(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+    # An explicit canvas: importing pyplot would pick a backend and keep global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout='constrained', dpi=110)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def curves(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
+    """Loss, accuracy and learning rate over the steps, one line for each run and split.
+
+    Args:
+      runs: rows of `metrics.read` by the name of the run.
+    """
+    figure, axes = _axes(3, 1, 5.0, 3.6)
+    panels = (('loss', ('loss',)), ('accuracy', ('accuracy', 'top1')), ('learning rate', ('lr',)))
+    for axis, (title, wanted) in zip(axes[0], panels, strict=True):
+        for i, (run, rows) in enumerate(runs.items()):
+            names = sorted({n for row in rows for n in row if n.rpartition('/')[2] in wanted})
+            for name in names:
+                points = [(row['step'], row[name]) for row in rows if name in row]
+                split = name.rpartition('/')[0]
+                held_out = split != 'train'
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=f'C{i}',
+                    lw=1.8 if held_out else 0.9,
+                    alpha=1.0 if held_out else 0.55,
+                    marker='o' if held_out else None,
+                    ms=3,
+                    label=f'{run} {split}'.strip(),
+                )
+        axis.set_title(title)
+        axis.set_xlabel('step')
+        axis.grid(alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def grid(
+    images: UInt8[np.ndarray, 'count height width channels'],
+    labels: Sequence[int],
+    path: str | Path,
+    columns: int = 10,
+) -> None:
+    """Images with their labels, row by row."""
+    rows = -(-len(images) // columns)
+    figure, axes = _axes(columns, rows, 1.0, 1.15)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, label in zip(axes.flat, images, labels, strict=False):
+        shown = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
+        axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+        axis.set_title(str(label), fontsize=7, pad=2)
+    figure.savefig(path)

@@ -1,0 +1,116 @@
+"""What must happen around JAX: start, compile cache, stop signals, what the devices can do."""
+
+import contextlib
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from big_vit.errors import UserError
+
+# Peak bf16 multiply-adds x 2 per second of one device, from the vendors' data sheets.
+PEAK_FLOPS = {
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5e': 197e12,
+    'TPU v5': 459e12,
+    'TPU v5p': 459e12,
+    'TPU v6 lite': 918e12,
+    'TPU v6e': 918e12,
+    'NVIDIA A100': 312e12,
+    'NVIDIA H100': 989e12,
+    'NVIDIA H200': 989e12,
+}
+
+
+def start() -> None:
+    """Settings that every command shares. Call before the first computation."""
+    if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'big_vit' / 'xla'
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update('jax_compilation_cache_dir', str(cache))
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Runs a command's `main`; what the user can fix becomes one line and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # Output went to `head` or a pager that has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def preflight() -> str:
+    """Who takes part in this run, in one line."""
+    import flax
+
+    devices = jax.devices()
+    return (
+        f'{len(devices)} x {devices[0].device_kind} on {jax.process_count()} host(s), '
+        f'jax {jax.__version__}, flax {flax.__version__}, python {sys.version.split()[0]}'
+    )
+
+
+def device_peak_flops() -> tuple[float, str]:
+    """(peak floating-point operations per second of one device, where that figure is from).
+
+    For a device without a data sheet here, a CPU for one, it is the best of a
+    few large float32 matrix products, so that MFU still means "share of what a
+    matrix product reaches on this machine".
+    """
+    kind = jax.devices()[0].device_kind
+    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
+        if kind.startswith(name):
+            return PEAK_FLOPS[name], f'{name} data sheet'
+    side, times = 1024, []
+    product = jax.jit(lambda a: a @ a)
+    a = jax.block_until_ready(jnp.full((side, side), 1e-3))
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a))
+        times.append(time.perf_counter() - began)
+    # Fake devices share the machine that one product has for itself.
+    share = jax.local_device_count() if kind == 'cpu' else 1
+    return 2 * side**3 / statistics.median(times[1:]) / share, 'measured matrix product'
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Within it, SIGTERM and the first Ctrl-C ask for a stop instead of killing.
+
+    Yields:
+      A function of the step that says whether to save and stop at that step;
+      call it at every step. On several hosts it is true on all of them at the
+      same step, whichever host got the signal.
+    """
+    asked: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else on_signal)
+
+    def stop(step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return bool(asked)
+
+    try:
+        previous = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # Not the main thread, as in a notebook's worker: signals are not ours.
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

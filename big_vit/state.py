@@ -1,0 +1,83 @@
+"""The training state: {'params', 'opt', 'ema' (if any), 'step', 'skipped', 'skipped_in_a_row'}."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from big_vit import sharding
+
+State = dict[str, Any]
+
+
+def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> State:
+    """A state at step 0."""
+    state = {
+        'params': params,
+        'opt': optimizer.init(params),
+        'step': jnp.zeros((), jnp.int32),
+        'skipped': jnp.zeros((), jnp.int32),
+        'skipped_in_a_row': jnp.zeros((), jnp.int32),
+    }
+    return {**state, 'ema': jax.tree.map(jnp.copy, params)} if ema else state
+
+
+def _init_params(model: Any, image_shape: tuple[int, int, int], seed: int) -> Any:
+    image = jnp.zeros((1, *image_shape), jnp.float32)
+    return model.init(jax.random.key(seed), image)['params']
+
+
+def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
+    """Shapes and types of the parameters, without computing any."""
+    return jax.eval_shape(lambda: _init_params(model, image_shape, 0))
+
+
+def abstract(
+    model: Any,
+    image_shape: tuple[int, int, int],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    mesh: Mesh,
+    min_shard_size: int = 0,
+) -> State:
+    """The state as ShapeDtypeStructs that carry their shardings."""
+    shapes = jax.eval_shape(
+        lambda: from_params(_init_params(model, image_shape, 0), optimizer, ema)
+    )
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.shardings_for(shapes, mesh, min_shard_size),
+    )
+
+
+def shardings(state: State) -> State:
+    """The shardings of an abstract or a real state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def create(
+    model: Any,
+    image_shape: tuple[int, int, int],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    like: State,
+    params: Any = None,
+) -> State:
+    """A fresh state, born sharded like the abstract state `like`.
+
+    Args:
+      params: NumPy parameters to start from instead of random ones.
+    """
+    where = shardings(like)
+    if params is None:
+        make = jax.jit(
+            lambda: from_params(_init_params(model, image_shape, seed), optimizer, 'ema' in like),
+            out_shardings=where,
+        )
+        return make()
+    params = jax.tree.map(jax.device_put, params, where['params'])
+    make = jax.jit(lambda p: from_params(p, optimizer, 'ema' in like), out_shardings=where)
+    return make(params)

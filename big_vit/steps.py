@@ -1,0 +1,117 @@
+"""The train step and the evaluation step: the only places where a batch meets the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from big_vit import sharding
+from big_vit.objectives import Batch, Loss
+from big_vit.state import State, shardings
+
+Metrics = dict[str, jax.Array]
+
+
+def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """[batch, ...] as [parts, batch / parts, ...]; a part has rows of every device."""
+    spec = jax.sharding.PartitionSpec(None, *sharding.BATCH)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[jax.Array], jax.Array],
+    like: State,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    accumulation: int = 1,
+    ema: float = 0.0,
+) -> Any:
+    """The jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    Gradients are summed in float32 over `accumulation` microbatches inside
+    the step. An update whose loss or gradient is not finite is skipped: only
+    the step and the counters of skips advance. The average of parameters
+    starts fast, with decay min(ema, (1 + step) / (10 + step)).
+
+    Args:
+      loss: an objective.
+      like: abstract or real state; its shardings are those of the step.
+      seed: with the state's step, all that dropout depends on.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(params: Any, batch: Batch, rng: jax.Array):
+        if accumulation == 1:
+            return gradient(params, batch, rng)
+
+        def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, microbatch = part
+            now = gradient(params, microbatch, jax.random.fold_in(rng, index))
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, now), None
+
+        parts = _split(batch, accumulation, mesh)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+        shapes = jax.eval_shape(gradient, params, one, rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulation), parts))
+        return jax.tree.map(lambda x: x / accumulation, total)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        step, params = state['step'], state['params']
+        rng = jax.random.fold_in(jax.random.key(seed), step)
+        (value, aux), grads = gradients(params, batch, rng)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt = optimizer.update(grads, state['opt'], params, step=step)
+        new = {'params': optax.apply_updates(params, updates), 'opt': opt}
+        if 'ema' in state:
+            decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
+            new['ema'] = jax.tree.map(
+                lambda a, p: a + (1 - decay) * (p - a), state['ema'], new['params']
+            )
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        new['step'] = step + 1
+        new['skipped'] = state['skipped'] + ~good
+        new['skipped_in_a_row'] = jnp.where(good, 0, state['skipped_in_a_row'] + 1)
+        metrics = {
+            'loss': value,
+            **aux,
+            'lr': schedule(step),
+            'grad_norm': norm,
+            'param_norm': optax.global_norm(new['params']),
+            'update_norm': jnp.where(good, optax.global_norm(updates), 0.0),
+            'skipped': new['skipped'],
+            'skipped_in_a_row': new['skipped_in_a_row'],
+        }
+        return new, metrics
+
+    where = shardings(like)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(where, sharding.batch_sharding(mesh)),
+        out_shardings=(where, sharding.replicated(mesh)),
+    )
+
+
+def make_eval_step(
+    sums: Callable[[Any, Batch], Metrics], like: State, mesh: Mesh
+) -> Callable[[Any, Batch], Metrics]:
+    """The jitted step `(params, batch) -> sums over the batch`."""
+    return jax.jit(
+        sums,
+        in_shardings=(shardings(like)['params'], sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )

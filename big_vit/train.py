@@ -1,0 +1,264 @@
+"""Pretrain: `python -m big_vit.train --config configs/x.py --config.lr=1e-3 --workdir W`.
+
+    config -> mesh -> state -> data -> step -> metrics -> checkpoint
+
+Started again on the same workdir it resumes, with the same batches.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from big_vit import (
+    build,
+    checkpoint,
+    explain,
+    metrics,
+    runtime,
+    state,
+    steps,
+)
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.errors import UserError
+from big_vit.evaluators import classification
+
+# A run whose updates are all skipped is lost; this many in a row are no accident.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class Result(NamedTuple):
+    """How a run ended: at which step, with which newest metrics, and whether a signal ended it."""
+
+    step: int
+    metrics: dict[str, float]
+    stopped: bool
+
+
+def open_workdir(path: str | Path, config: Config, force: bool) -> Path:
+    """Creates the workdir, or checks that the one there belongs to this config.
+
+    Raises:
+      UserError: it cannot be written, or holds a run of another config.
+    """
+    workdir = Path(path)
+    file, dump = workdir / 'config.json', config.to_dict()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(f'--workdir: cannot write to {workdir}: {error.strerror}') from None
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
+        changes = config_lib.difference(old, dump)
+        if changes and not force:
+            raise UserError(
+                f'--workdir: {workdir} holds a run of another config ({"; ".join(changes[:8])}); '
+                'use another --workdir, or --force to go on with the new config'
+            )
+    partial = file.with_suffix('.tmp')
+    partial.write_text(json.dumps(dump, indent=2) + '\n')
+    partial.replace(file)
+    return workdir
+
+
+def restore_newest(workdir: Path, like: state.State) -> state.State | None:
+    """The newest checkpoint that is intact; None where there is none at all.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    found = checkpoint.steps(workdir)
+    for step in reversed(found):
+        try:
+            return checkpoint.restore(workdir, step, like)
+        except checkpoint.CorruptCheckpointError as error:
+            print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
+    if found:
+        raise UserError(f'{workdir}/checkpoints: none of steps {found} can be read')
+    return None
+
+
+def report(
+    step: int,
+    values: steps.Metrics,
+    config: Config,
+    parts: build.Experiment,
+    writer: metrics.Writer,
+    console: metrics.Console,
+    clock: metrics.Clock,
+    peak_flops: float,
+) -> None:
+    """Writes the metrics of a step that is over, if it is one to log.
+
+    Raises:
+      UserError: the last updates were all skipped; names the examples.
+    """
+    if int(jax.device_get(values['skipped_in_a_row'])) >= MAX_SKIPPED_IN_A_ROW:
+        examples = ', '.join(map(str, build.example_indices(config, parts, step - 1)[:16]))
+        raise UserError(
+            f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss or '
+            f'the gradient is not finite; lower lr, or look at the examples {examples}, ...'
+        )
+    if not build.is_due(parts.due.log, step, parts.total_steps):
+        return
+    row = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
+    del row['train/skipped_in_a_row']
+    row |= clock.window(
+        batch_size=parts.batch_size,
+        flops_per_example=parts.flops_per_example,
+        peak_flops=peak_flops,
+        steps_left=parts.total_steps - step,
+    )
+    writer.write(step, row)
+    console.training(step, row)
+
+
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    force: bool = False,
+    params: Any = None,
+    label: str = 'train',
+) -> Result:
+    """Trains to the end, or resumes and trains to the end; `transfer` walks the same path.
+
+    Args:
+      force: go on although the workdir holds another config.
+      params: NumPy parameters to start from instead of random ones.
+      label: what the progress lines are called.
+
+    Raises:
+      UserError: whatever the user can fix, before anything is compiled where it can be known.
+    """
+    began = time.perf_counter()
+    parts = build.experiment(config)
+    train_step, eval_step = build.train_step(config, parts), build.eval_step(parts)
+    log_targets = build.log_targets(config)
+    config.audit()
+    workdir = open_workdir(workdir, config, force)
+    due, total, dump = parts.due, parts.total_steps, config.to_dict()
+    active = jax.process_index() == 0
+
+    with (
+        jax.set_mesh(parts.mesh),
+        checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
+    ):
+        now = restored = restore_newest(workdir, parts.like)
+        if now is None:
+            shape = parts.data.image_shape
+            now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like, params)
+        start = int(now['step'])
+        clock, stopped = metrics.Clock(), False
+        pending: list[tuple[int, steps.Metrics]] = []
+        with (
+            metrics.Writer(workdir, start, active=active, config=dump, **log_targets) as writer,
+            metrics.Console(total, start, label=label, active=active) as console,
+            runtime.stop_signals() as stop,
+            build.train_batches(config, parts, start) as batches,
+        ):
+            peak, peak_source = runtime.device_peak_flops()
+            peak *= parts.mesh.size
+            console.say(f'run     {runtime.preflight()}', *explain.summary(config, parts))
+            console.say(f'MFU     relative to {peak / 1e12:.2f} TFLOP/s ({peak_source})')
+            if restored is not None:
+                console.say(f'resume  from step {start} of {workdir}')
+            if start < total:
+                compiling = time.perf_counter()
+                # Compiled ahead, the step cannot compile again later: another shape is an error.
+                train_step = train_step.lower(now, build.abstract_batch(parts)).compile()
+                console.say(f'compile {time.perf_counter() - compiling:.1f}s')
+            clock.add('start', time.perf_counter() - began)
+
+            def write_pending() -> None:
+                if pending:
+                    step, values = pending.pop()
+                    report(step, values, config, parts, writer, console, clock, peak)
+
+            # The order is fixed: evaluate, save, next batch, step, write. So a checkpoint
+            # never misses a metric of its step, and no batch is drawn that a stop would lose.
+            with jax.transfer_guard('disallow'):
+                for step in range(start, total + 1):
+                    if step > start:
+                        stopped = stop(step) and step < total
+                        evals = [n for n, k in due.evals.items() if build.is_due(k, step, total)]
+                        save = stopped or step == total or build.is_due(due.save, step, total)
+                        if evals or save:
+                            write_pending()
+                        for name in evals:
+                            with clock.bucket('eval'):
+                                batches_ = build.eval_batches(parts, name)
+                                scored_params = now.get('ema', now['params'])
+                                scores = classification.run(eval_step, scored_params, batches_)
+                            writer.write(step, {f'{name}/{k}': v for k, v in scores.items()})
+                            console.evaluation(step, name, scores)
+                        if save:
+                            with clock.bucket('save'):
+                                manager.save(now, dump, writer.latest)
+                        if stopped:
+                            break
+                    if step == total:
+                        break
+                    with clock.bucket('data'):
+                        batch = next(batches)
+                    with clock.bucket('step'):
+                        now, values = train_step(now, batch)
+                        if pending:  # One step in flight: the devices never wait for the host.
+                            jax.block_until_ready(pending[0][1])
+                    clock.count_step()
+                    manager.check()
+                    write_pending()
+                    pending.append((step + 1, values))
+                    console.step(step + 1)
+            with clock.bucket('save'):
+                manager.wait()
+            end = int(jax.device_get(now['step']))
+            console.say(f'time    {clock.summary()}')
+            if stopped:
+                console.say(
+                    f'stopped by a signal: saved step {end} of {total}; '
+                    'the same command resumes there'
+                )
+            else:
+                console.say(f'done    step {end}, checkpoint {workdir}/checkpoints/{end}')
+            return Result(end, dict(writer.latest), stopped)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.train',
+        description='Pretrain a Vision Transformer; started again on its workdir it resumes.',
+        epilog='Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
+        'docs/config.md lists them all.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
+    parser.add_argument('--force', action='store_true', help='accept a changed config')
+    parser.add_argument(
+        '--explain', action='store_true', help='print what the config means, and stop'
+    )
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    config = config_lib.load(spec, overrides)
+    runtime.start()
+    if args.explain:
+        print(explain.page(config))
+        return
+    workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/first')
+    run(config, workdir, force=args.force)
+
+
+if __name__ == '__main__':
+    runtime.command(main)

@@ -1,0 +1,130 @@
+"""Transfer: fine-tune a checkpoint on a small dataset, beside the same recipe from scratch.
+
+    python -m big_vit.transfer --config configs/transfer_digits.py \\
+        --config.init=runs/fdsl --workdir runs/digits
+
+Only parameters come from the checkpoint; the head is new, positions are
+resized to the new grid. Training itself is `train.run`, the same path.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from big_vit import adapt, build, checkpoint, explain, metrics, runtime, train
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.errors import UserError
+
+
+def load_config(spec: str, overrides: list[tuple[str, str]]) -> tuple[Config, Path, int]:
+    """(config, workdir, step): the model is the checkpoint's where the config does not say.
+
+    Raises:
+      UserError: config.init is not set, or there is no checkpoint.
+    """
+    # Where the checkpoint is stands in the config, and the model's default in the checkpoint.
+    first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
+    if first.init is None:
+        raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
+    source, step = checkpoint.locate(first.init, 'config: init')
+    saved = config_lib.flatten(checkpoint.read_sidecar(source, step)['config'])
+    base = {k: v for k, v in saved.items() if k.startswith('model.') and v is not None}
+    return config_lib.load(spec, overrides, base=base), source, step
+
+
+def initial_params(config: Config, parts: build.Experiment, source: Path, step: int) -> Any:
+    """The checkpoint's parameters (its averaged ones if it has them), made to fit the model."""
+    sidecar = checkpoint.read_sidecar(source, step)
+    which = 'ema' if any(name.startswith('ema/') for name in sidecar['leaves']) else 'params'
+    params, sidecar = checkpoint.load_params(source, step, which)
+    return adapt.adapt(
+        params,
+        config_lib.from_json(sidecar['config']),
+        parts.model,
+        config.image_size,
+        parts.like['params'],
+        f'{source}/checkpoints/{step}',
+    )
+
+
+def run(
+    config: Config, source: Path, step: int, workdir: str | Path, *, force: bool = False
+) -> dict[str, dict[str, float]] | None:
+    """Fine-tunes from the checkpoint and, as a control, from random parameters.
+
+    Both runs are resumable, in WORKDIR/pretrained and WORKDIR/control.
+
+    Returns:
+      The last metrics by start ('pretrained', 'control'); None if a signal
+      ended it early.
+    """
+    parts = build.experiment(config)
+    params = initial_params(config, parts, source, step)
+    starts: dict[str, Any] = {'pretrained': params}
+    if config.transfer.control:
+        starts['control'] = None
+    assert config.init is not None  # Reading it here is what makes it a key in use.
+    results = {}
+    for label, start in starts.items():
+        ended = train.run(config, Path(workdir) / label, force=force, params=start, label=label)
+        if ended.stopped:
+            return None
+        results[label] = ended.metrics
+    partial = Path(workdir) / 'transfer.tmp'
+    partial.write_text(json.dumps(results, indent=2) + '\n')
+    partial.replace(Path(workdir) / 'transfer.json')
+    return results
+
+
+def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
+    """One row for each start and evaluation."""
+    names = {'pretrained': 'from the checkpoint', 'control': 'control: same recipe from random'}
+    rows = [
+        (
+            names[label],
+            name,
+            f'{found[f"{name}/top1"]:.2%}',
+            f'{found[f"{name}/top5"]:.2%}',
+            f'{found[f"{name}/loss"]:.4f}',
+            f'{found[f"{name}/count"]:.0f}',
+        )
+        for label, found in results.items()
+        for name in evals
+    ]
+    return metrics.table(('start', 'evaluation', 'top-1', 'top-5', 'loss', 'examples'), rows)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.transfer',
+        description='Fine-tune a checkpoint on a small dataset, with a control from scratch.',
+        epilog='--config.init=PATH says which checkpoint: a workdir or a checkpoints/STEP folder.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--workdir', help='where both runs go')
+    parser.add_argument('--force', action='store_true', help='accept a changed config')
+    parser.add_argument(
+        '--explain', action='store_true', help='print what the config means, and stop'
+    )
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    spec = config_lib.require_flag(args.config, '--config', 'configs/transfer_digits.py')
+    config, source, step = load_config(spec, overrides)
+    runtime.start()
+    if args.explain:
+        print(explain.page(config))
+        return
+    workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
+    results = run(config, source, step, workdir, force=args.force)
+    if results is not None:
+        print(f'\n{result_table(results, list(config.evals))}\n')
+        print(
+            f'done    {workdir}/transfer.json; look inside: '
+            f'python -m big_vit.explore {workdir}/pretrained'
+        )
+
+
+if __name__ == '__main__':
+    runtime.command(main)

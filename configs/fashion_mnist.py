@@ -1,0 +1,39 @@
+"""A small ViT on Fashion-MNIST from random parameters, for a laptop's CPU.
+
+    python -m big_vit.train --config configs/fashion_mnist.py --workdir runs/fashion
+
+Where the four IDX files lie is `data.path`; Debian's package
+dataset-fashion-mnist puts them where the default says.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(path: str = '/usr/share/datasets/fashion-mnist'):
+    return ConfigDict(
+        {
+            'total_epochs': 8,
+            'batch_size': 120,
+            'image_size': 28,
+            'lr': 2e-3,
+            'model': {
+                'variant': 'mu/7',
+                'width': 96,
+                'depth': 4,
+                'num_heads': 3,
+                'mlp_dim': 384,
+                'posemb': 'learned',
+                'dtype': 'float32',
+                'scan': False,  # Unrolled blocks run 1.4 times as fast on a CPU.
+            },
+            'data': {
+                'name': 'idx',
+                'path': path,
+                'transform': 'random_crop(size, 2) | flip_lr',
+            },
+            'evals': {'test': {'split': 'test', 'every_epochs': 1}},
+            'optim': {'weight_decay': 0.05},
+            'schedule': {'warmup_percent': 10},
+            'log': {'every_steps': 100},
+        }
+    )

@@ -1,0 +1,342 @@
+"""Batches: the same on any number of hosts, after any restart, by any path."""
+
+import dataclasses
+import itertools
+import threading
+import time
+import traceback
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from big_vit.data import pipeline, sources, transforms
+from big_vit.errors import UserError
+
+SIZE = (8, 8)
+TEXT = 'random_crop(size, 2) | flip_lr | rgb'
+
+
+@pytest.fixture(scope='module')
+def digits():
+    return sources.digits('train[:50]')
+
+
+@pytest.fixture(scope='module')
+def varying():
+    """Images whose shape depends on the example, as decoded photographs have."""
+
+    def load(indices):
+        images = [np.full((9 + i % 3, 11, 3), i, np.uint8) for i in indices.tolist()]
+        return {'image': images, 'label': indices.astype(np.int32)}
+
+    return sources.Source('varying', 'train', 30, 30, None, load, False)
+
+
+def transform_of(text=TEXT):
+    return transforms.parse(text, size=SIZE)
+
+
+def take(source, count, text=TEXT, **settings):
+    settings = {'batch_size': 12, 'seed': 1} | settings
+    batches = pipeline.train_batches(source, transform_of(text), **settings)
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for a, b in zip(batches, others, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def by_example(source):
+    """The same source, taken through Grain instead of vectorised indexing."""
+    return dataclasses.replace(source, in_memory=False)
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+@pytest.mark.parametrize('batch_size', [12, 7, 64])
+def test_both_paths_give_the_same_batches(digits, shuffle, batch_size):
+    settings = {'batch_size': batch_size, 'shuffle': shuffle, 'start_step': 3}
+    vectorised = take(digits, 8, **settings)
+    assert vectorised[0]['image'].shape == (batch_size, 8, 8, 3)
+    assert vectorised[0]['image'].dtype == np.uint8
+    assert vectorised[0]['label'].dtype == np.int32
+    assert_same(vectorised, take(by_example(digits), 8, num_threads=3, **settings))
+
+
+@pytest.mark.parametrize('path', ['vectorised', 'threads', 'varying'])
+def test_resuming_gives_the_rest_of_the_run(digits, varying, path):
+    source = {'vectorised': digits, 'threads': by_example(digits), 'varying': varying}[path]
+    whole = take(source, 10)
+    for start in (1, 4, 9):
+        assert_same(whole[start:], take(source, 10 - start, start_step=start))
+    assert not np.array_equal(whole[0]['image'], take(source, 1, seed=2)[0]['image'])
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+@pytest.mark.parametrize('path', ['vectorised', 'threads', 'varying'])
+def test_hosts_together_see_the_batches_of_one(digits, varying, path, hosts):
+    source = {'vectorised': digits, 'threads': by_example(digits), 'varying': varying}[path]
+    whole = take(source, 6)
+    n = 12 // hosts
+    parts = [take(source, 6, rows=slice(h * n, (h + 1) * n)) for h in range(hosts)]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(whole, joined)
+
+
+def test_epochs_show_each_example_once_augmented_anew(varying):
+    batches = take(varying, 10, text='resize_small(8) | central_crop(size)')
+    labels = np.concatenate([batch['label'] for batch in batches]).reshape(4, 30)
+    for epoch in labels:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(30))
+    assert not np.array_equal(labels[0], labels[1])
+    # Pixels belong to their labels.
+    for batch in batches:
+        assert (batch['image'] == batch['label'][:, None, None, None]).all()
+
+
+def test_augmentation_is_new_each_epoch(digits):
+    batches = take(digits, 2, batch_size=50, shuffle=False)
+    np.testing.assert_array_equal(batches[0]['label'], batches[1]['label'])
+    assert not np.array_equal(batches[0]['image'], batches[1]['image'])
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'hosts'),
+    [(50, 1), (50, 2), (12, 1), (12, 4), (64, 1), (64, 2), (64, 4), (7, 1), (200, 4)],
+)
+def test_evaluation_counts_every_example_once(digits, batch_size, hosts):
+    n = batch_size // hosts
+    for source in (digits, by_example(digits)):
+        parts = [
+            list(
+                pipeline.eval_batches(
+                    source,
+                    transform_of('rgb'),
+                    batch_size=batch_size,
+                    rows=slice(h * n, (h + 1) * n),
+                )
+            )
+            for h in range(hosts)
+        ]
+        steps = pipeline.eval_steps(50, batch_size)
+        assert {len(part) for part in parts} == {steps}
+        whole = {
+            name: np.concatenate([part[s][name] for s in range(steps) for part in parts])
+            for name in ('image', 'label', 'mask')
+        }
+        assert whole['image'].dtype == np.uint8
+        assert whole['label'].dtype == np.int32
+        assert whole['mask'].dtype == np.float32
+        np.testing.assert_array_equal(whole['mask'], np.arange(steps * batch_size) < 50)
+        reference = digits.load(np.arange(50))
+        np.testing.assert_array_equal(whole['label'][:50], reference['label'])
+        np.testing.assert_array_equal(whole['image'][:50, ..., 1:2], reference['image'])
+        assert not whole['image'][50:].any()
+        assert not whole['label'][50:].any()
+
+
+def test_evaluation_of_varying_shapes(varying):
+    batches = list(
+        pipeline.eval_batches(varying, transform_of('central_crop(size)'), batch_size=16)
+    )
+    assert [batch['mask'].sum() for batch in batches] == [16, 14]
+    assert batches[0]['image'].shape == (16, 8, 8, 3)
+
+
+def test_errors_in_threads_arrive_as_they_are():
+    def load(indices):
+        raise UserError('data.split: example 7 is broken')
+
+    source = sources.Source('broken', 'train', 30, 30, (8, 8, 1), load, False)
+    with pytest.raises(UserError, match='example 7 is broken'):
+        take(source, 1)
+    with pytest.raises(UserError, match='example 7 is broken'):
+        list(pipeline.eval_batches(source, transform_of(), batch_size=4))
+
+
+def wait_for_grain_threads():
+    deadline = time.time() + 10
+    while any(t.name.startswith('grain') for t in threading.enumerate()):
+        assert time.time() < deadline, threading.enumerate()
+        time.sleep(0.05)
+
+
+def test_threads_end_with_the_batches(digits):
+    take(by_example(digits), 2)
+    wait_for_grain_threads()
+
+
+def batch_mesh(count):
+    if jax.device_count() < count:
+        pytest.skip(f'needs {count} devices')
+    devices = np.array(jax.devices()[:count])
+    return Mesh(devices.reshape(2, count // 2), ('replica', 'fsdp'))
+
+
+def batch_sharding(count=4):
+    return NamedSharding(batch_mesh(count), PartitionSpec(('replica', 'fsdp')))
+
+
+def test_local_rows():
+    assert pipeline.local_rows(SingleDeviceSharding(jax.devices()[0]), 6) == slice(0, 6)
+    assert pipeline.local_rows(batch_sharding(), 16) == slice(0, 16)
+    replicated = NamedSharding(batch_mesh(4), PartitionSpec(None))
+    assert pipeline.local_rows(replicated, 16) == slice(0, 16)
+    with pytest.raises(UserError, match='batch_size=6 cannot be split over 4 devices'):
+        pipeline.local_rows(batch_sharding(), 6)
+
+
+class PartOfAMachine(jax.sharding.Sharding):
+    """A sharding of which this process holds some devices."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def addressable_devices_indices_map(self, global_shape):
+        del global_shape
+        return {i: (part,) for i, part in enumerate(self.parts)}
+
+
+def test_local_rows_of_one_host_of_many():
+    middle = PartOfAMachine([slice(8, 12), slice(4, 8), slice(4, 8)])
+    assert pipeline.local_rows(middle, 16) == slice(4, 12)
+    last = PartOfAMachine([slice(12, None)])
+    assert pipeline.local_rows(last, 16) == slice(12, 16)
+    with pytest.raises(UserError, match='mesh: this process would load the rows'):
+        pipeline.local_rows(PartOfAMachine([slice(0, 4), slice(8, 12)]), 16)
+
+
+def device_threads():
+    return [t for t in threading.enumerate() if t.name == 'to_device']
+
+
+def test_to_device_gives_global_arrays(digits):
+    sharding = batch_sharding()
+    expected = take(digits, 5)
+    with (
+        jax.transfer_guard('disallow'),
+        pipeline.to_device(iter(expected), sharding, batch_size=12) as batches,
+    ):
+        arrays = list(batches)
+    for array in arrays:
+        assert array['image'].sharding == sharding
+        assert array['label'].sharding == sharding
+    assert_same(expected, [jax.device_get(a) for a in arrays])
+    assert not device_threads()
+    assert list(batches) == []
+
+
+def test_to_device_under_a_guard_of_the_whole_process(digits):
+    # With several processes 'disallow' refuses this transfer too; with one, only this does.
+    name = 'jax_transfer_guard_host_to_device'
+    before = getattr(jax.config, name)
+    jax.config.update(name, 'disallow_explicit')
+    try:
+        batches = take(digits, 1)
+        with pipeline.to_device(batches, batch_sharding(), batch_size=12) as moved:
+            assert_same(batches, [jax.device_get(batch) for batch in moved])
+    finally:
+        jax.config.update(name, before)
+
+
+def test_to_device_works_ahead_and_no_further():
+    started = []
+
+    def endless():
+        for i in itertools.count():
+            started.append(i)
+            yield {'x': np.full(4, i, np.int32)}
+
+    for prefetch in (1, 3):
+        started.clear()
+        with pipeline.to_device(
+            endless(), batch_sharding(), batch_size=4, prefetch=prefetch
+        ) as batches:
+            assert next(batches)['x'][0] == 0
+            deadline = time.time() + 10
+            while len(started) < prefetch + 2 and time.time() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            # One was taken, `prefetch` wait, and one is in the hands of the thread.
+            assert len(started) == prefetch + 2
+        assert not device_threads()
+
+
+def test_to_device_passes_errors_on():
+    def breaks_here():
+        yield {'x': np.zeros(4, np.int32)}
+        raise UserError('data.path: gone')
+
+    batches = pipeline.to_device(breaks_here(), batch_sharding(), batch_size=4)
+    next(batches)
+    with pytest.raises(UserError, match='gone') as error:
+        next(batches)
+    assert 'breaks_here' in ''.join(traceback.format_tb(error.value.__traceback__))
+    assert not device_threads()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_to_device_passes_errors_of_closing_on():
+    class Broken:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise StopIteration
+
+        def close(self):
+            raise OSError('cannot close')
+
+    with (
+        pipeline.to_device(Broken(), batch_sharding(), batch_size=4) as batches,
+        pytest.raises(OSError, match='cannot close'),
+    ):
+        next(batches)
+
+
+def test_to_device_closes_early(digits):
+    closed = []
+
+    def endless():
+        try:
+            yield from pipeline.train_batches(
+                by_example(digits), transform_of(), batch_size=4, seed=0
+            )
+        finally:
+            closed.append(True)
+
+    batches = pipeline.to_device(endless(), batch_sharding(), batch_size=4)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert closed == [True]
+    assert not device_threads()
+    wait_for_grain_threads()
+    unused = pipeline.to_device(endless(), batch_sharding(), batch_size=4)
+    unused.close()
+    assert not device_threads()
+
+
+def test_a_step_can_be_fed_without_any_other_transfer(digits):
+    step = jax.jit(lambda total, batch: total + batch['label'].sum())
+    total = jax.device_put(np.int32(0), NamedSharding(batch_mesh(4), PartitionSpec()))
+    source = pipeline.train_batches(digits, transform_of(), batch_size=12, seed=0)
+    with (
+        jax.transfer_guard('disallow'),
+        pipeline.to_device(source, batch_sharding(), batch_size=12) as batches,
+    ):
+        for _ in range(3):
+            total = step(total, next(batches))
+    assert int(total) == sum(int(b['label'].sum()) for b in take(digits, 3, seed=0))

@@ -1,0 +1,424 @@
+"""Sources: real files are read exactly, and damaged ones are refused with a line that helps."""
+
+import gzip
+import io
+import itertools
+import json
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from big_vit.data import order, pipeline, sources, transforms
+from big_vit.errors import UserError
+
+FASHION = Path('/usr/share/datasets/fashion-mnist')
+SIZES = {'train': 1000, 'test': 33}
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('train', ('train', 0, 1000)),
+        (' test ', ('test', 0, 33)),
+        ('train[:]', ('train', 0, 1000)),
+        ('train[:90%]', ('train', 0, 900)),
+        ('train[90%:]', ('train', 900, 1000)),
+        ('train[10%:20%]', ('train', 100, 200)),
+        ('train[:1000]', ('train', 0, 1000)),
+        ('train[5:7]', ('train', 5, 7)),
+        ('train[-10%:]', ('train', 900, 1000)),
+        ('train[:-1]', ('train', 0, 999)),
+        ('test[:50%]', ('test', 0, 16)),
+        ('test[50%:]', ('test', 16, 33)),
+    ],
+)
+def test_parse_split(text, expected):
+    assert sources.parse_split(text, SIZES, 'data') == expected
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('val', "data.split: there is no split 'val', only test, train"),
+        ('train+test', "data.split: cannot read 'train\\+test'.*splits here: test, train"),
+        ('train[5]', 'data.split: cannot read'),
+        ('', 'data.split: cannot read'),
+        ('train[:101%]', 'data.split: 101% .* beyond the 1000 examples'),
+        ('train[:1001]', 'data.split: 1001 .* beyond the 1000 examples'),
+        ('train[7:7]', 'data.split: .* holds no example'),
+        ('test[:1%]', 'data.split: .* holds no example'),
+    ],
+)
+def test_parse_split_refuses(text, message):
+    with pytest.raises(UserError, match=message):
+        sources.parse_split(text, SIZES, 'data')
+
+
+def test_percent_ranges_partition_any_size():
+    for size in (1, 7, 99, 1797):
+        seen = []
+        for percent in range(0, 100, 10):
+            try:
+                _, start, stop = sources.parse_split(
+                    f'train[{percent}%:{percent + 10}%]', {'train': size}, 'data'
+                )
+            except UserError:
+                continue
+            seen.extend(range(start, stop))
+        assert seen == list(range(size))
+
+
+def test_digits():
+    train, test = sources.digits('train'), sources.digits('test')
+    assert (train.length, test.length) == (1438, 359)
+    assert train.image_shape == (8, 8, 1)
+    images = train.load(np.arange(train.length))
+    assert images['image'].dtype == np.uint8
+    assert images['label'].dtype == np.int32
+    assert images['image'].shape == (1438, 8, 8, 1)
+    assert images['image'].max() == 255
+    assert len(np.unique(images['image'])) == 17
+    # The first image of the file, from the UCI archive: a zero.
+    assert images['label'][:3].tolist() == [0, 1, 2]
+    first_row = np.rint(np.array([0, 0, 5, 13, 9, 1, 0, 0]) * 255 / 16)
+    np.testing.assert_array_equal(images['image'][0, 0, :, 0], first_row)
+    part = sources.digits('test[10:20]').load(np.arange(10))
+    np.testing.assert_array_equal(part['image'], test.load(np.arange(10, 20))['image'])
+
+
+# --- IDX -----------------------------------------------------------------------------
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f'>HBB{array.ndim}I', 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(directory: Path, *, train=20, test=10, classes=5, zipped=False, style='{}-{}-ubyte'):
+    """Four files of random images; gives back the arrays of each split."""
+    rng = np.random.default_rng(0)
+    written = {}
+    for split, name, count in (('train', 'train', train), ('test', 't10k', test)):
+        images = rng.integers(0, 256, (count, 6, 5), np.uint8)
+        labels = (np.arange(count) % classes).astype(np.uint8)
+        for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+            data = idx_bytes(array)
+            path = directory / (style.format(name, kind) + ('.gz' if zipped else ''))
+            path.write_bytes(gzip.compress(data) if zipped else data)
+        written[split] = images, labels
+    return written
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_idx_reads_what_was_written(tmp_path, zipped):
+    written = write_idx(tmp_path, zipped=zipped)
+    for split, (images, labels) in written.items():
+        source = sources.idx(split, str(tmp_path))
+        assert (source.length, source.num_classes) == (len(images), 5)
+        assert source.image_shape == (6, 5, 1)
+        order = np.random.default_rng(1).permutation(len(images))
+        loaded = source.load(order)
+        np.testing.assert_array_equal(loaded['image'][..., 0], images[order])
+        np.testing.assert_array_equal(loaded['label'], labels[order])
+        assert loaded['label'].dtype == np.int32
+    part = sources.idx('train[50%:]', str(tmp_path)).load(np.array([0]))
+    np.testing.assert_array_equal(part['image'][0, ..., 0], written['train'][0][10])
+
+
+def test_idx_finds_the_names_of_emnist_and_dots(tmp_path):
+    for folder, style in (('emnist', 'emnist-letters-{}-{}-ubyte'), ('dots', '{}-{}-ubyte')):
+        directory = tmp_path / folder
+        directory.mkdir()
+        write_idx(directory, style=style)
+        for path in list(directory.iterdir()):
+            if folder == 'dots':
+                path.rename(path.with_name(path.name.replace('-idx', '.idx')))
+            else:
+                path.rename(path.with_name(path.name.replace('t10k', 'test')))
+        assert sources.idx('train', str(directory)).length == 20
+        assert sources.idx('test', str(directory)).length == 10
+
+
+def test_idx_number_of_classes(tmp_path):
+    write_idx(tmp_path, test=3)
+    assert sources.idx('test', str(tmp_path)).num_classes == 5
+    assert sources.idx('train', str(tmp_path), num_classes=8).num_classes == 8
+    with pytest.raises(UserError) as error:
+        sources.idx('train', str(tmp_path), num_classes=3, key='evals.test')
+    message = str(error.value)
+    assert 'evals.test.num_classes is 3 but example 3 of' in message
+    assert 'has label 3: set evals.test.num_classes=5 or more' in message
+    assert '\n' not in message
+
+
+def damage_truncate(data):
+    return data[:-7]
+
+
+def damage_trail(data):
+    return data + b'x'
+
+
+def damage_magic(data):
+    return b'\x00\x00\x0d\x03' + data[4:]
+
+
+def damage_empty(data):
+    return b''
+
+
+def damage_absurd(data):
+    return data[:4] + struct.pack('>3I', 2**31, 2**31, 2**31) + data[16:]
+
+
+def damage_no_images(data):
+    return data[:4] + struct.pack('>3I', 0, 6, 5)
+
+
+DAMAGES = [
+    (damage_truncate, r'expected 616 bytes, found 609'),
+    (damage_trail, r'expected 616 bytes, found more'),
+    (damage_magic, r'not an IDX file.*0x00000d03, expected 0x00000803'),
+    (damage_empty, r'expected a header of 16 bytes, found 0'),
+    (damage_absurd, r'the header claims 2147483648x2147483648x2147483648 bytes'),
+    (damage_no_images, r'the header claims 0x6x5 bytes'),
+]
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+@pytest.mark.parametrize(('damage', 'message'), DAMAGES)
+def test_idx_refuses_damaged_files(tmp_path, damage, message, zipped):
+    write_idx(tmp_path, zipped=zipped)
+    path = tmp_path / ('train-images-idx3-ubyte' + ('.gz' if zipped else ''))
+    data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    damaged = damage(data)
+    path.write_bytes(gzip.compress(damaged) if zipped else damaged)
+    with pytest.raises(UserError, match=re.escape(str(path)) + ': .*' + message):
+        sources.idx('train', str(path.parent))
+
+
+def test_idx_refuses_corrupt_gzip(tmp_path):
+    write_idx(tmp_path, zipped=True)
+    path = tmp_path / 'train-images-idx3-ubyte.gz'
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1
+    for data in (b'not gzip at all', whole[:-20], bytes(flipped), whole[:200] + whole[300:]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            sources.idx('train', str(tmp_path))
+
+
+def test_idx_does_not_unpack_a_bomb(tmp_path):
+    write_idx(tmp_path, zipped=True)
+    path = tmp_path / 'train-images-idx3-ubyte.gz'
+    with gzip.open(path, 'wb') as file:
+        file.write(struct.pack('>4I', 0x803, 20, 6, 5))
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match='found more'):
+        sources.idx('train', str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_idx_refuses_counts_that_differ(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / 'train-labels-idx1-ubyte').write_bytes(idx_bytes(np.zeros(19, np.uint8)))
+    with pytest.raises(UserError, match='19 labels for the 20 images of train-images-idx3-ubyte'):
+        sources.idx('train', str(tmp_path))
+
+
+def test_idx_missing_and_ambiguous_files(tmp_path):
+    for path in ('', str(tmp_path / 'nowhere'), str(tmp_path)):
+        with pytest.raises(UserError, match=r'data\.path: .*dataset-fashion-mnist'):
+            sources.idx('train', path)
+    write_idx(tmp_path)
+    (tmp_path / 't10k-images-idx3-ubyte').unlink()
+    with pytest.raises(UserError, match="there is no split 'test', only train"):
+        sources.idx('test', str(tmp_path))
+    (tmp_path / 'train-labels-idx1-ubyte').unlink()
+    with pytest.raises(UserError, match='no train labels'):
+        sources.idx('train', str(tmp_path))
+    write_idx(tmp_path, style='other-{}-{}-ubyte')
+    with pytest.raises(UserError, match=r'several train .*other-train-images-idx3-ubyte, train-im'):
+        sources.idx('train', str(tmp_path))
+
+
+def test_real_fashion_mnist():
+    if not FASHION.is_dir():
+        pytest.skip(f'{FASHION} is not installed')
+    for split, count in (('train', 60_000), ('test', 10_000)):
+        source = sources.idx(split, str(FASHION))
+        assert source.length == count
+        labels = source.load(np.arange(count))['label']
+        assert (np.bincount(labels) == count // 10).all()
+    # The first test image is an ankle boot, the first train image too.
+    assert labels[0] == 9
+
+
+# --- TFDS ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError('nothing may go to the network')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+@pytest.mark.parametrize('name', ['imagenet2012', 'imagenet_v2/matched-frequency:3.0.0'])
+def test_missing_tfds_fails_at_once(tmp_path, monkeypatch, no_network, name):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        sources.tfds('train', name, str(tmp_path))
+    message = str(error.value)
+    assert re.match(r'data\.path: \S+ is not prepared in ', message)
+    config = name.partition(':')[0]
+    assert f'tfds build {config} --file_format=array_record --data_dir DIR' in message
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'elsewhere'))
+    with pytest.raises(UserError, match='elsewhere'):
+        sources.tfds('train', name)
+    assert time.perf_counter() - start < 5
+
+
+def test_unreadable_tfds_name(tmp_path):
+    with pytest.raises(UserError, match=r'evals\.x\.tfds_name: cannot read'):
+        sources.tfds('train', '../etc', str(tmp_path), key='evals.x')
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, 'PNG')
+    file.seek(0)
+    return file
+
+
+def tiny_image(i: int, varying: bool) -> np.ndarray:
+    height = 8 + i % 3 if varying else 8
+    return np.random.default_rng(i).integers(0, 256, (height, 10, 3), np.uint8)
+
+
+def prepare(directory: Path, *, varying: bool, unlabelled: bool = False) -> None:
+    """Prepares a dataset as `tfds build` does, which needs no TensorFlow for PNG bytes."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            shape = (None, None, 3) if varying else (8, 10, 3)
+            features = {
+                'image': tfds.features.Image(shape=shape, encoding_format='png'),
+                'label': tfds.features.ClassLabel(num_classes=3),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {'train': self._generate_examples(20), 'test': self._generate_examples(5)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                label = -1 if unlabelled else i % 3
+                yield i, {'image': png(tiny_image(i, varying)), 'label': label}
+
+    builder = Tiny(data_dir=directory, file_format='array_record')
+    builder.download_and_prepare()
+
+
+@pytest.mark.parametrize('varying', [False, True])
+def test_tfds_reads_what_was_prepared(tmp_path, no_network, varying):
+    prepare(tmp_path, varying=varying)
+    source = sources.tfds('train', 'tiny', str(tmp_path))
+    assert (source.length, source.num_classes) == (20, 3)
+    assert source.image_shape == (None if varying else (8, 10, 3))
+    assert not source.in_memory
+    loaded = source.load(np.arange(20))
+    assert isinstance(loaded['image'], list if varying else np.ndarray)
+    assert loaded['label'].dtype == np.int32
+    # The files hold the examples in an order of their own; compare as sets.
+    found = sorted((int(y), x.tobytes()) for x, y in zip(*loaded.values(), strict=True))
+    expected = sorted((i % 3, tiny_image(i, varying).tobytes()) for i in range(20))
+    assert found == expected
+    half = sources.tfds('train[50%:]', 'tiny:1.*.*', str(tmp_path))
+    np.testing.assert_array_equal(half.load(np.arange(10))['label'], loaded['label'][10:])
+    for image, same in zip(half.load(np.array([9, 0]))['image'], (19, 10), strict=True):
+        np.testing.assert_array_equal(image, loaded['image'][same])
+
+
+def test_tfds_in_threads(tmp_path, no_network):
+    prepare(tmp_path, varying=True)
+    source = sources.tfds('train', 'tiny', str(tmp_path))
+    crop = transforms.parse('central_crop(size)', size=(8, 8))
+    settings = {'batch_size': 8, 'seed': 0}
+    batches = pipeline.train_batches(source, crop, num_threads=4, **settings)
+    for step, batch in enumerate(itertools.islice(batches, 6)):
+        index, _ = order.example_indices(step, length=20, **settings)
+        expected = source.load(index)
+        np.testing.assert_array_equal(batch['label'], expected['label'])
+        for image, whole in zip(batch['image'], expected['image'], strict=True):
+            top = (whole.shape[0] - 8) // 2
+            np.testing.assert_array_equal(image, whole[top : top + 8, 1:9])
+    batches.close()
+
+
+def test_tfds_refuses(tmp_path, no_network):
+    prepare(tmp_path, varying=False)
+    with pytest.raises(UserError, match=r'there is no split .val., only test, train'):
+        sources.tfds('val', 'tiny', str(tmp_path))
+    with pytest.raises(UserError, match=r'data.num_classes is 2 but tiny has 3 classes'):
+        sources.tfds('train', 'tiny', str(tmp_path), num_classes=2)
+    with pytest.raises(UserError, match=r'tiny:2\.0\.0 is not prepared .*there is 1\.0\.0'):
+        sources.tfds('train', 'tiny:2.0.0', str(tmp_path))
+    directory = tmp_path / 'tiny/1.0.0'
+    info_file = directory / 'dataset_info.json'
+    info = json.loads(info_file.read_text())
+    info_file.write_text(json.dumps(info | {'fileFormat': 'tfrecord'}))
+    with pytest.raises(UserError, match='tfrecord files, which cannot be read at random'):
+        sources.tfds('train', 'tiny', str(tmp_path))
+    info_file.write_text('{"name": ')
+    with pytest.raises(UserError, match=r'dataset_info\.json .*cannot be read'):
+        sources.tfds('train', 'tiny', str(tmp_path))
+    info_file.write_text(json.dumps(info))
+    features_file = directory / 'features.json'
+    features = features_file.read_text()
+    for damaged in ('{"', '{"type": "no.such.Feature"}', None):
+        features_file.unlink() if damaged is None else features_file.write_text(damaged)
+        with pytest.raises(UserError, match=r'features\.json: cannot be read'):
+            sources.tfds('train', 'tiny', str(tmp_path))
+    features_file.write_text(features)
+    next(directory.glob('*train*')).unlink()
+    with pytest.raises(UserError, match='array_record-00000-of-00001: missing'):
+        sources.tfds('train', 'tiny', str(tmp_path))
+
+
+def test_tfds_refuses_a_split_without_labels(tmp_path, no_network):
+    prepare(tmp_path, varying=False, unlabelled=True)
+    source = sources.tfds('test', 'tiny', str(tmp_path))
+    with pytest.raises(UserError, match=r'data\.split: example 2 of .test. of tiny has label -1'):
+        source.load(np.array([2]))
+
+
+def test_importing_the_package_is_light():
+    program = (
+        'import sys, big_vit.data.sources, big_vit.data.fdsl, big_vit.data.transforms; '
+        'heavy = {"jax", "sklearn", "grain", "tensorflow_datasets", "cv2", "PIL", "tensorflow"}; '
+        'print(sorted(heavy & set(sys.modules)))'
+    )
+    run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert run.stdout.strip() == '[]', run.stderr
