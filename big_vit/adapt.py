@@ -6,6 +6,7 @@ import numpy as np
 
 from big_vit import checkpoint, trees
 from big_vit.config import Config
+from big_vit.errors import UserError
 from big_vit.models import variants, vit
 
 
@@ -45,6 +46,13 @@ def adapt(
     for name, leaf in wanted.items():
         if name.startswith('head/'):
             flat[name] = np.zeros(leaf.shape, leaf.dtype)
+    channels = [tree['embedding/kernel'].shape[2] for tree in (flat, wanted)]
+    if channels[0] != channels[1]:
+        raise UserError(
+            f'{where} was trained on images of {channels[0]} channel(s), these have {channels[1]}: '
+            f'add {"rgb" if channels[0] == 3 else "grayscale"} to data.transform and to the '
+            'transform of each of evals'
+        )
     adapted = trees.unflatten(flat)
     checkpoint.check_params(adapted, like, where)
     return adapted

@@ -71,7 +71,7 @@ def make_train_step(
         step, params = state['step'], state['params']
         rng = jax.random.fold_in(jax.random.key(seed), step)
         (value, aux), grads = gradients(params, batch, rng)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = optimizer.update(grads, state['opt'], params, step=step)
         new = {'params': optax.apply_updates(params, updates), 'opt': opt}
@@ -90,8 +90,8 @@ def make_train_step(
             **aux,
             'lr': schedule(step),
             'grad_norm': norm,
-            'param_norm': optax.global_norm(new['params']),
-            'update_norm': jnp.where(good, optax.global_norm(updates), 0.0),
+            'param_norm': optax.tree.norm(new['params']),
+            'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),
             'skipped': new['skipped'],
             'skipped_in_a_row': new['skipped_in_a_row'],
         }

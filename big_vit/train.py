@@ -6,6 +6,7 @@ Started again on the same workdir it resumes, with the same batches.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -41,8 +42,12 @@ class Result(NamedTuple):
     stopped: bool
 
 
-def open_workdir(path: str | Path, config: Config, force: bool) -> Path:
+def open_workdir(path: str | Path, config: Config, like: state.State, force: bool) -> Path:
     """Creates the workdir, or checks that the one there belongs to this config.
+
+    Args:
+      like: abstract state, which the checkpoints there must fit.
+      force: accept another config, though not another architecture.
 
     Raises:
       UserError: it cannot be written, or holds a run of another config.
@@ -66,6 +71,10 @@ def open_workdir(path: str | Path, config: Config, force: bool) -> Path:
                 f'--workdir: {workdir} holds a run of another config ({"; ".join(changes[:8])}); '
                 'use another --workdir, or --force to go on with the new config'
             )
+    for step in checkpoint.steps(workdir)[-1:]:
+        with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
+            sidecar = checkpoint.read_sidecar(workdir, step)
+            checkpoint.check_leaves(sidecar, like, f'{workdir}/checkpoints/{step}')
     partial = file.with_suffix('.tmp')
     partial.write_text(json.dumps(dump, indent=2) + '\n')
     partial.replace(file)
@@ -147,7 +156,7 @@ def run(
     train_step, eval_step = build.train_step(config, parts), build.eval_step(parts)
     log_targets = build.log_targets(config)
     config.audit()
-    workdir = open_workdir(workdir, config, force)
+    workdir = open_workdir(workdir, config, parts.like, force)
     due, total, dump = parts.due, parts.total_steps, config.to_dict()
     active = jax.process_index() == 0
 

@@ -1,0 +1,240 @@
+"""Checkpoints: exact, few files, any mesh, NumPy without a config, and damage is noticed."""
+
+import gc
+import json
+import resource
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from commands import environment
+
+from big_vit import checkpoint, sharding, state, trees
+from big_vit.errors import UserError
+from big_vit.models import variants
+from big_vit.models.vit import ViT
+from big_vit.optim import factory
+
+IMAGE = (8, 8, 1)
+
+
+def make_optimizer():
+    names = list(trees.flatten(state.abstract_params(make_model(), IMAGE)))
+    ones = dict.fromkeys(names, 1.0)
+    scaler = factory.adamw_scaler(0.9, 0.999, 1e-8, 'bfloat16')
+    return factory.make(scaler, lambda step: jnp.float32(1e-3), decay_factors=ones, lr_factors=ones)
+
+
+def make_model():
+    return ViT(num_classes=8, **{**variants.parse('mu/4'), 'depth': 2})
+
+
+def abstract(mesh):
+    return state.abstract(make_model(), IMAGE, make_optimizer(), True, mesh)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A state on an FSDP mesh with every leaf random, and a workdir that holds it."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    like = abstract(mesh)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.device_put(jnp.asarray(7, leaf.dtype), leaf.sharding)
+        values = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
+
+    full = jax.tree.map(fill, like)
+    workdir = tmp_path_factory.mktemp('saved') / 'w'
+    with checkpoint.Manager(workdir, keep_last=2) as manager:
+        manager.save(full, {'lr': 0.5}, {'test/top1': 0.25})
+    return workdir, full
+
+
+def equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize('shape', [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_restores_the_same_bits_on_any_mesh(saved, shape):
+    workdir, full = saved
+    like = abstract(sharding.make_mesh(*shape))
+    restored = checkpoint.restore(workdir, 7, like)
+    equal(restored, full)
+    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail('sharding'), restored, like)
+
+
+def test_restores_on_one_device(saved):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    equal(checkpoint.restore(saved[0], 7, abstract(mesh)), saved[1])
+
+
+@pytest.mark.parametrize('which', ['params', 'ema'])
+def test_loads_as_numpy_without_config_or_mesh(saved, which):
+    params, sidecar = checkpoint.load_params(saved[0], 7, which)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    equal(params, saved[1][which])
+    assert sidecar['step'] == 7
+    assert sidecar['config'] == {'lr': 0.5}
+    assert sidecar['metrics'] == {'test/top1': 0.25}
+    assert sidecar['versions']['jax'] == jax.__version__
+
+
+def test_hashes_do_not_depend_on_the_sharding_and_see_every_bit(saved):
+    kernel = saved[1]['params']['embedding']['kernel']
+    on_devices = np.asarray(jax.jit(checkpoint._hash_device)(kernel)).tobytes().hex()
+    host = np.asarray(kernel).copy()
+    assert checkpoint.hash_array(host) == on_devices
+    for position in (0, 1, host.size - 1):
+        bits = host.copy()
+        bits.reshape(-1).view(np.uint32)[position] ^= 1
+        assert checkpoint.hash_array(bits) != on_devices
+    swapped = host.copy().reshape(-1)
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert checkpoint.hash_array(swapped.reshape(host.shape)) != on_devices
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    import shutil
+
+    shutil.copytree(saved[0], tmp_path / 'w')
+    return tmp_path / 'w'
+
+
+# Orbax leaves callbacks on a closed event loop behind when a read fails.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_no_flipped_byte_goes_unnoticed(saved, copy):
+    """Each file in turn: a restore either fails loudly or still gives the bits that were saved."""
+    like = abstract(sharding.make_mesh())
+    files = [p for p in (copy / 'checkpoints' / '7' / 'state').rglob('*') if p.is_file()]
+    noticed = 0
+    for path in files:
+        intact = path.read_bytes()
+        for position in (len(intact) // 3, len(intact) // 2):
+            content = bytearray(intact)
+            if content:
+                content[position] ^= 0x10
+            path.write_bytes(content)
+            try:
+                equal(checkpoint.restore(copy, 7, like), saved[1])
+            except checkpoint.CorruptCheckpointError:
+                noticed += 1
+        path.write_bytes(intact)
+    gc.collect()
+    assert noticed >= 2
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'edit', 'remove'])
+def test_a_damaged_sidecar_is_noticed(copy, damage):
+    path = copy / 'checkpoints' / '7' / 'sidecar' / 'metadata'
+    text = path.read_text()
+    if damage == 'truncate':
+        path.write_text(text[: len(text) // 2])
+    elif damage == 'edit':
+        sidecar = json.loads(text)
+        next(iter(sidecar['leaves'].values()))['hash'] = '0' * 16
+        path.write_text(json.dumps(sidecar))
+    else:
+        path.unlink()
+    with pytest.raises(checkpoint.CorruptCheckpointError, match='sidecar'):
+        checkpoint.read_sidecar(copy, 7)
+
+
+def test_another_architecture_is_refused_with_the_leaves_that_differ(saved):
+    model = ViT(num_classes=9, **{**variants.parse('mu/4'), 'depth': 2})
+    like = state.abstract(model, IMAGE, optax.identity(), True, sharding.make_mesh())
+    with pytest.raises(UserError, match=r'head/kernel is \(\(32, 8\).*\(\(32, 9\)'):
+        checkpoint.restore(saved[0], 7, like)
+
+
+def test_locate_explains_what_is_missing(saved, tmp_path):
+    assert checkpoint.locate(saved[0]) == (saved[0], 7)
+    assert checkpoint.locate(saved[0] / 'checkpoints' / '7') == (saved[0], 7)
+    with pytest.raises(UserError, match=r'steps there: 7'):
+        checkpoint.locate(saved[0] / 'checkpoints' / '8')
+    with pytest.raises(UserError, match='no such folder'):
+        checkpoint.locate(tmp_path / 'nothing')
+    with pytest.raises(UserError, match='no finished checkpoint'):
+        checkpoint.locate(tmp_path)
+
+
+def test_an_unfinished_checkpoint_does_not_count(copy):
+    unfinished = copy / 'checkpoints' / '7.orbax-checkpoint-tmp-1'
+    (copy / 'checkpoints' / '7').rename(unfinished)
+    assert checkpoint.steps(copy) == []
+
+
+def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
+    model = ViT(num_classes=1000, **variants.parse('S/16'))
+    shapes = state.abstract_params(model, (224, 224, 3))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.integers(0, 2**31, x.shape, np.int32).view(np.float32).clip(-1, 1), shapes
+    )
+    moments = {'mu': params, 'nu': params}
+    full = {'params': params, 'opt': moments, 'step': np.int32(3)}
+    full = jax.tree.map(jnp.asarray, full)
+    with checkpoint.Manager(tmp_path, keep_last=1) as manager:
+        manager.save(full, {}, {})
+    files = [path for path in (tmp_path / 'checkpoints' / '3').rglob('*') if path.is_file()]
+    assert len(files) <= 20, sorted(str(path.relative_to(tmp_path)) for path in files)
+
+
+DISK_FULL = """
+import sys
+sys.path.insert(0, 'tests')
+import resource, signal
+from pathlib import Path
+from big_vit import config, train
+from test_train import TINY
+
+# A file that outgrows this limit fails like one on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tiny = config.resolve({**TINY, 'total_steps': 6, 'schedule.name': 'constant'})
+train.run(tiny, sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from big_vit import runtime
+longer = config.resolve({**TINY, 'schedule.name': 'constant'})
+runtime.command(lambda argv: train.run(longer, sys.argv[1], force=True))
+"""
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(tmp_path):
+    import subprocess
+    import sys
+
+    from commands import ROOT
+
+    assert resource.RLIMIT_FSIZE and signal.SIGXFSZ
+    result = subprocess.run(
+        [sys.executable, '-c', DISK_FULL, str(tmp_path / 'w')],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert 'the last good one is step 6' in result.stderr
+    assert checkpoint.steps(tmp_path / 'w')[-1] == 6
+    params, _ = checkpoint.load_params(tmp_path / 'w', 6)
+    assert trees.count(params) > 0
+
+
+def test_too_little_room_is_refused_before_anything_is_written(tmp_path, saved, monkeypatch):
+    import shutil
+
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: free)
+    with (
+        pytest.raises(UserError, match=r'0\.0 MB are free; there is no earlier one'),
+        checkpoint.Manager(tmp_path / 'w', keep_last=1) as manager,
+    ):
+        manager.save(saved[1], {}, {})
+    assert checkpoint.steps(tmp_path / 'w') == []

@@ -1,0 +1,266 @@
+"""The whole path: train, stop, kill, resume, and what the workdir then holds."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import error_line, run, start
+
+from big_vit import checkpoint, config, metrics, train
+from big_vit.errors import UserError
+
+TINY = {
+    'total_steps': 12,
+    'batch_size': 16,
+    'image_size': 8,
+    'lr': 1e-2,
+    'model.variant': 'mu/4',
+    'model.dtype': 'float32',
+    'data.name': 'digits',
+    'evals.test.split': 'test[:50]',
+    'evals.test.every_steps': 4,
+    'checkpoint.every_steps': 3,
+    'log.every_steps': 1,
+}
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({
+        'total_steps': 400, 'batch_size': 16, 'image_size': 8, 'lr': 1e-2, 'ema': 0.9,
+        'model': {'variant': 'mu/4', 'dtype': 'float32', 'dropout': 0.05},
+        'data': {'name': 'digits', 'transform': 'random_crop(size, 1)'},
+        'evals': {'test': {'split': 'test[:50]', 'every_steps': 40}},
+        'optim': {'weight_decay': 0.1},
+        'schedule': {'warmup_steps': 20},
+        'checkpoint': {'every_steps': 30}, 'log': {'every_steps': 7},
+    })
+"""
+
+
+def rows_without_timing(workdir):
+    return [
+        {name: value for name, value in row.items() if not name.startswith(metrics.TIMING)}
+        for row in metrics.read(workdir)
+    ]
+
+
+def hashes(workdir, step):
+    leaves = checkpoint.read_sidecar(workdir, step)['leaves']
+    return {name: leaf['hash'] for name, leaf in leaves.items()}
+
+
+@pytest.fixture(scope='module')
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp('config') / 'tiny.py'
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory, config_file):
+    workdir = tmp_path_factory.mktemp('uninterrupted') / 'w'
+    result = run('train', '--config', config_file, '--workdir', workdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workdir, result
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('finished') / 'w'
+    result = train.run(config.resolve(TINY), workdir)
+    return workdir, result
+
+
+def test_a_run_learns_and_leaves_config_metrics_and_checkpoints(uninterrupted):
+    workdir, result = uninterrupted
+    assert json.loads((workdir / 'config.json').read_text())['optim']['weight_decay'] == 0.1
+    rows = metrics.read(workdir)
+    train_rows = [row for row in rows if 'train/loss' in row]
+    assert [row['step'] for row in train_rows] == [*range(7, 400, 7), 400]
+    assert [row['step'] for row in rows if 'test/top1' in row] == [*range(40, 401, 40)]
+    assert train_rows[0]['train/loss'] > 2.2
+    assert rows[-1]['step'] == 400 and metrics.latest(rows)['test/top1'] > 0.3  # chance is 0.1
+    assert {'time/examples_per_s', 'time/mfu', 'time/data_wait'} <= train_rows[-2].keys()
+    assert checkpoint.steps(workdir) == [390, 400]
+    assert 'compile' in result.stdout and 'done    step 400' in result.stdout
+
+
+def test_the_resume_of_a_finished_run_changes_nothing(finished):
+    workdir, first = finished
+    before = hashes(workdir, 12), rows_without_timing(workdir)
+    again = train.run(config.resolve(TINY), workdir)
+    assert again.step == first.step == 12
+    assert (hashes(workdir, 12), rows_without_timing(workdir)) == before
+    assert again.metrics['test/top1'] == first.metrics['test/top1']
+
+
+@pytest.mark.parametrize('kill_after', [45, 170])
+def test_kill_9_and_restart_ends_bit_identical(tmp_path, config_file, uninterrupted, kill_after):
+    workdir = tmp_path / 'w'
+    command = ('--config', config_file, '--workdir', workdir)
+    process = start('train', *command)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        rows = metrics.read(workdir)
+        if rows and rows[-1]['step'] >= kill_after:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert metrics.read(workdir)[-1]['step'] < 400, 'killed too late to show anything'
+    result = run('train', *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert hashes(workdir, 400) == hashes(uninterrupted[0], 400)
+    assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+
+
+def test_sigterm_saves_exits_0_and_the_restart_ends_bit_identical(
+    tmp_path, config_file, uninterrupted
+):
+    workdir = tmp_path / 'w'
+    command = ('--config', config_file, '--workdir', workdir)
+    process = start('train', *command)
+    while process.poll() is None and not metrics.read(workdir):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    saved = checkpoint.steps(workdir)[-1]
+    assert 0 < saved < 400
+    assert f'stopped by a signal: saved step {saved} of 400' in output
+    result = run('train', *command)
+    assert f'resume  from step {saved}' in result.stdout
+    assert hashes(workdir, 400) == hashes(uninterrupted[0], 400)
+    assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+
+
+def test_a_changed_config_is_refused_and_shown_unless_forced(finished):
+    workdir, _ = finished
+    before = (workdir / 'config.json').read_bytes()
+    other = config.resolve({**TINY, 'lr': 2e-2})
+    with pytest.raises(UserError, match=r'lr: 0\.01 -> 0\.02.*--force'):
+        train.run(other, workdir)
+    assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_force_does_not_accept_another_architecture(finished):
+    workdir, _ = finished
+    before = (workdir / 'config.json').read_bytes()
+    other = config.resolve({**TINY, 'model.mlp_dim': 64})
+    with pytest.raises(UserError, match=r'MlpBlock_0/Dense_0/kernel is .*128.*64'):
+        train.run(other, workdir, force=True)
+    assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path):
+    with pytest.raises(UserError, match=r'optim\.momentum is set, but this run never reads it'):
+        train.run(config.resolve({**TINY, 'optim.momentum': 0.5}), tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
+
+
+def test_a_run_of_nans_ends_with_the_examples(tmp_path):
+    broken = config.resolve({**TINY, 'total_steps': 60, 'lr': 1e30, 'optim.clip': 0.0})
+    with pytest.raises(UserError, match=r'were skipped.*lower lr.*examples \d+, '):
+        train.run(broken, tmp_path / 'w')
+
+
+def test_keep_last_and_keep_every(tmp_path):
+    keep = {'checkpoint.keep_last': 1, 'checkpoint.keep_every_steps': 6}
+    train.run(config.resolve({**TINY, **keep, 'total_steps': 10}), tmp_path / 'w')
+    assert checkpoint.steps(tmp_path / 'w') == [6, 10]
+
+
+def test_tensorboard_files_hold_what_the_jsonl_holds(tmp_path):
+    train.run(config.resolve({**TINY, 'log.tensorboard': True}), tmp_path / 'w')
+    (events,) = (tmp_path / 'w' / 'tensorboard').glob('events.*')
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401
+
+    data, found, at = events.read_bytes(), {}, 0
+    while at < len(data):  # A record: length, its checksum, the event, its checksum.
+        length = int.from_bytes(data[at : at + 8], 'little')
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        for value in event.summary.value:
+            found[event.step, value.tag] = value.simple_value
+        at += 16 + length
+    for row in metrics.read(tmp_path / 'w'):
+        for name, value in row.items():
+            if name != 'step':
+                assert found[row['step'], name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'--workdir: cannot write to .*Not a directory'):
+        train.run(config.resolve(TINY), tmp_path / 'file' / 'w')
+
+
+def test_batch_must_divide_by_devices(tmp_path):
+    with pytest.raises(UserError, match=r'batch_size=20 is not divisible by 8 devices.*try 16'):
+        train.run(config.resolve({**TINY, 'batch_size': 20}), tmp_path / 'w')
+
+
+def test_meshes_and_accumulation_give_the_same_losses(tmp_path, finished):
+    """End to end, data included: the per-step equivalences are in test_steps.py."""
+    want = [row['train/loss'] for row in metrics.read(finished[0]) if 'train/loss' in row]
+    other = {'mesh.fsdp': 4, 'mesh.tensor': 2, 'mesh.min_shard_size': 0, 'accumulation': 4}
+    train.run(config.resolve({**TINY, **other}), tmp_path / 'w')
+    got = [row['train/loss'] for row in metrics.read(tmp_path / 'w') if 'train/loss' in row]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_resume_on_another_mesh_continues_the_same_losses(tmp_path, finished):
+    want = [row['train/loss'] for row in metrics.read(finished[0]) if 'train/loss' in row]
+    workdir = tmp_path / 'w'
+    half = {**TINY, 'mesh.replica': 8, 'mesh.fsdp': 1, 'checkpoint.every_steps': 5}
+    stopped = train.run(
+        config.resolve({**half, 'total_steps': 5, 'schedule.name': 'constant'}), workdir
+    )
+    assert stopped.step == 5
+    # The schedule of the first part must be that of the whole for the losses to agree.
+    rest = {**TINY, 'mesh.fsdp': 2, 'mesh.tensor': 4, 'mesh.min_shard_size': 0}
+    train.run(config.resolve({**rest, 'schedule.name': 'constant'}), workdir, force=True)
+    whole = tmp_path / 'whole'
+    train.run(config.resolve({**TINY, 'schedule.name': 'constant'}), whole)
+    losses = [
+        [row['train/loss'] for row in metrics.read(path) if 'train/loss' in row]
+        for path in (workdir, whole)
+    ]
+    assert len(want) == len(losses[0]) == 12
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+
+
+def test_help_and_one_line_errors_of_the_real_command(tmp_path):
+    shown = run('train', '--help')
+    assert shown.returncode == 0 and '--workdir' in shown.stdout
+    line = error_line(
+        run(
+            'train',
+            '--config',
+            'configs/fashion_mnist.py',
+            '--config.modle.depth=2',
+            '--workdir',
+            tmp_path / 'w',
+        )
+    )
+    assert 'unknown key modle.depth; did you mean model.depth?' in line
+    assert not (tmp_path / 'w').exists()
+
+
+def test_explain_touches_nothing(tmp_path, config_file):
+    result = run('train', '--config', config_file, '--explain')
+    assert result.returncode == 0, result.stderr
+    for text in ('learning rate', 'weight decay', 'every 40 steps (10 times)', 'replicated'):
+        assert text in result.stdout
+    assert [path.name for path in config_file.parent.iterdir()] == ['tiny.py']
+
+
+def test_jax_sees_no_transfer_that_was_not_asked_for(tmp_path):
+    with jax.transfer_guard_device_to_host('disallow'):
+        train.run(config.resolve({**TINY, 'total_steps': 4}), tmp_path / 'w')
