@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python -m big_vit.train --config configs/demo_pretrain.py --workdir $(PRETRAINED)
 	$(BIN)/python -m big_vit.transfer --config configs/demo_transfer.py \
 		--config.init=$(PRETRAINED) --workdir $(TRANSFERRED)
-	$(BIN)/python -m big_vit.explore $(PRETRAINED) --brief --png $(RUNS)/demo
+	$(BIN)/python -m big_vit.explore $(PRETRAINED) --png $(RUNS)/demo
 	@echo
 	@echo "pictures     $(RUNS)/demo/curves.png  $(RUNS)/demo/images.png"
 	@echo "checkpoint   $(PRETRAINED)/checkpoints"

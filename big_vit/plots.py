@@ -1,11 +1,10 @@
 """Curves and grids of images as PNG files."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 
 def _axes(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
@@ -53,7 +52,7 @@ def curves(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
 
 def grid(
     images: UInt8[np.ndarray, 'count height width channels'],
-    labels: Sequence[int],
+    labels: Int[np.ndarray, ' count'],
     path: str | Path,
     columns: int = 10,
 ) -> None:

@@ -1,6 +1,6 @@
 """The first half of `make demo`: a small ViT learns formula-driven images in two minutes.
 
-    python -m big_vit.train --config configs/demo_pretrain.py --workdir runs/demo/pretrain
+python -m big_vit.train --config configs/demo_pretrain.py --workdir runs/demo/pretrain
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ def get_config(size: int = 32):
             'data': {'name': 'digits', 'split': 'train[:20%]', 'transform': 'resize(size)'},
             'evals': {'test': {'split': 'test', 'every_steps': 100}},
             'optim': {'name': 'sgd', 'momentum': 0.9},
-            'schedule': {'warmup_steps': 40},
+            'schedule': {'warmup_percent': 10},
             'log': {'every_steps': 20},
         }
     )

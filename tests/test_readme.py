@@ -1,0 +1,87 @@
+"""Every command of the README and of `make demo` is run, with overrides that make it small."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, environment
+from tiny import MODEL, RUN, flags, write_idx
+
+README = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, flags=re.DOTALL)
+SHELL = '\n'.join(text for kind, text in BLOCKS if kind == 'bash').replace('\\\n', ' ')
+LINES = [line for line in SHELL.splitlines() if line.strip()]
+COMMANDS = [line for line in LINES if line.startswith('python -m big_vit.')]
+
+
+def small(words: list[str], data) -> list[str]:
+    command = next(word for word in words if word.startswith('big_vit.')).partition('.')[2]
+    more = []
+    if command == 'train':
+        more = flags(MODEL, RUN, {'evals.test.split': 'test[:20]'})
+        if any('fashion' in word for word in words):
+            more += flags({'data.path': data})
+    elif command == 'transfer':
+        more = flags(RUN, {'evals.test.split': 'test[:20]'})
+    return [*words, *more]
+
+
+def check_run(words: list[str], folder, data) -> str:
+    words = [word.replace('runs/', f'{folder}/') for word in small(words, data)]
+    words = [sys.executable, *words[words.index('-m') :]]
+    result = subprocess.run(
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, ' '.join(words) + result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('readme')
+    return folder / 'runs', write_idx(folder / 'idx')
+
+
+def test_the_readme_commands_run_in_their_order(places):
+    assert len(COMMANDS) >= 5
+    for line in COMMANDS:
+        check_run(shlex.split(line), *places)
+
+
+def test_the_readme_python_runs(places):
+    (text,) = (text for kind, text in BLOCKS if kind == 'python')
+    assert (places[0] / 'fashion').is_dir(), 'the commands run first'
+    scope: dict = {}
+    # The README is ours: this runs its own example, not input.
+    exec(compile(text.replace('runs/', f'{places[0]}/'), 'README.md', 'exec'), scope)
+    assert scope['params']['embedding']['kernel'].ndim == 4
+
+
+def test_the_demo_runs_and_says_where_everything_is(places):
+    shown = subprocess.run(
+        ['make', '-n', 'demo', 'VENV=/nowhere'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace('\\\n', ' ')
+    lines = [line for line in shown.splitlines() if ' -m big_vit.' in line and 'echo' not in line]
+    assert len(lines) >= 3
+    output = [check_run(shlex.split(line), *places) for line in lines]
+    assert 'control: same recipe from random' in output[1]
+    assert (places[0] / 'demo' / 'curves.png').exists()
+
+
+def test_the_other_readme_commands_exist():
+    rest = [line for line in LINES if line not in COMMANDS]
+    continued = {line.strip() for command in COMMANDS for line in command.split('  ')}
+    for line in rest:
+        if line.startswith('make '):
+            target = line.split()[1]
+            assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE)
+        elif line.startswith('pip install -r'):
+            assert (ROOT / line.split()[-1]).exists()
+        else:
+            assert line.strip() in continued, f'no test runs {line!r}'
