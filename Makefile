@@ -41,7 +41,7 @@ lint: install
 
 # Rewrites tests/golden/ from the code; look at the difference before committing it.
 golden: install
-	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_golden.py
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_golden.py tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) $(RUNS) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -27,7 +27,10 @@ UNITS = ('steps', 'epochs', 'examples', 'percent')
 
 
 class Field(NamedTuple):
-    """One key of the schema: how its value is checked, its default, what it means."""
+    """One key of the schema: how its value is checked, its default, what it means.
+
+    The docstring of `check` says which values it takes; docs/config.md is made of it.
+    """
 
     check: Callable[[Any], Any]
     default: Any
@@ -42,6 +45,7 @@ def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[A
             raise ValueError(f'a number from {lowest:g} to {highest:g}')
         return float(value)
 
+    check.__doc__ = 'number'
     return check
 
 
@@ -55,16 +59,19 @@ def _int(lowest: float = -math.inf) -> Callable[[Any], int]:
             raise ValueError(f'a whole number of at least {lowest}')
         return value
 
+    check.__doc__ = 'whole number'
     return check
 
 
 def _bool(value: Any) -> bool:
+    """true, false"""
     if not isinstance(value, bool):
         raise ValueError('true or false')
     return value
 
 
 def _str(value: Any) -> str:
+    """text"""
     if not isinstance(value, str):
         raise ValueError('a text')
     return value
@@ -78,11 +85,13 @@ def _choice(*choices: str) -> Callable[[Any], str]:
             raise ValueError('one of ' + ', '.join(map(repr, choices)) + hint)
         return value
 
+    check.__doc__ = ', '.join(choices)
     return check
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """A side or (height, width) in pixels; bounded, so that a typo cannot ask for terabytes."""
+    """side, or (height, width)"""
+    # Bounded, so that a typo cannot ask for terabytes.
     pair = (value, value) if isinstance(value, int) else tuple(value) if value else ()
     if len(pair) != 2 or not all(isinstance(n, int) and 1 <= n <= 16384 for n in pair):
         raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
@@ -90,6 +99,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _rules(value: Any) -> tuple[tuple[str, float], ...]:
+    """pairs of (regex, factor)"""
     try:
         return tuple((_str(pattern), _number()(factor)) for pattern, factor in value)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 """What a run reports: JSONL always, TensorBoard and W&B when asked, progress on the console."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from big_vit.errors import UserError
 FILE = 'metrics.jsonl'
 # Rows of two runs with the same config are equal but for keys that start with this.
 TIMING = 'time/'
+BAR_WIDTH = 16
 
 
 def read(workdir: str | Path) -> list[dict[str, Any]]:
@@ -30,7 +32,7 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
 def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The newest value of each metric, without timings."""
     merged = {name: value for row in rows for name, value in row.items()}
-    return {name: value for name, value in merged.items() if not name.startswith(TIMING)}
+    return {k: v for k, v in merged.items() if k != 'step' and not k.startswith(TIMING)}
 
 
 class Writer:
@@ -58,6 +60,15 @@ class Writer:
         self.latest: dict[str, float] = {}
         if not active:
             return
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise UserError(
+                    "config: log.wandb needs `pip install wandb`, or big_vit's extra of that name"
+                ) from None
+            name = Path(workdir).name
+            self._wandb = client.init(project=wandb, name=name, config=config, resume='allow')
         path = Path(workdir) / FILE
         rows = [row for row in read(workdir) if row['step'] <= start_step]
         self.latest = latest(rows)
@@ -69,20 +80,15 @@ class Writer:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=start_step)
-        if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError("config: log.wandb needs `pip install 'big_vit[wandb]'`") from None
-            name = Path(workdir).name
-            self._wandb = client.init(project=wandb, name=name, config=config, resume='allow')
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one row; values are plain numbers."""
         self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
         if self._file is None:
             return
-        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        # JSON has no NaN and no infinity; what is not finite is null.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({'step': step, **finite}) + '\n')
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
@@ -177,9 +183,10 @@ class Console:
 
             self._bar = progress.Progress(
                 progress.TextColumn('{task.description}'),
-                progress.BarColumn(bar_width=24),
+                progress.BarColumn(bar_width=BAR_WIDTH),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn('{task.fields[status]}'),
+                refresh_per_second=4,
             )
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=start, status='')
@@ -198,24 +205,26 @@ class Console:
             self._bar.update(self._task, completed=step)
 
     def training(self, step: int, values: dict[str, float]) -> None:
-        """Shows a row of training metrics."""
-        parts = [f'loss {values["train/loss"]:.4f}', f'acc {values["train/accuracy"]:.3f}']
-        parts.append(f'lr {values["train/lr"]:.2e}')
+        """Shows a row of training metrics; a narrow terminal gets those that come first."""
+        parts = [f'loss {values["train/loss"]:.4f}']
         if TIMING + 'examples_per_s' in values:
             parts += [
                 f'{values[TIMING + "examples_per_s"]:,.0f} ex/s',
+                f'ETA {duration(values[TIMING + "eta_s"])}',
                 f'MFU {values[TIMING + "mfu"]:.0%}',
                 f'data-wait {values[TIMING + "data_wait"]:.1%}',
-                f'ETA {duration(values[TIMING + "eta_s"])}',
             ]
+        parts += [f'acc {values["train/accuracy"]:.3f}', f'lr {values["train/lr"]:.2e}']
         if values['train/skipped']:
-            parts.append(f'skipped {values["train/skipped"]:.0f}')
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status='  '.join(parts))
-        else:
-            self.say(
-                f'{self._label} {step:>{len(str(self._total))}}/{self._total}  ' + '  '.join(parts)
-            )
+            parts.insert(1, f'skipped {values["train/skipped"]:.0f}')
+        if self._bar is None:
+            at = f'{step:>{len(str(self._total))}}/{self._total}'
+            self.say(f'{self._label} {at}  ' + '  '.join(parts))
+            return
+        taken = len(self._label) + BAR_WIDTH + 2 * len(str(self._total)) + 5
+        while len(parts) > 1 and taken + len('  '.join(parts)) > self._bar.console.width:
+            parts.pop()
+        self._bar.update(self._task, completed=step, status='  '.join(parts))
 
     def evaluation(self, step: int, name: str, values: dict[str, float]) -> None:
         """Shows what an evaluator found."""

@@ -13,9 +13,9 @@ def get_config(path: str = '/usr/share/datasets/fashion-mnist'):
     return ConfigDict(
         {
             'total_epochs': 8,
-            'batch_size': 120,
+            'batch_size': 60,
             'image_size': 28,
-            'lr': 2e-3,
+            'lr': 1.5e-3,
             'model': {
                 'variant': 'mu/7',
                 'width': 96,
@@ -29,11 +29,11 @@ def get_config(path: str = '/usr/share/datasets/fashion-mnist'):
             'data': {
                 'name': 'idx',
                 'path': path,
-                'transform': 'random_crop(size, 2) | flip_lr',
+                'transform': 'random_crop(size, 1)',
             },
             'evals': {'test': {'split': 'test', 'every_epochs': 1}},
             'optim': {'weight_decay': 0.05},
-            'schedule': {'warmup_percent': 10},
-            'log': {'every_steps': 100},
+            'schedule': {'warmup_percent': 5},
+            'log': {'every_steps': 200},
         }
     )

@@ -1,0 +1,52 @@
+"""docs/config.md is the schema in words; `make golden` rewrites it."""
+
+import os
+
+from commands import ROOT
+
+from big_vit import config
+from big_vit.data import transforms
+
+HEAD = """# Config keys
+
+Made from `big_vit/config.py` by `make golden`. Any key can be set in a config file or on
+the command line as `--config.KEY=VALUE`. A duration is set in one unit; in `evals`, `*` is
+any name, and what is not set comes from `data`.
+
+| key | value | default | meaning |
+|---|---|---|---|
+"""
+
+
+def page() -> str:
+    durations: dict[str, list[str]] = {}
+    rows = []
+    for key, field in config.SCHEMA.items():
+        stem, _, unit = key.rpartition('_')
+        if unit in config.UNITS:
+            durations.setdefault(stem, []).append(unit)
+            if len(durations[stem]) > 1:
+                continue
+            doc = field.doc.rpartition(',')[0] + '.'
+            rows.append([stem, field.check.__doc__, '', doc])
+        else:
+            default = '' if field.default is None else f'`{field.default!r}`'
+            rows.append([key, field.check.__doc__, default, field.doc])
+    for row in rows:
+        if row[0] in durations:
+            row[0] += '_{' + ','.join(durations[row[0]]) + '}'
+    escaped = ([cell.replace('|', r'\|') for cell in [f'`{row[0]}`', *row[1:]]] for row in rows)
+    return HEAD + ''.join(f'| {" | ".join(cells)} |\n' for cells in escaped)
+
+
+def test_the_list_of_config_keys_is_up_to_date():
+    path = ROOT / 'docs' / 'config.md'
+    if os.environ.get('UPDATE_GOLDEN'):
+        path.write_text(page())
+    assert path.read_text() == page(), 'docs/config.md is out of date: run `make golden`'
+
+
+def test_every_transform_is_documented():
+    text = (ROOT / 'docs' / 'data.md').read_text()
+    for name in transforms._OPERATIONS:
+        assert f'`{name}' in text, f'docs/data.md does not mention {name}'

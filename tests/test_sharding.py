@@ -1,0 +1,270 @@
+"""Where arrays lie: what the table promises holds for every size, on meshes small and large."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from big_vit import sharding, state, trees
+from big_vit.errors import UserError
+from big_vit.models import variants
+from big_vit.models.vit import ViT
+
+DEVICES = 8
+
+
+def mesh_of(replica, fsdp, tensor):
+    return AbstractMesh((replica, fsdp, tensor), sharding.AXES)
+
+
+def spec(name, shape, mesh=(1, 4, 2), **more):
+    return tuple(sharding.spec_for(name, shape, mesh_of(*mesh), **more))
+
+
+def ways(axis, mesh):
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(mesh.shape[a] for a in axes if a is not None)
+
+
+# Meshes.
+
+
+@pytest.mark.parametrize(
+    'sizes, wanted',
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((1, 1, -1), (1, 1, 8)),
+        ((2, 4, 1), (2, 4, 1)),
+        ((8, -1, 1), (8, 1, 1)),
+    ],
+)
+def test_a_mesh_has_the_sizes_asked_for_and_minus_one_takes_the_rest(sizes, wanted):
+    mesh = sharding.make_mesh(*sizes)
+    assert mesh.axis_names == ('replica', 'fsdp', 'tensor')
+    assert tuple(mesh.shape.values()) == wanted
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(DEVICES))
+
+
+def test_a_mesh_can_use_some_devices_only():
+    mesh = sharding.make_mesh(devices=jax.devices()[2:3])
+    assert tuple(mesh.shape.values()) == (1, 1, 1)
+    assert mesh.devices.item() == jax.devices()[2]
+
+
+def test_mesh_axes_are_automatic():
+    assert set(sharding.make_mesh().axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    'sizes, parts',
+    [
+        ((1, 3, 1), ('mesh.fsdp=3', '8 devices')),
+        ((3, -1, 1), ('mesh.replica=3', '8 devices')),
+        ((16, -1, 1), ('mesh.replica=16', '8 devices')),
+        ((2, 2, 1), ('does not multiply to the 8 devices',)),
+        ((-1, -1, 1), ('at most one may be -1',)),
+        ((-1, -1, -1), ('at most one may be -1',)),
+        ((0, -1, 1), ('must be positive', 'mesh.replica=0')),
+        ((1, 8, 0), ('must be positive', 'mesh.tensor=0')),
+        ((1, -8, 1), ('must be positive',)),
+    ],
+)
+def test_sizes_that_make_no_mesh_are_refused(sizes, parts):
+    with pytest.raises(UserError) as caught:
+        sharding.make_mesh(*sizes)
+    for part in ('config: ', *parts):
+        assert part in str(caught.value)
+
+
+# The table.
+
+KERNEL = 'Transformer/encoderblock/MlpBlock_0/Dense_0/kernel'
+QUERY = 'Transformer/encoderblock/MultiHeadDotProductAttention_0/query'
+
+
+@pytest.mark.parametrize(
+    'name, shape, wanted',
+    [
+        (KERNEL, (12, 64, 256), (None, 'fsdp', 'tensor')),
+        (KERNEL.replace('block/', 'block_3/'), (64, 256), ('fsdp', 'tensor')),
+        (KERNEL.replace('kernel', 'bias'), (12, 256), (None, 'tensor')),
+        (KERNEL.replace('0/kernel', '1/kernel'), (12, 256, 64), (None, 'tensor', 'fsdp')),
+        (f'{QUERY}/kernel', (12, 64, 4, 16), (None, 'fsdp', 'tensor')),
+        (f'{QUERY}/bias', (12, 4, 16), (None, 'tensor')),
+        (QUERY.replace('query', 'out/kernel'), (12, 4, 16, 64), (None, 'tensor', None, 'fsdp')),
+        ('embedding/kernel', (16, 16, 3, 64), (None, None, None, 'fsdp')),
+        ('head/kernel', (64, 1000), ('fsdp', 'tensor')),
+        ('head/bias', (1000,), ()),
+        ('Transformer/encoder_norm/scale', (64,), ()),
+        ('pos_embedding', (1, 196, 64), ()),
+        ('step', (), ()),
+    ],
+)
+def test_parameters_lie_as_the_table_says(name, shape, wanted):
+    assert spec(name, shape) == wanted
+
+
+@pytest.mark.parametrize('prefix', ['opt/1/mu/', 'opt/1/nu/', 'ema/', 'params/'])
+def test_what_belongs_to_a_parameter_lies_like_it(prefix):
+    assert spec(prefix + KERNEL, (12, 64, 256)) == spec(KERNEL, (12, 64, 256)) != ()
+
+
+def test_names_must_match_whole_words():
+    assert spec('ahead/kernel', (64, 64)) == ()
+    assert spec('MyDense_0/kernel', (64, 64)) == ()
+
+
+@pytest.mark.parametrize(
+    'name, shape, mesh, wanted',
+    [
+        # 3 heads on tensor=2: the axis moves to the head's own dimension.
+        (f'{QUERY}/kernel', (12, 64, 3, 16), (1, 4, 2), (None, 'fsdp', None, 'tensor')),
+        # Neither heads nor their dimension divide: tensor is dropped, fsdp stays.
+        (f'{QUERY}/kernel', (12, 64, 3, 5), (1, 4, 2), (None, 'fsdp')),
+        # The width does not divide by fsdp=8, the hidden dimension is not free: dropped.
+        (KERNEL, (12, 60, 256), (1, 8, 2), (None, None, 'tensor')),
+        # Scanned layers are never split, whatever their number.
+        (KERNEL, (16, 60, 255), (1, 8, 2), (None, 'tensor')),
+        (KERNEL, (16, 63, 255), (1, 8, 2), ()),
+        # ViT-g's width on 256 devices.
+        ('embedding/kernel', (14, 14, 3, 1408), (1, 256, 1), ()),
+        ('embedding/kernel', (16, 16, 3, 1408), (1, 16, 1), (None, None, None, 'fsdp')),
+        ('embedding/kernel', (16, 8, 3, 1401), (1, 8, 1), ('fsdp',)),
+    ],
+)
+def test_an_axis_that_does_not_divide_moves_to_another_dimension_or_goes(name, shape, mesh, wanted):
+    assert spec(name, shape, mesh) == wanted
+
+
+def test_arrays_below_the_smallest_size_are_not_split():
+    assert spec(KERNEL, (64, 256), min_shard_size=64 * 256) == ('fsdp', 'tensor')
+    assert spec(KERNEL, (64, 256), min_shard_size=64 * 256 + 1) == ()
+
+
+@pytest.mark.parametrize('size', variants.SIZES)
+def test_every_parameter_of_every_size_divides_on_every_mesh(size):
+    fields = variants.parse(f'{size}/14')
+    net = ViT(num_classes=1000, posemb='learned', pool='map', **fields)
+    params = trees.flatten(state.abstract_params(net, (224, 224, 3)))
+    for sizes in ((1, 256, 1), (1, 64, 4), (4, 8, 8), (1, 1, 16), (1, 96, 3)):
+        mesh = mesh_of(*sizes)
+        for name, leaf in params.items():
+            found = sharding.spec_for(name, leaf.shape, mesh)
+            assert len(found) <= leaf.ndim
+            used = [axis for axis in found if axis is not None]
+            assert len(used) == len(set(used)), f'{name}: an axis is used twice'
+            for dimension, axis in zip(leaf.shape, found, strict=False):
+                assert dimension % ways(axis, mesh) == 0, f'{name} {leaf.shape} {found}'
+            if name.startswith('Transformer/encoderblock/'):
+                assert not found or found[0] is None, 'layers are scanned, not split'
+
+
+@pytest.mark.parametrize('size, share', [('B', 0.02), ('L', 0.02), ('H', 0.02), ('22B', 0.01)])
+def test_little_of_a_large_model_is_left_on_every_device(size, share):
+    """FSDP over 64 must bring a device near 1/64 of the parameters."""
+    net = ViT(num_classes=1000, **variants.parse(f'{size}/16'))
+    params = state.abstract_params(net, (224, 224, 3))
+    mesh = mesh_of(1, 64, 1)
+    on_device = sum(
+        leaf.size / math.prod(ways(axis, mesh) for axis in sharding.spec_for(n, leaf.shape, mesh))
+        for n, leaf in trees.flatten(params).items()
+    )
+    assert 1 / 64 <= on_device / trees.count(params) < 1 / 64 + share
+
+
+# States on real (fake) devices.
+
+
+@pytest.fixture(scope='module')
+def net():
+    return ViT(num_classes=10, dtype=jnp.float32, **variants.parse('mu/4'))
+
+
+def abstract(net, mesh, min_shard_size=0):
+    return state.abstract(net, (8, 8, 3), optax.adamw(1e-3), True, mesh, min_shard_size)
+
+
+@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2)])
+def test_optimizer_state_and_average_follow_their_parameter(net, sizes):
+    like = trees.flatten(abstract(net, sharding.make_mesh(*sizes)))
+    params = {n.removeprefix('params/'): x for n, x in like.items() if n.startswith('params/')}
+    followers = 0
+    for name, leaf in like.items():
+        for own, param in params.items():
+            if name.endswith('/' + own) and leaf.shape == param.shape:
+                assert leaf.sharding == param.sharding, name
+                followers += 1
+    assert followers == 4 * len(params), 'params, mu, nu and ema'
+    assert sum(any(param.sharding.spec) for param in params.values()) >= 6
+
+
+@pytest.mark.parametrize('sizes, least', [((1, 8, 1), 0), ((2, 2, 2), 0), ((1, 4, 2), 1000)])
+def test_device_bytes_are_those_of_the_real_arrays(net, sizes, least):
+    like = abstract(net, sharding.make_mesh(*sizes), least)
+    counted = sharding.device_bytes(like, state.shardings(like))
+    on_device = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(like):
+        real = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        for shard in real.addressable_shards:
+            on_device[shard.device] += shard.data.nbytes
+    assert set(on_device.values()) == {counted}
+    assert counted < trees.nbytes(like)
+
+
+def test_device_bytes_of_huge_trees_do_not_overflow():
+    mesh = sharding.make_mesh()
+    leaf = jax.ShapeDtypeStruct((2**24, 2**20), jnp.float32)
+    split = NamedSharding(mesh, PartitionSpec('fsdp'))
+    assert sharding.device_bytes({'a': leaf}, {'a': split}) == 2**24 * 2**20 * 4 // 8
+
+
+def test_a_created_state_is_born_where_the_abstract_one_says(net):
+    like = abstract(net, sharding.make_mesh(2, 2, 2))
+    made = state.create(net, (8, 8, 3), optax.adamw(1e-3), 0, like)
+    for name, leaf in trees.flatten(made).items():
+        wanted = trees.flatten(like)[name]
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), name
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype), name
+    for a, b in zip(jax.tree.leaves(made['params']), jax.tree.leaves(made['ema']), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a is not b
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_batch_is_split_over_all_but_the_tensor_axis(sizes):
+    mesh = sharding.make_mesh(*sizes)
+    parts = sizes[0] * sizes[1]
+    batch = jax.device_put(np.arange(32).reshape(16, 2), sharding.batch_sharding(mesh))
+    rows = {tuple(shard.data[:, 0].tolist()) for shard in batch.addressable_shards}
+    size = 16 // parts
+    assert rows == {tuple(range(2 * i, 2 * (i + size), 2)) for i in range(0, 16, size)}
+    whole = jax.device_put(np.arange(3), sharding.replicated(mesh))
+    assert all(shard.data.shape == (3,) for shard in whole.addressable_shards)
+
+
+@pytest.mark.parametrize(
+    'batch, sizes, accumulation',
+    [(16, (8, 1, 1), 1), (16, (8, 1, 1), 2), (4, (2, 2, 2), 1), (12, (1, 4, 2), 3)],
+)
+def test_batches_that_divide_are_taken(batch, sizes, accumulation):
+    sharding.check_batch(batch, mesh_of(*sizes), 'batch_size', accumulation)
+
+
+@pytest.mark.parametrize('batch', [1, 3, 7, 9, 12, 20, 100, 1001])
+@pytest.mark.parametrize('sizes, accumulation', [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 8, 1), 3)])
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, sizes, accumulation):
+    mesh, unit = mesh_of(*sizes), sizes[0] * sizes[1] * accumulation
+    if batch % unit == 0:
+        batch += 1
+    with pytest.raises(UserError, match=rf'config: evals\.x={batch} is not divisible') as caught:
+        sharding.check_batch(batch, mesh, 'evals.x', accumulation)
+    assert (f'accumulation={accumulation}' in str(caught.value)) == (accumulation > 1)
+    near = int(str(caught.value).rpartition('try ')[2])
+    sharding.check_batch(near, mesh, 'evals.x', accumulation)
+    assert near > 0 and abs(near - batch) < unit
