@@ -58,7 +58,7 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch):
 
 def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(UserError, match='log.wandb needs `pip install wandb`'):
+    with pytest.raises(UserError, match=r'log\.wandb needs `pip install wandb`'):
         metrics.Writer(tmp_path, 0, wandb='vits')
 
 

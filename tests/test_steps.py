@@ -1,0 +1,455 @@
+"""The train step: one function, whatever the mesh, the accumulation and the form of the model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vit import objectives, sharding, state, steps, trees
+from big_vit.models import vit
+from big_vit.optim import factory, schedules
+
+IMAGE, CLASSES, BATCH, STEPS = (8, 8, 3), 10, 32, 10
+SIZES = dict(patch_size=(4, 4), width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=CLASSES)
+TRANSFORMS = dict(scan=True, dropout=0.0, posemb='learned', dtype=jnp.float32)
+SCHEDULE = schedules.make('cosine', peak=3e-3, total_steps=20, warmup_steps=3)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def full_precision():
+    with jax.default_matmul_precision('highest'):
+        yield
+
+
+class Run:
+    """All that a train step is made of, on one mesh."""
+
+    def __init__(self, devices=1, sizes=(1, 1, 1), *, accumulation=1, ema=0.0, seed=0, **fields):
+        self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+        self.net = vit.ViT(
+            constrain=sharding.constrain_batch(self.mesh), **(SIZES | TRANSFORMS | fields)
+        )
+        names = list(trees.flatten(state.abstract_params(self.net, IMAGE)))
+        self.optimizer = factory.make(
+            factory.adamw_scaler(0.9, 0.99, 1e-8, 'float32'),
+            SCHEDULE,
+            decay_factors={n: 0.05 * n.endswith('kernel') for n in names},
+            lr_factors=dict.fromkeys(names, 1.0),
+            clip=1.0,
+        )
+        self.like = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
+        self.step = steps.make_train_step(
+            objectives.classification(self.net.apply, 0.1),
+            self.optimizer,
+            SCHEDULE,
+            self.like,
+            self.mesh,
+            seed=seed,
+            accumulation=accumulation,
+            ema=ema,
+        )
+
+    def start(self):
+        """Everyone's same parameters, in the form that this model takes."""
+        form = vit.stack_blocks if self.net.scan else vit.unstack_blocks
+        return state.create(self.net, IMAGE, self.optimizer, 0, self.like, form(parameters()))
+
+    def put(self, batch):
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+    def train(self, count=STEPS):
+        """(metrics of each step, last state)"""
+        with jax.set_mesh(self.mesh):
+            now, rows = self.start(), []
+            batches = [self.put(batch_of(i)) for i in range(count)]
+            with jax.transfer_guard('disallow'):
+                for batch in batches:
+                    now, metrics = self.step(now, batch)
+                    rows.append(metrics)
+                jax.block_until_ready(rows)
+            return jax.device_get(rows), now
+
+
+@functools.cache
+def parameters():
+    """Random parameters of all leaves: a zero head would hide the rest of the gradient at first."""
+    like = state.abstract_params(vit.ViT(**(SIZES | TRANSFORMS)), IMAGE)
+    rng = np.random.default_rng(0)
+    return trees.map_with_name(
+        lambda name, leaf: np.float32(
+            rng.standard_normal(leaf.shape) * 0.1 + name.endswith('scale')
+        ),
+        like,
+    )
+
+
+@functools.cache
+def batch_of(i):
+    rng = np.random.default_rng(100 + i)
+    image = rng.integers(0, 256, (BATCH, *IMAGE)).astype(np.uint8)
+    # What is bright is of a high class, so that there is something to learn.
+    label = (image.mean((1, 2, 3)) > 127).astype(np.int32) * 4 + rng.integers(0, 2, BATCH)
+    return {'image': image, 'label': label.astype(np.int32)}
+
+
+def np_logits(batch):
+    image = jnp.asarray(batch['image'] / np.float32(127.5) - 1)
+    net = vit.ViT(**(SIZES | TRANSFORMS))
+    return np.asarray(jax.jit(net.apply)({'params': parameters()}, image)[0], np.float64)
+
+
+def column(rows, name):
+    return np.array([float(row[name]) for row in rows])
+
+
+@pytest.fixture(scope='module')
+def single():
+    rows, last = Run().train()
+    return rows, jax.device_get(last)
+
+
+# One run, many ways.
+
+
+@pytest.mark.parametrize(
+    'run',
+    [
+        dict(devices=8, sizes=(8, 1, 1)),
+        dict(devices=8, sizes=(1, 8, 1)),
+        dict(devices=8, sizes=(2, 2, 2)),
+        dict(devices=8, sizes=(1, 4, 2)),
+        dict(devices=8, sizes=(2, 2, 2), accumulation=4),
+        dict(accumulation=4),
+        dict(scan=False),
+        dict(remat='names'),
+    ],
+    ids=['DP', 'FSDP', '2x2x2', 'FSDPxTP', '2x2x2 accumulated', 'accumulated', 'unrolled', 'remat'],
+)
+def test_losses_do_not_depend_on_how_a_step_is_computed(single, run):
+    wanted, last = single
+    rows, now = Run(**run).train()
+    for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):
+        np.testing.assert_allclose(column(rows, name), column(wanted, name), rtol=1e-5)
+    np.testing.assert_allclose(column(rows, 'accuracy'), column(wanted, 'accuracy'), atol=1 / 32)
+    np.testing.assert_array_equal(column(rows, 'lr'), column(wanted, 'lr'))
+    found = vit.stack_blocks(jax.device_get(now['params']))
+    for name, leaf in trees.flatten(found).items():
+        # A bias of the keys shifts all scores alike: its gradient is rounding, grown by Adam.
+        if name.endswith('key/bias'):
+            continue
+        np.testing.assert_allclose(
+            leaf, trees.flatten(last['params'])[name], rtol=1e-3, atol=1e-4, err_msg=name
+        )
+
+
+def test_the_loss_falls_and_the_first_is_the_right_one(single):
+    rows, _ = single
+    assert column(rows, 'loss')[-1] < column(rows, 'loss')[0] - 0.1
+    batch = batch_of(0)
+    wide = np_logits(batch)
+    logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    target = np.full((BATCH, CLASSES), 0.1 / CLASSES)
+    target[np.arange(BATCH), batch['label']] += 0.9
+    assert float(rows[0]['loss']) == pytest.approx(-(target * logp).sum(-1).mean(), rel=1e-5)
+    assert float(rows[0]['accuracy']) == np.mean(wide.argmax(-1) == batch['label'])
+
+
+def test_the_reported_norms_and_rate_are_those_of_the_arrays(single):
+    rows, last = single
+    leaves = jax.tree.leaves(last['params'])
+    norm = np.sqrt(sum(np.square(leaf.astype(np.float64)).sum() for leaf in leaves))
+    assert float(rows[-1]['param_norm']) == pytest.approx(norm, rel=1e-5)
+    np.testing.assert_allclose(column(rows, 'lr')[:4], [0, 1e-3, 2e-3, 3e-3], rtol=1e-6)
+    assert float(rows[0]['update_norm']) == 0.0, 'the rate starts at 0'
+    assert int(last['step']) == STEPS and int(last['skipped']) == 0
+
+
+def test_a_step_keeps_shardings_and_shards_what_it_can(accumulating):
+    _, now = accumulating.train(2)
+    wanted = trees.flatten(accumulating.like)
+    for name, leaf in trees.flatten(now).items():
+        assert leaf.sharding.is_equivalent_to(wanted[name].sharding, leaf.ndim), name
+        assert leaf.dtype == wanted[name].dtype, name
+    kernel = now['params']['Transformer']['encoderblock']['MlpBlock_0']['Dense_0']['kernel']
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 32)}
+
+
+# What does not change the numbers of a step.
+
+
+def test_the_old_state_is_given_up_to_the_new_one(plain):
+    with jax.set_mesh(plain.mesh):
+        old = plain.start()
+        new, _ = plain.step(old, plain.put(floats(0)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+@pytest.fixture(scope='module')
+def dropping():
+    return Run(dropout=0.2, accumulation=4)
+
+
+def two_losses(run):
+    with jax.set_mesh(run.mesh):
+        now, same = run.start(), run.put(batch_of(0))
+        found = []
+        for _ in range(2):
+            now, metrics = run.step(now, same)
+            found.append(float(metrics['loss']))
+    return found
+
+
+def test_dropout_depends_on_the_seed_and_the_step_only(dropping):
+    first, again = two_losses(dropping), two_losses(dropping)
+    other = two_losses(Run(dropout=0.2, accumulation=4, seed=1))
+    assert first == again
+    assert first[0] != other[0]
+    assert first[0] != first[1], 'the rate of step 0 is 0: only the dropout differs'
+
+
+@pytest.mark.parametrize('which', ['dropping', 'accumulating'])
+def test_five_steps_compile_once_and_move_nothing_to_or_from_the_host(request, which):
+    run = request.getfixturevalue(which)
+    run.train(1)
+    compiled = run.step._cache_size()
+    _, now = run.train(5)  # Under a transfer guard.
+    assert run.step._cache_size() == compiled <= 2, 'bytes, and floats of another test'
+    assert int(now['step']) == 5
+
+
+def test_microbatches_have_dropout_of_their_own(dropping):
+    batch = {name: np.repeat(leaf[:1], BATCH, 0) for name, leaf in batch_of(0).items()}
+    loss = jax.jit(objectives.classification(dropping.net.apply, 0.1))
+    rng = jax.random.fold_in(jax.random.key(0), 0)
+    micro = jax.tree.map(lambda x: jnp.asarray(x[: BATCH // 4]), batch)
+    with jax.set_mesh(dropping.mesh):
+        parts = [float(loss(parameters(), micro, jax.random.fold_in(rng, i))[0]) for i in range(4)]
+        _, metrics = dropping.step(dropping.start(), dropping.put(batch))
+    assert float(metrics['loss']) == pytest.approx(np.mean(parts), rel=1e-5)
+    assert len(set(parts)) == 4
+
+
+# Updates that are skipped.
+
+
+@pytest.fixture(scope='module')
+def accumulating():
+    return Run(8, (1, 4, 2), ema=0.9, accumulation=2)
+
+
+@pytest.fixture(scope='module')
+def plain():
+    return Run(ema=0.9)
+
+
+def poisoned(value):
+    batch = batch_of(3)
+    image = batch['image'].astype(np.float32) / 127.5 - 1
+    image[5, 2, 3, 1] = value
+    return {**batch, 'image': image}
+
+
+def floats(i):
+    batch = batch_of(i)
+    return {**batch, 'image': batch['image'].astype(np.float32) / 127.5 - 1}
+
+
+@pytest.mark.parametrize(
+    'which, value', [('plain', np.nan), ('plain', np.inf), ('accumulating', -np.inf)]
+)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(request, which, value):
+    run = request.getfixturevalue(which)
+    with jax.set_mesh(run.mesh):
+        now, _ = run.step(run.start(), run.put(floats(0)))
+        now, _ = run.step(now, run.put(floats(1)))
+        before = jax.device_get(now)
+        for times in (1, 2):
+            now, metrics = run.step(now, run.put(poisoned(value)))
+            after = jax.device_get(now)
+            for part in ('params', 'opt', 'ema'):
+                for name, leaf in trees.flatten(after[part]).items():
+                    old = trees.flatten(before[part])[name]
+                    assert leaf.tobytes() == old.tobytes(), f'{part}/{name}'
+            assert (after['step'], after['skipped'], after['skipped_in_a_row']) == (
+                2 + times, times, times,
+            )  # fmt: skip
+            assert (int(metrics['skipped']), int(metrics['skipped_in_a_row'])) == (times, times)
+            assert float(metrics['update_norm']) == 0.0
+            assert np.isfinite(metrics['param_norm'])
+        now, metrics = run.step(now, run.put(floats(2)))
+    after = jax.device_get(now)
+    assert (after['step'], after['skipped'], after['skipped_in_a_row']) == (5, 2, 0)
+    assert np.isfinite(metrics['loss']) and float(metrics['update_norm']) > 0
+    assert float(metrics['lr']) == pytest.approx(float(SCHEDULE(4)))
+    for name, leaf in trees.flatten(after['params']).items():
+        assert np.isfinite(leaf).all(), name
+    moved = [
+        np.abs(leaf - trees.flatten(before['params'])[name]).max()
+        for name, leaf in trees.flatten(after['params']).items()
+    ]
+    assert min(moved) > 0
+
+
+def test_a_skipped_update_does_not_advance_the_optimizer_but_the_schedule(plain):
+    """The rate of step 0 is 0, so that both runs meet the last batch with equal parameters."""
+
+    def last(*batches):
+        now = plain.start()
+        for batch in batches:
+            now, metrics = plain.step(now, plain.put(batch))
+        names = trees.flatten(now['opt']).items()
+        counts = [int(leaf) for name, leaf in names if name.endswith('count')]
+        return float(metrics['update_norm']), counts
+
+    with jax.set_mesh(plain.mesh):
+        without, counts = last(floats(0), floats(1))
+        skipping, counts_with = last(floats(0), poisoned(np.nan), floats(1))
+    assert counts == counts_with == [2]
+    assert skipping == pytest.approx(2 * without, rel=1e-5), 'warmup: rates 1e-3 and 2e-3'
+
+
+def test_the_average_follows_its_recurrence(plain):
+    averages = None
+    with jax.set_mesh(plain.mesh):
+        now = plain.start()
+        averages = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(now['ema']))
+        for step in range(12):
+            now, _ = plain.step(now, plain.put(floats(step)))
+            decay = min(0.9, (1 + step) / (10 + step))
+            averages = jax.tree.map(
+                lambda a, p, decay=decay: decay * a + (1 - decay) * p,
+                averages,
+                jax.device_get(now['params']),
+            )
+            for a, wanted in zip(
+                jax.tree.leaves(jax.device_get(now['ema'])), jax.tree.leaves(averages), strict=True
+            ):
+                np.testing.assert_allclose(a, wanted, rtol=1e-5, atol=1e-6)
+    distance = max(
+        np.abs(a - p).max()
+        for a, p in zip(jax.tree.leaves(now['ema']), jax.tree.leaves(now['params']), strict=True)
+    )
+    assert distance > 1e-4
+
+
+# Objectives.
+
+
+def test_bytes_become_floats_from_minus_one_to_one():
+    found = np.asarray(objectives.normalise(jnp.arange(256, dtype=jnp.uint8)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.arange(256) / 127.5 - 1, atol=1e-6)
+    assert found[0] == -1 and found[-1] == pytest.approx(1, abs=1e-7)
+    assert (np.diff(found) > 0).all()
+
+
+def test_floats_are_taken_as_they_are():
+    x = jnp.array([[-3.0, 0.5]])
+    np.testing.assert_array_equal(objectives.normalise(x), x)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1, 1.0])
+def test_label_smoothing_spreads_its_share_over_all_classes(smoothing):
+    label = np.array([0, 3, 2], np.int32)
+    wanted = np.full((3, 4), smoothing / 4)
+    wanted[np.arange(3), label] += 1 - smoothing
+    found = objectives.targets(jnp.asarray(label), 4, smoothing)
+    np.testing.assert_allclose(found, wanted, atol=1e-7)
+    mixed = np.array([[0.25, 0.75, 0, 0]], np.float32)
+    found = objectives.targets(jnp.asarray(mixed), 4, smoothing)
+    np.testing.assert_allclose(found, mixed * (1 - smoothing) + smoothing / 4, atol=1e-7)
+
+
+def fixed(logits):
+    """An `apply` that gives these logits whatever the image."""
+    return lambda variables, image, **_: (jnp.asarray(logits), {})
+
+
+def np_sums(logits, label, mask):
+    sums = dict.fromkeys(('loss', 'top1', 'top5', 'count'), 0.0)
+    for row, own, real in zip(logits.astype(np.float64), label, mask, strict=True):
+        if not real:
+            continue
+        sums['count'] += 1
+        sums['loss'] += np.log(np.exp(row - row.max()).sum()) + row.max() - row[own]
+        beaten = sum(not row[other] < row[own] for other in range(len(row)) if other != own)
+        sums['top1'] += beaten < 1
+        sums['top5'] += beaten < 5
+    return sums
+
+
+def evaluate(logits, label, mask):
+    batch = {
+        'image': jnp.zeros((len(label), *IMAGE)),
+        'label': jnp.asarray(label, jnp.int32),
+        'mask': jnp.asarray(mask, jnp.float32),
+    }
+    sums = objectives.classification_sums(fixed(np.asarray(logits, np.float32)))
+    return {name: float(value) for name, value in sums({}, batch).items()}
+
+
+@pytest.mark.parametrize('classes', [2, 4, 5, 6, 10])
+def test_evaluation_sums_are_those_of_numpy(classes):
+    rng = np.random.default_rng(classes)
+    logits = rng.integers(-2, 3, (64, classes)).astype(np.float32)  # Full of ties.
+    label, mask = rng.integers(0, classes, 64), rng.integers(0, 2, 64)
+    found, wanted = evaluate(logits, label, mask), np_sums(logits, label, mask)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert 0 < wanted['top1'] < wanted['top5'] <= wanted['count'] == mask.sum()
+
+
+def test_padding_counts_nothing_even_when_its_label_is_right():
+    logits = np.eye(6, dtype=np.float32) * 9
+    found = evaluate(logits, np.arange(6), [1, 1, 0, 0, 0, 0])
+    assert (found['count'], found['top1'], found['top5']) == (2, 2, 2)
+
+
+def test_ties_count_against_the_model():
+    found = evaluate(np.zeros((3, 10)), [0, 5, 9], [1, 1, 1])
+    assert (found['top1'], found['top5'], found['count']) == (0, 0, 3)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_logits_that_are_not_finite_never_count_as_hits(value):
+    logits = np.full((2, 6), value, np.float32)
+    found = evaluate(logits, [0, 5], [1, 1])
+    assert (found['top1'], found['top5'], found['count']) == (0, 0, 2)
+    own = np.zeros((1, 6), np.float32)
+    own[0, 2] = np.nan
+    assert evaluate(own, [2], [1])['top1'] == evaluate(own, [2], [1])['top5'] == 0
+
+
+def test_a_single_nan_among_the_others_prevents_a_hit():
+    others = np.zeros((1, 6), np.float32)
+    others[0, 2], others[0, 4] = 1, np.nan
+    assert evaluate(others, [2], [1])['top1'] == 0
+
+
+@pytest.mark.xfail(strict=True, reason='objectives.classification_sums: an infinite own logit hits')
+def test_an_infinite_logit_of_the_right_class_is_no_hit():
+    infinite = np.zeros((1, 6), np.float32)
+    infinite[0, 2] = np.inf
+    assert evaluate(infinite, [2], [1])['top1'] == 0
+
+
+@pytest.mark.xfail(strict=True, reason='objectives.classification_sums: NaN * 0 is NaN')
+def test_the_loss_of_padding_may_be_anything():
+    logits = np.zeros((2, 6), np.float32)
+    logits[1] = np.nan
+    assert evaluate(logits, [0, 0], [1, 0])['loss'] == pytest.approx(np.log(6))
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
+def test_the_evaluation_step_sums_over_all_devices(sizes):
+    run = Run(8, sizes)
+    batch = batch_of(0) | {'mask': np.float32(np.arange(BATCH) % 3 > 0)}
+    sums = objectives.classification_sums(run.net.apply)
+    with jax.set_mesh(run.mesh):
+        now = run.start()
+        found = steps.make_eval_step(sums, run.like, run.mesh)(now['params'], run.put(batch))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(now))
+    wanted = np_sums(np_logits(batch), batch['label'], batch['mask'])
+    assert {n: float(x) for n, x in found.items()} == pytest.approx(wanted, rel=1e-5)
