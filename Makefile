@@ -17,8 +17,8 @@ $(VENV)/installed: setup.py requirements.txt
 
 # Pretrain on formula-driven images, transfer to real digits, draw what happened.
 demo: install
-	$(BIN)/python -m big_vit.train --config configs/demo_pretrain.py --workdir $(PRETRAINED)
-	$(BIN)/python -m big_vit.transfer --config configs/demo_transfer.py \
+	$(BIN)/python -m big_vit.train --config configs/pretrain_fdsl.py --workdir $(PRETRAINED)
+	$(BIN)/python -m big_vit.transfer --config configs/transfer_digits.py \
 		--config.init=$(PRETRAINED) --workdir $(TRANSFERRED)
 	$(BIN)/python -m big_vit.explore $(PRETRAINED) --png $(RUNS)/demo
 	@echo

@@ -41,6 +41,8 @@ def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[A
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError('a number')
+        if abs(value) > 1e300:  # Also what 1e999 and inf are.
+            raise ValueError('a finite number')
         if not lowest <= value <= highest:
             raise ValueError(f'a number from {lowest:g} to {highest:g}')
         return float(value)
@@ -92,8 +94,9 @@ def _choice(*choices: str) -> Callable[[Any], str]:
 def _size(value: Any) -> tuple[int, int]:
     """side, or (height, width)"""
     # Bounded, so that a typo cannot ask for terabytes.
-    pair = (value, value) if isinstance(value, int) else tuple(value) if value else ()
-    if len(pair) != 2 or not all(isinstance(n, int) and 1 <= n <= 16384 for n in pair):
+    pair = value if isinstance(value, tuple) else (value, value)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not whole or not all(1 <= n <= 16384 for n in pair):
         raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
     return pair[0], pair[1]
 
@@ -279,6 +282,8 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f'{prefix}{name}.'))
+            if prefix == 'evals.' and not value:  # An evaluation that takes all from `data`.
+                flat[f'evals.{name}.split'] = None
         else:
             flat[prefix + name] = value
     return flat
@@ -295,23 +300,36 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _in_schema(key: str) -> str:
+    """The key with the name of an evaluation as the schema has it, a star."""
+    return re.sub(r'^evals\.[^.]*\.', 'evals.*.', key)
+
+
 def _field(key: str) -> Field:
-    parts = key.split('.')
-    if parts[0] == 'evals' and len(parts) == 3:
-        parts[1] = '*'
-    field = SCHEMA.get('.'.join(parts))
+    field = SCHEMA.get(_in_schema(key))
     if field is None:
-        near = difflib.get_close_matches('.'.join(parts), SCHEMA, n=1, cutoff=0.6)
-        if not near:  # A right name in the wrong section, or with its section forgotten.
-            by_name = {name.rpartition('.')[2]: name for name in SCHEMA}
-            near = [
-                by_name[name]
-                for name in difflib.get_close_matches(parts[-1], by_name, n=1, cutoff=0.7)
-            ]
-        wanted = key.split('.')[1] if '*' in parts else '*'
-        hint = f'; did you mean {near[0].replace("*", wanted)}?' if near else ''
-        raise UserError(f'config: unknown key {key}{hint}')
+        near = _nearest(key)
+        raise UserError(f'config: unknown key {key}' + (f'; did you mean {near}?' if near else ''))
     return field
+
+
+def _nearest(key: str) -> str | None:
+    """The key that was probably meant: the right name in another section, else a typo."""
+    last = key.rpartition('.')[2]
+    by_name: dict[str, list[str]] = {}
+    for name in SCHEMA:
+        by_name.setdefault(name.rpartition('.')[2], []).append(name)
+    parts = key.split('.')
+    starred = f'{parts[0]}.*.{last}' if len(parts) == 3 else key
+    near = by_name.get(last, []) or difflib.get_close_matches(starred, SCHEMA, n=1, cutoff=0.6)
+    if not near:
+        near = [
+            name
+            for found in difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
+            for name in by_name[found]
+        ]
+    closest = difflib.get_close_matches(starred, near, n=1, cutoff=0.0)
+    return closest[0].replace('*', parts[1] if len(parts) == 3 else '*') if closest else None
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -361,7 +379,8 @@ def resolve(explicit: dict[str, Any]) -> Config:
 def _siblings(key: str) -> list[str]:
     """The same duration in the other units."""
     stem, _, unit = key.rpartition('_')
-    return [f'{stem}_{other}' for other in UNITS if other != unit] if unit in UNITS else []
+    others = [f'{stem}_{other}' for other in UNITS if other != unit] if unit in UNITS else []
+    return [other for other in others if _in_schema(other) in SCHEMA]
 
 
 def _parsed(key: str, text: str) -> Any:
@@ -373,7 +392,7 @@ def _parsed(key: str, text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -406,6 +425,9 @@ def _call_get_config(function: Callable[..., Any], text: str, path: Path) -> Any
                 raise UserError(f'{path}: argument {name} must be {kind}, got {word!r}') from None
         else:
             arguments[name] = word
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in arguments:
+            raise UserError(f'{path}: argument {name} must be given: --config {path}:{name}=...')
     return function(**arguments)
 
 
@@ -476,9 +498,12 @@ def from_json(tree: dict[str, Any]) -> Config:
       UserError: the dump has a key this version does not know.
     """
     flat = flatten(tree)
-    defaults = {key: _field(key).default for key in flat}
     return resolve(
-        {k: v for k, v in flat.items() if v is not None and _checked(k, v) != defaults[k]}
+        {
+            key: value
+            for key, value in flat.items()
+            if key.startswith('evals.') or _checked(key, value) != _field(key).default
+        }
     )
 
 
@@ -523,6 +548,20 @@ def steps(
             steps_ = int(value * factor + 1e-9)
             return max(1, steps_) if value else 0
     return None
+
+
+def experiment_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The flags of the commands that train."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
+    parser.add_argument('--force', action='store_true', help='accept a changed config')
+    parser.add_argument(
+        '--explain', action='store_true', help='print what the config means, and stop'
+    )
+    return parser
 
 
 def parse_command_line(

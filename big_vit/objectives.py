@@ -69,8 +69,10 @@ def classification_sums(apply: Callable[..., Any]) -> Callable[[Any, Batch], dic
         others = jnp.arange(logits.shape[-1])[None] != label[:, None]
         # "not below" rather than "above": a collapsed or NaN model must not score.
         rank = (~(logits < own) & others).sum(-1)
+        rank = jnp.where(jnp.isfinite(own[:, 0]), rank, logits.shape[-1])
         return {
-            'loss': (loss * mask).sum(),
+            # Padding must not count even where the model makes NaN of it.
+            'loss': jnp.where(mask > 0, loss, 0.0).sum(),
             'top1': ((rank < 1) * mask).sum(),
             'top5': ((rank < 5) * mask).sum(),
             'count': mask.sum(),

@@ -43,7 +43,7 @@ def make_mesh(
     unknown = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     shown = ', '.join(f'mesh.{name}={size}' for name, size in sizes.items())
-    if len(unknown) > 1 or given < 1:
+    if len(unknown) > 1 or min(sizes.values()) < -1 or given < 1:
         raise UserError(f'config: {shown}: sizes must be positive, and at most one may be -1')
     if unknown:
         sizes[unknown[0]] = max(len(devices) // given, 1)

@@ -5,7 +5,6 @@
 Started again on the same workdir it resumes, with the same batches.
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -245,18 +244,11 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.train',
-        description='Pretrain a Vision Transformer; started again on its workdir it resumes.',
-        epilog='Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
+    parser = config_lib.experiment_parser(
+        'python -m big_vit.train',
+        'Pretrain a Vision Transformer; started again on its workdir it resumes.',
+        'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
         'docs/config.md lists them all.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
-    parser.add_argument('--force', action='store_true', help='accept a changed config')
-    parser.add_argument(
-        '--explain', action='store_true', help='print what the config means, and stop'
     )
     args, overrides = config_lib.parse_command_line(parser, argv)
     spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')

@@ -7,7 +7,6 @@ Only parameters come from the checkpoint; the head is new, positions are
 resized to the new grid. Training itself is `train.run`, the same path.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -97,17 +96,10 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.transfer',
-        description='Fine-tune a checkpoint on a small dataset, with a control from scratch.',
-        epilog='--config.init=PATH says which checkpoint: a workdir or a checkpoints/STEP folder.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--workdir', help='where both runs go')
-    parser.add_argument('--force', action='store_true', help='accept a changed config')
-    parser.add_argument(
-        '--explain', action='store_true', help='print what the config means, and stop'
+    parser = config_lib.experiment_parser(
+        'python -m big_vit.transfer',
+        'Fine-tune a checkpoint on a small dataset, with a control from scratch.',
+        '--config.init=PATH says which checkpoint: a workdir or a checkpoints/STEP folder.',
     )
     args, overrides = config_lib.parse_command_line(parser, argv)
     spec = config_lib.require_flag(args.config, '--config', 'configs/transfer_digits.py')

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from commands import error_line, run, start
+from tiny import write_idx
 
 from big_vit import checkpoint, config, metrics, train
 from big_vit.errors import UserError
@@ -250,6 +251,44 @@ def test_help_and_one_line_errors_of_the_real_command(tmp_path):
         )
     )
     assert 'unknown key modle.depth; did you mean model.depth?' in line
+    assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (
+            ['--config.modle.variant=S/16'],
+            r'unknown key modle\.variant; did you mean model\.variant',
+        ),
+        (['--config.lr=fast'], r"lr must be a number, got 'fast'"),
+        (['--config.batch_size=20'], r'batch_size=20 is not divisible by 8 devices .*; try 16'),
+        (['--config.mesh.fsdp=3'], r'mesh\.fsdp=3.* does not multiply to the 8 devices'),
+        (['--config.image_size=30'], r'image_size 30x30 is not divisible by the 7x7 patch'),
+        (
+            ['--config.data.path=/nowhere'],
+            r"data\.path: '/nowhere' is not a directory.*apt install",
+        ),
+        (['--config.data.num_classes=3'], r'data\.num_classes is 3 but example \d+ of .*has label'),
+        (['--config.optim.lr_rules=(("nothing", 0.0), (".*", 1.0))'], r'matches no parameter'),
+        (['--config.schedule.warmup_steps=99999'], r'schedule\.warmup_\* comes to 99999 steps'),
+        (['--config.evals.test.transform=flip_lr'], r'evals\.test\.transform: flip_lr is random'),
+        (['--config.model.num_heads=5'], r'model\.width=96 is not divisible by model\.num_heads=5'),
+        (
+            ['--config.data.name=tfds', '--config.data.tfds_name=cifar10'],
+            r'data\.path: cifar10 is not prepared in .*tfds build cifar10',
+        ),
+    ],
+)
+def test_mistakes_are_named_within_seconds_and_before_the_workdir_exists(tmp_path, flags, message):
+    data = write_idx(tmp_path / 'idx')
+    argv = ['--config', 'configs/fashion_mnist.py', '--workdir', str(tmp_path / 'w')]
+    argv += [f'--config.data.path={data}', '--config.batch_size=16', *flags]
+    began = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        train.main(argv)
+    assert '\n' not in str(caught.value)
+    assert time.monotonic() - began < 15
     assert not (tmp_path / 'w').exists()
 
 

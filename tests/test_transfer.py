@@ -22,7 +22,7 @@ PRETRAIN = {
 def pretrained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('pretrained') / 'w'
     settings = config.load(
-        'configs/demo_pretrain.py', overrides(MODEL, RUN, PRETRAIN, evals=('test',))
+        'configs/pretrain_fdsl.py', overrides(MODEL, RUN, PRETRAIN, evals=('test',))
     )
     train.run(settings, workdir)
     return workdir
@@ -30,7 +30,7 @@ def pretrained(tmp_path_factory):
 
 def small_transfer(init, *more):
     return transfer.load_config(
-        'configs/demo_transfer.py',
+        'configs/transfer_digits.py',
         overrides(RUN, *more, {'init': str(init)}, evals=('test',)),
     )
 
@@ -113,7 +113,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=r'config: init: .*nowhere: no such folder'):
         small_transfer(tmp_path / 'nowhere')
     with pytest.raises(UserError, match=r'init must be set to a checkpoint'):
-        transfer.load_config('configs/demo_transfer.py', [])
+        transfer.load_config('configs/transfer_digits.py', [])
 
 
 def test_pretraining_helps_on_what_it_was_pretrained_on(tmp_path):
@@ -195,7 +195,7 @@ def test_explore_draws_curves_and_images(transferred, tmp_path, capsys):
 def test_transfer_from_the_command_line(pretrained, tmp_path):
     result = run(
         'transfer',
-        *('--config', 'configs/demo_transfer.py', '--workdir', tmp_path / 'w'),
+        *('--config', 'configs/transfer_digits.py', '--workdir', tmp_path / 'w'),
         *flags(RUN, {'init': str(pretrained), 'evals.test.split': 'test[:20]'}),
     )
     assert result.returncode == 0, result.stdout + result.stderr
