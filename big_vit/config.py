@@ -257,7 +257,11 @@ class Config:
 
     def replacing(self, flat: dict[str, Any]) -> 'Config':
         """A checked copy of a whole config with the dotted keys of `flat` set."""
-        given = {key: flatten(self._tree)[key] for key in self._explicit}
+        given = {
+            key: value
+            for key, value in flatten(self._tree).items()
+            if key in self._explicit or key.startswith('evals.')
+        }
         return resolve({**given, **flat})
 
     def audit(self) -> None:
@@ -436,7 +440,8 @@ def load(
 ) -> Config:
     """Loads `configs/x.py:arg=v,arg2=v`, then applies `(key, text)` overrides.
 
-    A duration that is overridden in another unit replaces the file's.
+    A duration that is overridden in another unit replaces the file's; the
+    text 'default' takes back what the file set.
     `base` holds values (dotted keys) that file and overrides may replace.
 
     Raises:
@@ -479,6 +484,8 @@ def load(
         put(key, value)
     for key, text in overrides:
         put(key, _parsed(key, text))
+        if text == 'default':
+            del explicit[key]
     return resolve(explicit)
 
 
@@ -487,7 +494,7 @@ def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     flat: dict[str, Any] = {}
     for key, text in overrides:
         flat.update(dict.fromkeys(_siblings(key)))
-        flat[key] = _parsed(key, text)
+        flat[key] = _field(key).default if text == 'default' else _parsed(key, text)
     return config.replacing(flat)
 
 

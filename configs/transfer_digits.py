@@ -10,15 +10,16 @@ from ml_collections import ConfigDict
 
 
 def get_config(size: int = 32, split: str = 'train[:20%]'):
+    augment = 'resize(size) | random_crop(size, 3)'
     return ConfigDict(
         {
             'total_steps': 300,
             'batch_size': 64,
             'image_size': size,
-            'lr': 0.03,
-            'data': {'name': 'digits', 'split': split, 'transform': 'resize(size)'},
+            'lr': 0.1,
+            'data': {'name': 'digits', 'split': split, 'transform': augment},
             'evals': {'test': {'split': 'test', 'every_steps': 100}},
-            'optim': {'name': 'sgd', 'momentum': 0.9},
+            'optim': {'name': 'sgd'},
             'schedule': {'warmup_percent': 10},
             'log': {'every_steps': 50},
         }

@@ -235,6 +235,20 @@ def test_a_warmup_and_an_evaluation_too_can_change_their_unit(file):
     assert loaded.evals.test.every_epochs is None and loaded.evals.test.every_percent == 50
 
 
+def test_replacing_keeps_an_evaluation_that_sets_nothing(file):
+    file.write_text(SOURCE.replace("{'split': 'test', 'every_epochs': 1}", '{}'))
+    assert list(config.load(str(file)).replacing({'seed': 3}).evals) == ['test']
+
+
+def test_default_takes_back_what_the_file_set(file):
+    file.write_text(SOURCE.replace("'batch_size'", "'ema': 0.9, 'batch_size'"))
+    assert config.load(str(file)).sets('ema')
+    loaded = config.load(str(file), [('ema', 'default'), ('model.depth', 'default')])
+    assert loaded.ema == 0.0 and not loaded.sets('ema')
+    assert loaded.model.depth is None and not loaded.sets('model.depth')
+    refused(lambda: config.load(str(file), [('emma', 'default')]), 'emma', 'ema')
+
+
 @pytest.mark.parametrize(
     'key, text',
     [

@@ -10,7 +10,8 @@ from big_vit.data import transforms
 HEAD = """# Config keys
 
 Made from `big_vit/config.py` by `make golden`. Any key can be set in a config file or on
-the command line as `--config.KEY=VALUE`. A duration is set in one unit; in `evals`, `*` is
+the command line as `--config.KEY=VALUE`; the value `default` takes back what the file set. A
+duration is set in one unit; in `evals`, `*` is
 any name, and what is not set comes from `data`.
 
 | key | value | default | meaning |

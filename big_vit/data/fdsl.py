@@ -17,6 +17,7 @@ from big_vit.errors import UserError
 _TEST_INSTANCES = 50
 _MAX_ORBITS = 6
 _MAX_FREQUENCY = 20
+_MAX_TILT = 0.25  # radians
 # Keys of classes and of instances must not coincide; epochs do not exist here, so their
 # slot in the key tells the two apart.
 _CLASS, _INSTANCE = 0, 1
@@ -28,12 +29,13 @@ def _class_parameters(seed: int, classes: Int64[np.ndarray, ' b']) -> dict[str, 
     """The formula of each class, float32 [B] each.
 
     The radius of orbit k at angle θ is  inner + k·step + λ1·sin(n1·θ + k·twist) +
-    λ2·sin(n2·θ + phase), of which an image shows the first `orbits`.
+    λ2·sin(n2·θ + phase), of which an image shows the first `orbits`, turned by `turn`.
     """
     keys = order.example_keys(seed, _CLASS, classes)
-    draws = [order.uniform(keys, stream).astype(np.float32) for stream in range(8)]
-    n1 = np.floor(draws[0] * (_MAX_FREQUENCY + 1))
-    n2 = np.floor(draws[1] * (_MAX_FREQUENCY + 1))
+    draws = [order.uniform(keys, stream).astype(np.float32) for stream in range(9)]
+    # Squared: most formulas are smooth, whose shapes survive at few pixels.
+    n1 = np.floor(draws[0] ** 2 * (_MAX_FREQUENCY + 1))
+    n2 = np.floor(draws[1] ** 2 * (_MAX_FREQUENCY + 1))
     orbits = 1 + np.floor(draws[4] * _MAX_ORBITS)
     inner = 0.25 + 0.45 * draws[5]
     return {
@@ -47,6 +49,7 @@ def _class_parameters(seed: int, classes: Int64[np.ndarray, ' b']) -> dict[str, 
         'step': (1.0 - inner) / np.maximum(orbits - 1, 1),
         'twist': 2 * np.pi * draws[6] / _MAX_ORBITS,
         'phase': 2 * np.pi * draws[7],
+        'turn': 2 * np.pi * draws[8],
     }
 
 
@@ -87,7 +90,8 @@ def _draw(
     reach = reach + formula['amplitude1'] + formula['amplitude2']
     scale = 0.34 + 0.12 * draw(1)
     radius *= smaller * scale / reach
-    turned = angle + 2 * np.pi * draw(2)
+    # Which way up a drawing is belongs to its class: a model must learn to see it.
+    turned = angle + formula['turn'] + _MAX_TILT * (2 * draw(2) - 1)
     # Smaller drawings have more room to move about in.
     room = smaller * (0.96 - 2 * scale)
     y = radius * np.sin(turned) + (height - 1) / 2 + room * (draw(3) - 0.5)
