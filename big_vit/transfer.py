@@ -8,6 +8,7 @@ resized to the new grid. Training itself is `train.run`, the same path.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,23 @@ def run(
     return results
 
 
+def _standard_error(found: dict[str, float], name: str) -> float:
+    share = found[f'{name}/top1']
+    return math.sqrt(share * (1 - share) / found[f'{name}/count'])
+
+
 def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
-    """One row for each start and evaluation."""
+    """One row for each start and evaluation; ± is the standard error from the size of the test.
+
+    Seeds add to it: a difference of a few ± from one seed shows nothing.
+    """
     names = {'pretrained': 'from the checkpoint', 'control': 'control: same recipe from random'}
     rows = [
         (
             names[label],
             name,
             f'{found[f"{name}/top1"]:.2%}',
+            f'{_standard_error(found, name):.2%}',
             f'{found[f"{name}/top5"]:.2%}',
             f'{found[f"{name}/loss"]:.4f}',
             f'{found[f"{name}/count"]:.0f}',
@@ -92,7 +102,7 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
         for label, found in results.items()
         for name in evals
     ]
-    return metrics.table(('start', 'evaluation', 'top-1', 'top-5', 'loss', 'examples'), rows)
+    return metrics.table(('start', 'evaluation', 'top-1', '±', 'top-5', 'loss', 'examples'), rows)
 
 
 def main(argv: list[str]) -> None:
