@@ -36,6 +36,18 @@ def run(
     )
 
 
+def script(text: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Python text in a fresh process, with what it printed."""
+    return subprocess.run(
+        [sys.executable, '-c', text, *map(str, args)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 def start(command: str, *args: object, devices: int = 1) -> subprocess.Popen[str]:
     """The same in the background, with output to a pipe."""
     return subprocess.Popen(
