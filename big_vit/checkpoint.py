@@ -136,6 +136,15 @@ def locate(path: str | Path, key: str = '--workdir') -> tuple[Path, int]:
     return workdir, steps(workdir)[-1]
 
 
+def set_aside(workdir: str | Path, step: int) -> None:
+    """Moves a damaged checkpoint to WORKDIR/damaged, so that its step can be saved again."""
+    if jax.process_index() == 0:
+        folder = Path(workdir) / 'damaged'
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.iterdir()))
+        (Path(workdir) / 'checkpoints' / str(step)).rename(folder / f'{step}-{number}')
+
+
 def read_sidecar(workdir: str | Path, step: int) -> dict[str, Any]:
     """What `describe` wrote.
 

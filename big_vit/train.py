@@ -83,17 +83,28 @@ def open_workdir(path: str | Path, config: Config, like: state.State, force: boo
 def restore_newest(workdir: Path, like: state.State) -> state.State | None:
     """The newest checkpoint that is intact; None where there is none at all.
 
+    Damaged ones are moved to WORKDIR/damaged, out of the way of the new ones, once a
+    good one is found.
+
     Raises:
       UserError: there are checkpoints, but none can be read.
     """
-    found = checkpoint.steps(workdir)
+    found, damaged = checkpoint.steps(workdir), []
     for step in reversed(found):
         try:
-            return checkpoint.restore(workdir, step, like)
+            good = checkpoint.restore(workdir, step, like)
         except checkpoint.CorruptCheckpointError as error:
             print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
+            damaged.append(step)
+            continue
+        for bad in damaged:
+            checkpoint.set_aside(workdir, bad)
+        return good
     if found:
-        raise UserError(f'{workdir}/checkpoints: none of steps {found} can be read')
+        raise UserError(
+            f'{workdir}/checkpoints: none of the checkpoints of steps {found} can be read; '
+            'use another --workdir to start afresh'
+        )
     return None
 
 
@@ -159,10 +170,7 @@ def run(
     due, total, dump = parts.due, parts.total_steps, config.to_dict()
     active = jax.process_index() == 0
 
-    with (
-        jax.set_mesh(parts.mesh),
-        checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
-    ):
+    with jax.set_mesh(parts.mesh):
         now = restored = restore_newest(workdir, parts.like)
         if now is None:
             shape = parts.data.image_shape
@@ -171,6 +179,7 @@ def run(
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
         with (
+            checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **log_targets) as writer,
             metrics.Console(total, start, label=label, active=active) as console,
             runtime.stop_signals() as stop,

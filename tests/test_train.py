@@ -1,6 +1,7 @@
 """The whole path: train, stop, kill, resume, and what the workdir then holds."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -139,6 +140,22 @@ def test_sigterm_saves_exits_0_and_the_restart_ends_bit_identical(
     assert f'resume  from step {saved}' in result.stdout
     assert hashes(workdir, 400) == hashes(uninterrupted[0], 400)
     assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+
+
+def test_a_damaged_last_checkpoint_costs_steps_but_not_the_run(
+    tmp_path, config_file, uninterrupted
+):
+    workdir = tmp_path / 'w'
+    shutil.copytree(uninterrupted[0], workdir)
+    data = workdir / 'checkpoints' / '400' / 'state' / 'manifest.ocdbt'
+    data.write_bytes(data.read_bytes()[:-3])
+    result = run('train', '--config', config_file, '--workdir', workdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'WARNING' in result.stderr and 'falling back' in result.stderr
+    assert 'resume  from step 390' in result.stdout
+    assert hashes(workdir, 400) == hashes(uninterrupted[0], 400)
+    assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+    assert (workdir / 'damaged' / '400-0' / 'state').is_dir()
 
 
 def test_a_changed_config_is_refused_and_shown_unless_forced(finished):
