@@ -21,8 +21,11 @@ demo: install
 	$(BIN)/python -m big_vit.transfer --config configs/transfer_digits.py \
 		--config.init=$(PRETRAINED) --workdir $(TRANSFERRED)
 	$(BIN)/python -m big_vit.explore $(PRETRAINED) --png $(RUNS)/demo
+	$(BIN)/python -m big_vit.explore $(TRANSFERRED)/pretrained $(TRANSFERRED)/control \
+		--png $(RUNS)/demo/transfer
 	@echo
 	@echo "pictures     $(RUNS)/demo/curves.png  $(RUNS)/demo/images.png"
+	@echo "             $(TRANSFERRED)/curves.png  $(TRANSFERRED)/images.png"
 	@echo "checkpoint   $(PRETRAINED)/checkpoints"
 	@echo "next         $(BIN)/python -m big_vit.explore $(TRANSFERRED)/pretrained"
 	@echo "             $(BIN)/python -m big_vit.evaluate --checkpoint $(PRETRAINED)"
