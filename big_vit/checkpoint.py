@@ -335,6 +335,12 @@ def restore(workdir: str | Path, step: int, like: State) -> State:
     return state
 
 
+def scored_part(sidecar: dict[str, Any]) -> str:
+    """Which parameters stand for the model: the averaged ones where there are any."""
+    averaged = any(name.startswith('ema/') for name in sidecar['leaves'])
+    return 'ema' if averaged else 'params'
+
+
 def load_params(
     workdir: str | Path, step: int, which: str = 'params'
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -26,7 +26,6 @@ def run(
       overrides: of the checkpoint's own config, as (dotted key, text).
     """
     sidecar = checkpoint.read_sidecar(workdir, step)
-    which = 'ema' if any(name.startswith('ema/') for name in sidecar['leaves']) else 'params'
     devices = len(jax.devices())
     saved = config_lib.from_json(sidecar['config'])
     # The mesh is this machine's, and a batch is only how many examples go at a time.
@@ -43,7 +42,7 @@ def run(
             "the checkpoint's config has no evals; add one: --config.evals.test.split=test"
         )
     parts = build.experiment(config)
-    params, _ = checkpoint.load_params(workdir, step, which)
+    params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
     checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
     params = jax.tree.map(jax.device_put, params, state.shardings(parts.like)['params'])
     with jax.set_mesh(parts.mesh):

@@ -23,10 +23,17 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    # JSON has no NaN and no infinity; what is not finite is null, and NaN when it is read.
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite) + '\n'
 
 
 def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -73,7 +80,7 @@ class Writer:
         rows = [row for row in read(workdir) if row['step'] <= start_step]
         self.latest = latest(rows)
         partial = path.with_suffix('.tmp')
-        partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        partial.write_text(''.join(map(_line, rows)))
         partial.replace(path)
         self._file = path.open('a')
         if tensorboard:
@@ -86,9 +93,7 @@ class Writer:
         self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
         if self._file is None:
             return
-        # JSON has no NaN and no infinity; what is not finite is null.
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({'step': step, **finite}) + '\n')
+        self._file.write(_line({'step': step, **values}))
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():

@@ -18,8 +18,8 @@ from big_vit.config import Config
 from big_vit.errors import UserError
 
 
-def load_config(spec: str, overrides: list[tuple[str, str]]) -> tuple[Config, Path, int]:
-    """(config, workdir, step): the model is the checkpoint's where the config does not say.
+def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
+    """The config, whose model is the checkpoint's where file and overrides do not say.
 
     Raises:
       UserError: config.init is not set, or there is no checkpoint.
@@ -31,14 +31,14 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> tuple[Config, Pa
     source, step = checkpoint.locate(first.init, 'config: init')
     saved = config_lib.flatten(checkpoint.read_sidecar(source, step)['config'])
     base = {k: v for k, v in saved.items() if k.startswith('model.') and v is not None}
-    return config_lib.load(spec, overrides, base=base), source, step
+    return config_lib.load(spec, overrides, base=base)
 
 
-def initial_params(config: Config, parts: build.Experiment, source: Path, step: int) -> Any:
-    """The checkpoint's parameters (its averaged ones if it has them), made to fit the model."""
+def initial_params(config: Config, parts: build.Experiment) -> Any:
+    """The parameters of the checkpoint `config.init`, made to fit the model."""
+    source, step = checkpoint.locate(config.init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
-    which = 'ema' if any(name.startswith('ema/') for name in sidecar['leaves']) else 'params'
-    params, sidecar = checkpoint.load_params(source, step, which)
+    params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
     return adapt.adapt(
         params,
         config_lib.from_json(sidecar['config']),
@@ -50,7 +50,7 @@ def initial_params(config: Config, parts: build.Experiment, source: Path, step: 
 
 
 def run(
-    config: Config, source: Path, step: int, workdir: str | Path, *, force: bool = False
+    config: Config, workdir: str | Path, *, force: bool = False
 ) -> dict[str, dict[str, float]] | None:
     """Fine-tunes from the checkpoint and, as a control, from random parameters.
 
@@ -61,11 +61,10 @@ def run(
       ended it early.
     """
     parts = build.experiment(config)
-    params = initial_params(config, parts, source, step)
+    params = initial_params(config, parts)
     starts: dict[str, Any] = {'pretrained': params}
     if config.transfer.control:
         starts['control'] = None
-    assert config.init is not None  # Reading it here is what makes it a key in use.
     results = {}
     for label, start in starts.items():
         ended = train.run(config, Path(workdir) / label, force=force, params=start, label=label)
@@ -113,13 +112,13 @@ def main(argv: list[str]) -> None:
     )
     args, overrides = config_lib.parse_command_line(parser, argv)
     spec = config_lib.require_flag(args.config, '--config', 'configs/transfer_digits.py')
-    config, source, step = load_config(spec, overrides)
+    config = load_config(spec, overrides)
     runtime.start()
     if args.explain:
         print(explain.page(config))
         return
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
-    results = run(config, source, step, workdir, force=args.force)
+    results = run(config, workdir, force=args.force)
     if results is not None:
         print(f'\n{result_table(results, list(config.evals))}\n')
         print(

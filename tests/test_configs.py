@@ -51,7 +51,7 @@ def start_point(tmp_path_factory):
 @pytest.mark.parametrize('path', TRANSFER, ids=lambda path: path.stem)
 def test_transfer(path, start_point, idx_folder, tmp_path):
     settings = [*smoke_overrides(path, idx_folder), ('init', str(start_point))]
-    results = transfer.run(*transfer.load_config(str(path), settings), tmp_path / 'w')
+    results = transfer.run(transfer.load_config(str(path), settings), tmp_path / 'w')
     assert results is not None
     for found in results.values():
         assert 0 <= found['test/top1'] <= 1 and found['test/count'] == 20

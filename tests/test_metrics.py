@@ -1,12 +1,13 @@
 """Rows, rates, tables and the targets that metrics go to."""
 
 import json
+import math
 import sys
 import types
 
 import pytest
 
-from big_vit import metrics
+from big_vit import explore, metrics
 from big_vit.errors import UserError
 
 
@@ -118,3 +119,7 @@ def test_rows_are_valid_json_also_for_values_that_are_not_finite(tmp_path):
 
     row = json.loads((tmp_path / metrics.FILE).read_text(), parse_constant=refuse)
     assert row == {'step': 1, 'train/loss': None, 'train/grad_norm': None}
+    with metrics.Writer(tmp_path, 1):
+        (again,) = metrics.read(tmp_path)
+    assert math.isnan(again['train/loss']) and again['step'] == 1
+    assert 'nan' in explore.history_table([again])

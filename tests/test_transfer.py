@@ -38,7 +38,7 @@ def small_transfer(init, *more):
 @pytest.fixture(scope='module')
 def transferred(pretrained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('transferred') / 'w'
-    return workdir, transfer.run(*small_transfer(pretrained), workdir)
+    return workdir, transfer.run(small_transfer(pretrained), workdir)
 
 
 def test_both_starts_are_trained_and_reported(transferred):
@@ -56,7 +56,7 @@ def test_both_starts_are_trained_and_reported(transferred):
 def first_params(pretrained, tmp_path, *more):
     """Parameters after one transfer step with a rate of 0: what the transfer started from."""
     still = {'total_steps': '1', 'lr': '0.0', 'transfer.control': 'false'}
-    transfer.run(*small_transfer(pretrained, still, *more), tmp_path / 'w')
+    transfer.run(small_transfer(pretrained, still, *more), tmp_path / 'w')
     return checkpoint.load_params(tmp_path / 'w' / 'pretrained', 1)[0]
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_named_before_the_workdir_exists(
     pretrained, tmp_path, change, message
 ):
     with pytest.raises(UserError, match=message):
-        transfer.run(*small_transfer(pretrained, change), tmp_path / 'w')
+        transfer.run(small_transfer(pretrained, change), tmp_path / 'w')
     assert not (tmp_path / 'w').exists()
 
 
