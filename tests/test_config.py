@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from big_vit import config
+from big_vit import config, schema
 from big_vit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / 'configs').glob('*.py'))
-KEYS = [key.replace('*', 'test') for key in config.SCHEMA]
+KEYS = [key.replace('*', 'test') for key in schema.SCHEMA]
 # A transfer takes its model from a checkpoint, so its file need not name one.
 BASE = {'model.variant': 'mu/1'}
 REQUIRED = {
@@ -390,7 +390,7 @@ GROUPS = {
 
 
 def group_of(key):
-    if key.rpartition('_')[2] in config.UNITS:
+    if key.rpartition('_')[2] in schema.UNITS:
         return 'number'
     return GROUPS.get(key) or GROUPS.get(key.rpartition('.')[2])
 
@@ -444,7 +444,7 @@ def test_names_of_evaluations_are_plain_words():
 
 
 def test_schema_defaults_pass_their_own_checks():
-    for key, field in config.SCHEMA.items():
+    for key, field in schema.SCHEMA.items():
         assert field.doc.endswith('.')
         if field.default is not None:
             assert field.check(field.default) == field.default, key

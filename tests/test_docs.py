@@ -4,12 +4,12 @@ import os
 
 from commands import ROOT
 
-from big_vit import config
+from big_vit import schema
 from big_vit.data import transforms
 
 HEAD = """# Config keys
 
-Made from `big_vit/config.py` by `make golden`. Any key can be set in a config file or on
+Made from `big_vit/schema.py` by `make golden`. Any key can be set in a config file or on
 the command line as `--config.KEY=VALUE`; the value `default` takes back what the file set. A
 duration is set in one unit; in `evals`, `*` is
 any name, and what is not set comes from `data`.
@@ -22,9 +22,9 @@ any name, and what is not set comes from `data`.
 def page() -> str:
     durations: dict[str, list[str]] = {}
     rows = []
-    for key, field in config.SCHEMA.items():
+    for key, field in schema.SCHEMA.items():
         stem, _, unit = key.rpartition('_')
-        if unit in config.UNITS:
+        if unit in schema.UNITS:
             durations.setdefault(stem, []).append(unit)
             if len(durations[stem]) > 1:
                 continue

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from big_vit import config, sharding, state, trees
+from big_vit import config, schema, sharding, state, trees
 from big_vit.models import variants
 from big_vit.models.vit import ViT
 
@@ -82,7 +82,7 @@ def columns(rows):
 def test_sharding_and_decay_of_all_parameters_are_the_golden_ones(variant):
     net = ViT(num_classes=1000, **variants.parse(variant))
     params = trees.flatten(state.abstract_params(net, (224, 224, 3)))
-    rules = config.SCHEMA['optim.weight_decay_rules'].default
+    rules = schema.SCHEMA['optim.weight_decay_rules'].default
     decay = trees.match_rules(rules, params, 'optim.weight_decay_rules')
     rows = [('path', 'shape', 'spec', 'decay')]
     for name, leaf in params.items():

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
-    {'errors'},
+    {'errors', 'schema'},
     {'runtime', 'config', 'trees'},
     {'models', 'optim', 'data', 'sharding'},
     {'objectives', 'state', 'checkpoint', 'metrics', 'interop'},

@@ -1,0 +1,183 @@
+"""Every key of a config: which values it takes, its default, and what it means."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+UNITS = ('steps', 'epochs', 'examples', 'percent')
+
+
+class Field(NamedTuple):
+    """One key of the schema: how its value is checked, its default, what it means.
+
+    The docstring of `check` says which values it takes; docs/config.md is made of it.
+    """
+
+    check: Callable[[Any], Any]
+    default: Any
+    doc: str
+
+
+def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError('a number')
+        if abs(value) > 1e300:  # Also what 1e999 and inf are.
+            raise ValueError('a finite number')
+        if not lowest <= value <= highest:
+            raise ValueError(f'a number from {lowest:g} to {highest:g}')
+        return float(value)
+
+    check.__doc__ = 'number'
+    return check
+
+
+def _int(lowest: float = -math.inf) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError('a whole number')
+        if value < lowest:
+            raise ValueError(f'a whole number of at least {lowest}')
+        return value
+
+    check.__doc__ = 'whole number'
+    return check
+
+
+def _bool(value: Any) -> bool:
+    """true, false"""
+    if not isinstance(value, bool):
+        raise ValueError('true or false')
+    return value
+
+
+def check_text(value: Any) -> str:
+    """text"""
+    if not isinstance(value, str):
+        raise ValueError('a text')
+    return value
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise ValueError('one of ' + ', '.join(map(repr, choices)) + hint)
+        return value
+
+    check.__doc__ = ', '.join(choices)
+    return check
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """side, or (height, width)"""
+    # Bounded, so that a typo cannot ask for terabytes.
+    pair = value if isinstance(value, tuple) else (value, value)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not whole or not all(1 <= n <= 16384 for n in pair):
+        raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
+    return pair[0], pair[1]
+
+
+def _rules(value: Any) -> tuple[tuple[str, float], ...]:
+    """pairs of (regex, factor)"""
+    try:
+        return tuple((check_text(pattern), _number()(factor)) for pattern, factor in value)
+    except (TypeError, ValueError):
+        raise ValueError("a tuple of (regex on the parameter's path, factor)") from None
+
+
+def _durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
+    return {f'{key}_{unit}': Field(_number(0), None, f'{doc}, in {unit}.') for unit in units}
+
+
+# None as a default means "not set": the value is required, inherited or absent.
+_SOURCE = {
+    'name': Field(_choice('fdsl', 'digits', 'idx', 'tfds'), None, 'Where examples come from.'),
+    'split': Field(check_text, 'train', "A split in TFDS syntax, as in 'train[:90%]'."),
+    'path': Field(check_text, None, 'Folder of the files (idx), or the TFDS data_dir.'),
+    'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
+    'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
+    'transform': Field(
+        check_text,
+        'resize(size)',
+        "Operations such as 'resize(size) | flip_lr'; docs/data.md has them.",
+    ),
+}
+
+SCHEMA: dict[str, Field] = {
+    'seed': Field(_int(0), 0, 'Decides parameters, data order, augmentation and dropout.'),
+    **_durations('total', 'Length of training', UNITS[:3]),
+    'batch_size': Field(_int(1), None, 'Examples a step, over all devices.'),
+    'accumulation': Field(_int(1), 1, 'Microbatches that a step is computed in.'),
+    'image_size': Field(_size, None, 'Pixels: a side, or (height, width).'),
+    'lr': Field(_number(0), None, 'Peak learning rate.'),
+    'init': Field(check_text, None, 'Workdir or checkpoint whose parameters to start from.'),
+    'ema': Field(_number(0, 1), 0.0, 'Decay of the moving average of parameters; 0 is off.'),
+    'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
+    'model.variant': Field(check_text, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
+    'model.width': Field(_int(1), None, "Overrides the variant's width."),
+    'model.depth': Field(_int(1), None, "Overrides the variant's number of blocks."),
+    'model.mlp_dim': Field(_int(1), None, "Overrides the variant's hidden width of the MLP."),
+    'model.num_heads': Field(_int(1), None, "Overrides the variant's number of heads."),
+    'model.pool': Field(_choice('gap', 'cls', 'map'), 'gap', 'How tokens become one vector.'),
+    'model.posemb': Field(_choice('sincos2d', 'learned'), 'sincos2d', 'Position embeddings.'),
+    'model.dropout': Field(_number(0, 1), 0.0, 'Dropout rate of the residual branches.'),
+    'model.dtype': Field(_choice('bfloat16', 'float32'), 'bfloat16', 'Type to compute in.'),
+    'model.scan': Field(_bool, True, 'Compile one block and scan it, or unroll all.'),
+    'model.remat': Field(
+        _choice('none', 'names', 'full'), 'none', 'What the backward pass recomputes.'
+    ),
+    **{f'data.{name}': field for name, field in _SOURCE.items()},
+    'data.shuffle': Field(_bool, True, 'Reshuffle each epoch, or keep the order of the source.'),
+    # What an evaluation does not say, it takes from `data`.
+    **{f'evals.*.{name}': field._replace(default=None) for name, field in _SOURCE.items()},
+    **_durations('evals.*.every', 'Evaluate this often, and at the end'),
+    'optim.name': Field(_choice('adamw', 'sgd'), 'adamw', 'The optimizer.'),
+    'optim.b1': Field(_number(0, 1), 0.9, 'Decay of the first moment (adamw).'),
+    'optim.b2': Field(_number(0, 1), 0.999, 'Decay of the second moment (adamw).'),
+    'optim.eps': Field(_number(0), 1e-8, 'Added to the root of the second moment (adamw).'),
+    'optim.mu_dtype': Field(
+        _choice('float32', 'bfloat16'), 'float32', 'Type the first moment or momentum is kept in.'
+    ),
+    'optim.momentum': Field(_number(0, 1), 0.9, 'Momentum (sgd).'),
+    'optim.nesterov': Field(_bool, False, 'Nesterov momentum (sgd).'),
+    'optim.clip': Field(_number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
+    'optim.weight_decay': Field(_number(0), 0.0, 'Decoupled decay, multiplied by the rate.'),
+    'optim.weight_decay_rules': Field(
+        _rules, (('.*/kernel', 1.0), ('.*', 0.0)), 'Factors on the decay; the first match wins.'
+    ),
+    'optim.lr_rules': Field(
+        _rules, (('.*', 1.0),), 'Factors on the rate; the first match wins, 0 freezes.'
+    ),
+    'schedule.name': Field(
+        _choice('cosine', 'linear', 'constant'), 'cosine', 'How the rate moves after the warmup.'
+    ),
+    **_durations('schedule.warmup', 'Linear warmup from 0'),
+    'schedule.end': Field(_number(0, 1), 0.0, 'The last rate, as a share of the peak.'),
+    'mesh.replica': Field(_int(-1), 1, 'Devices that hold copies; -1 takes the rest.'),
+    'mesh.fsdp': Field(_int(-1), -1, 'Devices that parameters are sharded over.'),
+    'mesh.tensor': Field(_int(-1), 1, 'Devices that heads and MLPs are split over.'),
+    'mesh.min_shard_size': Field(
+        _int(0), 2**20, 'Arrays of fewer scalars stay replicated on every device.'
+    ),
+    **_durations('checkpoint.every', 'Save this often, and at the end'),
+    'checkpoint.keep_last': Field(_int(1), 2, 'How many of the newest checkpoints stay.'),
+    **_durations('checkpoint.keep_every', 'Never delete the checkpoints at multiples of this'),
+    **_durations('log.every', 'Write training metrics this often'),
+    'log.tensorboard': Field(_bool, False, 'Also write TensorBoard event files.'),
+    'log.wandb': Field(check_text, None, 'Also log to this Weights & Biases project.'),
+    'transfer.control': Field(_bool, True, 'Also train the same recipe from random parameters.'),
+}
+REQUIRED = {  # One of each group must be set; the message names the first.
+    'total_epochs': ('total_steps', 'total_epochs', 'total_examples'),
+    'batch_size': ('batch_size',),
+    'image_size': ('image_size',),
+    'lr': ('lr',),
+    'model.variant': ('model.variant',),
+    'data.name': ('data.name',),
+}
