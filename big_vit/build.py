@@ -67,7 +67,12 @@ def _required(section: Config, name: str, key: str) -> Any:
 
 
 def data(
-    section: Config, key: str, image_size: tuple[int, int], seed: int, num_classes: int | None
+    section: Config,
+    key: str,
+    image_size: tuple[int, int],
+    seed: int,
+    num_classes: int | None,
+    absent: bool = False,
 ) -> Data:
     """Opens a source and checks that its transform gives what the model takes.
 
@@ -75,10 +80,14 @@ def data(
       section: the config's `data`, or one of `evals` completed by `complete_eval`.
       key: the section's path, for messages.
       num_classes: the model's, where it is known already.
+      absent: take the number of examples and classes from the config where it has both,
+        without opening anything.
     """
     name, split = section.name, section.split
-    classes = section.num_classes or num_classes
-    if name == 'fdsl':
+    classes, examples = section.num_classes or num_classes, section.num_examples
+    if absent and classes and examples:
+        source = sources.declared(section.tfds_name or name, split, examples, classes, image_size)
+    elif name == 'fdsl':
         if classes is None:
             raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
         source = fdsl.fdsl(split, classes, image_size, seed, key=key)
@@ -89,6 +98,11 @@ def data(
     else:
         tfds_name = _required(section, 'tfds_name', key)
         source = sources.tfds(split, tfds_name, section.path or '', classes, key=key)
+    if examples and examples != source.length:
+        raise UserError(
+            f'config: {key}.num_examples={examples}, but {source.name} {split} has '
+            f'{source.length}: the dataset is another or not complete'
+        )
     transform = transforms.parse(section.transform, size=image_size, key=key)
     shape = transforms.check(transform, source, image_size, train=key == 'data')
     return Data(source, transform, shape)
@@ -196,18 +210,22 @@ def optimizer(
     return made, decay, lr
 
 
-def experiment(config: Config) -> Experiment:
+def experiment(config: Config, devices: list[jax.Device] | None = None) -> Experiment:
     """Everything that the config describes; reads every key that it uses, computes nothing.
+
+    Args:
+      devices: of a machine that is not there, to plan for: then datasets need not be here
+        either, and evaluations are left out. By default the devices of this run.
 
     Raises:
       UserError: parts that do not exist or do not fit together.
     """
-    m = config.mesh
-    mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor)
+    m, planning = config.mesh, devices is not None
+    mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor, devices)
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
-    train = data(config.data, 'data', config.image_size, config.seed, None)
+    train = data(config.data, 'data', config.image_size, config.seed, None, absent=planning)
     classes = train.source.num_classes
-    held_out = evals(config, classes, train.image_shape)
+    held_out = {} if planning else evals(config, classes, train.image_shape)
     vit = model(config, classes, config.image_size, mesh)
     total = in_steps(config, 'total', config, train.source)
     if not total:

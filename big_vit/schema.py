@@ -102,6 +102,9 @@ _SOURCE = {
     'path': Field(check_text, None, 'Folder of the files (idx), or the TFDS data_dir.'),
     'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
     'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
+    'num_examples': Field(
+        _int(1), None, 'Examples the split must have; with num_classes, `plan` needs no data.'
+    ),
     'transform': Field(
         check_text,
         'resize(size)',

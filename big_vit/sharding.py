@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from big_vit import trees
@@ -35,8 +36,16 @@ def make_mesh(
 ) -> Mesh:
     """A (replica, fsdp, tensor) mesh over all devices; one size may be -1, "the rest".
 
+    Neighbours on the mesh are neighbours on the chips' own network. Of several TPU
+    slices, the copies of `replica` lie on different slices before anything else does,
+    so that only gradients cross the data-centre network.
+
+    Args:
+      devices: all of this run by default; those of a topology when planning.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or a slice would
+        have to be split by another axis than `replica`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {'replica': replica, 'fsdp': fsdp, 'tensor': tensor}
@@ -51,9 +60,23 @@ def make_mesh(
         raise UserError(
             f'config: {shown} does not multiply to the {len(devices)} devices of this run'
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, 'slice_index', None) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise UserError(
+            f'config: mesh.replica={shape[0]} is not a multiple of the {slices} slices of this '
+            f'run: only replica may cross slices; try mesh.replica={slices}'
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec_for(

@@ -1,0 +1,454 @@
+"""Plan a run before renting it: `python -m big_vit.plan --config configs/x.py --topology v5p:8x8x8`.
+
+Compiles the train step of a config for TPUs that are not here, with their real compiler, and
+says whether it fits, how fast it would be and what it would cost.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from big_vit import build, config as config_lib, hlo, metrics, runtime, state, topology, trees
+from big_vit import sharding
+from big_vit.config import Config
+from big_vit.errors import UserError
+
+GIB = 2**30
+# (part, regex on the path of the operation); the first match wins.
+PARTS = (
+    ('attention projections', r'Attention_\d+/(query|key|value|out|qkv)\b'),
+    ('attention core', r'Attention_\d+'),
+    ('MLP', r'MlpBlock'),
+    ('norms', r'LayerNorm|encoder_norm'),
+    ('embedding', r'\bembedding\b|pos_embedding|cls'),
+    ('head and loss', r'\bhead\b|MAPHead'),
+    ('layer loop', r'Transformer/while'),
+    ('rest of the model', r'jvp|transpose'),
+    ('optimizer and metrics', r'.*'),
+)
+REMAT = ('none', 'names', 'full')
+
+
+class Plan(NamedTuple):
+    """What the compiler says of one way to run a config; times are estimates.
+
+    `fits` False comes with only those figures that are known without a program.
+    """
+
+    settings: dict[str, Any]
+    chips: int
+    hosts: int
+    devices: int
+    params: int
+    batch_size: int
+    fits: bool
+    hbm: dict[str, float]  # Bytes on the fullest device, by use.
+    hbm_capacity: float | None
+    cycles: int
+    seconds: dict[str, float]  # Of a step, by part of the model; they add up to step_seconds.
+    step_seconds: float
+    examples_per_second: float
+    mfu: float
+    steps: int
+    collectives: list[dict[str, Any]]
+    compile_seconds: float
+    unknown_loops: int
+    problem: str = ''
+
+    @property
+    def hbm_peak(self) -> float:
+        return sum(self.hbm.values())
+
+    @property
+    def days(self) -> float:
+        return self.steps * self.step_seconds / 86400
+
+    @property
+    def chip_hours(self) -> float:
+        return self.days * 24 * self.chips
+
+
+def part_of(source: str) -> str:
+    """The part of the model that an operation's path belongs to."""
+    return next(name for name, pattern in PARTS if re.search(pattern, source))
+
+
+def _state_bytes(like: state.State) -> dict[str, float]:
+    """Bytes of the state on one device, by use."""
+    where = state.shardings(like)
+    sizes = {name: float(sharding.device_bytes(like[name], where[name])) for name in like}
+    rest = sum(size for name, size in sizes.items() if name not in ('params', 'opt', 'ema'))
+    named = {'parameters': sizes['params'], 'optimizer': sizes['opt'] + rest}
+    return {**named, 'averaged parameters': sizes['ema']} if 'ema' in like else named
+
+
+def _memory(compiled: Any, parts: build.Experiment, batch: Any) -> dict[str, float]:
+    """Bytes on one device by use, which add up to the peak."""
+    stats = compiled.memory_analysis()
+    known = _state_bytes(parts.like)
+    known['batch'] = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(batch)
+    )
+    # Arrays are padded to whole tiles on the device.
+    known['padding of arrays'] = max(stats.argument_size_in_bytes - sum(known.values()), 0)
+    known['results'] = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+    known['activations and temporaries'] = stats.temp_size_in_bytes
+    known['program'] = stats.generated_code_size_in_bytes
+    return known
+
+
+def _link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
+    """The least time of a collective, every link of a chip in use, over all its executions."""
+    assert place.chip is not None
+    per_slice = len(place.devices) // place.slices
+    across = place.slices > 1 and one.spread >= per_slice
+    speed = place.chip.network if across else place.chip.links
+    return one.sent * one.times / (speed / place.devices_per_chip)
+
+
+def _collectives(module: hlo.Module, place: topology.Topology) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, int, bool], list[hlo.Collective]] = defaultdict(list)
+    for one in module.collectives:
+        groups[one.kind, one.group, one.overlapped].append(one)
+    return [
+        {
+            'kind': kind,
+            'devices': group,
+            'overlapped': overlapped,
+            'count': sum(one.times for one in found),
+            'bytes': sum(one.nbytes * one.times for one in found),
+            'seconds': sum(_link_seconds(one, place) for one in found) if place.chip else None,
+        }
+        for (kind, group, overlapped), found in sorted(groups.items())
+    ]
+
+
+# The compiler's two ways to say that a program needs (1) of (2).
+_OUT_OF_MEMORY = re.compile(
+    r'(?:Used |temporaries \()([\d.]+[KMGT]?)\)?(?: of | exceeds available HBM \()([\d.]+[KMGT]?)'
+)
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def out_of_memory(message: str) -> tuple[float, float] | None:
+    """(bytes needed, bytes there) where a compiler's error says so."""
+    found = _OUT_OF_MEMORY.search(message)
+    if 'RESOURCE_EXHAUSTED' not in message or not found:
+        return None
+    needed, there = (float(n.rstrip('KMGT')) * _UNITS.get(n[-1], 1) for n in found.groups())
+    return needed, there
+
+
+def make(config: Config, place: topology.Topology) -> Plan:
+    """Compiles the config's train step for a topology and reads what it costs.
+
+    Raises:
+      UserError: the config does not fit the topology.
+    """
+    parts = build.experiment(config, place.devices)
+    step, batch = build.train_step(config, parts), build.abstract_batch(parts)
+    began = time.perf_counter()
+    memory, problem, module = {}, '', hlo.Module([], [], 0)
+    capacity = place.chip.hbm / place.devices_per_chip if place.chip else None
+    # Nothing may be computed under this mesh: its devices cannot run anything.
+    with jax.set_mesh(parts.mesh):
+        try:
+            compiled = step.lower(parts.like, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            problem = f'needs {needed[0] / GIB:.1f} GiB of {needed[1] / GIB:.2f}'
+            memory = _state_bytes(parts.like)
+            memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
+        else:
+            memory = _memory(compiled, parts, batch)
+            module = hlo.read(compiled.as_text(), len(place.devices))
+    seconds: dict[str, float] = {}
+    speed = 0.0
+    if not problem and place.chip:
+        for op in module.ops:
+            name = part_of(op.source)
+            seconds[name] = seconds.get(name, 0.0) + op.cycles * op.times / place.chip.clock
+        waiting = [one for one in module.collectives if not one.overlapped]
+        seconds['collectives not overlapped'] = sum(_link_seconds(one, place) for one in waiting)
+        speed = config.batch_size / sum(seconds.values())
+    peak = place.chips * place.chip.peak_flops if place.chip else 0.0
+    mesh = parts.mesh.shape
+    return Plan(
+        settings={
+            'variant': config.model.variant,
+            'topology': place.name,
+            'slices': place.slices,
+            'mesh': dict(mesh),
+            'batch_per_device': config.batch_size // (mesh['replica'] * mesh['fsdp']),
+            'accumulation': config.accumulation,
+            'remat': config.model.remat,
+            'scan': config.model.scan,
+            'optimizer': config.optim.name,
+        },
+        chips=place.chips,
+        hosts=place.hosts,
+        devices=len(place.devices),
+        params=trees.count(parts.like['params']),
+        batch_size=config.batch_size,
+        fits=not problem,
+        hbm=memory,
+        hbm_capacity=capacity,
+        cycles=module.cycles,
+        seconds=seconds,
+        step_seconds=sum(seconds.values()),
+        examples_per_second=speed,
+        mfu=speed * parts.flops_per_example / peak if peak else 0.0,
+        steps=parts.total_steps,
+        collectives=_collectives(module, place),
+        compile_seconds=time.perf_counter() - began,
+        unknown_loops=module.unknown_loops,
+        problem=problem,
+    )
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan with its derived figures, in bytes and seconds."""
+    derived = {'hbm_peak': plan.hbm_peak, 'days': plan.days, 'chip_hours': plan.chip_hours}
+    return {**plan._asdict(), **derived}
+
+
+def advice(plan: Plan) -> str:
+    """What to try when it does not fit."""
+    s, hints = plan.settings, []
+    remat, mesh = s['remat'], s['mesh']
+    if remat != 'full':
+        hints.append(f'--config.model.remat={REMAT[REMAT.index(remat) + 1]}')
+    if mesh['replica'] > s['slices']:
+        hints.append(f'--mesh replica={s["slices"]},fsdp=-1,tensor={mesh["tensor"]}')
+    if s['batch_per_device'] > s['accumulation']:
+        hints.append(f'--config.accumulation={2 * s["accumulation"]}')
+    return ', '.join([*hints, 'a larger topology', '--search'])
+
+
+def _seconds(value: float) -> str:
+    return f'{value:.2f} s' if value >= 1 else f'{value * 1e3:.2f} ms'
+
+
+def page(plan: Plan) -> str:
+    """The plan as tables."""
+    s = plan.settings
+    mesh = ', '.join(f'{name} {size}' for name, size in s['mesh'].items())
+    slices = f' in {s["slices"]} slices' if s['slices'] > 1 else ''
+    chip = 'chip' if plan.devices == plan.chips else 'device'
+    lines = [
+        f'plan    {s["topology"]}{slices}: {plan.chips:,} chips on {plan.hosts:,} hosts, mesh {mesh}',
+        f'model   ViT-{s["variant"]}: {plan.params / 1e6:,.2f} M parameters, {s["optimizer"]}, '
+        f'remat {s["remat"]}, {"scanned" if s["scan"] else "unrolled"} layers',
+        f'batch   {plan.batch_size:,} = {s["batch_per_device"]} a {chip}'
+        + (f' in {s["accumulation"]} parts' if s['accumulation'] > 1 else ''),
+    ]
+    memory = [(name, f'{size / GIB:.3f}') for name, size in plan.hbm.items()]
+    memory.append(('peak', f'{plan.hbm_peak / GIB:.3f}'))
+    if plan.hbm_capacity:
+        memory.append(('capacity', f'{plan.hbm_capacity / GIB:.3f}'))
+    tables = [metrics.table((f'memory of a {chip}', 'GiB'), memory)]
+    if plan.seconds:
+        order = sorted(plan.seconds.items(), key=lambda item: -item[1])
+        rows = [
+            (name, f'{t * 1e3:.2f}', f'{t / plan.step_seconds:.1%}') for name, t in order
+        ]
+        rows.append(('step', f'{plan.step_seconds * 1e3:.2f}', '100.0%'))
+        tables.append(metrics.table(('estimated time', 'ms', 'share'), rows))
+    if plan.collectives:
+        rows = [
+            (
+                c['kind'],
+                c['devices'],
+                c['count'],
+                f'{c["bytes"] / 1e6:,.1f}',
+                '-' if c['seconds'] is None else f'{c["seconds"] * 1e3:.2f}',
+                'yes' if c['overlapped'] else 'no',
+            )
+            for c in plan.collectives
+        ]
+        header = ('collective', 'devices', 'a step', 'MB', 'ms on links', 'overlapped')
+        tables.append(metrics.table(header, rows))
+    return '\n\n'.join(['\n'.join(lines), *tables, '\n'.join(_verdict(plan))])
+
+
+def _verdict(plan: Plan) -> list[str]:
+    compiled = f'compiled in {plan.compile_seconds:.0f} s'
+    if not plan.fits:
+        return [f'DOES NOT FIT: {plan.problem}; {compiled}', f'try     {advice(plan)}']
+    peak = f'{plan.hbm_peak / GIB:.2f} GiB'
+    room = f' of {plan.hbm_capacity / GIB:.2f}' if plan.hbm_capacity else ''
+    lines = [f'fits    {peak}{room}; {compiled}']
+    if plan.seconds:
+        lines += [
+            f'speed   {plan.cycles / 1e6:,.1f} M cycles = {_seconds(plan.step_seconds)} a step, '
+            f'{plan.examples_per_second:,.0f} examples/s, MFU {plan.mfu:.1%} (estimates)',
+            f'cost    {plan.steps:,} steps = {plan.days:,.2f} days = {plan.chip_hours:,.0f} '
+            'chip-hours, without data waits, evaluation and saving',
+        ]
+    if plan.unknown_loops:
+        lines.append(f'note    {plan.unknown_loops} loops of unknown length are counted once')
+    return lines
+
+
+def meshes(config: Config, place: topology.Topology) -> Iterator[dict[str, int]]:
+    """Meshes worth trying, those that communicate least first."""
+    devices = len(place.devices)
+    for tensor in (1, 2, 4, 8, 16):
+        if devices % (tensor * place.slices):
+            continue
+        ways = devices // tensor
+        for fsdp in sorted({1, 16, 64, 256, ways // place.slices}):
+            if ways % fsdp == 0 and ways // fsdp % place.slices == 0:
+                yield {'replica': ways // fsdp, 'fsdp': fsdp, 'tensor': tensor}
+
+
+def search(
+    config: Config, place: topology.Topology, per_device: list[int]
+) -> Iterator[Plan]:
+    """Compiles what may be fastest of (batch per device x mesh x remat x accumulation).
+
+    For each mesh whose state fits: the least rematerialisation that fits, without and with
+    accumulation. Tensor parallelism, which only costs where memory allows to do without it,
+    is tried when nothing fits before.
+    """
+    if place.chip is None:
+        raise UserError(f'--search: there are no time estimates for {place.name}')
+    capacity = place.chip.hbm / place.devices_per_chip
+    fitting = 0
+    for tensor, group in itertools.groupby(meshes(config, place), key=lambda m: m['tensor']):
+        if fitting:
+            return
+        for mesh, size in itertools.product(list(group), per_device or [0]):
+            ways = mesh['replica'] * mesh['fsdp']
+            batch = size * len(place.devices) if size else config.batch_size
+            if batch % ways:
+                continue
+            for accumulation in (1, 2, 4):
+                if batch % (ways * accumulation):
+                    continue
+                changes = {f'mesh.{name}': n for name, n in mesh.items()}
+                changes |= {'batch_size': batch, 'accumulation': accumulation}
+                tried = config.replacing(changes)
+                try:
+                    state_bytes = sum(
+                        _state_bytes(build.experiment(tried, place.devices).like).values()
+                    )
+                except UserError as error:
+                    print(f'skip    {mesh}: {error}', file=sys.stderr)
+                    break
+                if state_bytes > capacity:
+                    break
+                for remat in REMAT:
+                    found = make(tried.replacing({'model.remat': remat}), place)
+                    yield found
+                    if found.fits:
+                        fitting += 1
+                        break
+                if found.fits and remat == 'none':
+                    break  # Smaller parts could not save any recomputation.
+
+
+def search_row(plan: Plan) -> str:
+    s, mesh = plan.settings, plan.settings['mesh']
+    how = (
+        f'mesh {mesh["replica"]}x{mesh["fsdp"]}x{mesh["tensor"]}  '
+        f'batch {s["batch_per_device"]:>4} a device  accumulation {s["accumulation"]}  '
+        f'remat {s["remat"]:<5}'
+    )
+    if not plan.fits:
+        return f'{how}  {plan.problem}'
+    return (
+        f'{how}  {plan.hbm_peak / GIB:7.2f} GiB  {plan.examples_per_second:>12,.0f} ex/s  '
+        f'MFU {plan.mfu:.1%}'
+    )
+
+
+def parse_mesh(text: str) -> list[tuple[str, str]]:
+    """'replica=1,fsdp=512,tensor=1' as overrides of the config; axes left out are 1.
+
+    Raises:
+      UserError: an unknown axis or a malformed number.
+    """
+    sizes = {'replica': '1', 'fsdp': '1', 'tensor': '1'}
+    for part in text.split(','):
+        name, _, size = part.partition('=')
+        if name not in sizes or not re.fullmatch(r'-?\d+', size):
+            raise UserError(
+                f'--mesh: cannot read {part!r}; write --mesh replica=1,fsdp=512,tensor=1 '
+                '(one size may be -1, the rest)'
+            )
+        sizes[name] = size
+    return [(f'mesh.{name}', size) for name, size in sizes.items()]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.plan',
+        description='Compile the train step of a config for TPUs that are not here: does it fit, '
+        'how fast, how much.',
+        epilog='Keys of the config can be set as for training: --config.batch_size=8192.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--topology', help='such as v5e:16x16, v5p:8x8x8, v6e:16x16, cpu:8')
+    parser.add_argument('--slices', type=int, default=1, help='TPU slices of that shape')
+    parser.add_argument('--mesh', help='replica=1,fsdp=512,tensor=1, instead of the mesh.* keys')
+    parser.add_argument('--search', action='store_true', help='find the fastest that fits')
+    parser.add_argument(
+        '--per-device', default='', metavar='N,N', help='batches a device to search, for batch_size'
+    )
+    parser.add_argument('--ops', type=int, default=0, metavar='N', help='show the N costliest')
+    parser.add_argument('--json', metavar='FILE', help='also write the figures there; - prints it')
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    spec = config_lib.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
+    name = config_lib.require_flag(args.topology, '--topology', 'v5e:16x16')
+    if args.slices < 1:
+        raise UserError(f'--slices must be at least 1, not {args.slices}')
+    if not re.fullmatch(r'(\d+(,\d+)*)?', args.per_device):
+        raise UserError(f'--per-device: cannot read {args.per_device!r}; write --per-device 16,32')
+    config = config_lib.load(spec, overrides)
+    topology.prepare_environment()
+    if not name.startswith('gpu'):
+        # The accelerators of this machine are not needed, and may be busy.
+        jax.config.update('jax_platforms', 'cpu')
+    place = topology.load(name, args.slices)
+    if args.mesh:
+        config = config_lib.override(config, parse_mesh(args.mesh))
+    runtime.start()
+    if args.search:
+        sizes = [int(n) for n in args.per_device.split(',') if n]
+        tried = []
+        for found in search(config, place, sizes):
+            tried.append(found)
+            print(search_row(found), flush=True, file=sys.stderr if args.json == '-' else None)
+        fitting = [found for found in tried if found.fits]
+        if not fitting:
+            raise UserError(f'nothing fits on {place.name}: take a larger topology')
+        plan = max(fitting, key=lambda found: found.examples_per_second)
+    else:
+        plan = make(config, place)
+    if args.json != '-':
+        print(('\nfastest\n' if args.search else '') + page(plan))
+    if args.json:
+        text = json.dumps(to_json(plan), indent=2)
+        if args.json == '-':
+            print(text)
+        else:
+            Path(args.json).write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    runtime.command(main)
