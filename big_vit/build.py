@@ -241,6 +241,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     shapes = state.abstract_params(vit, train.image_shape)
     made, decay, lr = optimizer(config, list(trees.flatten(shapes)), schedule)
     like = state.abstract(vit, train.image_shape, made, bool(config.ema), mesh, m.min_shard_size)
+    sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)
     return Experiment(
         mesh=mesh,
         data=train,
@@ -345,6 +346,7 @@ def train_step(config: Config, parts: Experiment) -> Any:
         seed=config.seed,
         accumulation=config.accumulation,
         ema=config.ema,
+        skip_sigmas=config.skip_sigmas,
     )
 
 

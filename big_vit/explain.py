@@ -16,11 +16,10 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
     on_device = sharding.device_bytes(parts.like, state.shardings(parts.like))
     epochs = parts.total_steps * settings.batch_size / data.source.length
-    whole = sum(trees.nbytes(x) for x in jax.tree.leaves(parts.like) if not any(x.sharding.spec))
-    replicated = f' ({whole / trees.nbytes(parts.like):.0%} of it replicated)'
     return [
         f'mesh    {mesh}; state {trees.nbytes(parts.like) / 1e6:,.1f} MB, '
-        f'{on_device / 1e6:,.1f} MB on a device' + (replicated if parts.mesh.size > 1 else ''),
+        f'{on_device / 1e6:,.1f} MB on a device',
+        *(layout(parts.like) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
         f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP an image, {tokens} tokens',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
@@ -28,6 +27,37 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
         f'{epochs:,.2f} epochs, {settings.optim.name}',
     ]
+
+
+def spec_text(leaf: jax.ShapeDtypeStruct) -> str:
+    """How an array lies on the mesh, as in '-, fsdp, tensor'."""
+    assert isinstance(leaf.sharding, jax.NamedSharding)
+    axes = leaf.sharding.spec
+    shown = ('+'.join(axis) if isinstance(axis, tuple) else str(axis or '-') for axis in axes)
+    return ', '.join(shown) if any(axes) else 'replicated'
+
+
+def layout(like: state.State) -> list[str]:
+    """What of an abstract state a device holds, and how its largest arrays are split."""
+    where = state.shardings(like)
+    groups = {'params': 'parameters', 'opt': 'optimizer', 'ema': 'average'}
+    sizes = ', '.join(
+        f'{name} {sharding.device_bytes(like[key], where[key]) / 1e6:,.1f} MB'
+        for key, name in groups.items()
+        if key in like
+    )
+    flat = trees.flatten(like)
+    whole = [leaf for leaf in flat.values() if spec_text(leaf) == 'replicated']
+    size = sum(trees.nbytes(leaf) for leaf in whole)
+    lines = [
+        f'device  {sizes}; {len(whole)} of {len(flat)} arrays replicated, {size / 1e6:,.1f} MB '
+        f'({size / trees.nbytes(like):.0%} of the state)'
+    ]
+    params = sorted(trees.flatten(like['params']).items(), key=lambda item: -trees.nbytes(item[1]))
+    for name, leaf in params[:3]:
+        shape = 'x'.join(map(str, leaf.shape))
+        lines.append(f'split   {name} {shape}: {spec_text(leaf)}')
+    return lines
 
 
 def page(settings: config.Config) -> str:
@@ -51,17 +81,13 @@ def page(settings: config.Config) -> str:
     groups: dict[tuple, list[str]] = {}
     flat = trees.flatten(parts.like['params'])
     for name, leaf in flat.items():
-        spec = ', '.join(
-            '+'.join(axis) if isinstance(axis, tuple) else str(axis or '-')
-            for axis in leaf.sharding.spec
-        )
         collapsed = re.sub(r'encoderblock_\d+', 'encoderblock_*', name)
         key = (
             collapsed,
             'x'.join(map(str, leaf.shape)),
             f'{settings.lr * parts.lr_factors[name]:.2e}',
             f'{parts.decay_factors[name]:g}',
-            spec or 'replicated',
+            spec_text(leaf),
         )
         groups.setdefault(key, []).append(name)
     header = ('parameter', 'shape', 'peak lr', 'weight decay', 'sharding', 'arrays')

@@ -26,9 +26,11 @@ _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$')
 _INSTRUCTION = re.compile(r'  (ROOT )?%?([\w.-]+) = (.*)$')
 _OPCODE = re.compile(r'(?:^|[\s)}\]])([a-z][a-z0-9-]*)\(')
 _ARRAY = re.compile(r'\b(pred|[subf]\d+[a-z0-9]*|bf16|c64|c128)\[([\d,]*)\]')
-_CALLS = re.compile(r'(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)')
+_CALLS = re.compile(
+    r'(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)'
+)
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 _IOTA_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _LISTED_GROUPS = re.compile(r'replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}')
 _PAIRS = re.compile(r'source_target_pairs=\{(\{\d+,\d+\}(?:,\{\d+,\d+\})*)\}')
@@ -109,7 +111,7 @@ def array_bytes(shape: str) -> int:
     """Bytes of all arrays in a shape such as `(f32[2,3]{1,0}, bf16[4])`."""
     total = 0
     for kind, sizes in _ARRAY.findall(shape):
-        bits = 8 if kind == 'pred' else int(re.search(r'\d+', kind)[0])
+        bits = 8 if kind == 'pred' else int(re.sub(r'\D', ' ', kind).split()[0])
         total += math.prod(int(n) for n in sizes.split(',') if n) * max(bits // 8, 1)
     return total
 

@@ -1,4 +1,6 @@
-"""Plan a run before renting it: `python -m big_vit.plan --config configs/x.py --topology v5p:8x8x8`.
+"""Plan a run before renting it.
+
+    python -m big_vit.plan --config configs/x.py --topology v5p:8x8x8
 
 Compiles the train step of a config for TPUs that are not here, with their real compiler, and
 says whether it fits, how fast it would be and what it would cost.
@@ -18,8 +20,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from big_vit import build, config as config_lib, hlo, metrics, runtime, state, topology, trees
-from big_vit import sharding
+from big_vit import build, hlo, metrics, runtime, sharding, state, topology, trees
+from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 
@@ -249,7 +251,8 @@ def page(plan: Plan) -> str:
     slices = f' in {s["slices"]} slices' if s['slices'] > 1 else ''
     chip = 'chip' if plan.devices == plan.chips else 'device'
     lines = [
-        f'plan    {s["topology"]}{slices}: {plan.chips:,} chips on {plan.hosts:,} hosts, mesh {mesh}',
+        f'plan    {s["topology"]}{slices}: {plan.chips:,} chips on {plan.hosts:,} hosts, '
+        f'mesh {mesh}',
         f'model   ViT-{s["variant"]}: {plan.params / 1e6:,.2f} M parameters, {s["optimizer"]}, '
         f'remat {s["remat"]}, {"scanned" if s["scan"] else "unrolled"} layers',
         f'batch   {plan.batch_size:,} = {s["batch_per_device"]} a {chip}'
@@ -262,13 +265,11 @@ def page(plan: Plan) -> str:
     tables = [metrics.table((f'memory of a {chip}', 'GiB'), memory)]
     if plan.seconds:
         order = sorted(plan.seconds.items(), key=lambda item: -item[1])
-        rows = [
-            (name, f'{t * 1e3:.2f}', f'{t / plan.step_seconds:.1%}') for name, t in order
-        ]
+        rows = [(name, f'{t * 1e3:.2f}', f'{t / plan.step_seconds:.1%}') for name, t in order]
         rows.append(('step', f'{plan.step_seconds * 1e3:.2f}', '100.0%'))
         tables.append(metrics.table(('estimated time', 'ms', 'share'), rows))
     if plan.collectives:
-        rows = [
+        moved = [
             (
                 c['kind'],
                 c['devices'],
@@ -280,7 +281,7 @@ def page(plan: Plan) -> str:
             for c in plan.collectives
         ]
         header = ('collective', 'devices', 'a step', 'MB', 'ms on links', 'overlapped')
-        tables.append(metrics.table(header, rows))
+        tables.append(metrics.table(header, moved))
     return '\n\n'.join(['\n'.join(lines), *tables, '\n'.join(_verdict(plan))])
 
 
@@ -315,9 +316,7 @@ def meshes(config: Config, place: topology.Topology) -> Iterator[dict[str, int]]
                 yield {'replica': ways // fsdp, 'fsdp': fsdp, 'tensor': tensor}
 
 
-def search(
-    config: Config, place: topology.Topology, per_device: list[int]
-) -> Iterator[Plan]:
+def search(config: Config, place: topology.Topology, per_device: list[int]) -> Iterator[Plan]:
     """Compiles what may be fastest of (batch per device x mesh x remat x accumulation).
 
     For each mesh whose state fits: the least rematerialisation that fits, without and with
@@ -328,7 +327,7 @@ def search(
         raise UserError(f'--search: there are no time estimates for {place.name}')
     capacity = place.chip.hbm / place.devices_per_chip
     fitting = 0
-    for tensor, group in itertools.groupby(meshes(config, place), key=lambda m: m['tensor']):
+    for _, group in itertools.groupby(meshes(config, place), key=lambda m: m['tensor']):
         if fitting:
             return
         for mesh, size in itertools.product(list(group), per_device or [0]):

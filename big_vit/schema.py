@@ -121,6 +121,12 @@ SCHEMA: dict[str, Field] = {
     'lr': Field(_number(0), None, 'Peak learning rate.'),
     'init': Field(check_text, None, 'Workdir or checkpoint whose parameters to start from.'),
     'ema': Field(_number(0, 1), 0.0, 'Decay of the moving average of parameters; 0 is off.'),
+    'skip_sigmas': Field(
+        _number(0),
+        6.0,
+        'Skip updates whose loss or gradient norm is so many standard deviations above the '
+        'last 128; 0 is off.',
+    ),
     'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
     'model.variant': Field(check_text, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
     'model.width': Field(_int(1), None, "Overrides the variant's width."),
@@ -167,6 +173,9 @@ SCHEMA: dict[str, Field] = {
     'mesh.tensor': Field(_int(-1), 1, 'Devices that heads and MLPs are split over.'),
     'mesh.min_shard_size': Field(
         _int(0), 2**20, 'Arrays of fewer scalars stay replicated on every device.'
+    ),
+    'mesh.max_replicated': Field(
+        _number(0, 1), 0.1, 'Largest share of the state in arrays that fsdp fails to divide.'
     ),
     **_durations('checkpoint.every', 'Save this often, and at the end'),
     'checkpoint.keep_last': Field(_int(1), 2, 'How many of the newest checkpoints stay.'),

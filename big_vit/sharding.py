@@ -149,3 +149,35 @@ def device_bytes(tree: Any, shardings: Any) -> int:
         int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     )
+
+
+def check_spread(tree: Any, shardings: Any, mesh: Mesh, min_shard_size: int, limit: float) -> None:
+    """Refuses a state of which too much lies whole on every device, though `fsdp` is there.
+
+    Arrays of fewer scalars than `min_shard_size` stay whole on purpose and do not count.
+
+    Raises:
+      UserError: names the largest array and a size of `fsdp` that would split it.
+    """
+    if mesh.shape['fsdp'] == 1:
+        return
+    leaves, where = trees.flatten(tree), trees.flatten(shardings)
+    whole = {
+        name: math.prod(leaf.shape) * leaf.dtype.itemsize
+        for name, leaf in leaves.items()
+        if where[name].is_fully_replicated and math.prod(leaf.shape) >= max(min_shard_size, 2)
+    }
+    share = sum(whole.values()) / trees.nbytes(tree)
+    if share > limit:
+        name, ways = max(whole, key=lambda name: whole[name]), mesh.shape['fsdp']
+        shape = leaves[name].shape
+        fits = (
+            n for n in range(ways - 1, 1, -1) if ways % n == 0 and any(d % n == 0 for d in shape)
+        )
+        near = next(fits, 1)
+        raise UserError(
+            f'config: mesh.fsdp={ways} leaves {share:.0%} of the state whole on every device, more '
+            f'than mesh.max_replicated={limit:g}: it does not split {name} {tuple(shape)}'
+            + (f' and {len(whole) - 1} more' if len(whole) > 1 else '')
+            + f'; try mesh.fsdp={near} and mesh.replica={mesh.shape["replica"] * ways // near}'
+        )

@@ -1,4 +1,10 @@
-"""The training state: {'params', 'opt', 'ema' (if any), 'step', 'skipped', 'skipped_in_a_row'}."""
+"""The training state: one dictionary of arrays, all that a run needs to continue.
+
+params, opt, ema (if any)    parameters, optimizer, averaged parameters
+step                         updates asked for so far
+skipped, skipped_in_a_row    of these, updates that were not made
+recent                       loss and gradient norm of the last steps, to tell a spike
+"""
 
 from typing import Any
 
@@ -11,6 +17,9 @@ from big_vit import sharding
 
 State = dict[str, Any]
 
+# How many steps back a spike is measured against.
+WINDOW = 128
+
 
 def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> State:
     """A state at step 0."""
@@ -20,6 +29,7 @@ def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool)
         'step': jnp.zeros((), jnp.int32),
         'skipped': jnp.zeros((), jnp.int32),
         'skipped_in_a_row': jnp.zeros((), jnp.int32),
+        'recent': {name: jnp.full(WINDOW, jnp.nan) for name in ('loss', 'grad_norm')},
     }
     return {**state, 'ema': jax.tree.map(jnp.copy, params)} if ema else state
 

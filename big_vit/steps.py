@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
 
 from big_vit import sharding
 from big_vit.objectives import Batch, Loss
-from big_vit.state import State, shardings
+from big_vit.state import WINDOW, State, shardings
 
 Metrics = dict[str, jax.Array]
 
@@ -26,6 +27,22 @@ def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def is_spike(
+    recent: Float[Array, ' window'], value: Float[Array, ''], sigmas: float
+) -> Bool[Array, '']:
+    """Whether a value lies more than `sigmas` standard deviations above the recent ones.
+
+    Never before half of the window is known. A tenth of the mean is always allowed, or
+    rounding would be a spike where the values hardly vary.
+    """
+    known = jnp.isfinite(recent)
+    count = known.sum()
+    mean = jnp.where(known, recent, 0).sum() / jnp.maximum(count, 1)
+    variance = jnp.where(known, jnp.square(recent - mean), 0).sum() / jnp.maximum(count, 1)
+    allowed = jnp.maximum(sigmas * jnp.sqrt(variance), 0.1 * jnp.abs(mean))
+    return (count >= recent.shape[0] // 2) & (value > mean + allowed)
+
+
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -36,18 +53,21 @@ def make_train_step(
     seed: int = 0,
     accumulation: int = 1,
     ema: float = 0.0,
+    skip_sigmas: float = 0.0,
 ) -> Any:
     """The jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
 
     Gradients are summed in float32 over `accumulation` microbatches inside
-    the step. An update whose loss or gradient is not finite is skipped: only
-    the step and the counters of skips advance. The average of parameters
-    starts fast, with decay min(ema, (1 + step) / (10 + step)).
+    the step. An update whose loss or gradient is not finite, or a spike, is
+    skipped: only the step and the counters of skips advance. The average of
+    parameters starts fast, with decay min(ema, (1 + step) / (10 + step)).
 
     Args:
       loss: an objective.
       like: abstract or real state; its shardings are those of the step.
       seed: with the state's step, all that dropout depends on.
+      skip_sigmas: standard deviations above the last steps' mean at which a loss
+        or a gradient norm is a spike; 0 is off.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -72,7 +92,11 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), step)
         (value, aux), grads = gradients(params, batch, rng)
         norm = optax.tree.norm(grads)
+        watched = {'loss': value, 'grad_norm': norm}
         good = jnp.isfinite(value) & jnp.isfinite(norm)
+        if skip_sigmas:
+            for name, seen in watched.items():
+                good &= ~is_spike(state['recent'][name], seen, skip_sigmas)
         updates, opt = optimizer.update(grads, state['opt'], params, step=step)
         new = {'params': optax.apply_updates(params, updates), 'opt': opt}
         if 'ema' in state:
@@ -82,6 +106,13 @@ def make_train_step(
             )
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        # A spike is remembered too, so that a lasting change is soon no spike any more.
+        new['recent'] = {
+            name: state['recent'][name]
+            .at[step % WINDOW]
+            .set(jnp.where(jnp.isfinite(seen), seen, jnp.nan))
+            for name, seen in watched.items()
+        }
         new['step'] = step + 1
         new['skipped'] = state['skipped'] + ~good
         new['skipped_in_a_row'] = jnp.where(good, 0, state['skipped_in_a_row'] + 1)

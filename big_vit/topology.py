@@ -1,9 +1,10 @@
 """TPUs that are not there: their devices, for the compiler, and what their chips can do."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -122,9 +123,7 @@ def load(name: str, slices: int = 1) -> Topology:
     if slices > 1:
         options['num_slices'] = slices
     try:
-        devices = list(
-            topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
-        )
+        found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
@@ -133,6 +132,7 @@ def load(name: str, slices: int = 1) -> Topology:
     chips = slices
     for n in sizes:
         chips *= int(n)
+    devices: list[Any] = list(found.devices)
     hosts = len({device.process_index for device in devices})
     return Topology(name, devices, chips, hosts, slices, chip)
 
@@ -142,10 +142,8 @@ def _local(kind: str, count: int, slices: int) -> Topology:
     if slices > 1:
         raise UserError(f'--slices: {name} has no slices')
     if kind == 'cpu':
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX has started already: they are what they are.
             jax.config.update('jax_num_cpu_devices', count)
-        except RuntimeError:  # JAX has started already: there are as many as there are.
-            pass
     try:
         devices = jax.devices(kind)
     except RuntimeError:

@@ -7,6 +7,7 @@ Started again on the same workdir it resumes, with the same batches.
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 import time
@@ -118,16 +119,24 @@ def report(
     clock: metrics.Clock,
     peak_flops: float,
 ) -> None:
-    """Writes the metrics of a step that is over, if it is one to log.
+    """Writes the metrics of a step that is over, if it is one to log, and tells of skipped ones.
 
     Raises:
       UserError: the last updates were all skipped; names the examples.
     """
-    if int(jax.device_get(values['skipped_in_a_row'])) >= MAX_SKIPPED_IN_A_ROW:
+    skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
+    if skipped_in_a_row:
         examples = ', '.join(map(str, build.example_indices(config, parts, step - 1)[:16]))
-        raise UserError(
-            f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss or '
-            f'the gradient is not finite; lower lr, or look at the examples {examples}, ...'
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '
+                f'or the gradient is not finite; lower lr, or look at the examples {examples}, ...'
+            )
+        loss, norm = (float(jax.device_get(values[name])) for name in ('loss', 'grad_norm'))
+        why = 'a spike' if math.isfinite(loss + norm) else 'not finite'
+        console.say(
+            f'WARNING step {step}: update skipped, loss {loss:.4g} or gradient norm {norm:.4g} is '
+            f'{why}; its examples: {examples}, ...'
         )
     if not build.is_due(parts.due.log, step, parts.total_steps):
         return

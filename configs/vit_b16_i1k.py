@@ -11,7 +11,14 @@ def get_config():
             'image_size': 224,
             'lr': 1e-3,
             'model': {'variant': 'B/16'},
-            'data': {'name': 'tfds', 'tfds_name': 'imagenet2012', 'split': 'train', 'num_classes': 1000, 'num_examples': 1281167, 'transform': 'resize(size)'},
+            'data': {
+                'name': 'tfds',
+                'tfds_name': 'imagenet2012',
+                'split': 'train',
+                'num_classes': 1000,
+                'num_examples': 1281167,
+                'transform': 'resize(size)',
+            },
             'optim': {'weight_decay': 0.1},
             'schedule': {'warmup_steps': 10000},
         }

@@ -189,12 +189,15 @@ def batch_sharding(count=4):
 
 
 def test_local_rows():
-    assert pipeline.local_rows(SingleDeviceSharding(jax.devices()[0]), 6) == slice(0, 6)
-    assert pipeline.local_rows(batch_sharding(), 16) == slice(0, 16)
+    def rows(sharding, batch_size):
+        return pipeline.local_rows(sharding, batch_size).tolist()
+
+    assert rows(SingleDeviceSharding(jax.devices()[0]), 6) == list(range(6))
+    assert rows(batch_sharding(), 16) == list(range(16))
     replicated = NamedSharding(batch_mesh(4), PartitionSpec(None))
-    assert pipeline.local_rows(replicated, 16) == slice(0, 16)
+    assert rows(replicated, 16) == list(range(16))
     with pytest.raises(UserError, match='batch_size=6 cannot be split over 4 devices'):
-        pipeline.local_rows(batch_sharding(), 6)
+        rows(batch_sharding(), 6)
 
 
 class PartOfAMachine(jax.sharding.Sharding):
@@ -210,11 +213,26 @@ class PartOfAMachine(jax.sharding.Sharding):
 
 def test_local_rows_of_one_host_of_many():
     middle = PartOfAMachine([slice(8, 12), slice(4, 8), slice(4, 8)])
-    assert pipeline.local_rows(middle, 16) == slice(4, 12)
+    assert pipeline.local_rows(middle, 16).tolist() == list(range(4, 12))
     last = PartOfAMachine([slice(12, None)])
-    assert pipeline.local_rows(last, 16) == slice(12, 16)
-    with pytest.raises(UserError, match='mesh: this process would load the rows'):
-        pipeline.local_rows(PartOfAMachine([slice(0, 4), slice(8, 12)]), 16)
+    assert pipeline.local_rows(last, 16).tolist() == [12, 13, 14, 15]
+    apart = PartOfAMachine([slice(0, 2), slice(8, 10)])
+    assert pipeline.local_rows(apart, 16).tolist() == [0, 1, 8, 9]
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_rows_that_are_not_neighbours(digits, in_memory):
+    source = dataclasses.replace(digits, in_memory=in_memory)
+    whole, rows = take(source, 3), np.array([0, 1, 6, 7, 10])
+    for batch, expected in zip(take(source, 3, rows=rows), whole, strict=True):
+        assert np.array_equal(batch['image'], expected['image'][rows])
+        assert np.array_equal(batch['label'], expected['label'][rows])
+    images = [
+        pipeline.eval_batches(source, transform_of('resize(size)'), batch_size=12, rows=part)
+        for part in (rows, np.setdiff1d(np.arange(12), rows))
+    ]
+    real = [sum(batch['mask'].sum() for batch in batches) for batches in images]
+    assert sum(real) == source.length
 
 
 def device_threads():

@@ -268,3 +268,40 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, sizes
     near = int(str(caught.value).rpartition('try ')[2])
     sharding.check_batch(near, mesh, 'evals.x', accumulation)
     assert near > 0 and abs(near - batch) < unit
+
+
+# What stays whole on every device.
+
+
+def whole_error(shape, mesh, limit=0.1, least=0):
+    tree = {'w': jax.ShapeDtypeStruct(shape, jnp.float32)}
+    grid = mesh_of(*mesh)
+    with pytest.raises(UserError) as caught:
+        sharding.check_spread(tree, sharding.shardings_for(tree, grid, least), grid, least, limit)
+    return str(caught.value)
+
+
+def test_a_state_that_fsdp_fails_to_divide_is_refused_with_a_size_that_divides():
+    message = whole_error((1408, 6144 + 2), (1, 256, 2))
+    assert 'leaves 100% of the state whole on every device' in message
+    assert 'w (1408, 6146)' in message
+    assert 'try mesh.fsdp=128 and mesh.replica=2' in message
+    assert 'mesh.fsdp=1 and mesh.replica=14' in whole_error((7, 13), (2, 7, 1), least=2)[-40:]
+
+
+@pytest.mark.parametrize('size', ['S', 'B', 'L', 'H', 'g', 'G', 'e', '22B'])
+@pytest.mark.parametrize('mesh', [(1, 64, 1), (2, 128, 1), (1, 64, 4)])
+def test_published_sizes_are_spread_on_large_meshes(size, mesh):
+    like = state.abstract_params(
+        ViT(num_classes=1000, **variants.parse(f'{size}/14')), (224, 224, 3)
+    )
+    grid, least = mesh_of(*mesh), 2**20
+    where = sharding.shardings_for(like, grid, least)
+    sharding.check_spread(like, where, grid, least, 0.1)
+
+
+def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():
+    tree = {'w': jax.ShapeDtypeStruct((7, 11), jnp.float32)}
+    for mesh, least in (((1, 4, 1), 78), ((4, 1, 1), 0)):
+        grid = mesh_of(*mesh)
+        sharding.check_spread(tree, sharding.shardings_for(tree, grid, least), grid, least, 0.1)

@@ -26,7 +26,17 @@ def full_precision():
 class Run:
     """All that a train step is made of, on one mesh."""
 
-    def __init__(self, devices=1, sizes=(1, 1, 1), *, accumulation=1, ema=0.0, seed=0, **fields):
+    def __init__(
+        self,
+        devices=1,
+        sizes=(1, 1, 1),
+        *,
+        accumulation=1,
+        ema=0.0,
+        seed=0,
+        skip_sigmas=0.0,
+        **fields,
+    ):
         self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
         self.net = vit.ViT(
             constrain=sharding.constrain_batch(self.mesh), **(SIZES | TRANSFORMS | fields)
@@ -49,6 +59,7 @@ class Run:
             seed=seed,
             accumulation=accumulation,
             ema=ema,
+            skip_sigmas=skip_sigmas,
         )
 
     def start(self):
@@ -451,3 +462,52 @@ def test_the_evaluation_step_sums_over_all_devices(sizes):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(now))
     wanted = np_sums(np_logits(batch), batch['label'], batch['mask'])
     assert {n: float(x) for n, x in found.items()} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize('known', [1, 63, 64, 100, 128])
+def test_a_spike_is_six_deviations_above_what_is_known(known):
+    rng = np.random.default_rng(known)
+    recent = np.full(state.WINDOW, np.nan, np.float32)
+    recent[:known] = rng.normal(3.0, 0.5, known)
+    bound = recent[:known].mean(dtype=np.float64) + 6 * recent[:known].std(dtype=np.float64)
+    for value in (2.0, bound - 0.01, bound + 0.01, 100.0):
+        expected = known >= 64 and value > bound
+        assert bool(steps.is_spike(jnp.asarray(recent), jnp.float32(value), 6.0)) == expected
+
+
+def test_rounding_of_a_constant_loss_is_no_spike():
+    recent = jnp.full(state.WINDOW, 2.0)
+    assert not steps.is_spike(recent, jnp.float32(2.0001), 6.0)
+    assert steps.is_spike(recent, jnp.float32(2.3), 6.0)
+
+
+@pytest.mark.parametrize('which', ['loss', 'grad_norm'])
+def test_a_spike_changes_nothing_but_the_counters_and_is_remembered(watching, which):
+    run = watching
+    with jax.set_mesh(run.mesh):
+        _, first = run.step(run.start(), run.put(floats(0)))
+        seen = float(first[which])
+        now = run.start()
+        quiet = np.linspace(0.5, 0.6, state.WINDOW) * seen
+        recent = {**jax.device_get(now['recent']), which: quiet.astype(np.float32)}
+        where = state.shardings(run.like)['recent']
+        now = {**now, 'recent': jax.tree.map(jax.device_put, recent, where)}
+        before = jax.device_get(now)
+        now, metrics = run.step(now, run.put(floats(0)))
+        after = jax.device_get(now)
+        assert (int(metrics['skipped']), int(after['step'])) == (1, 1)
+        for part in ('params', 'opt'):
+            assert jax.tree.all(
+                jax.tree.map(lambda a, b: np.array_equal(a, b), after[part], before[part])
+            )
+        assert after['recent'][which][0] == pytest.approx(seen)
+        # What lasts is no spike for long: a few at that level widen the deviation.
+        for _ in range(8):
+            now, metrics = run.step(now, run.put(floats(0)))
+        assert int(metrics['skipped_in_a_row']) == 0
+        assert 1 <= int(metrics['skipped']) < 8
+
+
+@pytest.fixture(scope='module')
+def watching():
+    return Run(skip_sigmas=6.0)

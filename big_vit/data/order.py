@@ -105,7 +105,7 @@ def example_indices(
     length: int,
     batch_size: int,
     seed: int,
-    rows: slice = slice(None),
+    rows: slice | Int64[np.ndarray, ' rows'] = slice(None),
     shuffle: bool = True,
 ) -> tuple[Int64[np.ndarray, ' rows'], Int64[np.ndarray, ' rows']]:
     """Which examples batch `step` holds.

@@ -1,6 +1,5 @@
 """From a source to batches on the devices; the only file that knows Grain."""
 
-import itertools
 import math
 import queue
 import threading
@@ -8,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Int64
 
 from big_vit.data import order
 from big_vit.data.sources import Source
@@ -18,17 +18,21 @@ from big_vit.errors import UserError
 _ENDLESS = 1 << 40
 _ROWS_PER_TASK = 16
 
+Rows = slice | Int64[np.ndarray, ' rows']
 
-def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> slice:
-    """Which rows of the global batch this process has to load.
+
+def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.ndarray, ' rows']:
+    """Which rows of the global batch this process has to load, ascending.
+
+    They need not be neighbours: on a pod the devices of a host are a small square of
+    the chips' network, not a run of the mesh.
 
     Args:
       sharding: of the batch, over its leading axis.
       batch_size: examples in the global batch.
 
     Raises:
-      UserError: the batch cannot be split evenly, or the rows of this process are not
-        neighbours.
+      UserError: the batch cannot be split evenly.
     """
     try:
         parts = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -37,14 +41,8 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> slice:
             f'batch_size={batch_size} cannot be split over {len(sharding.device_set)} devices: '
             'make it a multiple of the replica and fsdp axes of the mesh'
         ) from error
-    spans = sorted({part[0].indices(batch_size)[:2] for part in parts if part is not None})
-    for (_, stop), (start, _) in itertools.pairwise(spans):
-        if start > stop:
-            raise UserError(
-                f'mesh: this process would load the rows {spans} of the batch, which are not '
-                'neighbours: keep the devices of a host together along the replica and fsdp axes'
-            )
-    return slice(spans[0][0], max(stop for _, stop in spans))
+    every = np.arange(batch_size, dtype=np.int64)
+    return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
 
 
 def _load(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> dict:
@@ -67,7 +65,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    rows: slice = slice(None),
+    rows: Rows = slice(None),
     shuffle: bool = True,
     num_threads: int = 16,
 ) -> Iterator[dict]:
@@ -87,7 +85,7 @@ def train_batches(
       {'image': uint8 [rows, h, w, c], 'label': int32 [rows]}.
     """
 
-    def load(step: int, rows: slice) -> dict:
+    def load(step: int, rows: Rows) -> dict:
         index, epoch = order.example_indices(
             step, length=source.length, batch_size=batch_size, seed=seed, rows=rows, shuffle=shuffle
         )
@@ -99,12 +97,12 @@ def train_batches(
             yield load(step, rows)
             step += 1
 
-    first, stop, _ = rows.indices(batch_size)
+    numbers = np.arange(batch_size)[rows]
 
     def load_part(step: int, start: int, size: int) -> dict:
-        return load(start_step + step, slice(first + start, first + start + size))
+        return load(start_step + step, numbers[start : start + size])
 
-    yield from _threaded(load_part, _ENDLESS, stop - first, num_threads)
+    yield from _threaded(load_part, _ENDLESS, len(numbers), num_threads)
 
 
 def eval_steps(length: int, batch_size: int) -> int:
@@ -117,7 +115,7 @@ def eval_batches(
     transform: Transform,
     *,
     batch_size: int,
-    rows: slice = slice(None),
+    rows: Rows = slice(None),
     num_threads: int = 16,
 ) -> Iterator[dict]:
     """Every example once, in the order of the source; `eval_steps` batches on every host.
@@ -133,7 +131,7 @@ def eval_batches(
       {'image': uint8 [rows, h, w, c], 'label': int32 [rows], 'mask': float32 [rows]}, with
       mask 1 for examples and 0 for the zeros that fill the last batch.
     """
-    first, stop, _ = rows.indices(batch_size)
+    numbers = np.arange(batch_size)[rows]
 
     def load(position: np.ndarray) -> dict:
         real = position < source.length
@@ -148,13 +146,13 @@ def eval_batches(
     steps = eval_steps(source.length, batch_size)
     if source.in_memory:
         for step in range(steps):
-            yield load(step * batch_size + np.arange(first, stop))
+            yield load(step * batch_size + numbers)
         return
 
     def load_part(step: int, start: int, size: int) -> dict:
-        return load(step * batch_size + first + np.arange(start, start + size))
+        return load(step * batch_size + numbers[start : start + size])
 
-    yield from _threaded(load_part, steps, stop - first, num_threads)
+    yield from _threaded(load_part, steps, len(numbers), num_threads)
 
 
 def _threaded(
@@ -222,11 +220,21 @@ class DeviceBatches:
                     pass
             return False
 
+        rows = local_rows(sharding, batch_size)
+
         def move(local: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                first, last, _ = index[0].indices(batch_size)
+                start = np.searchsorted(rows, first)
+                return local[start : start + last - first]
+
+            if len(local) != len(rows):
+                raise ValueError(f'{len(local)} rows, but this process holds {len(rows)}')
             shape = (batch_size, *local.shape[1:])
             # This transfer is the one that is meant, also under a guard of the whole process.
             with jax.transfer_guard('allow'):
-                return jax.make_array_from_process_local_data(sharding, local, shape)
+                return jax.make_array_from_callback(shape, sharding, part)
 
         def move_all() -> None:
             iterator = iter(batches)
