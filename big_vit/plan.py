@@ -113,26 +113,25 @@ def _memory(compiled: Any, parts: build.Experiment, batch: Any) -> dict[str, flo
 def _link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
     """The least time of a collective, every link of a chip in use, over all its executions."""
     assert place.chip is not None
-    per_slice = len(place.devices) // place.slices
-    across = place.slices > 1 and one.spread >= per_slice
-    speed = place.chip.network if across else place.chip.links
+    speed = place.chip.network if one.network else place.chip.links
     return one.sent * one.times / (speed / place.devices_per_chip)
 
 
 def _collectives(module: hlo.Module, place: topology.Topology) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, int, bool], list[hlo.Collective]] = defaultdict(list)
+    groups: dict[tuple[str, int, bool, bool], list[hlo.Collective]] = defaultdict(list)
     for one in module.collectives:
-        groups[one.kind, one.group, one.overlapped].append(one)
+        groups[one.kind, one.group, one.network, one.overlapped].append(one)
     return [
         {
             'kind': kind,
             'devices': group,
+            'over': 'network' if network else 'links',
             'overlapped': overlapped,
             'count': sum(one.times for one in found),
             'bytes': sum(one.nbytes * one.times for one in found),
             'seconds': sum(_link_seconds(one, place) for one in found) if place.chip else None,
         }
-        for (kind, group, overlapped), found in sorted(groups.items())
+        for (kind, group, network, overlapped), found in sorted(groups.items())
     ]
 
 
@@ -176,7 +175,7 @@ def make(config: Config, place: topology.Topology) -> Plan:
             memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
         else:
             memory = _memory(compiled, parts, batch)
-            module = hlo.read(compiled.as_text(), len(place.devices))
+            module = hlo.read(compiled.as_text(), len(place.devices), place.slices)
     seconds: dict[str, float] = {}
     speed = 0.0
     if not problem and place.chip:
@@ -273,6 +272,7 @@ def page(plan: Plan) -> str:
             (
                 c['kind'],
                 c['devices'],
+                c['over'],
                 c['count'],
                 f'{c["bytes"] / 1e6:,.1f}',
                 '-' if c['seconds'] is None else f'{c["seconds"] * 1e3:.2f}',
@@ -280,7 +280,7 @@ def page(plan: Plan) -> str:
             )
             for c in plan.collectives
         ]
-        header = ('collective', 'devices', 'a step', 'MB', 'ms on links', 'overlapped')
+        header = ('collective', 'devices', 'over', 'a step', 'MB', 'ms at least', 'overlapped')
         tables.append(metrics.table(header, moved))
     return '\n\n'.join(['\n'.join(lines), *tables, '\n'.join(_verdict(plan))])
 
