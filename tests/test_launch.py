@@ -565,7 +565,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     return ConfigDict({
-        'total_steps': 100, 'batch_size': 16, 'image_size': 8, 'lr': 1e-2,
+        'total_steps': 60, 'batch_size': 16, 'image_size': 8, 'lr': 1e-2,
         'model': {'variant': 'mu/4', 'dtype': 'float32'},
         'data': {'name': 'digits'}, 'evals': {'test': {'split': 'test[:50]', 'every_steps': 50}},
         'checkpoint': {'every_steps': 20}, 'log': {'every_steps': 10},
@@ -590,7 +590,7 @@ def test_babysit_brings_a_killed_run_to_the_end_of_an_uninterrupted_one(tmp_path
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if name == 'killed' and line.startswith('train  50/') and 'killed' not in ends:
+            if name == 'killed' and line.startswith('train 50/') and 'killed' not in ends:
                 children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
                 os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
                 ends['killed'] = None
@@ -600,7 +600,7 @@ def test_babysit_brings_a_killed_run_to_the_end_of_an_uninterrupted_one(tmp_path
             {key: value for key, value in row.items() if not key.startswith(metrics.TIMING)}
             for row in metrics.read(workdir)
         ]
-        ends[name] = rows, checkpoint.read_sidecar(workdir, 100)['content_hash']
+        ends[name] = rows, checkpoint.read_sidecar(workdir, 60)['content_hash']
     assert 'babysit: status 137' in ''.join(lines) and 'resume  from step' in ''.join(lines)
     assert ends['killed'] == ends['whole']
 
