@@ -8,12 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'big_vit' / '__init__.py').read_text())[1]
 
-TEST = ['pytest>=8', 'beartype>=0.18', 'psutil>=5']
 # jax[tpu]'s own pin of libtpu: Python 3.11 resolves to jax 0.10, later ones to jax 0.12.
+HAS_LIBTPU = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 LIBTPU = [
-    "libtpu==0.0.42.*; python_version < '3.12'",
-    "libtpu==0.0.50.*; python_version >= '3.12'",
+    f"libtpu==0.0.42.*; python_version < '3.12' and {HAS_LIBTPU}",
+    f"libtpu==0.0.50.*; python_version >= '3.12' and {HAS_LIBTPU}",
 ]
+TEST = ['pytest>=8', 'beartype>=0.18', 'psutil>=5', *LIBTPU]
 
 setup(
     name='big_vit',

@@ -257,7 +257,11 @@ def _call_get_config(function: Callable[..., Any], text: str, path: Path) -> Any
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f'{path}: argument {name} must be given: --config {path}:{name}=...')
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except (KeyError, ValueError) as error:
+        shown = ', '.join(f'{name}={value}' for name, value in arguments.items())
+        raise UserError(f'{path}: get_config({shown}) fails: {error!r}') from None
 
 
 def load(

@@ -31,9 +31,9 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _MESH_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
-_IOTA_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_IOTA_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]<=')
 _LISTED_GROUPS = re.compile(r'replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}')
-_PAIRS = re.compile(r'source_target_pairs=\{(\{\d+,\d+\}(?:,\{\d+,\d+\})*)\}')
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 class Op(NamedTuple):
@@ -53,9 +53,9 @@ class Collective(NamedTuple):
     source: str
     nbytes: int  # Of the array before it is scattered or after it is gathered, on one device.
     group: int  # Devices that take part together.
-    spread: int  # Distance of the farthest partners, in the order of the mesh's devices.
     times: int
     overlapped: bool  # Whether the compiler runs other work meanwhile.
+    network: bool  # Whether it goes over the data-centre network, between slices.
 
     @property
     def sent(self) -> float:
@@ -120,42 +120,23 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(',') if n]
 
 
-def group_of(rest: str, devices: int) -> tuple[int, int]:
-    """(devices in a group, distance of its farthest members) of a collective's attributes."""
+def group_of(rest: str, devices: int) -> int:
+    """How many devices take part in a collective together, from its attributes."""
     mesh = _MESH_GROUPS.search(rest)
     if mesh:
         sizes = dict(part.replace("'", '').split('=') for part in mesh[1].split(','))
         axes = [axis.strip().strip("'") for axis in mesh[2].split(',')]
-        names, group, spread = list(sizes), 1, 0
-        for axis in axes:
-            name, _, sub = axis.partition(':')
-            size = int(sub.strip('()').split(')')[-1] or sizes[name]) if sub else int(sizes[name])
-            stride = math.prod(int(sizes[n]) for n in names[names.index(name) + 1 :])
-            group, spread = group * size, spread + (size - 1) * stride
-        return group, spread
+        # A part of an axis is written 'axis':(before)size.
+        return math.prod(
+            int(axis.rpartition(')')[2]) if ':' in axis else int(sizes[axis]) for axis in axes
+        )
     iota = _IOTA_GROUPS.search(rest)
     if iota:
-        shape, source = _numbers(iota[1]), _numbers(iota[2])
-        order = _numbers(iota[3]) if iota[3] else list(range(len(source)))
-        strides = [math.prod(source[i + 1 :]) for i in range(len(source))]
-        # Ids of the first group: the first shape[-1] elements of the transposed iota.
-        ids, moved = [], [source[i] for i in order]
-        for flat in range(shape[-1]):
-            value, left = 0, flat
-            for position in reversed(range(len(moved))):
-                left, digit = divmod(left, moved[position])
-                value += digit * strides[order[position]]
-            ids.append(value)
-        return shape[-1], max(ids) - min(ids)
+        return _numbers(iota[1])[-1]
     listed = _LISTED_GROUPS.search(rest)
     if listed:
-        groups = [_numbers(part) for part in listed[1].strip('{}').split('},{')]
-        return max(map(len, groups)), max(max(g) - min(g) for g in groups if g)
-    pairs = _PAIRS.search(rest)
-    if pairs:
-        hops = [_numbers(part) for part in pairs[1].strip('{}').split('},{')]
-        return 2, max(abs(a - b) for a, b in hops)
-    return devices, devices - 1
+        return max(len(_numbers(part)) for part in listed[1].strip('{}').split('},{'))
+    return 2 if 'source_target_pairs=' in rest else devices
 
 
 def _rounds(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
@@ -214,13 +195,14 @@ def _executions(
     return times, fused, unknown
 
 
-def read(text: str, devices: int = 1) -> Module:
+def read(text: str, devices: int = 1, slices: int = 1) -> Module:
     """The costs of an optimised module, from `compiled.as_text()`.
 
     Both branches of a conditional count.
 
     Args:
       devices: of the whole run, for collectives that name no group.
+      slices: that the devices are in; transfers between them name no group either.
     """
     computations, entry = _computations(text)
     times, fused, unknown = _executions(computations, entry)
@@ -236,23 +218,34 @@ def read(text: str, devices: int = 1) -> Module:
             if cycles and not fused[computation]:
                 ops.append(Op(line.name, line.opcode, where, int(cycles[1]), times[computation]))
             kind = line.opcode.removesuffix('-start')
-            if kind not in COLLECTIVES:
+            between = _BETWEEN_SLICES.search(line.rest) if kind == 'send' else None
+            if kind not in COLLECTIVES and not between:
                 continue
+            started = bool(between) or line.opcode.endswith('-start')
+            # The shape of a start holds the operands as well as the results, and flags.
+            nbytes = array_bytes(line.shape.replace('u32[]', '') if started else line.shape)
+            if between:
+                kind, group = between[1].lower().replace('_', '-'), slices
+            else:
+                group = group_of(line.rest, devices)
+                if started and kind == 'all-gather':
+                    nbytes = nbytes * group // (group + 1)
+                elif started and kind != 'all-reduce':
+                    nbytes //= 2
+                if kind == 'reduce-scatter':
+                    nbytes *= group
+            one = Collective(
+                kind=kind,
+                source=where,
+                nbytes=nbytes,
+                group=group,
+                times=times[computation],
+                overlapped=started or fused[computation],
+                network=bool(between),
+            )
             channel = re.search(r'channel_id=(\d+)', line.rest)
             # A collective that is split over several fusions keeps its channel.
             key = channel[1] if channel else f'{computation}/{line.name}'
-            group, spread = group_of(line.rest, devices)
-            nbytes = array_bytes(line.shape)
-            started = line.opcode.endswith('-start')
-            # The shape of a start holds the operands as well as the results.
-            if started and kind == 'all-gather':
-                nbytes = nbytes * group // (group + 1)
-            elif started and kind != 'all-reduce':
-                nbytes //= 2
-            if kind == 'reduce-scatter':
-                nbytes *= group
-            overlapped = started or fused[computation]
-            one = Collective(kind, where, nbytes, group, spread, times[computation], overlapped)
             old = collectives.get(key)
             if old is None or one.nbytes * one.times > old.nbytes * old.times:
                 collectives[key] = one

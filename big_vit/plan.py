@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     mfu: float
     steps: int
     collectives: list[dict[str, Any]]
+    ops: list[dict[str, Any]]  # The costliest, with the seconds of all their executions.
     compile_seconds: float
     unknown_loops: int
     problem: str = ''
@@ -113,26 +114,25 @@ def _memory(compiled: Any, parts: build.Experiment, batch: Any) -> dict[str, flo
 def _link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
     """The least time of a collective, every link of a chip in use, over all its executions."""
     assert place.chip is not None
-    per_slice = len(place.devices) // place.slices
-    across = place.slices > 1 and one.spread >= per_slice
-    speed = place.chip.network if across else place.chip.links
+    speed = place.chip.network if one.network else place.chip.links
     return one.sent * one.times / (speed / place.devices_per_chip)
 
 
 def _collectives(module: hlo.Module, place: topology.Topology) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, int, bool], list[hlo.Collective]] = defaultdict(list)
+    groups: dict[tuple[str, int, bool, bool], list[hlo.Collective]] = defaultdict(list)
     for one in module.collectives:
-        groups[one.kind, one.group, one.overlapped].append(one)
+        groups[one.kind, one.group, one.network, one.overlapped].append(one)
     return [
         {
             'kind': kind,
             'devices': group,
+            'over': 'network' if network else 'links',
             'overlapped': overlapped,
             'count': sum(one.times for one in found),
             'bytes': sum(one.nbytes * one.times for one in found),
             'seconds': sum(_link_seconds(one, place) for one in found) if place.chip else None,
         }
-        for (kind, group, overlapped), found in sorted(groups.items())
+        for (kind, group, network, overlapped), found in sorted(groups.items())
     ]
 
 
@@ -152,8 +152,25 @@ def out_of_memory(message: str) -> tuple[float, float] | None:
     return needed, there
 
 
-def make(config: Config, place: topology.Topology) -> Plan:
+def _costliest(module: hlo.Module, place: topology.Topology, count: int) -> list[dict[str, Any]]:
+    found = sorted(module.ops, key=lambda op: -op.cycles * op.times)[:count]
+    return [
+        {
+            'part': part_of(op.source),
+            'source': op.source,
+            'times': op.times,
+            'seconds': op.cycles * op.times / place.chip.clock,
+        }
+        for op in found
+        if place.chip
+    ]
+
+
+def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
     """Compiles the config's train step for a topology and reads what it costs.
+
+    Args:
+      ops: how many of the costliest operations to list.
 
     Raises:
       UserError: the config does not fit the topology.
@@ -176,7 +193,7 @@ def make(config: Config, place: topology.Topology) -> Plan:
             memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
         else:
             memory = _memory(compiled, parts, batch)
-            module = hlo.read(compiled.as_text(), len(place.devices))
+            module = hlo.read(compiled.as_text(), len(place.devices), place.slices)
     seconds: dict[str, float] = {}
     speed = 0.0
     if not problem and place.chip:
@@ -215,6 +232,7 @@ def make(config: Config, place: topology.Topology) -> Plan:
         mfu=speed * parts.flops_per_example / peak if peak else 0.0,
         steps=parts.total_steps,
         collectives=_collectives(module, place),
+        ops=_costliest(module, place, ops),
         compile_seconds=time.perf_counter() - began,
         unknown_loops=module.unknown_loops,
         problem=problem,
@@ -273,6 +291,7 @@ def page(plan: Plan) -> str:
             (
                 c['kind'],
                 c['devices'],
+                c['over'],
                 c['count'],
                 f'{c["bytes"] / 1e6:,.1f}',
                 '-' if c['seconds'] is None else f'{c["seconds"] * 1e3:.2f}',
@@ -280,8 +299,14 @@ def page(plan: Plan) -> str:
             )
             for c in plan.collectives
         ]
-        header = ('collective', 'devices', 'a step', 'MB', 'ms on links', 'overlapped')
+        header = ('collective', 'devices', 'over', 'a step', 'MB', 'ms at least', 'overlapped')
         tables.append(metrics.table(header, moved))
+    if plan.ops:
+        costly = [
+            (f'{op["seconds"] * 1e3:.2f}', op['times'], op['part'], op['source'].partition('/')[2])
+            for op in plan.ops
+        ]
+        tables.append(metrics.table(('ms', 'runs', 'part', 'operation'), costly))
     return '\n\n'.join(['\n'.join(lines), *tables, '\n'.join(_verdict(plan))])
 
 
@@ -296,8 +321,8 @@ def _verdict(plan: Plan) -> list[str]:
         lines += [
             f'speed   {plan.cycles / 1e6:,.1f} M cycles = {_seconds(plan.step_seconds)} a step, '
             f'{plan.examples_per_second:,.0f} examples/s, MFU {plan.mfu:.1%} (estimates)',
-            f'cost    {plan.steps:,} steps = {plan.days:,.2f} days = {plan.chip_hours:,.0f} '
-            'chip-hours, without data waits, evaluation and saving',
+            f'cost    {plan.steps:,} steps = {metrics.duration(plan.steps * plan.step_seconds)} = '
+            f'{plan.chip_hours:,.1f} chip-hours, without data waits, evaluation and saving',
         ]
     if plan.unknown_loops:
         lines.append(f'note    {plan.unknown_loops} loops of unknown length are counted once')
@@ -438,7 +463,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f'nothing fits on {place.name}: take a larger topology')
         plan = max(fitting, key=lambda found: found.examples_per_second)
     else:
-        plan = make(config, place)
+        plan = make(config, place, args.ops)
     if args.json != '-':
         print(('\nfastest\n' if args.search else '') + page(plan))
     if args.json:

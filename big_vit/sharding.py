@@ -15,6 +15,9 @@ from big_vit.errors import UserError
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('replica', 'fsdp'))
 
+# Scalars of an array that is not worth splitting, whatever the config says.
+SMALL = 2**16
+
 # (regex that the end of a path must match, mesh axis of each trailing dimension).
 # Dimensions in front of those named, such as that of scanned layers, are not split.
 # Optimizer state and averages follow their parameter: their paths end like its path.
@@ -154,7 +157,7 @@ def device_bytes(tree: Any, shardings: Any) -> int:
 def check_spread(tree: Any, shardings: Any, mesh: Mesh, min_shard_size: int, limit: float) -> None:
     """Refuses a state of which too much lies whole on every device, though `fsdp` is there.
 
-    Arrays of fewer scalars than `min_shard_size` stay whole on purpose and do not count.
+    Small arrays, of fewer scalars than `min_shard_size` too, stay whole on purpose.
 
     Raises:
       UserError: names the largest array and a size of `fsdp` that would split it.
@@ -165,7 +168,7 @@ def check_spread(tree: Any, shardings: Any, mesh: Mesh, min_shard_size: int, lim
     whole = {
         name: math.prod(leaf.shape) * leaf.dtype.itemsize
         for name, leaf in leaves.items()
-        if where[name].is_fully_replicated and math.prod(leaf.shape) >= max(min_shard_size, 2)
+        if where[name].is_fully_replicated and math.prod(leaf.shape) >= max(min_shard_size, SMALL)
     }
     share = sum(whole.values()) / trees.nbytes(tree)
     if share > limit:

@@ -1,25 +1,48 @@
-"""ViT-B/16 on ImageNet-1k."""
+"""ViT-B/16 on ImageNet-1k, 300 epochs, with the strong augmentation of AugReg (arXiv 2106.10270).
+
+    python -m big_vit.train --config configs/vit_b16_i1k.py:pod=v5e-256 --workdir gs://BUCKET/b16
+
+The dataset is prepared by TensorFlow Datasets as ArrayRecord, see docs/data.md.
+"""
 
 from ml_collections import ConfigDict
 
+# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+PODS = {
+    'v5e-256': {'mesh': {'replica': 256, 'fsdp': 1}},
+    'v5p-512': {'mesh': {'replica': 512, 'fsdp': 1}},
+    'v6e-256': {'mesh': {'replica': 256, 'fsdp': 1}},
+}
 
-def get_config():
-    return ConfigDict(
+
+def get_config(pod: str = ''):
+    config = ConfigDict(
         {
             'total_epochs': 300,
             'batch_size': 4096,
             'image_size': 224,
             'lr': 1e-3,
+            'mixup': 0.5,
             'model': {'variant': 'B/16'},
             'data': {
                 'name': 'tfds',
                 'tfds_name': 'imagenet2012',
                 'split': 'train',
                 'num_classes': 1000,
-                'num_examples': 1281167,
-                'transform': 'resize(size)',
+                'num_examples': 1_281_167,
+                'transform': 'inception_crop(size) | flip_lr | randaug(2, 15)',
+            },
+            'evals': {
+                'val': {
+                    'split': 'validation',
+                    'num_examples': 50_000,
+                    'transform': 'resize_small(256) | central_crop(size)',
+                }
             },
             'optim': {'weight_decay': 0.1},
-            'schedule': {'warmup_steps': 10000},
+            'schedule': {'warmup_steps': 10_000},
         }
     )
+    if pod:
+        config.update(PODS[pod])
+    return config
