@@ -1,5 +1,6 @@
 """From the sections of a config to the objects that they describe, one function each."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from big_vit import config as config_lib
-from big_vit import objectives, sharding, state, steps, trees
+from big_vit import mixing, objectives, sharding, state, steps, trees
 from big_vit.config import Config
 from big_vit.data import fdsl, order, pipeline, sources, transforms
 from big_vit.errors import UserError
@@ -337,12 +338,17 @@ def eval_batches(parts: Experiment, name: str) -> Iterator[dict[str, jax.Array]]
 
 def train_step(config: Config, parts: Experiment) -> Any:
     """The one train step, for training, transfer, planning and benchmarks."""
+    mix = None
+    if config.mixup:
+        classes = parts.model.num_classes
+        mix = functools.partial(mixing.mixup, alpha=config.mixup, num_classes=classes)
     return steps.make_train_step(
         objectives.classification(parts.model.apply, config.label_smoothing),
         parts.optimizer,
         parts.schedule,
         parts.like,
         parts.mesh,
+        mix=mix,
         seed=config.seed,
         accumulation=config.accumulation,
         ema=config.ema,

@@ -128,6 +128,9 @@ SCHEMA: dict[str, Field] = {
         'last 128; 0 is off.',
     ),
     'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
+    'mixup': Field(
+        _number(0), 0.0, 'Blend pairs of examples, with shares of Beta(mixup, mixup); 0 is off.'
+    ),
     'model.variant': Field(check_text, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
     'model.width': Field(_int(1), None, "Overrides the variant's width."),
     'model.depth': Field(_int(1), None, "Overrides the variant's number of blocks."),

@@ -10,10 +10,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from big_vit import sharding
+from big_vit.mixing import Mix
 from big_vit.objectives import Batch, Loss
 from big_vit.state import WINDOW, State, shardings
 
 Metrics = dict[str, jax.Array]
+
+# Of the keys of a step the one for mixing; those of dropout have the numbers of microbatches.
+_MIXING = 2**31
 
 
 def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
@@ -50,6 +54,7 @@ def make_train_step(
     like: State,
     mesh: Mesh,
     *,
+    mix: Mix | None = None,
     seed: int = 0,
     accumulation: int = 1,
     ema: float = 0.0,
@@ -65,7 +70,8 @@ def make_train_step(
     Args:
       loss: an objective.
       like: abstract or real state; its shardings are those of the step.
-      seed: with the state's step, all that dropout depends on.
+      mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
+      seed: with the state's step, all that dropout and mixing depend on.
       skip_sigmas: standard deviations above the last steps' mean at which a loss
         or a gradient norm is a spike; 0 is off.
     """
@@ -90,6 +96,8 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step, params = state['step'], state['params']
         rng = jax.random.fold_in(jax.random.key(seed), step)
+        if mix is not None:
+            batch = mix(batch, jax.random.fold_in(rng, _MIXING))
         (value, aux), grads = gradients(params, batch, rng)
         norm = optax.tree.norm(grads)
         watched = {'loss': value, 'grad_norm': norm}

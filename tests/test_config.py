@@ -374,6 +374,7 @@ WRONG = {
 GROUPS = {
     'seed': 'int', 'batch_size': 'int', 'accumulation': 'int', 'image_size': 'size',
     'lr': 'number', 'init': 'str', 'ema': 'share', 'label_smoothing': 'share',
+    'mixup': 'number',
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'share', 'model.dtype': 'choice', 'model.scan': 'bool',

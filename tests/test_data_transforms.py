@@ -10,8 +10,8 @@ from big_vit.data import order, sources, transforms
 from big_vit.errors import UserError
 
 EVERY_OPERATION = (
-    'rgb | resize((20, 24)) | inception_crop((18, 17)) | pad(1) | random_crop(16, pad=2) | flip_lr '
-    '| resize_small(15) | central_crop((12, 14)) | grayscale | invert | resize(size)'
+    'rgb | randaug(2, 10) | resize((20, 24)) | inception_crop((18, 17)) | pad(1) '
+    '| random_crop(16, pad=2) | flip_lr | resize_small(15) | central_crop((12, 14)) | grayscale | invert | resize(size)'
 )
 
 
@@ -56,9 +56,11 @@ def test_an_example_looks_the_same_in_any_batch(text, channels):
     np.testing.assert_array_equal(backwards[::-1], together)
 
 
-@pytest.mark.parametrize('text', ['flip_lr', 'random_crop(6)', 'inception_crop(6)'])
+@pytest.mark.parametrize(
+    'text', ['flip_lr', 'random_crop(6)', 'inception_crop(6)', 'randaug(2, 10)']
+)
 def test_randomness_is_by_key_and_by_place(text):
-    images = np.repeat(images_of(1, 16, 16, 1), 32, axis=0)
+    images = np.repeat(images_of(1, 16, 16, 3), 32, axis=0)
     once = apply(text, images)
     assert len({image.tobytes() for image in once}) > 1
     assert not np.array_equal(once, apply(text, images, seed=1))

@@ -18,12 +18,13 @@ LAYERS = [
     {'errors', 'schema'},
     {'runtime', 'config', 'trees'},
     {'models', 'optim', 'data', 'sharding'},
-    {'objectives', 'state', 'checkpoint', 'metrics', 'interop'},
+    {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
     {'build', 'adapt', 'explain', 'plots'},
     {'train', 'transfer', 'evaluate', 'explore', 'plan', 'export'},
 ]
 WITHIN_A_LAYER = {
+    ('mixing', 'objectives'),  # Mixed images are normalised ones, and labels targets.
     ('checkpoint', 'state'),  # For a type.
     ('explain', 'build'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vit import objectives, sharding, state, steps, trees
+from big_vit import mixing, objectives, sharding, state, steps, trees
 from big_vit.models import vit
 from big_vit.optim import factory, schedules
 
@@ -35,6 +35,7 @@ class Run:
         ema=0.0,
         seed=0,
         skip_sigmas=0.0,
+        mixup=0.0,
         **fields,
     ):
         self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
@@ -56,6 +57,9 @@ class Run:
             SCHEDULE,
             self.like,
             self.mesh,
+            mix=functools.partial(mixing.mixup, alpha=mixup, num_classes=CLASSES)
+            if mixup
+            else None,
             seed=seed,
             accumulation=accumulation,
             ema=ema,
@@ -241,6 +245,58 @@ def test_microbatches_have_dropout_of_their_own(dropping):
         _, metrics = dropping.step(dropping.start(), dropping.put(batch))
     assert float(metrics['loss']) == pytest.approx(np.mean(parts), rel=1e-5)
     assert len(set(parts)) == 4
+
+
+# Mixing.
+
+
+@pytest.fixture(scope='module')
+def mixing_run():
+    return Run(mixup=0.5)
+
+
+@pytest.mark.parametrize(
+    'run',
+    [
+        dict(devices=8, sizes=(8, 1, 1)),
+        dict(devices=8, sizes=(1, 8, 1)),
+        dict(devices=8, sizes=(1, 8, 1), accumulation=4),
+        dict(accumulation=4),
+    ],
+    ids=['DP', 'FSDP', 'FSDP accumulated', 'accumulated'],
+)
+def test_mixtures_do_not_depend_on_how_a_step_is_computed(mixing_run, run):
+    wanted, _ = mixing_run.train()  # Under a transfer guard.
+    rows, now = Run(mixup=0.5, **run).train()
+    for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):
+        np.testing.assert_allclose(column(rows, name), column(wanted, name), rtol=1e-5)
+    assert int(now['step']) == STEPS
+
+
+def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
+    batch = batch_of(0)
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), steps._MIXING)
+    share = np.asarray(jax.random.beta(rng, 0.5, 0.5, (BATCH,)), np.float64)
+    share = np.maximum(share, 1 - share)[:, None]
+    label = np.eye(CLASSES)[batch['label']]
+    label = share * label + (1 - share) * np.roll(label, 1, 0)
+    image = batch['image'].reshape(BATCH, -1) / 127.5 - 1
+    image = (share * image + (1 - share) * np.roll(image, 1, 0)).reshape(batch['image'].shape)
+    net = vit.ViT(**(SIZES | TRANSFORMS))
+    logits, _ = jax.jit(net.apply)({'params': parameters()}, jnp.asarray(image, jnp.float32))
+    wide = np.asarray(logits, np.float64)
+    logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    wanted = -((0.9 * label + 0.1 / CLASSES) * logp).sum(-1).mean()
+    rows, _ = mixing_run.train(1)
+    assert float(rows[0]['loss']) == pytest.approx(wanted, rel=1e-5)
+    assert float(rows[0]['accuracy']) == np.mean(wide.argmax(-1) == batch['label'])
+    assert abs(wanted - float(single[0][0]['loss'])) > 1e-3
+
+
+def test_mixtures_depend_on_the_step(mixing_run):
+    first, second = two_losses(mixing_run)
+    assert first != second, 'the rate of step 0 is 0: only the shares differ'
+    assert two_losses(mixing_run) == [first, second]
 
 
 # Updates that are skipped.

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt64
 
 from big_vit.data import order
+from big_vit.data import randaug as randaug_lib
 from big_vit.data.sources import Source
 from big_vit.errors import UserError
 
@@ -270,6 +271,32 @@ def invert() -> Operation:
     return lambda images, draw: 255 - images
 
 
+def randaug(layers, magnitude) -> Operation:
+    """RandAugment: `layers` operations in a row, each drawn from the sixteen of data/randaug.py."""
+    layers = _whole('layers', layers, 1)
+    if layers * randaug_lib.DRAWS > _STREAMS_PER_OPERATION:
+        most = _STREAMS_PER_OPERATION // randaug_lib.DRAWS
+        raise _UnfitError(f'takes at most {most} layers, not {layers}')
+    if isinstance(magnitude, bool) or not isinstance(magnitude, int | float):
+        raise _UnfitError(f'takes a number for magnitude, not {magnitude!r}')
+    if not 0 <= magnitude <= 30:
+        raise _UnfitError(f'takes a magnitude from 0 to 30, not {magnitude!r}')
+
+    def apply(images: np.ndarray, draw: Draw) -> np.ndarray:
+        _need_channels(images, 3)
+        draws = np.stack([draw(k) for k in range(layers * randaug_lib.DRAWS)], axis=-1)
+        draws = draws.reshape(len(images), layers, randaug_lib.DRAWS)
+        out = np.empty(images.shape, np.uint8)
+        for i, image in enumerate(images):
+            image = np.ascontiguousarray(image)
+            for layer in draws[i]:
+                image = randaug_lib.apply(image, float(magnitude), layer)
+            out[i] = image
+        return out
+
+    return apply
+
+
 _OPERATIONS: dict[str, Callable[..., Operation]] = {
     operation.__name__: operation
     for operation in (
@@ -283,9 +310,10 @@ _OPERATIONS: dict[str, Callable[..., Operation]] = {
         rgb,
         grayscale,
         invert,
+        randaug,
     )
 }
-_RANDOM = frozenset({'random_crop', 'inception_crop', 'flip_lr'})
+_RANDOM = frozenset({'random_crop', 'inception_crop', 'flip_lr', 'randaug'})
 
 
 def parse(text: str, *, size: tuple[int, int], key: str = 'data') -> Transform:

@@ -1,0 +1,90 @@
+"""Mixing: against NumPy with the same shares, and only the shares are random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from big_vit import mixing, objectives
+
+CLASSES = 5
+
+
+def batch_of(size, kind=np.uint8):
+    rng = np.random.default_rng(size)
+    image = rng.integers(0, 256, (size, 4, 6, 3)).astype(kind)
+    return {'image': image, 'label': rng.integers(0, CLASSES, size).astype(np.int32)}
+
+
+def mixed(batch, seed=0, alpha=0.2):
+    return jax.device_get(
+        mixing.mixup(
+            jax.tree.map(jnp.asarray, batch), jax.random.key(seed), alpha=alpha, num_classes=CLASSES
+        )
+    )
+
+
+def shares_of(size, seed=0, alpha=0.2):
+    """Read off the labels, where every example is of another class than the one before it."""
+    label = (np.arange(size) % CLASSES).astype(np.int32)
+    label[-1] = 1 if size % CLASSES == 1 else label[-1]
+    batch = {'image': np.zeros((size, 1, 1, 3), np.uint8), 'label': label}
+    return mixed(batch, seed, alpha)['label'][np.arange(size), label]
+
+
+@pytest.mark.parametrize('size', [1, 2, 7, 16])
+def test_images_and_labels_are_those_of_numpy(size):
+    batch = batch_of(size)
+    share = np.asarray(jax.random.beta(jax.random.key(3), 0.4, 0.4, (size,)), np.float64)
+    share = np.maximum(share, 1 - share)
+    image = batch['image'] / 127.5 - 1
+    label = np.eye(CLASSES)[batch['label']]
+    found = mixed(batch, 3, 0.4)
+    assert found['image'].dtype == found['label'].dtype == np.float32
+    for i in range(size):
+        wanted = share[i] * image[i] + (1 - share[i]) * image[i - 1]
+        np.testing.assert_allclose(found['image'][i], wanted, atol=1e-6)
+        wanted = share[i] * label[i] + (1 - share[i]) * label[i - 1]
+        np.testing.assert_allclose(found['label'][i], wanted, atol=1e-6)
+
+
+def test_floats_and_probabilities_are_mixed_as_they_are():
+    batch = batch_of(8)
+    done = {
+        'image': objectives.normalise(jnp.asarray(batch['image'])),
+        'label': jax.nn.one_hot(batch['label'], CLASSES),
+    }
+    for name, leaf in mixed(done).items():
+        np.testing.assert_array_equal(leaf, mixed(batch)[name])
+
+
+@pytest.mark.parametrize('alpha', [0.2, 1.0])
+def test_shares_are_those_of_the_beta_distribution_and_differ(alpha):
+    shares = shares_of(4000, alpha=alpha)
+    assert len(np.unique(shares)) > (3000 if alpha == 1 else 1000)
+    # The larger of l and 1 - l.
+    beta = stats.beta(alpha, alpha)
+
+    def cdf(x):
+        return np.where(x < 0.5, 0.0, beta.cdf(x) - beta.cdf(1 - x))
+
+    # Float32 ends near 1, where much of a small alpha lies.
+    assert stats.kstest(shares[shares < 1 - 1e-4], lambda x: cdf(x) / cdf(1 - 1e-4)).pvalue > 1e-3
+    assert (shares >= 1 - 1e-4).mean() == pytest.approx(1 - cdf(1 - 1e-4), abs=0.03)
+
+
+def test_every_example_leads_one_mixture():
+    batch = batch_of(64)
+    assert (mixed(batch)['label'].argmax(-1) == batch['label']).all()
+    np.testing.assert_allclose(mixed(batch)['label'].sum(-1), 1, atol=1e-6)
+
+
+def test_the_key_alone_decides():
+    assert (shares_of(16, 0) == shares_of(16, 0)).all()
+    assert (shares_of(16, 0) != shares_of(16, 1)).any()
+
+
+def test_what_is_not_mixed_stays():
+    extra = np.arange(3, dtype=np.float32)
+    np.testing.assert_array_equal(mixed({**batch_of(3), 'extra': extra})['extra'], extra)
