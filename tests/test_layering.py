@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
-    {'errors', 'schema'},
+    {'errors', 'schema', 'storage'},
     {'runtime', 'config', 'trees'},
     {'models', 'optim', 'data', 'sharding'},
     {'objectives', 'state', 'checkpoint', 'metrics', 'interop'},
@@ -25,6 +25,7 @@ LAYERS = [
 ]
 WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
+    ('storage', 'errors'),
     ('explain', 'build'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }
