@@ -292,7 +292,12 @@ class Manager:
 
             self._ocp = ocp
             self._writer = ocp.AsyncCheckpointer(
-                ocp.CompositeCheckpointHandler(), timeout_secs=TIMEOUT_S
+                ocp.CompositeCheckpointHandler(),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=TIMEOUT_S,
+                    # Made in the background, a folder that cannot be made is waited for.
+                    create_directories_asynchronously=False,
+                ),
             )
         self._workdir, self._folder = workdir, _folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -365,7 +370,7 @@ class Manager:
         if self._saving.is_alive():
             if time.monotonic() - self._began > TIMEOUT_S:
                 self._saving = None
-                _end_with_the_main_thread()
+                _leave_without_waiting()
                 raise self._failure(
                     self._step, f'it is still being written after {TIMEOUT_S / 60:.3g} minutes'
                 )
@@ -420,15 +425,16 @@ class Manager:
             self._writer.close()
 
 
-def _end_with_the_main_thread() -> None:
-    """Ends this process soon after its main thread: Orbax's hanging one would keep it for ever."""
+def _leave_without_waiting() -> None:
+    """Lets the process end: Python waits for all threads, and one of Orbax's hangs."""
 
-    def end() -> None:
-        threading.main_thread().join()
-        time.sleep(5)
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(2)
 
-    threading.Thread(target=end, daemon=True).start()
+    # Called before those of concurrent.futures, which wait; `atexit` would come after them.
+    threading._register_atexit(leave)  # type: ignore[attr-defined]
 
 
 def restore(workdir: Place, step: int, like: State) -> State:
@@ -448,8 +454,10 @@ def restore(workdir: Place, step: int, like: State) -> State:
 
         problem = ''
         try:
-            with ocp.StandardCheckpointer() as reader:
-                state = reader.restore(where / 'state', like)
+            # Not through a Checkpointer: at its end all processes wait, also for one that failed.
+            state = ocp.StandardCheckpointHandler().restore(
+                where / 'state', args=ocp.args.StandardRestore(like)
+            )
         except Exception as error:
             problem = f'{where}: cannot be read: {storage.reason(error)}'
     problem = _anywhere(problem)
