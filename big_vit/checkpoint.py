@@ -86,7 +86,8 @@ def _hash_leaves(mesh: Any) -> Any:
 
 
 def _hashes(state: Any) -> dict[str, str]:
-    flat = trees.flatten(state)
+    # Sorted, or a restored state would be compiled for once more: Orbax sorts its keys.
+    flat = dict(sorted(trees.flatten(state).items()))
     shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
     meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
     values = jax.device_get(_hash_leaves(meshes.pop() if meshes else None)(list(flat.values())))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from big_vit import storage
@@ -43,6 +44,15 @@ def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The newest value of each metric, without timings."""
     merged = {name: value for row in rows for name, value in row.items()}
     return {k: v for k, v in merged.items() if k != 'step' and not k.startswith(TIMING)}
+
+
+def host_memory_mb() -> float | None:
+    """Megabytes of host memory that this process holds; None where Linux is not there to ask."""
+    try:
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
 
 
 class Writer:
@@ -187,6 +197,8 @@ class Clock:
     ) -> dict[str, float]:
         """Rates since the last call, over the time spent on data and steps; {} after no step.
 
+        With them the memory of the process, so that a leak shows in the history.
+
         Args:
           flops_per_example: of a training step.
           peak_flops: of all devices together.
@@ -197,11 +209,13 @@ class Clock:
         if not steps or not seconds:
             return {}
         rate = steps * batch_size / seconds
+        memory = host_memory_mb()
         return {
             TIMING + 'examples_per_s': rate,
             TIMING + 'mfu': rate * flops_per_example / peak_flops,
             TIMING + 'data_wait': data / seconds,
             TIMING + 'eta_s': steps_left * seconds / steps,
+            **({} if memory is None else {TIMING + 'host_memory_mb': memory}),
         }
 
 
