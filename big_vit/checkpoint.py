@@ -3,31 +3,40 @@
     WORKDIR/checkpoints/STEP/state      arrays (Orbax, OCDBT)
     WORKDIR/checkpoints/STEP/sidecar    JSON: config, versions, metrics, shapes and hashes
 
-A directory gets its final name when all of it is written. Each leaf has a hash of
-its bits that does not depend on the sharding, so damage is found when it is read.
+A local directory gets its final name when all of it is written; in an object store,
+which cannot rename, the file COMMITTED is written last. Each leaf has a hash of its
+bits that does not depend on the sharding, so damage is found when it is read.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import shutil
+import os
 import sys
 import threading
+import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 import big_vit
-from big_vit import trees
+from big_vit import storage, trees
 from big_vit.errors import UserError
 from big_vit.state import State
 
 FORMAT = 1
+COMMITTED = 'commit_success.txt'
+# Between a save and the folder or object that makes it count, more than this is a hang.
+TIMEOUT_S = 30 * 60
+
+Place = str | os.PathLike[str]
 
 
 class CorruptCheckpointError(UserError):
@@ -66,14 +75,37 @@ def hash_array(array: np.ndarray) -> str:
         return np.asarray(_hash_bits(bits, index, np)).tobytes().hex()
 
 
-_hash_tree = jax.jit(lambda tree: jax.tree.map(_hash_device, tree))
+@functools.cache
+def _hash_leaves(mesh: Any) -> Any:
+    """Compiled once for a mesh; each process gets all of the result, in one array."""
+    everywhere = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(
+        lambda leaves: jnp.stack([_hash_device(leaf) for leaf in leaves]),
+        out_shardings=everywhere,
+    )
 
 
 def _hashes(state: Any) -> dict[str, str]:
-    values = jax.device_get(_hash_tree(state))
-    return {
-        name: np.asarray(value).tobytes().hex() for name, value in trees.flatten(values).items()
-    }
+    # Sorted, or a restored state would be compiled for once more: Orbax sorts its keys.
+    flat = dict(sorted(trees.flatten(state).items()))
+    shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
+    meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
+    values = jax.device_get(_hash_leaves(meshes.pop() if meshes else None)(list(flat.values())))
+    return {name: value.tobytes().hex() for name, value in zip(flat, values, strict=True)}
+
+
+def _anywhere(problem: str) -> str:
+    """The first problem that a process has, on all of them; '' if none has. Call it on all.
+
+    Else one would stop and the rest wait for it.
+    """
+    if jax.process_count() == 1:
+        return problem
+    text = np.frombuffer(problem.encode()[:1000].ljust(1000, b'\0'), np.uint8)
+    with jax.transfer_guard('allow'):
+        texts = multihost_utils.process_allgather(text)
+    found = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in np.asarray(texts)]
+    return next(filter(None, found), '')
 
 
 def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
@@ -104,54 +136,83 @@ def _content_hash(leaves: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def steps(workdir: str | Path) -> list[int]:
-    """Steps of the finished checkpoints of a workdir, ascending."""
-    folder = Path(workdir) / 'checkpoints'
+def _folder(workdir: Place, step: int | None = None) -> epath.Path:
+    folder = storage.absolute(storage.place(workdir)) / 'checkpoints'
+    return folder if step is None else folder / str(step)
+
+
+def _committed(path: epath.Path) -> bool:
+    return storage.is_local(path) or (path / COMMITTED).exists()
+
+
+def steps(workdir: Place) -> list[int]:
+    """Steps of the finished checkpoints of a workdir, ascending; they may be damaged."""
+    folder = _folder(workdir)
     if not folder.is_dir():
         return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / 'sidecar').is_dir())
-    return sorted(int(p.name) for p in found)
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _committed(p))
 
 
-def locate(path: str | Path, key: str = '--workdir') -> tuple[Path, int]:
+def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
     """(workdir, step) of a workdir (its newest checkpoint) or of one `checkpoints/STEP` folder.
 
     Raises:
       UserError: there is no checkpoint there.
     """
-    path = Path(path)
-    if path.name.isdigit() and path.parent.name == 'checkpoints':
-        workdir, wanted = path.parent.parent, int(path.name)
+    try:
+        given = storage.place(path)
+    except UserError as error:
+        raise UserError(f'{key}: {error}') from None
+    if given.name.isdigit() and given.parent.name == 'checkpoints':
+        workdir, wanted = given.parent.parent, int(given.name)
         if wanted in steps(workdir):
             return workdir, wanted
         have = ', '.join(map(str, steps(workdir))) or 'none'
         raise UserError(f'{key}: there is no checkpoint {path} (steps there: {have})')
-    workdir = path.parent if path.name == 'checkpoints' else path
-    if not steps(workdir):
+    workdir = given.parent if given.name == 'checkpoints' else given
+    found = steps(workdir)
+    if not found:
         what = 'no finished checkpoint' if workdir.is_dir() else 'no such folder'
         raise UserError(
             f'{key}: {path}: {what}; give the --workdir of a training run, or one of its '
             'checkpoints/STEP folders'
         )
-    return workdir, steps(workdir)[-1]
+    return workdir, found[-1]
 
 
-def set_aside(workdir: str | Path, step: int) -> None:
+def set_aside(workdir: Place, step: int) -> None:
     """Moves a damaged checkpoint to WORKDIR/damaged, so that its step can be saved again."""
     if jax.process_index() == 0:
-        folder = Path(workdir) / 'damaged'
-        folder.mkdir(exist_ok=True)
-        number = len(list(folder.iterdir()))
-        (Path(workdir) / 'checkpoints' / str(step)).rename(folder / f'{step}-{number}')
+        folder = storage.place(workdir) / 'damaged'
+        number = len(list(folder.iterdir())) if folder.is_dir() else 0
+        storage.move(_folder(workdir, step), storage.absolute(folder) / f'{step}-{number}')
 
 
-def read_sidecar(workdir: str | Path, step: int) -> dict[str, Any]:
+def _remove(path: epath.Path) -> None:
+    """Deletes a checkpoint; killed half-way, what is left does not look like one."""
+    if storage.is_local(path):
+        path = path.rename(path.with_name(f'{path.name}.deleted'))
+    else:
+        (path / COMMITTED).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
+
+
+def _remove_leftovers(folder: epath.Path) -> None:
+    """What saves and deletions that were killed have left."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        number, _, rest = path.name.partition('.')
+        killed = rest == 'deleted' or rest.startswith('orbax-checkpoint-tmp')
+        if number.isdigit() and (killed or (not rest and not _committed(path))):
+            path.rmtree(missing_ok=True)
+
+
+def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
     """What `describe` wrote.
 
     Raises:
       CorruptCheckpointError: it cannot be read or does not match its own hash.
     """
-    path = Path(workdir) / 'checkpoints' / str(step) / 'sidecar' / 'metadata'
+    path = storage.place(workdir) / 'checkpoints' / str(step) / 'sidecar' / 'metadata'
     try:
         sidecar = json.loads(path.read_text())
         intact = sidecar['content_hash'] == _content_hash(sidecar['leaves'])
@@ -216,80 +277,132 @@ def _quiet():
 
 
 class Manager:
-    """Saves a run's checkpoints; a context manager that ends only when all are on disk.
+    """Saves a run's checkpoints; a context manager that ends only when all are stored.
+
+    One save is in the background at a time. A failed save ends the run: what was
+    saved before is kept, older checkpoints go only when a newer one is complete.
 
     Args:
       keep_last: how many of the newest to keep.
       keep_every: multiples of this step are kept for ever; None keeps none.
     """
 
-    def __init__(self, workdir: str | Path, keep_last: int, keep_every: int | None = None):
+    def __init__(self, workdir: Place, keep_last: int, keep_every: int | None = None):
         with _quiet():
             import orbax.checkpoint as ocp
-            from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-            keep: list[Any] = [preservation_policy.LatestN(keep_last)]
-            if keep_every:
-                keep.append(preservation_policy.EveryNSteps(keep_every))
             self._ocp = ocp
-            self._folder = Path(workdir).absolute() / 'checkpoints'
-            self._manager = ocp.CheckpointManager(
-                self._folder,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-                    enable_async_checkpointing=True,
-                    # Our own hooks decide when to save, so that evaluation always comes first.
-                    save_decision_policy=None,
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.CompositeCheckpointHandler(),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=TIMEOUT_S,
+                    # Made in the background, a folder that cannot be made is waited for.
+                    create_directories_asynchronously=False,
                 ),
             )
+        self._workdir, self._folder = workdir, _folder(workdir)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._saving: threading.Thread | None = None
+        self._step, self._began = 0, 0.0
+        self._error: BaseException | None = None
+        self._timings: dict[str, float] = {}
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self._folder)
 
     def save(self, state: State, config: dict[str, Any], metrics: dict[str, float]) -> None:
         """Copies the state off the devices and returns; the writing goes on in the background.
 
+        Call it on all processes.
+
         Raises:
-          UserError: the disk has too little room, or the previous save failed.
+          UserError: the disk has too little room, or this save or the one before failed.
         """
-        self.check()
+        began = time.monotonic()
+        self.wait()
         step = int(jax.device_get(state['step']))
-        needed = trees.nbytes(state)
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise self._failure(
-                step, f'it needs up to {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free'
-            )
+        problem = _anywhere(self._obstacle(step, trees.nbytes(state)))
+        if problem:
+            raise self._failure(step, problem)
+        sidecar = describe(state, config, metrics)
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(state),
-            sidecar=self._ocp.args.JsonSave(describe(state, config, metrics)),
+            state=self._ocp.args.StandardSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )
         try:
             with _quiet():
-                self._manager.save(step, args=args, force=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(step, error) from error
+                # Force, for an object store where a killed save has left a folder of this name.
+                self._writer.save(self._folder / str(step), args=args, force=True)
+        except Exception as error:
+            raise self._failure(step, storage.reason(error)) from error
+        self._step, self._began, self._error = step, began, None
+        self._timings = {'time/save_blocked_s': time.monotonic() - began}
+        self._saving = threading.Thread(target=self._finish, daemon=True)
+        self._saving.start()
+
+    def _obstacle(self, step: int, needed: int) -> str:
+        """What makes a save pointless. Only process 0 looks: the rest might see it otherwise."""
+        if jax.process_index() != 0:
+            return ''
+        if step in steps(self._workdir):
+            return 'it is there already: is another run writing to this workdir?'
+        free = storage.free_bytes(self._folder)
+        if free < needed:
+            return f'it needs up to {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free'
+        return ''
+
+    def _finish(self) -> None:
+        try:
+            self._writer.wait_until_finished()
+            self._timings['time/save_s'] = time.monotonic() - self._began
+            if jax.process_index() == 0:
+                self._remove_old()
+        except BaseException as error:
+            self._error = error
+
+    def _remove_old(self) -> None:
+        for step in steps(self._workdir)[: -self._keep_last]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                _remove(self._folder / str(step))
 
     def check(self) -> None:
-        """Raises UserError if the save in the background has failed."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failure(None, error) from error
+        """Raises UserError if the save in the background has failed, or takes too long."""
+        if self._saving is None:
+            return
+        if self._saving.is_alive():
+            if time.monotonic() - self._began > TIMEOUT_S:
+                self._saving = None
+                _leave_without_waiting()
+                raise self._failure(
+                    self._step, f'it is still being written after {TIMEOUT_S / 60:.3g} minutes'
+                )
+            return
+        self._saving = None
+        if self._error is not None:
+            raise self._failure(self._step, storage.reason(self._error)) from self._error
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises UserError if it could not be written."""
-        try:
-            with _quiet():
-                self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failure(None, error) from error
+        """Returns when everything is stored; raises UserError if that failed or takes too long."""
+        while self._saving is not None:
+            left = self._began + TIMEOUT_S - time.monotonic()
+            self._saving.join(max(left, 0) + 0.001)
+            self.check()
 
-    def _failure(self, step: int | None, error: object) -> UserError:
-        good = steps(self._folder.parent)
-        last = f'the last good one is step {good[-1]}' if good else 'there is no earlier one'
-        which = '' if step is None else f' of step {step}'
-        reason = ' '.join(str(error).split())[:300]
+    def timings(self) -> dict[str, float]:
+        """Seconds of the newest finished save, the part that held up training and all; once."""
+        if self._saving is not None and self._saving.is_alive():
+            return {}
+        found, self._timings = self._timings, {}
+        return found
+
+    def _failure(self, step: int, why: str) -> UserError:
+        try:
+            good = steps(self._workdir)
+            last = f'the last good one is step {good[-1]}' if good else 'there is no earlier one'
+        except Exception as error:
+            last = f'which ones there are cannot be seen ({storage.reason(error)})'
         return UserError(
-            f'{self._folder}: saving the checkpoint{which} failed: {reason}; {last}. '
-            'Make room and start the same command again: it resumes there'
+            f'{self._folder}: saving the checkpoint of step {step} failed: {why}; {last}. '
+            'Make room or repair it, and start the same command again: it resumes there'
         )
 
     def __enter__(self) -> 'Manager':
@@ -298,41 +411,73 @@ class Manager:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             self.wait()
-        except UserError:
+        except UserError as error:
             if kind is None:
                 raise
+            print(f'WARNING: {error}', file=sys.stderr)
         finally:
-            # After a failed save Orbax's own close waits for what will never come.
+            # After a failed save Orbax's own close may wait for what will never come.
             closer = threading.Thread(target=self._close, daemon=True)
             closer.start()
-            closer.join(timeout=60)
+            closer.join(timeout=10)
 
     def _close(self) -> None:
-        with _quiet(), contextlib.suppress(Exception):
-            self._manager.close()
+        with contextlib.suppress(Exception):
+            self._writer.close()
 
 
-def restore(workdir: str | Path, step: int, like: State) -> State:
+def _leave_without_waiting() -> None:
+    """Lets the process end: Python waits for all threads, and one of Orbax's hangs."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+    # Called before those of concurrent.futures, which wait; `atexit` would come after them.
+    threading._register_atexit(leave)  # type: ignore[attr-defined]
+
+
+def restore(workdir: Place, step: int, like: State) -> State:
     """The state of a checkpoint, on the shardings of the abstract state `like`.
+
+    Call it on all processes: where one cannot read its part, it fails on all.
 
     Raises:
       UserError: another architecture.
       CorruptCheckpointError: unreadable, or not the bits that were saved.
     """
-    where = Path(workdir).absolute() / 'checkpoints' / str(step)
-    sidecar = read_sidecar(workdir, step)
+    where = _folder(workdir, step)
+    sidecar = _read_sidecar_everywhere(workdir, step)
     check_leaves(sidecar, like, str(where))
     with _quiet():
         import orbax.checkpoint as ocp
 
+        problem = ''
         try:
-            with ocp.StandardCheckpointer() as reader:
-                state = reader.restore(where / 'state', like)
+            # Not through a Checkpointer: at its end all processes wait, also for one that failed.
+            state = ocp.StandardCheckpointHandler().restore(
+                where / 'state', args=ocp.args.StandardRestore(like)
+            )
         except Exception as error:
-            reason = ' '.join(str(error).split())[:300]
-            raise CorruptCheckpointError(f'{where}: cannot be read: {reason}') from error
+            problem = f'{where}: cannot be read: {storage.reason(error)}'
+    problem = _anywhere(problem)
+    if problem:
+        raise CorruptCheckpointError(problem)
     _check_hashes(_hashes(state), sidecar, where)
     return state
+
+
+def _read_sidecar_everywhere(workdir: Place, step: int) -> dict[str, Any]:
+    problem = ''
+    try:
+        sidecar = read_sidecar(workdir, step)
+    except CorruptCheckpointError as error:
+        problem = str(error)
+    problem = _anywhere(problem)
+    if problem:
+        raise CorruptCheckpointError(problem)
+    return sidecar
 
 
 def scored_part(sidecar: dict[str, Any]) -> str:
@@ -342,7 +487,7 @@ def scored_part(sidecar: dict[str, Any]) -> str:
 
 
 def load_params(
-    workdir: str | Path, step: int, which: str = 'params'
+    workdir: Place, step: int, which: str = 'params'
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters as nested NumPy arrays, sidecar); needs no config, mesh or accelerator.
 
@@ -353,7 +498,7 @@ def load_params(
       UserError: the checkpoint has no such part.
       CorruptCheckpointError: unreadable, or not the bits that were saved.
     """
-    where = Path(workdir).absolute() / 'checkpoints' / str(step)
+    where = _folder(workdir, step)
     sidecar = read_sidecar(workdir, step)
     names = [name for name in sidecar['leaves'] if name.startswith(which + '/')]
     if not names:
@@ -373,14 +518,15 @@ def load_params(
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 tree = reader.restore(where / 'state', args=request)
         except Exception as error:
-            reason = ' '.join(str(error).split())[:300]
-            raise CorruptCheckpointError(f'{where}: cannot be read: {reason}') from error
+            raise CorruptCheckpointError(
+                f'{where}: cannot be read: {storage.reason(error)}'
+            ) from error
     hashes = {name: hash_array(leaf) for name, leaf in trees.flatten(tree).items()}
     _check_hashes(hashes, sidecar, where)
     return tree[which], sidecar
 
 
-def _check_hashes(found: dict[str, str], sidecar: dict[str, Any], where: Path) -> None:
+def _check_hashes(found: dict[str, str], sidecar: dict[str, Any], where: epath.Path) -> None:
     wrong = [name for name in found if found[name] != sidecar['leaves'][name]['hash']]
     if wrong:
         raise CorruptCheckpointError(

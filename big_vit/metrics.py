@@ -2,24 +2,28 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from big_vit import storage
 from big_vit.errors import UserError
 
 FILE = 'metrics.jsonl'
 # Rows of two runs with the same config are equal but for keys that start with this.
 TIMING = 'time/'
 BAR_WIDTH = 16
+# An object store has no appending: the file is written anew, and not at every row.
+REWRITE_EVERY_S = 30
 
 
-def read(workdir: str | Path) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a run, oldest first; a last row that was cut off while written is left out."""
-    path = Path(workdir) / FILE
+    path = storage.place(workdir) / FILE
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -42,8 +46,20 @@ def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {k: v for k, v in merged.items() if k != 'step' and not k.startswith(TIMING)}
 
 
+def host_memory_mb() -> float | None:
+    """Megabytes of host memory that this process holds; None where Linux is not there to ask."""
+    try:
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+
+
 class Writer:
     """Writes rows of metrics; opened at step N it drops rows of later steps, soon made again.
+
+    Locally each row is on its way to the disk when `write` returns. In an object store
+    rows wait, for at most REWRITE_EVERY_S or until `flush`.
 
     Args:
       start_step: the step that the run starts or resumes at.
@@ -51,11 +67,14 @@ class Writer:
       tensorboard: also write event files to WORKDIR/tensorboard.
       wandb: also log to this Weights & Biases project.
       config: dump of the config, for Weights & Biases.
+
+    Raises:
+      UserError: the file cannot be written, also after some tries.
     """
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike[str],
         start_step: int,
         *,
         active: bool = True,
@@ -64,9 +83,11 @@ class Writer:
         config: dict[str, Any] | None = None,
     ):
         self._file = self._events = self._wandb = None
+        self._active = active
         self.latest: dict[str, float] = {}
         if not active:
             return
+        folder = storage.place(workdir)
         if wandb:
             try:
                 import wandb as client
@@ -74,34 +95,60 @@ class Writer:
                 raise UserError(
                     "config: log.wandb needs `pip install wandb`, or big_vit's extra of that name"
                 ) from None
-            name = Path(workdir).name
-            self._wandb = client.init(project=wandb, name=name, config=config, resume='allow')
-        path = Path(workdir) / FILE
-        rows = [row for row in read(workdir) if row['step'] <= start_step]
+            self._wandb = client.init(
+                project=wandb, name=folder.name, config=config, resume='allow'
+            )
+        self._path = folder / FILE
+        rows = [row for row in read(folder) if row['step'] <= start_step]
         self.latest = latest(rows)
-        partial = path.with_suffix('.tmp')
-        partial.write_text(''.join(map(_line, rows)))
-        partial.replace(path)
-        self._file = path.open('a')
+        self._lines = list(map(_line, rows))
+        self._rewrite()
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(Path(workdir) / 'tensorboard'), purge_step=start_step)
+            self._events = SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one row; values are plain numbers."""
         self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
-        if self._file is None:
+        if not self._active:
             return
-        self._file.write(_line({'step': step, **values}))
-        self._file.flush()
+        self._lines.append(_line({'step': step, **values}))
+        if self._file is not None:
+            try:
+                self._file.write(self._lines[-1])
+                self._file.flush()
+            except OSError:  # How much of the row is there, nobody knows.
+                self._rewrite()
+        elif time.monotonic() - self._written_at >= REWRITE_EVERY_S:
+            self._rewrite()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
+    def flush(self) -> None:
+        """Returns when all rows are stored; call it before a checkpoint that promises them."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._rewrite()
+        elif self._active and self._written_lines < len(self._lines):
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        storage.write_text(self._path, ''.join(self._lines))
+        self._written_lines, self._written_at = len(self._lines), time.monotonic()
+        if storage.is_local(self._path):
+            self._file = self._path.open('a')
+
     def close(self) -> None:
+        self.flush()
         if self._file is not None:
             self._file.close()
         if self._events is not None:
@@ -150,6 +197,8 @@ class Clock:
     ) -> dict[str, float]:
         """Rates since the last call, over the time spent on data and steps; {} after no step.
 
+        With them the memory of the process, so that a leak shows in the history.
+
         Args:
           flops_per_example: of a training step.
           peak_flops: of all devices together.
@@ -160,11 +209,13 @@ class Clock:
         if not steps or not seconds:
             return {}
         rate = steps * batch_size / seconds
+        memory = host_memory_mb()
         return {
             TIMING + 'examples_per_s': rate,
             TIMING + 'mfu': rate * flops_per_example / peak_flops,
             TIMING + 'data_wait': data / seconds,
             TIMING + 'eta_s': steps_left * seconds / steps,
+            **({} if memory is None else {TIMING + 'host_memory_mb': memory}),
         }
 
 

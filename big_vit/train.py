@@ -8,6 +8,7 @@ Started again on the same workdir it resumes, with the same batches.
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from big_vit import (
     build,
@@ -24,6 +26,7 @@ from big_vit import (
     runtime,
     state,
     steps,
+    storage,
 )
 from big_vit import config as config_lib
 from big_vit.config import Config
@@ -42,27 +45,39 @@ class Result(NamedTuple):
     stopped: bool
 
 
-def open_workdir(path: str | Path, config: Config, like: state.State, force: bool) -> Path:
+def open_workdir(
+    path: str | os.PathLike[str], config: Config, like: state.State, force: bool
+) -> epath.Path:
     """Creates the workdir, or checks that the one there belongs to this config.
 
+    Every process checks, process 0 writes.
+
     Args:
+      path: a local folder, or a place in an object store such as gs://bucket/run.
       like: abstract state, which the checkpoints there must fit.
       force: accept another config, though not another architecture.
 
     Raises:
-      UserError: it cannot be written, or holds a run of another config.
+      UserError: it cannot be reached or written, or holds a run of another config.
     """
-    workdir = Path(path)
+    try:
+        workdir = storage.place(path)
+    except UserError as error:
+        raise UserError(f'--workdir: {error}') from None
     file, dump = workdir / 'config.json', config.to_dict()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise UserError(f'--workdir: cannot write to {workdir}: {error.strerror}') from None
-    if file.exists():
+        if storage.is_local(workdir):
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+        there = file.read_text() if file.exists() else None
+    except Exception as error:  # The errors of object stores have no class in common.
+        if storage.is_local(workdir) and not isinstance(error, OSError):
+            raise
+        raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
+    if there is not None:
         try:
-            old = json.loads(file.read_text())
+            old = json.loads(there)
         except ValueError as error:
             raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
         changes = config_lib.difference(old, dump)
@@ -75,13 +90,12 @@ def open_workdir(path: str | Path, config: Config, like: state.State, force: boo
         with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
             sidecar = checkpoint.read_sidecar(workdir, step)
             checkpoint.check_leaves(sidecar, like, f'{workdir}/checkpoints/{step}')
-    partial = file.with_suffix('.tmp')
-    partial.write_text(json.dumps(dump, indent=2) + '\n')
-    partial.replace(file)
+    if jax.process_index() == 0:
+        storage.write_text(file, json.dumps(dump, indent=2) + '\n')
     return workdir
 
 
-def restore_newest(workdir: Path, like: state.State) -> state.State | None:
+def restore_newest(workdir: epath.Path, like: state.State) -> state.State | None:
     """The newest checkpoint that is intact; None where there is none at all.
 
     Damaged ones are moved to WORKDIR/damaged, out of the way of the new ones, once a

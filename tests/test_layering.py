@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
-    {'errors', 'schema'},
+    {'errors', 'schema', 'storage'},
     {'runtime', 'config', 'trees'},
     {'models', 'optim', 'data', 'sharding'},
     {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
@@ -26,6 +26,7 @@ LAYERS = [
 WITHIN_A_LAYER = {
     ('mixing', 'objectives'),  # Mixed images are normalised ones, and labels targets.
     ('checkpoint', 'state'),  # For a type.
+    ('storage', 'errors'),
     ('explain', 'build'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }

@@ -63,7 +63,8 @@ def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
         metrics.Writer(tmp_path, 0, wandb='vits')
 
 
-def test_rates_count_data_and_step_time_only():
+def test_rates_count_data_and_step_time_only(monkeypatch):
+    monkeypatch.setattr(metrics, 'host_memory_mb', lambda: 512.0)
     clock = metrics.Clock()
     for _ in range(4):
         clock.add('data', 0.5)
@@ -76,6 +77,7 @@ def test_rates_count_data_and_step_time_only():
         'time/mfu': pytest.approx(40 / 8 * 3 / 60),
         'time/data_wait': pytest.approx(0.25),
         'time/eta_s': pytest.approx(16),
+        'time/host_memory_mb': 512.0,
     }
     assert clock.window(batch_size=1, flops_per_example=1, peak_flops=1, steps_left=1) == {}
     assert clock.summary() == '1m48s: data 2%, step 6%, eval 93%'
@@ -123,3 +125,10 @@ def test_rows_are_valid_json_also_for_values_that_are_not_finite(tmp_path):
         (again,) = metrics.read(tmp_path)
     assert math.isnan(again['train/loss']) and again['step'] == 1
     assert 'nan' in explore.history_table([again])
+
+
+def test_the_memory_of_the_process_is_what_the_system_says():
+    import psutil
+
+    found = metrics.host_memory_mb()
+    assert found == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.05)

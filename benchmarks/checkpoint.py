@@ -1,0 +1,163 @@
+"""Seconds to save and restore: `python -m benchmarks.checkpoint [--variants B/16,L/16]`.
+
+Beside each, in the same round, what NumPy needs to write or read the same bytes on the
+same disk. States are parameters and two moments, of random bits, so that nothing
+compresses. What was written is put out of the page cache before it is read.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vit import checkpoint, metrics, sharding, state, trees
+from big_vit.models import variants
+from big_vit.models.vit import ViT
+
+RESULTS = Path(__file__).parent / 'results' / 'checkpoint.json'
+
+
+def random_state(variant: str, devices: int) -> Any:
+    """Parameters and AdamW moments of a ViT for ImageNet, as float32 noise, sharded."""
+    model = ViT(num_classes=1000, **variants.parse(variant))
+    params = state.abstract_params(model, (224, 224, 3))
+    mesh = sharding.make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+
+    def noise(leaf: Any, where: Any) -> jax.Array:
+        return jax.device_put(rng.standard_normal(leaf.shape, np.float32), where)
+
+    where = sharding.shardings_for(params, mesh)
+    three = [jax.tree.map(noise, params, where) for _ in range(3)]
+    step = jax.device_put(np.int32(1), sharding.replicated(mesh))
+    return {'params': three[0], 'opt': {'mu': three[1], 'nu': three[2]}, 'step': step}
+
+
+def forget(folder: Path) -> None:
+    """Puts files out of the page cache."""
+    for path in folder.rglob('*'):
+        if path.is_file():
+            with path.open('rb') as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(run: Any) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def one_round(full: Any, arrays: list[np.ndarray], folder: Path) -> dict[str, float]:
+    """Seconds of each kind of writing and reading, once."""
+    raw, found = folder / 'raw', {}
+
+    def write() -> None:
+        with raw.open('wb') as file:
+            for array in arrays:
+                array.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with raw.open('rb') as file:
+            for array in arrays:
+                np.fromfile(file, array.dtype, array.size)
+
+    def restore() -> None:
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), full
+        )
+        jax.block_until_ready(checkpoint.restore(folder, 1, like))
+
+    found['NumPy write and fsync'] = timed(write)
+    forget(folder)
+    with checkpoint.Manager(folder, keep_last=1) as manager:
+        manager.save(full, {}, {})
+        manager.wait()
+        seconds = manager.timings()
+    found['save, training held up'] = seconds['time/save_blocked_s']
+    found['save, until it is complete'] = seconds['time/save_s']
+    forget(folder)
+    found['NumPy read'] = timed(read)
+    forget(folder)
+    found['restore'] = timed(restore)
+    forget(folder)
+    check, checkpoint._check_hashes = checkpoint._check_hashes, lambda *_: None
+    hashes, checkpoint._hashes = checkpoint._hashes, lambda _: {}
+    found['restore, hashes not checked'] = timed(restore)
+    checkpoint._check_hashes, checkpoint._hashes = check, hashes
+    found['hashes alone'] = timed(lambda: checkpoint._hashes(full))
+    files = [path for path in (folder / 'checkpoints').rglob('*') if path.is_file()]
+    found['bytes on disk'] = sum(path.stat().st_size for path in files)
+    shutil.rmtree(folder / 'checkpoints')
+    return found
+
+
+def measure(variant: str, devices: int, rounds: int, folder: Path) -> dict[str, Any]:
+    full = random_state(variant, devices)
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(full)]
+    checkpoint._hashes(full)  # Compiled once in a run; it is not what is measured here.
+    found = [one_round(full, arrays, folder) for _ in range(rounds)]
+    medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
+    return {'variant': variant, 'bytes': trees.nbytes(full), 'median': medians, 'rounds': found}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: medians, and how many times as long as NumPy they are."""
+    lines = ['| state | what | seconds | × NumPy |', '|---|---|---|---|']
+    for result in results:
+        medians = dict(result['median'])
+        medians.pop('bytes on disk')
+        label = f'ViT-{result["variant"]}, {result["bytes"] / 1e9:.2f} GB'
+        for name, seconds in medians.items():
+            reads = 'restore' in name or 'read' in name
+            raw = medians['NumPy read' if reads else 'NumPy write and fsync']
+            lines.append(f'| {label} | {name} | {seconds:.2f} | {seconds / raw:.2f} |')
+    return '\n'.join(lines)
+
+
+def cpu() -> str:
+    try:
+        text = Path('/proc/cpuinfo').read_text()
+        return text.partition('model name')[2].partition(':')[2].partition('\n')[0].strip()
+    except OSError:
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.checkpoint', allow_abbrev=False)
+    parser.add_argument('--variants', default='B/16,L/16', help='sizes of ViT, with commas between')
+    parser.add_argument('--devices', type=int, default=1, help='that the state is sharded over')
+    parser.add_argument('--rounds', type=int, default=3, help='of which the median is taken')
+    parser.add_argument('--folder', help='on the disk to measure; by default the temporary one')
+    args = parser.parse_args()
+    results = []
+    for variant in args.variants.split(','):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            results.append(measure(variant, args.devices, args.rounds, Path(folder)))
+    packages = ('jax', 'orbax-checkpoint', 'tensorstore', 'numpy')
+    about = {
+        'cpu': f'{os.cpu_count()} x {cpu()}',
+        'devices': f'{args.devices} x {jax.devices()[0].device_kind}',
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        'host memory at the end, MB': round(metrics.host_memory_mb() or 0),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({'about': about, 'results': results}, indent=2) + '\n')
+    print(table(results))
+
+
+if __name__ == '__main__':
+    main()
