@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors', 'schema'},
-    {'runtime', 'config', 'trees'},
+    {'runtime', 'config', 'trees', 'cluster', 'hosts'},
     {'models', 'optim', 'data', 'sharding'},
     {'objectives', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
@@ -26,6 +26,7 @@ LAYERS = [
 WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('explain', 'build'),
+    ('hosts', 'cluster'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }
 NOT_IN = {
