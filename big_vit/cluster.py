@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from big_vit.errors import UserError
@@ -9,6 +10,10 @@ from big_vit.errors import UserError
 OVERRIDE = (
     'set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID'
 )
+
+
+# What JAX uses on TPUs, too.
+TPU_PORT = '8482'
 
 
 class Cluster(NamedTuple):
@@ -45,11 +50,6 @@ class _Launcher(NamedTuple):
 LAUNCHERS = (
     _Launcher('JAX_* variables', ('JAX_NUM_PROCESSES',), 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'),
     _Launcher(
-        'GKE TPU', ('TPU_PROCESS_ADDRESSES_PATH', 'TPU_WORKER_ID'), jax_class='GkeTpuCluster'
-    ),
-    _Launcher('GKE TPU', ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_ID'), jax_class='GkeTpuCluster'),
-    _Launcher('GKE TPU', ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID'), jax_class='GkeTpuCluster'),
-    _Launcher(
         'SLURM',
         ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID'),
         'SLURM_NTASKS',
@@ -84,15 +84,15 @@ def detect(mode: str, environ: Mapping[str, str] = os.environ) -> Cluster | None
     """
     if mode == 'off':
         return None
-    found = _from_environment(environ) or _cloud_tpu()
+    found = _gke_tpu(environ) or _from_environment(environ) or _cloud_tpu()
     if found is not None and found.processes > 1:
         return found
     if mode == 'on':
-        names = ', '.join(dict.fromkeys(launcher.name for launcher in LAUNCHERS))
+        names = ', '.join(launcher.name for launcher in LAUNCHERS)
         what = f'only one process ({found.launcher})' if found else 'no cluster'
         raise UserError(
-            f'--distributed=on: the environment shows {what}; looked for {names} and a Cloud TPU '
-            f'pod. Start one process on each host, or {OVERRIDE}'
+            f'--distributed=on: the environment shows {what}; looked for {names}, GKE TPU '
+            f'and a Cloud TPU pod. Start one process on each host, or {OVERRIDE}'
         )
     return None
 
@@ -130,6 +130,28 @@ def _from_environment(environ: Mapping[str, str]) -> Cluster | None:
     if environ.get('JAX_LOCAL_DEVICE_IDS'):
         local = None  # JAX reads this one itself.
     return Cluster(launcher.name, address, count, index, local)
+
+
+def _gke_tpu(environ: Mapping[str, str]) -> Cluster | None:
+    """A pod with TPUs of Google's Kubernetes, of one slice or of several."""
+    if 'JAX_NUM_PROCESSES' in environ:
+        return None
+    workers = environ.get('TPU_PROCESS_ADDRESSES') or environ.get('TPU_WORKER_HOSTNAMES')
+    if file := environ.get('TPU_PROCESS_ADDRESSES_PATH'):
+        try:
+            workers = Path(file).read_text().strip()
+        except OSError as error:
+            raise UserError(f'TPU_PROCESS_ADDRESSES_PATH={file}: {error.strerror}') from None
+    if not workers or 'TPU_WORKER_ID' not in environ:
+        return None
+    names = [worker.split(':')[0] for worker in workers.split(',')]
+    slices = {**dict.fromkeys(('MEGASCALE_NUM_SLICES', 'MEGASCALE_SLICE_ID'), ''), **environ}
+    count = int(slices['MEGASCALE_NUM_SLICES'] or 1)
+    index = int(slices['MEGASCALE_SLICE_ID'] or 0) * len(names) + _whole(environ, 'TPU_WORKER_ID')
+    first = environ.get('MEGASCALE_COORDINATOR_ADDRESS') or names[0]
+    port = environ.get('JAX_COORDINATOR_PORT') or TPU_PORT
+    address = environ.get('JAX_COORDINATOR_ADDRESS') or f'{first.split(":")[0]}:{port}'
+    return Cluster('GKE TPU', address, count * len(names), index)
 
 
 def _whole(environ: Mapping[str, str], name: str) -> int:

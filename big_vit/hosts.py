@@ -42,7 +42,6 @@ TIMEOUTS = {
 }
 _MAX_MESSAGE = 1 << 20
 _SAY_EVERY = 10.0
-_SHARED_WITHIN = 30.0
 
 
 def _seconds(name: str) -> float:
@@ -427,12 +426,10 @@ class Watch:
                 )
             if now - said >= limit['BIG_VIT_HEARTBEAT']:
                 said = now
-                late = self._behind() if quiet > min(limit['BIG_VIT_HEARTBEAT'], 60) else ''
-                print(
-                    f'{self._who(self.process)} of {self.processes}: step '
-                    f'{self._steps[self.process]}, {quiet:.0f}s since the last step{late}',
-                    flush=True,
-                )
+                late = self._behind() if quiet > min(limit['BIG_VIT_HEARTBEAT'], 30) / 2 else ''
+                me = f'process {self.process} of {self.processes} ({self.names[self.process]})'
+                step = self._steps[self.process]
+                print(f'{me}: step {step}, {quiet:.0f}s since the last step{late}', flush=True)
 
     def _handle(self, process: int, message: dict[str, Any]) -> None:
         if 'at' in message:
@@ -483,9 +480,14 @@ class Watch:
         if sys.stdout.isatty():
             print('\x1b[?25h', end='')  # A progress bar hides the cursor.
         sys.stdout.flush()
-        print(
-            f'error: {why}{self._resume() if status == LOST else ""}', file=sys.stderr, flush=True
-        )
+        line = f'error: {why}{self._resume() if status == LOST else ""}\n'
+        sys.stderr.flush()
+        real = os.dup(2)
+        if status == LOST:
+            # JAX's client writes a stack trace about the same; this should be the last line.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            time.sleep(0.3)
+        os.write(real, line.encode())
         # Closing at once could make the system drop what the others have not read yet.
         time.sleep(1)
         # Handlers at exit would wait for processes that are gone.
@@ -661,7 +663,7 @@ def check_shared(workdir: str | Path) -> None:
         (folder / name).touch()
         return name
 
-    name, until = lead(put), time.monotonic() + _SHARED_WITHIN
+    name, until = lead(put), time.monotonic() + min(30, _seconds('BIG_VIT_START_TIMEOUT'))
     seen = False
     while not seen and time.monotonic() < until:
         # Listing makes a network file system look again; asking for one name need not.
