@@ -202,6 +202,8 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
             with contextlib.suppress(OSError):
                 wire.send(refused=message)
         time.sleep(0.5)  # What is on its way is lost if this end closes first.
+        for wire in [*wires.values(), *strangers]:
+            wire.close()
         raise UserError(message)
 
     with server:
