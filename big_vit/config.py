@@ -343,8 +343,12 @@ def from_json(tree: dict[str, Any]) -> Config:
     )
 
 
+# What may change when a run is resumed: no result depends on it.
+RESUMABLE = ('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.')
+
+
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each dotted key whose value differs between two dumps."""
+    """'key: old -> new' for each dotted key whose value differs between two dumps."""
     a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
@@ -397,7 +401,18 @@ def experiment_parser(prog: str, description: str, epilog: str) -> argparse.Argu
     parser.add_argument(
         '--explain', action='store_true', help='print what the config means, and stop'
     )
+    add_distributed(parser)
     return parser
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that can run as several processes."""
+    parser.add_argument(
+        '--distributed',
+        choices=('auto', 'on', 'off'),
+        default='auto',
+        help='one of several processes: if the environment says so (auto), certainly, or not',
+    )
 
 
 def parse_command_line(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from big_vit import build, checkpoint, metrics, runtime, state
+from big_vit import build, checkpoint, hosts, metrics, runtime, sharding, state
 from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.evaluators import classification
@@ -44,7 +44,7 @@ def run(
     parts = build.experiment(config)
     params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
     checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
-    params = jax.tree.map(jax.device_put, params, state.shardings(parts.like)['params'])
+    params = jax.tree.map(sharding.place, params, state.shardings(parts.like)['params'])
     with jax.set_mesh(parts.mesh):
         eval_step = build.eval_step(parts)
         return {
@@ -62,11 +62,17 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
     parser.add_argument('--json', action='store_true', help='print one JSON object')
+    config_lib.add_distributed(parser)
     args, overrides = config_lib.parse_command_line(parser, argv)
     path = config_lib.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
     workdir, step = checkpoint.locate(path, '--checkpoint')
     runtime.start()
-    scores = run(workdir, step, overrides)
+    same = {'checkpoint': f'{workdir}/checkpoints/{step}', 'overrides': str(overrides)}
+    with hosts.session(args.distributed, same):
+        scores = run(workdir, step, overrides)
+        first = jax.process_index() == 0
+    if not first:
+        return
     if args.json:
         print(json.dumps({'checkpoint': f'{workdir}/checkpoints/{step}', **scores}))
         return

@@ -1,6 +1,7 @@
 """What must happen around JAX: start, compile cache, stop signals, what the devices can do."""
 
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -84,6 +85,10 @@ def device_peak_flops() -> tuple[float, str]:
     return 2 * side**3 / statistics.median(times[1:]) / share, 'measured matrix product'
 
 
+# Of a process, not of a run: JAX counts on, and a transfer is two runs.
+_asked_to_stop = itertools.count(1)
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Within it, SIGTERM and the first Ctrl-C ask for a stop instead of killing.
@@ -94,18 +99,23 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
       same step, whichever host got the signal.
     """
     asked: list[int] = []
+    many = jax.process_count() > 1
 
     def on_signal(number: int, _: object) -> None:
         asked.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else on_signal)
+        if many:  # Ctrl-C on one host becomes what all hosts hear of.
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def stop(step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def stop(_: int) -> bool:
+        if many:
+            return multihost_utils.reached_preemption_sync_point(next(_asked_to_stop))
         return bool(asked)
 
+    # With several processes SIGTERM is JAX's: its own handler tells the other hosts.
+    ours = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
     try:
-        previous = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        previous = {n: signal.signal(n, on_signal) for n in ours}
     except ValueError:  # Not the main thread, as in a notebook's worker: signals are not ours.
         yield stop
         return

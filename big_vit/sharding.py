@@ -128,6 +128,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """A global array of one that every process has whole; nothing is sent between them."""
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
 def check_batch(batch_size: int, mesh: Mesh, key: str, accumulation: int = 1) -> None:
     """Raises UserError unless every device gets the same number of examples of a microbatch."""
     ways = mesh.shape['replica'] * mesh.shape['fsdp']

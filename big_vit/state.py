@@ -88,6 +88,6 @@ def create(
             out_shardings=where,
         )
         return make()
-    params = jax.tree.map(jax.device_put, params, where['params'])
+    params = jax.tree.map(sharding.place, params, where['params'])
     make = jax.jit(lambda p: from_params(p, optimizer, 'ema' in like), out_shardings=where)
     return make(params)

@@ -22,6 +22,7 @@ from big_vit import (
     build,
     checkpoint,
     explain,
+    hosts,
     metrics,
     runtime,
     state,
@@ -81,11 +82,14 @@ def open_workdir(
         except ValueError as error:
             raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
         changes = config_lib.difference(old, dump)
-        if changes and not force:
+        refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+        if refused and not force:
             raise UserError(
-                f'--workdir: {workdir} holds a run of another config ({"; ".join(changes[:8])}); '
+                f'--workdir: {workdir} holds a run of another config ({"; ".join(refused[:8])}); '
                 'use another --workdir, or --force to go on with the new config'
             )
+        if changes:
+            print(f'config  changed since the last start: {"; ".join(changes)}', flush=True)
     for step in checkpoint.steps(workdir)[-1:]:
         with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
             sidecar = checkpoint.read_sidecar(workdir, step)
@@ -168,7 +172,7 @@ def report(
 
 def run(
     config: Config,
-    workdir: str | Path,
+    path: str | Path,
     *,
     force: bool = False,
     params: Any = None,
@@ -177,6 +181,7 @@ def run(
     """Trains to the end, or resumes and trains to the end; `transfer` walks the same path.
 
     Args:
+      path: the workdir; with several processes, one that all of them see.
       force: go on although the workdir holds another config.
       params: NumPy parameters to start from instead of random ones.
       label: what the progress lines are called.
@@ -189,7 +194,10 @@ def run(
     train_step, eval_step = build.train_step(config, parts), build.eval_step(parts)
     log_targets = build.log_targets(config)
     config.audit()
-    workdir = open_workdir(workdir, config, parts.like, force)
+    hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
+    workdir = Path(path)
+    hosts.check_shared(workdir)
+    hosts.saves_in(lambda: checkpoint.steps(workdir))
     due, total, dump = parts.due, parts.total_steps, config.to_dict()
     active = jax.process_index() == 0
 
@@ -243,6 +251,7 @@ def run(
                                 scores = classification.run(eval_step, scored_params, batches_)
                             writer.write(step, {f'{name}/{k}': v for k, v in scores.items()})
                             console.evaluation(step, name, scores)
+                            hosts.progress(step)
                         if save:
                             with clock.bucket('save'):
                                 manager.save(now, dump, writer.latest)
@@ -256,6 +265,7 @@ def run(
                         now, values = train_step(now, batch)
                         if pending:  # One step in flight: the devices never wait for the host.
                             jax.block_until_ready(pending[0][1])
+                            hosts.progress(step)
                     clock.count_step()
                     manager.check()
                     write_pending()
@@ -290,7 +300,9 @@ def main(argv: list[str]) -> None:
         print(explain.page(config))
         return
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/first')
-    run(config, workdir, force=args.force)
+    same = {'config': config_lib.digest(config), 'workdir': workdir}
+    with hosts.session(args.distributed, same):
+        run(config, workdir, force=args.force)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from big_vit import adapt, build, checkpoint, explain, metrics, runtime, train
+import jax
+
+from big_vit import adapt, build, checkpoint, explain, hosts, metrics, runtime, train
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -71,9 +73,13 @@ def run(
         if ended.stopped:
             return None
         results[label] = ended.metrics
-    partial = Path(workdir) / 'transfer.tmp'
-    partial.write_text(json.dumps(results, indent=2) + '\n')
-    partial.replace(Path(workdir) / 'transfer.json')
+
+    def write() -> None:
+        partial = Path(workdir) / 'transfer.tmp'
+        partial.write_text(json.dumps(results, indent=2) + '\n')
+        partial.replace(Path(workdir) / 'transfer.json')
+
+    hosts.lead(write)
     return results
 
 
@@ -118,8 +124,11 @@ def main(argv: list[str]) -> None:
         print(explain.page(config))
         return
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
-    results = run(config, workdir, force=args.force)
-    if results is not None:
+    same = {'config': config_lib.digest(config), 'workdir': workdir}
+    with hosts.session(args.distributed, same):
+        results = run(config, workdir, force=args.force)
+        first = jax.process_index() == 0
+    if results is not None and first:
         print(f'\n{result_table(results, list(config.evals))}\n')
         print(
             f'done    {workdir}/transfer.json; look inside: '

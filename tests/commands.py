@@ -1,8 +1,11 @@
 """Runs big_vit's commands as a user does: a fresh process, on one fake device unless told."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +70,86 @@ def error_line(result: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith('error: '), result.stderr
     return lines[0]
+
+
+class Processes:
+    """One run of several processes, which find each other on a free port of this machine.
+
+    Args:
+      each: more environment variables, by number of process.
+      cwd: the folder of each process; by default all start in the repository's root.
+    """
+
+    def __init__(self, command, *args, processes=2, devices=2, each=None, cwd=None, **variables):
+        with socket.create_server(('', 0)) as server:
+            port = server.getsockname()[1]
+        self.all, self._logs = [], []
+        for process in range(processes):
+            cluster = {
+                'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+                'JAX_NUM_PROCESSES': str(processes),
+                'JAX_PROCESS_ID': str(process),
+            }
+            own = (each or {}).get(process, {})
+            logs = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+            self._logs.append(logs)
+            self.all.append(
+                subprocess.Popen(
+                    arguments(command, *args) if isinstance(command, str) else command,
+                    cwd=cwd[process] if cwd else ROOT,
+                    env={**environment(devices), **cluster, **variables, **own},
+                    stdout=logs[0],
+                    stderr=logs[1],
+                )
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.all:
+            process.kill()
+            process.wait()
+        for logs in self._logs:
+            for log in logs:
+                log.close()
+
+    def wait(self, timeout=120, but=()):
+        """What each process ended with; all are killed when the time is over.
+
+        Args:
+          but: numbers of processes that are not waited for but killed at the end.
+        """
+        until = time.monotonic() + timeout
+        late = []
+        for number, process in enumerate(self.all):
+            if number in but:
+                continue
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late.append(number)
+        for process in self.all:
+            process.kill()
+            process.wait()
+        results = [
+            subprocess.CompletedProcess(process.args, process.returncode, *map(_text, logs))
+            for process, logs in zip(self.all, self._logs, strict=True)
+        ]
+        shown = '\n'.join(f'--- {r.returncode}\n{r.stdout}{r.stderr}' for r in results)
+        assert not late, f'after {timeout} s processes {late} have not ended\n{shown}'
+        return results
+
+
+def _text(log):
+    log.seek(0)
+    return log.read().decode()
+
+
+def run_many(command, *args, timeout=180, **more):
+    """Several processes to their good end, with what each printed."""
+    with Processes(command, *args, **more) as processes:
+        results = processes.wait(timeout)
+    for result in results:
+        assert result.returncode == 0, '\n'.join(r.stdout + r.stderr for r in results)
+    return results

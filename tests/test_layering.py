@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors', 'schema', 'storage'},
-    {'runtime', 'config', 'trees'},
-    {'models', 'optim', 'data', 'sharding'},
+    {'runtime', 'config', 'trees', 'cluster', 'hosts'},
+    {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
     {'build', 'adapt', 'explain', 'plots'},
@@ -28,6 +28,7 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('hosts', 'cluster'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }
 NOT_IN = {

@@ -167,6 +167,27 @@ def test_a_changed_config_is_refused_and_shown_unless_forced(finished):
     assert (workdir / 'config.json').read_bytes() == before
 
 
+def test_what_no_result_depends_on_may_change_and_is_said(tmp_path, finished, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / 'w')
+    shutil.rmtree(workdir / 'checkpoints' / '12')
+    other = {'mesh.fsdp': 2, 'mesh.tensor': 4, 'accumulation': 4, 'model.remat': 'names'}
+    capsys.readouterr()
+    train.run(config.resolve({**TINY, **other, 'checkpoint.keep_last': 5}), workdir)
+    shown = capsys.readouterr().out
+    assert 'resume  from step 9' in shown
+    said = (
+        'config  changed since the last start: accumulation: 1 -> 4; checkpoint.keep_last: 2 -> 5'
+    )
+    assert (
+        f"{said}; mesh.fsdp: -1 -> 2; mesh.tensor: 1 -> 4; model.remat: 'none' -> 'names'" in shown
+    )
+    got, want = (
+        [row['train/loss'] for row in metrics.read(path) if 'train/loss' in row]
+        for path in (workdir, finished[0])
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_force_does_not_accept_another_architecture(finished):
     workdir, _ = finished
     before = (workdir / 'config.json').read_bytes()
