@@ -83,8 +83,10 @@ $(for flag in ${PASSED[@]+"${PASSED[@]}"}; do echo "#SBATCH $flag"; done)
 END
   cat << 'END'
 time_is_over= interrupted=
-trap 'interrupted=1; time_is_over=1; kill -TERM "$step"' USR1
-trap 'interrupted=1; kill -TERM "$step"' TERM
+# Through Slurm: an srun that gets TERM itself kills its tasks before they have saved.
+trap 'interrupted=1; time_is_over=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# Slurm has sent it to the tasks as well, and they may need this script's srun while they save.
+trap 'interrupted=1' TERM
 END
   printf 'srun --label --kill-on-bad-exit=1 launch/babysit --'
   printf ' %q' "$@"

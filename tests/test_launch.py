@@ -698,12 +698,30 @@ def test_the_job_script_asks_for_a_process_for_each_gpu(stage):
     assert text.startswith('#!/bin/bash\n') and '--gpus-per-task' not in str(asked)
 
 
+SRUN = """#!/bin/bash
+while [ "${1#--}" != "$1" ]; do shift; done
+"$@" &
+echo $! > "$HOME/task"
+trap 'kill -KILL $!' TERM
+wait $!
+"""
+
+
 def run_job(stage, text, number=None):
-    """The job script in bash, with an srun that runs one task here; ended by a signal."""
+    """The job script in bash, with an srun of one task; a signal ends it.
+
+    As in Slurm 22.05: a signal to srun itself kills the task, `scancel --signal` reaches
+    only the task, and the end of a job reaches both.
+    """
     srun = stage.folder / 'srun'
-    srun.write_text('#!/bin/bash\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    srun.write_text(SRUN)
     srun.chmod(0o755)
     shutil.copy(stage.folder / 'gcloud', stage.folder / 'scontrol')
+    scancel = stage.folder / 'scancel'
+    scancel.write_text(
+        '#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && kill -TERM "$(cat "$HOME/task")"\n'
+    )
+    scancel.chmod(0o755)
     process = subprocess.Popen(
         ['bash', '-c', text],
         cwd=ROOT,
@@ -714,6 +732,8 @@ def run_job(stage, text, number=None):
     first = process.stdout.readline()
     if number:
         process.send_signal(number)
+    if number == signal.SIGTERM:
+        os.kill(int((stage.folder / 'task').read_text()), number)
     rest, _ = process.communicate(timeout=20)
     calls = stage.calls() if (stage.folder / 'calls').exists() else []
     return process.returncode, first + rest, calls
