@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -172,7 +171,7 @@ def report(
 
 def run(
     config: Config,
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     force: bool = False,
     params: Any = None,
@@ -195,7 +194,7 @@ def run(
     log_targets = build.log_targets(config)
     config.audit()
     hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
-    workdir = Path(path)
+    workdir = storage.place(path)
     hosts.check_shared(workdir)
     hosts.saves_in(lambda: checkpoint.steps(workdir))
     due, total, dump = parts.due, parts.total_steps, config.to_dict()
@@ -243,6 +242,8 @@ def run(
                         evals = [n for n, k in due.evals.items() if build.is_due(k, step, total)]
                         save = stopped or step == total or build.is_due(due.save, step, total)
                         if evals or save:
+                            with clock.bucket('step'):
+                                jax.block_until_ready([values for _, values in pending])
                             write_pending()
                         for name in evals:
                             with clock.bucket('eval'):
@@ -276,12 +277,12 @@ def run(
             end = int(jax.device_get(now['step']))
             console.say(f'time    {clock.summary()}')
             if stopped:
-                console.say(
-                    f'stopped by a signal: saved step {end} of {total}; '
-                    'the same command resumes there'
-                )
+                last = f'stopped by a signal: saved step {end} of {total}; '
+                last += 'the same command resumes there'
             else:
-                console.say(f'done    step {end}, checkpoint {workdir}/checkpoints/{end}')
+                last = f'done    step {end}, checkpoint {workdir}/checkpoints/{end}'
+            # On all hosts: what supervises one of them must know whether to start it again.
+            (console.say if active else print)(last)
             return Result(end, dict(writer.latest), stopped)
 
 

@@ -9,12 +9,12 @@ resized to the new grid. Training itself is `train.run`, the same path.
 
 import json
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
 
-from big_vit import adapt, build, checkpoint, explain, hosts, metrics, runtime, train
+from big_vit import adapt, build, checkpoint, explain, hosts, metrics, runtime, storage, train
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -52,7 +52,7 @@ def initial_params(config: Config, parts: build.Experiment) -> Any:
 
 
 def run(
-    config: Config, workdir: str | Path, *, force: bool = False
+    config: Config, path: str | os.PathLike[str], *, force: bool = False
 ) -> dict[str, dict[str, float]] | None:
     """Fine-tunes from the checkpoint and, as a control, from random parameters.
 
@@ -62,6 +62,7 @@ def run(
       The last metrics by start ('pretrained', 'control'); None if a signal
       ended it early.
     """
+    workdir = storage.place(path)
     parts = build.experiment(config)
     params = initial_params(config, parts)
     starts: dict[str, Any] = {'pretrained': params}
@@ -69,17 +70,13 @@ def run(
         starts['control'] = None
     results = {}
     for label, start in starts.items():
-        ended = train.run(config, Path(workdir) / label, force=force, params=start, label=label)
+        ended = train.run(config, workdir / label, force=force, params=start, label=label)
         if ended.stopped:
             return None
         results[label] = ended.metrics
 
-    def write() -> None:
-        partial = Path(workdir) / 'transfer.tmp'
-        partial.write_text(json.dumps(results, indent=2) + '\n')
-        partial.replace(Path(workdir) / 'transfer.json')
-
-    hosts.lead(write)
+    text = json.dumps(results, indent=2) + '\n'
+    hosts.lead(lambda: storage.write_text(workdir / 'transfer.json', text))
     return results
 
 
