@@ -72,6 +72,11 @@ def error_line(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def free_port() -> int:
+    with socket.create_server(('', 0)) as server:
+        return server.getsockname()[1]
+
+
 class Processes:
     """One run of several processes, which find each other on a free port of this machine.
 
@@ -81,8 +86,7 @@ class Processes:
     """
 
     def __init__(self, command, *args, processes=2, devices=2, each=None, cwd=None, **variables):
-        with socket.create_server(('', 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         self.all, self._logs = [], []
         for process in range(processes):
             cluster = {

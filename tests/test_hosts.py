@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import ROOT, Processes, error_line, run, run_many
+from commands import ROOT, Processes, error_line, free_port, run, run_many
 from test_train import hashes, rows_without_timing
 
 from big_vit import checkpoint, hosts, metrics
@@ -332,11 +332,6 @@ def test_a_bug_in_one_process_shows_its_traceback_there_and_one_line_elsewhere()
 
 
 # In threads of this process.
-
-
-def free_port():
-    with socket.create_server(('', 0)) as server:
-        return server.getsockname()[1]
 
 
 def rolls(*members, seconds=10, before=None):

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT, environment, script
+from commands import ROOT, environment, free_port, script
 from tiny import MODEL, RUN, flags, write_idx
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, flags=re.DOTALL)
 SHELL = '\n'.join(text for kind, text in BLOCKS if kind == 'bash').replace('\\\n', ' ')
-LINES = [line for line in SHELL.splitlines() if line.strip()]
+TWO = next(text for kind, text in BLOCKS if kind == 'bash' and 'JAX_PROCESS_ID' in text)
+LINES = [line for line in SHELL.splitlines() if line.strip() and line not in TWO]
 COMMANDS = [line for line in LINES if line.startswith('python -m big_vit.')]
 
 
@@ -65,6 +66,23 @@ def test_the_readme_python_runs(places):
     result = script(text.replace('runs/', f'{places[0]}/') + EXPECTED)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split() == ['4', '3']
+
+
+def test_the_two_processes_of_the_readme_make_one_run(places):
+    more = ' '.join(flags(MODEL, RUN, {'evals.test.split': 'test[:20]'}))
+    text = TWO.replace('python -m', f'{sys.executable} -m').replace(':1234', f':{free_port()}')
+    text = text.replace('runs/two', f'{places[0]}/two {more}') + 'wait $!\n'
+    result = subprocess.run(
+        ['bash', '-e', '-c', text],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'process 1 of 2' in result.stdout and 'run     2 x cpu on 2 host(s)' in result.stdout
+    assert (places[0] / 'two' / 'checkpoints' / '3').is_dir()
 
 
 def test_the_demo_runs_and_says_where_everything_is(places):
