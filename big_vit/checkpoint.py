@@ -336,6 +336,8 @@ class Manager:
             raise self._failure(step, storage.reason(error)) from error
         self._step, self._began, self._error = step, began, None
         self._timings = {'time/save_blocked_s': time.monotonic() - began}
+        # Orbax's thread prints the traceback of an error that `check` will raise.
+        logging.getLogger('absl').setLevel(logging.CRITICAL)
         self._saving = threading.Thread(target=self._finish, daemon=True)
         self._saving.start()
 
@@ -358,6 +360,8 @@ class Manager:
                 self._remove_old()
         except BaseException as error:
             self._error = error
+        finally:
+            logging.getLogger('absl').setLevel(logging.WARNING)
 
     def _remove_old(self) -> None:
         for step in steps(self._workdir)[: -self._keep_last]:
