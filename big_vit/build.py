@@ -174,6 +174,7 @@ def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: M
         remat=m.remat,
         dtype=jnp.dtype(m.dtype),
         constrain=sharding.constrain_batch(mesh),
+        gather=sharding.gather_weights(mesh, config.mesh.min_shard_size),
         **fields,
     )
 

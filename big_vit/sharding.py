@@ -151,6 +151,40 @@ def constrain_batch(mesh: Mesh):
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
+def gather_weights(mesh: Mesh, min_shard_size: int = 0):
+    """A function (name, product, x, kernel) -> product(x, whole kernel) for models.
+
+    Each device multiplies its examples with the kernel, brought together along `fsdp`
+    just before. Left to itself the partitioner multiplies part by part in a loop. The
+    gradient is summed by a reduce-scatter along `fsdp`; what is left of it, over replicas.
+    """
+    batch = ('replica', 'fsdp')
+    ways = mesh.shape['replica'] * mesh.shape['fsdp']
+
+    def gather(name: str, product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        spec = spec_for(name, kernel.shape, mesh, min_shard_size)
+        # A model is initialised with a single example, which no mesh can split.
+        if 'fsdp' not in spec or mesh.shape['fsdp'] == 1 or x.shape[0] % ways:
+            return product(x, kernel)
+        axis = spec.index('fsdp')
+        part = PartitionSpec(*(None,) * axis, 'fsdp')
+
+        def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            kernel = jax.lax.pcast(kernel, ('replica',), to='varying')
+            return product(x, jax.lax.all_gather(kernel, 'fsdp', axis=axis, tiled=True))
+
+        # The axes that are not named, `tensor`, stay with the partitioner.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(BATCH, part),
+            out_specs=BATCH,
+            axis_names=set(batch),
+        )(x, kernel)
+
+    return gather
+
+
 def device_bytes(tree: Any, shardings: Any) -> int:
     """Bytes that the tree takes on one device."""
     return sum(

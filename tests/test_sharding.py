@@ -305,3 +305,33 @@ def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():
     for mesh, least in (((1, 4, 1), 77_001), ((4, 1, 1), 0)):
         grid = mesh_of(*mesh)
         sharding.check_spread(tree, sharding.shardings_for(tree, grid, least), grid, least, 0.1)
+
+
+# Weights brought together for a product.
+
+
+@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize('scan, remat', [(False, 'none'), (True, 'none'), (True, 'full')])
+def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
+    mesh = sharding.make_mesh(*sizes)
+    fields = dict(variants.parse('mu/8'), num_classes=8, depth=2, scan=scan, dtype=jnp.float32)
+    image = jax.random.normal(jax.random.key(0), (16, 16, 16, 3))
+    plain = ViT(**fields, pool='map')
+    params = plain.init(jax.random.key(1), image[:1])['params']
+    params = jax.tree.map(lambda p: p + 0.02, params)  # A head of zeros passes no gradient.
+
+    def gradient(model):
+        def loss(params, image):
+            return jnp.square(model.apply({'params': params}, image)[0]).mean()
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    model = ViT(**fields, pool='map', remat=remat, gather=sharding.gather_weights(mesh))
+    where = sharding.shardings_for(params, mesh)
+    batch = jax.device_put(image, sharding.batch_sharding(mesh))
+    step = gradient(model)
+    parts = jax.device_put(params, where)
+    have, want = step(parts, batch), gradient(plain)(params, image)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), have, want)
+    if sizes[0] == 1:
+        assert 'reduce-scatter' in step.lower(parts, batch).compile().as_text()

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from big_vit.models.layers import Dtype
+from big_vit.models.layers import Dtype, Gather, ungathered
 
 
 class Patches(nn.Module):
@@ -17,6 +17,7 @@ class Patches(nn.Module):
     width: int
     patch_size: tuple[int, int]
     dtype: Dtype = jnp.float32
+    gather: Gather = ungathered
 
     @nn.compact
     def __call__(
@@ -36,7 +37,10 @@ class Patches(nn.Module):
         )
         bias = self.param('bias', nn.initializers.zeros, (self.width,))
         patches = image.reshape(batch, height // ph, ph, width // pw, pw, channels)
-        tokens = jnp.einsum(
-            'brpcqi,pqio->brco', patches.astype(self.dtype), kernel.astype(self.dtype)
-        )
+
+        def product(patches: Array, kernel: Array) -> Array:
+            return jnp.einsum('brpcqi,pqio->brco', patches, kernel)
+
+        patches, kernel = patches.astype(self.dtype), kernel.astype(self.dtype)
+        tokens = self.gather('embedding/kernel', product, patches, kernel)
         return tokens + bias.astype(self.dtype).reshape(1, 1, 1, -1)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from big_vit.models.heads import Classifier, MapPool
-from big_vit.models.layers import Attention, Dtype, LayerNorm, Mlp
+from big_vit.models.layers import Attention, Dtype, Gather, LayerNorm, Mlp, ungathered
 from big_vit.models.tokenizers import Patches
 
 POLICIES = {
@@ -75,6 +75,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     constrain: Callable[[Array], Array] = identity
+    gather: Gather = ungathered
 
     @nn.compact
     def __call__(
@@ -82,11 +83,12 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, 'batch tokens width'], None]:
         y = LayerNorm(dtype=self.dtype, name='LayerNorm_0')(x)
         name = 'MultiHeadDotProductAttention_0'
-        y = Attention(self.num_heads, dtype=self.dtype, name=name)(y)
+        y = Attention(self.num_heads, self.dtype, self.gather, name=name)(y)
         y = nn.Dropout(self.dropout)(y, deterministic)
         x = x + checkpoint_name(y, 'attention_out')
         y = LayerNorm(dtype=self.dtype, name='LayerNorm_1')(x)
-        y = Mlp(self.mlp_dim, self.dropout, dtype=self.dtype, name='MlpBlock_0')(y, deterministic)
+        mlp = Mlp(self.mlp_dim, self.dropout, self.dtype, self.gather, name='MlpBlock_0')
+        y = mlp(y, deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
         return self.constrain(x), None
 
@@ -102,6 +104,7 @@ class Encoder(nn.Module):
     remat: str = 'none'
     dtype: Dtype = jnp.float32
     constrain: Callable[[Array], Array] = identity
+    gather: Gather = ungathered
 
     @nn.compact
     def __call__(
@@ -122,6 +125,7 @@ class Encoder(nn.Module):
             dropout=self.dropout,
             dtype=self.dtype,
             constrain=self.constrain,
+            gather=self.gather,
         )
         if self.scan:
             stack = nn.scan(
@@ -149,6 +153,7 @@ class ViT(nn.Module):
       remat: 'none', 'names' (keep projections, recompute the rest) or 'full'.
       constrain: applied to the [batch, tokens, width] residual stream after the
         embedding and after each block; where a mesh pins its sharding.
+      gather: multiplies with the kernels; where a mesh brings the parts of each together.
     """
 
     num_classes: int
@@ -164,6 +169,7 @@ class ViT(nn.Module):
     remat: str = 'none'
     dtype: Dtype = jnp.bfloat16
     constrain: Callable[[Array], Array] = identity
+    gather: Gather = ungathered
 
     @nn.compact
     def __call__(
@@ -176,7 +182,7 @@ class ViT(nn.Module):
         Raises:
           ValueError: the image does not divide into patches.
         """
-        x = Patches(self.width, self.patch_size, self.dtype, name='embedding')(image)
+        x = Patches(self.width, self.patch_size, self.dtype, self.gather, name='embedding')(image)
         batch, rows, columns, width = x.shape
         if self.posemb == 'learned':
             init = nn.initializers.normal(width**-0.5)
@@ -197,6 +203,7 @@ class ViT(nn.Module):
             self.remat,
             self.dtype,
             self.constrain,
+            self.gather,
             name='Transformer',
         )(x, not train)
         if self.pool == 'gap':
@@ -204,9 +211,9 @@ class ViT(nn.Module):
         elif self.pool == 'cls':
             pooled = x[:, 0].astype(jnp.float32)
         else:
-            pool = MapPool(self.num_heads, self.mlp_dim, self.dtype, name='MAPHead_0')
+            pool = MapPool(self.num_heads, self.mlp_dim, self.dtype, self.gather, name='MAPHead_0')
             pooled = pool(x).astype(jnp.float32)
-        logits = Classifier(self.num_classes, name='head')(pooled)
+        logits = Classifier(self.num_classes, self.gather, name='head')(pooled)
         return logits, {'tokens': x, 'pre_logits': pooled}
 
 
