@@ -174,7 +174,6 @@ def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: M
         remat=m.remat,
         dtype=jnp.dtype(m.dtype),
         constrain=sharding.constrain_batch(mesh),
-        gather=sharding.gather_weights(mesh, config.mesh.min_shard_size),
         **fields,
     )
 
@@ -241,6 +240,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         end=config.schedule.end,
     )
     shapes = state.abstract_params(vit, train.image_shape)
+    vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made, decay, lr = optimizer(config, list(trees.flatten(shapes)), schedule)
     like = state.abstract(vit, train.image_shape, made, bool(config.ema), mesh, m.min_shard_size)
     sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)

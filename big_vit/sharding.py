@@ -151,18 +151,24 @@ def constrain_batch(mesh: Mesh):
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
-def gather_weights(mesh: Mesh, min_shard_size: int = 0):
-    """A function (name, product, x, kernel) -> product(x, whole kernel) for models.
+def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
+    """A function (path, product, x, kernel) -> product(x, whole kernel) for models.
 
     Each device multiplies its examples with the kernel, brought together along `fsdp`
     just before. Left to itself the partitioner multiplies part by part in a loop. The
     gradient is summed by a reduce-scatter along `fsdp`; what is left of it, over replicas.
+
+    Args:
+      params: the model's abstract parameters, which lie on the mesh by `spec_for`.
     """
     batch = ('replica', 'fsdp')
     ways = mesh.shape['replica'] * mesh.shape['fsdp']
+    # The kernel of one of several scanned layers lies as their stack does.
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
+    specs = {name: spec_for(name, shapes[name], mesh, min_shard_size) for name in shapes}
 
     def gather(name: str, product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        spec = spec_for(name, kernel.shape, mesh, min_shard_size)
+        spec = specs[name][len(shapes[name]) - kernel.ndim :]
         # A model is initialised with a single example, which no mesh can split.
         if 'fsdp' not in spec or mesh.shape['fsdp'] == 1 or x.shape[0] % ways:
             return product(x, kernel)

@@ -326,7 +326,7 @@ def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
 
         return jax.jit(jax.value_and_grad(loss))
 
-    model = ViT(**fields, pool='map', remat=remat, gather=sharding.gather_weights(mesh))
+    model = ViT(**fields, pool='map', remat=remat, gather=sharding.gather_weights(mesh, params))
     where = sharding.shardings_for(params, mesh)
     batch = jax.device_put(image, sharding.batch_sharding(mesh))
     step = gradient(model)

@@ -33,7 +33,7 @@ class Dense(nn.Module):
     Attributes:
       shape: sizes of the output axes.
       in_axes: number of input axes that are contracted.
-      gather: called as (end of the kernel's path, product, x, kernel) to multiply them;
+      gather: called as (the kernel's path, product, x, kernel) to multiply them;
         where a mesh brings the parts of a sharded kernel together.
     """
 
@@ -61,7 +61,7 @@ class Dense(nn.Module):
             return jax.lax.dot_general(x, kernel, ((last, tuple(range(self.in_axes))), ((), ())))
 
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = self.gather(f'{self.name}/kernel', product, x, kernel)
+        y = self.gather('/'.join((*self.path, 'kernel')), product, x, kernel)
         lead = (1,) * (y.ndim - len(outputs))
         return y + bias.astype(self.dtype).reshape(lead + outputs)
 
