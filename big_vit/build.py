@@ -341,8 +341,12 @@ def train_step(config: Config, parts: Experiment) -> Any:
     """The one train step, for training, transfer, planning and benchmarks."""
     mix = None
     if config.mixup:
-        classes = parts.model.num_classes
-        mix = functools.partial(mixing.mixup, alpha=config.mixup, num_classes=classes)
+        mix = functools.partial(
+            mixing.mixup,
+            alpha=config.mixup,
+            num_classes=parts.model.num_classes,
+            replicate=sharding.constrain_replicated(parts.mesh),
+        )
     return steps.make_train_step(
         objectives.classification(parts.model.apply, config.label_smoothing),
         parts.optimizer,

@@ -12,7 +12,18 @@ from big_vit.objectives import Batch
 Mix = Callable[[Batch, Array], Batch]
 
 
-def mixup(batch: Batch, rng: Array, *, alpha: float, num_classes: int) -> Batch:
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def mixup(
+    batch: Batch,
+    rng: Array,
+    *,
+    alpha: float,
+    num_classes: int,
+    replicate: Callable[[Array], Array] = _as_it_is,
+) -> Batch:
     """MixUp (arXiv 1710.09412): each example with the one before it in the batch.
 
     The share of an example is max(l, 1 - l) with l of Beta(alpha, alpha), one for each: so
@@ -22,6 +33,9 @@ def mixup(batch: Batch, rng: Array, *, alpha: float, num_classes: int) -> Batch:
       batch: {'image': uint8 or float [batch, h, w, c], 'label': int [batch], or
         probabilities [batch, classes]}; the whole batch of all devices.
       rng: a key.
+      replicate: `sharding.constrain_replicated` of a mesh. The shares are drawn in loops until
+        all are accepted; split over devices, these would agree on each turn with one another
+        (which takes time, and XLA's fake CPU devices wait for one another for ever).
 
     Returns:
       {'image': float [batch, h, w, c], 'label': float [batch, classes]}, normalised.
@@ -29,7 +43,7 @@ def mixup(batch: Batch, rng: Array, *, alpha: float, num_classes: int) -> Batch:
     image = batch['image']
     label = objectives.targets(batch['label'], num_classes, 0.0)
     share = jax.random.beta(rng, alpha, alpha, image.shape[:1])
-    share = jnp.maximum(share, 1 - share)
+    share = replicate(jnp.maximum(share, 1 - share))
 
     def mix(own: Array, other: Array) -> Array:
         part = share.reshape(-1, *[1] * (own.ndim - 1))

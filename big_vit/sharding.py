@@ -191,6 +191,12 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
     return gather
 
 
+def constrain_replicated(mesh: Mesh):
+    """A function that keeps all of an array on every device."""
+    sharding = replicated(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
 def device_bytes(tree: Any, shardings: Any) -> int:
     """Bytes that the tree takes on one device."""
     return sum(

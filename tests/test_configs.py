@@ -1,11 +1,16 @@
-"""Every config of configs/ is trained for three steps, evaluated, saved and resumed."""
+"""Every config of configs/ is trained for three steps, evaluated, saved and resumed.
+
+Sizes are made small, datasets stand-ins in the same format under the same name; splits,
+transforms, objective, optimizer and schedule are the config's own.
+"""
 
 from pathlib import Path
 
 import pytest
-from tiny import MODEL, RUN, overrides, write_idx
+from tiny import MODEL, RUN, overrides, write_idx, write_tfds
 
-from big_vit import checkpoint, config, metrics, train, transfer
+from big_vit import build, checkpoint, config, metrics, train, transfer
+from big_vit.data import sources
 
 CONFIGS = sorted(Path('configs').glob('*.py'))
 PRETRAIN = [path for path in CONFIGS if 'transfer' not in path.name]
@@ -17,21 +22,58 @@ def idx_folder(tmp_path_factory):
     return write_idx(tmp_path_factory.mktemp('idx') / 'data')
 
 
-def smoke_overrides(path, folder):
+@pytest.fixture(scope='module')
+def tfds_folder(tmp_path_factory):
+    """Of a dataset as a config describes it, but small."""
+    folder, there = tmp_path_factory.mktemp('tfds'), set()
+
+    def prepare(data):
+        if data.tfds_name not in there:
+            there.add(data.tfds_name)
+            write_tfds(folder, data.tfds_name, data.num_classes, TFDS_SIZES)
+        return folder
+
+    return prepare
+
+
+TFDS_SIZES = {'train': 200, 'validation': 20}
+
+
+def smoke_overrides(path, idx_folder, tfds_folder):
     loaded = config.load(str(path), [], base={'model.variant': 'mu/4'})
-    found = overrides(RUN, evals=tuple(loaded.evals))
+    # That of the config may be longer than three steps.
+    found = [('schedule.warmup_steps', '2')] if loaded.schedule.peek('warmup_steps') else []
     if loaded.data.name == 'idx':
-        found.append(('data.path', str(folder)))
+        found.append(('data.path', str(idx_folder)))
+    if loaded.data.name != 'tfds':
+        return found + overrides(RUN, evals=tuple(loaded.evals))
+    found += [*overrides(RUN), ('data.path', str(tfds_folder(loaded.data)))]
+    sections = {'data': loaded.data}
+    sections |= {f'evals.{name}': build.complete_eval(loaded, name) for name in loaded.evals}
+    for key, section in sections.items():
+        _, start, stop = sources.parse_split(section.split, TFDS_SIZES, key)
+        found.append((f'{key}.num_examples', str(stop - start)))
     return found
 
 
 @pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
-def test_pretrain(path, idx_folder, tmp_path):
+def test_examples_of_imagenet_are_counted_right(path):
+    loaded = config.load(str(path), [])
+    sections = [loaded.data, *(build.complete_eval(loaded, name) for name in loaded.evals)]
+    for section in sections:
+        if section.tfds_name == 'imagenet2012':
+            sizes = {'train': 1_281_167, 'validation': 50_000}
+            _, start, stop = sources.parse_split(section.split, sizes, 'data')
+            assert section.num_examples in (None, stop - start)
+
+
+@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+def test_pretrain(path, idx_folder, tfds_folder, tmp_path):
     model = {**MODEL, 'model.num_heads': '4'}
-    settings = smoke_overrides(path, idx_folder) + overrides(model)
-    first = [*settings, ('total_steps', '2'), ('schedule.name', 'constant')]
+    settings = smoke_overrides(path, idx_folder, tfds_folder) + overrides(model)
+    first = [*settings, ('total_steps', '2')]
     assert train.run(config.load(str(path), first), tmp_path / 'w').step == 2
-    whole = config.load(str(path), [*settings, ('schedule.name', 'constant')])
+    whole = config.load(str(path), settings)
     assert train.run(whole, tmp_path / 'w', force=True).step == 3
     assert checkpoint.steps(tmp_path / 'w')[-1] == 3
     rows = metrics.read(tmp_path / 'w')
@@ -49,8 +91,8 @@ def start_point(tmp_path_factory):
 
 
 @pytest.mark.parametrize('path', TRANSFER, ids=lambda path: path.stem)
-def test_transfer(path, start_point, idx_folder, tmp_path):
-    settings = [*smoke_overrides(path, idx_folder), ('init', str(start_point))]
+def test_transfer(path, start_point, idx_folder, tfds_folder, tmp_path):
+    settings = [*smoke_overrides(path, idx_folder, tfds_folder), ('init', str(start_point))]
     results = transfer.run(transfer.load_config(str(path), settings), tmp_path / 'w')
     assert results is not None
     for found in results.values():

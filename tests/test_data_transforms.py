@@ -11,7 +11,8 @@ from big_vit.errors import UserError
 
 EVERY_OPERATION = (
     'rgb | randaug(2, 10) | resize((20, 24)) | inception_crop((18, 17)) | pad(1) '
-    '| random_crop(16, pad=2) | flip_lr | resize_small(15) | central_crop((12, 14)) | grayscale | invert | resize(size)'
+    '| random_crop(16, pad=2) | flip_lr '
+    '| resize_small(15) | central_crop((12, 14)) | grayscale | invert | resize(size)'
 )
 
 

@@ -1,6 +1,7 @@
 """The train step: one function, whatever the mesh, the accumulation and the form of the model."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,7 @@ class Run:
             SCHEDULE,
             self.like,
             self.mesh,
-            mix=functools.partial(mixing.mixup, alpha=mixup, num_classes=CLASSES)
-            if mixup
-            else None,
+            mix=mixer(self.mesh, mixup) if mixup else None,
             seed=seed,
             accumulation=accumulation,
             ema=ema,
@@ -85,6 +84,11 @@ class Run:
                     rows.append(metrics)
                 jax.block_until_ready(rows)
             return jax.device_get(rows), now
+
+
+def mixer(mesh, alpha):
+    replicate = sharding.constrain_replicated(mesh)
+    return functools.partial(mixing.mixup, alpha=alpha, num_classes=CLASSES, replicate=replicate)
 
 
 @functools.cache
@@ -271,6 +275,22 @@ def test_mixtures_do_not_depend_on_how_a_step_is_computed(mixing_run, run):
     for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):
         np.testing.assert_allclose(column(rows, name), column(wanted, name), rtol=1e-5)
     assert int(now['step']) == STEPS
+
+
+def test_mixing_hands_one_row_to_the_next_device_and_agrees_on_nothing():
+    mesh = sharding.make_mesh(1, 8, 1)
+    where = sharding.batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch_of(0)
+    )
+    mix = jax.jit(lambda b: mixer(mesh, 0.5)(b, jax.random.key(0)), out_shardings=where)
+    text = mix.lower(batch).compile().as_text()
+    kinds = 'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter'
+    found = re.findall(rf'= (\w+\[[\d,]*\])\S* ({kinds})(?:-start)?\(', text)
+    assert sorted(found) == [
+        (f'f32[1,{CLASSES}]', 'collective-permute'),  # The label's probabilities.
+        ('u8[1,8,8,3]', 'collective-permute'),
+    ]
 
 
 def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
