@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import big_vit
-from big_vit import trees
+from big_vit import hosts, trees
 from big_vit.errors import UserError
 from big_vit.state import State
 
@@ -320,9 +320,10 @@ def restore(workdir: str | Path, step: int, like: State) -> State:
       CorruptCheckpointError: unreadable, or not the bits that were saved.
     """
     where = Path(workdir).absolute() / 'checkpoints' / str(step)
-    sidecar = read_sidecar(workdir, step)
+    with _by_all():
+        sidecar = read_sidecar(workdir, step)
     check_leaves(sidecar, like, str(where))
-    with _quiet():
+    with _by_all(), _quiet():
         import orbax.checkpoint as ocp
 
         try:
@@ -333,6 +334,19 @@ def restore(workdir: str | Path, step: int, like: State) -> State:
             raise CorruptCheckpointError(f'{where}: cannot be read: {reason}') from error
     _check_hashes(_hashes(state), sidecar, where)
     return state
+
+
+@contextlib.contextmanager
+def _by_all():
+    """What one process cannot read, all take as damaged: they must go on with the same step."""
+    failure = None
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        failure = error
+    failures = [text for text in hosts.gather(failure and str(failure)) if text]
+    if failures:
+        raise failure or CorruptCheckpointError(failures[0])
 
 
 def scored_part(sidecar: dict[str, Any]) -> str:
