@@ -171,6 +171,33 @@ def test_kill_9_of_one_ends_the_other_and_the_same_command_goes_on(tmp_path, com
     assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
 
 
+# A process whose disk gives back something else than the others', for the newest checkpoint.
+HALF_BLIND = """
+import os, sys
+from big_vit import checkpoint, train
+
+whole = checkpoint.read_sidecar
+
+def read(workdir, step):
+    if os.environ['JAX_PROCESS_ID'] == '1' and step == int(sys.argv[1]):
+        raise checkpoint.CorruptCheckpointError('input/output error')
+    return whole(workdir, step)
+
+checkpoint.read_sidecar = read
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_no_process_resumes_from(tmp_path, command, pair):
+    workdir = shutil.copytree(pair[0], tmp_path / 'w')
+    argv = [sys.executable, '-c', HALF_BLIND, str(TOTAL), *map(str, command[1:]), str(workdir)]
+    (first, _) = run_many(argv)
+    assert 'falling back to the checkpoint before' in first.stderr
+    assert f'resume  from step {checkpoint.steps(pair[0])[-2]}' in first.stdout
+    assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
+
+
 @pytest.mark.slow
 def test_transfer_and_evaluate_as_two_processes(tmp_path, pair):
     init = f'--config.init={pair[0]}'
