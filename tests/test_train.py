@@ -1,6 +1,7 @@
 """The whole path: train, stop, kill, resume, and what the workdir then holds."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 from commands import error_line, run, start
 from tiny import write_idx
 
-from big_vit import checkpoint, config, metrics, train
+from big_vit import build, checkpoint, config, metrics, train
 from big_vit.errors import UserError
 
 TINY = {
@@ -203,10 +204,18 @@ def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path
     assert not (tmp_path / 'w').exists()
 
 
-def test_a_run_of_nans_ends_with_the_examples(tmp_path):
+def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
     broken = config.resolve({**TINY, 'total_steps': 60, 'lr': 1e30, 'optim.clip': 0.0})
     with pytest.raises(UserError, match=r'were skipped.*lower lr.*examples \d+, '):
         train.run(broken, tmp_path / 'w')
+    told = re.findall(
+        r'WARNING step (\d+): .*not finite; its examples: (.*), ', capsys.readouterr().out
+    )
+    assert len(told) == train.MAX_SKIPPED_IN_A_ROW - 1
+    parts = build.experiment(broken)
+    for step, examples in told:
+        expected = build.example_indices(broken, parts, int(step) - 1)[:16]
+        assert [int(n) for n in examples.split(', ')] == expected
 
 
 def test_keep_last_and_keep_every(tmp_path):
