@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import statistics
 import sys
@@ -25,6 +26,7 @@ PEAK_FLOPS = {
     'TPU v5p': 459e12,
     'TPU v6 lite': 918e12,
     'TPU v6e': 918e12,
+    'TPU7x': 2307e12 / 2,  # A chip is two devices.
     'NVIDIA A100': 312e12,
     'NVIDIA H100': 989e12,
     'NVIDIA H200': 989e12,
@@ -46,6 +48,19 @@ def command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        busy = re.search(
+            r'TPU is already in use by process with pid (\d+)|libtpu[ \w-]*lockfile', str(error)
+        )
+        if not busy:
+            raise
+        who = f'process {busy[1]}' if busy[1] else 'another process, or one that was killed'
+        print(
+            f'error: the TPUs of this host are held by {who}: end it, and if there is none any '
+            'more remove /tmp/libtpu_lockfile',
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:  # Output went to `head` or a pager that has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,48 @@
+"""What surrounds JAX: errors as a user sees them, and what devices can do."""
+
+import pytest
+
+from big_vit import runtime, topology
+from big_vit.errors import UserError
+
+
+def ended(capsys, error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        runtime.command(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'message, holder',
+    [
+        ('The TPU is already in use by process with pid 4242. Not attempting', 'process 4242'),
+        ('Internal error when accessing libtpu multi-process lockfile.', 'another process'),
+    ],
+)
+def test_tpus_that_another_process_holds_are_one_line(capsys, message, holder):
+    status, said = ended(capsys, RuntimeError(f"Unable to initialize backend 'tpu': {message}"))
+    assert status == 2 and said.startswith('error: ') and said.count('\n') == 1
+    assert holder in said and 'libtpu_lockfile' in said
+
+
+def test_mistakes_are_status_2_and_bugs_are_not_hidden(capsys):
+    assert ended(capsys, UserError('no such file')) == (2, 'error: no such file\n')
+    with pytest.raises(RuntimeError, match='a bug'):
+        runtime.command(lambda argv: (_ for _ in ()).throw(RuntimeError('a bug')))
+
+
+@pytest.mark.parametrize(
+    'kind, chip, devices',
+    [
+        ('TPU v4', 'v4', 1),
+        ('TPU v5 lite', 'v5e', 1),
+        ('TPU v5', 'v5p', 1),
+        ('TPU v6 lite', 'v6e', 1),
+        ('TPU7x', 'tpu7x', 2),
+    ],
+)
+def test_planning_and_training_know_the_same_peaks(kind, chip, devices):
+    assert runtime.PEAK_FLOPS[kind] * devices == topology.CHIPS[chip].peak_flops
