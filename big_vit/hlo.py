@@ -207,7 +207,7 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
     computations, entry = _computations(text)
     times, fused, unknown = _executions(computations, entry)
     ops: list[Op] = []
-    collectives: dict[str, Collective] = {}
+    collectives: dict[tuple[object, ...], Collective] = {}
     for computation, lines in computations.items():
         if not times[computation]:
             continue
@@ -243,9 +243,12 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
                 overlapped=started or fused[computation],
                 network=bool(between),
             )
-            channel = re.search(r'channel_id=(\d+)', line.rest)
-            # A collective that is split over several fusions keeps its channel.
-            key = channel[1] if channel else f'{computation}/{line.name}'
+            key: tuple[object, ...] = (computation, line.name)
+            if fused[computation]:
+                # One that is split over several fusions keeps its channel and its source;
+                # the channel alone may be that of many.
+                channel = re.search(r'channel_id=(\d+)', line.rest)
+                key = (channel and channel[1], kind, where, nbytes)
             old = collectives.get(key)
             if old is None or one.nbytes * one.times > old.nbytes * old.times:
                 collectives[key] = one

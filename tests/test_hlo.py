@@ -28,7 +28,7 @@ MODULE = f"""HloModule jit_step, is_scheduled=true
 }}
 
 %fused.2 (p0: f32[8,128]) -> f32[8,128] {{
-  ROOT %all-gather.10 = f32[16,128]{{1,0:T(8,128)}} all-gather(%p0), channel_id=7, replica_groups=[2,2]<=[4], dimensions={{0}}
+  ROOT %all-gather.10 = f32[16,128]{{1,0:T(8,128)}} all-gather(%p0), channel_id=7, replica_groups=[2,2]<=[4], dimensions={{0}}, metadata={{op_name="jit(step)/jvp(ViT)/head/dot"}}
 }}
 
 %inner_condition (c: (s32[], f32[8,128])) -> pred[] {{
