@@ -334,7 +334,7 @@ def test_a_frozen_first_process_is_noticed_too():
 
 
 def test_a_hang_ends_all_and_names_who_is_behind_also_before_that():
-    results = watched(1, 'time.sleep(99)', STEP_TIMEOUT=8, HEARTBEAT=5)
+    results = watched(1, 'time.sleep(99)', STEP_TIMEOUT=9, HEARTBEAT=2)
     for line in ends_alike(results, hosts.LOST):
         assert 'no step finished in' in line
         assert 'the furthest is at step 4, behind it from step 2 on: process 1 (host-1)' in line
