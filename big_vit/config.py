@@ -9,6 +9,7 @@ but that this run never reads into an error.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -218,6 +219,8 @@ def _parsed(key: str, text: str) -> Any:
         return None if text.lower() == 'none' else text
     words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
     if text.lower() in words:
+        with contextlib.suppress(ValueError):
+            return field.check(text)  # A choice may be called 'none'.
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
