@@ -134,6 +134,7 @@ def report(
     writer: metrics.Writer,
     console: metrics.Console,
     clock: metrics.Clock,
+    manager: checkpoint.Manager,
     peak_flops: float,
 ) -> None:
     """Writes the metrics of a step that is over, if it is one to log, and tells of skipped ones.
@@ -165,6 +166,7 @@ def report(
         peak_flops=peak_flops,
         steps_left=parts.total_steps - step,
     )
+    row |= manager.timings()
     writer.write(step, row)
     console.training(step, row)
 
@@ -231,7 +233,7 @@ def run(
             def write_pending() -> None:
                 if pending:
                     step, values = pending.pop()
-                    report(step, values, config, parts, writer, console, clock, peak)
+                    report(step, values, config, parts, writer, console, clock, manager, peak)
 
             # The order is fixed: evaluate, save, next batch, step, write. So a checkpoint
             # never misses a metric of its step, and no batch is drawn that a stop would lose.
@@ -255,6 +257,7 @@ def run(
                             hosts.progress(step)
                         if save:
                             with clock.bucket('save'):
+                                writer.flush()  # A checkpoint promises the rows before it.
                                 manager.save(now, dump, writer.latest)
                         if stopped:
                             break
