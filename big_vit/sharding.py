@@ -89,7 +89,8 @@ def spec_for(
 
     A mesh axis that does not divide its dimension moves to the largest free
     dimension that it divides, else it is dropped; an array of fewer than
-    `min_shard_size` scalars is not split at all.
+    `min_shard_size` scalars is not split at all. Without a `tensor` axis, `fsdp`
+    takes its dimension where that comes first.
     """
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
@@ -97,6 +98,11 @@ def spec_for(
     if len(trailing) > len(shape):
         return PartitionSpec()
     lead = len(shape) - len(trailing)
+    if mesh.shape['tensor'] == 1 and {'fsdp', 'tensor'} <= set(trailing):
+        # Parts of the first dimension are brought together without a change of layout.
+        first, second = trailing.index('tensor'), trailing.index('fsdp')
+        if first < second and shape[lead + first] % mesh.shape['fsdp'] == 0:
+            trailing = tuple({'fsdp': None, 'tensor': 'fsdp'}.get(a or '', a) for a in trailing)
     axes: list[str | None] = [*(None for _ in range(lead)), *trailing]
     for i, axis in enumerate(axes.copy()):
         if axis is None or shape[i] % mesh.shape[axis] == 0:

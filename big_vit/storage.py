@@ -10,7 +10,7 @@ from etils import epath
 from big_vit.errors import UserError
 
 # What reaches each store, and which error its users should see when it is not installed.
-LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}
+LIBRARIES = {'gs': 'gcsfs'}
 
 # Between tries of a write: what a network drops comes back within seconds or not at all.
 PAUSES_S = (0.5, 1.0, 2.0)

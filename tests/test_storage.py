@@ -62,10 +62,9 @@ def store(monkeypatch):
 @pytest.mark.parametrize(
     ('path', 'message'),
     [
-        ('hdfs://a/b', r'hdfs:// is not supported; a local path, or one of gs://, s3://'),
+        ('hdfs://a/b', r'hdfs:// is not supported; a local path, or one of gs://'),
         ('gs:///', r'names no bucket; write gs://BUCKET/RUN'),
         ('gs://bucket/run', r'gs://bucket/run: gs:// needs `pip install gcsfs`'),
-        ('s3://bucket/run', r's3:// needs `pip install s3fs`'),
     ],
 )
 def test_a_place_that_cannot_be_reached_is_one_line(path, message, monkeypatch):
