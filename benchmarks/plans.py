@@ -14,13 +14,14 @@ GIB = 2**30
 
 # name: what follows `python -m big_vit.plan`.
 PLANS: dict[str, list[str]] = {
-    'vit_b16_v5e-16': [
-        *('--config', 'configs/vit_b16_i1k.py', '--config.batch_size=1024'),
-        *('--topology', 'v5e:4x4', '--mesh', 'replica=16'),
-    ],
+    # 64 images a chip, without mixing: what other codebases are compared on.
     'vit_s16_v5e-16': [
-        *('--config', 'configs/vit_s16_i1k.py', '--config.batch_size=1024'),
-        *('--topology', 'v5e:4x4', '--mesh', 'replica=16'),
+        *('--config', 'configs/vit_s16_i1k.py', '--config.mixup=0', '--topology', 'v5e:4x4'),
+        *('--mesh', 'fsdp=16', '--config.mesh.min_shard_size=500000'),
+    ],
+    'vit_b16_v5e-16': [
+        *('--config', 'configs/vit_b16_i1k.py', '--config.mixup=0', '--topology', 'v5e:4x4'),
+        *('--mesh', 'fsdp=16', '--config.batch_size=1024'),
     ],
     **{
         f'{config}_{pod}': [
@@ -43,6 +44,14 @@ PLANS: dict[str, list[str]] = {
             ('v6e-256', 'v6e:16x16'),
         )
     },
+    'vit_g14_v5p-512_full': [
+        *('--config', 'configs/vit_g14.py:pod=v5p-512', '--topology', 'v5p:8x8x8'),
+        '--config.model.remat=full',
+    ],
+    'vit_22b_v5p-4096_full': [
+        *('--config', 'configs/vit_22b.py:pod=v5p-4096', '--topology', 'v5p:16x16x16'),
+        '--config.model.remat=full',
+    ],
     'vit_22b_v5p-4096': [
         *('--config', 'configs/vit_22b.py:pod=v5p-4096', '--topology', 'v5p:16x16x16'),
     ],

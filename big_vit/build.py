@@ -173,7 +173,7 @@ def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: M
         scan=m.scan,
         remat=m.remat,
         dtype=jnp.dtype(m.dtype),
-        constrain=sharding.constrain_batch(mesh),
+        constrain=sharding.constrain_batch(mesh, config.mesh.sequence),
         **fields,
     )
 

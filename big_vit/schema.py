@@ -174,6 +174,9 @@ SCHEMA: dict[str, Field] = {
     'mesh.replica': Field(_int(-1), 1, 'Devices that hold copies; -1 takes the rest.'),
     'mesh.fsdp': Field(_int(-1), -1, 'Devices that parameters are sharded over.'),
     'mesh.tensor': Field(_int(-1), 1, 'Devices that heads and MLPs are split over.'),
+    'mesh.sequence': Field(
+        _bool, False, 'Split tokens over tensor between blocks: less memory, more time.'
+    ),
     'mesh.min_shard_size': Field(
         _int(0), 2**20, 'Arrays of fewer scalars stay replicated on every device.'
     ),

@@ -151,10 +151,21 @@ def check_batch(batch_size: int, mesh: Mesh, key: str, accumulation: int = 1) ->
         raise UserError(f'config: {key}={batch_size} is not divisible by {parts}; try {near}')
 
 
-def constrain_batch(mesh: Mesh):
-    """A function that pins the first axis of an activation to the batch axes of the mesh."""
-    sharding = batch_sharding(mesh)
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+def constrain_batch(mesh: Mesh, sequence: bool = False):
+    """A function that pins the residual stream, [batch, tokens, width], to the mesh.
+
+    Args:
+      sequence: between blocks tokens lie on `tensor`, where it divides them, so that norms
+        and what is kept for the backward pass are split as well (arXiv 2205.05198).
+    """
+    ways = mesh.shape['tensor'] if sequence else 1
+
+    def constrain(x: jax.Array) -> jax.Array:
+        split = ways > 1 and x.shape[1] % ways == 0
+        spec = PartitionSpec(*BATCH, 'tensor') if split else BATCH
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
 
 
 def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):

@@ -12,7 +12,7 @@ PODS = {
     'v5e-256': {'mesh': {'replica': 1, 'fsdp': 256}, 'batch_size': 4096},
     'v5p-512': {'mesh': {'replica': 1, 'fsdp': 512}, 'batch_size': 16_384},
     'v6e-256': {'mesh': {'replica': 1, 'fsdp': 256}, 'batch_size': 4096},
-    'v5p-4096': {'mesh': {'replica': 1, 'fsdp': 512, 'tensor': 8}},
+    'v5p-4096': {'mesh': {'replica': 8, 'fsdp': 512}, 'model': {'remat': 'none'}},
 }
 
 

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 # What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
 PODS = {
-    'v5e-256': {'mesh': {'replica': 256, 'fsdp': 1}},
-    'v5p-512': {'mesh': {'replica': 512, 'fsdp': 1}},
-    'v6e-256': {'mesh': {'replica': 256, 'fsdp': 1}},
+    'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
+    'v5p-512': {'mesh': {'replica': 32, 'fsdp': 16}},
+    'v6e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
 }
 
 

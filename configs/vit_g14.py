@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 # What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
 PODS = {
-    ('g/14', 'v5e-256'): {'mesh': {'replica': 1, 'fsdp': 256}, 'model': {'remat': 'full'}},
-    ('g/14', 'v5p-512'): {'mesh': {'replica': 4, 'fsdp': 128}, 'model': {'remat': 'names'}},
-    ('g/14', 'v6e-256'): {'mesh': {'replica': 1, 'fsdp': 256}, 'model': {'remat': 'full'}},
-    ('G/14', 'v5e-256'): {'mesh': {'replica': 1, 'fsdp': 256}, 'model': {'remat': 'full'}},
-    ('G/14', 'v5p-512'): {'mesh': {'replica': 4, 'fsdp': 128}, 'model': {'remat': 'names'}},
-    ('G/14', 'v6e-256'): {'mesh': {'replica': 1, 'fsdp': 256}, 'model': {'remat': 'full'}},
+    ('g/14', 'v5e-256'): {'mesh': {'replica': 2, 'fsdp': 128}, 'accumulation': 4},
+    ('g/14', 'v5p-512'): {'mesh': {'replica': 4, 'fsdp': 128}},
+    ('g/14', 'v6e-256'): {'mesh': {'replica': 2, 'fsdp': 128}, 'accumulation': 2},
+    ('G/14', 'v5e-256'): {'mesh': {'replica': 2, 'fsdp': 128}, 'accumulation': 8},
+    ('G/14', 'v5p-512'): {'mesh': {'replica': 4, 'fsdp': 128}},
+    ('G/14', 'v6e-256'): {'mesh': {'replica': 2, 'fsdp': 128}, 'accumulation': 4},
 }
 
 
@@ -27,7 +27,7 @@ def get_config(variant: str = 'g/14', pod: str = ''):
             'batch_size': 16_384,
             'image_size': 224,
             'lr': 8e-4,
-            'model': {'variant': variant, 'pool': 'map', 'remat': 'full'},
+            'model': {'variant': variant, 'pool': 'map'},
             'data': {
                 'name': 'tfds',
                 'tfds_name': 'imagenet21k',

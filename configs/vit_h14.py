@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 # What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
 PODS = {
-    'v5e-256': {'mesh': {'replica': 1, 'fsdp': 256}, 'model': {'remat': 'names'}},
-    'v5p-512': {'mesh': {'replica': 4, 'fsdp': 128}},
-    'v6e-256': {'mesh': {'replica': 1, 'fsdp': 256}},
+    'v5e-256': {'mesh': {'replica': 8, 'fsdp': 32}},
+    'v5p-512': {'mesh': {'replica': 16, 'fsdp': 32}},
+    'v6e-256': {'mesh': {'replica': 8, 'fsdp': 32}},
 }
 
 
@@ -22,7 +22,7 @@ def get_config(pod: str = ''):
             'batch_size': 4096,
             'image_size': 224,
             'lr': 1e-3,
-            'model': {'variant': 'H/14', 'dropout': 0.1},
+            'model': {'variant': 'H/14'},
             'data': {
                 'name': 'tfds',
                 'tfds_name': 'imagenet21k',

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 # What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
 PODS = {
-    'v5e-256': {'mesh': {'replica': 1, 'fsdp': 256}},
-    'v5p-512': {'mesh': {'replica': 8, 'fsdp': 64}},
-    'v6e-256': {'mesh': {'replica': 1, 'fsdp': 256}},
+    'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
+    'v5p-512': {'mesh': {'replica': 32, 'fsdp': 16}},
+    'v6e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
 }
 
 
@@ -23,7 +23,7 @@ def get_config(pod: str = ''):
             'image_size': 224,
             'lr': 1e-3,
             'mixup': 0.5,
-            'model': {'variant': 'L/16', 'dropout': 0.1},
+            'model': {'variant': 'L/16', 'scan': False},
             'data': {
                 'name': 'tfds',
                 'tfds_name': 'imagenet21k',
