@@ -72,7 +72,8 @@ def make(name: str) -> bool:
     shown = ' '.join(['python', '-m', 'big_vit.plan', *PLANS[name]])
     text = f'# {name}\n\nWith {versions()}:\n\n```bash\n{shown}\n```\n\n```\n{result.stdout}```\n'
     (FOLDER / f'{name}.md').write_text(text)
-    print(f'{name}: {result.stdout.splitlines()[-2]}', flush=True)
+    said = next(line for line in result.stdout.splitlines() if line[:5] in ('speed', 'DOES '))
+    print(f'{name}: {said}', flush=True)
     return True
 
 

@@ -220,13 +220,15 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """'45s', '3m20s', '2h05m'."""
+    """'45s', '3m20s', '2h05m', '3d04h'."""
     seconds = round(seconds)
     if seconds < 60:
         return f'{seconds}s'
     if seconds < 3600:
         return f'{seconds // 60}m{seconds % 60:02d}s'
-    return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
+    if seconds < 48 * 3600:
+        return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
+    return f'{seconds // 86400}d{seconds % 86400 // 3600:02d}h'
 
 
 class Console:

@@ -67,7 +67,17 @@ def test_examples_of_imagenet_are_counted_right(path):
             assert section.num_examples in (None, stop - start)
 
 
-@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+# Their parts are also those of the smaller ones.
+LARGE = ('vit_l16_i21k', 'vit_h14', 'vit_g14', 'vit_22b')
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in LARGE else ())
+        for p in PRETRAIN
+    ],
+)
 def test_pretrain(path, idx_folder, tfds_folder, tmp_path):
     model = {**MODEL, 'model.num_heads': '4'}
     settings = smoke_overrides(path, idx_folder, tfds_folder) + overrides(model)

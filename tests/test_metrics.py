@@ -84,7 +84,8 @@ def test_rates_count_data_and_step_time_only(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('seconds', 'shown'), [(0.4, '0s'), (59.4, '59s'), (200, '3m20s'), (7500, '2h05m')]
+    ('seconds', 'shown'),
+    [(0.4, '0s'), (59.4, '59s'), (200, '3m20s'), (7500, '2h05m'), (273600, '3d04h')],
 )
 def test_durations(seconds, shown):
     assert metrics.duration(seconds) == shown

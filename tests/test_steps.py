@@ -37,13 +37,15 @@ class Run:
         seed=0,
         skip_sigmas=0.0,
         mixup=0.0,
+        sequence=False,
         **fields,
     ):
         self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
-        self.net = vit.ViT(
-            constrain=sharding.constrain_batch(self.mesh), **(SIZES | TRANSFORMS | fields)
-        )
-        names = list(trees.flatten(state.abstract_params(self.net, IMAGE)))
+        constrain = sharding.constrain_batch(self.mesh, sequence)
+        self.net = vit.ViT(constrain=constrain, **(SIZES | TRANSFORMS | fields))
+        params = state.abstract_params(self.net, IMAGE)
+        self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
+        names = list(trees.flatten(params))
         self.optimizer = factory.make(
             factory.adamw_scaler(0.9, 0.99, 1e-8, 'float32'),
             SCHEDULE,
@@ -140,11 +142,22 @@ def single():
         dict(devices=8, sizes=(2, 2, 2)),
         dict(devices=8, sizes=(1, 4, 2)),
         dict(devices=8, sizes=(2, 2, 2), accumulation=4),
+        dict(devices=8, sizes=(2, 2, 2), sequence=True),
         dict(accumulation=4),
         dict(scan=False),
         dict(remat='names'),
     ],
-    ids=['DP', 'FSDP', '2x2x2', 'FSDPxTP', '2x2x2 accumulated', 'accumulated', 'unrolled', 'remat'],
+    ids=[
+        'DP',
+        'FSDP',
+        '2x2x2',
+        'FSDPxTP',
+        '2x2x2 accumulated',
+        'sequence',
+        'accumulated',
+        'unrolled',
+        'remat',
+    ],
 )
 def test_losses_do_not_depend_on_how_a_step_is_computed(single, run):
     wanted, last = single
