@@ -165,6 +165,14 @@ def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: M
             f'config: image_size {image_size[0]}x{image_size[1]} is not divisible by the '
             f'{patch[0]}x{patch[1]} patch of model.variant={m.variant!r}'
         )
+    device = mesh.devices.flat[0]
+    if m.remat == 'offload' and device in jax.local_devices():
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        if 'pinned_host' not in kinds:
+            raise UserError(
+                f"config: model.remat='offload' needs a host memory that {device.device_kind} has "
+                f"not ({', '.join(sorted(kinds))}); use 'names' or 'full'"
+            )
     return ViT(
         num_classes=num_classes,
         posemb=m.posemb,

@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     fits: bool
     hbm: dict[str, float]  # Bytes on the fullest device, by use.
     hbm_capacity: float | None
+    host_memory: float  # Bytes of its host's memory that a device uses.
     cycles: int
     seconds: dict[str, float]  # Of a step, by part of the model; they add up to step_seconds.
     step_seconds: float
@@ -178,7 +179,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
     parts = build.experiment(config, place.devices)
     step, batch = build.train_step(config, parts), build.abstract_batch(parts)
     began = time.perf_counter()
-    memory, problem, module = {}, '', hlo.Module([], [], 0)
+    memory, problem, module, on_host = {}, '', hlo.Module([], [], 0), 0.0
     capacity = place.chip.hbm / place.devices_per_chip if place.chip else None
     # Nothing may be computed under this mesh: its devices cannot run anything.
     with jax.set_mesh(parts.mesh):
@@ -193,6 +194,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
             memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
         else:
             memory = _memory(compiled, parts, batch)
+            on_host = compiled.memory_analysis().host_temp_size_in_bytes
             module = hlo.read(compiled.as_text(), len(place.devices), place.slices)
     seconds: dict[str, float] = {}
     speed = 0.0
@@ -225,6 +227,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
         fits=not problem,
         hbm=memory,
         hbm_capacity=capacity,
+        host_memory=on_host,
         cycles=module.cycles,
         seconds=seconds,
         step_seconds=sum(seconds.values()),
@@ -280,6 +283,8 @@ def page(plan: Plan) -> str:
     memory.append(('peak', f'{plan.hbm_peak / GIB:.3f}'))
     if plan.hbm_capacity:
         memory.append(('capacity', f'{plan.hbm_capacity / GIB:.3f}'))
+    if plan.host_memory:
+        memory.append(('beside it, on the host', f'{plan.host_memory / GIB:.3f}'))
     tables = [metrics.table((f'memory of a {chip}', 'GiB'), memory)]
     if plan.seconds:
         order = sorted(plan.seconds.items(), key=lambda item: -item[1])

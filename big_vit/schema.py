@@ -142,7 +142,7 @@ SCHEMA: dict[str, Field] = {
     'model.dtype': Field(_choice('bfloat16', 'float32'), 'bfloat16', 'Type to compute in.'),
     'model.scan': Field(_bool, True, 'Compile one block and scan it, or unroll all.'),
     'model.remat': Field(
-        _choice('none', 'names', 'full'), 'none', 'What the backward pass recomputes.'
+        _choice('none', 'names', 'full', 'offload'), 'none', 'What the backward pass recomputes.'
     ),
     **{f'data.{name}': field for name, field in _SOURCE.items()},
     'data.shuffle': Field(_bool, True, 'Reshuffle each epoch, or keep the order of the source.'),

@@ -146,6 +146,7 @@ def single():
         dict(accumulation=4),
         dict(scan=False),
         dict(remat='names'),
+        dict(remat='offload'),
     ],
     ids=[
         'DP',
@@ -157,6 +158,7 @@ def single():
         'accumulated',
         'unrolled',
         'remat',
+        'offload',
     ],
 )
 def test_losses_do_not_depend_on_how_a_step_is_computed(single, run):

@@ -25,6 +25,12 @@ from big_vit.models.tokenizers import Patches
 POLICIES = {
     'names': jax.checkpoint_policies.save_only_these_names('qkv', 'attention_out'),
     'full': None,
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=['qkv', 'attention_out'],
+        offload_src='device',
+        offload_dst='pinned_host',
+    ),
 }
 
 
@@ -150,7 +156,8 @@ class ViT(nn.Module):
         with any number of channels.
       posemb: 'sincos2d' or 'learned' (which fixes the number of tokens).
       pool: 'gap' (mean of tokens), 'cls' (a class token) or 'map' (attention).
-      remat: 'none', 'names' (keep projections, recompute the rest) or 'full'.
+      remat: 'none', 'names' (keep projections, recompute the rest), 'offload' (the same, kept
+        in the memory of the host) or 'full'.
       constrain: applied to the [batch, tokens, width] residual stream after the
         embedding and after each block; where a mesh pins its sharding.
       gather: multiplies with the kernels; where a mesh brings the parts of each together.
