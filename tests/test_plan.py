@@ -190,7 +190,10 @@ def test_collectives_of_data_parallel_and_fully_sharded_steps(data_parallel, ful
     assert kinds(data_parallel) == {'all-reduce'}
     reduced = sum(c['bytes'] for c in data_parallel['collectives'])
     assert 2 * data_parallel['params'] <= reduced <= 4.2 * data_parallel['params']
-    assert kinds(fully_sharded) & {'all-gather', 'collective-permute'}
+    # Each kernel is brought together once: four of attention, two of the MLP, embedding, head.
+    assert kinds(fully_sharded) == {'all-gather', 'all-reduce', 'reduce-scatter'}
+    gathers = [c for c in fully_sharded['collectives'] if c['kind'] == 'all-gather']
+    assert sum(c['count'] for c in gathers) == 8
 
 
 @needs_compiler
