@@ -310,8 +310,11 @@ def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():
 # Weights brought together for a product.
 
 
-@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
-@pytest.mark.parametrize('scan, remat', [(False, 'none'), (True, 'none'), (True, 'full')])
+# Each way to lay out devices and each way to run blocks; test_steps.py has more of both.
+@pytest.mark.parametrize(
+    'sizes, scan, remat',
+    [((1, 8, 1), False, 'none'), ((2, 4, 1), True, 'full'), ((2, 2, 2), True, 'none')],
+)
 def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     mesh = sharding.make_mesh(*sizes)
     fields = dict(variants.parse('mu/8'), num_classes=8, depth=2, scan=scan, dtype=jnp.float32)
