@@ -448,6 +448,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--slices must be at least 1, not {args.slices}')
     if not re.fullmatch(r'(\d+(,\d+)*)?', args.per_device):
         raise UserError(f'--per-device: cannot read {args.per_device!r}; write --per-device 16,32')
+    if args.json not in (None, '-') and not Path(args.json).parent.is_dir():
+        raise UserError(f'--json: there is no folder {Path(args.json).parent}')
     config = config_lib.load(spec, overrides)
     topology.prepare_environment()
     if not name.startswith('gpu'):

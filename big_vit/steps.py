@@ -101,10 +101,11 @@ def make_train_step(
         (value, aux), grads = gradients(params, batch, rng)
         norm = optax.tree.norm(grads)
         watched = {'loss': value, 'grad_norm': norm}
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
-        if skip_sigmas:
-            for name, seen in watched.items():
-                good &= ~is_spike(state['recent'][name], seen, skip_sigmas)
+        spikes = {
+            name: is_spike(state['recent'][name], seen, skip_sigmas) & bool(skip_sigmas)
+            for name, seen in watched.items()
+        }
+        good = jnp.isfinite(value) & jnp.isfinite(norm) & ~spikes['loss'] & ~spikes['grad_norm']
         updates, opt = optimizer.update(grads, state['opt'], params, step=step)
         new = {'params': optax.apply_updates(params, updates), 'opt': opt}
         if 'ema' in state:
@@ -133,6 +134,7 @@ def make_train_step(
             'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),
             'skipped': new['skipped'],
             'skipped_in_a_row': new['skipped_in_a_row'],
+            **{f'{name}_spike': found for name, found in spikes.items()},
         }
         return new, metrics
 

@@ -7,7 +7,6 @@ Started again on the same workdir it resumes, with the same batches.
 
 import contextlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -151,15 +150,20 @@ def report(
                 f'or the gradient is not finite; lower lr, or look at the examples {examples}, ...'
             )
         loss, norm = (float(jax.device_get(values[name])) for name in ('loss', 'grad_norm'))
-        why = 'a spike' if math.isfinite(loss + norm) else 'not finite'
+        spikes = [
+            f'the {what} lies over {config.skip_sigmas:g} standard deviations above the last ones'
+            for name, what in (('loss', 'loss'), ('grad_norm', 'gradient norm'))
+            if bool(jax.device_get(values[f'{name}_spike']))
+        ]
         console.say(
-            f'WARNING step {step}: update skipped, loss {loss:.4g} or gradient norm {norm:.4g} is '
-            f'{why}; its examples: {examples}, ...'
+            f'WARNING step {step}: update skipped, loss {loss:.4g}, gradient norm {norm:.4g}: '
+            f'{" and ".join(spikes) or "not finite"}; its examples: {examples}, ...'
         )
     if not build.is_due(parts.due.log, step, parts.total_steps):
         return
     row = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
-    del row['train/skipped_in_a_row']
+    for name in ('skipped_in_a_row', 'loss_spike', 'grad_norm_spike'):
+        del row[f'train/{name}']
     row |= clock.window(
         batch_size=parts.batch_size,
         flops_per_example=parts.flops_per_example,

@@ -292,7 +292,7 @@ def test_on_needs_a_cluster(tmp_path, command):
     assert not (tmp_path / 'w').exists()
 
 
-# Without JAX, for the watch needs none: processes that do what the arguments say at each step.
+# Without JAX, for the watch needs none: processes of which one does something at step 2.
 WATCHED = """
 import os, signal, sys, time
 from big_vit import cluster, hosts
@@ -303,11 +303,17 @@ watch = hosts.Watch(found, call(found, {'hostname': f'host-{found.process}'}, 20
 watch.connected = True
 watch.saved = lambda: [3]
 assert watch.gather(found.process * 10) == [0, 10, 20]
+actions = {
+    'freeze': lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    'hang': lambda: time.sleep(99),
+    'mistake': lambda: watch.fail(hosts.UserError('the disk is full')),
+    'bug': lambda: watch.fail(ZeroDivisionError('x')),
+}
 for step in range(5):
     watch.progress(step)
     time.sleep(0.5)
     if step == 2 and found.process == int(sys.argv[1]):
-        exec(sys.argv[2])
+        actions[sys.argv[2]]()
 while True:
     time.sleep(0.1)
 """
@@ -321,20 +327,20 @@ def watched(who, does, *, but=(), timeout=60, **limits):
 
 
 def test_a_frozen_process_is_named_by_all_others():
-    results = watched(2, 'os.kill(os.getpid(), signal.SIGSTOP)', but=[2], PEER_TIMEOUT=3)
+    results = watched(2, 'freeze', but=[2], PEER_TIMEOUT=3)
     for line in ends_alike(results[:2], hosts.LOST):
         assert 'process 2 (host-2) is gone or frozen: not a word for 3 s' in line
         assert 'resumes from step 3' in line
 
 
 def test_a_frozen_first_process_is_noticed_too():
-    results = watched(0, 'os.kill(os.getpid(), signal.SIGSTOP)', but=[0], PEER_TIMEOUT=3)
+    results = watched(0, 'freeze', but=[0], PEER_TIMEOUT=3)
     for line in ends_alike(results[1:], hosts.LOST):
         assert 'process 0 (host-0) is gone or frozen: not a word for 3 s' in line
 
 
 def test_a_hang_ends_all_and_names_who_is_behind_also_before_that():
-    results = watched(1, 'time.sleep(99)', STEP_TIMEOUT=9, HEARTBEAT=2)
+    results = watched(1, 'hang', STEP_TIMEOUT=9, HEARTBEAT=2)
     for line in ends_alike(results, hosts.LOST):
         assert 'no step finished in' in line
         assert 'the furthest is at step 4, behind it from step 2 on: process 1 (host-1)' in line
@@ -344,15 +350,14 @@ def test_a_hang_ends_all_and_names_who_is_behind_also_before_that():
 
 
 def test_an_error_of_one_process_ends_all_with_its_status():
-    raising = 'watch.fail(hosts.UserError("the disk is full"))'
-    first, second, third = watched(1, raising)
+    first, second, third = watched(1, 'mistake')
     lines = ends_alike([first, second, third])
     assert lines[1] == 'error: the disk is full'
     assert lines[0] == lines[2] == 'error: process 1 (host-1): the disk is full'
 
 
 def test_a_bug_in_one_process_shows_its_traceback_there_and_one_line_elsewhere():
-    first, second, third = watched(0, 'watch.fail(ZeroDivisionError("x"))')
+    first, second, third = watched(0, 'bug')
     assert {first.returncode, second.returncode, third.returncode} == {1}
     assert 'Traceback' not in second.stderr + third.stderr
     assert 'error: process 0 (host-0): ZeroDivisionError: x' in third.stderr

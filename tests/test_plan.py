@@ -260,6 +260,7 @@ def test_data_that_is_not_here_is_planned_from_its_figures(tmp_path):
         (['--topology', 'cpu:8', '--config.batch_size=60'], 'not divisible by 8 devices'),
         (['--topology', 'cpu:8', '--search'], 'no time estimates for cpu:8'),
         (['--topology', 'cpu:8', '--search', '--per-device', 'x'], '--per-device: cannot read'),
+        (['--topology', 'cpu:8', '--json', 'nowhere/x.json'], '--json: there is no folder nowhere'),
         ([], '--topology is missing'),
     ],
 )

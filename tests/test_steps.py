@@ -587,6 +587,8 @@ def test_a_spike_changes_nothing_but_the_counters_and_is_remembered(watching, wh
         now, metrics = run.step(now, run.put(floats(0)))
         after = jax.device_get(now)
         assert (int(metrics['skipped']), int(after['step'])) == (1, 1)
+        named = [name for name in ('loss', 'grad_norm') if metrics[f'{name}_spike']]
+        assert named == [which]
         for part in ('params', 'opt'):
             assert jax.tree.all(
                 jax.tree.map(lambda a, b: np.array_equal(a, b), after[part], before[part])

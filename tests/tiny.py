@@ -50,15 +50,6 @@ def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> 
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    def examples(split):
-        rng = np.random.default_rng(len(split))
-        for i in range(sizes[split]):
-            coarse = rng.integers(0, 256, (5, 4 + i % 3, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(coarse).resize((60 + 20 * (i % 3), 75)).save(file, 'JPEG')
-            file.seek(0)
-            yield i, {'image': file, 'label': i % classes}
-
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version('1.0.0')
 
@@ -72,10 +63,16 @@ def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> 
             )
 
         def _split_generators(self, _):
-            return {split: examples(split) for split in sizes}
+            return {split: self._generate_examples(split) for split in sizes}
 
-        def _generate_examples(self):
-            raise NotImplementedError
+        def _generate_examples(self, split):
+            rng = np.random.default_rng(len(split))
+            for i in range(sizes[split]):
+                coarse = rng.integers(0, 256, (5, 4 + i % 3, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(coarse).resize((60 + 20 * (i % 3), 75)).save(file, 'JPEG')
+                file.seek(0)
+                yield i, {'image': file, 'label': i % classes}
 
     Tiny.name = name
     Tiny(data_dir=folder, file_format='array_record').download_and_prepare()
