@@ -15,6 +15,9 @@ from big_vit.errors import UserError
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('replica', 'fsdp'))
 
+# What an optimizer keeps of blocks (optim/blocks.py): the first axis lies over all devices.
+STACKS = re.compile(r'(^|/)stacks/\d+x\d+/')
+
 # Scalars of an array that is not worth splitting, whatever the config says.
 SMALL = 2**16
 
@@ -92,6 +95,8 @@ def spec_for(
     `min_shard_size` scalars is not split at all. Without a `tensor` axis, `fsdp`
     takes its dimension where that comes first.
     """
+    if STACKS.search(name):
+        return PartitionSpec(AXES)
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
     trailing = next(axes for pattern, axes in RULES if re.search(f'(^|/)({pattern})$', name))

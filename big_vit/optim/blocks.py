@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from big_vit import trees
 from big_vit.optim import matrices
@@ -206,6 +206,48 @@ def moments(
 def adam(o: Adam, average: Array, nu: Array, step: Int[Array, '']) -> Array:
     """The direction of Adam."""
     return average / (jnp.sqrt(nu / correction(o.b2, step, nu.dtype)) + o.eps)
+
+
+def count(mask: Bool[Array, ' n']) -> Int[Array, '']:
+    return mask.sum(dtype=jnp.int32)
+
+
+def statistics(
+    b2: float, old: Array, outer: Array, keep: Bool[Array, 'blocks 1 1']
+) -> tuple[Array, Bool[Array, ' blocks']]:
+    """The new averages where to keep them, and which were not finite and have started again."""
+    new = b2 * old + (1 - b2) * outer
+    finite = jnp.isfinite(new).all((1, 2), keepdims=True)
+    new = jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * outer))
+    return new, ~finite[:, 0, 0]
+
+
+def take(x: Array, group: Array | None, groups: int) -> Array:
+    """Every `groups`-th block from that of number `group` on; all where that is None."""
+    if group is None:
+        return x
+    parts = x.reshape(-1, groups, *x.shape[1:])
+    return jax.lax.dynamic_index_in_dim(parts, group, axis=1, keepdims=False)
+
+
+def put(x: Array, part: Array, group: Array | None, groups: int) -> Array:
+    """`x` with these blocks where `take` has them from."""
+    if group is None:
+        return part
+    parts = x.reshape(-1, groups, *x.shape[1:])
+    return jax.lax.dynamic_update_index_in_dim(parts, part, group, axis=1).reshape(x.shape)
+
+
+def check(every: int, groups: int, stats_dtype: Any) -> list[tuple[str, str]]:
+    """(option, what is wrong with it and what to do) for each that cannot be."""
+    wrong = []
+    if jnp.finfo(stats_dtype).bits < 32:
+        why = 'statistics rounded to 16 bits have negative eigenvalues, so no roots'
+        wrong.append(('stats_dtype', f'{why}; take float32, and root_dtype=bfloat16 saves memory'))
+    if every % groups:
+        near = -(-every // groups) * groups
+        wrong.append(('groups', f'{groups} does not divide every={every}; try every={near}'))
+    return wrong
 
 
 class State(NamedTuple):

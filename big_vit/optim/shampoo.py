@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from big_vit.optim import blocks, matrices, roots
 
@@ -79,16 +79,10 @@ class Options(NamedTuple):
 
 def check(o: Options) -> list[tuple[str, str]]:
     """(option, what is wrong with it and what to do) for each that cannot be."""
-    wrong = []
+    wrong = blocks.check(o.every, o.groups, o.stats_dtype)
     if o.root == 'newton' and roots.whole(o.exponent) is None:
         why = f"{o.exponent:g} is not -1 divided by a whole number, as root='newton' needs"
         wrong.append(('exponent', f"{why}; take root='eigh'"))
-    if jnp.finfo(o.stats_dtype).bits < 32:
-        why = 'statistics rounded to 16 bits have negative eigenvalues, so no roots'
-        wrong.append(('stats_dtype', f'{why}; take float32, and root_dtype=bfloat16 saves memory'))
-    if o.every % o.groups:
-        near = -(-o.every // o.groups) * o.groups
-        wrong.append(('groups', f'{o.groups} does not divide every={o.every}; try every={near}'))
     if o.sliced and o.groups > 1:
         why = 'all roots are spread over all steps already'
         wrong.append(('sliced', f'{why}; take groups=1, not {o.groups}'))
@@ -116,7 +110,8 @@ def scale_by_shampoo(
       root: 'newton', or 'eigh' (faster on CPUs).
       ridge: added to L and R, relative to their largest eigenvalue.
       exponent: of L and R. -1/4 is Shampoo; -1/2 takes the Kronecker product as a whole.
-      graft: 'adam'; 'sgd' takes the length of the averaged gradient; 'none' scales nothing.
+      graft: 'adam'; 'sgd' takes the length of the averaged gradient, M; 'none' scales nothing,
+        and is M before `start`.
       mu_dtype, stats_dtype, root_dtype: types that are kept.
       gather_dtype: type in which directions travel between devices.
 
@@ -186,8 +181,10 @@ def _advance(
         keep = usable[:, None, None]
         g = jnp.where(keep, g, 0)
         average, mu, nu = blocks.moments(_adam(o), g, old.mu, old.nu, step)
-        left, again_left = statistics(o.b2, old.left, jnp.einsum('nij,nkj->nik', g, g), keep)
-        right, again_right = statistics(o.b2, old.right, jnp.einsum('nji,njk->nik', g, g), keep)
+        left, again_left = blocks.statistics(o.b2, old.left, jnp.einsum('nij,nkj->nik', g, g), keep)
+        right, again_right = blocks.statistics(
+            o.b2, old.right, jnp.einsum('nji,njk->nik', g, g), keep
+        )
         new[name] = old._replace(
             mu=jnp.where(keep, mu, old.mu),
             nu=jnp.where(keep, nu, old.nu),
@@ -195,30 +192,20 @@ def _advance(
             right=right,
         )
         averages[name] = jnp.where(keep, average, 0)
-        ignored += (~usable).sum()
-        restarted += again_left.sum() + again_right.sum()
+        ignored += blocks.count(~usable)
+        restarted += blocks.count(again_left) + blocks.count(again_right)
     new, told = _slices(o, new, step) if o.sliced else _refresh(o, new, step)
     start = max(o.start, o.every) if o.sliced else o.start
     directions = {}
     for name, average in averages.items():
         plain = average
-        if o.graft != 'sgd':
+        if o.graft == 'adam':
             plain = blocks.adam(_adam(o), average, new[name].nu, step)
         made = _precondition(o, new[name], average, plain)
         directions[name] = jnp.where(step >= start, made, plain)
     errors = [jnp.max(stack.error, initial=0.0) for stack in new.values()]
     told['restarted'] += restarted
     return directions, new, {**told, 'ignored': ignored, 'error': jnp.stack(errors).max()}
-
-
-def statistics(
-    b2: float, old: Array, outer: Array, keep: Bool[Array, 'blocks 1 1']
-) -> tuple[Array, Bool[Array, ' blocks']]:
-    """The new averages where to keep them, and which were not finite and have started again."""
-    new = b2 * old + (1 - b2) * outer
-    finite = jnp.isfinite(new).all((1, 2), keepdims=True)
-    new = jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * outer))
-    return new, ~finite[:, 0, 0]
 
 
 def _length(x: Float[Array, 'blocks r c']) -> Float[Array, 'blocks 1 1']:
@@ -236,21 +223,6 @@ def _precondition(o: Options, stack: Stack, average: Array, plain: Array) -> Arr
         length = _length(made)
         made = made * (_length(plain) / jnp.where(length > 0, length, 1))
     return jnp.where(jnp.isfinite(made).all((1, 2), keepdims=True), made, plain)
-
-
-def _take(x: Array, group: Array | None, groups: int) -> Array:
-    """Every `groups`-th block from that of this number on."""
-    if group is None:
-        return x
-    parts = x.reshape(-1, groups, *x.shape[1:])
-    return jax.lax.dynamic_index_in_dim(parts, group, axis=1, keepdims=False)
-
-
-def _put(x: Array, part: Array, group: Array | None, groups: int) -> Array:
-    if group is None:
-        return part
-    parts = x.reshape(-1, groups, *x.shape[1:])
-    return jax.lax.dynamic_update_index_in_dim(parts, part, group, axis=1).reshape(x.shape)
 
 
 def _ridge(o: Options, failures: Int[Array, ' n']) -> Float[Array, ' n']:
@@ -273,7 +245,7 @@ def _accept(
     for column, side in enumerate(SIDES):
         root, error = found[side]
         old, stats, kept, failures = (
-            _take(x, group, o.groups)
+            blocks.take(x, group, o.groups)
             for x in (
                 getattr(stack, f'{side}_root'),
                 getattr(stack, side),
@@ -295,12 +267,12 @@ def _accept(
         stats = jnp.where(reset & real[:, None, None], mean * eye, stats)
         errors.append(jnp.where(real, jnp.where(good, error, kept), 0).astype(jnp.float32))
         failed.append(jnp.where(again | ~real, 0, failures))
-        fields[side] = _put(getattr(stack, side), stats, group, o.groups)
-        fields[f'{side}_root'] = _put(getattr(stack, f'{side}_root'), root, group, o.groups)
+        fields[side] = blocks.put(getattr(stack, side), stats, group, o.groups)
+        fields[f'{side}_root'] = blocks.put(getattr(stack, f'{side}_root'), root, group, o.groups)
         counted = {'computed': real, 'refused': real & ~good, 'restarted': real & again}
-        told = _sum(told, {name: x.sum() for name, x in counted.items()})
-    fields['error'] = _put(stack.error, jnp.stack(errors, 1), group, o.groups)
-    fields['failures'] = _put(stack.failures, jnp.stack(failed, 1), group, o.groups)
+        told = _sum(told, {name: blocks.count(x) for name, x in counted.items()})
+    fields['error'] = blocks.put(stack.error, jnp.stack(errors, 1), group, o.groups)
+    fields['failures'] = blocks.put(stack.failures, jnp.stack(failed, 1), group, o.groups)
     return stack._replace(**fields), told
 
 
@@ -317,9 +289,11 @@ def _refresh(
                 sizes.setdefault(getattr(stack, side).shape[-1], []).append((name, side))
         found: dict[str, dict[str, tuple[Array, Array]]] = {name: {} for name in stacks}
         for keys in sizes.values():
-            parts = [_take(getattr(stacks[name], side), group, o.groups) for name, side in keys]
+            parts = [
+                blocks.take(getattr(stacks[name], side), group, o.groups) for name, side in keys
+            ]
             failures = [
-                _take(stacks[name].failures[:, SIDES.index(side)], group, o.groups)
+                blocks.take(stacks[name].failures[:, SIDES.index(side)], group, o.groups)
                 for name, side in keys
             ]
             root, error = roots.inverse_root(
