@@ -47,7 +47,7 @@ class Run:
         self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
         names = list(trees.flatten(params))
         self.optimizer = factory.make(
-            factory.adamw_scaler(0.9, 0.99, 1e-8, 'float32'),
+            factory.adamw(0.9, 0.99, 1e-8, 'float32'),
             SCHEDULE,
             decay_factors={n: 0.05 * n.endswith('kernel') for n in names},
             lr_factors=dict.fromkeys(names, 1.0),
