@@ -62,12 +62,11 @@ def layout(like: state.State) -> list[str]:
     return lines
 
 
-def _peak(lr: float, factor: layers.Factor) -> str:
-    """The highest rate, or that of the first and the last of the scanned layers."""
-    if not np.any(factor):
-        return 'frozen'
-    ends = [factor[0], factor[-1]] if isinstance(factor, tuple) else [factor]
-    return ' to '.join(f'{lr * end:.2e}' for end in ends)
+def _peak(lr: float, factors: list[layers.Factor]) -> str:
+    """The highest rate, or its range over the layers."""
+    each = np.concatenate([np.atleast_1d(factor) for factor in factors])
+    ends = sorted({each.min(), each.max()})
+    return ' to '.join(f'{lr * end:.2e}' if end else 'frozen' for end in ends)
 
 
 def optimizers(parts: build.Experiment) -> list[str]:
@@ -103,14 +102,17 @@ def page(settings: config.Config) -> str:
         key = (
             collapsed,
             'x'.join(map(str, leaf.shape)),
-            _peak(settings.lr, parts.lr_factors[name]),
             f'{parts.decay_factors[name]:g}',
             parts.groups[name],
             spec_text(leaf),
         )
         groups.setdefault(key, []).append(name)
-    header = ('parameter', 'shape', 'peak lr', 'weight decay', 'optimizer', 'sharding', 'arrays')
-    table = metrics.table(header, [(*key, len(names)) for key, names in groups.items()])
+    header = ('parameter', 'shape', 'weight decay', 'optimizer', 'sharding', 'peak lr', 'arrays')
+    shown = []
+    for key, names in groups.items():
+        peak = _peak(settings.lr, [parts.lr_factors[name] for name in names])
+        shown.append((*key, peak, len(names)))
+    table = metrics.table(header, shown)
     values = sorted(config.flatten(settings.to_dict()).items())
     lines = [
         f'{key} = {value!r}' + ('' if settings.sets(key) else '  # default')
