@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -16,7 +17,7 @@ from big_vit.data import fdsl, order, pipeline, sources, transforms
 from big_vit.errors import UserError
 from big_vit.models import variants
 from big_vit.models.vit import ViT
-from big_vit.optim import factory, schedules
+from big_vit.optim import factory, layers, schedules
 
 
 class Data(NamedTuple):
@@ -28,7 +29,11 @@ class Data(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """All that training needs, before anything is computed."""
+    """All that training needs, before anything is computed.
+
+    By parameter path: decay and factor on the rate, and `groups`, the optimizer's name;
+    by that name `settings`, what it is made with.
+    """
 
     mesh: Mesh
     data: Data
@@ -40,7 +45,9 @@ class Experiment(NamedTuple):
     total_steps: int
     flops_per_example: int
     decay_factors: dict[str, float]
-    lr_factors: dict[str, float]
+    lr_factors: dict[str, layers.Factor]
+    groups: dict[str, str]
+    settings: dict[str, dict[str, Any]]
     batch_size: int
     due: 'Duties'
 
@@ -200,23 +207,84 @@ def model_cost(vit: ViT, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     return variants.count_params(posemb=vit.posemb, **sizes), variants.forward_flops(**sizes)
 
 
-def optimizer(
-    config: Config, names: list[str], schedule: schedules.Schedule
-) -> tuple[optax.GradientTransformationExtraArgs, dict[str, float], dict[str, float]]:
-    """(optimizer, weight decay by parameter path, learning-rate factor by parameter path)."""
-    o = config.optim
-    if o.name == 'adamw':
-        scaler = factory.adamw_scaler(o.b1, o.b2, o.eps, o.mu_dtype)
+class Optimizer(NamedTuple):
+    """An optimizer, and by parameter path what it does."""
+
+    transform: optax.GradientTransformationExtraArgs
+    decay: dict[str, float]
+    rate: dict[str, layers.Factor]
+    group: dict[str, str]
+    settings: dict[str, dict[str, Any]]  # By the optimizers' names, with their own defaults.
+
+
+def optimizer(config: Config, shapes: Any, schedule: schedules.Schedule) -> Optimizer:
+    """The optimizer of the config, for parameters of these shapes.
+
+    Raises:
+      UserError: rules that fit no parameter, or choices that exclude each other.
+    """
+    o, names = config.optim, list(trees.flatten(shapes))
+    if o.group_rules is None:
+        group = dict.fromkeys(names, o.name)
     else:
-        scaler = factory.sgd_scaler(o.momentum, o.nesterov, o.mu_dtype)
-    lr = trees.match_rules(o.lr_rules, names, 'config: optim.lr_rules')
+        group = trees.match_rules(o.group_rules, names, 'config: optim.group_rules')
+    settings = {}
+    for name in dict.fromkeys(group.values()):
+        own = factory.defaults(name)
+        given = {key: o[key] for key in own}
+        settings[name] = {key: own[key] if given[key] is None else given[key] for key in own}
+    if 'schedule_free_adamw' in settings:
+        _check_schedule_free(config, settings)
+    laws = {name: factory.LAWS[name](**keys) for name, keys in settings.items()}
+    law = next(iter(laws.values())) if len(laws) == 1 else factory.grouped(laws, group)
+    rate: dict[str, Any] = trees.match_rules(o.lr_rules, names, 'config: optim.lr_rules')
+    if o.layer_decay != 1:
+        for name, factor in layers.decay_factors(o.layer_decay, shapes).items():
+            each = tuple(rate[name] * f for f in np.atleast_1d(factor).tolist())
+            rate[name] = each if isinstance(factor, tuple) else each[0]
     if o.weight_decay:
         factors = trees.match_rules(o.weight_decay_rules, names, 'config: optim.weight_decay_rules')
         decay = {name: o.weight_decay * factor for name, factor in factors.items()}
     else:
         decay = dict.fromkeys(names, 0.0)
-    made = factory.make(scaler, schedule, decay_factors=decay, lr_factors=lr, clip=o.clip)
-    return made, decay, lr
+    made = factory.make(law, schedule, decay_factors=decay, lr_factors=rate, clip=o.clip, agc=o.agc)
+    return Optimizer(made, decay, rate, group, settings)
+
+
+def _check_schedule_free(config: Config, settings: dict[str, Any]) -> None:
+    if len(settings) > 1:
+        raise UserError(
+            'config: optim.group_rules: schedule_free_adamw averages all parameters, so it cannot '
+            'be one of several optimizers'
+        )
+    if settings['schedule_free_adamw']['b1'] == 0:
+        raise UserError('config: optim.b1 must be above 0 for schedule_free_adamw')
+    if config.ema:
+        raise UserError(
+            'config: ema must be 0 for schedule_free_adamw: what is evaluated is its own average'
+        )
+    if config.schedule.name != 'constant':
+        raise UserError(
+            "config: schedule.name must be 'constant' for schedule_free_adamw (a warmup may be "
+            f'set), got {config.schedule.name!r}'
+        )
+
+
+def rate_schedule(config: Config, source: sources.Source, total: int) -> schedules.Schedule:
+    """The learning rate by step."""
+    section = config.schedule
+    more: dict[str, Any] = {}
+    if section.name in ('cosine', 'linear'):
+        more['end'] = section.end
+    else:
+        more['cooldown_steps'] = in_steps(section, 'cooldown', config, source, total) or 0
+    if section.name == 'rsqrt':
+        timescale = in_steps(section, 'timescale', config, source, total)
+        more['timescale'] = 10_000 if timescale is None else timescale
+    warmup = in_steps(section, 'warmup', config, source, total) or 0
+    return schedules.make(
+        section.name, peak=config.lr, total_steps=total, warmup_steps=warmup, **more
+    )
 
 
 def experiment(config: Config, devices: list[jax.Device] | None = None) -> Experiment:
@@ -239,31 +307,27 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     total = in_steps(config, 'total', config, train.source)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
-    warmup = in_steps(config.schedule, 'warmup', config, train.source, total)
-    schedule = schedules.make(
-        config.schedule.name,
-        peak=config.lr,
-        total_steps=total,
-        warmup_steps=warmup or 0,
-        end=config.schedule.end,
-    )
+    schedule = rate_schedule(config, train.source, total)
     shapes = state.abstract_params(vit, train.image_shape)
     vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
-    made, decay, lr = optimizer(config, list(trees.flatten(shapes)), schedule)
-    like = state.abstract(vit, train.image_shape, made, bool(config.ema), mesh, m.min_shard_size)
+    made = optimizer(config, shapes, schedule)
+    averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
+    like = state.abstract(vit, train.image_shape, made.transform, averaged, mesh, m.min_shard_size)
     sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)
     return Experiment(
         mesh=mesh,
         data=train,
         evals=held_out,
         model=vit,
-        optimizer=made,
+        optimizer=made.transform,
         schedule=schedule,
         like=like,
         total_steps=total,
         flops_per_example=3 * model_cost(vit, train.image_shape)[1],
-        decay_factors=decay,
-        lr_factors=lr,
+        decay_factors=made.decay,
+        lr_factors=made.rate,
+        groups=made.group,
+        settings=made.settings,
         batch_size=config.batch_size,
         due=_duties(config, train.source, total),
     )
@@ -366,6 +430,9 @@ def train_step(config: Config, parts: Experiment) -> Any:
         accumulation=config.accumulation,
         ema=config.ema,
         skip_sigmas=config.skip_sigmas,
+        frozen=factory.frozen(parts.lr_factors),
+        sam_rho=config.optim.sam_rho,
+        sam_adaptive=bool(config.optim.sam_rho) and config.optim.sam_adaptive,
     )
 
 

@@ -3,8 +3,10 @@
 import re
 
 import jax
+import numpy as np
 
 from big_vit import build, config, metrics, sharding, state, trees
+from big_vit.optim import layers
 
 
 def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
@@ -25,7 +27,7 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{data.source.num_classes} classes, {height}x{width}x{channels}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
-        f'{epochs:,.2f} epochs, {settings.optim.name}',
+        f'{epochs:,.2f} epochs, {", ".join(parts.settings)}',
     ]
 
 
@@ -60,6 +62,21 @@ def layout(like: state.State) -> list[str]:
     return lines
 
 
+def _peak(lr: float, factors: list[layers.Factor]) -> str:
+    """The highest rate, or its range over the layers."""
+    each = np.concatenate([np.atleast_1d(factor) for factor in factors])
+    ends = sorted({each.min(), each.max()})
+    return ' to '.join(f'{lr * end:.2e}' if end else 'frozen' for end in ends)
+
+
+def optimizers(parts: build.Experiment) -> list[str]:
+    """Each optimizer with what it is made with, given or its own default."""
+    return [
+        f'{name}: ' + ', '.join(f'{key}={value!r}' for key, value in keys.items())
+        for name, keys in parts.settings.items()
+    ]
+
+
 def page(settings: config.Config) -> str:
     """The `--explain` page: schedule, duties, and what happens to each group of parameters."""
     parts = build.experiment(settings)
@@ -85,13 +102,17 @@ def page(settings: config.Config) -> str:
         key = (
             collapsed,
             'x'.join(map(str, leaf.shape)),
-            f'{settings.lr * parts.lr_factors[name]:.2e}',
             f'{parts.decay_factors[name]:g}',
+            parts.groups[name],
             spec_text(leaf),
         )
         groups.setdefault(key, []).append(name)
-    header = ('parameter', 'shape', 'peak lr', 'weight decay', 'sharding', 'arrays')
-    table = metrics.table(header, [(*key, len(names)) for key, names in groups.items()])
+    header = ('parameter', 'shape', 'weight decay', 'optimizer', 'sharding', 'peak lr', 'arrays')
+    shown = []
+    for key, names in groups.items():
+        peak = _peak(settings.lr, [parts.lr_factors[name] for name in names])
+        shown.append((*key, peak, len(names)))
+    table = metrics.table(header, shown)
     values = sorted(config.flatten(settings.to_dict()).items())
     lines = [
         f'{key} = {value!r}' + ('' if settings.sets(key) else '  # default')
@@ -103,6 +124,7 @@ def page(settings: config.Config) -> str:
             '\n'.join(summary(settings, parts)),
             metrics.table(('duty', 'when'), rows),
             metrics.table(('step', 'learning rate'), rates),
+            '\n'.join(optimizers(parts)),
             table,
             '\n'.join(lines),
         ]

@@ -217,7 +217,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
             'accumulation': config.accumulation,
             'remat': config.model.remat,
             'scan': config.model.scan,
-            'optimizer': config.optim.name,
+            'optimizer': ', '.join(parts.settings),
         },
         chips=place.chips,
         hosts=place.hosts,

@@ -7,6 +7,20 @@ from typing import Any, NamedTuple
 
 UNITS = ('steps', 'epochs', 'examples', 'percent')
 
+OPTIMIZERS = (
+    'sgd',
+    'adam',
+    'adamw',
+    'nadamw',
+    'adafactor',
+    'adafactor_vit',
+    'lars',
+    'lamb',
+    'lion',
+    'muon',
+    'schedule_free_adamw',
+)
+
 
 class Field(NamedTuple):
     """One key of the schema: how its value is checked, its default, what it means.
@@ -31,6 +45,14 @@ def _number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[A
 
     check.__doc__ = 'number'
     return check
+
+
+def _below_one(value: Any) -> float:
+    """number"""
+    number = _number(0, 1)(value)
+    if number == 1:
+        raise ValueError('a number from 0 to below 1')
+    return number
 
 
 def _int(lowest: float = -math.inf) -> Callable[[Any], int]:
@@ -91,6 +113,18 @@ def _rules(value: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError("a tuple of (regex on the parameter's path, factor)") from None
 
 
+def _group_rules(value: Any) -> tuple[tuple[str, str], ...]:
+    """pairs of (regex, optimizer)"""
+    try:
+        pairs = tuple((check_text(pattern), check_text(name)) for pattern, name in value)
+    except (TypeError, ValueError):
+        raise ValueError("a tuple of (regex on the parameter's path, optimizer)") from None
+    try:
+        return tuple((pattern, _choice(*OPTIMIZERS)(name)) for pattern, name in pairs)
+    except ValueError as error:
+        raise ValueError(f'pairs of a regex and {error}') from None
+
+
 def _durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
     return {f'{key}_{unit}': Field(_number(0), None, f'{doc}, in {unit}.') for unit in units}
 
@@ -149,28 +183,75 @@ SCHEMA: dict[str, Field] = {
     # What an evaluation does not say, it takes from `data`.
     **{f'evals.*.{name}': field._replace(default=None) for name, field in _SOURCE.items()},
     **_durations('evals.*.every', 'Evaluate this often, and at the end'),
-    'optim.name': Field(_choice('adamw', 'sgd'), 'adamw', 'The optimizer.'),
-    'optim.b1': Field(_number(0, 1), 0.9, 'Decay of the first moment (adamw).'),
-    'optim.b2': Field(_number(0, 1), 0.999, 'Decay of the second moment (adamw).'),
-    'optim.eps': Field(_number(0), 1e-8, 'Added to the root of the second moment (adamw).'),
-    'optim.mu_dtype': Field(
-        _choice('float32', 'bfloat16'), 'float32', 'Type the first moment or momentum is kept in.'
+    'optim.name': Field(_choice(*OPTIMIZERS), 'adamw', 'The optimizer; see docs/optimizers.md.'),
+    'optim.group_rules': Field(
+        _group_rules, None, 'Optimizers by parameter, in place of `name`; the first match wins.'
     ),
-    'optim.momentum': Field(_number(0, 1), 0.9, 'Momentum (sgd).'),
-    'optim.nesterov': Field(_bool, False, 'Nesterov momentum (sgd).'),
+    # None: each optimizer has its own default, those of `factory.LAWS`.
+    'optim.b1': Field(
+        _below_one,
+        None,
+        'Decay of the first moment; for schedule_free_adamw, share of the average where the '
+        'gradient is taken. Own default: 0.9.',
+    ),
+    'optim.b2': Field(
+        _below_one,
+        None,
+        'Decay of the second moment (adafactor_vit: its limit; lion: of the momentum). '
+        'Own default: 0.999; lion 0.99.',
+    ),
+    'optim.eps': Field(
+        _number(0), None, 'Added to the root of the second moment. Own default: 1e-8; lamb 1e-6.'
+    ),
+    'optim.mu_dtype': Field(
+        _choice('float32', 'bfloat16'),
+        None,
+        'Type the first moment or momentum is kept in. Own default: float32; adafactor_vit '
+        'bfloat16.',
+    ),
+    'optim.momentum': Field(
+        _below_one, None, 'Momentum (sgd, lars, muon). Own default: 0.9; muon 0.95.'
+    ),
+    'optim.nesterov': Field(_bool, None, 'Nesterov momentum (sgd, lars). Own default: false.'),
     'optim.clip': Field(_number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
-    'optim.weight_decay': Field(_number(0), 0.0, 'Decoupled decay, multiplied by the rate.'),
+    'optim.agc': Field(
+        _number(0),
+        0.0,
+        "Largest norm of a unit's gradient as a share of its weights', before `clip`; 0 is off.",
+    ),
+    'optim.sam_rho': Field(
+        _number(0), 0.0, 'Take the gradient so far uphill (SAM): two a step; 0 is off.'
+    ),
+    'optim.sam_adaptive': Field(
+        _bool, False, 'Measure the distance of SAM relative to each weight (ASAM).'
+    ),
+    'optim.weight_decay': Field(
+        _number(0), 0.0, 'Decoupled decay, multiplied by the rate; L2 for adam and lars.'
+    ),
     'optim.weight_decay_rules': Field(
         _rules, (('.*/kernel', 1.0), ('.*', 0.0)), 'Factors on the decay; the first match wins.'
     ),
     'optim.lr_rules': Field(
         _rules, (('.*', 1.0),), 'Factors on the rate; the first match wins, 0 freezes.'
     ),
+    'optim.layer_decay': Field(
+        _number(0, 1), 1.0, 'Factor on the rate for each layer further from the head; 1 is off.'
+    ),
     'schedule.name': Field(
-        _choice('cosine', 'linear', 'constant'), 'cosine', 'How the rate moves after the warmup.'
+        _choice('cosine', 'linear', 'constant', 'rsqrt'),
+        'cosine',
+        'How the rate moves after the warmup.',
     ),
     **_durations('schedule.warmup', 'Linear warmup from 0'),
-    'schedule.end': Field(_number(0, 1), 0.0, 'The last rate, as a share of the peak.'),
+    'schedule.end': Field(
+        _number(0, 1), 0.0, 'The last rate, as a share of the peak (cosine, linear).'
+    ),
+    **_durations('schedule.cooldown', 'Linear fall to 0 at the end (constant, rsqrt)'),
+    **_durations(
+        'schedule.timescale',
+        'The rate is peak x sqrt(timescale / (timescale + t)) at t after the warmup, by default '
+        'with 10,000 steps (rsqrt)',
+    ),
     'mesh.replica': Field(_int(-1), 1, 'Devices that hold copies; -1 takes the rest.'),
     'mesh.fsdp': Field(_int(-1), -1, 'Devices that parameters are sharded over.'),
     'mesh.tensor': Field(_int(-1), 1, 'Devices that heads and MLPs are split over.'),

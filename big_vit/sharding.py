@@ -25,6 +25,8 @@ SMALL = 2**16
 # Dimensions in front of those named, such as that of scanned layers, are not split.
 # Optimizer state and averages follow their parameter: their paths end like its path.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # The two vectors of a factored second moment have not its parameter's axes, and are small.
+    (r'v_(row|col)/.*', ()),
     (r'(query|key|value)/kernel', ('fsdp', 'tensor', None)),
     (r'(query|key|value)/bias', ('tensor', None)),
     (r'out/kernel', ('tensor', None, 'fsdp')),

@@ -9,9 +9,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from big_vit import sharding
+from big_vit import sharding, trees
 from big_vit.mixing import Mix
 from big_vit.objectives import Batch, Loss
+from big_vit.optim import sam, schedule_free
 from big_vit.state import WINDOW, State, shardings
 
 Metrics = dict[str, jax.Array]
@@ -59,13 +60,17 @@ def make_train_step(
     accumulation: int = 1,
     ema: float = 0.0,
     skip_sigmas: float = 0.0,
+    frozen: frozenset[str] = frozenset(),
+    sam_rho: float = 0.0,
+    sam_adaptive: bool = False,
 ) -> Any:
     """The jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
 
     Gradients are summed in float32 over `accumulation` microbatches inside
     the step. An update whose loss or gradient is not finite, or a spike, is
     skipped: only the step and the counters of skips advance. The average of
-    parameters starts fast, with decay min(ema, (1 + step) / (10 + step)).
+    parameters starts fast, with decay min(ema, (1 + step) / (10 + step)); with a
+    schedule-free optimizer it is that optimizer's own.
 
     Args:
       loss: an objective.
@@ -74,8 +79,17 @@ def make_train_step(
       seed: with the state's step, all that dropout and mixing depend on.
       skip_sigmas: standard deviations above the last steps' mean at which a loss
         or a gradient norm is a spike; 0 is off.
+      frozen: paths of parameters whose gradient is not asked for, and counts as 0.
+      sam_rho: how far `sam.ascend` goes for the gradient that is used, 0 is off. Both
+        gradients are of the same batch with the same dropout, and each of all microbatches;
+        the loss is that of the parameters themselves.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params: Any, batch: Batch, rng: jax.Array):
+        result, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
+        return result, trees.map_with_name(
+            lambda name, g: jnp.zeros_like(g) if name in frozen else g, grads
+        )
 
     def gradients(params: Any, batch: Batch, rng: jax.Array):
         if accumulation == 1:
@@ -99,6 +113,9 @@ def make_train_step(
         if mix is not None:
             batch = mix(batch, jax.random.fold_in(rng, _MIXING))
         (value, aux), grads = gradients(params, batch, rng)
+        if sam_rho:
+            worst = sam.ascend(params, grads, sam_rho, sam_adaptive)
+            _, grads = gradients(worst, batch, rng)
         norm = optax.tree.norm(grads)
         watched = {'loss': value, 'grad_norm': norm}
         spikes = {
@@ -108,7 +125,10 @@ def make_train_step(
         good = jnp.isfinite(value) & jnp.isfinite(norm) & ~spikes['loss'] & ~spikes['grad_norm']
         updates, opt = optimizer.update(grads, state['opt'], params, step=step)
         new = {'params': optax.apply_updates(params, updates), 'opt': opt}
-        if 'ema' in state:
+        average = schedule_free.evaluated(opt, new['params'])
+        if average is not None:
+            new['ema'] = average
+        elif 'ema' in state:
             decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
             new['ema'] = jax.tree.map(
                 lambda a, p: a + (1 - decay) * (p - a), state['ema'], new['params']

@@ -21,7 +21,7 @@ IMAGE = (8, 8, 1)
 def make_optimizer():
     names = list(trees.flatten(state.abstract_params(make_model(), IMAGE)))
     ones = dict.fromkeys(names, 1.0)
-    scaler = factory.adamw_scaler(0.9, 0.999, 1e-8, 'bfloat16')
+    scaler = factory.adamw(0.9, 0.999, 1e-8, 'bfloat16')
     return factory.make(scaler, lambda step: jnp.float32(1e-3), decay_factors=ones, lr_factors=ones)
 
 

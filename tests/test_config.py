@@ -85,7 +85,7 @@ def test_a_file_gives_its_values_and_the_schema_the_rest(file):
     loaded = config.load(str(file))
     assert (loaded.total_epochs, loaded.image_size, loaded.lr) == (20, (16, 16), 0.5)
     assert (loaded.model.depth, loaded.evals.test.every_epochs) == (3, 1)
-    assert loaded.optim.b2 == 0.999 and loaded.total_steps is None
+    assert loaded.optim.b2 is None and loaded.total_steps is None
     assert loaded.sets('model.depth') and not loaded.sets('optim.b2')
 
 
@@ -369,6 +369,8 @@ WRONG = {
     'str': [1, True, 1.5, (1,)],
     'choice': ['x', 1, True, ('a',), []],
     'size': ['x', 'ab', 0, -1, 16385, 1.5, 28.0, True, (1, 2, 3), (1,), (8, 0), (8, 16385), ()],
+    'below one': ['x', True, 1, 1.5, -0.1, float('nan')],
+    'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
     'rules': ['x', 5, ('.*', 1.0), (('.*',),), ((1, 1.0),), (('.*', 'x'),), (('.*', True),)],
 }
 GROUPS = {
@@ -378,9 +380,11 @@ GROUPS = {
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'share', 'model.dtype': 'choice', 'model.scan': 'bool',
-    'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice', 'optim.b1': 'share',
-    'optim.b2': 'share', 'optim.eps': 'number', 'optim.mu_dtype': 'choice',
-    'optim.momentum': 'share', 'optim.nesterov': 'bool', 'optim.clip': 'number',
+    'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
+    'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'number',
+    'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',
+    'optim.clip': 'number', 'optim.agc': 'number', 'optim.sam_rho': 'number',
+    'optim.sam_adaptive': 'bool', 'optim.group_rules': 'groups', 'optim.layer_decay': 'share',
     'optim.weight_decay': 'number', 'optim.weight_decay_rules': 'rules', 'optim.lr_rules': 'rules',
     'schedule.name': 'choice', 'schedule.end': 'share', 'mesh.replica': 'int', 'mesh.fsdp': 'int',
     'mesh.tensor': 'int', 'mesh.min_shard_size': 'int', 'checkpoint.keep_last': 'int',

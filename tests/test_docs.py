@@ -1,11 +1,13 @@
 """docs/config.md is the schema in words; `make golden` rewrites it."""
 
 import os
+import re
 
 from commands import ROOT
 
 from big_vit import schema
 from big_vit.data import transforms
+from big_vit.optim import factory
 
 HEAD = """# Config keys
 
@@ -51,3 +53,13 @@ def test_every_transform_is_documented():
     text = (ROOT / 'docs' / 'data.md').read_text()
     for name in transforms._OPERATIONS:
         assert f'`{name}' in text, f'docs/data.md does not mention {name}'
+
+
+def test_every_optimizer_is_documented_with_the_keys_that_it_reads():
+    text = (ROOT / 'docs' / 'optimizers.md').read_text()
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == 5:
+            rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[3]))
+    assert rows == {name: set(factory.defaults(name)) for name in factory.LAWS}

@@ -38,6 +38,11 @@ class Run:
         skip_sigmas=0.0,
         mixup=0.0,
         sequence=False,
+        law=None,
+        rate=lambda name: 1.0,
+        agc=0.0,
+        sam_rho=0.0,
+        sam_adaptive=False,
         **fields,
     ):
         self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
@@ -46,25 +51,31 @@ class Run:
         params = state.abstract_params(self.net, IMAGE)
         self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
         names = list(trees.flatten(params))
+        rates = {n: rate(n) for n in names}
         self.optimizer = factory.make(
-            factory.adamw_scaler(0.9, 0.99, 1e-8, 'float32'),
+            law or factory.adamw(0.9, 0.99, 1e-8, 'float32'),
             SCHEDULE,
             decay_factors={n: 0.05 * n.endswith('kernel') for n in names},
-            lr_factors=dict.fromkeys(names, 1.0),
+            lr_factors=rates,
             clip=1.0,
+            agc=agc,
         )
         self.like = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
+        self.mix = mixer(self.mesh, mixup) if mixup else None
         self.step = steps.make_train_step(
             objectives.classification(self.net.apply, 0.1),
             self.optimizer,
             SCHEDULE,
             self.like,
             self.mesh,
-            mix=mixer(self.mesh, mixup) if mixup else None,
+            mix=self.mix,
             seed=seed,
             accumulation=accumulation,
             ema=ema,
             skip_sigmas=skip_sigmas,
+            frozen=factory.frozen(rates),
+            sam_rho=sam_rho,
+            sam_adaptive=sam_adaptive,
         )
 
     def start(self):

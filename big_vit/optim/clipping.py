@@ -1,0 +1,30 @@
+"""Limits on the gradient."""
+
+import re
+
+import jax
+import optax
+
+from big_vit import trees
+from big_vit.optim import layers
+
+
+def adaptive(limit: float) -> optax.GradientTransformation:
+    """Adaptive gradient clipping (arXiv 2102.06171): at most `limit` of the weights' norm.
+
+    A unit, whose norms are compared, is an output of a matrix; a bias, a norm's scale or a
+    table is one as a whole. The classifier, `head`, is left as it is, as in the paper.
+    """
+    inner = optax.adaptive_grad_clip(limit, axis=0)
+
+    def change(name: str, gradient: jax.Array, param: jax.Array) -> jax.Array:
+        if re.match('head/', name):
+            return gradient
+
+        def one(g: jax.Array, w: jax.Array) -> jax.Array:
+            g, w, shape = layers.as_matrix(name, g), layers.as_matrix(name, w), g.shape
+            return inner.update(g, optax.EmptyState(), w)[0].reshape(shape)
+
+        return layers.per_layer(name, one)(gradient, param)
+
+    return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
