@@ -150,15 +150,25 @@ def optimizers() -> list[str]:
     return (SCHEMA['optim.name'].check.__doc__ or '').split(', ')
 
 
-def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
-    """The ledger of a config with another optimizer; training may still refuse it: `problem`.
+def of_optimizer(config: Config, name: str) -> Config:
+    """The config with another optimizer.
 
-    What `optim` sets that this optimizer does not read is passed over: only a run of its own
-    calls `audit`.
+    What `optim` sets that this one does not read is passed over: only a run calls `audit`.
+    The schedule has no memory, and 'constant' is what every optimizer takes.
     """
-    changes = {'optim.name': optimizer, 'mesh.max_replicated': 1.0}
+    changes = {
+        'optim.name': name,
+        'optim.group_rules': None,
+        'schedule.name': 'constant',
+        'mesh.max_replicated': 1.0,
+    }
+    return config.replacing({key: value for key, value in changes.items() if key in SCHEMA})
+
+
+def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
+    """The ledger of a config with another optimizer; training may still refuse it: `problem`."""
     try:
-        parts = build.experiment(config.replacing(changes), devices)
+        parts = build.experiment(of_optimizer(config, optimizer), devices)
     except UserError as error:
         return Row(config.model.variant, optimizer, None, str(error))
     problem, where, m = '', state.shardings(parts.like), config.mesh
@@ -315,7 +325,7 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(spec, overrides)
     names = _names(args.optimizers) or optimizers()
     for name in names:
-        config.replacing({'optim.name': name})  # Raises, with the nearest that there is.
+        of_optimizer(config, name)  # Raises, with the nearest that there is.
     configs = [of_variant(config, variant) for variant in _names(args.variants)]
     topology.prepare_environment()
     # The accelerators of this machine are not needed, and may be busy.

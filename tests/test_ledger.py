@@ -39,13 +39,16 @@ def bytes_by_device(tree):
 @pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize('name', ledger.optimizers())
 def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
-    settings = tiny(mesh, {'optim.name': name, 'ema': '0.9'})
-    parts = build.experiment(settings)
+    settings = tiny(mesh, {'ema': '0.9'} if name == 'adamw' else {})
+    parts = build.experiment(ledger.of_optimizer(settings, name))
     found = ledger.measure(parts.like)
     with jax.set_mesh(parts.mesh):
         real = state.create(parts.model, parts.data.image_shape, parts.optimizer, 0, parts.like)
     said = {'params': found.params, 'ema': found.average, 'opt': found.own}
     for part, held in said.items():
+        if not held.arrays:
+            assert not jax.tree.leaves(real.get(part))
+            continue
         assert held.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(real[part]))
         assert held.scalars == trees.count(real[part])
         assert bytes_by_device(real[part]) == dict.fromkeys(jax.devices(), held.on_device)
