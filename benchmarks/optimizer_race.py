@@ -322,13 +322,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         by_rate.plot([one['best_rate']], [one['rates'][one['best_rate']]], 'k*', ms=6)
     top = max(accuracy for one in results for _, accuracy in one['curve'])
     by_step.axhline(TARGET, color='k', lw=0.7, ls=':')
-    by_step.set_ylim(max(0.0, min(top, TARGET) - 0.4), min(1.0, max(top, TARGET) + 0.03))
     by_step.set_title('held-out accuracy by step, at the best rate')
     by_step.set_xlabel('step')
     by_rate.set_title('held-out accuracy by peak learning rate')
     by_rate.set_xscale('log')
     by_rate.set_xlabel('learning rate')
     for axis in axes[0]:
+        # What is far below, or at chance, would press the rest into a line.
+        axis.set_ylim(max(0.0, min(top, TARGET) - 0.3), min(1.0, max(top, TARGET) + 0.02))
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
     by_step.legend(frameon=False, fontsize=8, ncols=2, loc='lower right')
