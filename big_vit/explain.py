@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 
-from big_vit import build, config, metrics, sharding, state, trees
+from big_vit import build, config, ledger, metrics, state, trees
 from big_vit.optim import layers
 
 
@@ -16,11 +16,11 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
     params, flops = build.model_cost(vit, data.image_shape)
     tokens = (height // vit.patch_size[0]) * (width // vit.patch_size[1]) + (vit.pool == 'cls')
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    on_device = sharding.device_bytes(parts.like, state.shardings(parts.like))
+    held = ledger.line(ledger.measure(parts.like), settings.optim.name, parts.mesh.size)
     epochs = parts.total_steps * settings.batch_size / data.source.length
     return [
-        f'mesh    {mesh}; state {trees.nbytes(parts.like) / 1e6:,.1f} MB, '
-        f'{on_device / 1e6:,.1f} MB on a device',
+        f'mesh    {mesh}',
+        f'state   {held}',
         *(layout(parts.like) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
         f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP an image, {tokens} tokens',
@@ -40,19 +40,12 @@ def spec_text(leaf: jax.ShapeDtypeStruct) -> str:
 
 
 def layout(like: state.State) -> list[str]:
-    """What of an abstract state a device holds, and how its largest arrays are split."""
-    where = state.shardings(like)
-    groups = {'params': 'parameters', 'opt': 'optimizer', 'ema': 'average'}
-    sizes = ', '.join(
-        f'{name} {sharding.device_bytes(like[key], where[key]) / 1e6:,.1f} MB'
-        for key, name in groups.items()
-        if key in like
-    )
+    """What of an abstract state lies on every device, and how its largest arrays are split."""
     flat = trees.flatten(like)
     whole = [leaf for leaf in flat.values() if spec_text(leaf) == 'replicated']
     size = sum(trees.nbytes(leaf) for leaf in whole)
     lines = [
-        f'device  {sizes}; {len(whole)} of {len(flat)} arrays replicated, {size / 1e6:,.1f} MB '
+        f'whole   {len(whole)} of {len(flat)} arrays are on every device, {size / 1e6:,.1f} MB '
         f'({size / trees.nbytes(like):.0%} of the state)'
     ]
     params = sorted(trees.flatten(like['params']).items(), key=lambda item: -trees.nbytes(item[1]))

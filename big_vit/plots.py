@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 
-def _axes(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
+    """(figure, axes [rows, columns]); width and height are those of one axis, in inches."""
     # An explicit canvas: importing pyplot would pick a backend and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ def curves(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
     Args:
       runs: rows of `metrics.read` by the name of the run.
     """
-    figure, axes = _axes(3, 1, 5.0, 3.6)
+    figure, axes = canvas(3, 1, 5.0, 3.6)
     panels = (('loss', ('loss',)), ('accuracy', ('accuracy', 'top1')), ('learning rate', ('lr',)))
     for axis, (title, wanted) in zip(axes[0], panels, strict=True):
         for i, (run, rows) in enumerate(runs.items()):
@@ -58,7 +59,7 @@ def grid(
 ) -> None:
     """Images with their labels, row by row."""
     rows = -(-len(images) // columns)
-    figure, axes = _axes(columns, rows, 1.0, 1.15)
+    figure, axes = canvas(columns, rows, 1.0, 1.15)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, label in zip(axes.flat, images, labels, strict=False):

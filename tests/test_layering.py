@@ -20,7 +20,7 @@ LAYERS = [
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
-    {'build', 'adapt', 'explain', 'plots'},
+    {'build', 'ledger', 'adapt', 'explain', 'plots'},
     {'train', 'transfer', 'evaluate', 'explore', 'plan', 'export'},
 ]
 WITHIN_A_LAYER = {
@@ -28,6 +28,8 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('explain', 'ledger'),
+    ('ledger', 'build'),
     ('hosts', 'cluster'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }
