@@ -50,18 +50,17 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     'soap': (
         {
             'optim.name': 'soap',
-            'optim.shampoo.every': 10,
-            'optim.shampoo.start': 10,
-            'optim.shampoo.block': 256,
+            'optim.block': 256,
         },
         3e-3,
     ),
     'shampoo': (
         {
             'optim.name': 'shampoo',
-            'optim.shampoo.every': 10,
-            'optim.shampoo.start': 10,
-            'optim.shampoo.block': 256,
+            'optim.every': 10,
+            'optim.start': 10,
+            'optim.block': 256,
+            'optim.root': 'eigh',  # Faster on CPUs.
         },
         2e-3,
     ),

@@ -217,7 +217,7 @@ class Optimizer(NamedTuple):
     settings: dict[str, dict[str, Any]]  # By the optimizers' names, with their own defaults.
 
 
-def optimizer(config: Config, shapes: Any, schedule: schedules.Schedule) -> Optimizer:
+def optimizer(config: Config, shapes: Any, schedule: schedules.Schedule, mesh: Mesh) -> Optimizer:
     """The optimizer of the config, for parameters of these shapes.
 
     Raises:
@@ -247,7 +247,15 @@ def optimizer(config: Config, shapes: Any, schedule: schedules.Schedule) -> Opti
         decay = {name: o.weight_decay * factor for name, factor in factors.items()}
     else:
         decay = dict.fromkeys(names, 0.0)
-    made = factory.make(law, schedule, decay_factors=decay, lr_factors=rate, clip=o.clip, agc=o.agc)
+    made = factory.make(
+        law,
+        schedule,
+        decay_factors=decay,
+        lr_factors=rate,
+        clip=o.clip,
+        agc=o.agc,
+        mesh=mesh,
+    )
     return Optimizer(made, decay, rate, group, settings)
 
 
@@ -310,7 +318,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     schedule = rate_schedule(config, train.source, total)
     shapes = state.abstract_params(vit, train.image_shape)
     vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
-    made = optimizer(config, shapes, schedule)
+    made = optimizer(config, shapes, schedule, mesh)
     averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
     like = state.abstract(vit, train.image_shape, made.transform, averaged, mesh, m.min_shard_size)
     sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)

@@ -19,6 +19,8 @@ OPTIMIZERS = (
     'lion',
     'muon',
     'schedule_free_adamw',
+    'shampoo',
+    'soap',
 )
 
 
@@ -52,6 +54,22 @@ def _below_one(value: Any) -> float:
     number = _number(0, 1)(value)
     if number == 1:
         raise ValueError('a number from 0 to below 1')
+    return number
+
+
+def _positive(value: Any) -> float:
+    """number"""
+    number = _number(0, 1)(value)
+    if number == 0:
+        raise ValueError('a number above 0, to 1')
+    return number
+
+
+def _negative(value: Any) -> float:
+    """number"""
+    number = _number(-1, 0)(value)
+    if number == 0:
+        raise ValueError('a number below 0, such as -0.25')
     return number
 
 
@@ -192,13 +210,13 @@ SCHEMA: dict[str, Field] = {
         _below_one,
         None,
         'Decay of the first moment; for schedule_free_adamw, share of the average where the '
-        'gradient is taken. Own default: 0.9.',
+        'gradient is taken. Own default: 0.9; soap 0.95.',
     ),
     'optim.b2': Field(
         _below_one,
         None,
         'Decay of the second moment (adafactor_vit: its limit; lion: of the momentum). '
-        'Own default: 0.999; lion 0.99.',
+        'Own default: 0.999; lion 0.99; shampoo and soap 0.95.',
     ),
     'optim.eps': Field(
         _number(0), None, 'Added to the root of the second moment. Own default: 1e-8; lamb 1e-6.'
@@ -212,7 +230,62 @@ SCHEMA: dict[str, Field] = {
     'optim.momentum': Field(
         _below_one, None, 'Momentum (sgd, lars, muon). Own default: 0.9; muon 0.95.'
     ),
-    'optim.nesterov': Field(_bool, None, 'Nesterov momentum (sgd, lars). Own default: false.'),
+    'optim.nesterov': Field(
+        _bool, None, 'Nesterov momentum (sgd, lars, shampoo). Own default: false.'
+    ),
+    'optim.block': Field(
+        _int(2), None, 'Largest side of a block (shampoo, soap). Own default: 1024.'
+    ),
+    'optim.every': Field(
+        _int(1), None, 'Steps between two roots or bases. Own default: shampoo 20; soap 10.'
+    ),
+    'optim.start': Field(
+        _int(1), None, 'First step with roots, before it Adam (shampoo). Own default: 100.'
+    ),
+    'optim.groups': Field(
+        _int(1),
+        None,
+        'Parts whose roots or bases take turns, so that no step has all of them (shampoo, '
+        'soap). Own default: 1.',
+    ),
+    'optim.sliced': Field(
+        _bool,
+        None,
+        'Spread the iterations of all roots over `every` steps (shampoo). Own default: false.',
+    ),
+    'optim.root': Field(
+        _choice('newton', 'eigh'),
+        None,
+        'How roots are made; eigh is faster on CPUs (shampoo). Own default: newton.',
+    ),
+    'optim.ridge': Field(
+        _positive,
+        None,
+        'Added to statistics, relative to their largest eigenvalue (shampoo). Own default: 1e-6.',
+    ),
+    'optim.exponent': Field(
+        _negative, None, 'Power of the statistics on each side (shampoo). Own default: -0.25.'
+    ),
+    'optim.graft': Field(
+        _choice('adam', 'sgd', 'none'),
+        None,
+        'Whose length the update of a block has (shampoo). Own default: adam.',
+    ),
+    'optim.stats_dtype': Field(
+        _choice('float32', 'bfloat16'),
+        None,
+        'Type of the statistics; roots need float32 (shampoo, soap). Own default: float32.',
+    ),
+    'optim.root_dtype': Field(
+        _choice('float32', 'bfloat16'),
+        None,
+        'Type the roots or bases are kept in (shampoo, soap). Own default: float32.',
+    ),
+    'optim.gather_dtype': Field(
+        _choice('float32', 'bfloat16'),
+        None,
+        'Type in which updates travel between devices (shampoo, soap). Own default: float32.',
+    ),
     'optim.clip': Field(_number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
     'optim.agc': Field(
         _number(0),

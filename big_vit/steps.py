@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from big_vit import sharding, trees
 from big_vit.mixing import Mix
 from big_vit.objectives import Batch, Loss
-from big_vit.optim import sam, schedule_free
+from big_vit.optim import factory, sam, schedule_free
 from big_vit.state import WINDOW, State, shardings
 
 Metrics = dict[str, jax.Array]
@@ -154,6 +154,7 @@ def make_train_step(
             'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),
             'skipped': new['skipped'],
             'skipped_in_a_row': new['skipped_in_a_row'],
+            **factory.health(new['opt']),
             **{f'{name}_spike': found for name, found in spikes.items()},
         }
         return new, metrics

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vit import build, config, schema, trees
+from big_vit import build, config, schema, sharding, trees
 from big_vit.errors import UserError
 from big_vit.models import vit
 from big_vit.optim import factory
@@ -38,7 +38,7 @@ def resolved(**keys):
 
 def optimizer(settings, scan=True):
     made = build.rate_schedule(settings, SOURCE, 1000)
-    return build.optimizer(settings, shapes(scan), made)
+    return build.optimizer(settings, shapes(scan), made, sharding.make_mesh())
 
 
 def needs(name):

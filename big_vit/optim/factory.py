@@ -14,20 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from optax import contrib
 
 from big_vit import trees
-from big_vit.optim import clipping, factored, layers, matrices, schedule_free, trust
+from big_vit.errors import UserError
+from big_vit.optim import (
+    blocks,
+    clipping,
+    factored,
+    layers,
+    matrices,
+    schedule_free,
+    shampoo,
+    soap,
+    trust,
+)
 from big_vit.optim.layers import Factor
 from big_vit.optim.schedules import Schedule
 
 
 class Rules(NamedTuple):
-    """The rate, and by parameter path the decay and the factor on the rate."""
+    """The rate, by parameter path the decay and the factor on the rate, and the mesh if any."""
 
     schedule: Schedule
     decay: dict[str, float]
     rate: dict[str, Factor]
+    mesh: Mesh | None = None
 
 
 Law = Callable[[Rules], list[optax.GradientTransformation]]
@@ -207,6 +220,58 @@ def schedule_free_adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -
     return lambda rules: [schedule_free.wrap(optax.chain(*step(rules)), rules.schedule, b1)]
 
 
+def shampoo_law(
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    nesterov: bool = False,
+    mu_dtype: str = 'float32',
+    block: int = 1024,
+    every: int = 20,
+    start: int = 100,
+    groups: int = 1,
+    sliced: bool = False,
+    root: str = 'newton',
+    ridge: float = 1e-6,
+    exponent: float = -0.25,
+    graft: str = 'adam',
+    stats_dtype: str = 'float32',
+    root_dtype: str = 'float32',
+    gather_dtype: str = 'float32',
+) -> Law:
+    """Shampoo with the lengths of Adam (arXiv 1802.09568, 2309.06497), Adam on the rest."""
+    options = _typed(locals())
+    _refuse(shampoo.check(shampoo.Options(**options)))
+    return lambda rules: decoupled(shampoo.scale_by_shampoo(rules.mesh, **options))(rules)
+
+
+def soap_law(
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    mu_dtype: str = 'float32',
+    block: int = 1024,
+    every: int = 10,
+    groups: int = 1,
+    stats_dtype: str = 'float32',
+    root_dtype: str = 'float32',
+    gather_dtype: str = 'float32',
+) -> Law:
+    """SOAP on matrices, Adam on the rest (arXiv 2409.11321)."""
+    options = _typed(locals())
+    _refuse(blocks.check(every, groups, options['stats_dtype']))
+    return lambda rules: decoupled(soap.scale_by_soap(rules.mesh, **options))(rules)
+
+
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: jnp.dtype(v) if k.endswith('dtype') else v for k, v in settings.items()}
+
+
+def _refuse(wrong: list[tuple[str, str]]) -> None:
+    for key, why in wrong:
+        raise UserError(f'config: optim.{key}: {why}')
+
+
 LAWS: dict[str, Callable[..., Law]] = {
     'sgd': sgd,
     'adam': adam,
@@ -219,6 +284,8 @@ LAWS: dict[str, Callable[..., Law]] = {
     'lion': lion,
     'muon': muon,
     'schedule_free_adamw': schedule_free_adamw,
+    'shampoo': shampoo_law,
+    'soap': soap_law,
 }
 
 
@@ -257,6 +324,16 @@ def _still(rules: Rules) -> list[optax.GradientTransformation]:
     ]
 
 
+def health(state: Any) -> dict[str, jax.Array]:
+    """What an optimizer tells of itself, for the metrics of a step; nothing of most."""
+    found = {
+        name.rpartition('health/')[2]: leaf
+        for name, leaf in trees.flatten(state).items()
+        if '/health/' in name
+    }
+    return {f'optim_{name}': leaf for name, leaf in found.items()}
+
+
 def frozen(lr_factors: dict[str, Factor]) -> frozenset[str]:
     """The paths that never move: their factor is 0, for all layers."""
     return frozenset(name for name, factor in lr_factors.items() if not np.any(factor))
@@ -270,6 +347,7 @@ def make(
     lr_factors: dict[str, Factor],
     clip: float = 0.0,
     agc: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole optimizer.
 
@@ -281,6 +359,7 @@ def make(
       clip: largest global norm of the gradient; 0 is off.
       agc: largest share of the weights' norm that a unit's gradient may have, before `clip`;
         0 is off.
+      mesh: over which Shampoo and SOAP spread their blocks.
 
     Returns:
       A transformation whose `update` takes the keyword `step`.
@@ -296,5 +375,5 @@ def make(
     if still:
         groups = {name: 'frozen' if name in still else 'moving' for name in lr_factors}
         whole = grouped({'moving': moving, 'frozen': _still}, groups)
-    parts = whole(Rules(schedule, decay_factors, lr_factors))
+    parts = whole(Rules(schedule, decay_factors, lr_factors, mesh))
     return optax.with_extra_args_support(optax.chain(*parts))
