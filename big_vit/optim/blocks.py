@@ -254,7 +254,9 @@ class State(NamedTuple):
     """The state of an optimizer that works on stacks.
 
     Attributes:
-      step: updates so far.
+      step: updates so far, by which averages of gradients and squares are corrected.
+      age: of them, those that statistics of blocks are made of: fewer where another optimizer
+        made the first ones.
       mu, nu: averages of the parameters that are not matrices.
       stacks: whatever the optimizer keeps of its blocks, each array with the blocks as its
         first axis.
@@ -262,6 +264,7 @@ class State(NamedTuple):
     """
 
     step: Int[Array, '']
+    age: Int[Array, '']
     mu: Any
     nu: Any
     stacks: Stacks
@@ -276,7 +279,7 @@ def padded_length(stack: Stack, unit: int) -> int:
 def transformation(
     o: Adam,
     empty: Callable[[Stack, int], Any],
-    advance: Callable[[dict[str, Array], Stacks, Array], tuple[dict[str, Array], Stacks, Told]],
+    advance: Callable[..., tuple[dict[str, Array], Stacks, Told]],
     health: Told,
     *,
     block: int,
@@ -289,8 +292,8 @@ def transformation(
 
     Args:
       empty: the first state of a stack, of so many blocks with those of zeros.
-      advance: (gradients of all stacks, their states, step) -> (directions, states, what has
-        happened). Called on each device with that device's blocks.
+      advance: (gradients of all stacks, their states, step, age) -> (directions, states, what
+        has happened). Called on each device with that device's blocks.
       health: zeros of what `advance` tells; added up, but for `error`, of which the largest
         counts. Besides, `ignored` counts gradients that were not finite.
       groups: each device has a multiple of so many blocks of a stack.
@@ -311,6 +314,7 @@ def transformation(
             stacks = jax.lax.with_sharding_constraint(stacks, everywhere)
         return State(
             step=jnp.zeros((), jnp.int32),
+            age=jnp.zeros((), jnp.int32),
             mu=trees.unflatten({n: jnp.zeros(x.shape, o.mu_dtype) for n, x in rest.items()}),
             nu=trees.unflatten({n: jnp.zeros(x.shape, o.dtype) for n, x in rest.items()}),
             stacks=stacks,
@@ -321,12 +325,13 @@ def transformation(
         del params
         flat = trees.flatten(updates)
         cuts = plan({name: x.shape for name, x in flat.items()}, block, matrix)
-        step = state.step + 1
+        step, age = state.step + 1, state.age + 1
         directions, stacks, told = _advance_all(
             advance,
             cut_all(cuts, flat, unit, mesh, o.dtype),
             state.stacks,
             step,
+            age,
             mesh,
             gather_dtype,
         )
@@ -345,7 +350,7 @@ def transformation(
             name: told[name] if name == 'error' else old + told[name].astype(old.dtype)
             for name, old in state.health.items()
         }
-        new = State(step, trees.unflatten(mu), trees.unflatten(nu), stacks, added)
+        new = State(step, age, trees.unflatten(mu), trees.unflatten(nu), stacks, added)
         return trees.map_with_name(lambda name, _: made[name], updates), new
 
     return optax.GradientTransformation(init, update)
@@ -371,6 +376,7 @@ def _advance_all(
     grads: dict[str, Array],
     stacks: Stacks,
     step: Int[Array, ''],
+    age: Int[Array, ''],
     mesh: Mesh | None,
     gather_dtype: Any,
 ) -> tuple[dict[str, Array], Stacks, Told]:
@@ -378,11 +384,11 @@ def _advance_all(
     if not grads:
         return {}, stacks, {'ignored': jnp.zeros((), jnp.int32), 'error': jnp.zeros(())}
     if mesh is None:
-        return advance(grads, stacks, step)
+        return advance(grads, stacks, step, age)
     axes = mesh.axis_names
 
-    def local(grads: Any, stacks: Any, step: Any) -> Any:
-        directions, stacks, told = advance(grads, stacks, step)
+    def local(grads: Any, stacks: Any, step: Any, age: Any) -> Any:
+        directions, stacks, told = advance(grads, stacks, step, age)
         # In one array, so that all travel at once.
         flat = [x.reshape(-1).astype(gather_dtype) for x in directions.values()]
         sent = jax.lax.all_gather(jnp.concatenate(flat), axes)
@@ -401,7 +407,7 @@ def _advance_all(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, same),
+        in_specs=(split, split, same, same),
         out_specs=(same, split, same),
         check_vma=False,
-    )(grads, stacks, step)
+    )(grads, stacks, step, age)

@@ -130,7 +130,7 @@ def scale_by_shampoo(
     return blocks.transformation(
         _adam(o),
         lambda stack, length: _empty(o, stack, length),
-        lambda grads, stacks, step: _advance(o, grads, stacks, step),
+        lambda *now: _advance(o, *now),
         {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros(())},
         block=o.block,
         groups=o.groups,
@@ -170,7 +170,11 @@ def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
 
 
 def _advance(
-    o: Options, grads: dict[str, Array], stacks: dict[str, Stack], step: Int[Array, '']
+    o: Options,
+    grads: dict[str, Array],
+    stacks: dict[str, Stack],
+    step: Int[Array, ''],
+    age: Int[Array, ''],
 ) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
     """One step of the blocks of one device: statistics, roots where due, directions."""
     averages, new = {}, {}
@@ -194,7 +198,7 @@ def _advance(
         averages[name] = jnp.where(keep, average, 0)
         ignored += blocks.count(~usable)
         restarted += blocks.count(again_left) + blocks.count(again_right)
-    new, told = _slices(o, new, step) if o.sliced else _refresh(o, new, step)
+    new, told = _slices(o, new, age) if o.sliced else _refresh(o, new, age)
     start = max(o.start, o.every) if o.sliced else o.start
     directions = {}
     for name, average in averages.items():
@@ -202,7 +206,7 @@ def _advance(
         if o.graft == 'adam':
             plain = blocks.adam(_adam(o), average, new[name].nu, step)
         made = _precondition(o, new[name], average, plain)
-        directions[name] = jnp.where(step >= start, made, plain)
+        directions[name] = jnp.where(age >= start, made, plain)
     errors = [jnp.max(stack.error, initial=0.0) for stack in new.values()]
     told['restarted'] += restarted
     return directions, new, {**told, 'ignored': ignored, 'error': jnp.stack(errors).max()}
@@ -277,7 +281,7 @@ def _accept(
 
 
 def _refresh(
-    o: Options, stacks: dict[str, Stack], step: Int[Array, '']
+    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
 ) -> tuple[dict[str, Stack], blocks.Told]:
     """The stacks with the roots that are due at this step."""
 
@@ -297,7 +301,7 @@ def _refresh(
                 for name, side in keys
             ]
             root, error = roots.inverse_root(
-                jnp.concatenate(parts) / blocks.correction(o.b2, step, o.stats_dtype),
+                jnp.concatenate(parts) / blocks.correction(o.b2, age, o.stats_dtype),
                 o.exponent,
                 _ridge(o, jnp.concatenate(failures)),
                 o.root,
@@ -313,14 +317,14 @@ def _refresh(
         return new, told
 
     if o.groups == 1:
-        due = (step == o.start) | ((step > o.start) & (step % o.every == 0))
+        due = (age == o.start) | ((age > o.start) & (age % o.every == 0))
         return jax.lax.cond(due, lambda s: one(s, None), lambda s: (s, _none()), stacks)
     # All groups at the first step, then one after the other: a loop over those that are due.
     each = o.every // o.groups
-    group = (step // each) % o.groups
-    due = jnp.where((step > o.start) & (step % each == 0), group + 1, group)
-    first = jnp.where(step == o.start, 0, group)
-    last = jnp.where(step == o.start, o.groups, due)
+    group = (age // each) % o.groups
+    due = jnp.where((age > o.start) & (age % each == 0), group + 1, group)
+    first = jnp.where(age == o.start, 0, group)
+    last = jnp.where(age == o.start, o.groups, due)
 
     def body(group: Array, carry: Any) -> Any:
         stacks, told = carry
@@ -331,20 +335,20 @@ def _refresh(
 
 
 def _slices(
-    o: Options, stacks: dict[str, Stack], step: Int[Array, '']
+    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
 ) -> tuple[dict[str, Stack], blocks.Told]:
     """The stacks a few iterations nearer to their next roots, which are used when all are made."""
     p = roots.whole(o.exponent)
     assert p is not None
     iterations = math.ceil(roots.newton_steps(p, o.ridge) / o.every)
-    phase = (step - 1) % o.every
+    phase = (age - 1) % o.every
 
     def begin(stacks: dict[str, Stack]) -> dict[str, Stack]:
         new = {}
         for name, stack in stacks.items():
             work = {}
             for column, side in enumerate(SIDES):
-                stats = getattr(stack, side) / blocks.correction(o.b2, step, o.stats_dtype)
+                stats = getattr(stack, side) / blocks.correction(o.b2, age, o.stats_dtype)
                 a, scale = roots.normalised(stats, _ridge(o, stack.failures[:, column]))
                 work[side] = a, scale, roots.newton_start(a, p)
             new[name] = stack._replace(work=work)

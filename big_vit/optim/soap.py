@@ -87,7 +87,7 @@ def scale_by_soap(
     return blocks.transformation(
         blocks.Adam(o.b1, o.b2, o.eps, False, o.mu_dtype, o.stats_dtype),
         lambda stack, length: _empty(o, stack, length),
-        lambda grads, stacks, step: _advance(o, grads, stacks, step),
+        lambda *now: _advance(o, *now),
         {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros(())},
         block=o.block,
         groups=o.groups,
@@ -113,14 +113,19 @@ def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
 
 
 def _advance(
-    o: Options, grads: dict[str, Array], stacks: dict[str, Stack], step: Int[Array, '']
+    o: Options,
+    grads: dict[str, Array],
+    stacks: dict[str, Stack],
+    step: Int[Array, ''],
+    age: Int[Array, ''],
 ) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
     """One step of the blocks of one device: direction, statistics, bases where due."""
     directions, new = {}, {}
     ignored = restarted = jnp.zeros((), jnp.int32)
     b2_stats = o.b2 if o.b2_stats is None else o.b2_stats
+    del step  # Averages of squares in these bases are as old as the bases.
     # Of updates made: the first gradient makes none.
-    updates = step - 1
+    updates = age - 1
     moves = updates > 0
     for name, g in grads.items():
         old = stacks[name]
@@ -147,7 +152,7 @@ def _advance(
         )
         ignored += blocks.count(~usable)
         restarted += blocks.count(again_left) + blocks.count(again_right)
-    new, told = _refresh(o, new, step)
+    new, told = _refresh(o, new, age)
     return directions, new, {**told, 'ignored': ignored, 'restarted': restarted}
 
 
@@ -191,7 +196,7 @@ def _next_basis(
 
 
 def _refresh(
-    o: Options, stacks: dict[str, Stack], step: Int[Array, '']
+    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
 ) -> tuple[dict[str, Stack], blocks.Told]:
     """The stacks with the bases that are due after this step."""
 
@@ -235,8 +240,8 @@ def _refresh(
         return new, told
 
     each = o.every // o.groups
-    updates = step - 1
-    due = jnp.where(step == 1, 1, jnp.where((updates % each == 0), 2, 0))
+    updates = age - 1
+    due = jnp.where(age == 1, 1, jnp.where((updates % each == 0), 2, 0))
     branches = (lambda s, _: (s, _none()), begin, one)
     return jax.lax.switch(due, branches, stacks, (updates // each) % o.groups)
 
