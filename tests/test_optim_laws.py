@@ -114,10 +114,14 @@ def np_lion(s, name, w, g, rate, factor, decay, t):
     return w - rate * factor * (direction + decay * w)
 
 
+def trusted(w):
+    return max(np.linalg.norm(w), 0.01 * math.sqrt(w.size))
+
+
 def np_lars(s, name, w, g, rate, factor, decay, t):
     local = 1.0
     if not name.endswith(('bias', 'scale')):
-        size = np.linalg.norm(w)
+        size = trusted(w)
         local = 0.001 * size / (np.linalg.norm(g) + decay * size)
     s['v'] = 0.9 * s.get('v', 0.0) + rate * factor * local * (g + decay * w)
     return w - s['v']
@@ -126,7 +130,7 @@ def np_lars(s, name, w, g, rate, factor, decay, t):
 def np_lamb(s, name, w, g, rate, factor, decay, t):
     update = adam_direction(s, g, t, 0.9, 0.999, 1e-6) + decay * w
     if not name.endswith(('bias', 'scale')):
-        update = update * np.linalg.norm(w) / np.linalg.norm(update)
+        update = update * trusted(w) / np.linalg.norm(update)
     return w - rate * factor * update
 
 
@@ -498,3 +502,23 @@ def test_the_rate_of_lars_comes_before_its_momentum():
     last, _ = update(after, state, gradients, 50)
     for a, b, c in zip(*map(jax.tree.leaves, (params, after, last)), strict=True):
         np.testing.assert_allclose(c - b, 0.9 * (b - a), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['lars', 'lamb'])
+def test_a_head_that_starts_at_zero_leaves_it(name):
+    """Its norm is 0, and a step as long as the weights would be none."""
+    start = draw(0, 8)
+    start['head/kernel'] *= 0
+    params = form_of(start, True)
+    optimizer = make(name, params)
+    update, memory, wanted = updater(optimizer), {}, start['head/kernel'].astype(np.float64)
+    state = jax.jit(optimizer.init)(params)
+    for t in range(1, 4):
+        gradients = draw(t, 8, scale=0.1)
+        params, state = update(params, state, form_of(gradients, True), t)
+        g = gradients['head/kernel'].astype(np.float64)
+        law = REFERENCES[name][0]
+        wanted = law(memory, 'head/kernel', wanted, g, rate_at(t), 1.0, 0.1, t)
+        np.testing.assert_allclose(params['head']['kernel'], wanted, rtol=1e-4, atol=1e-9)
+    if name == 'lamb':
+        assert np.sqrt(np.mean(wanted**2)) > 1e-4
