@@ -69,15 +69,15 @@ FACTOR = 3.0  # From one rate of a grid to the next.
 RATES, SEEDS = 5, 3
 TARGET = 0.8  # Accuracy on the images of `often`.
 
-# Of every trial. No weight decay: two epochs do not overfit, and a decay that is multiplied
+# Of every trial. No weight decay: one epoch does not overfit, and a decay that is multiplied
 # by the rate would be another one for each optimizer.
 SHARED: dict[str, Any] = {
     'model.width': 64,
-    'model.depth': 3,
+    'model.depth': 2,
     'model.num_heads': 4,
     'model.mlp_dim': 256,
     'batch_size': 128,
-    'total_epochs': 2,
+    'total_epochs': 1,
     'schedule.warmup_percent': 10,
     'optim.weight_decay': 0,
     'data.split': 'train[:90%]',

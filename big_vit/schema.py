@@ -172,6 +172,11 @@ SCHEMA: dict[str, Field] = {
     'image_size': Field(_size, None, 'Pixels: a side, or (height, width).'),
     'lr': Field(_number(0), None, 'Peak learning rate.'),
     'init': Field(check_text, None, 'Workdir or checkpoint whose parameters to start from.'),
+    'switch': Field(
+        check_text,
+        None,
+        'Workdir or checkpoint to go on from with another optimizer: step, parameters, moments.',
+    ),
     'ema': Field(_number(0, 1), 0.0, 'Decay of the moving average of parameters; 0 is off.'),
     'skip_sigmas': Field(
         _number(0),

@@ -26,6 +26,7 @@ from big_vit import (
     state,
     steps,
     storage,
+    switch,
 )
 from big_vit import config as config_lib
 from big_vit.config import Config
@@ -197,7 +198,7 @@ def run(
     began = time.perf_counter()
     parts = build.experiment(config)
     train_step, eval_step = build.train_step(config, parts), build.eval_step(parts)
-    log_targets = build.log_targets(config)
+    log_targets, came_from = build.log_targets(config), config.switch
     config.audit()
     hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
     workdir = storage.place(path)
@@ -209,8 +210,11 @@ def run(
     with jax.set_mesh(parts.mesh):
         now = restored = restore_newest(workdir, parts.like)
         if now is None:
-            shape = parts.data.image_shape
-            now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like, params)
+            shape, seed = parts.data.image_shape, config.seed
+            if came_from:
+                now = switch.state_of(came_from, config, parts)
+            else:
+                now = state.create(parts.model, shape, parts.optimizer, seed, parts.like, params)
         start = int(now['step'])
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
@@ -227,6 +231,8 @@ def run(
             console.say(f'MFU     relative to {peak / 1e12:.2f} TFLOP/s ({peak_source})')
             if restored is not None:
                 console.say(f'resume  from step {start} of {workdir}')
+            elif came_from:
+                console.say(f'switch  from step {start} of {came_from}')
             if start < total:
                 compiling = time.perf_counter()
                 # Compiled ahead, the step cannot compile again later: another shape is an error.

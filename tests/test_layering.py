@@ -20,7 +20,7 @@ LAYERS = [
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'explain', 'plots'},
+    {'build', 'ledger', 'adapt', 'explain', 'plots', 'switch'},
     {'train', 'transfer', 'evaluate', 'explore', 'plan', 'export'},
 ]
 WITHIN_A_LAYER = {
@@ -28,6 +28,7 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('switch', 'build'),
     ('explain', 'ledger'),
     ('ledger', 'build'),
     ('hosts', 'cluster'),
