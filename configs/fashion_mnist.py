@@ -3,13 +3,18 @@
     python -m big_vit.train --config configs/fashion_mnist.py --workdir runs/fashion
 
 Where the four IDX files lie is `data.path`; Debian's package
-dataset-fashion-mnist puts them where the default says.
+dataset-fashion-mnist puts them where the default says. With
+--config configs/fashion_mnist.py:optimizer=shampoo (or soap, muon, ...) another optimizer
+trains it; its rate is --config.lr.
 """
 
 from ml_collections import ConfigDict
 
+# What is not the same for a run of some thousand steps as for a long one.
+SMALL = {'shampoo': {'every': 10, 'start': 10, 'block': 256, 'root': 'eigh'}}
 
-def get_config(path: str = '/usr/share/datasets/fashion-mnist'):
+
+def get_config(path: str = '/usr/share/datasets/fashion-mnist', optimizer: str = 'adamw'):
     return ConfigDict(
         {
             'total_epochs': 8,
@@ -32,7 +37,7 @@ def get_config(path: str = '/usr/share/datasets/fashion-mnist'):
                 'transform': 'random_crop(size, 1)',
             },
             'evals': {'test': {'split': 'test', 'every_epochs': 1}},
-            'optim': {'weight_decay': 0.05},
+            'optim': {'name': optimizer, 'weight_decay': 0.05, **SMALL.get(optimizer, {})},
             'schedule': {'warmup_percent': 5},
             'log': {'every_steps': 200},
         }

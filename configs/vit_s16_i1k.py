@@ -12,6 +12,9 @@ big_vision, from which this differs in these:
 * resizes without aliasing, and crops with log-uniform proportions;
 * mixes with a share for each example, theirs with one for a batch; and its randaug has
   the corrections that docs/data.md names.
+
+With --config configs/vit_s16_i1k.py:path=DIR,optimizer=shampoo it is trained by Shampoo
+instead, with the settings below.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +22,34 @@ from ml_collections import ConfigDict
 EVAL = {'transform': 'resize_small(256) | central_crop(size)', 'every_steps': 2500}
 
 
-def get_config(path: str = ''):
-    return ConfigDict(
+# Of Distributed Shampoo in AlgoPerf 0.5 on its ViT-S/16, which it won: the second of its five
+# settings, the one that hit the target in all studies (mlcommons/submissions_algorithms, 2024),
+# there in 81,700 steps of the 112,000 scheduled, where the baseline took 153,800 of 186,666.
+# The decay is multiplied by the rate, here as there. Here the ridge is relative, the roots are
+# made by products of matrices, and nobody has run it yet.
+SHAMPOO = {
+    'total_steps': 112_000,
+    'lr': 1.438e-3,
+    'label_smoothing': 0.2,
+    'optim': {
+        'name': 'shampoo',
+        'b1': 0.97466,
+        'b2': 0.97492,
+        'nesterov': True,
+        'weight_decay': 1.97e-4,
+        'weight_decay_rules': (('.*', 1.0),),
+        'block': 1024,
+        'every': 100,
+        'start': 100,
+        'groups': 4,  # Theirs all at once: the same roots, at other steps.
+        'clip': 0,
+    },
+    'schedule': {'name': 'cosine', 'warmup_percent': 5},
+}
+
+
+def get_config(path: str = '', optimizer: str = 'adamw'):
+    config = ConfigDict(
         {
             'total_epochs': 90,
             'batch_size': 1024,
@@ -51,3 +80,10 @@ def get_config(path: str = ''):
             'log': {'every_steps': 50},
         }
     )
+    if optimizer == 'shampoo':
+        for name in ('total_epochs', 'optim', 'schedule'):
+            del config[name]
+        config.update(SHAMPOO)
+    elif optimizer != 'adamw':
+        raise ValueError(f'optimizer must be adamw or shampoo, not {optimizer}')
+    return config

@@ -24,6 +24,7 @@ from big_vit import trees
 from big_vit.optim import matrices
 
 MatrixOf = Callable[[str, int], matrices.Matrix | None]
+Size = tuple[int, int]
 Stacks = dict[str, Any]
 Told = dict[str, Array]
 
@@ -88,7 +89,6 @@ def plan(
       block: largest number of rows and columns of a block.
       matrix: says of a name and a number of axes how that parameter is a matrix.
     """
-    sizes: dict[str, tuple[int, int]] = {}
     views: dict[str, tuple[int, int, int]] = {}
     for name in sorted(shapes, key=_order):
         shape, found = shapes[name], matrix(name, len(shapes[name]))
@@ -98,47 +98,49 @@ def plan(
         layers = math.prod(shape[: found.stack])
         rows, columns = math.prod(shape[found.stack : middle]), math.prod(shape[middle:])
         if layers and min(rows, columns) > 1:  # A single row is a vector.
-            parts = (-(-side // -(-side // block)) for side in (rows, columns))
-            small, large = sorted(map(_rounded, parts))
-            views[name], sizes[name] = (layers, rows, columns), (small, large)
-    counts: dict[tuple[int, int], int] = {}
+            views[name] = layers, rows, columns
+    sizes: dict[str, Size] = {}
+    counts: dict[Size, int] = {}
     for name, (layers, rows, columns) in views.items():
+        small, large = sorted(_rounded(_part(side, block)) for side in (rows, columns))
+        sizes[name] = small, large
         blocks = layers * -(-rows // block) * -(-columns // block)
         counts[sizes[name]] = counts.get(sizes[name], 0) + blocks
-    joined = _join_rare(counts)
+    usual = [size for size, count in counts.items() if 16 * count > sum(counts.values())]
     cuts: dict[str, Cut] = {}
     stacks: dict[str, Stack] = {}
     for name, (layers, rows, columns) in views.items():
-        size = joined[sizes[name]]
+        down, across = -(-rows // block), -(-columns // block)
+        made = sizes[name], _part(rows, block) > _part(columns, block), down, across
+        if sizes[name] not in usual:
+            made = _as_usual(rows, columns, usual) or made
+        size, flipped, down, across = made
         key = f'{size[0]}x{size[1]}'
         first = stacks[key].blocks if key in stacks else 0
-        down, across = -(-rows // block), -(-columns // block)
-        flipped = -(-rows // down) > -(-columns // across)
         cuts[name] = Cut(layers, rows, columns, down, across, flipped, key, first)
         stacks[key] = Stack(*size, first + cuts[name].blocks)
     return Plan(cuts, stacks)
 
 
-def _join_rare(counts: dict[tuple[int, int], int]) -> dict[tuple[int, int], tuple[int, int]]:
-    """A size of which there are few becomes a larger one that there is anyway.
+def _part(side: int, block: int) -> int:
+    """The side of a block, of those of equal size that a side is cut into."""
+    return -(-side // -(-side // block))
 
-    On many devices a stack of one block would take as long as one of a block for each.
+
+def _as_usual(rows: int, columns: int, usual: list[Size]) -> tuple[Size, bool, int, int] | None:
+    """(size, flipped, down, across) of a rare matrix in blocks of a size that is there anyway.
+
+    On many devices a stack of a single block would take as much as one of a block for each.
+    None where that would more than double what the matrix takes.
     """
-    total, joined = sum(counts.values()), {}
-    for size, count in counts.items():
-        larger = [
-            other
-            for other in counts
-            if other != size
-            and other[0] >= size[0]
-            and other[1] >= size[1]
-            and counts[other] > count
-            and math.prod(other) <= 2 * math.prod(size)
-        ]
-        rare = 16 * count <= total
-        joined[size] = min(larger, key=math.prod) if rare and larger else size
-    # What a rare size became may be rare itself.
-    return {size: joined[joined[size]] for size in joined}
+    best, least = None, 2 * rows * columns
+    for size in usual:
+        for flipped in (False, True):
+            r, c = (size[1], size[0]) if flipped else size
+            down, across = -(-rows // r), -(-columns // c)
+            if down * across * r * c <= least:
+                best, least = (size, flipped, down, across), down * across * r * c
+    return best
 
 
 def cut(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Float[Array, 'blocks r c']]:
