@@ -137,8 +137,10 @@ def _join_rare(counts: dict[tuple[int, int], int]) -> dict[tuple[int, int], tupl
         ]
         rare = 16 * count <= total
         joined[size] = min(larger, key=math.prod) if rare and larger else size
-    # What a rare size became may be rare itself.
-    return {size: joined[joined[size]] for size in joined}
+    # What a rare size became may be rare itself; each time there are more of it.
+    while any(joined[size] != joined[joined[size]] for size in joined):
+        joined = {size: joined[joined[size]] for size in joined}
+    return joined
 
 
 def cut(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Float[Array, 'blocks r c']]:
