@@ -289,6 +289,7 @@ def transformation(
             step,
             mesh,
             gather_dtype,
+            health,
         )
         made = join(cuts, directions, flat)
         mu, nu = trees.flatten(state.mu), trees.flatten(state.nu)
@@ -333,10 +334,11 @@ def _advance_all(
     step: Int[Array, ''],
     mesh: Mesh | None,
     gather_dtype: Any,
+    nothing: Told,
 ) -> tuple[dict[str, Array], Stacks, Told]:
     """`advance` on each device with its own blocks; directions and what is told of all."""
     if not grads:
-        return {}, stacks, {'ignored': jnp.zeros((), jnp.int32), 'error': jnp.zeros(())}
+        return {}, stacks, dict(nothing)
     if mesh is None:
         return advance(grads, stacks, step)
     axes = mesh.axis_names
