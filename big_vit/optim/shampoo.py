@@ -136,7 +136,7 @@ def scale_by_shampoo(
         _adam(o),
         lambda stack, length: _empty(o, stack, length),
         lambda grads, stacks, step: _advance(o, grads, stacks, step),
-        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros(())},
+        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros((), jnp.float32)},
         block=o.block,
         groups=o.groups,
         mesh=mesh,
@@ -195,8 +195,8 @@ def _advance(
             right=right,
         )
         averages[name] = jnp.where(keep, average, 0)
-        ignored += (~usable).sum()
-        restarted += again_left.sum() + again_right.sum()
+        ignored += (~usable).sum(dtype=jnp.int32)
+        restarted += again_left.sum(dtype=jnp.int32) + again_right.sum(dtype=jnp.int32)
     new, told = _slices(o, new, step) if o.sliced else _refresh(o, new, step)
     start = max(o.start, o.every) if o.sliced else o.start
     directions = {}
@@ -298,7 +298,7 @@ def _accept(
         fields[side] = _put(getattr(stack, side), stats, group, o.groups)
         fields[f'{side}_root'] = _put(getattr(stack, f'{side}_root'), root, group, o.groups)
         counted = {'computed': real, 'refused': real & ~good, 'restarted': real & again}
-        told = _sum(told, {name: x.sum() for name, x in counted.items()})
+        told = _sum(told, {name: x.sum(dtype=jnp.int32) for name, x in counted.items()})
     fields['error'] = _put(stack.error, jnp.stack(errors, 1), group, o.groups)
     fields['failures'] = _put(stack.failures, jnp.stack(failed, 1), group, o.groups)
     return stack._replace(**fields), told
