@@ -336,6 +336,7 @@ def transformation(
             age,
             mesh,
             gather_dtype,
+            health,
         )
         made = join(cuts, directions, flat)
         mu, nu = trees.flatten(state.mu), trees.flatten(state.nu)
@@ -381,10 +382,11 @@ def _advance_all(
     age: Int[Array, ''],
     mesh: Mesh | None,
     gather_dtype: Any,
+    nothing: Told,
 ) -> tuple[dict[str, Array], Stacks, Told]:
     """`advance` on each device with its own blocks; directions and what is told of all."""
     if not grads:
-        return {}, stacks, {'ignored': jnp.zeros((), jnp.int32), 'error': jnp.zeros(())}
+        return {}, stacks, dict(nothing)
     if mesh is None:
         return advance(grads, stacks, step, age)
     axes = mesh.axis_names

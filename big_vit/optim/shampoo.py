@@ -131,7 +131,7 @@ def scale_by_shampoo(
         _adam(o),
         lambda stack, length: _empty(o, stack, length),
         lambda *now: _advance(o, *now),
-        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros(())},
+        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros((), jnp.float32)},
         block=o.block,
         groups=o.groups,
         mesh=mesh,

@@ -88,7 +88,7 @@ def scale_by_soap(
         blocks.Adam(o.b1, o.b2, o.eps, False, o.mu_dtype, o.stats_dtype),
         lambda stack, length: _empty(o, stack, length),
         lambda *now: _advance(o, *now),
-        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros(())},
+        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros((), jnp.float32)},
         block=o.block,
         groups=o.groups,
         mesh=mesh,
@@ -248,4 +248,4 @@ def _refresh(
 
 def _none() -> blocks.Told:
     counts = dict.fromkeys(('computed', 'refused'), jnp.zeros((), jnp.int32))
-    return {**counts, 'error': jnp.zeros(())}
+    return {**counts, 'error': jnp.zeros((), jnp.float32)}
