@@ -156,13 +156,8 @@ def of_optimizer(config: Config, name: str) -> Config:
     What `optim` sets that this one does not read is passed over: only a run calls `audit`.
     The schedule has no memory, and 'constant' is what every optimizer takes.
     """
-    changes = {
-        'optim.name': name,
-        'optim.group_rules': None,
-        'schedule.name': 'constant',
-        'mesh.max_replicated': 1.0,
-    }
-    return config.replacing({key: value for key, value in changes.items() if key in SCHEMA})
+    changes = {'optim.name': name, 'optim.group_rules': None, 'schedule.name': 'constant'}
+    return config.replacing({**changes, 'mesh.max_replicated': 1.0})
 
 
 def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
@@ -344,11 +339,12 @@ def main(argv: list[str]) -> None:
         lines.append('table   GiB on a device of state and gradients, without activations')
         tables = [matrix(rows, capacity)]
     else:
-        found = measure(build.experiment(config, place.devices).like)
+        parts = build.experiment(config, place.devices)
+        found = measure(parts.like)
         lines += [
             f'model   ViT-{config.model.variant}: {found.params.scalars / 1e6:,.2f} M parameters, '
             f'M = {found.params.nbytes:,} bytes',
-            f'state   {line(found, config.optim.name, len(place.devices))}',
+            f'state   {line(found, ", ".join(parts.settings), len(place.devices))}',
         ]
         tables = [detail(found), comparison(rows, capacity)]
     if args.json != '-':
