@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,15 @@ KINDS = {
     'v_row': 'second moment by rows',
     'v_col': 'second moment by columns',
     'v': 'second moment',
+    'left': 'statistics of inputs',
+    'right': 'statistics of outputs',
+    'left_root': 'roots of inputs',
+    'right_root': 'roots of outputs',
+    'left_basis': 'basis of inputs',
+    'right_basis': 'basis of outputs',
 }
+# Words of paths that say nothing of the use: links of a chain, sizes of blocks, wrappings.
+PASSED_OVER = r'\d+(x\d+)?|inner_states?|stacks'
 
 
 class Held(NamedTuple):
@@ -86,13 +95,12 @@ def held(tree: Any) -> Held:
 def use_of(path: str, ndim: int, params: Any) -> str:
     """What an array of the optimizer is for, from its path: 'first moment', 'counters', ...
 
-    The path of a parameter in it, the numbers of links of a chain, and what optax wraps
-    around a part say nothing of that.
+    The path of a parameter in it says nothing of that.
     """
     if not ndim:
         return 'counters'
     words = itertools.takewhile(lambda word: word not in params, path.split('/'))
-    kept = [w for w in words if not w.isdigit() and w not in ('inner_states', 'inner_state')]
+    kept = [word for word in words if not re.fullmatch(PASSED_OVER, word)]
     return ' '.join([*kept[:-1], KINDS.get(kept[-1], kept[-1])]) if kept else 'other'
 
 
