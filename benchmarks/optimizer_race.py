@@ -41,12 +41,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
         {'optim.name': 'schedule_free_adamw', 'schedule.name': 'constant'},
         5e-3,
     ),
-    'adafactor': ({'optim.name': 'adafactor'}, 2e-2),
-    'adafactor_vit': ({'optim.name': 'adafactor_vit'}, 2e-3),
-    'lion': ({'optim.name': 'lion'}, 3e-4),
+    'adafactor': ({'optim.name': 'adafactor'}, 6e-2),
+    'adafactor_vit': ({'optim.name': 'adafactor_vit'}, 3e-3),
+    'lion': ({'optim.name': 'lion'}, 6e-4),
     'lars': ({'optim.name': 'lars'}, 2.0),
-    'lamb': ({'optim.name': 'lamb'}, 1e-2),
-    'muon': ({'optim.name': 'muon'}, 3e-3),
+    'lamb': ({'optim.name': 'lamb'}, 3e-2),
+    'muon': ({'optim.name': 'muon'}, 6e-3),
     'soap': (
         {
             'optim.name': 'soap',
@@ -60,7 +60,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
             'optim.every': 10,
             'optim.start': 10,
             'optim.block': 256,
-            'optim.root': 'eigh',  # Faster on CPUs.
         },
         2e-3,
     ),

@@ -16,7 +16,7 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
     params, flops = build.model_cost(vit, data.image_shape)
     tokens = (height // vit.patch_size[0]) * (width // vit.patch_size[1]) + (vit.pool == 'cls')
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    held = ledger.line(ledger.measure(parts.like), settings.optim.name, parts.mesh.size)
+    held = ledger.line(ledger.measure(parts.like), ', '.join(parts.settings), parts.mesh.size)
     epochs = parts.total_steps * settings.batch_size / data.source.length
     return [
         f'mesh    {mesh}',

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,15 @@ KINDS = {
     'v_row': 'second moment by rows',
     'v_col': 'second moment by columns',
     'v': 'second moment',
+    'left': 'statistics of inputs',
+    'right': 'statistics of outputs',
+    'left_root': 'roots of inputs',
+    'right_root': 'roots of outputs',
+    'left_basis': 'basis of inputs',
+    'right_basis': 'basis of outputs',
 }
+# Words of paths that say nothing of the use: links of a chain, sizes of blocks, wrappings.
+PASSED_OVER = r'\d+(x\d+)?|inner_states?|stacks'
 
 
 class Held(NamedTuple):
@@ -86,13 +95,12 @@ def held(tree: Any) -> Held:
 def use_of(path: str, ndim: int, params: Any) -> str:
     """What an array of the optimizer is for, from its path: 'first moment', 'counters', ...
 
-    The path of a parameter in it, the numbers of links of a chain, and what optax wraps
-    around a part say nothing of that.
+    The path of a parameter in it says nothing of that.
     """
     if not ndim:
         return 'counters'
     words = itertools.takewhile(lambda word: word not in params, path.split('/'))
-    kept = [w for w in words if not w.isdigit() and w not in ('inner_states', 'inner_state')]
+    kept = [word for word in words if not re.fullmatch(PASSED_OVER, word)]
     return ' '.join([*kept[:-1], KINDS.get(kept[-1], kept[-1])]) if kept else 'other'
 
 
@@ -156,13 +164,8 @@ def of_optimizer(config: Config, name: str) -> Config:
     What `optim` sets that this one does not read is passed over: only a run calls `audit`.
     The schedule has no memory, and 'constant' is what every optimizer takes.
     """
-    changes = {
-        'optim.name': name,
-        'optim.group_rules': None,
-        'schedule.name': 'constant',
-        'mesh.max_replicated': 1.0,
-    }
-    return config.replacing({key: value for key, value in changes.items() if key in SCHEMA})
+    changes = {'optim.name': name, 'optim.group_rules': None, 'schedule.name': 'constant'}
+    return config.replacing({**changes, 'mesh.max_replicated': 1.0})
 
 
 def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
@@ -344,11 +347,12 @@ def main(argv: list[str]) -> None:
         lines.append('table   GiB on a device of state and gradients, without activations')
         tables = [matrix(rows, capacity)]
     else:
-        found = measure(build.experiment(config, place.devices).like)
+        parts = build.experiment(config, place.devices)
+        found = measure(parts.like)
         lines += [
             f'model   ViT-{config.model.variant}: {found.params.scalars / 1e6:,.2f} M parameters, '
             f'M = {found.params.nbytes:,} bytes',
-            f'state   {line(found, config.optim.name, len(place.devices))}',
+            f'state   {line(found, ", ".join(parts.settings), len(place.devices))}',
         ]
         tables = [detail(found), comparison(rows, capacity)]
     if args.json != '-':

@@ -261,7 +261,7 @@ SCHEMA: dict[str, Field] = {
     'optim.root': Field(
         _choice('newton', 'eigh'),
         None,
-        'How roots are made; eigh is faster on CPUs (shampoo). Own default: newton.',
+        'How roots are made; eigh takes any exponent (shampoo). Own default: newton.',
     ),
     'optim.ridge': Field(
         _positive,

@@ -11,7 +11,7 @@ trains it; its rate is --config.lr.
 from ml_collections import ConfigDict
 
 # What is not the same for a run of some thousand steps as for a long one.
-SMALL = {'shampoo': {'every': 10, 'start': 10, 'block': 256, 'root': 'eigh'}}
+SMALL = {'shampoo': {'every': 10, 'start': 10, 'block': 256}}
 
 
 def get_config(path: str = '/usr/share/datasets/fashion-mnist', optimizer: str = 'adamw'):

@@ -101,8 +101,8 @@ def test_memory_is_told_by_use():
         ('1/mu/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel', 'first moment'),
         ('1/inner_states/adam/inner_state/0/nu/head/bias', 'adam second moment'),
         ('1/v_row/embedding/kernel', 'second moment by rows'),
-        ('1/statistics/0/256', 'statistics'),
-        ('0/roots/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel/1', 'roots'),
+        ('1/stacks/768x1024/left_root', 'roots of inputs'),
+        ('0/basis/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel/1', 'basis'),
         ('1/3', 'other'),
     ],
 )

@@ -168,7 +168,8 @@ def inverse_root(
     Args:
       exponent: below 0; for 'newton' -1 divided by a whole number.
       ridge: for each matrix, relative to its largest eigenvalue.
-      method: 'newton' multiplies matrices only, fast on accelerators; 'eigh' is faster on CPUs.
+      method: 'newton' only multiplies matrices, what accelerators are fast at; 'eigh'
+        takes any exponent.
       least_ridge: the smallest that `ridge` can be, which decides the number of steps.
 
     Returns:

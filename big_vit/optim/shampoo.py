@@ -107,7 +107,7 @@ def scale_by_shampoo(
       groups: compute the roots of one of so many parts every `every / groups` steps.
       sliced: spread the iterations of all roots over `every` steps, where there are not
         enough blocks for groups; roots are then `every` steps old when they are used first.
-      root: 'newton', or 'eigh' (faster on CPUs).
+      root: 'newton', or 'eigh', which takes any exponent.
       ridge: added to L and R, relative to their largest eigenvalue.
       exponent: of L and R. -1/4 is Shampoo; -1/2 takes the Kronecker product as a whole.
       graft: 'adam'; 'sgd' takes the length of the averaged gradient, M; 'none' scales nothing,
