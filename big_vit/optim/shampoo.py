@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.optim import blocks, matrices, roots
 
@@ -241,6 +241,20 @@ def _sum(a: blocks.Told, b: blocks.Told) -> blocks.Told:
     return {name: a[name] + b[name] for name in a}
 
 
+def _real(root: Float[Array, 'n d d']) -> Bool[Array, ' n']:
+    """Which blocks are none of the zeros at a stack's end: their roots are zeros too."""
+    return jnp.trace(root, axis1=1, axis2=2) != 0
+
+
+def _of_real(tree: Any, root: Float[Array, 'n d d']) -> Any:
+    """Arrays with zeros for the zeros at a stack's end, as a checkpoint wants them.
+
+    An iteration leaves them so: no step of it is better than an error of 0.
+    """
+    real = _real(root)
+    return jax.tree.map(lambda x: jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0), tree)
+
+
 def _accept(
     o: Options, stack: Stack, found: dict[str, tuple[Array, Array]], group: Array | None
 ) -> tuple[Stack, blocks.Told]:
@@ -257,8 +271,7 @@ def _accept(
                 stack.failures[:, column],
             )
         )
-        # The roots of the blocks of zeros at the end are zeros too, and stay so.
-        real = jnp.trace(old, axis1=1, axis2=2) != 0
+        real = _real(old)
         good = (error < TOLERANCE) & jnp.isfinite(root).all((1, 2))
         failures = jnp.where(good, 0, failures + 1)
         again = ~good & (failures >= MAX_FAILURES)
@@ -350,7 +363,8 @@ def _slices(
             for column, side in enumerate(SIDES):
                 stats = getattr(stack, side) / blocks.correction(o.b2, age, o.stats_dtype)
                 a, scale = roots.normalised(stats, _ridge(o, stack.failures[:, column]))
-                work[side] = a, scale, roots.newton_start(a, p)
+                made = a, scale, roots.newton_start(a, p)
+                work[side] = _of_real(made, getattr(stack, f'{side}_root'))
             new[name] = stack._replace(work=work)
         return new
 
