@@ -106,7 +106,8 @@ def plan(
         sizes[name] = small, large
         blocks = layers * -(-rows // block) * -(-columns // block)
         counts[sizes[name]] = counts.get(sizes[name], 0) + blocks
-    usual = [size for size, count in counts.items() if 16 * count > sum(counts.values())]
+    total = sum(counts.values())
+    usual = [size for size, count in counts.items() if count > 1 and 16 * count > total]
     cuts: dict[str, Cut] = {}
     stacks: dict[str, Stack] = {}
     for name, (layers, rows, columns) in views.items():
@@ -127,13 +128,17 @@ def _part(side: int, block: int) -> int:
     return -(-side // -(-side // block))
 
 
+# Scalars of a block that costs more to compile for than to pad.
+_SMALL = 128**2
+
+
 def _as_usual(rows: int, columns: int, usual: list[Size]) -> tuple[Size, bool, int, int] | None:
     """(size, flipped, down, across) of a rare matrix in blocks of a size that is there anyway.
 
     On many devices a stack of a single block would take as much as one of a block for each.
-    None where that would more than double what the matrix takes.
+    None where that would more than double what the matrix takes, if it is not small anyway.
     """
-    best, least = None, 2 * rows * columns
+    best, least = None, max(2 * rows * columns, _SMALL)
     for size in usual:
         for flipped in (False, True):
             r, c = (size[1], size[0]) if flipped else size
