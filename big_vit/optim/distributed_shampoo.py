@@ -221,7 +221,7 @@ def distributed_shampoo(
             'roots need the full precision of jax.lax.Precision.HIGHEST: leave it out',
         ),
         'exponent_override': (
-            exponent_override != int(exponent_override) or exponent_override < 0,
+            exponent_override < 0,
             'give a whole p for roots A^(-1/p), or 0 for twice the number of sides',
         ),
         'batch_axis_name': (batch_axis_name is not None, spread),
@@ -284,7 +284,7 @@ def distributed_shampoo(
         best_effort_shape_interpretation=best_effort_shape_interpretation,
         graft_type=GraftingType(graft_type),
         nesterov=nesterov,
-        exponent_override=int(exponent_override),
+        exponent_override=exponent_override,
         inverse_failure_threshold=inverse_failure_threshold,
         moving_average_for_momentum=moving_average_for_momentum,
         skip_preconditioning_dim_size_gt=skip_preconditioning_dim_size_gt,

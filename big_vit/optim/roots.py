@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 METHODS = ('newton', 'eigh')
 
@@ -26,7 +26,7 @@ def product(a: Float[Array, '*n i j'], b: Float[Array, '*n j k']) -> Float[Array
 
 
 def _largest_eigenvalue(a: Float[Array, '*n d d']) -> Float[Array, '*n 1 1']:
-    def step(_: int, v: Array) -> Array:
+    def step(_: Int[Array, ''], v: Array) -> Array:
         v = product(a, v)
         length = jnp.sqrt(jnp.square(v).sum(-2, keepdims=True))
         return v / jnp.where(length > 0, length, 1)
