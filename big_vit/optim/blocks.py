@@ -333,12 +333,11 @@ def transformation(
         flat = trees.flatten(updates)
         cuts = plan({name: x.shape for name, x in flat.items()}, block, matrix)
         step, age = state.step + 1, state.age + 1
-        directions, stacks, told = _advance_all(
+        directions, stacks, told = advance_all(
             advance,
             cut_all(cuts, flat, unit, mesh, o.dtype),
             state.stacks,
-            step,
-            age,
+            (step, age),
             mesh,
             gather_dtype,
             health,
@@ -379,25 +378,29 @@ def cut_all(
     }
 
 
-def _advance_all(
+def advance_all(
     advance: Any,
     grads: dict[str, Array],
     stacks: Stacks,
-    step: Int[Array, ''],
-    age: Int[Array, ''],
+    now: tuple[Array, ...],
     mesh: Mesh | None,
     gather_dtype: Any,
     nothing: Told,
 ) -> tuple[dict[str, Array], Stacks, Told]:
-    """`advance` on each device with its own blocks; directions and what is told of all."""
+    """`advance` on each device with its own blocks; directions and what is told of all.
+
+    Args:
+      now: further arguments of `advance`, such as the step.
+      nothing: what is told where there are no blocks.
+    """
     if not grads:
         return {}, stacks, dict(nothing)
     if mesh is None:
-        return advance(grads, stacks, step, age)
+        return advance(grads, stacks, *now)
     axes = mesh.axis_names
 
-    def local(grads: Any, stacks: Any, step: Any, age: Any) -> Any:
-        directions, stacks, told = advance(grads, stacks, step, age)
+    def local(grads: Any, stacks: Any, now: Any) -> Any:
+        directions, stacks, told = advance(grads, stacks, *now)
         # In one array, so that all travel at once.
         flat = [x.reshape(-1).astype(gather_dtype) for x in directions.values()]
         sent = jax.lax.all_gather(jnp.concatenate(flat), axes)
@@ -416,7 +419,7 @@ def _advance_all(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, same, same),
+        in_specs=(split, split, same),
         out_specs=(same, split, same),
         check_vma=False,
-    )(grads, stacks, step, age)
+    )(grads, stacks, now)

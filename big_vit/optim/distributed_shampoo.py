@@ -540,13 +540,14 @@ def _preconditioned(
         parts |= {piece: whole[name][:, i, j] for piece, (i, j) in found.items()}
     dtype = jax.tree.leaves(state.stacks[next(iter(state.stacks))].statistics)[0].dtype
     unit = o.mesh.size if o.mesh is not None else 1
-    directions, stacks, told = blocks._advance_all(
+    directions, stacks, told = blocks.advance_all(
         partial(_advance, o),
         blocks.cut_all(cuts, parts, unit, o.mesh, dtype),
         state.stacks,
-        state.step,
+        (state.step,),
         o.mesh,
         dtype,
+        _told(),
     )
     joined, made = blocks.join(cuts, directions, parts), {}
     for name, found in pieces.items():
@@ -559,7 +560,7 @@ def _preconditioned(
 
 def _told() -> blocks.Told:
     none = jnp.zeros((), jnp.int32)
-    return {'computed': none, 'refused': none, 'ignored': none, 'error': jnp.zeros(())}
+    return {'computed': none, 'refused': none, 'ignored': none, 'error': jnp.zeros((), jnp.float32)}
 
 
 def _advance(

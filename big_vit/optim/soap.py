@@ -3,7 +3,8 @@
 For a block G, with L and R averages of G G' and G' G and columns of P and Q their
 eigenvectors: the average of the squares is one of P' G Q, and the direction is P times Adam's
 on P' M Q, times Q'. Between two refreshes the bases stand still; a refresh is one step of a
-power iteration. The first gradient gives only the first bases, and moves no matrix.
+power iteration. The first gradient gives only the first bases, and moves no matrix; a matrix
+whose first gradients are zeros begins at the first refresh after them.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.optim import blocks, matrices, roots
 
@@ -164,6 +165,11 @@ def _turn(stack: Stack, x: Array, back: bool = False) -> Array:
     return jnp.einsum(second, jnp.einsum(first, p, x, precision=high), q, precision=high)
 
 
+def _begun(a: Float[Array, 'n d d']) -> Bool[Array, 'n 1 1']:
+    """Whether there has been a gradient; never for the zeros at a stack's end."""
+    return jnp.trace(a, axis1=1, axis2=2)[:, None, None] > 0
+
+
 def _first_basis(a: Float[Array, 'n d d'], rank: int) -> Float[Array, 'n d d']:
     """Eigenvectors, those of the largest eigenvalues first.
 
@@ -204,7 +210,9 @@ def _refresh(
         new = {}
         for name, stack in stacks.items():
             bases = {
-                f'{side}_basis': _first_basis(x, stack.nu.shape[1]).astype(o.root_dtype)
+                f'{side}_basis': jnp.where(_begun(x), _first_basis(x, stack.nu.shape[1]), 0).astype(
+                    o.root_dtype
+                )
                 for side, x in (('left', stack.left), ('right', stack.right))
             }
             new[name] = stack._replace(**bases)
@@ -218,12 +226,13 @@ def _refresh(
             for axis, side in enumerate(SIDES, 1):
                 old = blocks.take(getattr(stack, f'{side}_basis'), group, o.groups)
                 stats = blocks.take(getattr(stack, side), group, o.groups)
-                basis, order = _next_basis(stats, old.astype(stats.dtype))
-                error = jnp.abs(
-                    roots.product(jnp.swapaxes(basis, 1, 2), basis)
-                    - jnp.eye(basis.shape[-1], dtype=basis.dtype)[None]
-                ).max((1, 2))
-                good = jnp.isfinite(basis).all((1, 2)) & (error < 0.01)
+                eye = jnp.eye(old.shape[-1], dtype=stats.dtype)[None]
+                start = jnp.where(old.any((1, 2), keepdims=True), old.astype(stats.dtype), eye)
+                basis, order = _next_basis(stats, start)
+                error = jnp.abs(roots.product(jnp.swapaxes(basis, 1, 2), basis) - eye).max((1, 2))
+                begun = _begun(stats)[:, 0, 0]
+                refused = begun & ~(jnp.isfinite(basis).all((1, 2)) & (error < 0.01))
+                good = begun & ~refused
                 order = jnp.expand_dims(order, 3 - axis)
                 moved = jnp.take_along_axis(nu, order, axis=axis)
                 nu = jnp.where(good[:, None, None], moved, nu)
@@ -231,8 +240,8 @@ def _refresh(
                 fields[f'{side}_basis'] = blocks.put(
                     getattr(stack, f'{side}_basis'), basis, group, o.groups
                 )
-                told['computed'] += blocks.count(jnp.trace(stats, axis1=1, axis2=2) > 0)
-                told['refused'] += blocks.count(~good)
+                told['computed'] += blocks.count(begun)
+                told['refused'] += blocks.count(refused)
                 error = jnp.max(jnp.where(good, error, 0), initial=0.0).astype(jnp.float32)
                 told['error'] = jnp.maximum(told['error'], error)
             fields['nu'] = blocks.put(stack.nu, nu, group, o.groups)
