@@ -116,7 +116,8 @@ def scale_by_shampoo(
       root: 'newton', or 'eigh' (faster on CPUs).
       ridge: added to L and R, relative to their largest eigenvalue.
       exponent: of L and R. -1/4 is Shampoo; -1/2 takes the Kronecker product as a whole.
-      graft: 'adam'; 'sgd' takes the length of the averaged gradient; 'none' scales nothing.
+      graft: 'adam'; 'sgd' takes the length of the averaged gradient; 'none' scales nothing,
+        and the direction before `start` is the averaged gradient.
       mu_dtype, stats_dtype, root_dtype: types that are kept.
       gather_dtype: type in which directions travel between devices.
 
@@ -202,7 +203,7 @@ def _advance(
     directions = {}
     for name, average in averages.items():
         plain = average
-        if o.graft != 'sgd':
+        if o.graft == 'adam':
             plain = blocks.adam(_adam(o), average, new[name].nu, step)
         made = _precondition(o, new[name], average, plain)
         directions[name] = jnp.where(step >= start, made, plain)
