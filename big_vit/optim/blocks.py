@@ -372,10 +372,14 @@ def cut_all(
         # Whole on each device first, of which it takes its blocks without asking others.
         # Spread at once, each block would travel by itself.
         whole = jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, PartitionSpec()))
-    return {
+    stacks = {
         name: jnp.pad(x, ((0, padded_length(cuts.stacks[name], unit) - x.shape[0]), (0, 0), (0, 0)))
         for name, x in cut(cuts, whole).items()
     }
+    if mesh is not None and stacks:
+        # Stacks too, or the partitioner pads parts and sends what then lies elsewhere.
+        stacks = jax.lax.with_sharding_constraint(stacks, NamedSharding(mesh, PartitionSpec()))
+    return stacks
 
 
 def advance_all(
