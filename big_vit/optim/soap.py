@@ -170,19 +170,20 @@ def _begun(a: Float[Array, 'n d d']) -> Bool[Array, 'n 1 1']:
     return jnp.trace(a, axis1=1, axis2=2)[:, None, None] > 0
 
 
-def _first_basis(a: Float[Array, 'n d d'], rank: int) -> Float[Array, 'n d d']:
+def _first_basis(a: Float[Array, 'n d d'], other: Float[Array, 'n e e']) -> Float[Array, 'n d d']:
     """Eigenvectors, those of the largest eigenvalues first.
 
     Rows of zeros, as padding has them, become eigenvectors of their own behind all others:
     mixed with those that have an eigenvalue of zero, a part of the direction would be lost.
-    Where there must be many of these (a rank below d) their eigenvectors would be made by
-    rounding, others on each number of devices: so a ramp is added, which decides.
+    Where there must be such (more rows than the other side has) their eigenvectors would be
+    made by rounding, others on each number of devices: so a ramp is added, which decides.
     """
     scale = jnp.trace(a, axis1=1, axis2=2)[:, None]
     a = a / jnp.where(scale > 0, scale, 1)[..., None]
-    empty = jnp.diagonal(a, axis1=1, axis2=2) == 0
-    ramp = _RAMP * jnp.linspace(1, 0, a.shape[-1]) if rank < a.shape[-1] else jnp.zeros(1)
-    lowest = jnp.where(empty, -1.0, ramp[None]).astype(a.dtype)[..., None]
+    empty, others = (jnp.diagonal(x, axis1=1, axis2=2) == 0 for x in (a, other))
+    more = (~empty).sum(1, keepdims=True) > (~others).sum(1, keepdims=True)
+    ramp = jnp.where(more, _RAMP * jnp.linspace(1, 0, a.shape[-1])[None], 0)
+    lowest = jnp.where(empty, -1.0, ramp).astype(a.dtype)[..., None]
     _, v = roots.eigh(a + lowest * jnp.eye(a.shape[-1], dtype=a.dtype)[None])
     return v[..., ::-1]
 
@@ -209,12 +210,13 @@ def _refresh(
     def begin(stacks: dict[str, Stack], _: Array) -> tuple[dict[str, Stack], blocks.Told]:
         new = {}
         for name, stack in stacks.items():
-            bases = {
-                f'{side}_basis': jnp.where(_begun(x), _first_basis(x, stack.nu.shape[1]), 0).astype(
-                    o.root_dtype
-                )
-                for side, x in (('left', stack.left), ('right', stack.right))
-            }
+            bases = {}
+            for side, a, other in (
+                ('left', stack.left, stack.right),
+                ('right', stack.right, stack.left),
+            ):
+                basis = jnp.where(_begun(a), _first_basis(a, other), 0)
+                bases[f'{side}_basis'] = basis.astype(o.root_dtype)
             new[name] = stack._replace(**bases)
         return new, _none()
 
