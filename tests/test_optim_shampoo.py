@@ -86,8 +86,7 @@ def test_a_matrix_moves_as_in_numpy(shape, options):
     # At first the larger factor has no full rank, and without a ridge no root.
     if options['start'] == 1:
         grads = draw((5, 5))
-    told = {**options, 'graft': None if options.get('graft') == 'none' else options.get('graft')}
-    told = {name: value for name, value in told.items() if name != 'graft' or 'graft' in options}
+    told = {name: None if value == 'none' else value for name, value in options.items()}
     with jax.enable_x64(True):
         found = one_matrix(grads, **EXACT, **options)
     np.testing.assert_allclose(found, reference(grads, **told), rtol=0, atol=1e-10)
@@ -152,7 +151,7 @@ def computed(steps=13, **options):
     return counts, found
 
 
-@pytest.mark.parametrize('start, every', [(1, 1), (3, 3), (4, 3), (5, 4)])
+@pytest.mark.parametrize('start, every', [(1, 1), (3, 3), (5, 4)])
 def test_roots_are_computed_at_start_and_then_at_multiples(start, every):
     counts, found = computed(start=start, every=every)
     steps = [step for step in range(1, 14) if due(step, start, every)]
@@ -311,7 +310,11 @@ def test_directions_travel_once_and_statistics_never(compiled):
 
 
 def test_roots_are_computed_in_a_conditional_only(compiled):
-    assert re.search(r' conditional\(', compiled[0].as_text())
+    text = compiled[0].as_text()
+    always = text[text.index('\nENTRY ') :]
+    # Every step runs no loop of products; those of roots are in other computations.
+    assert ' conditional(' in always and ' while(' not in always
+    assert ' while(' in text
 
 
 def test_the_state_is_updated_in_place(compiled):
@@ -542,19 +545,18 @@ def test_it_works_in_a_chain_a_mask_a_partition_and_with_hyperparameters():
     kernels = trees.map_with_name(lambda name, _: name.endswith('kernel'), grads[0])
     labels = jax.tree.map(lambda k: 'matrix' if k else 'rest', kernels)
     composed = {
-        'chain': optax.chain(optax.identity(), base, optax.scale(1.0)),
-        'mask': optax.chain(optax.masked(base, kernels)),
+        'chain': optax.inject_hyperparams(
+            lambda rate: optax.chain(optax.identity(), base, optax.scale(rate))
+        )(rate=1.0),
+        'mask': optax.masked(base, kernels),
         'partition': optax.partition({'matrix': base, 'rest': optax.sgd(1.0)}, labels),
-        'inject': optax.inject_hyperparams(lambda rate: optax.chain(base, optax.scale(rate)))(
-            rate=1.0
-        ),
     }
     for name, tx in composed.items():
         found, _ = directions(tx, grads)
         for one, other in zip(found, wanted, strict=True):
             one, other = blocks_of(one), blocks_of(other)
             for path in one:
-                if path.endswith('kernel') or name in ('chain', 'inject'):
+                if path.endswith('kernel') or name == 'chain':
                     np.testing.assert_allclose(one[path], other[path], rtol=0, atol=1e-4)
 
 
