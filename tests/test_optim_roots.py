@@ -125,7 +125,7 @@ def good():
     return found / scale[:, None, None] ** -0.25, scaled
 
 
-@pytest.mark.parametrize('factor', [0.9, 1.07])
+@pytest.mark.parametrize('factor', [0.8, 1.15])
 def test_the_error_tells_of_a_root_of_another_length(good, factor):
     x, a = good
     assert roots.residual(x, a, 4)[0] < 0.02
@@ -136,14 +136,13 @@ def test_the_error_tells_of_a_root_of_another_length(good, factor):
 def test_the_error_tells_of_one_wrong_direction_along_an_axis(at):
     values = np.float32(spectra(64)['i^-2'])
     x = np.diag(values**-0.25)
-    x[at, at] *= 1.07
+    x[at, at] *= 1.15
     assert (
         roots.residual(jnp.asarray(x[None]), jnp.asarray(np.diag(values)[None]), 4)[0]
         > shampoo.TOLERANCE
     )
 
 
-@pytest.mark.xfail(reason='residual is the largest entry, far below the norm', strict=True)
 def test_the_error_tells_of_one_wrong_direction_of_any_kind():
     values, vectors = spectra(256)['i^-1'], basis(256)
     wrong = values**-0.25
@@ -167,9 +166,10 @@ def test_the_error_is_of_the_root_where_it_does_not_commute(good):
     for p in (1, 2, 3, 4):
         left = np.linalg.matrix_power(turned, p // 2 if p > 1 else 0)
         right = np.linalg.matrix_power(turned, p - (p // 2 if p > 1 else 0))
-        wanted = np.abs(left @ a @ right - np.eye(len(x))).max()
+        wanted = np.linalg.norm(left @ a @ right - np.eye(len(x)), 2)
         found = roots.residual(*(jnp.asarray(part[None], jnp.float32) for part in (turned, a)), p)
-        np.testing.assert_allclose(found, wanted, rtol=2e-3)
+        # An estimate from below.
+        assert 0.9 * wanted < found[0] < 1.001 * wanted
 
 
 def test_a_root_made_with_coarse_products_is_found_bad(monkeypatch, good):

@@ -245,9 +245,12 @@ def put(x: Array, part: Array, group: Array | None, groups: int) -> Array:
     return jax.lax.dynamic_update_index_in_dim(parts, part, group, axis=1).reshape(x.shape)
 
 
-def check(every: int, groups: int, stats_dtype: Any) -> list[tuple[str, str]]:
+def check(block: int, every: int, groups: int, stats_dtype: Any) -> list[tuple[str, str]]:
     """(option, what is wrong with it and what to do) for each that cannot be."""
-    wrong = []
+    numbers = (('block', block, 2), ('every', every, 1), ('groups', groups, 1))
+    wrong = [(name, f'{n} is below {least}') for name, n, least in numbers if n < least]
+    if wrong:
+        return wrong
     if jnp.finfo(stats_dtype).bits < 32:
         why = 'statistics rounded to 16 bits have negative eigenvalues, so no roots'
         wrong.append(('stats_dtype', f'{why}; take float32, and root_dtype=bfloat16 saves memory'))

@@ -259,7 +259,7 @@ def soap_law(
 ) -> Law:
     """SOAP on matrices, Adam on the rest (arXiv 2409.11321)."""
     options = _typed(locals())
-    _refuse(blocks.check(every, groups, options['stats_dtype']))
+    _refuse(blocks.check(block, every, groups, options['stats_dtype']))
     return lambda rules: decoupled(soap.scale_by_soap(rules.mesh, **options))(rules)
 
 

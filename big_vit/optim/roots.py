@@ -41,14 +41,29 @@ def _largest_eigenvalue(a: Float[Array, '*n d d']) -> Float[Array, '*n 1 1']:
 def normalised(
     a: Float[Array, '*n d d'], ridge: Float[Array, '*n']
 ) -> tuple[Float[Array, '*n d d'], Float[Array, '*n']]:
-    """(a / scale + ridge, scale): scale is the largest eigenvalue, 0 for a matrix of zeros."""
+    """((a + ridge * its largest eigenvalue) / scale, scale): eigenvalues are up to 1.
+
+    The scale of a matrix of zeros is 0.
+    """
+    a, trace = _of_trace_one(a)
+    return _ridged(a, _largest_eigenvalue(a)[..., 0, 0], trace, ridge)
+
+
+def _of_trace_one(a: Float[Array, '*n d d']) -> tuple[Float[Array, '*n d d'], Float[Array, '*n']]:
     a = (a + jnp.swapaxes(a, -1, -2)) / 2
-    trace = jnp.trace(a, axis1=-2, axis2=-1)[..., None, None]
-    a = a / jnp.where(trace > 0, trace, 1)
-    largest = _largest_eigenvalue(a)
-    a = a / jnp.where(largest > 0, largest, 1)
-    eye = _eye(a)
-    return a + ridge[..., None, None] * eye, (trace * largest)[..., 0, 0]
+    trace = jnp.trace(a, axis1=-2, axis2=-1)
+    return a / jnp.where(trace > 0, trace, 1)[..., None, None], trace
+
+
+def _ridged(
+    a: Float[Array, '*n d d'],
+    largest: Float[Array, '*n'],
+    trace: Float[Array, '*n'],
+    ridge: Float[Array, '*n'],
+) -> tuple[Float[Array, '*n d d'], Float[Array, '*n']]:
+    a = a / jnp.where(largest > 0, largest, 1)[..., None, None]
+    a = (a + ridge[..., None, None] * _eye(a)) / (1 + ridge)[..., None, None]
+    return a, trace * largest * (1 + ridge)
 
 
 def _eye(a: Float[Array, '*n d d']) -> Float[Array, '*n d d']:
@@ -81,12 +96,6 @@ def _length(x: Float[Array, '*n d d']) -> Float[Array, '*n']:
     return jnp.where(jnp.isfinite(length), length, jnp.inf)
 
 
-def _distance(m: Float[Array, '*n d d']) -> Float[Array, '*n']:
-    # A maximum alone may pass over NaN.
-    finite = jnp.isfinite(m).all((-1, -2))
-    return jnp.where(finite, jnp.abs(m - _eye(m)).max((-1, -2)), jnp.inf)
-
-
 def newton_step(state: tuple[Array, Array, Array], p: int) -> tuple[Array, Array, Array]:
     """One step; a matrix whose error would grow again stays as it is."""
     m, x, error = state
@@ -116,14 +125,22 @@ def _power(t: Float[Array, '*n d d'], p: int) -> Float[Array, '*n d d']:
 
 
 def residual(x: Float[Array, '*n d d'], a: Float[Array, '*n d d'], p: int) -> Float[Array, '*n']:
-    """max |X^(p/2) A X^(p/2) - 1|, infinite where anything is not finite.
+    """The norm of X^(p/2) A X^(p/2) - 1, infinite where anything is not finite.
 
     It is 0 just where X^p A = 1, whether X and A commute or not. Multiplied from one side,
-    the rounding of float32 alone gives up to 1 at a condition of 1e6.
+    the rounding of float32 alone gives up to 1 at a condition of 1e6. The norm is that of
+    matrices (a largest entry does not see one eigenvalue of many that is wrong), estimated.
     """
     left = _power(x, p // 2) if p > 1 else _eye(x)
     right = product(left, x) if p % 2 else left
-    return _distance(product(left, product(a, right)))
+    return _norm(product(left, product(a, right)) - _eye(a))
+
+
+def _norm(x: Float[Array, '*n d d']) -> Float[Array, '*n']:
+    finite = jnp.isfinite(x).all((-1, -2))
+    x = jnp.where(finite[..., None, None], x, 0)
+    squared = _largest_eigenvalue(product(jnp.swapaxes(x, -1, -2), x))[..., 0, 0]
+    return jnp.where(finite, jnp.sqrt(squared), jnp.inf)
 
 
 def rescaled(
@@ -182,21 +199,23 @@ def inverse_root(
       Roots, and the `residual`, or, where p = -1 / exponent is not whole, the error of the
       decomposition. The error of a matrix that is not finite is not finite.
     """
-    scaled, scale = normalised(a, ridge)
     p = whole(exponent)
     if method == 'newton':
         assert p is not None
+        scaled, scale = normalised(a, ridge)
         state = newton_start(scaled, p)
         steps = newton_steps(p, least_ridge)
-        state = jax.lax.fori_loop(0, steps, lambda _, s: newton_step(s, p), state)
-        x = state[1]
+        x = jax.lax.fori_loop(0, steps, lambda _, s: newton_step(s, p), state)[1]
     else:
-        w, v = eigh(scaled)
-        w = jnp.maximum(w, ridge[..., None])
+        a, trace = _of_trace_one(a)
+        w, v = eigh(a)
+        scaled, scale = _ridged(a, w[..., -1], trace, ridge)
+        w = jnp.maximum(w, 0) / jnp.where(w[..., -1:] > 0, w[..., -1:], 1)
+        w = (w + ridge[..., None]) / (1 + ridge[..., None])
         x = product(v * (w**exponent)[..., None, :], jnp.swapaxes(v, -1, -2))
         if p is None:
             again = product(v * w[..., None, :], jnp.swapaxes(v, -1, -2))
-            return rescaled(x, scale, exponent), _distance(again - scaled + _eye(scaled))
+            return rescaled(x, scale, exponent), _norm(again - scaled)
     return rescaled(x, scale, exponent), residual(x, scaled, p)
 
 

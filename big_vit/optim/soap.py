@@ -82,7 +82,7 @@ def scale_by_soap(
       ValueError: options that do not go together.
     """
     o = Options(**options)
-    for name, why in blocks.check(o.every, o.groups, o.stats_dtype):
+    for name, why in blocks.check(o.block, o.every, o.groups, o.stats_dtype):
         raise ValueError(f'{name}: {why}')
     told = ('computed', 'refused', 'restarted', 'ignored')
     return blocks.transformation(
