@@ -215,18 +215,34 @@ def adam(o: Adam, average: Array, nu: Array, step: Int[Array, '']) -> Array:
     return average / (jnp.sqrt(nu / correction(o.b2, step, nu.dtype)) + o.eps)
 
 
-def count(mask: Bool[Array, ' n']) -> Int[Array, '']:
+def count(mask: Bool[Array, '*n']) -> Int[Array, '']:
     return mask.sum(dtype=jnp.int32)
 
 
+def usable(
+    g: Float[Array, 'blocks r c'],
+) -> tuple[Bool[Array, 'blocks 1 1'], Float[Array, 'blocks r c']]:
+    """(which blocks have a gradient that can be used, the gradients with zeros for the rest)."""
+    keep = jnp.isfinite(jnp.square(g).sum((1, 2), keepdims=True))
+    return keep, jnp.where(keep, g, 0)
+
+
 def statistics(
-    b2: float, old: Array, outer: Array, keep: Bool[Array, 'blocks 1 1']
-) -> tuple[Array, Bool[Array, ' blocks']]:
-    """The new averages where to keep them, and which were not finite and have started again."""
-    new = b2 * old + (1 - b2) * outer
-    finite = jnp.isfinite(new).all((1, 2), keepdims=True)
-    new = jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * outer))
-    return new, ~finite[:, 0, 0]
+    b2: float,
+    g: Float[Array, 'blocks r c'],
+    keep: Bool[Array, 'blocks 1 1'],
+    left: Float[Array, 'blocks r r'],
+    right: Float[Array, 'blocks c c'],
+) -> tuple[Float[Array, 'blocks r r'], Float[Array, 'blocks c c'], Int[Array, '']]:
+    """(averages of G G' and G' G, how many were not finite and have started again)."""
+    outer = (jnp.einsum('nij,nkj->nik', g, g), jnp.einsum('nji,njk->nik', g, g))
+    made, restarted = [], jnp.zeros((), jnp.int32)
+    for old, now in zip((left, right), outer, strict=True):
+        new = b2 * old + (1 - b2) * now
+        finite = jnp.isfinite(new).all((1, 2), keepdims=True)
+        made.append(jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * now)))
+        restarted += count(~finite)
+    return made[0], made[1], restarted
 
 
 def take(x: Array, group: Array | None, groups: int) -> Array:
@@ -281,6 +297,19 @@ class State(NamedTuple):
     health: Told
 
 
+def nothing() -> Told:
+    """What an optimizer of stacks tells of a step, or in `State.health` of all, at first.
+
+    computed, refused    roots or bases that were made, and of them those not good enough
+    restarted            statistics that were of no use and have started again
+    ignored              gradients, of a block or a parameter, that were not finite
+    error                the largest of the roots or bases; of all steps, that of the last
+    """
+    counts = ('computed', 'refused', 'restarted', 'ignored')
+    zeros = {name: jnp.zeros((), jnp.int32) for name in counts}
+    return {**zeros, 'error': jnp.zeros((), jnp.float32)}
+
+
 def padded_length(stack: Stack, unit: int) -> int:
     """Blocks of a stack, with those of zeros that make it divide by `unit`."""
     return -(-stack.blocks // unit) * unit
@@ -290,7 +319,6 @@ def transformation(
     o: Adam,
     empty: Callable[[Stack, int], Any],
     advance: Callable[..., tuple[dict[str, Array], Stacks, Told]],
-    health: Told,
     *,
     block: int,
     groups: int = 1,
@@ -303,9 +331,7 @@ def transformation(
     Args:
       empty: the first state of a stack, of so many blocks with those of zeros.
       advance: (gradients of all stacks, their states, step, age) -> (directions, states, what
-        has happened). Called on each device with that device's blocks.
-      health: zeros of what `advance` tells; added up, but for `error`, of which the largest
-        counts. Besides, `ignored` counts gradients that were not finite.
+        has happened, as `nothing` has it). Called on each device with that device's blocks.
       groups: each device has a multiple of so many blocks of a stack.
       mesh: over all of whose axes blocks are spread; None computes on one device.
       gather_dtype: type in which directions travel between devices.
@@ -328,7 +354,7 @@ def transformation(
             mu=trees.unflatten({n: jnp.zeros(x.shape, o.mu_dtype) for n, x in rest.items()}),
             nu=trees.unflatten({n: jnp.zeros(x.shape, o.dtype) for n, x in rest.items()}),
             stacks=stacks,
-            health=jax.tree.map(jnp.copy, health),
+            health=nothing(),
         )
 
     def update(updates: Any, state: State, params: Any = None) -> tuple[Any, State]:
@@ -343,7 +369,6 @@ def transformation(
             (step, age),
             mesh,
             gather_dtype,
-            health,
         )
         made = join(cuts, directions, flat)
         mu, nu = trees.flatten(state.mu), trees.flatten(state.nu)
@@ -392,16 +417,14 @@ def advance_all(
     now: tuple[Array, ...],
     mesh: Mesh | None,
     gather_dtype: Any,
-    nothing: Told,
 ) -> tuple[dict[str, Array], Stacks, Told]:
     """`advance` on each device with its own blocks; directions and what is told of all.
 
     Args:
       now: further arguments of `advance`, such as the step.
-      nothing: what is told where there are no blocks.
     """
     if not grads:
-        return {}, stacks, dict(nothing)
+        return {}, stacks, nothing()
     if mesh is None:
         return advance(grads, stacks, *now)
     axes = mesh.axis_names

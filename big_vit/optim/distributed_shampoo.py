@@ -547,7 +547,6 @@ def _preconditioned(
         (state.step,),
         o.mesh,
         dtype,
-        _told(),
     )
     joined, made = blocks.join(cuts, directions, parts), {}
     for name, found in pieces.items():

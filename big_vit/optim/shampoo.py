@@ -128,9 +128,8 @@ def scale_by_shampoo(
       gather_dtype: type in which directions travel between devices.
 
     Returns:
-      A transformation with a `blocks.State`. Its `health` counts roots `computed` and
-      `refused`, statistics `restarted`, gradients of a block or a parameter that were
-      `ignored` because they were not finite; and has the largest `error` of the roots in use.
+      A transformation with a `blocks.State`; its `health` has the largest error of the roots
+      in use.
 
     Raises:
       ValueError: options that `check` refuses.
@@ -138,12 +137,10 @@ def scale_by_shampoo(
     o = Options(**options)
     for name, why in check(o):
         raise ValueError(f'{name}: {why}')
-    told = ('computed', 'refused', 'restarted', 'ignored')
     return blocks.transformation(
         _adam(o),
         lambda stack, length: _empty(o, stack, length),
         lambda *now: _advance(o, *now),
-        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros((), jnp.float32)},
         block=o.block,
         groups=o.groups,
         mesh=mesh,
@@ -189,28 +186,21 @@ def _advance(
     age: Int[Array, ''],
 ) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
     """One step of the blocks of one device: statistics, roots where due, directions."""
-    averages, new = {}, {}
-    ignored = restarted = jnp.zeros((), jnp.int32)
+    averages: dict[str, Array] = {}
+    new: dict[str, Stack] = {}
+    told = blocks.nothing()
     for name, g in grads.items():
         old = stacks[name]
-        usable = jnp.isfinite(jnp.square(g).sum((1, 2)))
-        keep = usable[:, None, None]
-        g = jnp.where(keep, g, 0)
+        keep, g = blocks.usable(g)
         average, mu, nu = blocks.moments(_adam(o), g, old.mu, old.nu, step)
-        left, again_left = blocks.statistics(o.b2, old.left, jnp.einsum('nij,nkj->nik', g, g), keep)
-        right, again_right = blocks.statistics(
-            o.b2, old.right, jnp.einsum('nji,njk->nik', g, g), keep
-        )
-        new[name] = old._replace(
-            mu=jnp.where(keep, mu, old.mu),
-            nu=jnp.where(keep, nu, old.nu),
-            left=left,
-            right=right,
-        )
+        left, right, restarted = blocks.statistics(o.b2, g, keep, old.left, old.right)
+        mu, nu = jnp.where(keep, mu, old.mu), jnp.where(keep, nu, old.nu)
+        new[name] = old._replace(mu=mu, nu=nu, left=left, right=right)
         averages[name] = jnp.where(keep, average, 0)
-        ignored += blocks.count(~usable)
-        restarted += blocks.count(again_left) + blocks.count(again_right)
-    new, told = _slices(o, new, age) if o.sliced else _refresh(o, new, age)
+        told['ignored'] += blocks.count(~keep)
+        told['restarted'] += restarted
+    new, more = _slices(o, new, age) if o.sliced else _refresh(o, new, age)
+    told = _sum(told, more)
     start = max(o.start, o.every) if o.sliced else o.start
     directions = {}
     for name, average in averages.items():
@@ -220,8 +210,7 @@ def _advance(
         made = _precondition(o, new[name], average, plain)
         directions[name] = jnp.where(age >= start, made, plain)
     errors = [jnp.max(stack.error, initial=0.0) for stack in new.values()]
-    told['restarted'] += restarted
-    return directions, new, {**told, 'ignored': ignored, 'error': jnp.stack(errors).max()}
+    return directions, new, {**told, 'error': jnp.stack(errors).max()}
 
 
 def _length(x: Float[Array, 'blocks r c']) -> Float[Array, 'blocks 1 1']:
@@ -243,10 +232,6 @@ def _precondition(o: Options, stack: Stack, average: Array, plain: Array) -> Arr
 
 def _ridge(o: Options, failures: Int[Array, ' n']) -> Float[Array, ' n']:
     return o.ridge * 10.0 ** failures.astype(o.stats_dtype)
-
-
-def _none() -> blocks.Told:
-    return dict.fromkeys(('computed', 'refused', 'restarted'), jnp.zeros((), jnp.int32))
 
 
 def _sum(a: blocks.Told, b: blocks.Told) -> blocks.Told:
@@ -271,7 +256,8 @@ def _accept(
     o: Options, stack: Stack, found: dict[str, tuple[Array, Array]], group: Array | None
 ) -> tuple[Stack, blocks.Told]:
     """The stack with the (root, error) found for each side, where they are good enough."""
-    told, fields, errors, failed = _none(), {}, [], []
+    told, errors, failed = blocks.nothing(), [], []
+    fields: dict[str, Array] = {}
     for column, side in enumerate(SIDES):
         root, error = found[side]
         old, stats, kept, failures = (
@@ -299,7 +285,7 @@ def _accept(
         fields[side] = blocks.put(getattr(stack, side), stats, group, o.groups)
         fields[f'{side}_root'] = blocks.put(getattr(stack, f'{side}_root'), root, group, o.groups)
         counted = {'computed': real, 'refused': real & ~good, 'restarted': real & again}
-        told = _sum(told, {name: blocks.count(x) for name, x in counted.items()})
+        told |= {name: told[name] + blocks.count(x) for name, x in counted.items()}
     fields['error'] = blocks.put(stack.error, jnp.stack(errors, 1), group, o.groups)
     fields['failures'] = blocks.put(stack.failures, jnp.stack(failed, 1), group, o.groups)
     return stack._replace(**fields), told
@@ -335,7 +321,7 @@ def _refresh(
             ends = itertools.accumulate((part.shape[0] for part in parts), initial=0)
             for (name, side), (start, end) in zip(keys, itertools.pairwise(ends), strict=True):
                 found[name][side] = root[start:end], error[start:end]
-        new, told = {}, _none()
+        new, told = {}, blocks.nothing()
         for name, stack in stacks.items():
             new[name], more = _accept(o, stack, found[name], group)
             told = _sum(told, more)
@@ -343,7 +329,7 @@ def _refresh(
 
     if o.groups == 1:
         due = (age == o.start) | ((age > o.start) & (age % o.every == 0))
-        return jax.lax.cond(due, lambda s: one(s, None), lambda s: (s, _none()), stacks)
+        return jax.lax.cond(due, lambda s: one(s, None), lambda s: (s, blocks.nothing()), stacks)
     # All groups at the first step, then one after the other: a loop over those that are due.
     each = o.every // o.groups
     group = (age // each) % o.groups
@@ -356,7 +342,7 @@ def _refresh(
         stacks, more = one(stacks, group)
         return stacks, _sum(told, more)
 
-    return jax.lax.fori_loop(first, last, body, (stacks, _none()))
+    return jax.lax.fori_loop(first, last, body, (stacks, blocks.nothing()))
 
 
 def _slices(
@@ -381,7 +367,7 @@ def _slices(
         return new
 
     def finish(stacks: dict[str, Stack]) -> tuple[dict[str, Stack], blocks.Told]:
-        new, told = {}, _none()
+        new, told = {}, blocks.nothing()
         for name, stack in stacks.items():
             found = {}
             for side, (a, scale, (_, x, _)) in stack.work.items():
@@ -400,4 +386,4 @@ def _slices(
             work[side] = a, scale, made
         stacks[name] = stack._replace(work=work)
     last = phase == o.every - 1
-    return jax.lax.cond(last, finish, lambda s: (s, _none()), stacks)
+    return jax.lax.cond(last, finish, lambda s: (s, blocks.nothing()), stacks)

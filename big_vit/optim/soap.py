@@ -73,10 +73,8 @@ def scale_by_soap(
       gather_dtype: type in which directions travel between devices.
 
     Returns:
-      A transformation with a `blocks.State`. Its `health` counts bases `computed` and
-      `refused`, statistics `restarted`, gradients of a block or a parameter that were
-      `ignored` because they were not finite; `error` is how far the bases refreshed at this
-      step are from orthonormal.
+      A transformation with a `blocks.State`; the error in its `health` is how far the bases
+      refreshed at this step are from orthonormal.
 
     Raises:
       ValueError: options that do not go together.
@@ -84,12 +82,10 @@ def scale_by_soap(
     o = Options(**options)
     for name, why in blocks.check(o.block, o.every, o.groups, o.stats_dtype):
         raise ValueError(f'{name}: {why}')
-    told = ('computed', 'refused', 'restarted', 'ignored')
     return blocks.transformation(
         blocks.Adam(o.b1, o.b2, o.eps, False, o.mu_dtype, o.stats_dtype),
         lambda stack, length: _empty(o, stack, length),
         lambda *now: _advance(o, *now),
-        {**{name: jnp.zeros((), jnp.int32) for name in told}, 'error': jnp.zeros((), jnp.float32)},
         block=o.block,
         groups=o.groups,
         mesh=mesh,
@@ -121,8 +117,9 @@ def _advance(
     age: Int[Array, ''],
 ) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
     """One step of the blocks of one device: direction, statistics, bases where due."""
-    directions, new = {}, {}
-    ignored = restarted = jnp.zeros((), jnp.int32)
+    directions: dict[str, Array] = {}
+    new: dict[str, Stack] = {}
+    told = blocks.nothing()
     b2_stats = o.b2 if o.b2_stats is None else o.b2_stats
     del step  # Averages of squares in these bases are as old as the bases.
     # Of updates made: the first gradient makes none.
@@ -130,31 +127,21 @@ def _advance(
     moves = updates > 0
     for name, g in grads.items():
         old = stacks[name]
-        usable = jnp.isfinite(jnp.square(g).sum((1, 2)))
-        keep = usable[:, None, None]
-        g = jnp.where(keep, g, 0)
+        keep, g = blocks.usable(g)
         mu = o.b1 * old.mu.astype(g.dtype) + (1 - o.b1) * g
         nu = o.b2 * old.nu + (1 - o.b2) * jnp.square(_turn(old, g))
         size = jnp.sqrt(blocks.correction(o.b2, updates, g.dtype))
         size = size / jnp.where(moves, blocks.correction(o.b1, updates, g.dtype), 1)
         made = _turn(old, size * _turn(old, mu) / (jnp.sqrt(nu) + o.eps), back=True)
         directions[name] = jnp.where(keep & moves & jnp.isfinite(made), made, 0)
-        left, again_left = blocks.statistics(
-            b2_stats, old.left, jnp.einsum('nij,nkj->nik', g, g), keep
-        )
-        right, again_right = blocks.statistics(
-            b2_stats, old.right, jnp.einsum('nji,njk->nik', g, g), keep
-        )
-        new[name] = old._replace(
-            mu=jnp.where(keep & moves, mu, old.mu).astype(o.mu_dtype),
-            nu=jnp.where(keep & moves, nu, old.nu),
-            left=left,
-            right=right,
-        )
-        ignored += blocks.count(~usable)
-        restarted += blocks.count(again_left) + blocks.count(again_right)
-    new, told = _refresh(o, new, age)
-    return directions, new, {**told, 'ignored': ignored, 'restarted': restarted}
+        left, right, restarted = blocks.statistics(b2_stats, g, keep, old.left, old.right)
+        mu = jnp.where(keep & moves, mu, old.mu).astype(o.mu_dtype)
+        nu = jnp.where(keep & moves, nu, old.nu)
+        new[name] = old._replace(mu=mu, nu=nu, left=left, right=right)
+        told['ignored'] += blocks.count(~keep)
+        told['restarted'] += restarted
+    new, more = _refresh(o, new, age)
+    return directions, new, {name: told[name] + more[name] for name in told}
 
 
 def _turn(stack: Stack, x: Array, back: bool = False) -> Array:
@@ -218,10 +205,10 @@ def _refresh(
                 basis = jnp.where(_begun(a), _first_basis(a, other), 0)
                 bases[f'{side}_basis'] = basis.astype(o.root_dtype)
             new[name] = stack._replace(**bases)
-        return new, _none()
+        return new, blocks.nothing()
 
     def one(stacks: dict[str, Stack], group: Array) -> tuple[dict[str, Stack], blocks.Told]:
-        new, told = {}, _none()
+        new, told = {}, blocks.nothing()
         for name, stack in stacks.items():
             fields = {}
             nu = blocks.take(stack.nu, group, o.groups)
@@ -253,10 +240,5 @@ def _refresh(
     each = o.every // o.groups
     updates = age - 1
     due = jnp.where(age == 1, 1, jnp.where((updates % each == 0), 2, 0))
-    branches = (lambda s, _: (s, _none()), begin, one)
+    branches = (lambda s, _: (s, blocks.nothing()), begin, one)
     return jax.lax.switch(due, branches, stacks, (updates // each) % o.groups)
-
-
-def _none() -> blocks.Told:
-    counts = dict.fromkeys(('computed', 'refused'), jnp.zeros((), jnp.int32))
-    return {**counts, 'error': jnp.zeros((), jnp.float32)}
