@@ -44,7 +44,7 @@ class Op(NamedTuple):
     source: str  # The path of the model's code that it was made from.
     cycles: int  # Of one execution.
     times: int
-    branch: str = ''  # The branch of a conditional that it is in, which not every call takes.
+    branch: str = ''  # What it is in that runs not once in each call, see `cycles_by_branch`.
 
 
 class Collective(NamedTuple):
@@ -57,6 +57,7 @@ class Collective(NamedTuple):
     times: int
     overlapped: bool  # Whether the compiler runs other work meanwhile.
     network: bool  # Whether it goes over the data-centre network, between slices.
+    branch: str = ''  # As of `Op`.
 
     @property
     def sent(self) -> float:
@@ -71,7 +72,7 @@ class Module(NamedTuple):
     ops: list[Op]
     collectives: list[Collective]
     unknown_loops: int  # Loops whose number of rounds could not be read; counted once.
-    unknown_in: tuple[str, ...] = ()  # The branches that these loops are in.
+    unknown_in: tuple[str, ...] = ()  # The branches that they are in, if not in themselves.
 
     @property
     def cycles(self) -> int:
@@ -79,7 +80,8 @@ class Module(NamedTuple):
 
     @property
     def cycles_by_branch(self) -> dict[str, int]:
-        """Of what every call runs under '', and of each branch of each conditional."""
+        """Of what every call runs so often under '', the rest by the outermost branch of a
+        conditional, or loop of unknown length, that it is in."""
         found: dict[str, int] = defaultdict(int)
         for op in self.ops:
             found[op.branch] += op.cycles * op.times
@@ -180,7 +182,7 @@ def _executions(
     branch: dict[str, str] = defaultdict(str)
     unknown: list[str] = []
 
-    def calls(line: _Line, caller: str) -> Iterator[tuple[str, int]]:
+    def calls(line: _Line, caller: str) -> Iterator[tuple[str, int, bool]]:
         names = _CALLS.findall(line.rest)
         branches = _BRANCHES.search(line.rest)
         names += [n.strip().lstrip('%') for n in branches[1].split(',')] if branches else []
@@ -188,8 +190,9 @@ def _executions(
         if line.opcode == 'while':
             rounds = _rounds(line, computations)
             unknown.extend([branch[caller]] if rounds is None else [])
+        rare = line.opcode == 'conditional' or rounds is None
         for callee in names:
-            yield callee, 1 if rounds is None else rounds
+            yield callee, 1 if rounds is None else rounds, rare
 
     # A computation is called after all of its callers are known: callees come first in the
     # text, so the reverse of its order is a topological one.
@@ -198,12 +201,11 @@ def _executions(
         if not times[name]:
             continue
         for line in computations[name]:
-            for callee, rounds in calls(line, name):
+            for callee, rounds, rare in calls(line, name):
                 times[callee] += times[name] * rounds
                 inside = line.opcode not in ('while', 'conditional', 'call', 'async-start')
                 fused[callee] |= fused[name] or inside
-                # Of conditionals in one another the outermost counts.
-                branch[callee] = branch[name] or callee * (line.opcode == 'conditional')
+                branch[callee] = branch[name] or callee * rare
     return times, fused, branch, unknown
 
 
@@ -255,6 +257,7 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
                 times=times[computation],
                 overlapped=started or fused[computation],
                 network=bool(between),
+                branch=branch[computation],
             )
             key: tuple[object, ...] = (computation, line.name)
             if fused[computation]:

@@ -98,8 +98,9 @@ def test_loops_multiply_and_the_inside_of_a_fusion_does_not_count(module):
     assert module.unknown_in == ('',)
 
 
-def test_branches_of_a_conditional_are_told_apart(module):
-    assert module.cycles_by_branch == {'': 3 * (4 * 10 + 100) + 1 + 1000, 'yes': 5, 'no': 7}
+def test_what_does_not_run_once_in_each_call_is_told_apart(module):
+    always = 3 * (4 * 10 + 100) + 1000
+    assert module.cycles_by_branch == {'': always, 'yes': 5, 'no': 7, 'endless_body': 1}
 
 
 def test_collectives_are_counted_by_channel_with_bytes_and_groups(module):
