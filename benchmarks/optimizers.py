@@ -241,9 +241,10 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
         clock=place.chip.clock,
     )
     # State on one device of larger and smaller slices, which needs no compiler.
-    for others in (8, 64, 512):
-        devices = {8: 'v5e:2x4', 64: 'v5e:8x8', 512: 'v5p:8x8x8'}[others]
-        like = build.experiment(config, topology.load(devices).devices).like
+    for others, devices in ((8, 'v5e:2x4'), (64, 'v5e:8x8'), (512, 'v5p:8x8x8')):
+        # Parameters are split over 64 devices at most: their rows are too few for more.
+        axes = {'mesh.fsdp': min(others, 64), 'mesh.replica': max(others // 64, 1)}
+        like = build.experiment(config.replacing(axes), topology.load(devices).devices).like
         say(**{f'state_on_{others}': ledger.measure(like).own.on_device})
 
 
