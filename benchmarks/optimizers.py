@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -87,8 +88,10 @@ def _aliases() -> None:
 
 
 def _same_types(condition: Any, body: Any, first: Any) -> Any:
-    """A while loop whose first state may say True for the number 1."""
-    return jax.lax.while_loop(condition, body, tuple(1.0 if x is True else x for x in first))
+    """A while loop; that of roots, of six parts, starts with True for the number 1."""
+    if isinstance(first, tuple) and len(first) == 6:
+        first = (*first[:5], 1.0 if first[5] is True else first[5])
+    return jax.lax.while_loop(condition, body, first)
 
 
 def optax_shampoo(block: int) -> optax.GradientTransformation:
@@ -366,7 +369,8 @@ def run(job: str, limit: float) -> dict[str, Any]:
     if ended.is_set():
         row['problem'] = f'stopped after {limit:.0f} s'
     elif code:
-        row['problem'] = errors[-1].strip()[:300] if errors else f'exit status {code}'
+        named = [text.strip() for text in errors if re.match(r'[\w.]+(Error|Exception)\b', text)]
+        row['problem'] = named[-1][:200] if named else f'exit status {code}'
     return row
 
 
