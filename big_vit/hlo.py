@@ -44,6 +44,7 @@ class Op(NamedTuple):
     source: str  # The path of the model's code that it was made from.
     cycles: int  # Of one execution.
     times: int
+    branch: str = ''  # What it is in that runs not once in each call, see `cycles_by_branch`.
 
 
 class Collective(NamedTuple):
@@ -56,6 +57,7 @@ class Collective(NamedTuple):
     times: int
     overlapped: bool  # Whether the compiler runs other work meanwhile.
     network: bool  # Whether it goes over the data-centre network, between slices.
+    branch: str = ''  # As of `Op`.
 
     @property
     def sent(self) -> float:
@@ -70,10 +72,20 @@ class Module(NamedTuple):
     ops: list[Op]
     collectives: list[Collective]
     unknown_loops: int  # Loops whose number of rounds could not be read; counted once.
+    unknown_in: tuple[str, ...] = ()  # The branches that they are in, if not in themselves.
 
     @property
     def cycles(self) -> int:
         return sum(op.cycles * op.times for op in self.ops)
+
+    @property
+    def cycles_by_branch(self) -> dict[str, int]:
+        """Of what every call runs so often under '', the rest by the outermost branch of a
+        conditional, or loop of unknown length, that it is in."""
+        found: dict[str, int] = defaultdict(int)
+        for op in self.ops:
+            found[op.branch] += op.cycles * op.times
+        return dict(found)
 
 
 class _Line(NamedTuple):
@@ -162,24 +174,25 @@ def _rounds(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
 
 def _executions(
     computations: dict[str, list[_Line]], entry: str
-) -> tuple[dict[str, int], dict[str, bool], int]:
-    """({computation: times it runs}, {computation: whether it is part of a fusion}, loops whose
-    number of rounds is unknown)."""
+) -> tuple[dict[str, int], dict[str, bool], dict[str, str], list[str]]:
+    """({computation: times it runs}, {computation: whether it is part of a fusion},
+    {computation: branch it is in}, branch of each loop whose number of rounds is unknown)."""
     times: dict[str, int] = defaultdict(int)
     fused: dict[str, bool] = defaultdict(bool)
-    unknown = 0
+    branch: dict[str, str] = defaultdict(str)
+    unknown: list[str] = []
 
-    def calls(line: _Line) -> Iterator[tuple[str, int]]:
-        nonlocal unknown
+    def calls(line: _Line, caller: str) -> Iterator[tuple[str, int, bool]]:
         names = _CALLS.findall(line.rest)
         branches = _BRANCHES.search(line.rest)
         names += [n.strip().lstrip('%') for n in branches[1].split(',')] if branches else []
         rounds: int | None = 1
         if line.opcode == 'while':
             rounds = _rounds(line, computations)
-            unknown += rounds is None
-        for name in names:
-            yield name, 1 if rounds is None else rounds
+            unknown.extend([branch[caller]] if rounds is None else [])
+        rare = line.opcode == 'conditional' or rounds is None
+        for callee in names:
+            yield callee, 1 if rounds is None else rounds, rare
 
     # A computation is called after all of its callers are known: callees come first in the
     # text, so the reverse of its order is a topological one.
@@ -188,24 +201,25 @@ def _executions(
         if not times[name]:
             continue
         for line in computations[name]:
-            for callee, rounds in calls(line):
+            for callee, rounds, rare in calls(line, name):
                 times[callee] += times[name] * rounds
                 inside = line.opcode not in ('while', 'conditional', 'call', 'async-start')
                 fused[callee] |= fused[name] or inside
-    return times, fused, unknown
+                branch[callee] = branch[name] or callee * rare
+    return times, fused, branch, unknown
 
 
 def read(text: str, devices: int = 1, slices: int = 1) -> Module:
     """The costs of an optimised module, from `compiled.as_text()`.
 
-    Both branches of a conditional count.
+    All branches of a conditional count; `cycles_by_branch` tells them apart.
 
     Args:
       devices: of the whole run, for collectives that name no group.
       slices: that the devices are in; transfers between them name no group either.
     """
     computations, entry = _computations(text)
-    times, fused, unknown = _executions(computations, entry)
+    times, fused, branch, unknown = _executions(computations, entry)
     ops: list[Op] = []
     collectives: dict[tuple[object, ...], Collective] = {}
     for computation, lines in computations.items():
@@ -216,7 +230,8 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
             where = source[1] if source else ''
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
             if cycles and not fused[computation]:
-                ops.append(Op(line.name, line.opcode, where, int(cycles[1]), times[computation]))
+                often = times[computation], branch[computation]
+                ops.append(Op(line.name, line.opcode, where, int(cycles[1]), *often))
             kind = line.opcode.removesuffix('-start')
             between = _BETWEEN_SLICES.search(line.rest) if kind == 'send' else None
             if kind not in COLLECTIVES and not between:
@@ -242,6 +257,7 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
                 times=times[computation],
                 overlapped=started or fused[computation],
                 network=bool(between),
+                branch=branch[computation],
             )
             key: tuple[object, ...] = (computation, line.name)
             if fused[computation]:
@@ -252,4 +268,4 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
             old = collectives.get(key)
             if old is None or one.nbytes * one.times > old.nbytes * old.times:
                 collectives[key] = one
-    return Module(ops, list(collectives.values()), unknown)
+    return Module(ops, list(collectives.values()), len(unknown), tuple(unknown))

@@ -95,6 +95,12 @@ def test_loops_multiply_and_the_inside_of_a_fusion_does_not_count(module):
     times = {op.name: op.times for op in module.ops}
     assert times == {'work': 12, 'once': 3, 'y': 1, 'n': 1, 'e': 1, 'last': 1}
     assert module.unknown_loops == 1
+    assert module.unknown_in == ('',)
+
+
+def test_what_does_not_run_once_in_each_call_is_told_apart(module):
+    always = 3 * (4 * 10 + 100) + 1000
+    assert module.cycles_by_branch == {'': always, 'yes': 5, 'no': 7, 'endless_body': 1}
 
 
 def test_collectives_are_counted_by_channel_with_bytes_and_groups(module):
