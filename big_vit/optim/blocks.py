@@ -99,20 +99,21 @@ def plan(
         rows, columns = math.prod(shape[found.stack : middle]), math.prod(shape[middle:])
         if layers and min(rows, columns) > 1:  # A single row is a vector.
             views[name] = layers, rows, columns
+    parts = _parts(views, block)
     sizes: dict[str, Size] = {}
     counts: dict[Size, int] = {}
     for name, (layers, rows, columns) in views.items():
-        small, large = sorted(_rounded(_part(side, block)) for side in (rows, columns))
+        down, across = parts[rows], parts[columns]
+        small, large = sorted((_rounded(-(-rows // down)), _rounded(-(-columns // across))))
         sizes[name] = small, large
-        blocks = layers * -(-rows // block) * -(-columns // block)
-        counts[sizes[name]] = counts.get(sizes[name], 0) + blocks
+        counts[sizes[name]] = counts.get(sizes[name], 0) + layers * down * across
     total = sum(counts.values())
     usual = [size for size, count in counts.items() if count > 1 and 16 * count > total]
     cuts: dict[str, Cut] = {}
     stacks: dict[str, Stack] = {}
     for name, (layers, rows, columns) in views.items():
-        down, across = -(-rows // block), -(-columns // block)
-        made = sizes[name], _part(rows, block) > _part(columns, block), down, across
+        down, across = parts[rows], parts[columns]
+        made = sizes[name], -(-rows // down) > -(-columns // across), down, across
         if sizes[name] not in usual:
             made = _as_usual(rows, columns, usual) or made
         size, flipped, down, across = made
@@ -123,9 +124,28 @@ def plan(
     return Plan(cuts, stacks)
 
 
-def _part(side: int, block: int) -> int:
-    """The side of a block, of those of equal size that a side is cut into."""
-    return -(-side // -(-side // block))
+def _parts(views: Mapping[str, tuple[int, int, int]], block: int) -> dict[int, int]:
+    """Into how many parts to cut each side: as few as `block` allows, or a few more.
+
+    What must be cut is cut into parts as long as the side that most matrices have, if twice
+    as many can be so long: 3072 beside 768 into four of 768, not three of 1024. Blocks of
+    one size take one program to make roots with, and need the least zeros.
+    """
+    fewest, seen = {}, dict[int, int]()
+    for layers, *sides in views.values():
+        for side in sides:
+            fewest[side] = -(-side // block)
+            size = _rounded(-(-side // fewest[side]))
+            seen[size] = seen.get(size, 0) + layers
+    if not seen:
+        return {}
+    most = max(seen, key=lambda size: seen[size])
+    parts = {}
+    for side, least in fewest.items():
+        more = range(least, 2 * least + 1) if least > 1 else ()
+        alike = [n for n in more if _rounded(-(-side // n)) == most]
+        parts[side] = alike[0] if alike else least
+    return parts
 
 
 # Scalars of a block that costs more to compile for than to pad.
@@ -431,19 +451,13 @@ def advance_all(
 
     def local(grads: Any, stacks: Any, now: Any) -> Any:
         directions, stacks, told = advance(grads, stacks, *now)
-        # In one array, so that all travel at once.
-        flat = [x.reshape(-1).astype(gather_dtype) for x in directions.values()]
-        sent = jax.lax.all_gather(jnp.concatenate(flat), axes)
-        start, parts = 0, {}
-        for name, x in directions.items():
-            part = sent[:, start : start + x.size].astype(x.dtype)
-            parts[name] = part.reshape(-1, *x.shape[1:])
-            start += x.size
-        names = sorted(told)
-        numbers = jnp.stack([told[name].astype(jnp.float32) for name in names])
-        columns = zip(names, jax.lax.all_gather(numbers, axes).T, strict=True)
-        told = {name: x.max() if name == 'error' else x.sum() for name, x in columns}
-        return parts, stacks, told
+        # Each stack as it is: what is flattened to travel costs more to put back than to send.
+        gathered = {
+            name: jax.lax.all_gather(x.astype(gather_dtype), axes, tiled=True).astype(x.dtype)
+            for name, x in directions.items()
+        }
+        error = jax.lax.pmax(told.pop('error'), axes)
+        return gathered, stacks, {**jax.lax.psum(told, axes), 'error': error}
 
     split, same = PartitionSpec(axes), PartitionSpec()
     return jax.shard_map(

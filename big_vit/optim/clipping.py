@@ -1,8 +1,10 @@
 """Limits on the gradient."""
 
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from big_vit import trees
@@ -28,3 +30,18 @@ def adaptive(limit: float) -> optax.GradientTransformation:
         return layers.per_layer(name, one)(gradient, param)
 
     return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
+
+
+def by_global_norm(limit: float) -> optax.GradientTransformation:
+    """The gradient of all parameters multiplied so that its norm is at most `limit`.
+
+    optax chooses between two gradients instead; of sharded ones the partitioner then brings
+    together both.
+    """
+
+    def change(gradients: Any, _: Any) -> Any:
+        norm = optax.tree.norm(gradients)
+        factor = limit / jnp.maximum(norm, limit)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return optax.stateless(change)

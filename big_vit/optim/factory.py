@@ -367,7 +367,7 @@ def make(
 
     def moving(rules: Rules) -> list[optax.GradientTransformation]:
         limits = [clipping.adaptive(agc)] if agc else []
-        limits += [optax.clip_by_global_norm(clip)] if clip else []
+        limits += [clipping.by_global_norm(clip)] if clip else []
         return [optax.chain(*limits) if limits else optax.identity(), *law(rules)]
 
     still = frozen(lr_factors)
