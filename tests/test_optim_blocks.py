@@ -46,16 +46,16 @@ def view(name, array):
     return array.reshape(layers, -1, math.prod(rest[-outputs:]))
 
 
-def blocks_of(matrix, block):
-    """Equal parts of at most `block` by `block`, with no more rows than columns."""
+def blocks_of(matrix, cut):
+    """Equal parts, down first as told, some turned on their side."""
     rows, columns = matrix.shape
-    high, wide = (math.ceil(side / math.ceil(side / block)) for side in (rows, columns))
+    high, wide = math.ceil(rows / cut.down), math.ceil(columns / cut.across)
     parts = [
         matrix[i : i + high, j : j + wide]
         for i in range(0, rows, high)
         for j in range(0, columns, wide)
     ]
-    return [part.T if high > wide else part for part in parts]
+    return [part.T if cut.flipped else part for part in parts]
 
 
 def cut_and_joined(shapes, block, extra=0):
@@ -96,7 +96,7 @@ def test_every_kernel_of_a_vit_is_cut_and_joined_again(scan, block):
     assert set(plan.cuts) == {name for name in shapes if name.endswith('kernel')}
     # Blocks lie layer by layer, along rows first, each in the corner of zeros.
     for name, cut in plan.cuts.items():
-        parts = [part for layer in view(name, arrays[name]) for part in blocks_of(layer, block)]
+        parts = [part for layer in view(name, arrays[name]) for part in blocks_of(layer, cut)]
         found = stacks[cut.stack][cut.first : cut.first + cut.blocks]
         for part, x in zip(parts, found, strict=True):
             rows, columns = part.shape
@@ -119,7 +119,8 @@ SIDES = (4304, 1408, 6144, 1152, 1000, 1025, 97, 2)
 def test_sides_that_no_block_divides_are_cut_and_joined_again(columns):
     plan, _, _ = check_round_trip({f'{rows}/kernel': (rows, columns) for rows in SIDES}, 512)
     for cut in plan.cuts.values():
-        assert cut.down == math.ceil(cut.rows / 512) and cut.across == math.ceil(columns / 512)
+        for side, parts in ((cut.rows, cut.down), (cut.columns, cut.across)):
+            assert math.ceil(side / 512) <= parts <= 4 * math.ceil(side / 512)
 
 
 @pytest.mark.parametrize('seed', range(8))
@@ -220,8 +221,8 @@ def test_no_part_of_a_parameter_is_larger_than_a_block():
 def test_a_few_blocks_join_the_stack_of_many_where_they_fit():
     shapes = {'encoderblock/a/kernel': (64, 128, 128), 'b/kernel': (128, 120), 'c/kernel': (8, 8)}
     plan = blocks.plan(shapes, 128)
-    # 8 x 8 would be padded to 256 times its size.
-    assert plan.stacks == {'128x128': blocks.Stack(128, 128, 65), '8x8': blocks.Stack(8, 8, 1)}
+    # Padding 8 x 8 costs less than a program for its roots.
+    assert plan.stacks == {'128x128': blocks.Stack(128, 128, 66)}
     check_round_trip(shapes, 128)
 
 

@@ -115,7 +115,7 @@ def plan(
         down, across = parts[rows], parts[columns]
         made = sizes[name], -(-rows // down) > -(-columns // across), down, across
         if sizes[name] not in usual:
-            made = _as_usual(rows, columns, usual) or made
+            made = _as_usual(rows, columns, usual, 4 * down * across) or made
         size, flipped, down, across = made
         key = f'{size[0]}x{size[1]}'
         first = stacks[key].blocks if key in stacks else 0
@@ -152,18 +152,21 @@ def _parts(views: Mapping[str, tuple[int, int, int]], block: int) -> dict[int, i
 _SMALL = 128**2
 
 
-def _as_usual(rows: int, columns: int, usual: list[Size]) -> tuple[Size, bool, int, int] | None:
+def _as_usual(
+    rows: int, columns: int, usual: list[Size], limit: int
+) -> tuple[Size, bool, int, int] | None:
     """(size, flipped, down, across) of a rare matrix in blocks of a size that is there anyway.
 
     On many devices a stack of a single block would take as much as one of a block for each.
-    None where that would more than double what the matrix takes, if it is not small anyway.
+    None where it would take more blocks than the limit, or more than double what the matrix
+    takes, if that is not small anyway.
     """
     best, least = None, max(2 * rows * columns, _SMALL)
     for size in usual:
         for flipped in (False, True):
             r, c = (size[1], size[0]) if flipped else size
             down, across = -(-rows // r), -(-columns // c)
-            if down * across * r * c <= least:
+            if down * across <= limit and down * across * r * c <= least:
                 best, least = (size, flipped, down, across), down * across * r * c
     return best
 
