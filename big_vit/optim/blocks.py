@@ -456,7 +456,7 @@ def advance_all(
         directions, stacks, told = advance(grads, stacks, *now)
         # Each stack as it is: what is flattened to travel costs more to put back than to send.
         gathered = {
-            name: jax.lax.all_gather(x.astype(gather_dtype), axes, tiled=True).astype(x.dtype)
+            name: jax.lax.all_gather(x.astype(gather_dtype), axes, tiled=True)
             for name, x in directions.items()
         }
         error = jax.lax.pmax(told.pop('error'), axes)
