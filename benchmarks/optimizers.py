@@ -46,13 +46,14 @@ OWN: dict[str, dict[str, Any]] = {
     'shampoo': {'name': 'shampoo'},
     'shampoo, groups 4': {'name': 'shampoo', 'groups': 4},
     'shampoo, sliced': {'name': 'shampoo', 'sliced': True},
+    'shampoo, sent as bfloat16': {'name': 'shampoo', 'gather_dtype': 'bfloat16'},
     'shampoo, every 1': {'name': 'shampoo', 'every': 1},
     'shampoo, every 100': {'name': 'shampoo', 'every': 100},
     'shampoo, eigh': {'name': 'shampoo', 'root': 'eigh'},
     'soap': {'name': 'soap'},
 }
 PEERS = ('optax.adamw', 'optax.contrib.muon', 'optax-shampoo', 'precondition')
-TPU = ('adamw', 'shampoo', 'shampoo, sliced', 'shampoo, groups 4', 'soap')
+TPU = ('adamw', 'shampoo', 'shampoo, sent as bfloat16', 'shampoo, sliced', 'shampoo, groups 4', 'soap')
 # Blocks that let a refresh end within a minute or so on a CPU; a TPU has 1024, the default.
 TREES = {'Ti/16': 256, 'S/16': 256, 'B/16': 256}
 LIMITS = {'tpu': 1500, 'devices': 300, 'time': 90}
