@@ -9,10 +9,8 @@ allocated. What a step takes besides, activations above all, only a compiler kno
 
 import argparse
 import itertools
-import json
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -323,8 +321,7 @@ def main(argv: list[str]) -> None:
         raise UserError('--topology and --devices are both given; give one')
     if args.devices is not None and args.devices < 1:
         raise UserError(f'--devices must be at least 1, not {args.devices}')
-    if args.json not in (None, '-') and not Path(args.json).parent.is_dir():
-        raise UserError(f'--json: there is no folder {Path(args.json).parent}')
+    runtime.check_json(args.json)
     config = config_lib.load(spec, overrides)
     names = _names(args.optimizers) or optimizers()
     for name in names:
@@ -358,21 +355,16 @@ def main(argv: list[str]) -> None:
     if args.json != '-':
         noted = ['\n'.join(notes(rows))] if notes(rows) else []
         print('\n\n'.join(['\n'.join(lines), *tables, *noted]))
-    if args.json:
-        text = json.dumps(
-            {
-                'topology': place.name,
-                'devices': len(place.devices),
-                'mesh': dict(mesh),
-                'hbm_of_a_device': capacity,
-                'rows': [to_json(one, capacity) for one in rows],
-            },
-            indent=2,
-        )
-        if args.json == '-':
-            print(text)
-        else:
-            Path(args.json).write_text(text + '\n')
+    runtime.put_json(
+        args.json,
+        {
+            'topology': place.name,
+            'devices': len(place.devices),
+            'mesh': dict(mesh),
+            'hbm_of_a_device': capacity,
+            'rows': [to_json(one, capacity) for one in rows],
+        },
+    )
 
 
 if __name__ == '__main__':

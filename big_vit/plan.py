@@ -8,14 +8,12 @@ says whether it fits, how fast it would be and what it would cost.
 
 import argparse
 import itertools
-import json
 import math
 import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -448,8 +446,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--slices must be at least 1, not {args.slices}')
     if not re.fullmatch(r'(\d+(,\d+)*)?', args.per_device):
         raise UserError(f'--per-device: cannot read {args.per_device!r}; write --per-device 16,32')
-    if args.json not in (None, '-') and not Path(args.json).parent.is_dir():
-        raise UserError(f'--json: there is no folder {Path(args.json).parent}')
+    runtime.check_json(args.json)
     config = config_lib.load(spec, overrides)
     topology.prepare_environment()
     if not name.startswith('gpu'):
@@ -473,12 +470,7 @@ def main(argv: list[str]) -> None:
         plan = make(config, place, args.ops)
     if args.json != '-':
         print(('\nfastest\n' if args.search else '') + page(plan))
-    if args.json:
-        text = json.dumps(to_json(plan), indent=2)
-        if args.json == '-':
-            print(text)
-        else:
-            Path(args.json).write_text(text + '\n')
+    runtime.put_json(args.json, to_json(plan))
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,21 @@ def command(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
     except BrokenPipeError:  # Output went to `head` or a pager that has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_json(target: str | None) -> None:
+    """Raises UserError where a command's `--json` names a file in no folder."""
+    if target not in (None, '-') and not Path(target).parent.is_dir():
+        raise UserError(f'--json: there is no folder {Path(target).parent}')
+
+
+def put_json(target: str | None, figures: dict[str, Any]) -> None:
+    """Writes a command's figures where its `--json` says; '-' prints them."""
+    text = json.dumps(figures, indent=2)
+    if target == '-':
+        print(text)
+    elif target:
+        Path(target).write_text(text + '\n')
 
 
 def preflight() -> str:

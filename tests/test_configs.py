@@ -6,11 +6,13 @@ transforms, objective, optimizer and schedule are the config's own.
 
 from pathlib import Path
 
+import jax
 import pytest
 from tiny import MODEL, RUN, overrides, write_idx, write_tfds
 
 from big_vit import build, checkpoint, config, metrics, train, transfer
 from big_vit.data import sources
+from big_vit.errors import UserError
 
 CONFIGS = sorted(Path('configs').glob('*.py'))
 PRETRAIN = [path for path in CONFIGS if 'transfer' not in path.name]
@@ -90,6 +92,27 @@ def test_pretrain(path, idx_folder, tfds_folder, tmp_path):
     assert [row['step'] for row in rows if 'train/loss' in row] == [1, 2, 3]
     for name in whole.evals:
         assert [row for row in rows if row['step'] == 3 and f'{name}/top1' in row]
+
+
+def test_the_shampoo_of_algoperf_is_what_s16_asks_for():
+    loaded = config.load('configs/vit_s16_i1k.py:optimizer=shampoo', [('model.scan', 'true')])
+    parts = build.experiment(loaded, jax.devices())
+    assert list(parts.settings) == ['shampoo'] and parts.total_steps == 112_000
+    made = parts.settings['shampoo']
+    assert (made['b1'], made['b2'], made['every'], made['start']) == (0.97466, 0.97492, 100, 100)
+    assert made['nesterov'] and made['block'] == 1024 and made['graft'] == 'adam'
+    # The peak of the rate is at 5 %, and the decay is on all parameters.
+    assert float(parts.schedule(5600)) == pytest.approx(1.438e-3)
+    assert set(parts.decay_factors.values()) == {1.97e-4}
+    with pytest.raises(UserError, match='must be adamw or shampoo, not lion'):
+        config.load('configs/vit_s16_i1k.py:optimizer=lion', [])
+
+
+@pytest.mark.parametrize('name', ['shampoo', 'soap', 'muon'])
+def test_the_small_config_takes_any_optimizer(name, idx_folder):
+    settings = [('data.path', str(idx_folder)), ('batch_size', '16')]
+    loaded = config.load(f'configs/fashion_mnist.py:optimizer={name}', settings)
+    assert list(build.experiment(loaded).settings) == [name]
 
 
 @pytest.fixture(scope='module')
