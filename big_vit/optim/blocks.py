@@ -71,7 +71,8 @@ class Plan(NamedTuple):
 
 def _rounded(size: int) -> int:
     """So that sizes that are nearly the same become the same."""
-    return size if size <= 64 else -(-size // 64) * 64
+    unit = 1 if size <= 64 else 32 if size <= 256 else 64
+    return -(-size // unit) * unit
 
 
 def _order(name: str) -> tuple[str, int]:
