@@ -32,7 +32,7 @@ demo: install
 	@echo "             $(BIN)/python -m big_vit.train --config configs/fashion_mnist.py --workdir $(RUNS)/fashion"
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: install
 	$(BIN)/python -m pytest

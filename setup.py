@@ -14,7 +14,7 @@ LIBTPU = [
     f"libtpu==0.0.42.*; python_version < '3.12' and {HAS_LIBTPU}",
     f"libtpu==0.0.50.*; python_version >= '3.12' and {HAS_LIBTPU}",
 ]
-TEST = ['pytest>=8', 'beartype>=0.18', 'psutil>=5', *LIBTPU]
+TEST = ['pytest>=8', 'pytest-xdist>=3.6', 'beartype>=0.18', 'psutil>=5', *LIBTPU]
 
 setup(
     name='big_vit',
