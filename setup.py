@@ -14,7 +14,19 @@ LIBTPU = [
     f"libtpu==0.0.42.*; python_version < '3.12' and {HAS_LIBTPU}",
     f"libtpu==0.0.50.*; python_version >= '3.12' and {HAS_LIBTPU}",
 ]
-TEST = ['pytest>=8', 'pytest-xdist>=3.6', 'beartype>=0.18', 'psutil>=5', *LIBTPU]
+# What reads sequences: sound, video, words.
+AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=14'], ['tokenizers>=0.21']
+TEST = [
+    'pytest>=8',
+    'pytest-xdist>=3.6',
+    'beartype>=0.18',
+    'psutil>=5',
+    'hypothesis>=6.100',
+    *LIBTPU,
+    *AUDIO,
+    *VIDEO,
+    *TEXT,
+]
 
 setup(
     name='big_vit',
@@ -37,7 +49,12 @@ setup(
         'importlib_resources',  # tensorflow-datasets needs it and does not say so.
         'numpy>=2.0',
         'jaxtyping>=0.2.36',
-        'opencv-python-headless>=4.9',
+        'opencv-python-headless>=4.11',
+        'simplejpeg>=1.8',
+        'pillow>=10.1',
+        'pyarrow>=16',
+        'fsspec>=2024.2',
+        'scipy>=1.12',
         'rich>=13',
         'tensorboardX>=2.6',
         'scikit-learn>=1.4',
@@ -48,6 +65,9 @@ setup(
         'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
         'plan': LIBTPU,
         'gcs': ['gcsfs'],
+        'audio': AUDIO,
+        'video': VIDEO,
+        'text': TEXT,
         'prepare': ['tensorflow>=2.18'],
         'wandb': ['wandb>=0.18'],
         'test': TEST,

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from big_vit import augment, mixing, objectives, sharding, state, steps, trees
 from big_vit import config as config_lib
-from big_vit import mixing, objectives, sharding, state, steps, trees
 from big_vit.config import Config
-from big_vit.data import fdsl, order, pipeline, sources, transforms
+from big_vit.data import opening, order, pipeline, sources, transforms
 from big_vit.errors import UserError
 from big_vit.models import variants
 from big_vit.models.vit import ViT
@@ -21,11 +21,24 @@ from big_vit.optim import factory, layers, schedules
 
 
 class Data(NamedTuple):
-    """A source with the transform that makes its examples fit the model."""
+    """A source with what makes its examples fit the model.
+
+    `transform` is done on the host, and gives what `looks` says. `device` is the rest, as
+    (name, function of (batch, rng)). `specs` can be opened by other processes.
+    """
 
     source: sources.Source
     transform: transforms.Transform
-    image_shape: tuple[int, int, int]
+    looks: transforms.Looks
+    device: tuple[tuple[str, Any], ...]
+    specs: tuple[opening.Spec, ...]
+    counts: tuple[int, ...] | None
+    lengths: tuple[int, ...]
+    skip_bad: bool
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.looks.image_shape
 
 
 class Experiment(NamedTuple):
@@ -67,86 +80,178 @@ def is_due(every: int, step: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def _required(section: Config, name: str, key: str) -> Any:
-    value = section[name]
-    if value is None:
-        raise UserError(f'config: {key}.{name} must be set for {key}.name={section.name!r}')
-    return value
+_DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
 
 
-def data(
-    section: Config,
-    key: str,
-    image_size: tuple[int, int],
-    seed: int,
-    num_classes: int | None,
-    absent: bool = False,
-) -> Data:
-    """Opens a source and checks that its transform gives what the model takes.
+def _spec(section: Config, key: str, config: Config, classes: int | None, host: str) -> Any:
+    """The section as plain values.
 
     Args:
-      section: the config's `data`, or one of `evals` completed by `complete_eval`.
-      key: the section's path, for messages.
-      num_classes: the model's, where it is known already.
-      absent: take the number of examples and classes from the config where it has both,
-        without opening anything.
+      classes: those of the model, where it is known already.
     """
-    name, split = section.name, section.split
-    classes, examples = section.num_classes or num_classes, section.num_examples
-    if absent and classes and examples:
-        source = sources.declared(section.tfds_name or name, split, examples, classes, image_size)
-    elif name == 'fdsl':
-        if classes is None:
-            raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
-        source = fdsl.fdsl(split, classes, image_size, seed, key=key)
-    elif name == 'digits':
-        source = sources.digits(split, key=key)
-    elif name == 'idx':
-        source = sources.idx(split, _required(section, 'path', key), classes, key=key)
-    else:
-        tfds_name = _required(section, 'tfds_name', key)
-        source = sources.tfds(split, tfds_name, section.path or '', classes, key=key)
+    own = section.num_classes
+    if own is None and section.label_map is None and section.classes is None:
+        own = classes
+    return opening.Spec(
+        key=key,
+        name=section.name,
+        split=section.split,
+        transform=host,
+        image_size=config.image_size,
+        seed=config.seed,
+        path=section.path,
+        tfds_name=section.tfds_name if section.name == 'tfds' else None,
+        num_classes=own,
+        image_column=section.image_column,
+        label_column=section.label_column,
+        classes=section.classes,
+        label_map=section.label_map,
+        cache=section.cache,
+        cache_side=section.cache_side if section.cache == 'resized' else 0,
+    )
+
+
+def _check_length(section: Config, key: str, source: sources.Source) -> None:
+    examples = section.num_examples
     if examples and examples != source.length:
         raise UserError(
-            f'config: {key}.num_examples={examples}, but {source.name} {split} has '
+            f'config: {key}.num_examples={examples}, but {source.name} {section.split} has '
             f'{source.length}: the dataset is another or not complete'
         )
-    transform = transforms.parse(section.transform, size=image_size, key=key)
-    shape = transforms.check(transform, source, image_size, train=key == 'data')
-    return Data(source, transform, shape)
 
 
-def complete_eval(config: Config, name: str) -> Config:
-    """An evaluation's section with what it leaves open taken from `data`.
+def _check_label(found: Data, key: str) -> None:
+    """Labels are numbers of classes, or one number for each class."""
+    classes = found.source.num_classes
+    if 'label' not in found.looks.parts:
+        has = ', '.join(sorted(found.looks.parts))
+        raise UserError(f'config: {key} gives {has} but no label')
+    shape, dtype = found.looks.parts['label']
+    if shape == (classes,) or (shape == () and np.issubdtype(dtype, np.integer)):
+        return
+    raise UserError(
+        f'config: {key}.transform gives labels of shape {shape} for {classes} classes: write '
+        f'onehot({classes}) or multihot({classes})'
+    )
 
-    What says where a dataset is goes together: an evaluation that names another
-    source inherits none of it.
+
+def train_data(config: Config, absent: bool = False) -> Data:
+    """The training data: `data`, or the parts of `mixture`.
+
+    Args:
+      absent: take the number of examples and classes from the config where it has both,
+        without opening anything.
+
+    Raises:
+      UserError: something is missing or does not fit.
     """
-    own, whole = config.evals[name], config.data
-    defaults: dict[str, Any] = {'split': 'test', 'transform': 'resize(size)'}
-    if own.name is None or own.name == whole.name:
-        inherited = ('name', 'path', 'tfds_name', 'num_classes')
+    sections = {f'mixture.{name}': complete(config, 'mixture', name) for name in config.mixture}
+    counts, whole = None, config.data
+    if sections:
+        weights = {key: section.weight for key, section in sections.items()}
+        for key, weight in weights.items():
+            if not weight:
+                raise UserError(f'config: {key}.weight must be above 0; leave the part out instead')
+        counts = order.shares(tuple(weights.values()))
+    else:
+        sections = {'data': whole}
+    for key, section in sections.items():
+        if section.name is None:
+            raise UserError(f'config: {key}.name must be set, or data.name for all parts')
+    transform = transforms.parse(
+        whole.transform, size=config.image_size, key='data', device=_DEVICE_OPERATIONS
+    )
+    specs = tuple(
+        _spec(section, key, config, None, transform.host_text) for key, section in sections.items()
+    )
+    known = [(s.num_examples, s.num_classes) for s in sections.values()]
+    if absent and all(examples and classes for examples, classes in known):
+        name = ' + '.join(section.tfds_name or section.name for section in sections.values())
+        source = sources.declared(
+            name,
+            whole.split if not config.mixture else 'mixture',
+            sum(examples for examples, _ in known),
+            max(classes for _, classes in known),
+            config.image_size,
+        )
+        lengths: tuple[int, ...] = tuple(examples for examples, _ in known)
+        host = transforms.parse(transform.host_text, size=config.image_size, key='data')
+    else:
+        source, host, lengths = opening.open_mixture(specs)
+        if len(specs) == 1:
+            _check_length(*next((s, k) for k, s in sections.items()), source)
+    looks = transforms.check(host, source, config.image_size)
+    if config.batch_size % whole.repeats:
+        raise UserError(
+            f'config: batch_size={config.batch_size} must be a multiple of '
+            f'data.repeats={whole.repeats}'
+        )
+    skip = whole.on_error == 'skip'
+    found = Data(source, host, looks, transform.device, specs, counts, lengths, skip)
+    _check_label(found, 'data')
+    return found
+
+
+def complete(config: Config, kind: str, name: str) -> Config:
+    """An evaluation's section, or a mixture's, with what it leaves open taken from `data`.
+
+    What says where a dataset is goes together: a section that names another source inherits
+    none of it.
+    """
+    own, whole = config[kind][name], config.data
+    defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
+    defaults['on_error'] = whole.on_error
+    if kind == 'evals':
+        defaults |= {'split': 'test', 'transform': 'resize(size)'}
+    else:
+        defaults['split'] = whole.split
+    if own.name is None or own.name == whole.peek('name'):
+        inherited = ('name', 'path', 'tfds_name', 'image_column', 'label_column')
+        inherited += ('num_classes', 'label_map', 'classes')
         defaults.update({part: whole.peek(part) for part in inherited})
     return own.completed(defaults)
 
 
-def evals(config: Config, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Data]:
-    """The data of each evaluation, checked against the model that it will score."""
-    result = {}
-    for name in config.evals:
-        key, section = f'evals.{name}', complete_eval(config, name)
-        found = data(section, key, config.image_size, config.seed, num_classes)
-        if found.image_shape != image_shape:
-            raise UserError(
-                f'config: {key}.transform gives images of {found.image_shape[2]} channel(s), the '
-                f'model takes {image_shape[2]}: add rgb or grayscale to it'
-            )
-        if found.source.num_classes > num_classes:
-            raise UserError(
-                f'config: {key} has {found.source.num_classes} classes, the model {num_classes}'
-            )
-        result[name] = found
-    return result
+def eval_data(config: Config, name: str, train: Data) -> Data:
+    """The data of an evaluation, checked against that of training.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    key, section = f'evals.{name}', complete(config, 'evals', name)
+    classes, channels = train.source.num_classes, train.image_shape[2]
+    if section.name is None:
+        raise UserError(f'config: {key}.name must be set')
+    transform = transforms.parse(
+        section.transform, size=config.image_size, key=key, device=_DEVICE_OPERATIONS
+    )
+    transforms.require_deterministic(transform)
+    spec = _spec(section, key, config, classes, transform.host_text)
+    source, host = opening.open_spec(spec)
+    _check_length(section, key, source)
+    looks = transforms.check(host, source, config.image_size)
+    if looks.image_shape[2] != channels:
+        raise UserError(
+            f'config: {key}.transform gives images of {looks.image_shape[2]} channel(s), the '
+            f'model takes {channels}: add rgb or grayscale to it'
+        )
+    if source.num_classes > classes:
+        raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
+    ours, theirs = train.source.class_names, source.class_names
+    if ours and theirs and ours != theirs:
+        strange = next((b for a, b in zip(ours, theirs, strict=False) if a != b), theirs[-1])
+        raise UserError(
+            f'config: {key} has other classes than the training data ({strange!r} is not class '
+            f'{theirs.index(strange)} there): give both the same label_map or classes'
+        )
+    # What is not said about numbers is as in training, or the model sees another world.
+    fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
+    skip = section.on_error == 'skip'
+    found = Data(
+        source, host, looks, transform.device or fixed, (spec,), None, (source.length,), skip
+    )
+    _check_label(found, key)
+    return found
 
 
 def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: Mesh) -> ViT:
@@ -308,9 +413,9 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     m, planning = config.mesh, devices is not None
     mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor, devices)
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
-    train = data(config.data, 'data', config.image_size, config.seed, None, absent=planning)
+    train = train_data(config, absent=planning)
     classes = train.source.num_classes
-    held_out = {} if planning else evals(config, classes, train.image_shape)
+    held_out = {} if planning else {n: eval_data(config, n, train) for n in config.evals}
     vit = model(config, classes, config.image_size, mesh)
     total = in_steps(config, 'total', config, train.source)
     if not total:
@@ -367,40 +472,61 @@ def _duties(config: Config, source: sources.Source, total: int) -> Duties:
     )
 
 
+def data_order(config: Config, found: Data) -> pipeline.Order:
+    """Which examples of the training data come when."""
+    return pipeline.Order(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        repeats=config.data.repeats,
+        lengths=found.lengths,
+        counts=found.counts,
+    )
+
+
+def host_batches(
+    config: Config, found: Data, start_step: int, rows: Any, meter: pipeline.Meter | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches from `start_step` on as NumPy arrays, of these rows."""
+    return pipeline.train_batches(
+        found.source,
+        found.transform,
+        data_order(config, found),
+        start_step=start_step,
+        rows=rows,
+        skip_bad=found.skip_bad,
+        workers=config.data.workers,
+        opener=functools.partial(opening.open_examples, found.specs),
+        meter=meter,
+    )
+
+
 def train_batches(config: Config, parts: Experiment, start_step: int) -> pipeline.DeviceBatches:
     """The batches from `start_step` on, as global arrays, one ahead of the step."""
     where = sharding.batch_sharding(parts.mesh)
-    batches = pipeline.train_batches(
-        parts.data.source,
-        parts.data.transform,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        rows=pipeline.local_rows(where, config.batch_size),
-        shuffle=config.data.shuffle,
-    )
-    return pipeline.to_device(batches, where, batch_size=config.batch_size)
+    rows, meter = pipeline.local_rows(where, config.batch_size), pipeline.Meter()
+    batches = host_batches(config, parts.data, start_step, rows, meter)
+    return pipeline.to_device(batches, where, batch_size=config.batch_size, meter=meter)
 
 
 def example_indices(config: Config, parts: Experiment, step: int) -> list[int]:
     """Which examples the batch of this step holds (of a 0-based step)."""
-    index, _ = order.example_indices(
-        step,
-        length=parts.data.source.length,
-        batch_size=parts.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
+    source = parts.data.source
+    index, _ = data_order(config, parts.data).indices(step, source.length)
     return index.tolist()
 
 
 def abstract_batch(parts: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """What a training batch looks like, without loading one."""
     where = sharding.batch_sharding(parts.mesh)
-    size = parts.batch_size
+    looks = dict(parts.data.looks.parts)
+    if parts.data.skip_bad:
+        looks['replaced'] = (), np.dtype(np.uint8)
     return {
-        'image': jax.ShapeDtypeStruct((size, *parts.data.image_shape), jnp.uint8, sharding=where),
-        'label': jax.ShapeDtypeStruct((size,), jnp.int32, sharding=where),
+        name: jax.ShapeDtypeStruct(
+            (parts.batch_size, *shape), jax.dtypes.canonicalize_dtype(dtype), sharding=where
+        )
+        for name, (shape, dtype) in looks.items()
     }
 
 
@@ -412,28 +538,43 @@ def eval_batches(parts: Experiment, name: str) -> Iterator[dict[str, jax.Array]]
         found.transform,
         batch_size=size,
         rows=pipeline.local_rows(where, size),
+        skip_bad=found.skip_bad,
     )
     with pipeline.to_device(batches, where, batch_size=size) as on_device:
         yield from on_device
 
 
+def prepare(found: Data) -> Any:
+    """What the devices do to a batch before anything else, (batch, rng) -> batch; or None."""
+    return augment.compose([function for _, function in found.device]) if found.device else None
+
+
+def mix(config: Config, found: Data, mesh: Mesh) -> Any:
+    """What mixes the examples of a batch, (batch, rng) -> batch; or None."""
+    if not config.mixup and not config.cutmix:
+        return None
+    more = {'switch': config.mix_switch} if config.mixup and config.cutmix else {}
+    return functools.partial(
+        mixing.mix,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mix_prob,
+        num_classes=found.source.num_classes,
+        replicate=sharding.constrain_replicated(mesh),
+        **more,
+    )
+
+
 def train_step(config: Config, parts: Experiment) -> Any:
     """The one train step, for training, transfer, planning and benchmarks."""
-    mix = None
-    if config.mixup:
-        mix = functools.partial(
-            mixing.mixup,
-            alpha=config.mixup,
-            num_classes=parts.model.num_classes,
-            replicate=sharding.constrain_replicated(parts.mesh),
-        )
     return steps.make_train_step(
-        objectives.classification(parts.model.apply, config.label_smoothing),
+        objectives.classification(parts.model.apply, config.label_smoothing, config.loss),
         parts.optimizer,
         parts.schedule,
         parts.like,
         parts.mesh,
-        mix=mix,
+        prepare=prepare(parts.data),
+        mix=mix(config, parts.data, parts.mesh),
         seed=config.seed,
         accumulation=config.accumulation,
         ema=config.ema,
@@ -444,9 +585,31 @@ def train_step(config: Config, parts: Experiment) -> Any:
     )
 
 
-def eval_step(parts: Experiment) -> Any:
-    """The jitted evaluation step."""
-    sums = objectives.classification_sums(parts.model.apply)
+def seen(config: Config, found: Data, batch: dict[str, Any], step: int) -> dict[str, Any]:
+    """A batch as the model sees it at a step, on one device."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    arrays = {name: jnp.asarray(column) for name, column in batch.items()}
+    made = functools.partial(
+        steps.seen, prepare=prepare(found), mix=mix(config, found, mesh), seed=config.seed
+    )
+    result = jax.jit(made)(arrays, step=step)
+    return {**result, 'image': objectives.normalise(result['image'])}
+
+
+def eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:
+    """The jitted step of each evaluation; those that prepare images alike share one."""
+    made: dict[Any, Any] = {}
+    for found in parts.evals.values():
+        if found.device not in made:
+            made[found.device] = _eval_step(config, parts, found)
+    return {name: made[found.device] for name, found in parts.evals.items()}
+
+
+def _eval_step(config: Config, parts: Experiment, found: Data) -> Any:
+    apply, key = prepare(found), jax.random.key(0)  # Nothing that an evaluation does draws.
+    sums = objectives.classification_sums(
+        parts.model.apply, (lambda batch: apply(batch, key)) if apply else lambda b: b, config.loss
+    )
     return steps.make_eval_step(sums, parts.like, parts.mesh)
 
 

@@ -24,6 +24,9 @@ from typing import Any
 from big_vit.errors import UserError
 from big_vit.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 
+# Sections of which there may be any number, each under a name of the user's.
+STARRED = ('evals', 'mixture')
+
 
 class Config:
     """A frozen tree of settings: `config.model.variant`; what is read is remembered."""
@@ -86,7 +89,7 @@ class Config:
         given = {
             key: value
             for key, value in flatten(self._tree).items()
-            if key in self._explicit or key.startswith('evals.')
+            if key in self._explicit or key.partition('.')[0] in STARRED
         }
         return resolve({**given, **flat})
 
@@ -112,8 +115,8 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f'{prefix}{name}.'))
-            if prefix == 'evals.' and not value:  # An evaluation that takes all from `data`.
-                flat[f'evals.{name}.split'] = None
+            if prefix[:-1] in STARRED and not value:  # One that takes all from `data`.
+                flat[f'{prefix}{name}.split'] = None
         else:
             flat[prefix + name] = value
     return flat
@@ -131,8 +134,8 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_schema(key: str) -> str:
-    """The key with the name of an evaluation as the schema has it, a star."""
-    return re.sub(r'^evals\.[^.]*\.', 'evals.*.', key)
+    """The key with the name of a section as the schema has it, a star."""
+    return re.sub(rf'^({"|".join(STARRED)})\.[^.]*\.', r'\1.*.', key)
 
 
 def _field(key: str) -> Field:
@@ -182,18 +185,26 @@ def resolve(explicit: dict[str, Any]) -> Config:
         one duration.
     """
     values = {key: _checked(key, value) for key, value in explicit.items()}
+    mixed = any(key.startswith('mixture.') for key in values)
     for first, group in REQUIRED.items():
+        if first == 'data.name' and mixed:  # Each part may say its own.
+            continue
         if all(values.get(key) is None for key in group):
             options = ' or '.join(group)
             raise UserError(f'config: {options} must be set, for example --config.{first}=...')
     flat = {key: field.default for key, field in SCHEMA.items() if '*' not in key}
-    names = dict.fromkeys(key.split('.')[1] for key in values if key.startswith('evals.'))
-    for name in names:
-        if not re.fullmatch(r'\w+', name):
-            raise UserError(f'config: evals.{name}: use letters, digits and _ in the name')
-        flat.update(
-            {k.replace('*', name): f.default for k, f in SCHEMA.items() if k.startswith('evals.*')}
-        )
+    for section in STARRED:
+        names = dict.fromkeys(k.split('.')[1] for k in values if k.startswith(f'{section}.'))
+        for name in names:
+            if not re.fullmatch(r'\w+', name):
+                raise UserError(f'config: {section}.{name}: use letters, digits and _ in the name')
+            flat.update(
+                {
+                    key.replace('*', name): field.default
+                    for key, field in SCHEMA.items()
+                    if key.startswith(f'{section}.*')
+                }
+            )
     flat.update(values)
     for key in flat:
         if key.rpartition('_')[2] in UNITS and flat[key] is not None:
@@ -201,7 +212,8 @@ def resolve(explicit: dict[str, Any]) -> Config:
             if others:
                 raise UserError(f'config: {key} and {others[0]} are both set; set one')
     tree = _unflatten(flat)
-    tree.setdefault('evals', {})
+    for section in STARRED:
+        tree.setdefault(section, {})
     set_keys = frozenset(key for key, value in values.items() if value is not None)
     return Config(tree, set_keys)
 
@@ -341,13 +353,13 @@ def from_json(tree: dict[str, Any]) -> Config:
         {
             key: value
             for key, value in flat.items()
-            if key.startswith('evals.') or _checked(key, value) != _field(key).default
+            if key.partition('.')[0] in STARRED or _checked(key, value) != _field(key).default
         }
     )
 
 
 # What may change when a run is resumed: no result depends on it.
-RESUMABLE = ('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.')
+RESUMABLE = ('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers')
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -46,9 +46,9 @@ def run(
     checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
     params = jax.tree.map(sharding.place, params, state.shardings(parts.like)['params'])
     with jax.set_mesh(parts.mesh):
-        eval_step = build.eval_step(parts)
+        steps = build.eval_steps(config, parts)
         return {
-            name: classification.run(eval_step, params, build.eval_batches(parts, name))
+            name: classification.run(steps[name], params, build.eval_batches(parts, name))
             for name in parts.evals
         }
 

@@ -1,6 +1,7 @@
 """Explore: `python -m big_vit.explore WORKDIR` shows parameters, config and history of a run."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def draw(workdirs: list[Path], config: config_lib.Config, folder: Path) -> list[
     plots.curves(
         {name: metrics.read(path) for name, path in zip(names, workdirs, strict=True)}, written[0]
     )
-    data = build.data(config.data, 'data', config.image_size, config.seed, None)
-    batch = next(
-        pipeline.train_batches(data.source, data.transform, batch_size=50, seed=config.seed)
-    )
+    found = build.train_data(config)
+    order = build.data_order(config, found)
+    order = dataclasses.replace(order, batch_size=50 // order.repeats * order.repeats)
+    batches = pipeline.train_batches(found.source, found.transform, order)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]
     plots.grid(batch['image'], batch['label'], written[1])
     return written
 

@@ -193,7 +193,13 @@ class Clock:
         return f'{duration(whole)}: ' + ', '.join(shares)
 
     def window(
-        self, *, batch_size: int, flops_per_example: float, peak_flops: float, steps_left: int
+        self,
+        *,
+        batch_size: int,
+        flops_per_example: float,
+        peak_flops: float,
+        steps_left: int,
+        loader_rate: float | None = None,
     ) -> dict[str, float]:
         """Rates since the last call, over the time spent on data and steps; {} after no step.
 
@@ -202,6 +208,7 @@ class Clock:
         Args:
           flops_per_example: of a training step.
           peak_flops: of all devices together.
+          loader_rate: examples a second that the loader of this host could give.
         """
         data = self._window.get('data', 0.0)
         seconds = data + self._window.get('step', 0.0)
@@ -215,6 +222,7 @@ class Clock:
             TIMING + 'mfu': rate * flops_per_example / peak_flops,
             TIMING + 'data_wait': data / seconds,
             TIMING + 'eta_s': steps_left * seconds / steps,
+            **({} if loader_rate is None else {TIMING + 'loader_examples_per_s': loader_rate}),
             **({} if memory is None else {TIMING + 'host_memory_mb': memory}),
         }
 
@@ -272,6 +280,10 @@ class Console:
                 f'MFU {values[TIMING + "mfu"]:.0%}',
                 f'data-wait {values[TIMING + "data_wait"]:.1%}',
             ]
+        if TIMING + 'loader_examples_per_s' in values:
+            parts.append(f'loader {values[TIMING + "loader_examples_per_s"]:,.0f} ex/s')
+        if values.get('train/replaced'):
+            parts.append(f'replaced {values["train/replaced"]:.0f}')
         parts += [f'acc {values["train/accuracy"]:.3f}', f'lr {values["train/lr"]:.2e}']
         if values['train/skipped']:
             parts.insert(1, f'skipped {values["train/skipped"]:.0f}')

@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt
 
 Batch = dict[str, Any]
 Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ''], dict[str, Array]]]
 
 
 def normalise(
-    image: UInt8[Array, '*shape'] | Float[Array, '*shape'],
+    image: UInt[Array, '*shape'] | Float[Array, '*shape'],
 ) -> Float[Array, '*shape']:
-    """Bytes 0..255 as floats -1..1; floats are taken as they are."""
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) * (2 / 255) - 1
+    """Whole numbers 0..255 (or 65535) as floats -1..1; floats are taken as they are."""
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        return image.astype(jnp.float32) * (2 / jnp.iinfo(image.dtype).max) - 1
     return image
 
 
@@ -29,46 +29,70 @@ def targets(
     return optax.smooth_labels(probabilities, smoothing) if smoothing else probabilities
 
 
-def classification(apply: Callable[..., Any], label_smoothing: float = 0.0) -> Loss:
-    """Softmax cross-entropy, the mean over the batch.
+def _cross_entropy(
+    logits: Float[Array, 'batch classes'], wanted: Float[Array, 'batch classes'], kind: str
+) -> Float[Array, ' batch']:
+    """Of each example: over the classes (softmax), or summed over one for each (sigmoid)."""
+    if kind == 'softmax':
+        return optax.softmax_cross_entropy(logits, wanted)
+    return optax.sigmoid_binary_cross_entropy(logits, wanted).sum(-1)
+
+
+def classification(
+    apply: Callable[..., Any], label_smoothing: float = 0.0, kind: str = 'softmax'
+) -> Loss:
+    """Cross-entropy, the mean over the batch.
 
     Args:
       apply: `ViT.apply`.
+      label_smoothing: share of the target spread over all classes; with sigmoid each class is
+        wanted with its share, as for softmax.
+      kind: softmax, or sigmoid, which is for several labels an example.
 
     Returns:
       A function of (params, {'image', 'label'}, rng) that gives the loss and
-      {'accuracy'}; with rng=None dropout is off.
+      {'accuracy'}: how often the highest logit is that of the (or a) largest label; with
+      rng=None dropout is off.
     """
 
     def loss(params: Any, batch: Batch, rng: Array | None) -> tuple[Array, dict[str, Array]]:
         rngs = {} if rng is None else {'dropout': rng}
         image = normalise(batch['image'])
         logits, _ = apply({'params': params}, image, train=rng is not None, rngs=rngs)
+        plain = targets(batch['label'], logits.shape[-1], 0.0)
         wanted = targets(batch['label'], logits.shape[-1], label_smoothing)
-        hit = logits.argmax(-1) == wanted.argmax(-1)
-        return optax.softmax_cross_entropy(logits, wanted).mean(), {'accuracy': hit.mean()}
+        best = jnp.take_along_axis(plain, logits.argmax(-1)[:, None], axis=-1)[:, 0]
+        hit = (best >= plain.max(-1)) & (best > 0)
+        return _cross_entropy(logits, wanted, kind).mean(), {'accuracy': hit.mean()}
 
     return loss
 
 
-def classification_sums(apply: Callable[..., Any]) -> Callable[[Any, Batch], dict[str, Array]]:
+def classification_sums(
+    apply: Callable[..., Any],
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    kind: str = 'softmax',
+) -> Callable[[Any, Batch], dict[str, Array]]:
     """Sums over the real examples of an evaluation batch, to be added up and divided once.
 
+    Args:
+      prepare: what the devices do to the images.
+      kind: of cross-entropy, as in `classification`.
+
     Returns:
-      A function of (params, {'image', 'label' [batch], 'mask' [batch]}) that
+      A function of (params, {'image', 'label' [batch] or [batch, classes], 'mask' [batch]}) that
       gives the sums {'loss', 'top1', 'top5', 'count'}. An example counts for
-      top-5 when fewer than five other classes have a logit above its own, and
-      ties are taken against it; logits that are not finite never count.
+      top-5 when fewer than five classes that it is not have a logit above the highest of those
+      that it is, and ties are taken against it; logits that are not finite never count.
     """
 
     def sums(params: Any, batch: Batch) -> dict[str, Array]:
-        logits, _ = apply({'params': params}, normalise(batch['image']))
-        label, mask = batch['label'], batch['mask']
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        own = jnp.take_along_axis(logits, label[:, None], axis=-1)
-        others = jnp.arange(logits.shape[-1])[None] != label[:, None]
+        logits, _ = apply({'params': params}, normalise(prepare(batch)['image']))
+        mask, wanted = batch['mask'], targets(batch['label'], logits.shape[-1], 0.0)
+        loss = _cross_entropy(logits, wanted, kind)
+        own = jnp.where(wanted > 0, logits, -jnp.inf).max(-1, keepdims=True)
         # "not below" rather than "above": a collapsed or NaN model must not score.
-        rank = (~(logits < own) & others).sum(-1)
+        rank = (~(logits < own) & (wanted <= 0)).sum(-1)
         rank = jnp.where(jnp.isfinite(own[:, 0]), rank, logits.shape[-1])
         return {
             # Padding must not count even where the model makes NaN of it.

@@ -67,3 +67,38 @@ def grid(
         axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
         axis.set_title(str(label), fontsize=7, pad=2)
     figure.savefig(path)
+
+
+def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]], path: str | Path) -> None:
+    """Rows of pictures, each row with its name and each picture with its title.
+
+    Args:
+      rows: (name, pictures [h, w, c] of any sizes and types, titles). Those that are not bytes
+        are stretched from their lowest value to their highest, the same for all of a row.
+    """
+    columns = max(len(pictures) for _, pictures, _ in rows)
+    figure, axes = canvas(columns, len(rows), 1.7, 1.95)
+    for line, (name, pictures, titles) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=9)
+        for axis, picture, text in zip(line, _as_bytes(pictures), titles, strict=False):
+            grey = picture.shape[-1] < 3
+            shown = picture[..., 0] if grey else picture[..., :3]
+            axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+            axis.set_title(text, fontsize=7, pad=2)
+    figure.savefig(path)
+
+
+def _as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    if not pictures or all(picture.dtype == np.uint8 for picture in pictures):
+        return pictures
+    low = min(float(picture.min()) for picture in pictures)
+    high = max(float(picture.max()) for picture in pictures)
+    scale = 255 / max(high - low, 1e-9)
+    return [
+        np.rint((np.asarray(picture, np.float32) - low) * scale).astype(np.uint8)
+        for picture in pictures
+    ]

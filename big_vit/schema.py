@@ -147,20 +147,64 @@ def _durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, 
     return {f'{key}_{unit}': Field(_number(0), None, f'{doc}, in {unit}.') for unit in units}
 
 
+def _classes(value: Any) -> tuple[str | int, ...]:
+    """tuple of names or numbers"""
+    choices = value if isinstance(value, tuple) else (value,)
+    if not choices or not all(type(c) is int or isinstance(c, str) for c in choices):
+        raise ValueError("a tuple of names or numbers of classes, such as ('cat', 'dog')")
+    return choices
+
+
+SOURCES = (
+    'fdsl',
+    'digits',
+    'idx',
+    'arrays',
+    'folder',
+    'table',
+    'tar',
+    'parquet',
+    'tfds',
+    'records',
+)
 # None as a default means "not set": the value is required, inherited or absent.
 _SOURCE = {
-    'name': Field(_choice('fdsl', 'digits', 'idx', 'tfds'), None, 'Where examples come from.'),
-    'split': Field(check_text, 'train', "A split in TFDS syntax, as in 'train[:90%]'."),
-    'path': Field(check_text, None, 'Folder of the files (idx), or the TFDS data_dir.'),
+    'name': Field(_choice(*SOURCES), None, 'Where examples come from; docs/data.md has them.'),
+    'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
+    'path': Field(check_text, None, 'Folder or files, local or gs://; the data_dir for tfds.'),
     'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
+    'image_column': Field(
+        check_text, None, "Column of images (table, parquet, arrays). Own default: 'image'."
+    ),
+    'label_column': Field(
+        check_text,
+        None,
+        "Column of labels (table, parquet, arrays, tar). Own default: 'label'; tar 'cls'.",
+    ),
     'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
     'num_examples': Field(
         _int(1), None, 'Examples the split must have; with num_classes, `plan` needs no data.'
+    ),
+    'label_map': Field(check_text, None, 'JSON file {"class": number}; null leaves out a class.'),
+    'classes': Field(
+        _classes, None, 'Only examples of these classes, which become 0, 1, ...; a tuple.'
     ),
     'transform': Field(
         check_text,
         'resize(size)',
         "Operations such as 'resize(size) | flip_lr'; docs/data.md has them.",
+    ),
+    'cache': Field(
+        _choice('auto', 'none', 'decoded', 'resized'),
+        'auto',
+        'Keep decoded images in memory (auto: if they take at most 1 GiB), or smaller ones on '
+        'disk.',
+    ),
+    'cache_side': Field(_int(8), 256, "Shorter side of the images of cache='resized'."),
+    'on_error': Field(
+        _choice('stop', 'skip'),
+        'stop',
+        'At a damaged example end the run, or take the next one and count.',
     ),
 }
 
@@ -185,9 +229,19 @@ SCHEMA: dict[str, Field] = {
         'last 128; 0 is off.',
     ),
     'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
+    'loss': Field(
+        _choice('softmax', 'sigmoid'), 'softmax', 'Cross-entropy over classes, or of each class.'
+    ),
     'mixup': Field(
         _number(0), 0.0, 'Blend pairs of examples, with shares of Beta(mixup, mixup); 0 is off.'
     ),
+    'cutmix': Field(
+        _number(0),
+        0.0,
+        'Paste a box of one example into another, with areas of Beta(cutmix, cutmix); 0 is off.',
+    ),
+    'mix_switch': Field(_number(0, 1), 0.5, 'Share of cutmix among mixtures, where both are on.'),
+    'mix_prob': Field(_number(0, 1), 1.0, 'Share of examples that are mixed at all.'),
     'model.variant': Field(check_text, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
     'model.width': Field(_int(1), None, "Overrides the variant's width."),
     'model.depth': Field(_int(1), None, "Overrides the variant's number of blocks."),
@@ -203,7 +257,22 @@ SCHEMA: dict[str, Field] = {
     ),
     **{f'data.{name}': field for name, field in _SOURCE.items()},
     'data.shuffle': Field(_bool, True, 'Reshuffle each epoch, or keep the order of the source.'),
-    # What an evaluation does not say, it takes from `data`.
+    'data.repeats': Field(_int(1), 1, 'Views of each example in a batch (repeated augmentation).'),
+    'data.workers': Field(
+        _int(0), 0, 'Processes that load and transform; 0 uses threads of this one.'
+    ),
+    'data.max_error_rate': Field(
+        _number(0, 1), 0.01, "Share of damaged examples at which on_error='skip' ends the run."
+    ),
+    # What a part of a mixture or an evaluation does not say, it takes from `data`.
+    **{
+        f'mixture.*.{name}': field._replace(default=None)
+        for name, field in _SOURCE.items()
+        if name != 'transform'
+    },
+    'mixture.*.weight': Field(
+        _number(0), 1.0, 'How often examples of this part come, relative to the others.'
+    ),
     **{f'evals.*.{name}': field._replace(default=None) for name, field in _SOURCE.items()},
     **_durations('evals.*.every', 'Evaluate this often, and at the end'),
     'optim.name': Field(_choice(*OPTIMIZERS), 'adamw', 'The optimizer; see docs/optimizers.md.'),

@@ -17,8 +17,21 @@ from big_vit.state import WINDOW, State, shardings
 
 Metrics = dict[str, jax.Array]
 
-# Of the keys of a step the one for mixing; those of dropout have the numbers of microbatches.
-_MIXING = 2**31
+# Of the keys of a step those for mixing and for what the devices do to each example before; those
+# of dropout have the numbers of microbatches.
+_MIXING, _PREPARING = 2**31, 2**31 + 1
+
+
+def seen(
+    batch: Batch, seed: int, step: jax.Array | int, prepare: Mix | None, mix: Mix | None
+) -> Batch:
+    """A batch as the model sees it at a step: prepared, then mixed, as a whole."""
+    rng = jax.random.fold_in(jax.random.key(seed), step)
+    if prepare is not None:
+        batch = prepare(batch, jax.random.fold_in(rng, _PREPARING))
+    if mix is not None:
+        batch = mix(batch, jax.random.fold_in(rng, _MIXING))
+    return batch
 
 
 def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
@@ -55,6 +68,7 @@ def make_train_step(
     like: State,
     mesh: Mesh,
     *,
+    prepare: Mix | None = None,
     mix: Mix | None = None,
     seed: int = 0,
     accumulation: int = 1,
@@ -75,6 +89,7 @@ def make_train_step(
     Args:
       loss: an objective.
       like: abstract or real state; its shardings are those of the step.
+      prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
       skip_sigmas: standard deviations above the last steps' mean at which a loss
@@ -110,8 +125,9 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         step, params = state['step'], state['params']
         rng = jax.random.fold_in(jax.random.key(seed), step)
-        if mix is not None:
-            batch = mix(batch, jax.random.fold_in(rng, _MIXING))
+        replaced = batch.get('replaced')
+        batch = {name: x for name, x in batch.items() if name != 'replaced'}
+        batch = seen(batch, seed, step, prepare, mix)
         (value, aux), grads = gradients(params, batch, rng)
         if sam_rho:
             worst = sam.ascend(params, grads, sam_rho, sam_adaptive)
@@ -157,6 +173,8 @@ def make_train_step(
             **factory.health(new['opt']),
             **{f'{name}_spike': found for name, found in spikes.items()},
         }
+        if replaced is not None:
+            metrics['replaced'] = replaced.astype(jnp.int32).sum()
         return new, metrics
 
     where = shardings(like)

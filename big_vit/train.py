@@ -30,11 +30,39 @@ from big_vit import (
 )
 from big_vit import config as config_lib
 from big_vit.config import Config
+from big_vit.data import pipeline
 from big_vit.errors import UserError
 from big_vit.evaluators import classification
 
 # A run whose updates are all skipped is lost; this many in a row are no accident.
 MAX_SKIPPED_IN_A_ROW = 20
+
+
+# Before so many examples, a few damaged ones say nothing about the rest.
+LEAST_EXAMPLES_FOR_A_RATE = 1000
+
+
+class Damage:
+    """How many damaged examples were replaced since this process started, of how many."""
+
+    def __init__(self, most: float) -> None:
+        self._most, self._replaced, self._seen = most, 0, 0
+
+    def add(self, replaced: int, batch_size: int) -> None:
+        """Counts a step.
+
+        Raises:
+          UserError: the share of damaged examples is above the one that is allowed.
+        """
+        self._replaced += replaced
+        self._seen += batch_size
+        enough = self._seen >= LEAST_EXAMPLES_FOR_A_RATE
+        if enough and self._replaced > self._most * self._seen:
+            raise UserError(
+                f'{self._replaced} of the last {self._seen} examples were damaged and replaced, '
+                f'more than data.max_error_rate={self._most:g}: repair the data '
+                "(data.on_error='stop' names the first of them)"
+            )
 
 
 class Result(NamedTuple):
@@ -135,13 +163,18 @@ def report(
     console: metrics.Console,
     clock: metrics.Clock,
     manager: checkpoint.Manager,
+    meter: pipeline.Meter,
+    damage: Damage,
     peak_flops: float,
 ) -> None:
     """Writes the metrics of a step that is over, if it is one to log, and tells of skipped ones.
 
     Raises:
-      UserError: the last updates were all skipped; names the examples.
+      UserError: the last updates were all skipped, and names the examples; or too many examples
+        are damaged.
     """
+    if 'replaced' in values:
+        damage.add(int(jax.device_get(values['replaced'])), parts.batch_size)
     skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
     if skipped_in_a_row:
         examples = ', '.join(map(str, build.example_indices(config, parts, step - 1)[:16]))
@@ -170,6 +203,7 @@ def report(
         flops_per_example=parts.flops_per_example,
         peak_flops=peak_flops,
         steps_left=parts.total_steps - step,
+        loader_rate=meter.rate(),
     )
     row |= manager.timings()
     writer.write(step, row)
@@ -197,7 +231,7 @@ def run(
     """
     began = time.perf_counter()
     parts = build.experiment(config)
-    train_step, eval_step = build.train_step(config, parts), build.eval_step(parts)
+    train_step, eval_steps = build.train_step(config, parts), build.eval_steps(config, parts)
     log_targets, came_from = build.log_targets(config), config.switch
     config.audit()
     hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
@@ -218,6 +252,7 @@ def run(
         start = int(now['step'])
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
+        damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
         with (
             checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **log_targets) as writer,
@@ -243,7 +278,19 @@ def run(
             def write_pending() -> None:
                 if pending:
                     step, values = pending.pop()
-                    report(step, values, config, parts, writer, console, clock, manager, peak)
+                    report(
+                        step,
+                        values,
+                        config,
+                        parts,
+                        writer,
+                        console,
+                        clock,
+                        manager,
+                        batches.meter,
+                        damage,
+                        peak,
+                    )
 
             # The order is fixed: evaluate, save, next batch, step, write. So a checkpoint
             # never misses a metric of its step, and no batch is drawn that a stop would lose.
@@ -261,7 +308,9 @@ def run(
                             with clock.bucket('eval'):
                                 batches_ = build.eval_batches(parts, name)
                                 scored_params = now.get('ema', now['params'])
-                                scores = classification.run(eval_step, scored_params, batches_)
+                                scores = classification.run(
+                                    eval_steps[name], scored_params, batches_
+                                )
                             writer.write(step, {f'{name}/{k}': v for k, v in scores.items()})
                             console.evaluation(step, name, scores)
                             hosts.progress(step)

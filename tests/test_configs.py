@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import MODEL, RUN, overrides, write_idx, write_tfds
+from tiny import MODEL, RUN, overrides, write_folder, write_idx, write_tfds
 
 from big_vit import build, checkpoint, config, metrics, train, transfer
 from big_vit.data import sources
@@ -41,32 +41,42 @@ def tfds_folder(tmp_path_factory):
 TFDS_SIZES = {'train': 200, 'validation': 20}
 
 
-def smoke_overrides(path, idx_folder, tfds_folder):
+def length(split, sizes, key):
+    return sum(stop - start for _, start, stop in sources.parse_split(split, sizes, key))
+
+
+@pytest.fixture(scope='module')
+def image_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp('folder') / 'data')
+
+
+def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
     loaded = config.load(str(path), [], base={'model.variant': 'mu/4'})
     # That of the config may be longer than three steps.
     found = [('schedule.warmup_steps', '2')] if loaded.schedule.peek('warmup_steps') else []
     if loaded.data.name == 'idx':
         found.append(('data.path', str(idx_folder)))
+    if loaded.data.name == 'folder':
+        found.append(('data.path', str(image_folder)))
+        return found + overrides(RUN)
     if loaded.data.name != 'tfds':
         return found + overrides(RUN, evals=tuple(loaded.evals))
     found += [*overrides(RUN), ('data.path', str(tfds_folder(loaded.data)))]
     sections = {'data': loaded.data}
-    sections |= {f'evals.{name}': build.complete_eval(loaded, name) for name in loaded.evals}
+    sections |= {f'evals.{name}': build.complete(loaded, 'evals', name) for name in loaded.evals}
     for key, section in sections.items():
-        _, start, stop = sources.parse_split(section.split, TFDS_SIZES, key)
-        found.append((f'{key}.num_examples', str(stop - start)))
+        found.append((f'{key}.num_examples', str(length(section.split, TFDS_SIZES, key))))
     return found
 
 
 @pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
 def test_examples_of_imagenet_are_counted_right(path):
     loaded = config.load(str(path), [])
-    sections = [loaded.data, *(build.complete_eval(loaded, name) for name in loaded.evals)]
+    sections = [loaded.data, *(build.complete(loaded, 'evals', name) for name in loaded.evals)]
     for section in sections:
         if section.tfds_name == 'imagenet2012':
             sizes = {'train': 1_281_167, 'validation': 50_000}
-            _, start, stop = sources.parse_split(section.split, sizes, 'data')
-            assert section.num_examples in (None, stop - start)
+            assert section.num_examples in (None, length(section.split, sizes, 'data'))
 
 
 # Their parts are also those of the smaller ones.
@@ -80,9 +90,9 @@ LARGE = ('vit_b16_i1k', 'vit_l16_i21k', 'vit_h14', 'vit_g14', 'vit_22b')
         for p in PRETRAIN
     ],
 )
-def test_pretrain(path, idx_folder, tfds_folder, tmp_path):
+def test_pretrain(path, idx_folder, tfds_folder, image_folder, tmp_path):
     model = {**MODEL, 'model.num_heads': '4'}
-    settings = smoke_overrides(path, idx_folder, tfds_folder) + overrides(model)
+    settings = smoke_overrides(path, idx_folder, tfds_folder, image_folder) + overrides(model)
     first = [*settings, ('total_steps', '2')]
     assert train.run(config.load(str(path), first), tmp_path / 'w').step == 2
     whole = config.load(str(path), settings)
@@ -124,8 +134,11 @@ def start_point(tmp_path_factory):
 
 
 @pytest.mark.parametrize('path', TRANSFER, ids=lambda path: path.stem)
-def test_transfer(path, start_point, idx_folder, tfds_folder, tmp_path):
-    settings = [*smoke_overrides(path, idx_folder, tfds_folder), ('init', str(start_point))]
+def test_transfer(path, start_point, idx_folder, tfds_folder, image_folder, tmp_path):
+    settings = [
+        *smoke_overrides(path, idx_folder, tfds_folder, image_folder),
+        ('init', str(start_point)),
+    ]
     results = transfer.run(transfer.load_config(str(path), settings), tmp_path / 'w')
     assert results is not None
     for found in results.values():

@@ -1,6 +1,7 @@
 """Batches: the same on any number of hosts, after any restart, by any path."""
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -9,9 +10,12 @@ import traceback
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from big_vit.data import pipeline, sources, transforms
+from big_vit.data import opening, order, pipeline, sources, transforms
+from big_vit.data.operations import BadExampleError
 from big_vit.errors import UserError
 
 SIZE = (8, 8)
@@ -40,7 +44,10 @@ def transform_of(text=TEXT):
 
 def take(source, count, text=TEXT, **settings):
     settings = {'batch_size': 12, 'seed': 1} | settings
-    batches = pipeline.train_batches(source, transform_of(text), **settings)
+    names = {field.name for field in dataclasses.fields(pipeline.Order)}
+    kept = pipeline.Order(**{k: v for k, v in settings.items() if k in names})
+    more = {k: v for k, v in settings.items() if k not in names}
+    batches = pipeline.train_batches(source, transform_of(text), kept, **more)
     taken = list(itertools.islice(batches, count))
     batches.close()
     return taken
@@ -56,7 +63,7 @@ def assert_same(batches, others):
 
 
 def by_example(source):
-    """The same source, taken through Grain instead of vectorised indexing."""
+    """The same source, loaded in threads instead of by vectorised indexing."""
     return dataclasses.replace(source, in_memory=False)
 
 
@@ -165,16 +172,242 @@ def test_errors_in_threads_arrive_as_they_are():
         list(pipeline.eval_batches(source, transform_of(), batch_size=4))
 
 
-def wait_for_grain_threads():
-    deadline = time.time() + 10
-    while any(t.name.startswith('grain') for t in threading.enumerate()):
-        assert time.time() < deadline, threading.enumerate()
-        time.sleep(0.05)
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith('loader')]
 
 
 def test_threads_end_with_the_batches(digits):
     take(by_example(digits), 2)
-    wait_for_grain_threads()
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize('threads', [1, 2, 5])
+def test_the_number_of_threads_does_not_matter(varying, threads):
+    reference = take(varying, 5, batch_size=40, num_threads=3)
+    assert_same(reference, take(varying, 5, batch_size=40, num_threads=threads))
+
+
+def test_threads_work_no_further_ahead_than_a_few_batches():
+    loaded = []
+
+    def load(indices):
+        loaded.append(len(indices))
+        return {'image': np.zeros((len(indices), 8, 8, 1), np.uint8), 'label': indices}
+
+    source = sources.Source('counting', 'train', 100, 100, (8, 8, 1), load, False)
+    batches = pipeline.train_batches(source, transform_of(''), pipeline.Order(32, 0), num_threads=2)
+    next(batches)
+    time.sleep(0.2)
+    assert sum(loaded) <= 32 * 4
+    batches.close()
+
+
+# --- Worker processes ------------------------------------------------------------------
+
+
+def spec_of(**changes):
+    values = {
+        'key': 'data', 'name': 'fdsl', 'split': 'train[:70]', 'transform': TEXT,
+        'image_size': SIZE, 'num_classes': 7, 'seed': 3,
+    }  # fmt: skip
+    return opening.Spec(**{**values, **changes})
+
+
+@pytest.mark.parametrize('workers', [1, 4])
+def test_worker_processes_give_the_same_batches(workers):
+    specs = (spec_of(),)
+    source, transform = opening.open_examples(specs)
+    settings = {'batch_size': 20, 'seed': 5}
+    kept = pipeline.Order(**settings)
+    wanted = list(itertools.islice(pipeline.train_batches(source, transform, kept), 4))
+    batches = pipeline.train_batches(
+        source,
+        transform,
+        kept,
+        start_step=1,
+        workers=workers,
+        opener=functools.partial(opening.open_examples, specs),
+    )
+    try:
+        assert_same(wanted[1:], list(itertools.islice(batches, 3)))
+    finally:
+        batches.close()
+
+
+# --- Properties ------------------------------------------------------------------------
+
+
+def columns_of(source, transform, kept, hosts, steps, start=0, threads=None):
+    """The batches of all hosts put together."""
+    size = kept.batch_size // hosts
+    parts = []
+    for host in range(hosts):
+        batches = pipeline.train_batches(
+            source,
+            transform,
+            kept,
+            start_step=start,
+            rows=slice(host * size, (host + 1) * size),
+            num_threads=threads,
+        )
+        parts.append(list(itertools.islice(batches, steps)))
+        batches.close()
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([1, 2, 0.5, 0.37]), min_size=3, max_size=3),
+    batches=st.integers(1, 5),
+    repeats=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**40),
+    start=st.integers(0, 50),
+    in_memory=st.booleans(),
+)
+def test_batches_do_not_depend_on_hosts_threads_or_restarts(
+    lengths, weights, batches, repeats, seed, start, in_memory
+):
+    images = np.random.default_rng(0).integers(0, 256, (sum(lengths), 8, 8, 1), np.uint8)
+
+    def load(indices):
+        return {'image': images[indices], 'label': indices.astype(np.int32)}
+
+    source = sources.Source('made', 'train', sum(lengths), 200, (8, 8, 1), load, in_memory)
+    counts = order.shares(weights[: len(lengths)]) if len(lengths) > 1 else None
+    kept = pipeline.Order(4 * batches, seed, True, repeats, tuple(lengths), counts)
+    transform = transform_of('random_crop(size, 2) | flip_lr')
+    whole = columns_of(source, transform, kept, 1, 4, start=start, threads=1)
+    for hosts, threads in ((2, 2), (4, 1)):
+        assert_same(whole, columns_of(source, transform, kept, hosts, 4, start, threads))
+    assert_same(whole[2:], columns_of(source, transform, kept, 1, 2, start + 2, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4),
+    batch=st.integers(1, 30),
+    seed=st.integers(0, 2**40),
+)
+def test_every_example_comes_once_in_each_epoch_of_its_part(lengths, weights, batch, seed):
+    counts = order.shares(weights[: len(lengths)]) if len(lengths) > 1 else None
+    kept = pipeline.Order(batch, seed, lengths=tuple(lengths), counts=counts)
+    steps = 3 * sum(lengths) // batch + 1
+    found = [kept.indices(step, sum(lengths)) for step in range(steps)]
+    index, view = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    starts = np.cumsum([0, *lengths])
+    for first, last in itertools.pairwise(starts.tolist()):
+        own = (index >= first) & (index < last)
+        views = view[own]
+        assert (np.diff(views) >= 0).all()
+        for epoch in range(views.max(initial=-1)):
+            seen = np.sort(index[own][views == epoch])
+            np.testing.assert_array_equal(seen, np.arange(first, last))
+    pairs = set(zip(index.tolist(), view.tolist(), strict=True))
+    assert len(pairs) == len(index)
+
+
+def test_parts_of_a_mixture_come_in_their_shares():
+    counts = order.shares((0.7, 0.2, 0.1))
+    kept = pipeline.Order(100, 0, lengths=(50, 500, 5000), counts=counts)
+    index = np.concatenate([kept.indices(step, 5550)[0] for step in range(50)])
+    part = np.searchsorted([50, 550], index, side='right')
+    assert np.bincount(part).tolist() == [3500, 1000, 500]
+    # Not by turns: rows of a batch, which devices share out, must not belong to parts.
+    first = part.reshape(50, 100)[:, 0]
+    assert len(set(first.tolist())) > 1
+    shuffles = [index[(part == 0)][n : n + 50].tolist() for n in (0, 50)]
+    assert shuffles[0] != shuffles[1]
+
+
+def test_repeated_augmentation_shows_views_of_the_same_examples(digits):
+    batches = take(digits, 5, batch_size=20, repeats=2)
+    for batch in batches:
+        np.testing.assert_array_equal(batch['label'][:10], batch['label'][10:])
+        assert not np.array_equal(batch['image'][:10], batch['image'][10:])
+    index = np.concatenate(
+        [pipeline.Order(20, 1, repeats=2).indices(step, 50)[0][:10] for step in range(5)]
+    )
+    np.testing.assert_array_equal(np.sort(index), np.arange(50))
+
+
+# --- Damaged examples ------------------------------------------------------------------
+
+
+def damaged(bad, length=30):
+    def load(indices):
+        for row, i in enumerate(indices.tolist()):
+            if i in bad:
+                raise BadExampleError(row, 'damaged JPEG')
+        images = np.broadcast_to(
+            indices.astype(np.uint8)[:, None, None, None], (len(indices), 8, 8, 1)
+        )
+        return {'image': images, 'label': indices.astype(np.int32)}
+
+    return sources.Source(
+        'damaged', 'train', length, length, (8, 8, 1), load, False, where=lambda i: f'shard-{i}.tar'
+    )
+
+
+def test_a_damaged_example_stops_and_is_named():
+    with pytest.raises(UserError, match=r"^shard-7\.tar: damaged JPEG; .*on_error='skip'"):
+        take(damaged({7}), 3, text='')
+
+
+def test_a_damaged_example_is_replaced_by_the_next_whole_one():
+    source = damaged({7, 8, 20})
+    batches = take(source, 5, text='', skip_bad=True)
+    clean = take(damaged(set()), 5, text='')
+    for batch, whole in zip(batches, clean, strict=True):
+        wanted = np.where(whole['label'] == 7, 9, whole['label'])
+        wanted = np.where(whole['label'] == 8, 9, wanted)
+        wanted = np.where(whole['label'] == 20, 21, wanted)
+        np.testing.assert_array_equal(batch['label'], wanted)
+        np.testing.assert_array_equal(batch['replaced'], wanted != whole['label'])
+        np.testing.assert_array_equal(batch['image'][:, 0, 0, 0], wanted)
+    assert sum(batch['replaced'].sum() for batch in batches) == 6
+    halves = [
+        take(source, 5, text='', skip_bad=True, rows=rows) for rows in (slice(6), slice(6, 12))
+    ]
+    for whole, *parts in zip(batches, *halves, strict=True):
+        assert_same([whole], [{k: np.concatenate([p[k] for p in parts]) for k in whole}])
+
+
+def test_where_nothing_is_whole_a_run_ends():
+    with pytest.raises(UserError, match='so are the 16 examples after it'):
+        take(damaged(set(range(30))), 1, text='', skip_bad=True)
+
+
+def test_an_evaluation_leaves_damaged_examples_out():
+    batches = list(
+        pipeline.eval_batches(damaged({3, 4}), transform_of(''), batch_size=16, skip_bad=True)
+    )
+    mask = np.concatenate([batch['mask'] for batch in batches])
+    np.testing.assert_array_equal(np.flatnonzero(mask), [i for i in range(30) if i not in (3, 4)])
+    with pytest.raises(UserError, match=r'shard-3\.tar'):
+        list(pipeline.eval_batches(damaged({3, 4}), transform_of(''), batch_size=16))
+
+
+def test_images_of_two_shapes_end_with_a_hint(varying):
+    with pytest.raises(
+        UserError, match=r'data\.transform: images of 9x11x3 and 10x11x3 come .* add resize'
+    ):
+        take(varying, 1, text='')
+
+
+def test_the_meter_tells_how_fast_the_loader_could_be(digits):
+    meter = pipeline.Meter()
+    assert meter.rate() is None
+    take(by_example(digits), 4, meter=meter, num_threads=2)
+    assert meter.threads == 2
+    assert meter.rate() > 100
+    meter.add(100, 2.0)
+    assert meter.rate() == 100.0
+    assert meter.rate() is None
 
 
 def batch_mesh(count):
@@ -330,7 +563,7 @@ def test_to_device_closes_early(digits):
     def endless():
         try:
             yield from pipeline.train_batches(
-                by_example(digits), transform_of(), batch_size=4, seed=0
+                by_example(digits), transform_of(), pipeline.Order(4, 0)
             )
         finally:
             closed.append(True)
@@ -341,7 +574,7 @@ def test_to_device_closes_early(digits):
     batches.close()
     assert closed == [True]
     assert not device_threads()
-    wait_for_grain_threads()
+    assert not loader_threads()
     unused = pipeline.to_device(endless(), batch_sharding(), batch_size=4)
     unused.close()
     assert not device_threads()
@@ -350,7 +583,7 @@ def test_to_device_closes_early(digits):
 def test_a_step_can_be_fed_without_any_other_transfer(digits):
     step = jax.jit(lambda total, batch: total + batch['label'].sum())
     total = jax.device_put(np.int32(0), NamedSharding(batch_mesh(4), PartitionSpec()))
-    source = pipeline.train_batches(digits, transform_of(), batch_size=12, seed=0)
+    source = pipeline.train_batches(digits, transform_of(), pipeline.Order(12, 0))
     with (
         jax.transfer_guard('disallow'),
         pipeline.to_device(source, batch_sharding(), batch_size=12) as batches,

@@ -77,11 +77,11 @@ TOLERANCE = {
 
 
 def operation_named(name):
-    return next(f for f in randaug.OPERATIONS if f.__name__ == name)
+    return next(f for f in randaug.SIXTEEN if f.__name__ == name)
 
 
 @pytest.mark.parametrize('magnitude', [0, 3, 5, 7.5, 10, 15])
-@pytest.mark.parametrize('name', [f.__name__ for f in randaug.OPERATIONS if f.__name__ != 'cutout'])
+@pytest.mark.parametrize('name', [f.__name__ for f in randaug.SIXTEEN if f.__name__ != 'cutout'])
 def test_operations_against_pillow(name, magnitude):
     apply, (off, elsewhere) = operation_named(name), TOLERANCE.get(name, (0, 0))
     # A grey value that is rounded the other way is taken `factor - 1` times.
@@ -126,7 +126,7 @@ def test_what_grows_with_the_magnitude_does_nothing_at_0():
         np.testing.assert_array_equal(operation_named(name)(image, 0.5, 1, np.zeros(2)), image)
 
 
-@pytest.mark.parametrize('name', [f.__name__ for f in randaug.OPERATIONS])
+@pytest.mark.parametrize('name', [f.__name__ for f in randaug.SIXTEEN])
 def test_operations_take_any_size_and_magnitude(name):
     for size in ((1, 1), (2, 9), (9, 1)):
         for magnitude in (0, 10, 30):
@@ -145,11 +145,11 @@ def test_each_operation_is_drawn_equally_often_and_half_of_the_signs_are_negativ
 
         return record
 
-    monkeypatch.setattr(randaug, 'OPERATIONS', tuple(spy(i) for i in range(16)))
+    monkeypatch.setattr(randaug, 'SIXTEEN', tuple(spy(i) for i in range(16)))
     batch = 4000
     keys = order.example_keys(0, 0, np.arange(batch))
     transform = transforms.parse('randaug(2, 10)', size=(2, 2))
-    transform(np.zeros((batch, 2, 2, 3), np.uint8), keys)
+    transform({'image': np.zeros((batch, 2, 2, 3), np.uint8)}, keys)
     rows = np.array(seen).reshape(batch, 2, 5)
     assert (rows[..., 1] == 1).all()
     table = np.zeros((16, 16))
@@ -167,7 +167,7 @@ def test_each_operation_is_drawn_equally_often_and_half_of_the_signs_are_negativ
 def test_layers_are_applied_one_after_the_other():
     images = np.stack([photo(i) for i in range(32)])
     keys = order.example_keys(0, 0, np.arange(32))
-    found = transforms.parse('randaug(2, 10)', size=SIZE)(images, keys)
+    found = transforms.parse('randaug(2, 10)', size=SIZE)({'image': images}, keys)['image']
     for i in range(32):
         draws = [order.uniform(keys[i : i + 1], k)[0] for k in range(8)]
         wanted = randaug.apply(images[i], 10.0, np.array(draws[:4]))
@@ -179,11 +179,11 @@ def test_layers_are_applied_one_after_the_other():
     ('text', 'message'),
     [
         ('randaug(2)', r"missing a required argument: 'magnitude'.*randaug\(layers, magnitude\)"),
-        ('randaug(0, 10)', 'randaug takes a whole number of at least 1 for layers, not 0'),
-        ('randaug(17, 10)', 'randaug takes at most 16 layers, not 17'),
-        ('randaug(2, "much")', "randaug takes a number for magnitude, not 'much'"),
-        ('randaug(2, True)', 'randaug takes a number for magnitude, not True'),
-        ('randaug(2, 31)', 'randaug takes a magnitude from 0 to 30, not 31'),
+        ('randaug(0, 10)', 'randaug takes a whole number from 1 to 16 for layers, not 0'),
+        ('randaug(17, 10)', 'randaug takes a whole number from 1 to 16 for layers, not 17'),
+        ('randaug(2, "much")', "randaug takes a number from 0 to 30 for magnitude, not 'much'"),
+        ('randaug(2, True)', 'randaug takes a number from 0 to 30 for magnitude, not True'),
+        ('randaug(2, 31)', 'randaug takes a number from 0 to 30 for magnitude, not 31'),
     ],
 )
 def test_parse_refuses(text, message):
@@ -193,5 +193,6 @@ def test_parse_refuses(text, message):
 
 def test_grey_images_are_refused():
     keys = order.example_keys(0, 0, np.arange(2))
+    images = np.zeros((2, *SIZE, 1), np.uint8)
     with pytest.raises(UserError, match=r'data\.transform: randaug takes images of 3 channels'):
-        transforms.parse('randaug(2, 10)', size=SIZE)(np.zeros((2, *SIZE, 1), np.uint8), keys)
+        transforms.parse('randaug(2, 10)', size=SIZE)({'image': images}, keys)

@@ -45,6 +45,22 @@ def write_idx(folder: Path, examples: int = 64, size: int = 28) -> Path:
     return folder
 
 
+def write_folder(folder: Path, examples: int = 60, classes: int = 3, splits=None) -> Path:
+    """Folders of JPEG photographs of several sizes, one for each class, within `splits` or not."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    for split in splits or ('',):
+        for i in range(examples):
+            coarse = rng.integers(0, 128, (5, 4 + i % 3, 3), dtype=np.uint8)
+            coarse[..., i % classes % 3] += 100
+            image = cv2.resize(coarse, (60 + 20 * (i % 3), 75))
+            path = folder / split / f'class{i % classes}' / f'{i:04d}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cv2.imencode('.jpg', image)[1].tobytes())
+    return folder
+
+
 def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> Path:
     """A data_dir with JPEG photographs of several sizes; `sizes` are those of the splits."""
     import tensorflow_datasets as tfds

@@ -6,6 +6,11 @@ with the finaliser of SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2
 there is no generator state anywhere, so nothing needs saving.
 """
 
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
@@ -15,8 +20,10 @@ _ROUNDS = 8
 # A Feistel network over fewer bits than this is visibly non-uniform, so tiny datasets walk
 # inside a larger domain.
 _MIN_BITS = 6
-# Keeps the keys of the shuffle apart from those of the augmentation.
-_SHUFFLE, _EXAMPLE = 1, 2
+# Keeps the keys of the shuffle, the augmentation and the parts of a mixture apart.
+_SHUFFLE, _EXAMPLE, _PART = 1, 2, 3
+# Positions in which the parts of a mixture come exactly in their shares.
+_LEAST_CYCLE, _MOST_CYCLE = 1_000, 10_000
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -99,36 +106,111 @@ def shuffled(
     return result.astype(np.int64)
 
 
+def shares(weights: Sequence[float | int]) -> tuple[int, ...]:
+    """How often each part of a mixture comes in one cycle, from weights above 0.
+
+    Exact where the weights are in the ratio of small numbers, else to a ten-thousandth.
+    """
+    total = sum(map(Fraction, weights))
+    exact = [(Fraction(weight) / total).limit_denominator(_LEAST_CYCLE) for weight in weights]
+    cycle = math.lcm(*(share.denominator for share in exact))
+    if sum(exact) == 1 and cycle <= _MOST_CYCLE:
+        cycle *= -(-_LEAST_CYCLE // cycle)
+        return tuple(int(share * cycle) for share in exact)
+    return tuple(max(1, round(Fraction(w) / total * _MOST_CYCLE)) for w in weights)
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(cycle: int, counts: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(part, how many of that part came before it) of each position of a cycle of a mixture."""
+    total = sum(counts)
+    place = shuffled(np.arange(total), length=total, seed=seed, epoch=cycle)
+    part = np.searchsorted(np.cumsum(counts), place, side='right')
+    rank = np.empty(total, np.int64)
+    for number, count in enumerate(counts):
+        rank[part == number] = np.arange(count)
+    return part, rank
+
+
+def _part_seed(seed: int, part: int) -> int:
+    return int(_keys(_PART, seed, part)[0])
+
+
 def example_indices(
     step: int,
     *,
-    length: int,
+    length: int | Sequence[int],
     batch_size: int,
     seed: int,
     rows: slice | Int64[np.ndarray, ' rows'] = slice(None),
     shuffle: bool = True,
+    counts: tuple[int, ...] | None = None,
+    repeats: int = 1,
 ) -> tuple[Int64[np.ndarray, ' rows'], Int64[np.ndarray, ' rows']]:
     """Which examples batch `step` holds.
 
     The epochs follow one another without a gap: a batch may hold the end of one and the
-    start of the next, and every example comes exactly once per epoch.
+    start of the next, and every example comes exactly once per epoch. In a mixture each part
+    has epochs of its own, and comes in every cycle of sum(counts) positions in its share, in an
+    order drawn anew.
 
     Args:
       step: number of the batch, from 0.
-      length: how many examples the source has.
+      length: how many examples the source has; of a mixture those of each part, whose
+        examples are numbered one part after the other.
       batch_size: examples in the global batch.
       seed: seed of the order.
       rows: the rows of the global batch that are wanted (those of this host).
       shuffle: False gives the order of the source.
+      counts: from `shares`, for a mixture.
+      repeats: how often each example comes in its batch (repeated augmentation, arXiv
+        1901.09335), which this must divide: rows b and b + batch_size / repeats are views of
+        the same one.
 
     Returns:
-      (index, epoch), both int64 [rows]: index in [0, length), epoch from 0.
+      (index, view), both int64 [rows]: index in [0, length), or in [0, sum(length)); view counts
+      how often the example came before: the epoch where `repeats` is 1.
     """
     row = np.arange(batch_size, dtype=np.int64)[rows]
-    epoch, position = np.divmod(step * batch_size + row, length)
+    copy, row = np.divmod(row, batch_size // repeats)
+    position = step * (batch_size // repeats) + row
+    if counts is None:
+        assert isinstance(length, int)
+        index, epoch = _of_one(position, length, seed, shuffle)
+    else:
+        assert not isinstance(length, int)
+        part, within = _of_mixture(position, counts, seed)
+        starts = np.concatenate([[0], np.cumsum(length)])
+        index, epoch = np.empty_like(position), np.empty_like(position)
+        for number in np.unique(part).tolist():
+            own = part == number
+            found = _of_one(within[own], length[number], _part_seed(seed, number), shuffle)
+            index[own], epoch[own] = found[0] + starts[number], found[1]
+    return index, epoch * repeats + copy
+
+
+def _of_one(
+    position: np.ndarray, length: int, seed: int, shuffle: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    epoch, index = np.divmod(position, length)
     if shuffle:
-        position = shuffled(position, length=length, seed=seed, epoch=epoch)
-    return position, epoch
+        index = shuffled(index, length=length, seed=seed, epoch=epoch)
+    return index, epoch
+
+
+def _of_mixture(
+    position: np.ndarray, counts: tuple[int, ...], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(part, position within the part) of positions of a mixture."""
+    cycle, place = np.divmod(position, sum(counts))
+    part, within = np.empty_like(position), np.empty_like(position)
+    every = np.asarray(counts, np.int64)
+    for number in np.unique(cycle).tolist():
+        rows = cycle == number
+        parts, ranks = _pattern(number, counts, seed)
+        part[rows] = parts[place[rows]]
+        within[rows] = number * every[part[rows]] + ranks[place[rows]]
+    return part, within
 
 
 def example_keys(

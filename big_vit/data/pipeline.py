@@ -1,24 +1,95 @@
 """From a source to batches on the devices; the only file that knows Grain."""
 
+import collections
+import concurrent.futures
 import math
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int64
 
 from big_vit.data import order
-from big_vit.data.sources import Source
-from big_vit.data.transforms import Transform
+from big_vit.data.operations import BadExampleError
+from big_vit.data.sources.base import Source
+from big_vit.data.transforms import Transform, finished
 from big_vit.errors import UserError
 
-# Steps of a run without end; times the tasks of a step it must fit in 64 bits.
-_ENDLESS = 1 << 40
+# A few neighbouring rows are loaded together: their random numbers are drawn at once, and the
+# bookkeeping for one row would hold the interpreter lock as long as that for sixteen.
 _ROWS_PER_TASK = 16
+# How many of the examples that follow a damaged one are tried in its place.
+_NEIGHBOURS = 16
 
 Rows = slice | Int64[np.ndarray, ' rows']
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which examples come when; see `order.example_indices`.
+
+    Attributes:
+      batch_size: examples in the global batch, over all hosts.
+      seed: of the order and of the transform.
+      shuffle: False gives the order of the source.
+      repeats: views of each example in a batch.
+      lengths: of the parts of a mixture, whose counts in a cycle are `counts`.
+    """
+
+    batch_size: int
+    seed: int
+    shuffle: bool = True
+    repeats: int = 1
+    lengths: tuple[int, ...] = ()
+    counts: tuple[int, ...] | None = None
+
+    def indices(
+        self, step: int, length: int, rows: Rows = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(index, view) of the rows of batch `step`, from a source of this length."""
+        return order.example_indices(
+            step,
+            length=self.lengths if self.counts else length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rows=rows,
+            shuffle=self.shuffle,
+            counts=self.counts,
+            repeats=self.repeats,
+        )
+
+
+@dataclass
+class Meter:
+    """How fast a loader could be: rows loaded, and the seconds that its threads took for them."""
+
+    threads: int = 1
+    rows: int = 0
+    seconds: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, rows: int, seconds: float | int) -> None:
+        with self._lock:
+            self.rows += rows
+            self.seconds += seconds
+
+    def rate(self) -> float | None:
+        """Examples a second with all threads at work since the last call; None before any."""
+        with self._lock:
+            rows, seconds, self.rows, self.seconds = self.rows, self.seconds, 0, 0.0
+        return rows / seconds * self.threads if rows and seconds else None
+
+
+def default_threads() -> int:
+    """As many as this process may use processors."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 4)
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.ndarray, ' rows']:
@@ -45,64 +116,110 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.nda
     return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
 
 
-def _load(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> dict:
-    """{'image': uint8 [B, h, w, c], 'label': int32 [B]} of the examples, transformed."""
-    examples = source.load(index)
-    images = examples['image']
-    if isinstance(images, np.ndarray):
-        images = transform(images, keys)
-    else:
-        images = np.concatenate(
-            [transform(image[None], keys[i : i + 1]) for i, image in enumerate(images)]
-        )
-    return {'image': np.ascontiguousarray(images), 'label': examples['label']}
+def _columns(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> Columns:
+    """Arrays [B, ...] of some examples, transformed; BadExampleError or OSError."""
+    return finished(transform(source.load(index), keys), transform)
+
+
+def load(
+    source: Source,
+    transform: Transform,
+    index: Int64[np.ndarray, ' b'],
+    view: Int64[np.ndarray, ' b'] | int,
+    seed: int,
+    skip_bad: bool = False,
+) -> Columns:
+    """Some examples as the model will see them, but for what the devices do.
+
+    Args:
+      view: how often each example came before; with seed and index its randomness.
+      skip_bad: what cannot be read or decoded is replaced by the next example that can, and
+        marked in the column 'replaced' (uint8, 1 where that is so).
+
+    Returns:
+      Arrays [B, ...].
+
+    Raises:
+      UserError: an example is damaged; says where it lies.
+    """
+    try:
+        found = _columns(source, transform, index, order.example_keys(seed, view, index))
+        replaced = np.zeros(len(index), np.uint8)
+    except (BadExampleError, OSError):
+        views = np.broadcast_to(np.asarray(view, np.int64), index.shape)
+        rows = [
+            _load_one(source, transform, int(i), int(v), seed, skip_bad)
+            for i, v in zip(index, views, strict=True)
+        ]
+        found = {name: np.concatenate([row[name] for row, _ in rows]) for name in rows[0][0]}
+        replaced = np.array([away for _, away in rows], np.uint8)
+    return {**found, 'replaced': replaced} if skip_bad else found
+
+
+def _load_one(
+    source: Source, transform: Transform, index: int, view: int, seed: int, skip_bad: bool
+) -> tuple[Columns, bool]:
+    """One example, or one that follows it, and whether it is another."""
+    first: Exception | None = None
+    for step in range(_NEIGHBOURS + 1 if skip_bad else 1):
+        at = np.array([(index + step) % source.length], np.int64)
+        try:
+            return _columns(source, transform, at, order.example_keys(seed, view, at)), step > 0
+        except (BadExampleError, OSError) as error:
+            first = first or error
+    hint = (
+        f'so are the {_NEIGHBOURS} examples after it'
+        if skip_bad
+        else "repair or remove it, or set on_error='skip' to go on without it"
+    )
+    raise UserError(f'{source.place(index)}: {first}; {hint}') from first
 
 
 def train_batches(
     source: Source,
     transform: Transform,
+    order: Order,
     *,
-    batch_size: int,
-    seed: int,
     start_step: int = 0,
     rows: Rows = slice(None),
-    shuffle: bool = True,
-    num_threads: int = 16,
-) -> Iterator[dict]:
+    skip_bad: bool = False,
+    num_threads: int | None = None,
+    workers: int = 0,
+    opener: Callable[[], tuple[Source, Transform]] | None = None,
+    meter: Meter | None = None,
+) -> Iterator[Columns]:
     """Batches without end; the k-th is a function of (seed, start_step + k) alone.
 
     Args:
       source: where examples come from.
-      transform: applied to each; its randomness follows (seed, epoch, example).
-      batch_size: examples in the global batch, over all hosts.
-      seed: of the order and of the transform.
+      transform: applied to each; its randomness follows (seed, view, example).
+      order: which come when.
       start_step: number of the first batch.
       rows: the rows of the global batch that are wanted, from `local_rows`.
-      shuffle: False gives the order of the source.
-      num_threads: that decode, where examples are loaded one by one.
+      skip_bad: see `load`.
+      num_threads: that load, by default one a processor.
+      workers: processes that load instead, each with a share of the threads.
+      opener: gives source and transform anew, for the workers; must be picklable.
+      meter: is told how long loading takes.
 
     Yields:
-      {'image': uint8 [rows, h, w, c], 'label': int32 [rows]}.
+      Arrays [rows, ...]: 'image', 'label' and what else the transform leaves.
     """
+    numbers = np.arange(order.batch_size)[rows]
+    meter = meter or Meter()
 
-    def load(step: int, rows: Rows) -> dict:
-        index, epoch = order.example_indices(
-            step, length=source.length, batch_size=batch_size, seed=seed, rows=rows, shuffle=shuffle
-        )
-        return _load(source, transform, index, order.example_keys(seed, epoch, index))
+    def load_part(step: int, part: slice) -> Columns:
+        index, view = order.indices(start_step + step, source.length, numbers[part])
+        return load(source, transform, index, view, order.seed, skip_bad)
 
-    if source.in_memory:
-        step = start_step
-        while True:
-            yield load(step, rows)
-            step += 1
-
-    numbers = np.arange(batch_size)[rows]
-
-    def load_part(step: int, start: int, size: int) -> dict:
-        return load(start_step + step, numbers[start : start + size])
-
-    yield from _threaded(load_part, _ENDLESS, len(numbers), num_threads)
+    if source.in_memory and not workers:
+        yield from _in_turn(load_part, None, len(numbers), meter)
+    elif workers:
+        assert opener is not None
+        task = _WorkerTask(opener, order, start_step, numbers, skip_bad)
+        yield from _in_processes(task, len(numbers), workers, meter)
+    else:
+        yield from _threaded(load_part, None, len(numbers), num_threads, meter)
 
 
 def eval_steps(length: int, batch_size: int) -> int:
@@ -116,8 +233,9 @@ def eval_batches(
     *,
     batch_size: int,
     rows: Rows = slice(None),
-    num_threads: int = 16,
-) -> Iterator[dict]:
+    skip_bad: bool = False,
+    num_threads: int | None = None,
+) -> Iterator[Columns]:
     """Every example once, in the order of the source; `eval_steps` batches on every host.
 
     Args:
@@ -125,62 +243,190 @@ def eval_batches(
       transform: applied to each.
       batch_size: examples in the global batch, over all hosts.
       rows: the rows of the global batch that are wanted, from `local_rows`.
-      num_threads: that decode, where examples are loaded one by one.
+      skip_bad: damaged examples count as padding instead of ending the evaluation.
+      num_threads: that load, by default one a processor.
 
     Yields:
-      {'image': uint8 [rows, h, w, c], 'label': int32 [rows], 'mask': float32 [rows]}, with
-      mask 1 for examples and 0 for the zeros that fill the last batch.
+      Arrays [rows, ...], among them 'mask', float32 [rows]: 1 for examples and 0 for the zeros
+      that fill the last batch.
     """
     numbers = np.arange(batch_size)[rows]
 
-    def load(position: np.ndarray) -> dict:
+    def load_part(step: int, part: slice) -> Columns:
+        position = step * batch_size + numbers[part]
         real = position < source.length
-        index = np.where(real, position, 0)
-        batch = _load(source, transform, index, order.example_keys(0, 0, index))
         # A shape is needed even where a host has no example at all, so padding is loaded as
         # the first example and then blanked.
-        images = batch['image'] if real.all() else batch['image'] * real[:, None, None, None]
-        labels = np.where(real, batch['label'], 0).astype(np.int32)
-        return {'image': images, 'label': labels, 'mask': real.astype(np.float32)}
+        batch = load(source, transform, np.where(real, position, 0), 0, 0, skip_bad)
+        if skip_bad:
+            real &= batch.pop('replaced') == 0
+        for name, column in batch.items():
+            if not real.all():
+                batch[name] = column * real.reshape(-1, *[1] * (column.ndim - 1)).astype(
+                    column.dtype
+                )
+        return {**batch, 'mask': real.astype(np.float32)}
 
     steps = eval_steps(source.length, batch_size)
     if source.in_memory:
-        for step in range(steps):
-            yield load(step * batch_size + numbers)
-        return
+        yield from _in_turn(load_part, steps, len(numbers), Meter())
+    else:
+        yield from _threaded(load_part, steps, len(numbers), num_threads, Meter())
 
-    def load_part(step: int, start: int, size: int) -> dict:
-        return load(step * batch_size + numbers[start : start + size])
 
-    yield from _threaded(load_part, steps, len(numbers), num_threads)
+LoadPart = Callable[[int, slice], Columns]
+
+
+def _in_turn(load_part: LoadPart, steps: int | None, batch: int, meter: Meter) -> Iterator[Columns]:
+    """Whole batches 0, 1, ... one after the other, `steps` of them or without end."""
+    step = 0
+    while steps is None or step < steps:
+        began = time.perf_counter()
+        loaded = load_part(step, slice(None))
+        meter.add(batch, time.perf_counter() - began)
+        yield loaded
+        step += 1
+
+
+def _parts(batch: int) -> list[slice]:
+    return [
+        slice(start, min(start + _ROWS_PER_TASK, batch))
+        for start in range(0, batch, _ROWS_PER_TASK)
+    ]
+
+
+class _Assembly:
+    """A batch that several threads fill, each its own rows."""
+
+    def __init__(self, rows: int):
+        self._rows, self._lock = rows, threading.Lock()
+        self.columns: Columns | None = None
+
+    def put(self, part: slice, columns: Columns) -> None:
+        with self._lock:
+            if self.columns is None:
+                self.columns = {
+                    name: np.empty((self._rows, *column.shape[1:]), column.dtype)
+                    for name, column in columns.items()
+                }
+        for name, column in columns.items():
+            whole = self.columns[name]
+            if column.shape[1:] != whole.shape[1:]:
+                raise UserError(
+                    f'data: examples of one batch have {name} of {whole.shape[1:]} and '
+                    f'{column.shape[1:]}: add resize(size), a crop, rgb or grayscale to its '
+                    'transform'
+                )
+            whole[part] = column
 
 
 def _threaded(
-    load_part: Callable[[int, int, int], dict], steps: int, batch: int, num_threads: int
-) -> Iterator[dict]:
-    """Batches 0 .. steps-1 in order, of `batch` rows each, loaded in threads.
+    load_part: LoadPart, steps: int | None, batch: int, num_threads: int | None, meter: Meter
+) -> Iterator[Columns]:
+    """Batches 0, 1, ... in order, of `batch` rows each, loaded in threads."""
+    threads = num_threads or default_threads()
+    meter.threads = threads
+    parts = _parts(batch)
+    # Enough tasks to keep all threads at work while the oldest batch is waited for.
+    ahead = 1 + max(1, math.ceil(2 * threads / len(parts)))
 
-    A task is load_part(step, start, size): a few neighbouring rows of a batch, because the
-    bookkeeping for a single row costs as much as for sixteen and holds the interpreter lock.
-    """
+    def run(assembly: _Assembly, step: int, part: slice) -> None:
+        began = time.perf_counter()
+        assembly.put(part, load_part(step, part))
+        meter.add(part.stop - part.start, time.perf_counter() - began)
+
+    waiting: collections.deque[tuple[_Assembly, list[concurrent.futures.Future]]] = (
+        collections.deque()
+    )
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='loader')
+    step = 0
+    try:
+        while True:
+            while len(waiting) < ahead and (steps is None or step < steps):
+                assembly = _Assembly(batch)
+                tasks = [pool.submit(run, assembly, step, part) for part in parts]
+                waiting.append((assembly, tasks))
+                step += 1
+            if not waiting:
+                return
+            assembly, tasks = waiting.popleft()
+            for done in tasks:
+                done.result()
+            assert assembly.columns is not None
+            yield assembly.columns
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _WorkerTask:
+    """Loads parts of batches in another process, which opens the source for itself."""
+
+    def __init__(
+        self,
+        opener: Callable[[], tuple[Source, Transform]],
+        order: Order,
+        start_step: int,
+        numbers: np.ndarray,
+        skip_bad: bool,
+    ):
+        self._opener, self._order, self._start = opener, order, start_step
+        self._numbers, self._skip_bad = numbers, skip_bad
+        self._parts = _parts(len(numbers))
+        self._opened: tuple[Source, Transform] | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_opened': None, '_lock': None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> Columns:
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._opener()
+        source, transform = self._opened
+        step, part = divmod(int(number), len(self._parts))
+        began = time.perf_counter()
+        rows = self._numbers[self._parts[part]]
+        index, view = self._order.indices(self._start + step, source.length, rows)
+        try:
+            loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
+        except UserError as error:  # Across processes only the text of an error survives.
+            return {'error': np.frombuffer(str(error).encode(), np.uint8)}
+        return {**loaded, 'seconds': np.array([time.perf_counter() - began])}
+
+
+# Steps of a run without end; times the parts of a step it must fit in 64 bits.
+_ENDLESS = 1 << 40
+
+
+def _in_processes(task: _WorkerTask, batch: int, workers: int, meter: Meter) -> Iterator[Columns]:
+    """Batches 0, 1, ... in order, whose parts the workers load in turn."""
     import grain
 
-    size = math.gcd(batch, _ROWS_PER_TASK)
-    parts = batch // size
-
-    def task(number: int) -> dict:
-        step, part = divmod(int(number), parts)
-        return load_part(step, part * size, size)
-
-    def join(loaded: Sequence[dict]) -> dict:
-        return {name: np.concatenate([part[name] for part in loaded]) for name in loaded[0]}
-
-    ahead = max(2 * parts, num_threads)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
-    tasks = grain.MapDataset.range(steps * parts).map(task)
-    iterator = iter(tasks.to_iter_dataset(options).batch(parts, batch_fn=join))
+    threads = max(1, default_threads() // workers)
+    meter.threads = workers * threads
+    parts = _parts(batch)
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    buffered = max(2, math.ceil(2 * len(parts) / workers))
+    processes = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=min(buffered, 64)
+    )
+    numbers = grain.MapDataset.range(_ENDLESS * len(parts)).map(task)
+    iterator = iter(numbers.to_iter_dataset(read).mp_prefetch(processes))
     try:
-        yield from iterator
+        while True:
+            assembly = _Assembly(batch)
+            for part in parts:
+                loaded = next(iterator)
+                if 'error' in loaded:
+                    raise UserError(bytes(loaded['error']).decode())
+                meter.add(part.stop - part.start, float(loaded.pop('seconds')[0]))
+                assembly.put(part, loaded)
+            assert assembly.columns is not None
+            yield assembly.columns
     finally:
         iterator.close()
 
@@ -202,7 +448,9 @@ class DeviceBatches:
         *,
         batch_size: int,
         prefetch: int,
+        meter: Meter | None = None,
     ):
+        self.meter = meter or Meter()
         self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -292,6 +540,7 @@ def to_device(
     *,
     batch_size: int,
     prefetch: int = 1,
+    meter: Meter | None = None,
 ) -> DeviceBatches:
     """Moves batches to the devices in a thread, ahead of the step that needs them.
 
@@ -300,10 +549,11 @@ def to_device(
       sharding: of every array, over its leading axis.
       batch_size: examples in the global batch.
       prefetch: how many batches may wait on the devices, at least 1.
+      meter: of what makes the batches, for whoever holds the iterator.
 
     Returns:
       An iterator over dicts of global arrays [batch_size, ...], to be closed after use (it
       is a context manager). An exception in the thread is raised by the `next` that comes
       to it, with its own traceback.
     """
-    return DeviceBatches(batches, sharding, batch_size=batch_size, prefetch=prefetch)
+    return DeviceBatches(batches, sharding, batch_size=batch_size, prefetch=prefetch, meter=meter)

@@ -20,6 +20,16 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from big_vit.data.operations import (
+    STREAMS,
+    Operation,
+    each,
+    need_bytes,
+    need_channels,
+    number,
+    whole,
+)
+
 Image = UInt8[np.ndarray, 'height width 3']
 Table = UInt8[np.ndarray, '256'] | UInt8[np.ndarray, '256 3']
 
@@ -36,7 +46,7 @@ def apply(image: Image, magnitude: float, draws: Float[np.ndarray, '4']) -> Imag
       magnitude: 10 is the strength that AutoAugment's search went up to.
       draws: in [0, 1), for the choice, the sign, and the two coordinates of cutout.
     """
-    operation = OPERATIONS[int(draws[0] * len(OPERATIONS))]
+    operation = SIXTEEN[int(draws[0] * len(SIXTEEN))]
     return operation(image, magnitude / 10, -1 if draws[1] < 0.5 else 1, draws[2:])
 
 
@@ -166,7 +176,7 @@ def cutout(image: Image, strength: float, sign: int, at: np.ndarray) -> Image:
     return image
 
 
-OPERATIONS: tuple[Callable[[Image, float, int, np.ndarray], Image], ...] = (
+SIXTEEN: tuple[Callable[[Image, float, int, np.ndarray], Image], ...] = (
     autocontrast,
     equalize,
     invert,
@@ -227,3 +237,22 @@ def _warp(image: Image, matrix: np.ndarray) -> Image:
     size = image.shape[1::-1]
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, size, flags=flags, borderValue=(_GREY,) * 3)
+
+
+def randaug(layers, magnitude) -> Operation:
+    """RandAugment on RGB images: `layers` of the sixteen in a row, in the TensorFlow variant."""
+    layers = whole('layers', layers, 1, STREAMS // DRAWS)
+    magnitude = number('magnitude', magnitude, 0, 30)
+
+    def augment(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        need_bytes(image)
+        need_channels(image, 3)
+        image = np.ascontiguousarray(image)
+        for layer in draws.reshape(layers, DRAWS):
+            image = apply(image, magnitude, layer)
+        return image
+
+    return each(augment, layers * DRAWS)
+
+
+OPERATIONS = {'randaug': randaug}

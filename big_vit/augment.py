@@ -1,0 +1,195 @@
+"""What is done to examples on the devices, inside the train step: pure functions of (batch, rng).
+
+Bytes travel to the devices and become floats here. Every random number is drawn for the whole
+batch from one key, so nothing depends on the mesh. Constructors check their arguments and raise
+a ValueError whose text follows the operation's name.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
+
+from big_vit.objectives import Batch
+
+Function = Callable[[Batch, Array], Batch]
+Image = Num[Array, 'batch height width channels']
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_ERASING_ATTEMPTS = 10
+
+
+def compose(functions: Sequence[Function]) -> Function:
+    """One after the other, each with a key of its own that those after it do not change."""
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        for place, function in enumerate(functions):
+            batch = function(batch, jax.random.fold_in(rng, place))
+        return batch
+
+    return apply
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f'takes a number from {least:g} to {most:g} for {name}, not {value!r}')
+    return float(value)
+
+
+def _numbers(name: str, value: object) -> tuple[float, ...]:
+    values = value if isinstance(value, tuple | list) else (value,)
+    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise ValueError(f'takes a number, or one for each channel, for {name}, not {value!r}')
+    return tuple(float(v) for v in values)
+
+
+def _most(image: Image) -> float:
+    """The value of white in a whole-numbered image."""
+    return float(jnp.iinfo(image.dtype).max)
+
+
+def value_range(low, high, in_low=None, in_high=None) -> Function:
+    """To floats from low (black) to high (white).
+
+    Images of whole numbers are black at 0 and white at 255 (or 65535); of floats, `in_low` and
+    `in_high` say it.
+    """
+    low, high = _number('low', low, -1e6, 1e6), _number('high', high, -1e6, 1e6)
+    if (in_low is None) != (in_high is None):
+        raise ValueError('takes both of in_low and in_high, or none')
+    if in_low is not None:
+        in_low, in_high = (
+            _number('in_low', in_low, -1e9, 1e9),
+            _number('in_high', in_high, -1e9, 1e9),
+        )
+        if in_low >= in_high:
+            raise ValueError(f'takes in_low below in_high, not {in_low!r} and {in_high!r}')
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        image = batch['image']
+        if in_low is not None:
+            first, last = in_low, in_high
+        elif jnp.issubdtype(image.dtype, jnp.integer):
+            first, last = 0.0, _most(image)
+        else:
+            raise ValueError(
+                'value_range: these images are floats already: say what is black and white in '
+                'them with in_low and in_high'
+            )
+        scale = (high - low) / (last - first)
+        image = image.astype(jnp.float32) * scale + (low - first * scale)
+        return {**batch, 'image': image}
+
+    return apply
+
+
+def normalize(mean='imagenet', std='imagenet') -> Function:
+    """To floats from 0 to 1, minus `mean`, divided by `std`, by channel, as torchvision does."""
+    named = [value for value in (mean, std) if isinstance(value, str)]
+    if named and named != ['imagenet', 'imagenet']:
+        raise ValueError(f"takes numbers, or 'imagenet' for both, not {mean!r} and {std!r}")
+    means, stds = _IMAGENET if named else (_numbers('mean', mean), _numbers('std', std))
+    if min(stds) <= 0:
+        raise ValueError(f'takes numbers above 0 for std, not {std!r}')
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        image = batch['image']
+        channels = image.shape[-1]
+        if {len(means), len(stds)} - {1, channels}:
+            raise ValueError(f'normalize: {len(means)} numbers for images of {channels} channels')
+        most = _most(image) if jnp.issubdtype(image.dtype, jnp.integer) else 1.0
+        scale = 1 / (most * np.asarray(stds, np.float64))
+        shift = -np.asarray(means, np.float64) / np.asarray(stds, np.float64)
+        shape = (1, 1, 1, -1)
+        scale, shift = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
+        return {**batch, 'image': image.astype(jnp.float32) * scale + shift}
+
+    return apply
+
+
+def _flip(p: object, axis: int) -> Function:
+    share = _number('p', p, 0, 1)
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        image = batch['image']
+        turned = jax.random.bernoulli(rng, share, image.shape[:1])
+        turned = turned.reshape(-1, 1, 1, 1)
+        return {**batch, 'image': jnp.where(turned, jnp.flip(image, axis), image)}
+
+    return apply
+
+
+def flip_lr(p=0.5) -> Function:
+    """Mirrored left to right with probability p."""
+    return _flip(p, 2)
+
+
+def flip_ud(p=0.5) -> Function:
+    """Mirrored top to bottom with probability p."""
+    return _flip(p, 1)
+
+
+def inside(
+    top: Float[Array, ' batch'],
+    left: Float[Array, ' batch'],
+    height: Float[Array, ' batch'],
+    width: Float[Array, ' batch'],
+    shape: tuple[int, int],
+) -> Bool[Array, 'batch height width 1']:
+    """Which pixels lie in the box of each example; of comparisons only, without a gather."""
+
+    def within(start: Array, length: Array, side: int) -> Array:
+        at = jnp.arange(side, dtype=jnp.float32)[None]
+        return (at >= start[:, None]) & (at < (start + length)[:, None])
+
+    rows, columns = within(top, height, shape[0]), within(left, width, shape[1])
+    return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+
+def random_erasing(p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel') -> Function:
+    """A box filled with noise (arXiv 1708.04896), by timm's law; after value_range or normalize.
+
+    With probability p a box whose area is uniform in the bounds, as a share of the image, and the
+    logarithm of whose height / width is uniform between those of min_aspect and its inverse; of
+    ten draws the first that is smaller than the image on both sides, else none. `pixel` fills
+    with a normal number for each value, `rand` with one for each channel, `const` with 0.
+    """
+    share = _number('p', p, 0, 1)
+    least, most = _number('min_area', min_area, 0, 1), _number('max_area', max_area, 0, 1)
+    if not 0 < least <= most:
+        raise ValueError(f'takes 0 < min_area <= max_area, not {min_area!r} and {max_area!r}')
+    steep = np.log(_number('min_aspect', min_aspect, 1e-3, 1))
+    if mode not in ('pixel', 'rand', 'const'):
+        raise ValueError(f"takes 'pixel', 'rand' or 'const' for mode, not {mode!r}")
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        image = batch['image']
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError('random_erasing comes after value_range or normalize')
+        count, height, width, channels = image.shape
+        keys = jax.random.split(rng, 6)
+        tries = (count, _ERASING_ATTEMPTS)
+        area = height * width * jax.random.uniform(keys[0], tries, minval=least, maxval=most)
+        aspect = jnp.exp(jax.random.uniform(keys[1], tries, minval=steep, maxval=-steep))
+        tall, wide = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+        fits = (tall < height) & (wide < width)
+        first = fits & (jnp.cumsum(fits, axis=1) == 1)
+        tall, wide = (jnp.where(first, side, 0).sum(axis=1) for side in (tall, wide))
+        top = jnp.floor(jax.random.uniform(keys[2], (count,)) * (height - tall + 1))
+        left = jnp.floor(jax.random.uniform(keys[3], (count,)) * (width - wide + 1))
+        chosen = jax.random.bernoulli(keys[4], share, (count,)).reshape(-1, 1, 1, 1)
+        shape = {'pixel': image.shape, 'rand': (count, 1, 1, channels), 'const': (1, 1, 1, 1)}[mode]
+        fill = jax.random.normal(keys[5], shape) if mode != 'const' else jnp.zeros(shape)
+        erased = inside(top, left, tall, wide, (height, width)) & chosen
+        return {**batch, 'image': jnp.where(erased, fill.astype(image.dtype), image)}
+
+    return apply
+
+
+OPERATIONS: dict[str, Callable[..., Function]] = {
+    function.__name__: function
+    for function in (value_range, normalize, flip_lr, flip_ud, random_erasing)
+}
+RANDOM = frozenset({'flip_lr', 'flip_ud', 'random_erasing'})

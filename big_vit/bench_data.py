@@ -1,0 +1,116 @@
+"""How fast data come: `python -m big_vit.bench_data --config configs/x.py` runs the loader alone.
+
+Whole batches first, as training loads them; then one thread, to say what each operation costs.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from big_vit import build, metrics, runtime
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.data import operations, order, pipeline, transforms
+
+# Of the part that tells the operations apart.
+_SAMPLE, _TOGETHER = 256, 16
+
+
+def whole(config: Config, found: build.Data, seconds: float) -> dict[str, float]:
+    """Rates of the loader as training runs it: {'examples_per_s', 'per_core', 'host_memory_mb'}.
+
+    The first batches, which open files and start threads, are not counted.
+    """
+    rows = slice(None)
+    with_closing = build.host_batches(config, found, 0, rows)
+    try:
+        for _ in range(2):
+            next(with_closing)
+        began, cpu = time.perf_counter(), time.process_time()
+        count = 0
+        while time.perf_counter() - began < seconds:
+            count += len(next(with_closing)['image'])
+        passed = time.perf_counter() - began
+        used = time.process_time() - cpu
+    finally:
+        with_closing.close()  # type: ignore[attr-defined]
+    result = {'examples': count, 'seconds': passed, 'examples_per_s': count / passed}
+    if not config.data.workers:  # What other processes use is not seen from here.
+        result['examples_per_core_s'] = count / used
+    memory = metrics.host_memory_mb()
+    return result if memory is None else {**result, 'host_memory_mb': memory}
+
+
+def by_operation(config: Config, found: build.Data) -> dict[str, float]:
+    """Microseconds an example of reading and of each operation, in one thread.
+
+    An image is decoded by the first operation that needs its pixels, which that one pays for.
+    """
+    source, transform = found.source, found.transform
+    spent: dict[str, float] = {'read': 0.0}
+    names = [f'{i + 1} {name}' for i, name in enumerate(transform.names)]
+    index, view = build.data_order(config, found).indices(0, source.length)
+    index = np.resize(index, _SAMPLE)
+    for start in range(0, _SAMPLE, _TOGETHER):
+        at = index[start : start + _TOGETHER]
+        keys = order.example_keys(config.seed, 0, at)
+        began = time.perf_counter()
+        columns = source.load(at)
+        spent['read'] += time.perf_counter() - began
+        for position, (name, operation) in enumerate(zip(names, transform.operations, strict=True)):
+
+            def draw(k: int, first: int = position * operations.STREAMS, keys: Any = keys):
+                return order.uniform(keys, first + k)
+
+            began = time.perf_counter()
+            columns = operation.apply(columns, draw)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+        began = time.perf_counter()
+        transforms.finished(columns, transform)
+        spent['join'] = spent.get('join', 0.0) + time.perf_counter() - began
+    del view
+    return {name: seconds / _SAMPLE * 1e6 for name, seconds in spent.items()}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.bench_data',
+        description='Measure the loader of a config alone, and name the slowest operation.',
+        epilog='Any key of the config can be set: --config.data.workers=4.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--seconds', type=float, default=10.0, help='how long to load')
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    config = config_lib.load(spec, overrides)
+    runtime.start()
+    found = build.train_data(config)
+    cost = by_operation(config, found)
+    rates = whole(config, found, args.seconds)
+    if args.json:
+        print(json.dumps({**rates, 'microseconds': cost}))
+        return
+    source = found.source
+    print(f'data    {source.name} {source.split}: {source.length:,} examples')
+    total = sum(cost.values())
+    rows = [(name, f'{us:,.0f}', f'{us / total:.0%}') for name, us in cost.items()]
+    print(f'\n{metrics.table(("one thread", "µs an example", "share"), rows)}\n')
+    slowest = max(cost, key=lambda name: cost[name])
+    print(f'slowest {slowest}: {cost[slowest]:,.0f} of {total:,.0f} µs')
+    workers = config.data.workers
+    how = f'{workers} processes' if workers else f'{pipeline.default_threads()} threads'
+    per_core = rates.get('examples_per_core_s')
+    print(
+        f'loader  {rates["examples_per_s"]:,.0f} examples/s with {how}'
+        + (f', {per_core:,.0f} a second of processor time' if per_core else '')
+        + (f', {rates["host_memory_mb"]:,.0f} MB' if 'host_memory_mb' in rates else '')
+    )
+
+
+if __name__ == '__main__':
+    runtime.command(main)

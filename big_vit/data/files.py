@@ -1,0 +1,199 @@
+"""Files to read from: local ones, and whatever fsspec knows (gs://, s3://, hf://, memory://)."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+
+from big_vit.errors import UserError
+
+# What a pip command brings the file systems that fsspec does not carry itself.
+_PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub'}
+
+
+class Place(NamedTuple):
+    """A file or folder: the file system that holds it, and its path there."""
+
+    system: fsspec.AbstractFileSystem
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.system, fsspec.implementations.local.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip('/').rpartition('/')[2]
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else self.system.unstrip_protocol(self.path)
+
+    def __truediv__(self, name: str) -> 'Place':
+        return Place(self.system, f'{self.path.rstrip("/")}/{name}')
+
+
+class Entry(NamedTuple):
+    """What a folder holds: a name, whether it is a folder, and the bytes of a file."""
+
+    name: str
+    is_folder: bool
+    size: int
+
+
+def place(path: str, key: str) -> Place:
+    """Where a path of the config points to; `~` and relative paths are those of this machine.
+
+    Args:
+      key: of the config, for messages, such as 'data.path'.
+
+    Raises:
+      UserError: of a kind that cannot be read here.
+    """
+    if not path:
+        raise UserError(f'{key} must be set')
+    protocol = path.partition('://')[0] if '://' in path else ''
+    try:
+        system, inside = fsspec.core.url_to_fs(path if protocol else str(Path(path).expanduser()))
+    except (ImportError, ValueError) as error:
+        need = _PACKAGES.get(protocol)
+        hint = f'pip install {need}' if need else 'use a local path, gs:// or s3://'
+        raise UserError(f'{key}: cannot read {path!r} ({error}): {hint}') from error
+    return Place(system, inside)
+
+
+def entries(folder: Place) -> list[Entry]:
+    """What a folder holds, sorted by name; hidden files are left out.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if folder.is_local:
+        with os.scandir(folder.path) as found:
+            listed = [
+                Entry(e.name, e.is_dir(), 0 if e.is_dir() else e.stat().st_size) for e in found
+            ]
+    else:
+        listed = [
+            Entry(
+                e['name'].rstrip('/').rpartition('/')[2], e['type'] == 'directory', e['size'] or 0
+            )
+            for e in folder.system.ls(folder.path, detail=True)
+            if e['name'].rstrip('/') != folder.path.rstrip('/')
+        ]
+    return sorted(entry for entry in listed if not entry.name.startswith('.'))
+
+
+def walk(folder: Place, below: str = '') -> Iterator[Entry]:
+    """All files below a folder, in order, their names being paths from there."""
+    for entry in entries(folder):
+        name = below + entry.name
+        if entry.is_folder:
+            yield from walk(folder / entry.name, name + '/')
+        else:
+            yield Entry(name, False, entry.size)
+
+
+def exists(file: Place) -> bool:
+    return Path(file.path).exists() if file.is_local else bool(file.system.exists(file.path))
+
+
+def is_folder(file: Place) -> bool:
+    return Path(file.path).is_dir() if file.is_local else bool(file.system.isdir(file.path))
+
+
+def read(file: Place) -> bytes:
+    """A whole file; OSError."""
+    if file.is_local:
+        with open(file.path, 'rb', buffering=0) as handle:  # noqa: PTH123  Hot: Path costs more.
+            return handle.read()
+    return file.system.cat_file(file.path)
+
+
+# Threads share descriptors: pread does not move a position. Bounded by the cache, closed by it.
+class _Descriptor:
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        os.close(self.number)
+
+
+_descriptor = functools.lru_cache(maxsize=512)(_Descriptor)
+
+
+def read_range(file: Place, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on.
+
+    Raises:
+      OSError: it cannot be read, or is shorter.
+    """
+    if file.is_local:
+        handle = _descriptor(file.path)
+        data = os.pread(handle.number, size, offset)
+        while 0 < len(data) < size:  # A read gives at most 2 GiB.
+            more = os.pread(handle.number, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+    else:
+        data = file.system.cat_file(file.path, start=offset, end=offset + size)
+    if len(data) != size:
+        raise OSError(f'{file} ends at byte {offset + len(data)}, {offset + size} were expected')
+    return data
+
+
+def cache_folder() -> Path:
+    """Where indices and converted copies are kept: $BIG_VIT_CACHE, or below ~/.cache."""
+    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    return Path(os.environ.get('BIG_VIT_CACHE') or f'{home}/big_vit').expanduser()
+
+
+def fingerprint(files: list[Place], *more: Any) -> str:
+    """Equal while the files are the same (by name, size and time of change)."""
+    seen: list[Any] = list(more)
+    for file in files:
+        info = file.system.info(file.path)
+        changed = info.get('mtime') or info.get('etag') or info.get('updated') or ''
+        seen.append([str(file), info['size'], str(changed)])
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:24]
+
+
+def kept_arrays(
+    kind: str, mark: str, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays that are made once and mapped into memory from then on.
+
+    Args:
+      kind: of what, a word such as 'tar', for the name of the folder.
+      mark: from `fingerprint`: others are made when it changes.
+      make: gives the arrays, by name.
+
+    Returns:
+      Arrays that cost no memory until they are looked at.
+    """
+    folder = cache_folder() / kind / mark
+    if not folder.exists():
+        arrays = make()
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.new-'))
+            for name, array in arrays.items():
+                np.save(temporary / f'{name}.npy', array, allow_pickle=False)
+            try:
+                temporary.rename(folder)
+            except OSError:  # Another process was faster; its arrays are the same.
+                shutil.rmtree(temporary)
+        except OSError:
+            return arrays  # A disk that cannot be written to only costs time.
+    return {
+        file.stem: np.load(file, mmap_mode='r', allow_pickle=False)
+        for file in sorted(folder.glob('*.npy'))
+    }

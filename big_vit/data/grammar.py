@@ -1,0 +1,104 @@
+"""The text of a transform, 'decode | resize(size) | flip_lr', read without evaluating it."""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from big_vit.errors import UserError
+
+
+class Call(NamedTuple):
+    """One operation as it is written: its name and literal arguments."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    text: str
+
+
+def parse(text: str, *, size: tuple[int, int], key: str) -> list[Call]:
+    """Reads operations separated by |, each a name with literal arguments.
+
+    Args:
+      text: as the user wrote it; empty for no operation.
+      size: (height, width) that the name `size` stands for.
+      key: of the config, for messages, such as 'data.transform'.
+
+    Raises:
+      UserError: not of that form.
+    """
+    if not text.strip():
+        return []
+    try:
+        node = ast.parse(text.strip(), mode='eval').body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f'{key}: cannot read {text!r}: write operations separated by |, such as '
+            "'resize(size) | flip_lr'"
+        ) from error
+    calls = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        calls.append(node.right)
+        node = node.left
+    return [_call(node, size, key) for node in reversed([*calls, node])]
+
+
+def _call(node: ast.expr, size: tuple[int, int], key: str) -> Call:
+    function = node.func if isinstance(node, ast.Call) else node
+    text = ast.unparse(node)
+    if not isinstance(function, ast.Name):
+        raise UserError(
+            f'{key}: cannot read {text!r}: an operation is a name, with arguments in parentheses'
+        )
+
+    def argument(value: ast.expr) -> Any:
+        if isinstance(value, ast.Name) and value.id == 'size':
+            return size
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            raise UserError(
+                f'{key}: {ast.unparse(value)!r} in {text!r} is neither a number, a text in quotes '
+                'nor `size`'
+            ) from error
+
+    if not isinstance(node, ast.Call):
+        return Call(function.id, (), {}, text)
+    if any(pair.arg is None for pair in node.keywords):
+        raise UserError(f'{key}: cannot read {text!r}: ** has no place here')
+    args = tuple(argument(value) for value in node.args)
+    kwargs = {str(pair.arg): argument(pair.value) for pair in node.keywords}
+    return Call(function.id, args, kwargs, text)
+
+
+def make(call: Call, table: Mapping[str, Callable[..., Any]], key: str) -> Any:
+    """What the function of that name gives for the arguments.
+
+    Raises:
+      UserError: there is no such function, or it does not take them: it raises a ValueError
+        whose text follows its name.
+    """
+    if call.name not in table:
+        near = difflib.get_close_matches(call.name, table, n=1)
+        hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(sorted(table))}'
+        raise UserError(f'{key}: there is no operation {call.name!r}: {hint}')
+    function = table[call.name]
+    signature = inspect.signature(function)
+    written = signature.replace(
+        parameters=[
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in signature.parameters.values()
+        ],
+        return_annotation=inspect.Signature.empty,
+    )
+    usage = f'{call.name}{written}'
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise UserError(f'{key}: {call.text!r}: {error}: write it as {usage}') from error
+    try:
+        return function(*call.args, **call.kwargs)
+    except ValueError as error:
+        raise UserError(f'{key}: {call.name} {error}: write it as {usage}') from error

@@ -1,0 +1,175 @@
+"""What an operation of a transform is, and what all of them share.
+
+An operation works on the columns of a few examples at a time, with randomness that is a
+function of the key of each example and of the operation's place in the transform: so an
+example looks the same in any batch, on any host. Its arguments are checked when it is made.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from big_vit.data import decode
+
+# Gives the k-th random number in [0, 1) of each example, float64 [B].
+Draw = Callable[[int], np.ndarray]
+Columns = dict[str, Any]
+# [H, W, C] of any type, or a file that is not decoded yet.
+Image = Any
+# [B, H, W, C], or a list of B images.
+Images = Any
+
+# More than any operation draws, so that operations never share a stream.
+STREAMS = 64
+
+
+class Operation(NamedTuple):
+    """A function of (columns, draw) to columns, and whether it draws."""
+
+    apply: Callable[[Columns, Draw], Columns]
+    random: bool = False
+
+
+class UnfitError(ValueError):
+    """An argument or an example that an operation cannot take; the message follows its name."""
+
+
+class BadExampleError(ValueError):
+    """One example is damaged; `row` says which of those at hand."""
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(reason)
+        self.row = row
+
+
+def on_images(function: Callable[[Images, Draw], Images], random: bool = False) -> Operation:
+    """An operation on the column 'image' as a whole: an array [B, H, W, C] or a list."""
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        if 'image' not in columns:
+            has = ', '.join(sorted(columns))
+            raise UnfitError(f'needs images, but these examples have {has}')
+        return {**columns, 'image': function(columns['image'], draw)}
+
+    return Operation(apply, random)
+
+
+def each(function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0) -> Operation:
+    """An operation on one image [H, W, C] at a time.
+
+    Args:
+      function: of (image, float64 [draws] in [0, 1)); must not change the image.
+      draws: how many random numbers each image needs, at most STREAMS.
+    """
+    assert draws <= STREAMS
+
+    def apply(images: Images, draw: Draw) -> Images:
+        numbers = np.empty((len(images), draws))
+        for k in range(draws):
+            numbers[:, k] = draw(k)
+        return stacked([function(pixels(images, i), numbers[i]) for i in range(len(images))])
+
+    return on_images(apply, random=draws > 0)
+
+
+def pixels(images: Images, row: int) -> np.ndarray:
+    """Image `row` as an array [H, W, C], decoded if need be.
+
+    Raises:
+      BadExampleError: it cannot be decoded.
+    """
+    image = images[row]
+    if isinstance(image, decode.Encoded):
+        try:
+            return image.pixels()
+        except decode.DecodeError as error:
+            raise BadExampleError(row, str(error)) from error
+    return image
+
+
+def decoded(images: Images) -> Images:
+    """All images as arrays."""
+    if isinstance(images, np.ndarray):
+        return images
+    return stacked([pixels(images, i) for i in range(len(images))])
+
+
+def stacked(images: list[np.ndarray]) -> Images:
+    """One array where the images have one shape and type, else the list."""
+    first = images[0]
+    if isinstance(first, np.ndarray) and all(
+        isinstance(x, np.ndarray) and x.shape == first.shape and x.dtype == first.dtype
+        for x in images
+    ):
+        return np.stack(images)
+    return images
+
+
+def sizes(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """(heights, widths), int64 [B] each, without decoding."""
+    if isinstance(images, np.ndarray):
+        batch, height, width = images.shape[:3]
+        return np.full(batch, height), np.full(batch, width)
+    shapes = np.array([image.shape[:2] for image in images], np.int64)
+    return shapes[:, 0], shapes[:, 1]
+
+
+def need_channels(image: np.ndarray, *allowed: int) -> int:
+    """The channels of an image [..., C]; UnfitError where they are others."""
+    if image.shape[-1] not in allowed:
+        raise UnfitError(f'takes images of {allowed[0]} channels, not {image.shape[-1]}')
+    return image.shape[-1]
+
+
+def need_bytes(image: np.ndarray) -> None:
+    """UnfitError where the image is not uint8."""
+    if image.dtype != np.uint8:
+        raise UnfitError(f'takes images of bytes (uint8), not {image.dtype}')
+
+
+# Checks of arguments, at the time an operation is made.
+
+Real = float | int
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """(height, width) from one number or two."""
+    both = (size, size) if isinstance(size, int) else size
+    is_pair = isinstance(both, tuple | list) and len(both) == 2
+    if not is_pair or not all(type(n) is int and n > 0 for n in both):
+        raise UnfitError(f'takes a size such as size, 224 or (224, 192), not {size!r}')
+    return both[0], both[1]
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`."""
+    if type(value) is not int or value < least or (most is not None and value > most):
+        limit = f'of at least {least}' if most is None else f'from {least} to {most}'
+        raise UnfitError(f'takes a whole number {limit} for {name}, not {value!r}')
+    return value
+
+
+def number(name: str, value: Any, least: Real, most: Real) -> float:
+    """A number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UnfitError(f'takes a number from {least:g} to {most:g} for {name}, not {value!r}')
+    return float(value)
+
+
+def span(name: str, value: Any, least: Real, most: Real) -> tuple[float, float]:
+    """(low, high), two numbers from `least` to `most` in order."""
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    if not is_pair or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+        raise UnfitError(f'takes two numbers (low, high) for {name}, not {value!r}')
+    low, high = float(value[0]), float(value[1])
+    if not least <= low <= high <= most:
+        raise UnfitError(f'takes {least:g} <= low <= high <= {most:g} for {name}, not {value!r}')
+    return low, high
+
+
+def choice(name: str, value: Any, *allowed: str) -> str:
+    """One of some words."""
+    if value not in allowed:
+        raise UnfitError(f'takes {" or ".join(map(repr, allowed))} for {name}, not {value!r}')
+    return value

@@ -1,0 +1,105 @@
+"""Prepare a dataset of TensorFlow Datasets: `python -m big_vit.prepare cifar10 --data_dir DIR`.
+
+Downloads and writes it once, in files that can be read at random. This is the one command that
+may need TensorFlow (`pip install -e '.[prepare]'`): many datasets are written by its code.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from big_vit import config as config_lib
+from big_vit import runtime
+from big_vit.errors import UserError
+
+
+def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
+    """The TFDS builder of a dataset; UserError if there is none, or TensorFlow is missing."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f'needs `pip install tensorflow-datasets importlib_resources` ({error})'
+        ) from error
+    kwargs = {'file_format': file_format} if file_format else {}
+    try:
+        return tfds.builder(name, data_dir=data_dir, **kwargs)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'{name}: TensorFlow Datasets has no such dataset: {reason}') from error
+    except ImportError as error:
+        raise _needs_tensorflow(name, error) from error
+
+
+def _needs_tensorflow(name: str, error: Exception) -> UserError:
+    return UserError(
+        f'{name} is prepared by code that needs TensorFlow: '
+        f"`pip install -e '.[prepare]'` (or pip install tensorflow), here only ({error})"
+    )
+
+
+def prepare(
+    name: str, data_dir: str, file_format: str = 'array_record', downloads: str | None = None
+) -> Path:
+    """Downloads and writes a dataset; gives the folder where it lies.
+
+    Args:
+      name: name[/config][:version].
+      data_dir: where datasets are kept.
+      file_format: array_record, or what else TFDS can write.
+      downloads: folder of downloaded files; below data_dir if None.
+
+    Raises:
+      UserError: no such dataset, no network, TensorFlow is needed and missing, or another
+        format is there already.
+    """
+    builder = _builder(name, data_dir, file_format)
+    try:
+        builder.download_and_prepare(download_dir=downloads, file_format=file_format)
+    except ImportError as error:
+        raise _needs_tensorflow(name, error) from error
+    except (OSError, ValueError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:400]
+        raise UserError(f'{name} could not be prepared: {reason}') from error
+    except Exception as error:  # Downloaders raise classes of their own.
+        if 'ownload' not in type(error).__name__ and 'hecksum' not in type(error).__name__:
+            raise
+        reason = ' '.join(str(error).split())[:400]
+        raise UserError(
+            f'{name} could not be downloaded ({reason}): see whether this machine has a network, '
+            'or put the files into --download_dir by hand'
+        ) from error
+    return Path(builder.data_path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.prepare',
+        description='Download a dataset of TensorFlow Datasets and write it for training.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')
+    parser.add_argument('--data_dir', help='where datasets are kept')
+    parser.add_argument('--format', default='array_record', choices=('array_record', 'tfrecord'))
+    parser.add_argument('--download_dir', help='where downloaded files are, or are put')
+    args = parser.parse_args(argv)
+    data_dir = config_lib.require_flag(args.data_dir, '--data_dir', '~/tensorflow_datasets')
+    data_dir = str(Path(data_dir).expanduser())
+    folder = prepare(args.name, data_dir, args.format, args.download_dir)
+    from big_vit.data.sources import prepared
+
+    name = args.name.partition(':')[0]
+    builder = _builder(args.name, data_dir, None)
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    first = prepared.tfds(next(iter(sizes)), args.name, data_dir)
+    print(f'wrote   {folder}')
+    print(f'splits  {", ".join(f"{n} {size:,}" for n, size in sizes.items())}')
+    print(f'classes {first.num_classes}')
+    print(
+        f'use     --config.data.name=tfds --config.data.tfds_name={name} '
+        f'--config.data.path={data_dir}'
+    )
+
+
+if __name__ == '__main__':
+    runtime.command(main)

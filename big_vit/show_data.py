@@ -1,0 +1,98 @@
+"""What the model sees: `python -m big_vit.show_data --config configs/x.py --png FILE`.
+
+Three rows of pictures: as they are in the dataset, after the host's part of the transform, and
+after the devices' part with what is mixed, as the train step makes it.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from big_vit import build, plots, runtime
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.data import opening, transforms
+from big_vit.data.operations import decoded
+
+
+def _name(found: build.Data, number: int) -> str:
+    names = found.source.class_names
+    return names[number] if names else str(number)
+
+
+def title(found: build.Data, label: np.ndarray) -> str:
+    """A label in words: its class, or the classes of a mixture with their shares."""
+    label = np.asarray(label)
+    if label.ndim == 0:
+        return _name(found, int(label))
+    largest = [int(c) for c in np.argsort(-label, kind='stable')[:2] if label[c] > 0]
+    if len(largest) == 1 and label[largest[0]] == 1:
+        return _name(found, largest[0])
+    return '\n'.join(f'{label[c]:.2f} {_name(found, c)}' for c in largest)
+
+
+def originals(found: build.Data, index: np.ndarray) -> list[np.ndarray]:
+    """The pictures as they are in the dataset, uint8 [h, w, c] of any size."""
+    specs = tuple(replace(spec, transform='', cache='none') for spec in found.specs)
+    source, transform = opening.open_examples(specs)
+    columns = source.load(index)
+    columns = transforms.opened(columns, source.channels)
+    del transform
+    return list(decoded(columns['image'])) if 'image' in columns else []
+
+
+def draw(config: Config, path: Path, step: int, count: int) -> None:
+    """Writes the PNG of the first examples of the batch of this step."""
+    found = build.train_data(config)
+    index, _ = build.data_order(config, found).indices(step, found.source.length)
+    count = min(count, config.batch_size)
+    batches = build.host_batches(config, found, step, slice(None))
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    mixed = jax.device_get(build.seen(config, found, batch, step))
+    rows = [
+        (
+            'in the dataset',
+            originals(found, index[:count]),
+            [f'{i}: {title(found, label)}' for i, label in zip(index, batch['label'], strict=True)],
+        ),
+        (
+            'after the host',
+            list(batch['image'][:count]),
+            [title(found, label) for label in batch['label'][:count]],
+        ),
+        (
+            'what the model sees',
+            list(mixed['image'][:count]),
+            [title(found, label) for label in mixed['label'][:count]],
+        ),
+    ]
+    plots.picture_rows(rows, path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.show_data',
+        description='Draw training examples before and after what is done to them, as a PNG.',
+        epilog='Any key of the config can be set: --config.data.transform=... .',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument('--png', metavar='FILE', help='where to draw')
+    parser.add_argument('--step', type=int, default=0, help='of which step the batch is, from 0')
+    parser.add_argument('--count', type=int, default=8, help='how many examples')
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    path = Path(config_lib.require_flag(args.png, '--png', 'data.png'))
+    config = config_lib.load(spec, overrides)
+    runtime.start()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(config, path, max(0, args.step), max(1, args.count))
+    print(f'drew    {path}')
+
+
+if __name__ == '__main__':
+    runtime.command(main)

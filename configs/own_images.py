@@ -1,0 +1,37 @@
+"""A small ViT on your own images: a folder with one sub-folder per class.
+
+    python -m big_vit.train --config configs/own_images.py:path=PHOTOS --workdir runs/photos
+
+Nine tenths of the images are trained on, the rest scores it. If PHOTOS has folders `train` and
+`test` (or others) of classes, say so: path=PHOTOS,split=train,test=test.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(
+    path: str = 'PHOTOS',
+    split: str = 'train[:90%]',
+    test: str = 'train[90%:]',
+    size: int = 64,
+    epochs: int = 30,
+):
+    return ConfigDict(
+        {
+            'total_epochs': epochs,
+            'batch_size': 64,
+            'image_size': size,
+            'lr': 1e-3,
+            'label_smoothing': 0.1,
+            'model': {'variant': 'Ti/8', 'depth': 6, 'scan': False},
+            'data': {
+                'name': 'folder',
+                'path': path,
+                'split': split,
+                'transform': 'decode | rrc(size, scale=(0.3, 1)) | flip_lr',
+            },
+            'evals': {'test': {'split': test, 'transform': 'decode | resize(size)'}},
+            'optim': {'weight_decay': 0.05},
+            'schedule': {'warmup_percent': 10},
+        }
+    )
