@@ -103,8 +103,8 @@ def normalize(mean='imagenet', std='imagenet') -> Function:
         scale = 1 / (most * np.asarray(stds, np.float64))
         shift = -np.asarray(means, np.float64) / np.asarray(stds, np.float64)
         shape = (1, 1, 1, -1)
-        scale, shift = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
-        return {**batch, 'image': image.astype(jnp.float32) * scale + shift}
+        times, plus = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
+        return {**batch, 'image': image.astype(jnp.float32) * times + plus}
 
     return apply
 

@@ -206,9 +206,9 @@ def complete(config: Config, kind: str, name: str) -> Config:
     else:
         defaults['split'] = whole.split
     if own.name is None or own.name == whole.peek('name'):
-        inherited = ('name', 'path', 'tfds_name', 'image_column', 'label_column')
-        inherited += ('num_classes', 'label_map', 'classes')
-        defaults.update({part: whole.peek(part) for part in inherited})
+        where = ('name', 'path', 'tfds_name', 'image_column', 'label_column')
+        what = ('num_classes', 'label_map', 'classes')
+        defaults.update({part: whole.peek(part) for part in (*where, *what)})
     return own.completed(defaults)
 
 

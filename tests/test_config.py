@@ -331,10 +331,11 @@ def test_a_key_like_no_other_is_refused_without_a_guess(file):
 
 
 def typo(key, rng):
-    """One letter of the key left out, doubled, replaced or swapped; the eval's own name is free."""
+    """One letter of the key left out, doubled, replaced or swapped; not of a section's name."""
     spots = [i for i, c in enumerate(key) if c.isalpha()]
-    if key.startswith('evals.'):
-        spots = [i for i in spots if not len('evals.') <= i < len('evals.test.')]
+    for section in ('evals.', 'mixture.'):
+        if key.startswith(section):
+            spots = [i for i in spots if not len(section) <= i < len(section + 'test.')]
     i = rng.choice(spots)
     letter = rng.choice([c for c in string.ascii_lowercase if c != key[i]])
     changed = rng.choice(['', key[i] * 2, letter, letter + key[i]])
@@ -346,7 +347,8 @@ def test_every_one_letter_typo_of_every_key_is_refused_by_name():
     for key in KEYS:
         for _ in range(8):
             wrong = typo(key, rng)
-            if wrong in KEYS or (wrong.startswith('evals.') and wrong.count('.') != 2):
+            starred = wrong.startswith(('evals.', 'mixture.'))
+            if wrong in KEYS or (starred and wrong.count('.') != 2):
                 continue
             with pytest.raises(UserError) as caught:
                 config.resolve(REQUIRED | {wrong: 1})
@@ -373,12 +375,17 @@ WRONG = {
     'positive': ['x', True, 0, 1.5, -0.1, float('nan')],
     'negative': ['x', True, 0, 0.25, -1.5, float('nan')],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
+    'classes': [1.5, True, (), (1.5,), (True,), (None,)],
     'rules': ['x', 5, ('.*', 1.0), (('.*',),), ((1, 1.0),), (('.*', 'x'),), (('.*', True),)],
 }
 GROUPS = {
     'seed': 'int', 'batch_size': 'int', 'accumulation': 'int', 'image_size': 'size',
     'lr': 'number', 'init': 'str', 'ema': 'share', 'label_smoothing': 'share',
-    'mixup': 'number',
+    'mixup': 'number', 'cutmix': 'number', 'mix_switch': 'share', 'mix_prob': 'share',
+    'loss': 'choice', 'data.repeats': 'int', 'data.workers': 'int',
+    'data.max_error_rate': 'share', 'image_column': 'str', 'label_column': 'str',
+    'label_map': 'str', 'classes': 'classes', 'cache': 'choice', 'cache_side': 'int',
+    'on_error': 'choice', 'weight': 'number',
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'share', 'model.dtype': 'choice', 'model.scan': 'bool',

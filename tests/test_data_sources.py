@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from big_vit.data import order, pipeline, sources, transforms
+from big_vit.data import decode, opening, order, pipeline, sources
+from big_vit.data.sources import base
 from big_vit.errors import UserError
 
 FASHION = Path('/usr/share/datasets/fashion-mnist')
@@ -26,18 +28,24 @@ SIZES = {'train': 1000, 'test': 33}
 @pytest.mark.parametrize(
     ('text', 'expected'),
     [
-        ('train', ('train', 0, 1000)),
-        (' test ', ('test', 0, 33)),
-        ('train[:]', ('train', 0, 1000)),
-        ('train[:90%]', ('train', 0, 900)),
-        ('train[90%:]', ('train', 900, 1000)),
-        ('train[10%:20%]', ('train', 100, 200)),
-        ('train[:1000]', ('train', 0, 1000)),
-        ('train[5:7]', ('train', 5, 7)),
-        ('train[-10%:]', ('train', 900, 1000)),
-        ('train[:-1]', ('train', 0, 999)),
-        ('test[:50%]', ('test', 0, 16)),
-        ('test[50%:]', ('test', 16, 33)),
+        ('train', [('train', 0, 1000)]),
+        (' test ', [('test', 0, 33)]),
+        ('train[:]', [('train', 0, 1000)]),
+        ('train[:90%]', [('train', 0, 900)]),
+        ('train[90%:]', [('train', 900, 1000)]),
+        ('train[10%:20%]', [('train', 100, 200)]),
+        ('train[:1000]', [('train', 0, 1000)]),
+        ('train[5:7]', [('train', 5, 7)]),
+        ('train[-10%:]', [('train', 900, 1000)]),
+        ('train[:-1]', [('train', 0, 999)]),
+        ('test[:50%]', [('test', 0, 16)]),
+        ('test[50%:]', [('test', 16, 33)]),
+        ('train+test', [('train', 0, 1000), ('test', 0, 33)]),
+        ('train[:10%] + train[90%:]', [('train', 0, 100), ('train', 900, 1000)]),
+        ('test[fold=0/2]', [('test', 0, 16)]),
+        ('train[fold=3/7]', [('train', 428, 571)]),
+        ('train[fold!=3/7]', [('train', 0, 428), ('train', 571, 1000)]),
+        ('train[fold!=0/7]', [('train', 142, 1000)]),
     ],
 )
 def test_parse_split(text, expected):
@@ -48,7 +56,12 @@ def test_parse_split(text, expected):
     ('text', 'message'),
     [
         ('val', "data.split: there is no split 'val', only test, train"),
-        ('train+test', "data.split: cannot read 'train\\+test'.*splits here: test, train"),
+        ('train+', "data.split: cannot read 'train\\+'.*splits here: test, train"),
+        ('train+val', "data.split: there is no split 'val', only test, train"),
+        ('train[:10]+train[9:]', 'data.split: .* holds examples of train twice'),
+        ('train[fold=5/5]', 'data.split: .* folds of train go from 0/k'),
+        ('test[fold=0/34]', 'data.split: .* with k from 1 to its 33 examples'),
+        ('train[fold=1]', 'data.split: cannot read'),
         ('train[5]', 'data.split: cannot read'),
         ('', 'data.split: cannot read'),
         ('train[:101%]', 'data.split: 101% .* beyond the 1000 examples'),
@@ -67,7 +80,7 @@ def test_percent_ranges_partition_any_size():
         seen = []
         for percent in range(0, 100, 10):
             try:
-                _, start, stop = sources.parse_split(
+                ((_, start, stop),) = sources.parse_split(
                     f'train[{percent}%:{percent + 10}%]', {'train': size}, 'data'
                 )
             except UserError:
@@ -92,6 +105,92 @@ def test_digits():
     np.testing.assert_array_equal(images['image'][0, 0, :, 0], first_row)
     part = sources.digits('test[10:20]').load(np.arange(10))
     np.testing.assert_array_equal(part['image'], test.load(np.arange(10, 20))['image'])
+
+
+# --- What can be done with any source ------------------------------------------------------
+
+
+def numbered(length, classes=4, name='numbers', first=0):
+    """Example i is a 1x1 image of the value first + i, of class i mod classes."""
+    values = (first + np.arange(length)).astype(np.uint8).reshape(-1, 1, 1, 1)
+    labels = (np.arange(length) % classes).astype(np.int32)
+    names = tuple('abcdefgh'[:classes])
+    return base.from_arrays(name, 'train', values, labels, classes, class_names=names)
+
+
+def values_of(source, index=None):
+    index = np.arange(source.length) if index is None else np.asarray(index)
+    return np.ravel(source.load(index)['image']).tolist()
+
+
+def test_sources_are_joined_one_after_the_other():
+    joined = base.concatenate([numbered(5), numbered(3, first=50), numbered(4, first=90)], 'x', 's')
+    assert joined.length == 12
+    assert values_of(joined) == [*range(5), *range(50, 53), *range(90, 94)]
+    assert values_of(joined, [11, 0, 6, 6, 4, 5]) == [93, 0, 51, 51, 4, 50]
+    assert joined.labels().tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 0, 1, 2, 3]
+    assert joined.place(6) == "example 1 of 'train' of numbers"
+
+
+def test_ranges_of_splits_are_cut_and_joined():
+    whole = {'train': numbered(20), 'test': numbered(10, first=100)}
+    sizes = {name: source.length for name, source in whole.items()}
+
+    def cut(split, **more):
+        return base.cut('x', sizes, whole.__getitem__, split, 'data', **more)
+
+    assert values_of(cut('train[5:8]+test[-2:]')) == [5, 6, 7, 108, 109]
+    assert values_of(cut('train[fold!=1/4]')) == [*range(5), *range(10, 20)]
+    folds = [values_of(cut(f'train[fold={k}/3]')) for k in range(3)]
+    assert [value for fold in folds for value in fold] == list(range(20))
+    assert cut('train[5:8]').place(1) == "example 6 of 'train' of numbers"
+
+
+def test_a_part_of_what_lies_by_class_has_all_classes():
+    labels = np.repeat(np.arange(5, dtype=np.int32), 40)
+    whole = base.from_arrays('x', 'train', np.zeros((200, 1, 1, 1), np.uint8), labels, 5)
+
+    def cut(split):
+        return base.cut('x', {'train': 200}, lambda _: whole, split, 'data', by_class=True)
+
+    half, rest = cut('train[:50%]').labels(), cut('train[50%:]').labels()
+    assert (np.bincount(half, minlength=5) > 8).all()
+    assert np.bincount(half).sum() == 100
+    np.testing.assert_array_equal(np.bincount(half) + np.bincount(rest), [40] * 5)
+    np.testing.assert_array_equal(cut('train').labels(), labels)
+
+
+@pytest.mark.parametrize('classes', [('c', 'a'), (2, 0), ('2', 'a')])
+def test_a_subset_of_classes_is_renumbered(classes):
+    chosen = base.subset(numbered(10), classes, 'data.classes')
+    assert (chosen.num_classes, chosen.class_names) == (2, ('c', 'a'))
+    assert values_of(chosen) == [0, 2, 4, 6, 8]
+    assert chosen.load(np.arange(5))['label'].tolist() == [1, 0, 1, 0, 1]
+    assert chosen.labels().tolist() == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        (('e',), "data.classes: numbers has no class 'e'; it has a, b, c, d"),
+        ((4,), 'has no class 4'),
+        (('a', 0), 'a class is named twice'),
+    ],
+)
+def test_a_wrong_subset_is_refused(classes, message):
+    with pytest.raises(UserError, match=message):
+        base.subset(numbered(10), classes, 'data.classes')
+
+
+def test_labels_are_mapped_and_classes_left_out():
+    mapped = base.relabel(numbered(8), {'a': 1, 'b': 1, 'c': None, '3': 0}, 'data.label_map')
+    assert (mapped.num_classes, mapped.class_names) == (2, ('d', 'a, b'))
+    assert values_of(mapped) == [0, 1, 3, 4, 5, 7]
+    assert mapped.labels().tolist() == [1, 1, 0, 1, 1, 0]
+    with pytest.raises(UserError, match=r"data.label_map: says nothing of class 'b'.*1 others"):
+        base.relabel(numbered(8), {'a': 0, 'c': 1}, 'data.label_map')
+    with pytest.raises(UserError, match="class 'a' maps to 'x': give a whole number"):
+        base.relabel(numbered(8), dict.fromkeys('abcd', 'x'), 'data.label_map')
 
 
 # --- IDX -----------------------------------------------------------------------------
@@ -286,7 +385,7 @@ def test_missing_tfds_fails_at_once(tmp_path, monkeypatch, no_network, name):
     message = str(error.value)
     assert re.match(r'data\.path: \S+ is not prepared in ', message)
     config = name.partition(':')[0]
-    assert f'tfds build {config} --file_format=array_record --data_dir DIR' in message
+    assert f'python -m big_vit.prepare {config} --data_dir DIR' in message
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'elsewhere'))
     with pytest.raises(UserError, match='elsewhere'):
         sources.tfds('train', name)
@@ -312,7 +411,9 @@ def tiny_image(i: int, varying: bool) -> np.ndarray:
     return np.random.default_rng(i).integers(0, 256, (height, 10, 3), np.uint8)
 
 
-def prepare(directory: Path, *, varying: bool, unlabelled: bool = False) -> None:
+def prepare(
+    directory: Path, *, varying: bool, unlabelled: bool = False, file_format: str = 'array_record'
+) -> None:
     """Prepares a dataset as `tfds build` does, which needs no TensorFlow for PNG bytes."""
     import tensorflow_datasets as tfds
 
@@ -337,7 +438,7 @@ def prepare(directory: Path, *, varying: bool, unlabelled: bool = False) -> None
                 label = -1 if unlabelled else i % 3
                 yield i, {'image': png(tiny_image(i, varying)), 'label': label}
 
-    builder = Tiny(data_dir=directory, file_format='array_record')
+    builder = Tiny(data_dir=directory, file_format=file_format)
     builder.download_and_prepare()
 
 
@@ -349,29 +450,84 @@ def test_tfds_reads_what_was_prepared(tmp_path, no_network, varying):
     assert source.image_shape == (None if varying else (8, 10, 3))
     assert not source.in_memory
     loaded = source.load(np.arange(20))
-    assert isinstance(loaded['image'], list if varying else np.ndarray)
+    # Files as they are: what decodes them may need a part only.
+    assert all(isinstance(image, bytes) for image in loaded['image'])
     assert loaded['label'].dtype == np.int32
     # The files hold the examples in an order of their own; compare as sets.
-    found = sorted((int(y), x.tobytes()) for x, y in zip(*loaded.values(), strict=True))
+    pixels = [decode.Encoded(image).pixels() for image in loaded['image']]
+    found = sorted((int(y), x.tobytes()) for x, y in zip(pixels, loaded['label'], strict=True))
     expected = sorted((i % 3, tiny_image(i, varying).tobytes()) for i in range(20))
     assert found == expected
     half = sources.tfds('train[50%:]', 'tiny:1.*.*', str(tmp_path))
     np.testing.assert_array_equal(half.load(np.arange(10))['label'], loaded['label'][10:])
     for image, same in zip(half.load(np.array([9, 0]))['image'], (19, 10), strict=True):
-        np.testing.assert_array_equal(image, loaded['image'][same])
+        assert image == loaded['image'][same]
+    np.testing.assert_array_equal(source.labels(), loaded['label'])
+    np.testing.assert_array_equal(half.labels(), loaded['label'][10:])
+    assert re.search(r'tiny-train\.array_record-00000-of-00001, record 12', half.place(2))
+
+
+def test_tfds_reads_parquet(tmp_path, no_network):
+    prepare(tmp_path / 'a', varying=True)
+    prepare(tmp_path / 'b', varying=True, file_format='parquet')
+    wanted = sources.tfds('train[3:]', 'tiny', str(tmp_path / 'a'))
+    found = sources.tfds('train[3:]', 'tiny', str(tmp_path / 'b'))
+    assert found.length == wanted.length == 17
+    index = np.array([5, 0, 16, 5])
+    assert list(found.load(index)['image']) == wanted.load(index)['image']
+    np.testing.assert_array_equal(found.labels(), wanted.labels())
+
+
+@pytest.fixture
+def tfrecords(tmp_path, monkeypatch):
+    """What TFDS 4.9.10 wrote with TensorFlow 2.21: the dataset of `prepare`, as TFRecord files."""
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    return shutil.copytree(Path(__file__).parent / 'oracles' / 'tfrecord', tmp_path / 'data')
+
+
+def test_tfds_reads_tfrecord_without_tensorflow(tfrecords, no_network):
+    source = sources.tfds('train', 'tiny', str(tfrecords))
+    assert source.class_names == ('ant', 'bee', 'cow')
+    loaded = source.load(np.arange(20))
+    pixels = [decode.Encoded(image).pixels() for image in loaded['image']]
+    found = sorted((int(y), x.tobytes()) for x, y in zip(pixels, loaded['label'], strict=True))
+    assert found == sorted((i % 3, tiny_image(i, True).tobytes()) for i in range(20))
+    again = sources.tfds('train', 'tiny', str(tfrecords)).load(np.array([19, 3]))
+    assert list(again['image']) == [loaded['image'][19], loaded['image'][3]]
+    assert 'tensorflow' not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda data: data[:-7], 'truncated: the record at byte'),
+        (lambda data: data + b'abc', 'truncated at byte .*, in the head of a record'),
+        (lambda data: data[:3] + b'\x01' + data[4:], 'damaged at byte 0: no record begins there'),
+    ],
+)
+def test_a_damaged_tfrecord_is_named(tfrecords, no_network, damage, message):
+    file = next(tfrecords.rglob('tiny-train.tfrecord*'))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=rf'tiny-train\.tfrecord.*{message}'):
+        sources.tfds('train', 'tiny', str(tfrecords))
 
 
 def test_tfds_in_threads(tmp_path, no_network):
     prepare(tmp_path, varying=True)
-    source = sources.tfds('train', 'tiny', str(tmp_path))
-    crop = transforms.parse('central_crop(size)', size=(8, 8))
-    settings = {'batch_size': 8, 'seed': 0}
-    batches = pipeline.train_batches(source, crop, num_threads=4, **settings)
+    spec = opening.Spec(
+        key='data', name='tfds', split='train', transform='central_crop(size)', image_size=(8, 8),
+        path=str(tmp_path), tfds_name='tiny', cache='none',
+    )  # fmt: skip
+    source, crop = opening.open_examples((spec,))
+    plain = sources.tfds('train', 'tiny', str(tmp_path))
+    kept = pipeline.Order(batch_size=8, seed=0)
+    batches = pipeline.train_batches(source, crop, kept, num_threads=4)
     for step, batch in enumerate(itertools.islice(batches, 6)):
-        index, _ = order.example_indices(step, length=20, **settings)
-        expected = source.load(index)
+        index, _ = order.example_indices(step, length=20, batch_size=8, seed=0)
+        expected = plain.load(index)
         np.testing.assert_array_equal(batch['label'], expected['label'])
-        for image, whole in zip(batch['image'], expected['image'], strict=True):
+        for image, data in zip(batch['image'], expected['image'], strict=True):
+            whole = decode.Encoded(data).pixels()
             top = (whole.shape[0] - 8) // 2
             np.testing.assert_array_equal(image, whole[top : top + 8, 1:9])
     batches.close()
@@ -388,8 +544,8 @@ def test_tfds_refuses(tmp_path, no_network):
     directory = tmp_path / 'tiny/1.0.0'
     info_file = directory / 'dataset_info.json'
     info = json.loads(info_file.read_text())
-    info_file.write_text(json.dumps(info | {'fileFormat': 'tfrecord'}))
-    with pytest.raises(UserError, match='tfrecord files, which cannot be read at random'):
+    info_file.write_text(json.dumps(info | {'fileFormat': 'riegeli'}))
+    with pytest.raises(UserError, match='riegeli files, which cannot be read at random'):
         sources.tfds('train', 'tiny', str(tmp_path))
     info_file.write_text('{"name": ')
     with pytest.raises(UserError, match=r'dataset_info\.json .*cannot be read'):

@@ -5,7 +5,7 @@ import re
 
 from commands import ROOT
 
-from big_vit import schema
+from big_vit import augment, schema
 from big_vit.data import transforms
 from big_vit.optim import factory
 
@@ -13,7 +13,7 @@ HEAD = """# Config keys
 
 Made from `big_vit/schema.py` by `make golden`. Any key can be set in a config file or on
 the command line as `--config.KEY=VALUE`; the value `default` takes back what the file set. A
-duration is set in one unit; in `evals`, `*` is
+duration is set in one unit; in `evals` and `mixture`, `*` is
 any name, and what is not set comes from `data`.
 
 | key | value | default | meaning |
@@ -51,8 +51,8 @@ def test_the_list_of_config_keys_is_up_to_date():
 
 def test_every_transform_is_documented():
     text = (ROOT / 'docs' / 'data.md').read_text()
-    for name in transforms._OPERATIONS:
-        assert f'`{name}' in text, f'docs/data.md does not mention {name}'
+    for name in [*transforms.OPERATIONS, *augment.OPERATIONS]:
+        assert re.search(rf'`{name}\b', text), f'docs/data.md does not mention {name}'
 
 
 def test_every_optimizer_is_documented_with_the_keys_that_it_reads():

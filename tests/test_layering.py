@@ -18,12 +18,24 @@ LAYERS = [
     {'errors', 'schema', 'storage'},
     {'runtime', 'config', 'trees', 'cluster', 'hosts'},
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
-    {'objectives', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
+    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
     {'build', 'ledger', 'adapt', 'explain', 'plots', 'switch'},
-    {'train', 'transfer', 'evaluate', 'explore', 'plan', 'export'},
+    {
+        'train',
+        'transfer',
+        'evaluate',
+        'explore',
+        'plan',
+        'export',
+        'prepare',
+        'bench_data',
+        'show_data',
+    },
 ]
 WITHIN_A_LAYER = {
+    ('augment', 'objectives'),  # For a type.
+    ('mixing', 'augment'),  # A pasted box is an erased one with other pixels.
     ('mixing', 'objectives'),  # Mixed images are normalised ones, and labels targets.
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
@@ -41,7 +53,14 @@ NOT_IN = {
 ONLY_IN = {
     'orbax': {'checkpoint.py'},
     'grain': {'data/pipeline.py'},
-    'tensorflow_datasets': {'data/sources.py'},
+    'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
+    'array_record': {'data/sources/records.py'},
+    'pyarrow': {'data/sources/parquet.py'},
+    'simplejpeg': {'data/decode.py', 'data/colour.py'},
+    'av': {'data/video.py'},
+    'soundfile': {'data/audio.py'},
+    'tokenizers': {'data/text.py'},
+    'fsspec': {'data/files.py', 'storage.py'},
     'tensorflow': set(),
     'pickle': set(),
     'cloudpickle': set(),

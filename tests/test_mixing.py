@@ -19,8 +19,8 @@ def batch_of(size, kind=np.uint8):
 
 def mixed(batch, seed=0, alpha=0.2):
     return jax.device_get(
-        mixing.mixup(
-            jax.tree.map(jnp.asarray, batch), jax.random.key(seed), alpha=alpha, num_classes=CLASSES
+        mixing.mix(
+            jax.tree.map(jnp.asarray, batch), jax.random.key(seed), mixup=alpha, num_classes=CLASSES
         )
     )
 

@@ -101,7 +101,7 @@ class Run:
 
 def mixer(mesh, alpha):
     replicate = sharding.constrain_replicated(mesh)
-    return functools.partial(mixing.mixup, alpha=alpha, num_classes=CLASSES, replicate=replicate)
+    return functools.partial(mixing.mix, mixup=alpha, num_classes=CLASSES, replicate=replicate)
 
 
 @functools.cache

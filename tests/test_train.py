@@ -323,7 +323,7 @@ def test_help_and_one_line_errors_of_the_real_command(tmp_path):
         (['--config.model.num_heads=5'], r'model\.width=96 is not divisible by model\.num_heads=5'),
         (
             ['--config.data.name=tfds', '--config.data.tfds_name=cifar10'],
-            r'data\.path: cifar10 is not prepared in .*tfds build cifar10',
+            r'data\.path: cifar10 is not prepared in .*big_vit\.prepare cifar10',
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Decoded examples kept in memory."""
 
+import math
 import threading
 from dataclasses import replace
 from typing import Any
@@ -27,9 +28,8 @@ def estimate_bytes(source: Source) -> int:
             image = source.load(np.array([index]))['image'][0]
         except (OSError, ValueError, KeyError):
             continue
-        sizes.append(
-            np.prod(image.shape) if isinstance(image, Encoded) else np.asarray(image).nbytes
-        )
+        whole = math.prod(image.shape) if isinstance(image, Encoded) else image.nbytes
+        sizes.append(whole)
     return int(np.mean(sizes) * source.length) if sizes else 1 << 62
 
 

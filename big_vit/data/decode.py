@@ -142,8 +142,9 @@ def _sequential_height(data: bytes) -> int | None:
         if marker in (0xC0, 0xC1):
             frame = at
         elif marker == 0xDA:
-            one_scan = frame is not None and data[at + 4] == data[frame + 9]
-            return frame + 5 if one_scan else None
+            if frame is None or data[at + 4] != data[frame + 9]:
+                return None
+            return frame + 5
         at += 2 + length
     return None
 
@@ -218,7 +219,8 @@ def _opencv(data: bytes, channels: int) -> Pixels:
         image = np.ascontiguousarray(image[..., order])
     if channels == 4 and image.shape[2] != 4:
         colour = np.broadcast_to(image[..., :3], (*image.shape[:2], 3))
-        opaque = np.full((*image.shape[:2], 1), np.iinfo(image.dtype).max, image.dtype)
+        most = np.iinfo(np.dtype(image.dtype.str)).max
+        opaque = np.full((*image.shape[:2], 1), most, image.dtype)
         image = np.concatenate([colour, opaque], axis=2)
     return image
 
@@ -228,9 +230,8 @@ def _pillow(data: bytes, channels: int) -> Pixels:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if channels:
-                image = image.convert({1: 'L', 3: 'RGB', 4: 'RGBA'}[channels])
-            pixels = np.array(image)
+            mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels)
+            pixels = np.array(image.convert(mode) if mode else image)
     except Exception as error:  # Pillow's readers raise whatever damaged data make them.
         raise DecodeError(f'damaged image ({error})') from error
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from big_vit.data import order
-from big_vit.data.sources import Source, parse_split
+from big_vit.data.sources.base import Source, cut
 from big_vit.errors import UserError
 
 _TEST_INSTANCES = 50
@@ -201,24 +201,27 @@ def fdsl(
     ):
         if value < least:
             raise UserError(f'{key}.{name} is {value}: set {least} or more')
-    train_length = num_classes * instances
-    name, start, stop = parse_split(
-        split, {'train': train_length, 'test': num_classes * _TEST_INSTANCES}, key
-    )
-    first = start + (train_length if name == 'test' else 0)
+    sizes = {'train': num_classes * instances, 'test': num_classes * _TEST_INSTANCES}
 
-    def load(indices: np.ndarray) -> dict:
-        indices = first + np.asarray(indices, np.int64)
-        classes = indices % num_classes
-        images = render(seed, classes, indices, (height, width))
-        return {'image': images, 'label': classes.astype(np.int32)}
+    def whole(name: str) -> Source:
+        first = sizes['train'] if name == 'test' else 0
 
-    return Source(
-        name='fdsl',
-        split=split,
-        length=stop - start,
-        num_classes=num_classes,
-        image_shape=(height, width, 1),
-        load=load,
-        in_memory=True,
-    )
+        def load(indices: np.ndarray) -> dict:
+            indices = first + np.asarray(indices, np.int64)
+            classes = indices % num_classes
+            images = render(seed, classes, indices, (height, width))
+            return {'image': images, 'label': classes.astype(np.int32)}
+
+        return Source(
+            name='fdsl',
+            split=name,
+            length=sizes[name],
+            num_classes=num_classes,
+            image_shape=(height, width, 1),
+            load=load,
+            in_memory=True,
+            channels=1,
+            labels=lambda: (np.arange(sizes[name]) % num_classes).astype(np.int32),
+        )
+
+    return cut('fdsl', sizes, whole, split, key)

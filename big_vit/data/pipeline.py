@@ -405,7 +405,10 @@ _ENDLESS = 1 << 40
 def _in_processes(task: _WorkerTask, batch: int, workers: int, meter: Meter) -> Iterator[Columns]:
     """Batches 0, 1, ... in order, whose parts the workers load in turn."""
     import grain
+    from absl import flags
 
+    if not flags.FLAGS.is_parsed():  # Grain asks for flags, of which this program has none.
+        flags.FLAGS.mark_as_parsed()
     threads = max(1, default_threads() // workers)
     meter.threads = workers * threads
     parts = _parts(batch)

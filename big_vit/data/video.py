@@ -37,7 +37,7 @@ def read_frames(
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), 'r') as container:
             if not container.streams.video:
                 raise ValueError('holds no video')
             stream = container.streams.video[0]

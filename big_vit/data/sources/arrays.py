@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from big_vit.data.sources.base import Columns, LazySizes, Source, cut, from_arrays
+from big_vit.data.sources.base import Columns, Source, cut, from_arrays
 from big_vit.errors import UserError
 
 
@@ -203,7 +203,14 @@ def _npz(path: Path, key: str) -> dict[str, Callable[[], np.ndarray]]:
             try:
                 with np.load(path, allow_pickle=False) as loaded:
                     return loaded[name]
-            except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            except (
+                ValueError,
+                OSError,
+                EOFError,
+                MemoryError,
+                zlib.error,
+                zipfile.BadZipFile,
+            ) as error:
                 raise _unreadable(path, name, error) from error
 
         return read
@@ -351,4 +358,4 @@ def arrays(
             labels=None if several else functools.partial(np.asarray, kept),
         )
 
-    return cut(title, LazySizes(splits, lambda name: len(labels_of(name))), whole, split, key)
+    return cut(title, splits, whole, split, key)

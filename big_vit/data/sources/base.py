@@ -1,7 +1,7 @@
 """What a source is, and what can be done with any of them: cut, join, choose classes, relabel."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,17 +141,6 @@ def _parse_range(piece: str, text: str, sizes: dict[str, int], key: str) -> list
     return [(name, start, stop) for start, stop in found]
 
 
-class LazySizes(dict[str, int]):
-    """Sizes of splits by name, of which only those that are asked for are counted."""
-
-    def __init__(self, names: Iterable[str], count: Callable[[str], int]):
-        super().__init__(dict.fromkeys(names, 0))
-        self._count = count
-
-    def __getitem__(self, name: str) -> int:
-        return self._count(name)
-
-
 def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndarray]) -> Source:
     """The source whose example i is example `position(i)` of another; indices are int64 [B]."""
     labels = source.labels
@@ -226,7 +215,7 @@ def _interleave(parts: list[tuple[np.ndarray, Any]]) -> Any:
 
 def cut(
     name: str,
-    sizes: dict[str, int],
+    splits: Collection[str],
     open_split: Callable[[str], Source],
     split: str,
     key: str,
@@ -237,7 +226,7 @@ def cut(
 
     Args:
       name: of the dataset.
-      sizes: examples in each split.
+      splits: names of those that there are; only what `split` mentions is opened.
       open_split: gives a whole split by its name.
       split: as the user wrote it, see `parse_split`.
       key: prefix of the config keys in messages.
@@ -247,11 +236,11 @@ def cut(
     Raises:
       UserError: as `parse_split`.
     """
+    mentioned = [match[1] for piece in split.split('+') if (match := _RANGE.fullmatch(piece))]
+    whole = {part: open_split(part) for part in dict.fromkeys(mentioned) if part in splits}
+    sizes = {part: whole[part].length if part in whole else 0 for part in splits}
     parts = []
-    whole: dict[str, Source] = {}
     for part, start, stop in parse_split(split, sizes, key):
-        if part not in whole:
-            whole[part] = open_split(part)
         source, size = whole[part], sizes[part]
         if stop - start == size:
             parts.append(source)
@@ -313,7 +302,7 @@ def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
     return _renumbered(source, table, len(wanted), kept, key)
 
 
-def relabel(source: Source, mapping: dict[str, int | None], key: str) -> Source:
+def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
     """Labels replaced by those of `mapping`, whose keys are names (or numbers) of classes.
 
     Classes that map to None are left out, with their examples.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from big_vit.data import files
-from big_vit.data.sources.base import Columns, LazySizes, Source, cut
+from big_vit.data.sources.base import Columns, Source, cut
 from big_vit.errors import UserError
 
 KINDS = {
@@ -196,5 +196,4 @@ def folder(split: str, path: str, num_classes: int | None = None, key: str = 'da
             where=lambda index: str(place / names[index]),
         )
 
-    sizes = LazySizes(places, lambda name: len(scanned(name).labels))
-    return cut(f'folder:{root.name}', sizes, whole, split, key, by_class=True)
+    return cut(f'folder:{root.name}', places, whole, split, key, by_class=True)

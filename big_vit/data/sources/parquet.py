@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.data import files
-from big_vit.data.sources.base import Columns, LazySizes, Source, cut
+from big_vit.data.sources.base import Columns, Source, cut
 from big_vit.data.sources.table import class_numbers
 from big_vit.errors import UserError
 
@@ -26,8 +26,9 @@ def _split_of(file: files.Place, folder: str) -> str:
     """The split that a file belongs to, by its name or that of its folder."""
     stem = file.name.rpartition('.')[0]
     match = _NUMBERED.fullmatch(stem)
-    word = (match[1] or folder) if match else stem
-    return 'train' if word in ('data', 'dataset', '') else word
+    word = (match[1] or '') if match else stem
+    named = [name for name in (word, folder) if name not in ('', 'data', 'dataset')]
+    return named[0] if named else 'train'
 
 
 def _splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
@@ -253,9 +254,9 @@ def parquet(
         known = every if 'train' not in splits else labels_of('train')[0]
         occurring = [v for label in known for v in label] if several else known
         if names and isinstance(next(iter(occurring), 0), int):
-            count, classes = num_classes or len(names), tuple(names)
+            count = num_classes or len(names)
+            classes: tuple[str, ...] | None = tuple(names) if count == len(names) else None
             numbers: dict[Any, int] = {i: i for i in range(len(names))}
-            classes = classes if count == len(classes) else None
         else:
             numbers, count, classes = class_numbers(occurring, num_classes, title, key)
 
@@ -302,4 +303,4 @@ def parquet(
             where=lambda index: f'{place}, row {index}',
         )
 
-    return cut(title, LazySizes(splits, lambda name: len(table_of(name))), whole, split, key)
+    return cut(title, splits, whole, split, key)

@@ -214,8 +214,7 @@ def tfds(
             where=where,
         )
 
-    sizes = {name: info.splits[name].num_examples for name in info.splits}
-    return cut(f'tfds:{tfds_name}', sizes, whole, split, key)
+    return cut(f'tfds:{tfds_name}', list(info.splits), whole, split, key)
 
 
 def _tfrecords(

@@ -133,8 +133,8 @@ def _examples(source: Source, side: int) -> Iterator[tuple[np.ndarray, Any]]:
                 found.append((_small(image, source.channels, side), label))
             except DecodeError as error:
                 raise UserError(
-                    f'{source.place(index)}: {error}; repair or remove it before a resized copy '
-                    'is made'
+                    f'{source.place(int(index))}: {error}; repair or remove it before a resized '
+                    'copy is made'
                 ) from error
         return found
 
@@ -226,5 +226,4 @@ def records(split: str, path: str, key: str = 'data') -> Source:
             where=lambda index: f'record {index} of {name} in {folder}',
         )
 
-    sizes = {name: is_of['length'] for name, is_of in about.items()}
-    return cut(f'records:{folder.name}', sizes, whole, split, key)
+    return cut(f'records:{folder.name}', about, whole, split, key)

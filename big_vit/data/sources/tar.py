@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.data import files
-from big_vit.data.sources.base import Columns, LazySizes, Source, cut
+from big_vit.data.sources.base import Columns, Source, cut
 from big_vit.data.sources.folder import KINDS, kind_of, loader
 from big_vit.data.sources.table import class_numbers
 from big_vit.errors import UserError
@@ -86,7 +86,7 @@ def _members(shard: files.Place) -> Iterator[tuple[str, int, int]]:
             archive = tarfile.open(fileobj=file, mode='r:')  # noqa: SIM115
             # A member is asked for at a time: tarfile would keep all of them.
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[misc]
+                archive.members = []  # type: ignore[attr-defined]
                 if member.isreg():
                     at = member.offset
                     if member.offset_data + member.size > size:
@@ -279,5 +279,4 @@ def tar(
             where=lambda i: f'{shards[shard[i]]} at byte {offset[i]:,} ({size[i]:,} bytes)',
         )
 
-    sizes = LazySizes(splits, lambda name: len(index_of(name)['size']))
-    return cut(title, sizes, whole, split, key)
+    return cut(title, splits, whole, split, key)
