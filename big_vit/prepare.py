@@ -34,7 +34,8 @@ def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
 def _needs_tensorflow(name: str, error: Exception) -> UserError:
     return UserError(
         f'{name} is prepared by code that needs TensorFlow: '
-        f"`pip install -e '.[prepare]'` (or pip install tensorflow), here only ({error})"
+        f"pip install -e '.[prepare]', or pip install tensorflow "
+        f'({" ".join(str(error).split())[-60:]})'
     )
 
 
@@ -56,15 +57,12 @@ def prepare(
     builder = _builder(name, data_dir, file_format)
     try:
         builder.download_and_prepare(download_dir=downloads, file_format=file_format)
-    except ImportError as error:
-        raise _needs_tensorflow(name, error) from error
-    except (OSError, ValueError, AssertionError) as error:
-        reason = ' '.join(str(error).split())[:400]
-        raise UserError(f'{name} could not be prepared: {reason}') from error
-    except Exception as error:  # Downloaders raise classes of their own.
+    except Exception as error:  # TFDS and its downloader raise classes of their own.
+        reason = ' '.join(str(error).split())[-300:]
+        if "No module named 'tensorflow'" in reason:
+            raise _needs_tensorflow(name, error) from error
         if 'ownload' not in type(error).__name__ and 'hecksum' not in type(error).__name__:
-            raise
-        reason = ' '.join(str(error).split())[:400]
+            raise UserError(f'{name} could not be prepared: {reason}') from error
         raise UserError(
             f'{name} could not be downloaded ({reason}): see whether this machine has a network, '
             'or put the files into --download_dir by hand'

@@ -161,8 +161,8 @@ def _turbo(
 
     if data[-2:] != b'\xff\xd9' and b'\xff\xd9' not in data[-1024:]:
         raise DecodeError('truncated JPEG (it has no end)')
-    # Blocks are up to 16 pixels high, and colour of the next one reaches into the last.
-    kept = min(height, -(-rows // 16) * 16 + 16)
+    # Blocks are up to 16 pixels high, and colour of the row below reaches into the last two.
+    kept = min(height, -(-(rows + 2) // 16) * 16)
     patched: bytes | bytearray = data
     if kept < height:
         at = _sequential_height(data)

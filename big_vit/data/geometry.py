@@ -5,6 +5,7 @@ here, as far as the window that is wanted goes (`decode.Encoded.window`).
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -391,13 +392,20 @@ def resmall_crop(size, small=None, method='area') -> Operation:
 
 
 def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
+    import cv2
+
     images = decoded(images)
-    if isinstance(images, np.ndarray):
-        back = images[:, :, ::-1] if axis == 1 else images[:, ::-1]
-        return np.where(which[:, None, None, None], back, images)
-    return stacked(
-        [np.flip(x, axis) if turn else x for x, turn in zip(images, which.tolist(), strict=True)]
-    )
+    out: Any = np.empty_like(images) if isinstance(images, np.ndarray) else [None] * len(images)
+    for row, (image, turn) in enumerate(zip(images, which.tolist(), strict=True)):
+        if not turn:
+            out[row] = image
+        elif image.shape[2] <= _MOST_CHANNELS:
+            # NumPy's reversed views are copied value by value, in twenty times the time.
+            turned = cv2.flip(image, axis)
+            out[row] = turned.reshape(image.shape)
+        else:
+            out[row] = np.flip(image, axis)
+    return out if isinstance(out, np.ndarray) else stacked(out)
 
 
 def flip_lr(p=0.5) -> Operation:

@@ -116,6 +116,13 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.nda
     return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
 
 
+def _one_thread_an_image() -> None:
+    """OpenCV would start threads for each image, where each thread here has images of its own."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
 def _columns(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> Columns:
     """Arrays [B, ...] of some examples, transformed; BadExampleError or OSError."""
     return finished(transform(source.load(index), keys), transform)
@@ -205,6 +212,7 @@ def train_batches(
     Yields:
       Arrays [rows, ...]: 'image', 'label' and what else the transform leaves.
     """
+    _one_thread_an_image()
     numbers = np.arange(order.batch_size)[rows]
     meter = meter or Meter()
 
@@ -250,6 +258,7 @@ def eval_batches(
       Arrays [rows, ...], among them 'mask', float32 [rows]: 1 for examples and 0 for the zeros
       that fill the last batch.
     """
+    _one_thread_an_image()
     numbers = np.arange(batch_size)[rows]
 
     def load_part(step: int, part: slice) -> Columns:
@@ -385,6 +394,7 @@ class _WorkerTask:
     def __call__(self, number: int) -> Columns:
         with self._lock:
             if self._opened is None:
+                _one_thread_an_image()
                 self._opened = self._opener()
         source, transform = self._opened
         step, part = divmod(int(number), len(self._parts))
