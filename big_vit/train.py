@@ -233,6 +233,7 @@ def run(
     parts = build.experiment(config)
     train_step, eval_steps = build.train_step(config, parts), build.eval_steps(config, parts)
     log_targets, came_from = build.log_targets(config), config.switch
+    damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
     config.audit()
     hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
     workdir = storage.place(path)
@@ -252,7 +253,6 @@ def run(
         start = int(now['step'])
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
-        damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
         with (
             checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **log_targets) as writer,

@@ -88,3 +88,98 @@ def test_the_key_alone_decides():
 def test_what_is_not_mixed_stays():
     extra = np.arange(3, dtype=np.float32)
     np.testing.assert_array_equal(mixed({**batch_of(3), 'extra': extra})['extra'], extra)
+
+
+# CutMix.
+
+
+def pasted(batch, seed=0, **more):
+    return jax.device_get(
+        mixing.mix(
+            jax.tree.map(jnp.asarray, batch),
+            jax.random.key(seed),
+            **{'cutmix': 1.0, 'num_classes': CLASSES, **more},
+        )
+    )
+
+
+def coordinates(count, shape=(24, 30)):
+    """Images whose pixels say whose they are; neighbours are of different classes."""
+    image = np.broadcast_to(np.arange(count)[:, None, None, None] / count, (count, *shape, 1))
+    label = np.arange(count) % CLASSES
+    label[-1] = (label[-2] + 2) % CLASSES
+    if label[-1] == label[0]:
+        label[-1] = (label[-1] + 1) % CLASSES
+    return {'image': image.astype(np.float32), 'label': label.astype(np.int32)}
+
+
+def test_a_box_of_the_one_before_is_pasted_and_labels_go_by_its_area():
+    count = 500
+    batch = coordinates(count)
+    found = pasted(batch)
+    own, other = batch['image'][:, 0, 0, 0], np.roll(batch['image'][:, 0, 0, 0], 1)
+    of_other = found['image'][..., 0] == other[:, None, None]
+    of_own = found['image'][..., 0] == own[:, None, None]
+    assert (of_own ^ of_other).all()
+    left = of_own.mean((1, 2))
+    rows, columns = of_other.any(2).sum(1), of_other.any(1).sum(1)
+    np.testing.assert_array_equal(of_other.sum((1, 2)), rows * columns)
+    shares = found['label'][np.arange(count), batch['label']]
+    np.testing.assert_allclose(shares, left, atol=1e-6)
+    np.testing.assert_allclose(found['label'].sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.3])
+def test_areas_are_those_of_the_papers_law(alpha):
+    count, (height, width) = 4000, (32, 40)
+    found = pasted(coordinates(count, (height, width)), cutmix=alpha)
+    batch = coordinates(count, (height, width))
+    shares = found['label'][np.arange(count), batch['label']]
+    rng, wanted = np.random.default_rng(0), []
+    for _ in range(20_000):
+        cut = np.sqrt(1 - rng.beta(alpha, alpha))
+        area = 1.0
+        for side in (height, width):
+            half, at = int(side * cut) // 2, rng.integers(side)
+            area *= np.clip(at + half, 0, side) - np.clip(at - half, 0, side)
+        wanted.append(1 - area / (height * width))
+    assert stats.ks_2samp(shares, wanted).statistic < 0.03
+
+
+def test_both_share_the_examples_and_some_are_left_alone():
+    count = 2000
+    batch = coordinates(count, (6, 7))
+    found = pasted(batch, mixup=0.5, switch=0.25, prob=0.8)
+    own = batch['image'][:, 0, 0, 0][:, None, None]
+    other = np.roll(own, 1, axis=0)
+    image = found['image'][..., 0]
+    whole = (image == own).all((1, 2))
+    cut = ((image == own) | (image == other)).all((1, 2)) & ~whole
+    blended = ~whole & ~cut
+    share = found['label'][np.arange(count), batch['label']]
+    np.testing.assert_allclose(share[whole], 1, atol=1e-3)
+    assert blended.mean() == pytest.approx(0.8 * 0.75, abs=0.06)
+    # A box may be empty, and its example whole.
+    assert cut.mean() == pytest.approx(0.8 * 0.25, abs=0.06)
+    # The partner's share of the pixels is that of the label.
+    np.testing.assert_allclose(
+        image[blended][:, 0, 0],
+        (share[:, None] * own[:, 0] + (1 - share[:, None]) * other[:, 0])[blended, 0],
+        atol=1e-5,
+    )
+
+
+def test_mixup_draws_the_same_beside_cutmix():
+    batch = batch_of(16)
+    alone, beside = mixed(batch), pasted(batch, mixup=0.2, switch=0.0)
+    np.testing.assert_array_equal(alone['image'], beside['image'])
+
+
+def test_several_labels_are_mixed_too():
+    batch = batch_of(6)
+    labels = np.eye(CLASSES, dtype=np.float32)[batch['label']]
+    labels[:, 0] = 1
+    found = mixed({**batch, 'label': labels})['label']
+    assert (found[:, 0] == 1).all()
+    assert found.max() <= 1 + 1e-6
+    assert ((found > 0) <= ((labels > 0) | (np.roll(labels, 1, 0) > 0))).all()

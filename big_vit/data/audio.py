@@ -86,11 +86,9 @@ def mel_filters(
       low, high: Hz, where the first triangle begins and the last ends.
     """
 
-    def mel(f: np.ndarray) -> np.ndarray:
-        return 1127 * np.log1p(np.asarray(f, np.float64) / 700)
-
-    edges = np.linspace(mel(np.array(low)), mel(np.array(high)), bins + 2)
-    at = mel(np.arange(size // 2 + 1) * rate / size)[:, None]
+    ends = 1127 * np.log1p(np.array([low, high], np.float64) / 700)
+    edges = np.linspace(*ends, bins + 2)
+    at = 1127 * np.log1p(np.arange(size // 2 + 1)[:, None] * rate / size / 700)
     up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - at) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(up, down)).astype(np.float32)

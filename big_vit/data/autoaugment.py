@@ -95,8 +95,8 @@ def _timm_warp(matrix: Callable[[Image, float], np.ndarray]) -> _Timm:
 
 
 TIMM: dict[str, _Timm] = {
-    'autocontrast': lambda image, *_: randaug.autocontrast(image, 0, 1, _NOTHING),
-    'equalize': lambda image, *_: randaug.equalize(image, 0, 1, _NOTHING),
+    'autocontrast': lambda image, *_: randaug.autocontrast(image, 0.0, 1, _NOTHING),
+    'equalize': lambda image, *_: randaug.equalize(image, 0.0, 1, _NOTHING),
     'invert': lambda image, *_: 255 - image,
     'rotate': _timm_warp(lambda image, level: rotation(30 * level, image)),
     'posterize': lambda image, level, *_: colour.posterized(image, max(1, 4 - int(0.4 * level))),
@@ -175,9 +175,11 @@ TRIVIAL: dict[str, Callable[[Image, float, int], Image]] = {
     'contrast': _trivial_enhance('contrast'),
     'sharpness': _trivial_enhance('sharpness'),
     'posterize': lambda image, level, sign: colour.posterized(image, 8 - round(6 * level)),
-    'solarize': lambda image, level, sign: colour.solarized(image, int(np.ceil(255 * (1 - level)))),
-    'autocontrast': lambda image, level, sign: randaug.autocontrast(image, 0, 1, _NOTHING),
-    'equalize': lambda image, level, sign: randaug.equalize(image, 0, 1, _NOTHING),
+    'solarize': lambda image, level, sign: colour.solarized(
+        image, int(np.ceil(round(255 * (1 - level), 6)))
+    ),
+    'autocontrast': lambda image, level, sign: randaug.autocontrast(image, 0.0, 1, _NOTHING),
+    'equalize': lambda image, level, sign: randaug.equalize(image, 0.0, 1, _NOTHING),
 }
 
 
@@ -231,8 +233,8 @@ def three_augment(color_jitter=0.3) -> Operation:
 
 # Of (image, level in [0, 10], sign) each: those of the paper that no corruption test has.
 AUGMIX: dict[str, Callable[[Image, float, int], Image]] = {
-    'autocontrast': lambda image, level, sign: randaug.autocontrast(image, 0, 1, _NOTHING),
-    'equalize': lambda image, level, sign: randaug.equalize(image, 0, 1, _NOTHING),
+    'autocontrast': lambda image, level, sign: randaug.autocontrast(image, 0.0, 1, _NOTHING),
+    'equalize': lambda image, level, sign: randaug.equalize(image, 0.0, 1, _NOTHING),
     'posterize': lambda image, level, sign: colour.posterized(image, max(1, 4 - int(0.4 * level))),
     'rotate': lambda image, level, sign: warped(
         image, rotation(sign * int(3 * level), image), 'bilinear', _BLACK

@@ -12,6 +12,7 @@ from big_vit.data.operations import decoded as decoded_images
 from big_vit.data.sources.base import Columns, Source
 
 _SAMPLE = 64
+_LARGE = 16 << 10  # Bytes of an image.
 
 
 def estimate_bytes(source: Source) -> int:
@@ -75,7 +76,9 @@ class _Kept:
         taken = {}
         for name, kept in self.columns.items():
             if isinstance(kept, np.ndarray):
-                taken[name] = kept[indices]
+                large = kept.nbytes > _LARGE * self.length
+                # A copy of a large image is dearer than the crop that follows.
+                taken[name] = [kept[i] for i in indices.tolist()] if large else kept[indices]
             else:
                 values = [kept[i] for i in indices.tolist()]
                 taken[name] = values if name == 'image' else _joined(values)

@@ -161,13 +161,13 @@ def posterize(bits, p=1.0) -> Operation:
 def equalize(p=1.0) -> Operation:
     """The histogram of each channel made flat, with probability p."""
     nothing = np.zeros(2)
-    return _sometimes(p, lambda image, draws: randaug.equalize(image, 0, 1, nothing))
+    return _sometimes(p, lambda image, draws: randaug.equalize(image, 0.0, 1, nothing))
 
 
 def autocontrast(p=1.0) -> Operation:
     """Each channel stretched to 0..255, with probability p."""
     nothing = np.zeros(2)
-    return _sometimes(p, lambda image, draws: randaug.autocontrast(image, 0, 1, nothing))
+    return _sometimes(p, lambda image, draws: randaug.autocontrast(image, 0.0, 1, nothing))
 
 
 def sharpness(factor, p=1.0) -> Operation:

@@ -2,6 +2,9 @@
 
 import collections
 import concurrent.futures
+import contextlib
+import ctypes
+import functools
 import math
 import os
 import queue
@@ -26,6 +29,8 @@ from big_vit.errors import UserError
 _ROWS_PER_TASK = 16
 # How many of the examples that follow a damaged one are tried in its place.
 _NEIGHBOURS = 16
+# Of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Rows = slice | Int64[np.ndarray, ' rows']
 Columns = dict[str, Any]
@@ -73,6 +78,7 @@ class Meter:
     threads: int = 1
     rows: int = 0
     seconds: float = 0.0
+    last: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, rows: int, seconds: float | int) -> None:
@@ -81,10 +87,15 @@ class Meter:
             self.seconds += seconds
 
     def rate(self) -> float | None:
-        """Examples a second with all threads at work since the last call; None before any."""
+        """Examples a second with all threads at work, since the last call if there were any.
+
+        None before any were loaded.
+        """
         with self._lock:
-            rows, seconds, self.rows, self.seconds = self.rows, self.seconds, 0, 0.0
-        return rows / seconds * self.threads if rows and seconds else None
+            if self.rows and self.seconds:
+                self.last = self.rows / self.seconds * self.threads
+            self.rows, self.seconds = 0, 0.0
+            return self.last
 
 
 def default_threads() -> int:
@@ -116,11 +127,19 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.nda
     return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
 
 
-def _one_thread_an_image() -> None:
-    """OpenCV would start threads for each image, where each thread here has images of its own."""
+@functools.cache
+def _tune_process() -> None:
+    """Settings of this process that loading in threads needs; no result depends on them."""
     import cv2
 
+    # OpenCV would start threads for each image, where each thread here has images of its own.
     cv2.setNumThreads(1)
+    # The arrays of a batch are large enough for glibc to give them back to the system each time;
+    # faulting them in again holds up all threads (a third of the rate from a cache on two).
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(option, 1 << 30)
 
 
 def _columns(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> Columns:
@@ -212,7 +231,7 @@ def train_batches(
     Yields:
       Arrays [rows, ...]: 'image', 'label' and what else the transform leaves.
     """
-    _one_thread_an_image()
+    _tune_process()
     numbers = np.arange(order.batch_size)[rows]
     meter = meter or Meter()
 
@@ -258,7 +277,7 @@ def eval_batches(
       Arrays [rows, ...], among them 'mask', float32 [rows]: 1 for examples and 0 for the zeros
       that fill the last batch.
     """
-    _one_thread_an_image()
+    _tune_process()
     numbers = np.arange(batch_size)[rows]
 
     def load_part(step: int, part: slice) -> Columns:
@@ -394,7 +413,7 @@ class _WorkerTask:
     def __call__(self, number: int) -> Columns:
         with self._lock:
             if self._opened is None:
-                _one_thread_an_image()
+                _tune_process()
                 self._opened = self._opener()
         source, transform = self._opened
         step, part = divmod(int(number), len(self._parts))
