@@ -108,7 +108,7 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
       final: also score on the test images.
     """
     parts = build.experiment(config)
-    step, score = build.train_step(config, parts), build.eval_step(parts)
+    step, scorers = build.train_step(config, parts), build.eval_steps(config, parts)
     config.audit()
     counted = ledger.measure(parts.like)
     with jax.set_mesh(parts.mesh):
@@ -120,7 +120,8 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
         }
 
         def accuracy(name: str) -> float:
-            return classification.run(score, now.get('ema', now['params']), held_out[name])['top1']
+            scored = now.get('ema', now['params'])
+            return classification.run(scorers[name], scored, held_out[name])['top1']
 
         accuracy('often')  # Compiles.
         began = time.perf_counter()

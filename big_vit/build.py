@@ -498,7 +498,7 @@ def host_batches(
         rows=rows,
         skip_bad=found.skip_bad,
         workers=config.data.workers,
-        opener=functools.partial(opening.open_examples, found.specs),
+        opener=functools.partial(opening.open_examples, found.specs, config.data.workers),
         meter=meter,
     )
 

@@ -56,7 +56,12 @@ def draw(workdirs: list[Path], config: config_lib.Config, folder: Path) -> list[
     batches = pipeline.train_batches(found.source, found.transform, order)
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
-    plots.grid(batch['image'], batch['label'], written[1])
+    labels = batch['label']
+    plots.grid(
+        np.stack(plots.as_bytes(list(batch['image']))),
+        labels if labels.ndim == 1 else labels.argmax(axis=1),
+        written[1],
+    )
     return written
 
 

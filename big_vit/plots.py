@@ -74,7 +74,7 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]], path: str 
 
     Args:
       rows: (name, pictures [h, w, c] of any sizes and types, titles). Those that are not bytes
-        are stretched from their lowest value to their highest, the same for all of a row.
+        are stretched, the same for all of a row.
     """
     columns = max(len(pictures) for _, pictures, _ in rows)
     figure, axes = canvas(columns, len(rows), 1.7, 1.95)
@@ -84,7 +84,7 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]], path: str 
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=9)
-        for axis, picture, text in zip(line, _as_bytes(pictures), titles, strict=False):
+        for axis, picture, text in zip(line, as_bytes(pictures), titles, strict=False):
             grey = picture.shape[-1] < 3
             shown = picture[..., 0] if grey else picture[..., :3]
             axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
@@ -92,13 +92,14 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]], path: str 
     figure.savefig(path)
 
 
-def _as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
+def as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Pictures of any type as bytes, stretched alike; the outermost 0.5 % of values are cut off."""
     if not pictures or all(picture.dtype == np.uint8 for picture in pictures):
         return pictures
-    low = min(float(picture.min()) for picture in pictures)
-    high = max(float(picture.max()) for picture in pictures)
-    scale = 255 / max(high - low, 1e-9)
+    values = np.concatenate([np.ravel(picture) for picture in pictures]).astype(np.float32)
+    low, high = np.quantile(values, [0.005, 0.995])
+    scale = 255 / max(float(high - low), 1e-9)
     return [
-        np.rint((np.asarray(picture, np.float32) - low) * scale).astype(np.uint8)
+        np.rint(np.clip((np.asarray(picture, np.float32) - low) * scale, 0, 255)).astype(np.uint8)
         for picture in pictures
     ]

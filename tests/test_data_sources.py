@@ -1,6 +1,7 @@
 """Sources: real files are read exactly, and damaged ones are refused with a line that helps."""
 
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from big_vit import prepare as prepare_command
 from big_vit.data import decode, opening, order, pipeline, sources
 from big_vit.data.sources import base
 from big_vit.errors import UserError
@@ -568,6 +570,36 @@ def test_tfds_refuses_a_split_without_labels(tmp_path, no_network):
     source = sources.tfds('test', 'tiny', str(tmp_path))
     with pytest.raises(UserError, match=r'data\.split: example 2 of .test. of tiny has label -1'):
         source.load(np.array([2]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not FASHION.is_dir() or importlib.util.find_spec('tensorflow') is None,
+    reason='needs dataset-fashion-mnist and the prepare extra',
+)
+@pytest.mark.parametrize('file_format', ['array_record', 'tfrecord'])
+def test_the_real_builder_of_fashion_mnist(tmp_path, monkeypatch, file_format):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import resource
+
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    downloads = tmp_path / 'downloads'
+    downloads.mkdir()
+    # Debian's files are compressed anew, so they are put where TFDS looks with what it expects.
+    for url, info in tfds.builder_cls('fashion_mnist').url_infos.items():
+        name = url.rpartition('/')[2]
+        path = downloads / resource.get_dl_fname(url, info.checksum)
+        shutil.copy(FASHION / name, path)
+        resource.write_info_file(url, path, 'fashion_mnist', name, info)
+    folder = prepare_command.prepare('fashion_mnist', str(tmp_path), file_format, str(downloads))
+    assert folder.is_dir()
+    found = sources.tfds('train', 'fashion_mnist', str(tmp_path))
+    wanted = sources.idx('train', str(FASHION)).load(np.arange(60_000))
+    loaded = found.load(np.arange(60_000))
+    pixels = (decode.Encoded(image, 1).pixels().tobytes() for image in loaded['image'])
+    ours = sorted(zip(loaded['label'].tolist(), pixels, strict=True))
+    theirs = (image.tobytes() for image in wanted['image'])
+    assert ours == sorted(zip(wanted['label'].tolist(), theirs, strict=True))
 
 
 def test_importing_the_package_is_light():

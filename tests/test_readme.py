@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from commands import ROOT, environment, free_port, script
-from tiny import MODEL, RUN, flags, write_idx
+from tiny import MODEL, RUN, flags, write_folder, write_idx
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, flags=re.DOTALL)
@@ -31,14 +31,18 @@ def small(words: list[str], data) -> list[str]:
     command = next(word for word in words if word.startswith('big_vit.')).partition('.')[2]
     more = []
     if command == 'train':
-        more = flags(MODEL, RUN, {'evals.test.split': 'test[:20]'})
+        test = 'train[:20]' if any('own_images' in word for word in words) else 'test[:20]'
+        more = flags(MODEL, RUN, {'evals.test.split': test})
         if any('fashion' in word for word in words):
             more += flags({'data.path': data})
     elif command == 'transfer':
         more = flags(RUN, {'evals.test.split': 'test[:20]'})
     elif command == 'plan':
         more = flags(MODEL)
-    return [*words, *more]
+    elif command == 'bench_data':
+        more = ['--seconds', '0.3']
+    photos = str(data.parent / 'photos')
+    return [*(word.replace('PHOTOS', photos) for word in words), *more]
 
 
 def check_run(words: list[str], folder, data) -> str:
@@ -54,6 +58,7 @@ def check_run(words: list[str], folder, data) -> str:
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp('readme')
+    write_folder(folder / 'photos')
     return folder / 'runs', write_idx(folder / 'idx')
 
 

@@ -87,7 +87,7 @@ def mel_filters(
     """
 
     ends = 1127 * np.log1p(np.array([low, high], np.float64) / 700)
-    edges = np.linspace(*ends, bins + 2)
+    edges = np.linspace(ends[0], ends[1], bins + 2)
     at = 1127 * np.log1p(np.arange(size // 2 + 1)[:, None] * rate / size / 700)
     up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - at) / (edges[2:] - edges[1:-1])

@@ -53,10 +53,13 @@ class Spec:
     cache_side: int = 256
 
 
-def open_spec(spec: Spec) -> tuple[Source, Transform]:
+def open_spec(spec: Spec, share: int = 1) -> tuple[Source, Transform]:
     """A source of examples to which all that is not random has been done, and what is left.
 
     Images may still be encoded: the operation that needs pixels decodes what it needs.
+
+    Args:
+      share: how many processes open it, each of which keeps its part of what is kept in memory.
 
     Raises:
       UserError: whatever is missing or does not fit.
@@ -73,18 +76,20 @@ def open_spec(spec: Spec) -> tuple[Source, Transform]:
     if not at_hand and spec.cache in ('auto', 'decoded'):
         most = AUTO_CACHE_BYTES if spec.cache == 'auto' else MOST_CACHE_BYTES
         if spec.cache == 'decoded' or cache.estimate_bytes(source) <= most:
-            source = cache.decoded(source, most)
+            source = cache.decoded(source, most // share)
     # Large images are worth several threads, small ones are faster as whole batches.
     return replace(source, in_memory=False), after
 
 
-def open_mixture(specs: tuple[Spec, ...]) -> tuple[Source, Transform, tuple[int, ...]]:
+def open_mixture(
+    specs: tuple[Spec, ...], share: int = 1
+) -> tuple[Source, Transform, tuple[int, ...]]:
     """One source after the other, what is left to do to it, and how long each is.
 
     Raises:
       UserError: as `open_spec`, or the parts have different classes.
     """
-    every = [open_spec(spec) for spec in specs]
+    every = [open_spec(spec, share) for spec in specs]
     sources = [source for source, _ in every]
     for spec, source in zip(specs, sources, strict=True):
         if source.class_names != sources[0].class_names:
@@ -103,9 +108,9 @@ def open_mixture(specs: tuple[Spec, ...]) -> tuple[Source, Transform, tuple[int,
     return base.concatenate(sources, name, 'mixture'), every[0][1], lengths
 
 
-def open_examples(specs: tuple[Spec, ...]) -> tuple[Source, Transform]:
+def open_examples(specs: tuple[Spec, ...], share: int = 1) -> tuple[Source, Transform]:
     """What a worker process opens for itself."""
-    source, transform, _ = open_mixture(specs)
+    source, transform, _ = open_mixture(specs, share)
     return source, transform
 
 
