@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
-from big_vit.objectives import Batch
+from big_vit.objectives import Batch, normalise
 
 Function = Callable[[Batch, Array], Batch]
 Image = Num[Array, 'batch height width channels']
@@ -149,7 +149,7 @@ def inside(
 
 
 def random_erasing(p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel') -> Function:
-    """A box filled with noise (arXiv 1708.04896), by timm's law; after value_range or normalize.
+    """A box filled with noise (arXiv 1708.04896), by timm's law; bytes become -1..1 before.
 
     With probability p a box whose area is uniform in the bounds, as a share of the image, and the
     logarithm of whose height / width is uniform between those of min_aspect and its inverse; of
@@ -165,9 +165,7 @@ def random_erasing(p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel
         raise ValueError(f"takes 'pixel', 'rand' or 'const' for mode, not {mode!r}")
 
     def apply(batch: Batch, rng: Array) -> Batch:
-        image = batch['image']
-        if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise ValueError('random_erasing comes after value_range or normalize')
+        image = normalise(batch['image'])
         count, height, width, channels = image.shape
         keys = jax.random.split(rng, 6)
         tries = (count, _ERASING_ATTEMPTS)

@@ -120,12 +120,13 @@ def _check_length(section: Config, key: str, source: sources.Source) -> None:
         )
 
 
-def _check_label(found: Data, key: str) -> None:
-    """Labels are numbers of classes, or one number for each class."""
+def _check_fit(found: Data, key: str) -> None:
+    """Refuses what the step cannot take: labels of another shape, a part for the devices that fails."""
     classes = found.source.num_classes
     if 'label' not in found.looks.parts:
         has = ', '.join(sorted(found.looks.parts))
         raise UserError(f'config: {key} gives {has} but no label')
+    _check_device(found, key)
     shape, dtype = found.looks.parts['label']
     if shape == (classes,) or (shape == () and np.issubdtype(dtype, np.integer)):
         return
@@ -133,6 +134,20 @@ def _check_label(found: Data, key: str) -> None:
         f'config: {key}.transform gives labels of shape {shape} for {classes} classes: write '
         f'onehot({classes}) or multihot({classes})'
     )
+
+
+def _check_device(found: Data, key: str) -> None:
+    """UserError where the devices' part cannot be applied to what the host's part gives."""
+    if not found.device:
+        return
+    one = {
+        name: jax.ShapeDtypeStruct((1, *shape), jax.dtypes.canonicalize_dtype(dtype))
+        for name, (shape, dtype) in found.looks.parts.items()
+    }
+    try:
+        jax.eval_shape(prepare(found), one, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f'config: {key}.transform: {error}') from error
 
 
 def train_data(config: Config, absent: bool = False) -> Data:
@@ -188,7 +203,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
         )
     skip = whole.on_error == 'skip'
     found = Data(source, host, looks, transform.device, specs, counts, lengths, skip)
-    _check_label(found, 'data')
+    _check_fit(found, 'data')
     return found
 
 
@@ -252,7 +267,7 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     found = Data(
         source, host, looks, transform.device or fixed, (spec,), None, (source.length,), skip
     )
-    _check_label(found, key)
+    _check_fit(found, key)
     return found
 
 

@@ -94,6 +94,7 @@ def test_a_mixture_is_trained_on(photos, tmp_path):
         ({'data.transform': 'rrc(size) | value_range(0)'}, r"missing .*'high'.*value_range\(low"),
         ({'data.transform': 'rrc(8)'}, 'gives 8x8 images but image_size is 16x16'),
         ({'data.transform': 'resize_small(16)'}, 'gives 16x.* images but image_size is 16x16'),
+        ({'data.transform': 'grayscale | resize(size) | normalize'}, 'normalize: 3 numbers for'),
         ({'data.repeats': '3'}, 'batch_size=16 must be a multiple of data.repeats=3'),
         ({'data.classes': "('class0', 'class9')"}, "has no class 'class9'; it has class0, class1"),
         ({'data.label_map': '/no/file.json'}, r'data\.label_map: cannot read'),

@@ -34,7 +34,7 @@ LAYERS = [
     },
 ]
 WITHIN_A_LAYER = {
-    ('augment', 'objectives'),  # For a type.
+    ('augment', 'objectives'),  # What bytes become where nothing is said.
     ('mixing', 'augment'),  # A pasted box is an erased one with other pixels.
     ('mixing', 'objectives'),  # Mixed images are normalised ones, and labels targets.
     ('checkpoint', 'state'),  # For a type.
