@@ -121,7 +121,7 @@ def _check_length(section: Config, key: str, source: sources.Source) -> None:
 
 
 def _check_fit(found: Data, key: str) -> None:
-    """Refuses what the step cannot take: labels of another shape, a part for the devices that fails."""
+    """Refuses labels that the loss cannot take, and a part for the devices that fails."""
     classes = found.source.num_classes
     if 'label' not in found.looks.parts:
         has = ', '.join(sorted(found.looks.parts))
