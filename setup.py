@@ -44,6 +44,7 @@ setup(
         'orbax-checkpoint>=0.12.8,<0.13',
         'etils[epath]>=1.10',
         'grain>=0.2.18',
+        'absl-py',  # Whose flags Grain asks for in worker processes.
         'ml-collections>=1.1',
         'tensorflow-datasets>=4.9.10',
         'importlib_resources',  # tensorflow-datasets needs it and does not say so.

@@ -358,7 +358,7 @@ def damaged(bad, length=30):
 
 
 def test_a_damaged_example_stops_and_is_named():
-    with pytest.raises(UserError, match=r"^shard-7\.tar: damaged JPEG; .*on_error='skip'"):
+    with pytest.raises(UserError, match=r"^shard-7\.tar: damaged JPEG; .*data\.on_error='skip'"):
         take(damaged({7}), 3, text='')
 
 

@@ -91,10 +91,15 @@ def open_mixture(
     """
     every = [open_spec(spec, share) for spec in specs]
     sources = [source for source, _ in every]
-    for spec, source in zip(specs, sources, strict=True):
-        if source.class_names != sources[0].class_names:
+    named = [
+        (spec.key, source.class_names)
+        for spec, source in zip(specs, sources, strict=True)
+        if source.class_names is not None
+    ]
+    for key, names in named:
+        if names != named[0][1]:
             raise UserError(
-                f'{spec.key}: its classes are not those of {specs[0].key}: give both a label_map'
+                f'{key}: its classes are not those of {named[0][0]}: give both a label_map'
             )
     lengths = tuple(source.length for source in sources)
     if len(sources) == 1:

@@ -193,10 +193,11 @@ def _load_one(
             return _columns(source, transform, at, order.example_keys(seed, view, at)), step > 0
         except (BadExampleError, OSError) as error:
             first = first or error
+    section = transform.key.rpartition('.')[0]
     hint = (
         f'so are the {_NEIGHBOURS} examples after it'
         if skip_bad
-        else "repair or remove it, or set on_error='skip' to go on without it"
+        else f"repair or remove it, or set {section}.on_error='skip' to go on without it"
     )
     raise UserError(f'{source.place(index)}: {first}; {hint}') from first
 
