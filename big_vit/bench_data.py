@@ -24,19 +24,18 @@ def whole(config: Config, found: build.Data, seconds: float) -> dict[str, float]
 
     The first batches, which open files and start threads, are not counted.
     """
-    rows = slice(None)
-    with_closing = build.host_batches(config, found, 0, rows)
+    batches = build.host_batches(config, found, 0, slice(None))
     try:
         for _ in range(2):
-            next(with_closing)
+            next(batches)
         began, cpu = time.perf_counter(), time.process_time()
         count = 0
         while time.perf_counter() - began < seconds:
-            count += len(next(with_closing)['image'])
+            count += len(next(batches)['image'])
         passed = time.perf_counter() - began
         used = time.process_time() - cpu
     finally:
-        with_closing.close()  # type: ignore[attr-defined]
+        batches.close()  # type: ignore[attr-defined]
     result = {'examples': count, 'seconds': passed, 'examples_per_s': count / passed}
     if not config.data.workers:  # What other processes use is not seen from here.
         result['examples_per_core_s'] = count / used
@@ -52,7 +51,7 @@ def by_operation(config: Config, found: build.Data) -> dict[str, float]:
     source, transform = found.source, found.transform
     spent: dict[str, float] = {'read': 0.0}
     names = [f'{i + 1} {name}' for i, name in enumerate(transform.names)]
-    index, view = build.data_order(config, found).indices(0, source.length)
+    index, _ = build.data_order(config, found).indices(0, source.length)
     index = np.resize(index, _SAMPLE)
     for start in range(0, _SAMPLE, _TOGETHER):
         at = index[start : start + _TOGETHER]
@@ -71,7 +70,6 @@ def by_operation(config: Config, found: build.Data) -> dict[str, float]:
         began = time.perf_counter()
         transforms.finished(columns, transform)
         spent['join'] = spent.get('join', 0.0) + time.perf_counter() - began
-    del view
     return {name: seconds / _SAMPLE * 1e6 for name, seconds in spent.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from big_vit import config as config_lib
 from big_vit import runtime
+from big_vit.data.sources import prepared
 from big_vit.errors import UserError
 
 
@@ -58,11 +59,11 @@ def prepare(
     try:
         builder.download_and_prepare(download_dir=downloads, file_format=file_format)
     except Exception as error:  # TFDS and its downloader raise classes of their own.
-        reason = ' '.join(str(error).split())[-300:]
+        reason = ' '.join(str(error).split())
         if "No module named 'tensorflow'" in reason:
             raise _needs_tensorflow(name, error) from error
         if 'ownload' not in type(error).__name__ and 'hecksum' not in type(error).__name__:
-            raise UserError(f'{name} could not be prepared: {reason}') from error
+            raise UserError(f'{name} could not be prepared: {reason[:400]}') from error
         raise UserError(
             f'{name} could not be downloaded ({reason}): see whether this machine has a network, '
             'or put the files into --download_dir by hand'
@@ -83,18 +84,23 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     data_dir = config_lib.require_flag(args.data_dir, '--data_dir', '~/tensorflow_datasets')
     data_dir = str(Path(data_dir).expanduser())
-    folder = prepare(args.name, data_dir, args.format, args.download_dir)
-    from big_vit.data.sources import prepared
-
-    name = args.name.partition(':')[0]
     builder = _builder(args.name, data_dir, None)
+    there = (Path(builder.data_path) / 'dataset_info.json').exists()
+    if not there:
+        prepare(args.name, data_dir, args.format, args.download_dir)
+        builder = _builder(args.name, data_dir, None)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     first = prepared.tfds(next(iter(sizes)), args.name, data_dir)
-    print(f'wrote   {folder}')
+    kept = builder.info.file_format.value
+    print(
+        f'there   {builder.data_path}: {kept} files, which are read as they are'
+        if there
+        else f'wrote   {builder.data_path}: {kept} files'
+    )
     print(f'splits  {", ".join(f"{n} {size:,}" for n, size in sizes.items())}')
     print(f'classes {first.num_classes}')
     print(
-        f'use     --config.data.name=tfds --config.data.tfds_name={name} '
+        f'use     --config.data.name=tfds --config.data.tfds_name={args.name} '
         f'--config.data.path={data_dir}'
     )
 

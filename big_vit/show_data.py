@@ -37,10 +37,8 @@ def title(found: build.Data, label: np.ndarray) -> str:
 def originals(found: build.Data, index: np.ndarray) -> list[np.ndarray]:
     """The pictures as they are in the dataset, uint8 [h, w, c] of any size."""
     specs = tuple(replace(spec, transform='', cache='none') for spec in found.specs)
-    source, transform = opening.open_examples(specs)
-    columns = source.load(index)
-    columns = transforms.opened(columns, source.channels)
-    del transform
+    source, _ = opening.open_examples(specs)
+    columns = transforms.opened(source.load(index), source.channels)
     return list(decoded(columns['image'])) if 'image' in columns else []
 
 

@@ -16,6 +16,7 @@ def get_config(
     size: int = 64,
     epochs: int = 30,
 ):
+    middle = f'decode | resize_small({round(size * 8 / 7)}) | central_crop(size)'
     return ConfigDict(
         {
             'total_epochs': epochs,
@@ -30,7 +31,7 @@ def get_config(
                 'split': split,
                 'transform': 'decode | rrc(size, scale=(0.3, 1)) | flip_lr',
             },
-            'evals': {'test': {'split': test, 'transform': 'decode | resize(size)'}},
+            'evals': {'test': {'split': test, 'transform': middle}},
             'optim': {'weight_decay': 0.05},
             'schedule': {'warmup_percent': 10},
         }

@@ -9,7 +9,6 @@ big_vision, from which this differs in these:
 
 * the head is linear; theirs has a hidden layer, which the paper calls not significantly better;
 * computes in bfloat16; theirs multiplies in bfloat16 (as TPUs do) between float32 activations;
-* resizes without aliasing, and crops with log-uniform proportions;
 * mixes with a share for each example, theirs with one for a batch; and its randaug has
   the corrections that docs/data.md names.
 

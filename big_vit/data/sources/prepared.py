@@ -146,6 +146,8 @@ def tfds(
     names = _class_names(one) if classes == found_classes else None
     shape = image.shape if column == 'image' and None not in image.shape else None
     channels = image.shape[2] if column == 'image' and image.shape[2] else 3
+    if image.np_dtype != np.uint8:
+        channels = 0  # Decoded to bytes, 16 bits would be lost.
 
     def whole(name: str) -> Source:
         paths = info.splits[name].filepaths
