@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gzip
 import math
+import os
 import re
 import struct
 import zipfile
@@ -184,60 +185,89 @@ def idx(split: str, path: str, num_classes: int | None = None, key: str = 'data'
 # What the two arrays of a split are called: by Keras, by MedMNIST, and plainly.
 _NAMES = (('x_{}', 'y_{}'), ('{}_images', '{}_labels'))
 _KINDS = (np.uint8, np.uint16, np.float32, np.float64)
-# A header that claims more than this for a compressed array is damage, not data.
-_MAX_NPZ_BYTES = 64 << 30
+# Labels are int32.
+_MOST_CLASSES = 1 << 31
+Reader = Callable[[], np.ndarray]
 
 
-def _npz(path: Path, key: str) -> dict[str, Callable[[], np.ndarray]]:
+def _unreadable(path: Path, name: str, reason: object) -> UserError:
+    return UserError(
+        f'{path}: {name} cannot be read ({" ".join(str(reason).split())}): write it again'
+    )
+
+
+def _npz(path: Path) -> dict[str, Reader]:
     """Readers of the arrays of an .npz file, by name."""
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    except (zipfile.BadZipFile, OSError) as error:
+            names = [n.removesuffix('.npy') for n in archive.namelist() if n.endswith('.npy')]
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise UserError(f'{path}: cannot be read ({error}): write it again') from error
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            if sizes[f'{name}.npy'] > _MAX_NPZ_BYTES:
-                raise UserError(f'{path}: {name} claims {sizes[f"{name}.npy"]:,} bytes')
-            try:
-                with np.load(path, allow_pickle=False) as loaded:
-                    return loaded[name]
-            except (
-                ValueError,
-                OSError,
-                EOFError,
-                MemoryError,
-                zlib.error,
-                zipfile.BadZipFile,
-            ) as error:
-                raise _unreadable(path, name, error) from error
-
-        return read
-
-    return {n.removesuffix('.npy'): reader(n.removesuffix('.npy')) for n in sizes}
+    return {name: functools.partial(_read_npz, path, name) for name in names}
 
 
-def _unreadable(path: Path, name: str, error: Exception) -> UserError:
-    if 'pickle' in str(error).lower() or 'Object arrays' in str(error):
-        return UserError(
-            f'{path}: {name} is an array of Python objects, which is never read: save numbers '
-            '(all images of one shape), or use the files of a folder'
-        )
-    return UserError(f'{path}: {name} cannot be read ({error}): write it again')
+def _read_npz(path: Path, name: str) -> np.ndarray:
+    """One array; what its header claims is compared with what there is before memory is taken."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f'{name}.npy') as file:
+            size = archive.getinfo(f'{name}.npy').file_size
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+            claimed = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject:
+                raise _pickled(path, name)
+            if claimed != size - file.tell():
+                found = size - file.tell()
+                raise _unreadable(
+                    path, name, f'its header claims {claimed:,} bytes, but it has {found:,}'
+                )
+            if claimed > _memory():
+                raise UserError(
+                    f'{path}: {name} has {claimed:,} bytes, more than the memory of this machine: '
+                    'save it with np.save as an .npy file, which is read in place'
+                )
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise whatever a damaged header makes them.
+        raise _unreadable(path, name, error) from error
 
 
-def _npy(path: Path) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        try:
-            return np.load(path, mmap_mode='r', allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise _unreadable(path, path.stem, error) from error
-
-    return read
+def _memory() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
-Reader = Callable[[], np.ndarray]
+def _pickled(path: Path, name: str) -> UserError:
+    return UserError(
+        f'{path}: {name} is an array of Python objects, which is never read: save numbers '
+        '(all images of one shape), or use the files of a folder'
+    )
+
+
+def _map_npy(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode='r')
+    except Exception as error:  # NumPy raises whatever a damaged header makes it.
+        if 'Python objects' in str(error):
+            raise _pickled(path, path.stem) from error
+        raise _unreadable(path, path.stem, error) from error
+
+
+def _pairs(readers: dict[str, Reader]) -> dict[str, tuple[Reader, Reader]]:
+    """Readers of the images and labels of each split, by the names that are usual."""
+    found = {}
+    for images, labels in _NAMES:
+        start, end = images.split('{}')
+        for name, reader in readers.items():
+            word = name.removeprefix(start).removesuffix(end)
+            if word and name == images.format(word) and labels.format(word) in readers:
+                found[word] = (reader, readers[labels.format(word)])
+    return found
 
 
 def _array_splits(
@@ -245,27 +275,30 @@ def _array_splits(
 ) -> dict[str, tuple[Reader, Reader]]:
     """Readers of the images and labels of each split."""
     if path.is_dir():
-        files = {p.stem: _npy(p) for p in sorted(path.glob('*.npy'))}
-        splits = {}
-        for archive in sorted(path.glob('*.npz')):
-            inner = _array_splits(archive, image_column, label_column, key)
-            splits.update({archive.stem if n == 'train' else n: pair for n, pair in inner.items()})
+        archives = {p.stem: p for p in sorted(path.glob('*.npz'))}
+        readers: dict[str, Reader] = {
+            p.stem: functools.partial(_map_npy, p) for p in sorted(path.glob('*.npy'))
+        }
     elif path.suffix == '.npz' and path.is_file():
-        files, splits = _npz(path, key), {}
-        if image_column in files and label_column in files:
-            return {'train': (files[image_column], files[label_column])}
+        archives, readers = {'train': path}, {}
     else:
-        raise UserError(f'{key}.path: {path} is neither a folder nor an .npz file')
-    for images, labels in _NAMES:
-        start, end = images.split('{}')
-        for name in files:
-            word = name.removeprefix(start).removesuffix(end)
-            if name == images.format(word) and labels.format(word) in files:
-                splits[word] = (files[name], files[labels.format(word)])
+        raise UserError(f'{key}.path: {path} is neither a folder nor an .npz file of this machine')
+    splits, has = _pairs(readers), list(readers)
+    for stem, archive in archives.items():
+        inside = _npz(archive)
+        has += inside
+        if image_column in inside and label_column in inside:
+            found = {stem: (inside[image_column], inside[label_column])}
+        else:
+            found = _pairs(inside)
+        twice = sorted(set(found) & set(splits))
+        if twice:
+            raise UserError(f'{key}.path: {path} holds the split {twice[0]} more than once')
+        splits.update(found)
     if not splits:
-        has = ', '.join(sorted(files)) or 'none'
+        names = ', '.join(sorted(has)) or 'none'
         raise UserError(
-            f'{key}.path: no arrays of images and labels in {path} (it has {has}): name them '
+            f'{key}.path: no arrays of images and labels in {path} (it has {names}): name them '
             'train_images and train_labels, x_train and y_train, or image and label, or set '
             f'{key}.image_column and {key}.label_column'
         )
@@ -291,13 +324,16 @@ def arrays(
     Args:
       split: see `base.parse_split`.
       path: a local file or folder.
-      num_classes: None for the largest label of the split `train` (or of all) plus one.
+      num_classes: None for the largest label of the split `train` plus one, or of each split
+        where there is no `train`.
       key: prefix of the config keys in messages.
 
     Raises:
       UserError: files missing or damaged, arrays of objects, lengths that differ, labels that
-        are negative or too large.
+        are negative or too large, or an array that does not fit in memory.
     """
+    if not path:
+        raise UserError(f'{key}.path must be set')
     root = Path(path).expanduser()
     splits = _array_splits(root, image_column, label_column, key)
     read = {name: (functools.cache(a), functools.cache(b)) for name, (a, b) in splits.items()}
@@ -316,34 +352,52 @@ def arrays(
 
     def whole(name: str) -> Source:
         images, labels = read[name][0](), labels_of(name)
-        if images.dtype not in _KINDS or images.ndim not in (3, 4, 5):
+        native = images.dtype.newbyteorder('=')
+        if native not in _KINDS or images.ndim not in (3, 4, 5):
             raise UserError(
                 f'{root}: images of {name} are {images.dtype} of shape {images.shape}: they must '
                 'be uint8, uint16 or floats, [N, height, width] with or without channels'
             )
         if len(images) != len(labels):
             raise UserError(f'{root}: {len(images)} images of {name} but {len(labels)} labels')
+        known = labels_of('train') if 'train' in splits else labels
+        several = labels.ndim == 2
+        if not images.size or not labels.size or not known.size:
+            raise UserError(f'{root}: {name} or train holds no image')
+        if known.ndim != labels.ndim:
+            raise UserError(
+                f'{root}: labels of {name} are {labels.shape}, those of train {known.shape}: '
+                'give all splits one label an image, or all 0 and 1 for each class'
+            )
         if images.ndim == 3:
             images = images[..., None]
-        several = labels.ndim == 2
-        known = labels if 'train' not in splits else labels_of('train')
         classes = num_classes or (known.shape[1] if several else int(known.max()) + 1)
-        wrong = np.flatnonzero((labels < 0) | (labels >= (2 if several else classes)))
-        if wrong.size:
-            row = wrong[0] // labels.shape[-1] if several else wrong[0]
+        if several and labels.shape[1] > classes:
             raise UserError(
-                f'{root}: example {row} of {name} has label {labels.ravel()[wrong[0]]}, not one of '
-                f'{classes} classes: set {key}.num_classes, or label from 0'
+                f'{root}: labels of {name} are for {labels.shape[1]} classes, not for {classes}: '
+                f'set {key}.num_classes to the number of all'
             )
-        kept = labels.astype(np.int32)
+        top = 2 if several else min(classes, _MOST_CLASSES)
+        if int(labels.min()) < 0 or int(labels.max()) >= top:
+            wrong = int(np.flatnonzero((labels < 0) | (labels >= top))[0])
+            row = wrong // labels.shape[1] if several else wrong
+            raise UserError(
+                f'{root}: example {row} of {name} has label {labels.ravel()[wrong]}, not one of '
+                + (
+                    '0 and 1: give one label an image, or 0 and 1 for each class'
+                    if several
+                    else f'{top} classes: set {key}.num_classes, or label from 0'
+                )
+            )
+        # Those of several classes may be as large as images, and stay where they are.
+        kept = labels if several else labels.astype(np.int32)
         column = 'video' if images.ndim == 5 else 'image'
+        kind = np.dtype(np.float32) if native == np.float64 else native
 
         def load(indices: np.ndarray) -> Columns:
-            chosen = images[indices]
-            if chosen.dtype == np.float64:
-                chosen = chosen.astype(np.float32)
+            chosen = np.ascontiguousarray(images[indices], kind)
             label = [np.flatnonzero(kept[i]) for i in indices] if several else kept[indices]
-            return {column: np.ascontiguousarray(chosen), 'label': label}
+            return {column: chosen, 'label': label}
 
         shape = images.shape[1:] if images.ndim == 4 else None
         return Source(

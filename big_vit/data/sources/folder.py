@@ -1,5 +1,6 @@
 """Folders of media files, one sub-folder per class."""
 
+import errno
 import functools
 import os
 import re
@@ -19,7 +20,10 @@ KINDS = {
     'text': ('.txt',),
 }
 _KIND_OF = {extension: kind for kind, extensions in KINDS.items() for extension in extensions}
-_SPLIT = re.compile(r'(train|training|val|valid|validation|dev|test|testing|eval)\w*', re.I)
+# With what may follow, as in train2017 or test_clean; a devkit or a valley is no split.
+_SPLIT = re.compile(
+    r'(train(ing|val)?|val(id|idation)?|dev|test(ing)?|eval(uation)?|extra)([\d_.-][\w.-]*)?', re.I
+)
 
 
 def kind_of(name: str) -> str | None:
@@ -51,26 +55,57 @@ class _Split(NamedTuple):
     kind: str
 
 
+def listed(place: files.Place, key: str) -> list[tuple[str, bool]]:
+    """(name, whether a folder) of what a folder holds, as `files.entries` without the sizes.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        if not place.is_local:
+            return [(entry.name, entry.is_folder) for entry in files.entries(place)]
+        with os.scandir(place.path) as found:
+            return sorted((e.name, e.is_dir()) for e in found if e.name[0] != '.')
+    except OSError as error:
+        raise _unreadable(place, error, key) from error
+
+
+def _folders(place: files.Place, key: str) -> list[str]:
+    return [name for name, is_folder in listed(place, key) if is_folder]
+
+
+def _unreadable(place: files.Place, error: OSError, key: str) -> UserError:
+    at = error.filename or place
+    return UserError(f'{key}.path: cannot read {at}: {error.strerror or error}')
+
+
 def _walk(folder: files.Place) -> Iterator[str]:
-    """Paths of all files below, in order; without asking the disk for sizes."""
+    """Paths of all files below, in the order of `files.walk`; without asking for sizes.
+
+    Raises:
+      OSError: a folder cannot be read, or a link to a media file leads nowhere.
+    """
     if not folder.is_local:
         yield from (entry.name for entry in files.walk(folder))
         return
-    pending = ['']
     seen: set[tuple[int, int]] = set()
-    while pending:
-        below = pending.pop()
-        here = os.path.join(folder.path, below)  # noqa: PTH118
-        info = os.stat(here)  # noqa: PTH116
+
+    def below(path: str, prefix: str) -> Iterator[str]:
+        info = os.stat(path)  # noqa: PTH116
         if (info.st_dev, info.st_ino) in seen:  # A link to a folder that it lies in.
-            continue
+            return
         seen.add((info.st_dev, info.st_ino))
-        with os.scandir(here) as found:
+        with os.scandir(path) as found:
             every = sorted((e for e in found if e.name[0] != '.'), key=lambda e: e.name)
         for entry in every:
-            if not entry.is_dir():
-                yield below + entry.name
-        pending += [f'{below}{e.name}/' for e in reversed(every) if e.is_dir()]
+            if entry.is_dir():
+                yield from below(entry.path, f'{prefix}{entry.name}/')
+            elif entry.is_file():
+                yield prefix + entry.name
+            elif entry.is_symlink() and kind_of(entry.name):
+                raise FileNotFoundError(errno.ENOENT, 'it is a link to nothing', entry.path)
+
+    yield from below(folder.path, '')
 
 
 def _scan(folder: files.Place, classes: list[str], key: str) -> _Split:
@@ -84,7 +119,7 @@ def _scan(folder: files.Place, classes: list[str], key: str) -> _Split:
             for file in _walk(folder / name):
                 kind = kind_of(file)
                 if kind is None:
-                    others.add('.' + file.rpartition('.')[2] if '.' in file else 'no extension')
+                    others.add(os.path.splitext(file)[1] or 'no extension')  # noqa: PTH122
                     continue
                 kinds.setdefault(kind, f'{name}/{file}')
                 labels.append(label)
@@ -93,7 +128,7 @@ def _scan(folder: files.Place, classes: list[str], key: str) -> _Split:
     try:
         found = Names(names())
     except OSError as error:
-        raise UserError(f'{key}.path: cannot read {folder}: {error.strerror or error}') from error
+        raise _unreadable(folder, error, key) from error
     if len(kinds) > 1:
         (one, a), (other, b) = list(kinds.items())[:2]
         raise UserError(
@@ -119,7 +154,9 @@ def loader(kind: str, read: Callable[[int], bytes]) -> Callable[[list[int]], lis
 def folder(split: str, path: str, num_classes: int | None = None, key: str = 'data') -> Source:
     """Media files in PATH/SPLIT/CLASS/..., or in PATH/CLASS/... with one split named `train`.
 
-    Classes are the names of the folders in order, those of the split `train` where there is one.
+    Classes are the names of the folders in order, those of the split `train` where there is one
+    (else of the first that begins so, else of the first). The folders of PATH are splits if all
+    are named as such are: train, val, test, dev, extra, train2017, test_clean.
     Files are known by their extensions (KINDS); others, and hidden ones, are left out. Files may
     lie deeper than their class, and come in the order of their paths.
 
@@ -130,46 +167,62 @@ def folder(split: str, path: str, num_classes: int | None = None, key: str = 'da
       key: prefix of the config keys in messages.
 
     Raises:
-      UserError: no such folder, nothing in it, or splits whose classes differ.
+      UserError: no such folder, nothing in it, files of several kinds, splits beside other
+        folders, a class without files, or one that the split `train` has not.
     """
     root = files.place(path, f'{key}.path')
-    try:
-        if not files.is_folder(root):
-            raise UserError(f'{key}.path: {root} is not a folder: it must hold one per class')
-        below = [entry.name for entry in files.entries(root) if entry.is_folder]
-    except OSError as error:
-        raise UserError(f'{key}.path: cannot read {root}: {error.strerror or error}') from error
+    if not files.is_folder(root):
+        raise UserError(f'{key}.path: {root} is not a folder: it must hold one per class')
+    below = _folders(root, key)
     if not below:
         raise UserError(
             f'{key}.path: {root} has no folders: put the files of each class into one of its own, '
             "or use name='table' with a file of labels"
         )
-    splits = below if all(_SPLIT.fullmatch(name) for name in below) else []
+    splits = [name for name in below if _SPLIT.fullmatch(name)]
+    if len(splits) < len(below):
+        # A class may be called train, but then it has pictures and not folders of classes.
+        odd = next((name for name in splits if _folders(root / name, key)), None)
+        if odd is not None:
+            other = next(name for name in below if name not in splits)
+            raise UserError(
+                f'{key}.path: {root} has folders of splits ({odd}) and others ({other}): '
+                'move the others away, or rename a class that is called so'
+            )
+        splits = []
     places = {name: root / name for name in splits} or {'train': root}
-    first = 'train' if 'train' in places else next(iter(places))
+    first = min(places, key=lambda n: (n != 'train', not n.lower().startswith('train'), n))
 
     @functools.cache
-    def classes_of(name: str) -> list[str]:
-        found = [entry.name for entry in files.entries(places[name]) if entry.is_folder]
+    def classes_of(name: str) -> dict[str, int]:
+        found = _folders(places[name], key)
         if not found:
             raise UserError(f'{key}.path: {places[name]} has no folders, one per class')
-        return found
+        return {word: number for number, word in enumerate(found)}
 
     @functools.cache
     def scanned(name: str) -> _Split:
         own, known = classes_of(name), classes_of(first)
-        strange = sorted(set(own) - set(known))
+        strange = [word for word in own if word not in known]
         if strange:
             raise UserError(
                 f'{key}.path: {places[name]} has classes that {first} has not '
                 f'({", ".join(strange[:5])}): a model cannot be scored on what it never saw'
             )
-        return _scan(places[name], own, key)
+        found = _scan(places[name], list(own), key)
+        counts = np.bincount(found.labels, minlength=len(own))
+        empty = [word for word, number in own.items() if not counts[number]]
+        if empty and name == first:
+            raise UserError(
+                f'{key}.path: {places[name]} has folders without {found.kind} files '
+                f'({", ".join(empty[:5])}), which would be classes: remove them'
+            )
+        return found
 
     def whole(name: str) -> Source:
         names, labels, kind = scanned(name)
         known = classes_of(first)
-        table = np.array([known.index(c) for c in classes_of(name)], np.int32)
+        table = np.array([known[word] for word in classes_of(name)], np.int32)
         labels = table[labels]
         count = num_classes or len(known)
         if count < len(known):
