@@ -65,8 +65,8 @@ def prepare(
         if 'ownload' not in type(error).__name__ and 'hecksum' not in type(error).__name__:
             raise UserError(f'{name} could not be prepared: {reason[:400]}') from error
         raise UserError(
-            f'{name} could not be downloaded ({reason[:300]}): see whether this machine has a network, '
-            'or put the files into --download_dir by hand'
+            f'{name} could not be downloaded ({reason[:300]}): see whether this machine has a '
+            'network, or put the files into --download_dir by hand'
         ) from error
     return Path(builder.data_path)
 
