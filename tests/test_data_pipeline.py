@@ -290,7 +290,7 @@ def test_batches_do_not_depend_on_hosts_threads_or_restarts(
     assert_same(whole[2:], columns_of(source, transform, kept, 1, 2, start + 2, 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4),

@@ -48,6 +48,7 @@ def test_what_the_schema_has_not_is_said():
     assert not race.missing('adamw') and not race.missing('momentum')
 
 
+@pytest.mark.slow
 def test_a_race_that_is_killed_goes_on_where_it_was(tmp_path):
     data = write_idx(tmp_path / 'idx')
     args = ['--quick', '--only', 'adamw,momentum', '--workdir', tmp_path / 'race']

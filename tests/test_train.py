@@ -102,7 +102,7 @@ def test_the_resume_of_a_finished_run_changes_nothing(finished):
     assert again.metrics['test/top1'] == first.metrics['test/top1']
 
 
-@pytest.mark.parametrize('kill_after', [45, 170])
+@pytest.mark.parametrize('kill_after', [45, pytest.param(170, marks=pytest.mark.slow)])
 def test_kill_9_and_restart_ends_bit_identical(tmp_path, config_file, uninterrupted, kill_after):
     workdir = tmp_path / 'w'
     command = ('--config', config_file, '--workdir', workdir)
