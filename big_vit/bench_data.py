@@ -12,19 +12,18 @@ import numpy as np
 
 from big_vit import build, metrics, runtime
 from big_vit import config as config_lib
-from big_vit.config import Config
 from big_vit.data import operations, order, pipeline, transforms
 
 # Of the part that tells the operations apart.
 _SAMPLE, _TOGETHER = 256, 16
 
 
-def whole(config: Config, found: build.Data, seconds: float) -> dict[str, float]:
+def whole(found: build.Data, seconds: float) -> dict[str, float]:
     """Rates of the loader as training runs it: {'examples_per_s', 'per_core', 'host_memory_mb'}.
 
     The first batches, which open files and start threads, are not counted.
     """
-    batches = build.host_batches(config, found, 0, slice(None))
+    batches = build.host_batches(found, 0, slice(None))
     try:
         for _ in range(2):
             next(batches)
@@ -37,13 +36,13 @@ def whole(config: Config, found: build.Data, seconds: float) -> dict[str, float]
     finally:
         batches.close()  # type: ignore[attr-defined]
     result = {'examples': count, 'seconds': passed, 'examples_per_s': count / passed}
-    if not config.data.workers:  # What other processes use is not seen from here.
+    if not found.workers:  # What other processes use is not seen from here.
         result['examples_per_core_s'] = count / used
     memory = metrics.host_memory_mb()
     return result if memory is None else {**result, 'host_memory_mb': memory}
 
 
-def by_operation(config: Config, found: build.Data) -> dict[str, float]:
+def by_operation(found: build.Data) -> dict[str, float]:
     """Microseconds an example of reading and of each operation, in one thread.
 
     An image is decoded by the first operation that needs its pixels, which that one pays for.
@@ -51,11 +50,12 @@ def by_operation(config: Config, found: build.Data) -> dict[str, float]:
     source, transform = found.source, found.transform
     spent: dict[str, float] = {'read': 0.0}
     names = [f'{i + 1} {name}' for i, name in enumerate(transform.names)]
-    index, _ = build.data_order(config, found).indices(0, source.length)
+    assert found.order is not None
+    index, _ = found.order.indices(0, source.length)
     index = np.resize(index, _SAMPLE)
     for start in range(0, _SAMPLE, _TOGETHER):
         at = index[start : start + _TOGETHER]
-        keys = order.example_keys(config.seed, 0, at)
+        keys = order.example_keys(found.order.seed, 0, at)
         began = time.perf_counter()
         columns = source.load(at)
         spent['read'] += time.perf_counter() - began
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(spec, overrides)
     runtime.start()
     found = build.train_data(config)
-    cost = by_operation(config, found)
-    rates = whole(config, found, args.seconds)
+    cost = by_operation(found)
+    rates = whole(found, args.seconds)
     if args.json:
         print(json.dumps({**rates, 'microseconds': cost}))
         return
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     print(f'\n{metrics.table(("one thread", "µs an example", "share"), rows)}\n')
     slowest = max(cost, key=lambda name: cost[name])
     print(f'slowest {slowest}: {cost[slowest]:,.0f} of {total:,.0f} µs')
-    workers = config.data.workers
+    workers = found.workers
     how = f'{workers} processes' if workers else f'{pipeline.default_threads()} threads'
     per_core = rates.get('examples_per_core_s')
     print(

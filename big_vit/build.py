@@ -24,7 +24,8 @@ class Data(NamedTuple):
     """A source with what makes its examples fit the model.
 
     `transform` is done on the host, and gives what `looks` says. `device` is the rest, as
-    (name, function of (batch, rng)). `specs` can be opened by other processes.
+    (name, function of (batch, rng)). `specs` can be opened by other processes, of which training
+    has `workers`. `order` says which examples come when; an evaluation has none.
     """
 
     source: sources.Source
@@ -32,9 +33,9 @@ class Data(NamedTuple):
     looks: transforms.Looks
     device: tuple[tuple[str, Any], ...]
     specs: tuple[opening.Spec, ...]
-    counts: tuple[int, ...] | None
-    lengths: tuple[int, ...]
     skip_bad: bool
+    order: pipeline.Order | None = None
+    workers: int = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,6 +93,8 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
     own = section.num_classes
     if own is None and section.label_map is None and section.classes is None:
         own = classes
+    # A key that this source does not read stays unread, so that `Config.audit` refuses it.
+    used = {name: section[name] for name in opening.KEYS[section.name]}
     return opening.Spec(
         key=key,
         name=section.name,
@@ -99,15 +102,12 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
         transform=host,
         image_size=config.image_size,
         seed=config.seed,
-        path=section.path,
-        tfds_name=section.tfds_name if section.name == 'tfds' else None,
         num_classes=own,
-        image_column=section.image_column,
-        label_column=section.label_column,
         classes=section.classes,
         label_map=section.label_map,
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
+        **used,
     )
 
 
@@ -201,8 +201,16 @@ def train_data(config: Config, absent: bool = False) -> Data:
             f'config: batch_size={config.batch_size} must be a multiple of '
             f'data.repeats={whole.repeats}'
         )
+    kept = pipeline.Order(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=whole.shuffle,
+        repeats=whole.repeats,
+        lengths=lengths,
+        counts=counts,
+    )
     skip = whole.on_error == 'skip'
-    found = Data(source, host, looks, transform.device, specs, counts, lengths, skip)
+    found = Data(source, host, looks, transform.device, specs, skip, kept, whole.workers)
     _check_fit(found, 'data')
     return found
 
@@ -264,9 +272,7 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     # What is not said about numbers is as in training, or the model sees another world.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     skip = section.on_error == 'skip'
-    found = Data(
-        source, host, looks, transform.device or fixed, (spec,), None, (source.length,), skip
-    )
+    found = Data(source, host, looks, transform.device or fixed, (spec,), skip)
     _check_fit(found, key)
     return found
 
@@ -489,31 +495,20 @@ def _duties(config: Config, source: sources.Source, total: int) -> Duties:
     )
 
 
-def data_order(config: Config, found: Data) -> pipeline.Order:
-    """Which examples of the training data come when."""
-    return pipeline.Order(
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        repeats=config.data.repeats,
-        lengths=found.lengths,
-        counts=found.counts,
-    )
-
-
 def host_batches(
-    config: Config, found: Data, start_step: int, rows: Any, meter: pipeline.Meter | None = None
+    found: Data, start_step: int, rows: Any, meter: pipeline.Meter | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches from `start_step` on as NumPy arrays, of these rows."""
+    """The training batches from `start_step` on as NumPy arrays, of these rows."""
+    assert found.order is not None
     return pipeline.train_batches(
         found.source,
         found.transform,
-        data_order(config, found),
+        found.order,
         start_step=start_step,
         rows=rows,
         skip_bad=found.skip_bad,
-        workers=config.data.workers,
-        opener=functools.partial(opening.open_examples, found.specs, config.data.workers),
+        workers=found.workers,
+        opener=functools.partial(opening.open_examples, found.specs, found.workers),
         meter=meter,
     )
 
@@ -522,14 +517,14 @@ def train_batches(config: Config, parts: Experiment, start_step: int) -> pipelin
     """The batches from `start_step` on, as global arrays, one ahead of the step."""
     where = sharding.batch_sharding(parts.mesh)
     rows, meter = pipeline.local_rows(where, config.batch_size), pipeline.Meter()
-    batches = host_batches(config, parts.data, start_step, rows, meter)
+    batches = host_batches(parts.data, start_step, rows, meter)
     return pipeline.to_device(batches, where, batch_size=config.batch_size, meter=meter)
 
 
-def example_indices(config: Config, parts: Experiment, step: int) -> list[int]:
+def example_indices(parts: Experiment, step: int) -> list[int]:
     """Which examples the batch of this step holds (of a 0-based step)."""
-    source = parts.data.source
-    index, _ = data_order(config, parts.data).indices(step, source.length)
+    assert parts.data.order is not None
+    index, _ = parts.data.order.indices(step, parts.data.source.length)
     return index.tolist()
 
 

@@ -51,7 +51,8 @@ def draw(workdirs: list[Path], config: config_lib.Config, folder: Path) -> list[
         {name: metrics.read(path) for name, path in zip(names, workdirs, strict=True)}, written[0]
     )
     found = build.train_data(config)
-    order = build.data_order(config, found)
+    order = found.order
+    assert order is not None
     order = dataclasses.replace(order, batch_size=50 // order.repeats * order.repeats)
     batches = pipeline.train_batches(found.source, found.transform, order)
     batch = next(batches)

@@ -45,9 +45,10 @@ def originals(found: build.Data, index: np.ndarray) -> list[np.ndarray]:
 def draw(config: Config, path: Path, step: int, count: int) -> None:
     """Writes the PNG of the first examples of the batch of this step."""
     found = build.train_data(config)
-    index, _ = build.data_order(config, found).indices(step, found.source.length)
+    assert found.order is not None
+    index, _ = found.order.indices(step, found.source.length)
     count = min(count, config.batch_size)
-    batches = build.host_batches(config, found, step, slice(None))
+    batches = build.host_batches(found, step, slice(None))
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
     mixed = jax.device_get(build.seen(config, found, batch, step))

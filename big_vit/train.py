@@ -177,7 +177,7 @@ def report(
         damage.add(int(jax.device_get(values['replaced'])), parts.batch_size)
     skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
     if skipped_in_a_row:
-        examples = ', '.join(map(str, build.example_indices(config, parts, step - 1)[:16]))
+        examples = ', '.join(map(str, build.example_indices(parts, step - 1)[:16]))
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '

@@ -51,6 +51,25 @@ def test_every_part_of_the_pipeline_in_one_run(photos, tmp_path):
     assert rows[-1]['test/count'] == 6
 
 
+def test_worker_processes_train_the_same_and_the_order_can_be_kept(photos, tmp_path):
+    losses = []
+    for number, changes in enumerate(({}, {'data.workers': '2'}, {'data.shuffle': 'false'})):
+        train.run(load(photos, **changes), tmp_path / str(number))
+        rows = metrics.read(tmp_path / str(number))
+        losses.append([row['train/loss'] for row in rows if 'train/loss' in row])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_key_that_the_source_does_not_read_is_refused(tmp_path):
+    for changes in ({'data.path': '/x'}, {'data.label_column': 'kind'}, {'data.cache_side': '64'}):
+        overrides = {**SMALL, **changes}
+        settings = [('data.transform', 'resize(size)'), *overrides.items()]
+        loaded = config.load('configs/transfer_digits.py', settings)
+        with pytest.raises(UserError, match=f'{next(iter(changes))} is set, but .* never reads it'):
+            train.run(loaded, tmp_path / 'w')
+
+
 def test_several_labels_and_the_sigmoid_loss(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
@@ -76,7 +95,7 @@ def test_a_mixture_is_trained_on(photos, tmp_path):
     }  # fmt: skip
     loaded = config.load('configs/own_images.py:path=' + str(photos), list(overrides.items()))
     found = build.train_data(loaded)
-    assert (found.lengths, found.counts) == ((54, 10), (750, 250))
+    assert (found.order.lengths, found.order.counts) == ((54, 10), (750, 250))
     assert train.run(loaded, tmp_path / 'w').step == 3
     zero = config.override(loaded, [('mixture.b.weight', '0')])
     with pytest.raises(UserError, match=r'mixture\.b\.weight must be above 0; leave the part out'):
@@ -147,10 +166,10 @@ def test_damaged_files_are_replaced_and_counted_up_to_a_rate(tmp_path, monkeypat
 def test_bench_data_names_the_slowest_operation(photos):
     loaded = load(photos, **{'data.transform': 'decode | rrc(size) | augmix'})
     found = build.train_data(loaded)
-    cost = bench_data.by_operation(loaded, found)
+    cost = bench_data.by_operation(found)
     assert list(cost) == ['read', '1 decode', '2 rrc', '3 augmix', 'join']
     assert max(cost, key=cost.get) == '3 augmix'
-    rates = bench_data.whole(loaded, found, 0.3)
+    rates = bench_data.whole(found, 0.3)
     assert rates['examples'] % 16 == 0
     assert rates['examples_per_s'] == pytest.approx(rates['examples'] / rates['seconds'])
 

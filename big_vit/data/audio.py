@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 
 import numpy as np
 from jaxtyping import Float32
@@ -10,69 +11,137 @@ from big_vit.data.operations import (
     BadExampleError,
     Columns,
     Draw,
+    Images,
     Operation,
     Real,
     UnfitError,
+    decoded,
     number,
+    on_images,
+    stacked,
     whole,
 )
 
 # Half an hour: a longer file is no example.
 _MOST_SECONDS = 1800
+# The highest rate in use. Resampling has a filter as long as the rates have no common factor.
+_MOST_RATE = 384_000
+_MOST_NUMBERS = 1 << 28
+# Full scale is 1, or 2^15 in files of floats that were never scaled; beyond it is damage.
+_LOUDEST = 1 << 16
+# Taps of the filter on each side, at the lower of the two rates: scipy's own choice.
+_REACH = 10
 # The power below which a spectrogram is silent, as Kaldi has it: float32's epsilon.
 _FLOOR = float(np.finfo(np.float32).eps)
 
 
-def _read(data: bytes, rate: int) -> np.ndarray:
-    """float32 [samples] at `rate`, all channels in one; ValueError where it cannot be read."""
+@functools.lru_cache(maxsize=16)
+def _low_pass(longer: int) -> Float32[np.ndarray, ' taps']:
+    from scipy.signal import firwin
+
+    return firwin(2 * _REACH * longer + 1, 1 / longer, window=('kaiser', 5.0)).astype(np.float32)
+
+
+def read_sound(
+    data: bytes, rate: int, length: int, start: float | None
+) -> Float32[np.ndarray, ' samples']:
+    """A part of a sound file, the mean of its channels, at `rate` Hz; all of it if it is shorter.
+
+    Only that part is kept in memory, and of WAV and FLAC only that part is decoded. Resampling is
+    scipy's polyphase filter (a Kaiser window of 5).
+
+    Args:
+      length: samples wanted.
+      start: where among the possible beginnings, in [0, 1); None for the middle.
+
+    Raises:
+      ValueError: it cannot be read, is too long, or ends before it should.
+    """
     import soundfile
     from scipy.signal import resample_poly
 
+    # libsndfile takes a WAV file that was cut off for a shorter one. Writers to pipes do not know
+    # the size and write the largest; some count the header too.
+    size = int.from_bytes(data[4:8], 'little')
+    if data[:4] == b'RIFF' and len(data) + 8 < size + 8 < 0x7FF0_0000:
+        raise ValueError(f'damaged sound: it ends at byte {len(data)} of {size + 8}')
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.frames > _MOST_SECONDS * file.samplerate:
-                raise ValueError(f'{file.frames / file.samplerate:,.0f} seconds of sound')
-            samples = file.read(dtype='float32', always_2d=True).mean(axis=1)
-            own = file.samplerate
+            own, total = file.samplerate, file.frames
+            if not 0 < own <= _MOST_RATE:
+                raise ValueError(f'a sound of {own:,} Hz: at most {_MOST_RATE:,} are read')
+            if total > _MOST_SECONDS * own or total * file.channels > _MOST_NUMBERS:
+                raise ValueError(
+                    f'{total / own:,.0f} seconds of sound in {file.channels} channels are too long'
+                )
+            common = math.gcd(own, rate)
+            up, down = rate // common, own // common
+            spare = max(0, -(-total * up // down) - length)
+            first = spare // 2 if start is None else int(start * (spare + 1))
+            # A part that begins at a multiple of `down`, with what the filter reaches on each
+            # side, is resampled to what the whole would be there.
+            margin = _REACH * max(up, down) // up + 1 if own != rate else 0
+            begin = max(0, first * down // up - margin) // down * down
+            end = min(total, (first + length) * down // up + 1 + margin)
+            # In the others libsndfile does not find the exact place.
+            if file.format in ('WAV', 'FLAC'):
+                file.seek(begin)
+            else:
+                _skip(file, begin)
+            samples = file.read(end - begin, dtype='float32', always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f'not a sound ({error})') from error
-    if own != rate:
-        common = int(np.gcd(own, rate))
-        samples = resample_poly(samples, rate // common, own // common).astype(np.float32)
-    return samples
+        raise ValueError(f'not a sound, or damaged ({error})') from error
+    if len(samples) < end - begin:
+        raise ValueError(f'damaged sound: it ends before sample {end:,} of {total:,}')
+    if not (np.abs(samples) <= _LOUDEST).all():
+        raise ValueError('damaged sound: it has numbers that no sound has')
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if own != rate and len(mono):
+        mono = resample_poly(mono, up, down, window=_low_pass(max(up, down)))
+    offset = first - begin * up // down
+    return mono[offset : offset + length].astype(np.float32)
+
+
+def _skip(file, samples: int) -> None:
+    """Reads past some samples."""
+    while samples > 0:
+        read = len(file.read(min(samples, 1 << 18), dtype='float32'))
+        samples = samples - read if read else 0
 
 
 def decode_audio(rate, seconds, random_start=False) -> Operation:
-    """A sound file to one channel at `rate` Hz, cut or padded to so many seconds.
+    """Sound files to one channel at `rate` Hz: float32 [B, rate * seconds], full scale 1.
 
     The middle is taken, or with `random_start` any part; what is too short has silence behind it.
     WAV, FLAC, OGG and MP3 are read by libsndfile (`pip install soundfile`).
     """
-    rate = whole('rate', rate, 100, 1_000_000)
+    rate = whole('rate', rate, 100, _MOST_RATE)
     length = round(rate * number('seconds', seconds, 1e-3, _MOST_SECONDS))
+    if length < 1:
+        raise UnfitError(f'takes more seconds: {seconds:g} at {rate} Hz are no sample')
 
     def apply(columns: Columns, draw: Draw) -> Columns:
-        sounds = _need(columns, 'audio')
+        sounds = _need(columns)
         out = np.zeros((len(sounds), length), np.float32)
-        where = draw(0) if random_start else np.full(len(sounds), 0.5)
+        where = draw(0) if random_start else None
         for row, sound in enumerate(sounds):
+            if not isinstance(sound, bytes):
+                raise UnfitError('takes sound files, and comes once')
             try:
-                samples = _read(sound, rate) if isinstance(sound, bytes) else sound
+                start = None if where is None else float(where[row])
+                part = read_sound(sound, rate, length, start)
             except ValueError as error:
                 raise BadExampleError(row, str(error)) from error
-            spare = max(0, len(samples) - length)
-            start = int(where[row] * (spare + 1)) if random_start else spare // 2
-            part = samples[start : start + length]
             out[row, : len(part)] = part
         return {**columns, 'audio': out}
 
     return Operation(apply, random=bool(random_start))
 
 
-def _need(columns: Columns, name: str):
-    if name not in columns:
-        raise UnfitError(f'needs {name!r}, but these examples have {", ".join(sorted(columns))}')
-    return columns[name]
+def _need(columns: Columns):
+    if 'audio' not in columns:
+        raise UnfitError(f"needs 'audio', but these examples have {', '.join(sorted(columns))}")
+    return columns['audio']
 
 
 @functools.lru_cache(maxsize=8)
@@ -84,14 +153,18 @@ def mel_filters(
     Args:
       size: of the Fourier transform; there are size / 2 + 1 frequencies.
       low, high: Hz, where the first triangle begins and the last ends.
-    """
 
+    Returns:
+      Weights of the power at each frequency; one array for all, not to be written to.
+    """
     ends = 1127 * np.log1p(np.array([low, high], np.float64) / 700)
     edges = np.linspace(ends[0], ends[1], bins + 2)
     at = 1127 * np.log1p(np.arange(size // 2 + 1)[:, None] * rate / size / 700)
     up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - at) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(up, down)).astype(np.float32)
+    filters = np.maximum(0, np.minimum(up, down)).astype(np.float32)
+    filters.setflags(write=False)
+    return filters
 
 
 def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Operation:
@@ -109,62 +182,73 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
     if width < 2 or step < 1:
         raise UnfitError(f'takes a window and a hop of some samples, not {width} and {step}')
     low = number('low', low, 0, rate / 2)
-    high = rate / 2 if high is None else number('high', high, low, rate / 2)
+    high = rate / 2 if high is None else number('high', high, 0, rate / 2)
+    if low >= high:
+        raise UnfitError(f'takes a low below high, not {low:g} and {high:g} Hz')
     size = 1 << (width - 1).bit_length()
     hann = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / (width - 1))).astype(np.float32)
 
+    def spectrogram(sound: np.ndarray) -> np.ndarray:
+        frames = np.lib.stride_tricks.sliding_window_view(sound, width)[::step]
+        frames = frames - frames.mean(axis=1, keepdims=True)
+        before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+        frames = (frames - np.float32(0.97) * before) * hann
+        spectrum = np.fft.rfft(frames, size, axis=1)
+        power = np.square(spectrum.real) + np.square(spectrum.imag)
+        bands = mel_filters(bins, rate, size, low, high).T @ power.T
+        return np.log(np.maximum(bands, np.float32(_FLOOR)))[..., None]
+
     def apply(columns: Columns, draw: Draw) -> Columns:
-        sounds = _need(columns, 'audio')
+        sounds = _need(columns)
         if not isinstance(sounds, np.ndarray) or sounds.ndim != 2:
             raise UnfitError('needs sounds of one length: put decode_audio(RATE, SECONDS) first')
         if sounds.shape[1] < width:
             raise UnfitError(f'needs sounds of at least {width} samples, not {sounds.shape[1]}')
-        frames = np.lib.stride_tricks.sliding_window_view(sounds, width, axis=1)[:, ::step]
-        frames = frames - frames.mean(axis=2, keepdims=True, dtype=np.float32)
-        before = np.concatenate([frames[..., :1], frames[..., :-1]], axis=2)
-        frames = (frames - np.float32(0.97) * before) * hann
-        power = np.abs(np.fft.rfft(frames, size, axis=2)).astype(np.float32) ** 2
-        bands = power @ mel_filters(bins, rate, size, low, high)
-        image = np.log(np.maximum(bands, _FLOOR)).swapaxes(1, 2)[..., None]
         rest = {name: column for name, column in columns.items() if name != 'audio'}
-        return {**rest, 'image': np.ascontiguousarray(image, np.float32)}
+        # One at a time: the frames of a batch are too many for the caches of a processor.
+        return {**rest, 'image': np.stack([spectrogram(sound) for sound in sounds])}
 
     return Operation(apply)
 
 
 def standardize(mean, std) -> Operation:
-    """Floats minus `mean`, divided by `std`: a spectrogram as numbers about 0."""
+    """Floats minus `mean`, divided by `std`: a spectrogram as numbers about 0.
+
+    AST divides by twice the standard deviation: standardize(-4.2677393, 9.1379948) on AudioSet.
+    """
     mean, std = number('mean', mean, -1e9, 1e9), number('std', std, 1e-9, 1e9)
 
-    def apply(columns: Columns, draw: Draw) -> Columns:
-        image = np.asarray(_need(columns, 'image'), np.float32)
-        return {**columns, 'image': (image - np.float32(mean)) / np.float32(std)}
+    def standardized(image: np.ndarray) -> np.ndarray:
+        return (image.astype(np.float32) - np.float32(mean)) / np.float32(std)
 
-    return Operation(apply)
+    def apply(images: Images, draw: Draw) -> Images:
+        images = decoded(images)
+        if isinstance(images, np.ndarray):
+            return standardized(images)
+        return stacked([standardized(image) for image in images])
+
+    return on_images(apply)
 
 
 def _mask(axis: int, width: object, count: object) -> Operation:
     """Bands along an axis set to the mean of their image."""
     widest, bands = whole('width', width, 1), whole('count', count, 1, 16)
 
-    def apply(columns: Columns, draw: Draw) -> Columns:
-        images = _need(columns, 'image')
+    def apply(images: Images, draw: Draw) -> Images:
         if not isinstance(images, np.ndarray):
             raise UnfitError('needs spectrograms of one size: put log_mel first')
-        images = images.copy()
         side = images.shape[axis]
         if widest > side:
             raise UnfitError(f'takes at most the {side} that the images have for width')
-        means = images.mean(axis=(1, 2, 3))
+        images, means = images.copy(), images.mean(axis=(1, 2, 3))
         for band in range(bands):
             spans = (draw(2 * band) * (widest + 1)).astype(np.int64)
             starts = (draw(2 * band + 1) * (side - spans + 1)).astype(np.int64)
             for row, (start, span) in enumerate(zip(starts.tolist(), spans.tolist(), strict=True)):
-                part = images[row].swapaxes(0, axis - 1)[start : start + span]
-                part[...] = means[row]
-        return {**columns, 'image': images}
+                images[row].swapaxes(0, axis - 1)[start : start + span] = means[row]
+        return images
 
-    return Operation(apply, random=True)
+    return on_images(apply, random=True)
 
 
 def mask_time(width, count=1) -> Operation:

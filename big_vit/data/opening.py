@@ -15,6 +15,19 @@ from big_vit.data.sources.base import Columns, Source
 from big_vit.data.transforms import Transform
 from big_vit.errors import UserError
 
+# The keys of the config, beside those that all have, that a source of each name reads.
+KEYS = {
+    'fdsl': (),
+    'digits': (),
+    'idx': ('path',),
+    'arrays': ('path', 'image_column', 'label_column'),
+    'folder': ('path',),
+    'table': ('path', 'image_column', 'label_column'),
+    'tar': ('path', 'label_column'),
+    'parquet': ('path', 'image_column', 'label_column'),
+    'tfds': ('path', 'tfds_name'),
+    'records': ('path',),
+}
 # What is kept decoded in memory without being asked for.
 AUTO_CACHE_BYTES = 1 << 30
 # What `cache='decoded'` keeps at most; more is decoded each time.
@@ -151,12 +164,6 @@ def _open(spec: Spec) -> Source:
         'tar': tar.tar,
         'parquet': parquet.parquet,
     }
-    if spec.name in ('arrays', 'table', 'parquet'):
-        pass
-    elif spec.name == 'tar':
-        columns.pop('image_column', None)
-    else:
-        columns = {}
     return functions[spec.name](split, spec.path, num_classes=classes, key=key, **columns)
 
 

@@ -1,21 +1,34 @@
 """Words to numbers."""
 
+import functools
 import os
-import threading
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from big_vit.data.operations import Columns, Draw, Operation, UnfitError, whole
+from big_vit.data.operations import (
+    BadExampleError,
+    Columns,
+    Draw,
+    Operation,
+    UnfitError,
+    whole,
+)
 
 # Of byte_tokens, as ByT5 has them (arXiv 2105.13626): padding, end, unknown, then the bytes.
 PADDING, END, FIRST_BYTE = 0, 1, 3
+_HALF = re.compile('[\ud800-\udfff]')
 
 
 def _need(columns: Columns) -> list[str]:
     if 'text' not in columns:
         raise UnfitError(f"needs 'text', but these examples have {', '.join(sorted(columns))}")
+    for row, text in enumerate(columns['text']):
+        # JSON can hold halves of characters, which no encoding takes.
+        if not isinstance(text, str) or not text.isascii() and _HALF.search(text):
+            raise BadExampleError(row, f'not a text ({text!r:.40})')
     return columns['text']
 
 
@@ -57,33 +70,48 @@ def byte_tokens(length) -> Operation:
 def tokenize(path, length) -> Operation:
     """Numbers by a tokenizer file of Hugging Face (`tokenizer.json`), cut or padded to `length`.
 
-    Padding is the file's own, or 0. Needs `pip install tokenizers`.
+    The file's own special tokens are added and survive the cut. Padding comes behind, with the
+    file's own number or that of its '[PAD]' or '<pad>', else 0. Needs `pip install tokenizers`.
     """
     length = whole('length', length, 1)
     if not isinstance(path, str):
         raise UnfitError(f'takes the path of a tokenizer file, not {path!r}')
-    # Several processes of threads would each start as many as there are processors.
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    file = Path(path).expanduser()
+    try:
+        tokenizer, padding = _tokenizer(str(file), file.stat().st_mtime_ns, length)
+    except OSError as error:
+        raise UnfitError(f'cannot read {str(file)!r} ({error.strerror})') from error
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        encoded = tokenizer.encode_batch_fast(_need(columns))
+        return _padded(columns, [one.ids for one in encoded], length, padding)
+
+    return Operation(apply)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(file: str, changed: int, length: int) -> tuple[Any, int]:
+    """(what cuts to `length`, number of the padding), made once in a process for all threads.
+
+    It is not changed any more, so threads may use it at the same time.
+    """
+    # The threads of the pipeline are enough; these would be as many again for each of them.
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise UnfitError(f'needs `pip install tokenizers` ({error})') from error
-    file = Path(path).expanduser()
     try:
-        tokenizer: Any = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(file)
+        padding = (tokenizer.padding or {}).get('pad_id')
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(length)
+        tokenizer.encode('')
     except Exception as error:  # The library raises plain Exceptions.
-        raise UnfitError(f'cannot read {str(file)!r} ({error})') from error
-    padding = (tokenizer.padding or {}).get('pad_id', 0)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
-    lock = threading.Lock()
-
-    def apply(columns: Columns, draw: Draw) -> Columns:
-        with lock:
-            rows = [encoded.ids for encoded in tokenizer.encode_batch(_need(columns))]
-        return _padded(columns, rows, length, padding)
-
-    return Operation(apply)
+        raise UnfitError(f'cannot use {file!r} ({" ".join(str(error).split())})') from error
+    named = (tokenizer.token_to_id(token) for token in ('[PAD]', '<pad>'))
+    known = [number for number in (padding, *named) if number is not None]
+    return tokenizer, known[0] if known else 0
 
 
 OPERATIONS = {operation.__name__: operation for operation in (lower, byte_tokens, tokenize)}

@@ -1,11 +1,12 @@
 """Videos to frames."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
-from big_vit.data import geometry
+from big_vit.data import decode, geometry
 from big_vit.data.operations import (
     BadExampleError,
     Columns,
@@ -18,14 +19,22 @@ from big_vit.data.operations import (
     whole,
 )
 
+# Eleven minutes at 30 frames a second: a longer file is no example.
 _MOST_FRAMES = 20_000
-_MOST_PIXELS = 1 << 26
+# Containers that say of each packet when it is shown. Others guess, and with B-frames wrongly.
+_TIMED = ('mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm')
+
+Frame = UInt8[np.ndarray, 'height width 3']
 
 
 def read_frames(
     data: bytes, frames: int, stride: int, start: float | int | None
 ) -> UInt8[np.ndarray, 'frames height width 3']:
     """Some frames of a video file, RGB, in the order in which they are shown.
+
+    Of MP4, MOV, MKV and WebM, decoding begins at the last keyframe before the first of them; of
+    other files at the first frame. Colours follow the matrix and range that the file names (BT.601
+    where it names none). Rotations that are only noted beside the pictures are ignored.
 
     Args:
       frames: how many, `stride` apart; where the clip ends before, its last is repeated.
@@ -38,43 +47,101 @@ def read_frames(
 
     try:
         with av.open(io.BytesIO(data), 'r') as container:
-            if not container.streams.video:
-                raise ValueError('holds no video')
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            if stream.width * stream.height > _MOST_PIXELS:
-                raise ValueError(f'frames of {stream.width}x{stream.height} are too large')
-            # Only packets tell for certain how many frames there are, and when each is shown.
-            times = []
+            stream = _stream(container, frames)
+            times, keys = [], []
+            count = 0
             for packet in container.demux(stream):
-                if packet.pts is not None:
-                    times.append((packet.pts, packet.is_keyframe))
-                if len(times) > _MOST_FRAMES:
+                if packet.is_corrupt:
+                    raise ValueError('damaged: it ends too early')
+                # What an edit list cuts away is there to be decoded, but is not shown.
+                count += packet.size > 0 and not packet.is_discard
+                if packet.pts is not None and packet.is_keyframe:
+                    keys.append(packet.pts)
+                if packet.pts is not None and not packet.is_discard:
+                    times.append(packet.pts)
+                if count > _MOST_FRAMES:
                     raise ValueError(f'more than {_MOST_FRAMES:,} frames')
-            if not times:
-                raise ValueError('holds no frame')
-            times.sort()
-            spare = max(0, len(times) - (frames - 1) * stride - 1)
-            first = spare // 2 if start is None else int(start * (spare + 1))
-            wanted = [min(first + k * stride, len(times) - 1) for k in range(frames)]
-            shown = [times[i][0] for i in wanted]
-            before = max((pts for pts, key in times if key and pts <= shown[0]), default=None)
-            if before is not None:
-                container.seek(before, stream=stream, backward=True)
-            else:
-                container.seek(0, stream=stream, backward=True)
-            found: dict[int, np.ndarray] = {}
-            needed = set(shown)
-            for frame in container.decode(stream):
-                if frame.pts in needed:
-                    found[frame.pts] = frame.to_ndarray(format='rgb24')
-                if len(found) == len(needed):
-                    break
+            found = None
+            if container.format.name in _TIMED and 0 < count == len(set(times)):
+                shown = np.sort(times)[_indices(count, frames, stride, start)].tolist()
+                found = _from_keyframe(container, stream, keys, shown)
+        return np.stack(found or _from_first(data, count, frames, stride, start))
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f'not a video, or damaged ({error})') from error
-    if len(found) < len(needed):
-        raise ValueError(f'damaged: {len(needed) - len(found)} frames cannot be decoded')
-    return np.stack([found[pts] for pts in shown])
+
+
+def _indices(count: int, frames: int, stride: int, start: float | int | None) -> np.ndarray:
+    """Which of `count` frames are wanted, as `read_frames` says: int64 [frames]."""
+    spare = max(0, count - (frames - 1) * stride - 1)
+    first = spare // 2 if start is None else int(start * (spare + 1))
+    return np.minimum(first + np.arange(frames) * stride, count - 1)
+
+
+def _stream(container, frames: int):
+    """The first video stream, in one thread."""
+    if not container.streams.video:
+        raise ValueError('holds no video')
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1
+    if frames * stream.width * stream.height > decode.MAX_PIXELS:
+        raise ValueError(
+            f'{frames} frames of {stream.width}x{stream.height} are more than the '
+            f'{decode.MAX_PIXELS:,} pixels allowed'
+        )
+    return stream
+
+
+def _rgb(frame, stream) -> Frame:
+    if (frame.width, frame.height) != (stream.width, stream.height):
+        raise ValueError('its frames differ in size')
+    if frame.is_corrupt:
+        raise ValueError('damaged: a frame cannot be decoded')
+    return frame.to_ndarray(format='rgb24', threads=1)
+
+
+def _from_keyframe(
+    container, stream, keys: Sequence[int], shown: Sequence[int]
+) -> list[Frame] | None:
+    """The frames shown at these times; None where one does not come."""
+    before = max((time for time in keys if time <= shown[0]), default=None)
+    if before is None:
+        return None
+    container.seek(before, stream=stream, backward=True)
+    needed = set(shown)
+    found: dict[int, Frame] = {}
+    for packet in container.demux(stream):
+        # A frame that no other is made from need not be decoded.
+        wanted = packet.pts is None or packet.pts in needed
+        stream.codec_context.skip_frame = 'DEFAULT' if wanted else 'NONREF'
+        for frame in packet.decode():
+            if frame.pts in needed:
+                found[frame.pts] = _rgb(frame, stream)
+        if len(found) == len(needed):
+            return [found[time] for time in shown]
+    return None
+
+
+def _from_first(
+    data: bytes, count: int, frames: int, stride: int, start: float | int | None
+) -> list[Frame]:
+    """The same frames by counting what the decoder gives."""
+    import av
+
+    while count:
+        wanted = _indices(count, frames, stride, start).tolist()
+        needed, given = set(wanted), 0
+        found: dict[int, Frame] = {}
+        with av.open(io.BytesIO(data), 'r') as container:
+            stream = _stream(container, frames)
+            for frame in container.decode(stream):
+                if given in needed:
+                    found[given] = _rgb(frame, stream)
+                given += 1
+                if len(found) == len(needed):
+                    return [found[i] for i in wanted]
+        # Some packets show nothing. Now it is known how many frames there are.
+        count = given
+    raise ValueError('holds no frame that can be decoded')
 
 
 def decode_video(frames, stride=1, random_start=False) -> Operation:
@@ -104,11 +171,14 @@ def decode_video(frames, stride=1, random_start=False) -> Operation:
     return Operation(apply, random=bool(random_start))
 
 
-def _chosen(clip: np.ndarray, frames: int, stride: int, start: float | int | None) -> np.ndarray:
+def _chosen(
+    clip: Shaped[np.ndarray, 'frames height width channels'],
+    frames: int,
+    stride: int,
+    start: float | int | None,
+) -> np.ndarray:
     """The same frames of a clip that is an array already."""
-    spare = max(0, len(clip) - (frames - 1) * stride - 1)
-    first = spare // 2 if start is None else int(start * (spare + 1))
-    return clip[np.minimum(first + np.arange(frames) * stride, len(clip) - 1)]
+    return clip[_indices(len(clip), frames, stride, start)]
 
 
 def _need(columns: Columns):
