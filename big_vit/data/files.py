@@ -150,6 +150,26 @@ def read_range(file: Place, offset: int, size: int) -> bytes:
     return data
 
 
+def forward(file: Place) -> Callable[[int, int], bytes]:
+    """A reader of (offset, size), for going through a file from its start to its end.
+
+    What follows is read along: little of a local file, where asking again costs nothing, and
+    much of a remote one, where each request takes its time. At the end of the file it gives less.
+    """
+    end = int(file.system.info(file.path)['size'])
+    ahead = 1 << 14 if file.is_local else 1 << 22
+    chunk, first = b'', 0
+
+    def take(offset: int, size: int) -> bytes:
+        nonlocal chunk, first
+        if not first <= offset <= offset + size <= first + len(chunk):
+            wanted = min(max(size, ahead), max(0, end - offset))
+            chunk, first = read_range(file, offset, wanted) if wanted else b'', offset
+        return chunk[offset - first : offset - first + size]
+
+    return take
+
+
 def cache_folder() -> Path:
     """Where indices and converted copies are kept: $BIG_VIT_CACHE, or below ~/.cache."""
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'

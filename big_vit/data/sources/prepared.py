@@ -128,8 +128,18 @@ def tfds(
             f'{key}.tfds_name: the images of {tfds_name} are {image.np_dtype}, not '
             'uint8, uint16 or float32: choose another dataset'
         )
+    if len(image.shape) != (4 if column == 'video' else 3):
+        raise UserError(
+            f'{key}.tfds_name: the images of {tfds_name} have shape {image.shape}, not height, '
+            'width and channels: choose another dataset'
+        )
     several = hasattr(label, 'feature')
     one = label.feature if several else label
+    if not np.issubdtype(one.np_dtype, np.integer):
+        raise UserError(
+            f'{key}.tfds_name: labels of {tfds_name} ({label_name}) are {one.np_dtype}, not whole '
+            'numbers: choose another dataset'
+        )
     found_classes = getattr(one, 'num_classes', None)
     classes = num_classes if num_classes is not None else found_classes
     if classes is None:
@@ -160,7 +170,8 @@ def tfds(
                 f'files of {name} in all: copy the dataset again'
             )
         if file_format == 'tfrecord':
-            read = _tfrecords([files.place(os.fspath(p), key) for p in paths], features, skip)
+            shards = [files.place(os.fspath(p), key) for p in paths]
+            read = _tfrecords(shards, lengths, features, skip)
         else:
             read = builder.as_data_source(name, decoders=skip).__getitems__
         ends = np.cumsum(lengths)
@@ -181,7 +192,14 @@ def tfds(
             return labels
 
         def load(indices: np.ndarray) -> Columns:
-            examples = read([int(i) for i in indices])
+            try:
+                examples = read([int(i) for i in indices])
+            except RuntimeError as error:  # What array_record makes of a damaged file.
+                reason = ' '.join(str(error).split())[:200]
+                raise UserError(
+                    f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
+                    f'({reason}): copy the dataset again'
+                ) from error
             every = [example[label_name] for example in examples]
             if several:
                 label: Any = [np.asarray(x, np.int32) for x in every]
@@ -220,10 +238,18 @@ def tfds(
 
 
 def _tfrecords(
-    shards: list[files.Place], features: Any, skip: Any
+    shards: list[files.Place], lengths: list[int], features: Any, skip: Any
 ) -> Callable[[list[int]], list[dict[str, Any]]]:
-    """What reads examples of TFRecord files by their numbers."""
+    """What reads examples of TFRecord files by their numbers; UserError where some are missing."""
     index = tfrecord.indexed(shards)
+    for place, found, wanted in zip(
+        shards, np.bincount(index['shard'], minlength=len(shards)), lengths, strict=True
+    ):
+        if found != wanted:
+            raise UserError(
+                f'{place}: {found} records, but dataset_info.json says {wanted}: copy the '
+                'dataset again'
+            )
     shard, offset, size = index['shard'], index['offset'], index['size']
 
     def read(indices: list[int]) -> list[dict[str, Any]]:

@@ -5,8 +5,7 @@ import fnmatch
 import itertools
 import json
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,17 @@ from big_vit.errors import UserError
 _SPLIT = re.compile(r'(?:^|[^a-z])(train|validation|valid|val|test|dev|eval)(?:[^a-z]|$)', re.I)
 _BRACES = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+# Links, devices, folders and pipes.
+_WITHOUT_DATA = (b'1', b'2', b'3', b'4', b'5', b'6')
+# How gzip, bzip2, xz and Zstandard files begin.
+_COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
+_MAX_SHARDS = 1_000_000
 _ORDER = list(KINDS)
 # Labels are read while a shard is indexed; longer members are no labels.
 _MAX_LABEL_BYTES = 1 << 20
-# No split has labels that are numbers as high as this.
-_UNLABELLED = -1
+_MAX_NAME = 1000
+_DIGITS = re.compile(r'[0-9]{1,18}')
 
 
 def _shards(path: str, key: str) -> dict[str, list[files.Place]]:
@@ -33,6 +38,8 @@ def _shards(path: str, key: str) -> dict[str, list[files.Place]]:
     expanded = [path]
     while (match := _BRACES.search(expanded[0])) is not None:
         first, last = match.groups()
+        if (int(last) - int(first)) * len(expanded) > _MAX_SHARDS:
+            raise UserError(f'{at}: {match[0]} are more than {_MAX_SHARDS:,} shards')
         numbers = [f'{n:0{len(first)}d}' for n in range(int(first), int(last) + 1)]
         expanded = [
             name[: match.start()] + number + name[match.end() :]
@@ -73,115 +80,196 @@ def _shards(path: str, key: str) -> dict[str, list[files.Place]]:
     return splits
 
 
-def _members(shard: files.Place) -> Iterator[tuple[str, int, int]]:
+def _number(field: bytes) -> int:
+    """A number of a header: octal digits, or behind a byte 0x80 as it is; ValueError."""
+    if field[:1] == b'\x80':
+        return int.from_bytes(field[1:], 'big')
+    digits = field.split(b'\0', 1)[0].strip()
+    if digits and not digits.isdigit():
+        raise ValueError('no number is there')
+    return int(digits or b'0', 8)
+
+
+def _pax(data: bytes) -> dict[bytes, bytes]:
+    """The entries 'LENGTH KEY=VALUE\\n' of an extended header; ValueError."""
+    found = {}
+    while data:
+        digits, _, _ = data.partition(b' ')
+        length = int(digits)
+        entry = data[len(digits) + 1 : length - 1]
+        if length <= len(digits) + 1 or data[length - 1 : length] != b'\n' or b'=' not in entry:
+            raise ValueError('a broken extended header')
+        name, _, value = entry.partition(b'=')
+        found[name] = value
+        data = data[length:]
+    return found
+
+
+def _members(
+    shard: files.Place, take: Callable[[int, int], bytes]
+) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of the regular files of a tar, in order; nothing is extracted.
+
+    The headers are those of POSIX ustar and pax and of GNU tar. The tarfile module is slower, and
+    takes a damaged header for the end of the archive.
+
+    Args:
+      take: from `files.forward`; may be used between members, to look into the last one.
 
     Raises:
       UserError: damaged or truncated; says at which byte.
     """
-    size = int(shard.system.info(shard.path)['size'])
-    with shard.system.open(shard.path, 'rb') as file:
-        at = 0
+    end = int(shard.system.info(shard.path)['size'])
+    if any(take(0, 6).startswith(magic) for magic in _COMPRESSED):
+        raise UserError(f'{shard}: compressed, whatever its name says: decompress it (gzip -d)')
+    at, long_name = 0, b''
+    extended: dict[bytes, bytes] = {}
+    while len(header := take(at, _BLOCK)) == _BLOCK:
         try:
-            archive = tarfile.open(fileobj=file, mode='r:')  # noqa: SIM115
-            # A member is asked for at a time: tarfile would keep all of them.
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]
-                if member.isreg():
-                    at = member.offset
-                    if member.offset_data + member.size > size:
-                        raise UserError(
-                            f'{shard}: truncated: {member.name} at byte {member.offset} needs '
-                            f'{member.offset_data + member.size:,} bytes of {size:,}: copy it again'
-                        )
-                    yield member.name, member.offset_data, member.size
-                at = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-        except (tarfile.TarError, EOFError, OSError) as error:
+            if header == _ZEROS:
+                return
+            checked = sum(header) - sum(header[148:156]) + 8 * 32
+            if _number(header[148:156]) != checked:
+                raise ValueError('no header is there')
+            kind = header[156:157]
+            size = int(extended.get(b'size', -1))
+            if size < 0:
+                size = _number(header[124:136])
+            data, after = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
+            if kind in _WITHOUT_DATA:
+                after = data
+            elif data + size > end:
+                name = header[:100].split(b'\0', 1)[0].decode('utf-8', 'surrogateescape')
+                raise UserError(
+                    f'{shard}: truncated: {name} at byte {at:,} needs {data + size:,} bytes of '
+                    f'{end:,}: copy it again'
+                )
+            if kind in (b'L', b'x') and size > _MAX_LABEL_BYTES:
+                raise ValueError(f'a name of {size:,} bytes')
+            if kind == b'L':
+                long_name = take(data, size).split(b'\0', 1)[0]
+            elif kind == b'x':
+                extended = _pax(take(data, size))
+            elif kind not in (b'K', b'g'):
+                sparse = kind == b'S' or any(key.startswith(b'GNU.sparse') for key in extended)
+                if sparse:
+                    raise UserError(f'{shard}: a sparse file at byte {at:,}: write it without -S')
+                if kind in (b'0', b'\0', b'7'):
+                    path = extended.get(b'path') or long_name
+                    if not path:
+                        path = header[:100].split(b'\0', 1)[0]
+                        prefix = header[345:500].split(b'\0', 1)[0]
+                        if header[257:263] == b'ustar\0' and prefix:
+                            path = prefix + b'/' + path
+                    yield path.decode('utf-8', 'surrogateescape'), data, size
+                long_name, extended = b'', {}
+        except ValueError as error:
             raise UserError(
                 f'{shard}: damaged or truncated at byte {at:,} ({error}): copy it again'
             ) from error
-        if size and at + _BLOCK > size:
-            raise UserError(f'{shard}: truncated at byte {size:,}, where its end is missing')
+        at = after
+    raise UserError(f'{shard}: truncated at byte {end:,}, where its end is missing')
+
+
+def _samples(
+    shard: files.Place, take: Callable[[int, int], bytes]
+) -> Iterator[tuple[str, str, int, int]]:
+    """(name of the sample, extension, offset, size) of members; others and hidden ones are not."""
+    for member, offset, size in _members(shard, take):
+        folder, slash, base = member.rpartition('/')
+        stem, _, extension = base.partition('.')
+        if stem and extension:
+            yield f'{folder}{slash}{stem}', extension.lower(), offset, size
 
 
 def _index(shard: files.Place, label_column: str) -> dict[str, np.ndarray]:
     """The samples of a shard: members that share a name up to the first dot of its last part."""
     offsets, sizes, kinds, labels = [], [], [], []
-
-    def key_of(member: tuple[str, int, int]) -> str:
-        folder, _, base = member[0].rpartition('/')
-        return f'{folder}/{base.partition(".")[0]}'
-
-    for name, group in itertools.groupby(_members(shard), key_of):
-        parts = {member[0].rpartition('/')[2].partition('.')[2].lower(): member for member in group}
+    number: dict[int | str, int] = {}
+    take = files.forward(shard)
+    column = label_column.lower()
+    for name, group in itertools.groupby(_samples(shard, take), lambda member: member[0]):
+        parts: dict[str, tuple[int, int]] = {}
+        texts: dict[str, str] = {}
+        for _, extension, offset, size in group:
+            parts[extension] = offset, size
+            if extension in (column, 'json'):
+                if size > _MAX_LABEL_BYTES:
+                    raise UserError(f'{shard}: {name}.{extension} of {size:,} bytes is no label')
+                texts[extension] = take(offset, size).decode('utf-8', 'replace').strip()
+        # Of a.png and a.mask.png, the first is the image, whichever comes first.
         media = [
-            (kind, member)
-            for extension, member in parts.items()
-            if (kind := kind_of(f'x.{extension}')) is not None and kind != 'text'
-        ] or [('text', member) for e, member in parts.items() if kind_of(f'x.{e}') == 'text']
+            (kind == 'text', '.' in extension, kind, place)
+            for extension, place in parts.items()
+            if extension != column and (kind := kind_of(f'x.{extension}')) is not None
+        ]
         if not media:
             continue
-        label = _label(shard, parts, label_column)
+        label = _label(f'{shard}: {name}', texts, label_column)
         if label is None:
             has = ', '.join(sorted(parts))
             raise UserError(
-                f'{shard}: sample {name.lstrip("/")} has no .cls and no {label_column!r} in a '
+                f'{shard}: sample {name} has no .cls and no {label_column!r} in a '
                 f'.json (it has {has}): set label_column to the one that is meant'
             )
-        kind, (_, offset, size) = media[0]
+        _, _, kind, (offset, size) = min(media, key=lambda one: one[:2])
+        if size >= 1 << 32:
+            raise UserError(f'{shard}: {name} at byte {offset:,} has {size:,} bytes, 4 GiB or more')
         offsets.append(offset)
         sizes.append(size)
         kinds.append(_ORDER.index(kind))
-        labels.append(json.dumps(label))
-    values = sorted(set(labels))
-    number = {value: i for i, value in enumerate(values)}
-    text = '\n'.join(values).encode()
+        labels.append(number.setdefault(label, len(number)))
     return {
         'offset': np.array(offsets, np.uint64),
         'size': np.array(sizes, np.uint32),
         'kind': np.array(kinds, np.uint8),
-        'label': np.array([number[label] for label in labels], np.int32),
-        'values': np.frombuffer(text, np.uint8),
+        'label': np.array(labels, np.int32),
+        'values': _packed(list(number)),
     }
 
 
-def _label(shard: files.Place, parts: dict[str, Any], label_column: str) -> Any:
-    """What a sample says of its class; None if nothing."""
-
-    def text(extension: str) -> str:
-        _, offset, size = parts[extension]
-        if size > _MAX_LABEL_BYTES:
-            raise UserError(f'{shard}: {parts[extension][0]} of {size:,} bytes is no label')
-        return files.read_range(shard, offset, size).decode('utf-8', 'replace').strip()
-
-    if label_column in parts:
-        word = text(label_column)
-        return int(word) if word.isdecimal() else word
-    if 'json' in parts:
+def _label(sample: str, texts: dict[str, str], label_column: str) -> int | str | None:
+    """What the members of a sample say of its class; None if nothing."""
+    value: Any = texts.get(label_column.lower())
+    if value is not None and _DIGITS.fullmatch(value):
+        value = int(value)
+    elif value is None and 'json' in texts:
         try:
-            found = json.loads(text('json'))
-        except ValueError as error:
-            raise UserError(f'{shard}: {parts["json"][0]} is not JSON ({error})') from error
+            found = json.loads(texts['json'])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{sample}.json is not JSON ({error})') from error
         value = found.get(label_column) if isinstance(found, dict) else None
-        if isinstance(value, int | str) and not isinstance(value, bool):
-            return value
-    return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    if (isinstance(value, int) and value >= 1 << 31) or len(str(value)) > _MAX_NAME:
+        raise UserError(f'{sample}: {str(value)[:40]!r}... is no label: numbers are below 2**31')
+    return value
+
+
+def _packed(values: list[Any]) -> np.ndarray:
+    """Values of labels as JSON texts, one a line, for `_unpacked`."""
+    return np.frombuffer('\n'.join(map(json.dumps, values)).encode(), np.uint8)
+
+
+def _unpacked(values: np.ndarray) -> list[Any]:
+    return [json.loads(line) for line in bytes(values).decode().splitlines()]
 
 
 def _joined(indices: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Indices of several shards as one, their labels numbered together."""
-    values = sorted({v for index in indices for v in bytes(index['values']).decode().split('\n')})
+    own = [_unpacked(index['values']) for index in indices]
+    values = sorted({value for part in own for value in part}, key=json.dumps)
     number = {value: i for i, value in enumerate(values)}
-    labels = []
-    for index in indices:
-        own = bytes(index['values']).decode().split('\n')
-        labels.append(np.array([number[v] for v in own], np.int32)[index['label']])
+    labels = [
+        np.array([number[value] for value in part], np.int32)[index['label']]
+        for part, index in zip(own, indices, strict=True)
+    ]
     shards = [np.full(len(index['size']), i, np.uint32) for i, index in enumerate(indices)]
     return {
         'shard': np.concatenate(shards),
         **{n: np.concatenate([i[n] for i in indices]) for n in ('offset', 'size', 'kind')},
         'label': np.concatenate(labels),
-        'values': np.frombuffer('\n'.join(values).encode(), np.uint8),
+        'values': _packed(values),
     }
 
 
@@ -197,7 +285,7 @@ def indexed(shards: list[files.Place], label_column: str) -> dict[str, np.ndarra
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return _joined(list(pool.map(lambda shard: _index(shard, label_column), shards)))
 
-    return files.kept_arrays('tar', files.fingerprint(shards, label_column, 1), make)
+    return files.kept_arrays('tar', files.fingerprint(shards, label_column, 2), make)
 
 
 def tar(
@@ -238,9 +326,9 @@ def tar(
     def whole(name: str) -> Source:
         index, shards = index_of(name), splits[name]
         known = index_of('train' if 'train' in splits else name)
-        values = [json.loads(v) for v in bytes(known['values']).decode().split('\n')]
+        values = _unpacked(known['values'])
         numbers, count, classes = class_numbers(values, num_classes, title, key)
-        own = [json.loads(v) for v in bytes(index['values']).decode().split('\n')]
+        own = _unpacked(index['values'])
         strange = [v for v in own if v not in numbers]
         if strange and (classes is not None or not isinstance(strange[0], int)):
             raise UserError(

@@ -4,6 +4,7 @@ A record is its length (uint64, little-endian), a masked CRC-32C of that, the da
 masked CRC-32C of these.
 """
 
+import concurrent.futures
 import functools
 import struct
 
@@ -13,8 +14,6 @@ from big_vit.data import files
 from big_vit.errors import UserError
 
 _HEAD, _FOOT = 12, 4
-# Reading ahead saves a request for each small record; larger ones are skipped over.
-_CHUNK = 1 << 22
 
 
 @functools.cache
@@ -40,13 +39,10 @@ def masked_crc(data: bytes) -> int:
 def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, sizes) of the data of all records; UserError where it is damaged."""
     end = int(file.system.info(file.path)['size'])
+    take = files.forward(file)
     offsets, sizes, at = [], [], 0
-    chunk, first = b'', 0
     while at < end:
-        if not first <= at <= at + _HEAD <= first + len(chunk):
-            first = at
-            chunk = files.read_range(file, at, min(_CHUNK, end - at))
-        head = chunk[at - first : at - first + _HEAD]
+        head = take(at, _HEAD)
         if len(head) < _HEAD:
             raise UserError(f'{file}: truncated at byte {end:,}, in the head of a record')
         length, crc = struct.unpack('<QI', head)
@@ -54,6 +50,10 @@ def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
             raise UserError(f'{file}: damaged at byte {at:,}: no record begins there')
         if at + _HEAD + length + _FOOT > end:
             raise UserError(f'{file}: truncated: the record at byte {at:,} needs {length:,} bytes')
+        if length >= 1 << 32:
+            raise UserError(
+                f'{file}: the record at byte {at:,} has {length:,} bytes, 4 GiB or more'
+            )
         offsets.append(at + _HEAD)
         sizes.append(length)
         at += _HEAD + length + _FOOT
@@ -71,7 +71,8 @@ def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
     """
 
     def make() -> dict[str, np.ndarray]:
-        every = [_records(shard) for shard in shards]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            every = list(pool.map(_records, shards))
         return {
             'shard': np.repeat(np.arange(len(every), dtype=np.uint32), [len(o) for o, _ in every]),
             'offset': np.concatenate([offsets for offsets, _ in every]),
