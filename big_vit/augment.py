@@ -40,14 +40,36 @@ def _number(name: str, value: object, least: float, most: float) -> float:
 
 def _numbers(name: str, value: object) -> tuple[float, ...]:
     values = value if isinstance(value, tuple | list) else (value,)
-    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+    if not values or any(
+        isinstance(v, bool) or not isinstance(v, int | float) or not np.isfinite(v) for v in values
+    ):
         raise ValueError(f'takes a number, or one for each channel, for {name}, not {value!r}')
     return tuple(float(v) for v in values)
 
 
-def _most(image: Image) -> float:
-    """The value of white in a whole-numbered image."""
-    return float(jnp.iinfo(image.dtype).max)
+def _input_range(in_low: object, in_high: object) -> tuple[float, float] | None:
+    if in_low is None and in_high is None:
+        return None
+    if in_low is None or in_high is None:
+        raise ValueError('takes both of in_low and in_high, or none')
+    first, last = _number('in_low', in_low, -1e9, 1e9), _number('in_high', in_high, -1e9, 1e9)
+    if first >= last:
+        raise ValueError(f'takes in_low below in_high, not {in_low!r} and {in_high!r}')
+    return first, last
+
+
+def _black_and_white(
+    image: Image, given: tuple[float, float] | None, name: str
+) -> tuple[float, float]:
+    """Their values in this image. Of floats they are never guessed: others may have made them."""
+    if given is not None:
+        return given
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        return 0.0, float(jnp.iinfo(image.dtype).max)
+    raise ValueError(
+        f'{name}: these images are floats already: say what is black and white in them with '
+        f'in_low and in_high, or put {name} before what makes floats of bytes'
+    )
 
 
 def value_range(low, high, in_low=None, in_high=None) -> Function:
@@ -57,27 +79,13 @@ def value_range(low, high, in_low=None, in_high=None) -> Function:
     `in_high` say it.
     """
     low, high = _number('low', low, -1e6, 1e6), _number('high', high, -1e6, 1e6)
-    if (in_low is None) != (in_high is None):
-        raise ValueError('takes both of in_low and in_high, or none')
-    if in_low is not None:
-        in_low, in_high = (
-            _number('in_low', in_low, -1e9, 1e9),
-            _number('in_high', in_high, -1e9, 1e9),
-        )
-        if in_low >= in_high:
-            raise ValueError(f'takes in_low below in_high, not {in_low!r} and {in_high!r}')
+    if low == high:
+        raise ValueError(f'takes a low that is not high, not twice {low:g}')
+    given = _input_range(in_low, in_high)
 
     def apply(batch: Batch, rng: Array) -> Batch:
         image = batch['image']
-        if in_low is not None:
-            first, last = in_low, in_high
-        elif jnp.issubdtype(image.dtype, jnp.integer):
-            first, last = 0.0, _most(image)
-        else:
-            raise ValueError(
-                'value_range: these images are floats already: say what is black and white in '
-                'them with in_low and in_high'
-            )
+        first, last = _black_and_white(image, given, 'value_range')
         scale = (high - low) / (last - first)
         image = image.astype(jnp.float32) * scale + (low - first * scale)
         return {**batch, 'image': image}
@@ -85,23 +93,28 @@ def value_range(low, high, in_low=None, in_high=None) -> Function:
     return apply
 
 
-def normalize(mean='imagenet', std='imagenet') -> Function:
-    """To floats from 0 to 1, minus `mean`, divided by `std`, by channel, as torchvision does."""
+def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Function:
+    """To floats from 0 to 1, minus `mean`, divided by `std`, by channel, as torchvision does.
+
+    What is 0 and 1 before that is as in `value_range`.
+    """
     named = [value for value in (mean, std) if isinstance(value, str)]
     if named and named != ['imagenet', 'imagenet']:
         raise ValueError(f"takes numbers, or 'imagenet' for both, not {mean!r} and {std!r}")
     means, stds = _IMAGENET if named else (_numbers('mean', mean), _numbers('std', std))
     if min(stds) <= 0:
         raise ValueError(f'takes numbers above 0 for std, not {std!r}')
+    given = _input_range(in_low, in_high)
 
     def apply(batch: Batch, rng: Array) -> Batch:
         image = batch['image']
         channels = image.shape[-1]
         if {len(means), len(stds)} - {1, channels}:
-            raise ValueError(f'normalize: {len(means)} numbers for images of {channels} channels')
-        most = _most(image) if jnp.issubdtype(image.dtype, jnp.integer) else 1.0
-        scale = 1 / (most * np.asarray(stds, np.float64))
-        shift = -np.asarray(means, np.float64) / np.asarray(stds, np.float64)
+            numbers = max(len(means), len(stds))
+            raise ValueError(f'normalize: {numbers} numbers for images of {channels} channels')
+        first, last = _black_and_white(image, given, 'normalize')
+        scale = 1 / ((last - first) * np.asarray(stds, np.float64))
+        shift = -(first / (last - first) + np.asarray(means, np.float64)) / np.asarray(stds)
         shape = (1, 1, 1, -1)
         times, plus = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
         return {**batch, 'image': image.astype(jnp.float32) * times + plus}
@@ -148,13 +161,18 @@ def inside(
     return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
-def random_erasing(p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel') -> Function:
-    """A box filled with noise (arXiv 1708.04896), by timm's law; bytes become -1..1 before.
+def random_erasing(
+    p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel', count=1
+) -> Function:
+    """Boxes filled with noise (arXiv 1708.04896), by timm's law; bytes become -1..1 before.
 
-    With probability p a box whose area is uniform in the bounds, as a share of the image, and the
-    logarithm of whose height / width is uniform between those of min_aspect and its inverse; of
-    ten draws the first that is smaller than the image on both sides, else none. `pixel` fills
-    with a normal number for each value, `rand` with one for each channel, `const` with 0.
+    With probability p an example gets `count` boxes, which may overlap. The area of each is
+    uniform in the bounds, as a share of the image, then divided by `count`; the logarithm of its
+    height / width is uniform between those of min_aspect and its inverse; of ten draws the first
+    counts that is smaller than the image on both sides, else there is none. `pixel` fills with a
+    normal number for each value, `rand` with one for each channel, `const` with 0. These are
+    numbers of normalised images, so it comes after `value_range` or `normalize`, which refuse
+    what it gives.
     """
     share = _number('p', p, 0, 1)
     least, most = _number('min_area', min_area, 0, 1), _number('max_area', max_area, 0, 1)
@@ -163,25 +181,36 @@ def random_erasing(p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel
     steep = np.log(_number('min_aspect', min_aspect, 1e-3, 1))
     if mode not in ('pixel', 'rand', 'const'):
         raise ValueError(f"takes 'pixel', 'rand' or 'const' for mode, not {mode!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 16:
+        raise ValueError(f'takes a whole number from 1 to 16 for count, not {count!r}')
 
-    def apply(batch: Batch, rng: Array) -> Batch:
-        image = normalise(batch['image'])
-        count, height, width, channels = image.shape
-        keys = jax.random.split(rng, 6)
-        tries = (count, _ERASING_ATTEMPTS)
-        area = height * width * jax.random.uniform(keys[0], tries, minval=least, maxval=most)
+    def erase(image: Array, keys: Array, chosen: Array) -> Array:
+        examples, height, width, channels = image.shape
+        tries = (examples, _ERASING_ATTEMPTS)
+        area = jax.random.uniform(keys[0], tries, minval=least, maxval=most)
+        area = height * width / count * area
         aspect = jnp.exp(jax.random.uniform(keys[1], tries, minval=steep, maxval=-steep))
         tall, wide = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
         fits = (tall < height) & (wide < width)
         first = fits & (jnp.cumsum(fits, axis=1) == 1)
         tall, wide = (jnp.where(first, side, 0).sum(axis=1) for side in (tall, wide))
-        top = jnp.floor(jax.random.uniform(keys[2], (count,)) * (height - tall + 1))
-        left = jnp.floor(jax.random.uniform(keys[3], (count,)) * (width - wide + 1))
-        chosen = jax.random.bernoulli(keys[4], share, (count,)).reshape(-1, 1, 1, 1)
-        shape = {'pixel': image.shape, 'rand': (count, 1, 1, channels), 'const': (1, 1, 1, 1)}[mode]
-        fill = jax.random.normal(keys[5], shape) if mode != 'const' else jnp.zeros(shape)
+        top = jnp.floor(jax.random.uniform(keys[2], (examples,)) * (height - tall + 1))
+        left = jnp.floor(jax.random.uniform(keys[3], (examples,)) * (width - wide + 1))
+        if mode == 'const':
+            fill = jnp.zeros((1, 1, 1, 1))
+        else:
+            each = image.shape if mode == 'pixel' else (examples, 1, 1, channels)
+            fill = jax.random.normal(keys[5], each)
         erased = inside(top, left, tall, wide, (height, width)) & chosen
-        return {**batch, 'image': jnp.where(erased, fill.astype(image.dtype), image)}
+        return jnp.where(erased, fill.astype(image.dtype), image)
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        image = normalise(batch['image'])
+        keys = jax.random.split(rng, (count, 6))
+        chosen = jax.random.bernoulli(keys[0, 4], share, image.shape[:1]).reshape(-1, 1, 1, 1)
+        for box in range(count):
+            image = erase(image, keys[box], chosen)
+        return {**batch, 'image': image}
 
     return apply
 

@@ -82,13 +82,14 @@ def mix(
     count = image.shape[:1]
     if not mixup or not cutmix:
         switch = 1.0 if cutmix else 0.0
+    # Folds 0 and 1 of this key are those that `beta` splits it into.
+    keys = jax.random.split(jax.random.fold_in(rng, 2), 4)
     share = jnp.ones(count)
     if switch < 1:
         share = jax.random.beta(rng, mixup, mixup, count)
         share = replicate(jnp.maximum(share, 1 - share))
     pasted = None
     if switch > 0:
-        keys = jax.random.split(jax.random.fold_in(rng, 1), 3)
         # Beta(1, 1), which is usual, is the uniform law.
         left = (
             jax.random.uniform(keys[0], count)
@@ -103,10 +104,10 @@ def mix(
         pasted = (top, start, height, width, chosen)
         share = jnp.where(chosen, left, share)
     if prob < 1:
-        mixed = jax.random.bernoulli(jax.random.fold_in(rng, 2), prob, count)
+        mixed = jax.random.bernoulli(keys[3], prob, count)
         share = jnp.where(mixed, share, 1.0)
+    # Rolled as bytes, if so given: the one row that each device hands to the next is then small.
     own, other = objectives.normalise(image), objectives.normalise(jnp.roll(image, 1, axis=0))
-    # Rolled as bytes: the one row that each device hands to the next is then small.
     weight = share.reshape(-1, 1, 1, 1)
     if pasted is not None:
         top, start, height, width, chosen = pasted

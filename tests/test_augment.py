@@ -57,8 +57,21 @@ def test_normalize_is_torchvisions():
     )
     found = apply(augment.normalize(0.5, (0.25,)), image)
     np.testing.assert_allclose(found, (image / 255 - 0.5) / 0.25, atol=2e-6)
-    with pytest.raises(ValueError, match='normalize: 3 numbers for images of 1 channels'):
-        apply(augment.normalize(), images_of(channels=1))
+    for wrong in (augment.normalize(), augment.normalize(0.5, (0.2, 0.2, 0.2))):
+        with pytest.raises(ValueError, match='normalize: 3 numbers for images of 1 channels'):
+            apply(wrong, images_of(channels=1))
+    floats = np.random.default_rng(0).uniform(-5, 5, image.shape).astype(np.float32)
+    found = apply(augment.normalize(in_low=-5, in_high=5), floats)
+    np.testing.assert_allclose(found, ((floats + 5) / 10 - mean) / std, atol=2e-6)
+
+
+@pytest.mark.parametrize('second', [augment.value_range(0, 1), augment.normalize()])
+@pytest.mark.parametrize(
+    'first', [augment.value_range(-1, 1), augment.normalize(), augment.random_erasing(0.5)]
+)
+def test_numbers_of_images_are_made_once(first, second):
+    with pytest.raises(ValueError, match=r'(value_range|normalize): these images are floats'):
+        apply(augment.compose([first, second]), images_of())
 
 
 @pytest.mark.parametrize(('name', 'axis'), [('flip_lr', 2), ('flip_ud', 1)])
@@ -70,6 +83,11 @@ def test_flips(name, axis):
     assert (same | turned).all()
     assert stats.binomtest(int((turned & ~same).sum()), 2000, 0.3).pvalue > 1e-3
     assert found.dtype == np.uint8
+    # Neighbours are turned independently.
+    turned = turned & ~same
+    assert stats.binomtest(int((turned[1:] & turned[:-1]).sum()), 1999, 0.09).pvalue > 1e-3
+    np.testing.assert_array_equal(apply(augment.OPERATIONS[name](0), image), image)
+    np.testing.assert_array_equal(apply(augment.OPERATIONS[name](1), image), np.flip(image, axis))
 
 
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
@@ -108,6 +126,22 @@ def test_random_erasing_follows_timms_law(mode):
     assert (spread.min() > 0.3) if mode == 'pixel' else (spread.max() < 1e-4)
 
 
+def test_several_boxes_share_the_area():
+    count, side = 500, 40
+    marked = np.full((count, side, side, 1), 7, np.float32)
+    one = round(np.sqrt(0.3 / 3) * side) ** 2
+    found = apply(augment.random_erasing(0.5, 0.3, 0.3, 1, 'const', count=3), marked)
+    erased = (found == 0).sum((1, 2, 3))
+    assert stats.binomtest(int((erased > 0).sum()), count, 0.5).pvalue > 1e-3
+    assert one <= erased[erased > 0].min() and erased.max() == 3 * one
+    assert (erased == 3 * one).mean() > 0.05  # Boxes that do not overlap are frequent.
+
+
+def test_a_box_that_never_fits_is_left_out():
+    image = images_of(kind=np.float32)
+    np.testing.assert_array_equal(apply(augment.random_erasing(1, 1, 1), image), image)
+
+
 def test_erasing_bytes_makes_numbers_of_them_first():
     image = images_of()
     after = augment.compose([augment.value_range(-1, 1), augment.random_erasing(0.0)])
@@ -119,13 +153,17 @@ def test_erasing_bytes_makes_numbers_of_them_first():
     ('call', 'message'),
     [
         (lambda: augment.value_range('a', 1), "takes a number .* for low, not 'a'"),
+        (lambda: augment.value_range(1, 1), 'takes a low that is not high, not twice 1'),
         (lambda: augment.value_range(0, 1, 3), 'takes both of in_low and in_high'),
         (lambda: augment.value_range(0, 1, 3, 3), 'takes in_low below in_high'),
         (lambda: augment.normalize('coco'), "takes numbers, or 'imagenet' for both"),
+        (lambda: augment.normalize(0.5, float('inf')), 'takes a number, or one for each channel'),
+        (lambda: augment.normalize(0.5, 0.5, 0), 'takes both of in_low and in_high'),
         (lambda: augment.normalize(0.5, 0.0), 'takes numbers above 0 for std'),
         (lambda: augment.flip_lr(2), 'takes a number from 0 to 1 for p, not 2'),
         (lambda: augment.random_erasing(0.5, 0.5, 0.1), 'takes 0 < min_area <= max_area'),
         (lambda: augment.random_erasing(0.5, mode='x'), "takes 'pixel', 'rand' or 'const'"),
+        (lambda: augment.random_erasing(0.5, count=0), 'takes a whole number from 1 to 16 for c'),
     ],
 )
 def test_wrong_arguments(call, message):
@@ -147,7 +185,23 @@ def test_an_operation_added_at_the_end_changes_none_before():
     assert (same > 0.6).all()
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+MESHES = pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+
+
+@MESHES
+def test_bytes_are_the_same_to_the_last_bit_on_any_mesh(sizes):
+    function = augment.compose([augment.flip_lr(), augment.flip_ud(0.3)])
+    image, results = images_of(16), []
+    for devices, axes in ((1, (1, 1, 1)), (8, sizes)):
+        mesh = sharding.make_mesh(*axes, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            where = sharding.batch_sharding(mesh)
+            results.append(apply(function, jax.device_put(image, where)))
+    np.testing.assert_array_equal(*results)
+    assert results[0].dtype == np.uint8 and (results[0] != image).any()
+
+
+@MESHES
 def test_nothing_depends_on_the_mesh(sizes):
     batch = {
         'image': images_of(16),
@@ -177,8 +231,9 @@ def test_nothing_depends_on_the_mesh(sizes):
         np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-6)
 
 
-def test_images_do_not_travel_but_for_one_row():
-    mesh = sharding.make_mesh(1, 8, 1)
+@MESHES
+def test_images_do_not_travel_but_for_one_row(sizes):
+    mesh = sharding.make_mesh(*sizes)
     where = sharding.batch_sharding(mesh)
     shapes = {'image': ((16, 8, 8, 3), jnp.uint8), 'label': ((16,), jnp.int32)}
     batch = {n: jax.ShapeDtypeStruct(s, d, sharding=where) for n, (s, d) in shapes.items()}
@@ -198,3 +253,5 @@ def test_images_do_not_travel_but_for_one_row():
     found = re.findall(rf'= (\w+\[[\d,]*\])\S* ({kinds})(?:-start)?\(', text)
     assert {kind for _, kind in found} == {'collective-permute'}
     assert all(re.match(r'\w+\[1,', shape) for shape, _ in found), found
+    assert '[2,8,8,3]' in text or '[4,8,8,3]' in text
+    assert '[16,8,8,3]' not in text, 'no device holds all images, nor draws noise for them'

@@ -129,21 +129,49 @@ def test_a_box_of_the_one_before_is_pasted_and_labels_go_by_its_area():
     np.testing.assert_allclose(found['label'].sum(-1), 1, atol=1e-6)
 
 
+def np_box(share, centre, shape):
+    """(top, left, height, width), in float64 and whole numbers."""
+    ends = []
+    for side, at in zip(shape, centre, strict=True):
+        half, middle = int(side * np.sqrt(1 - np.float64(share))) // 2, int(side * np.float64(at))
+        ends.append((max(middle - half, 0), min(middle + half, side)))
+    (top, bottom), (left, right) = ends
+    return top, left, bottom - top, right - left
+
+
+@pytest.mark.parametrize('shape', [(32, 32), (24, 37)])
+def test_boxes_are_those_of_numpy(shape):
+    rng = np.random.default_rng(0)
+    share = np.concatenate([[0, 0, 1], rng.random(1000)]).astype(np.float32)
+    centre = rng.random((len(share), 2)).astype(np.float32)
+    found = np.stack(mixing.boxes(jnp.asarray(share), jnp.asarray(centre), shape), axis=1)
+    wanted = np.array([np_box(*each, shape) for each in zip(share, centre, strict=True)])
+    np.testing.assert_array_equal(found[:, :4], wanted)
+    left = 1 - wanted[:, 2] * wanted[:, 3] / (shape[0] * shape[1])
+    np.testing.assert_allclose(found[:, 4], left, atol=1e-7)
+    assert found[2, 4] == 1 and found[:2, 4].max() < 0.9
+
+
 @pytest.mark.parametrize('alpha', [1.0, 0.3])
-def test_areas_are_those_of_the_papers_law(alpha):
+def test_areas_and_places_are_those_of_the_papers_law(alpha):
     count, (height, width) = 4000, (32, 40)
     found = pasted(coordinates(count, (height, width)), cutmix=alpha)
     batch = coordinates(count, (height, width))
     shares = found['label'][np.arange(count), batch['label']]
-    rng, wanted = np.random.default_rng(0), []
+    rng, wanted, covered = np.random.default_rng(0), [], np.zeros((height, width))
     for _ in range(20_000):
-        cut = np.sqrt(1 - rng.beta(alpha, alpha))
-        area = 1.0
-        for side in (height, width):
-            half, at = int(side * cut) // 2, rng.integers(side)
-            area *= np.clip(at + half, 0, side) - np.clip(at - half, 0, side)
-        wanted.append(1 - area / (height * width))
-    assert stats.ks_2samp(shares, wanted).statistic < 0.03
+        share, centre = rng.beta(alpha, alpha), rng.random(2)
+        top, left, tall, wide = np_box(share, centre, (height, width))
+        covered[top : top + tall, left : left + wide] += 1 / 20_000
+        wanted.append(tall * wide)
+    # As whole pixels: many boxes have the same area, which float32 would make another.
+    areas = np.rint((1 - shares.astype(np.float64)) * height * width)
+    assert stats.ks_2samp(areas, wanted).pvalue > 1e-3
+    # How often each pixel is the other's: boxes are cut off at the borders, so less there.
+    of_other = (found['image'] != batch['image'])[..., 0].mean(0)
+    np.testing.assert_allclose(of_other, covered, atol=0.05)
+    assert abs((of_other - covered).mean()) < 0.02
+    assert np.ptp(covered) > 0.1
 
 
 def test_both_share_the_examples_and_some_are_left_alone():
@@ -158,6 +186,8 @@ def test_both_share_the_examples_and_some_are_left_alone():
     blended = ~whole & ~cut
     share = found['label'][np.arange(count), batch['label']]
     np.testing.assert_allclose(share[whole], 1, atol=1e-3)
+    # What is left alone has no box, and what is pasted has the label of its pixels.
+    np.testing.assert_allclose(share[cut], (image == own).mean((1, 2))[cut], atol=1e-6)
     assert blended.mean() == pytest.approx(0.8 * 0.75, abs=0.06)
     # A box may be empty, and its example whole.
     assert cut.mean() == pytest.approx(0.8 * 0.25, abs=0.06)

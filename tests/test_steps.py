@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vit import mixing, objectives, sharding, state, steps, trees
+from big_vit import augment, mixing, objectives, sharding, state, steps, trees
 from big_vit.models import vit
 from big_vit.optim import factory, schedules
 
@@ -37,6 +37,8 @@ class Run:
         seed=0,
         skip_sigmas=0.0,
         mixup=0.0,
+        cutmix=0.0,
+        prepare=None,
         sequence=False,
         law=None,
         rate=lambda name: 1.0,
@@ -61,13 +63,14 @@ class Run:
             agc=agc,
         )
         self.like = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
-        self.mix = mixer(self.mesh, mixup) if mixup else None
+        self.mix = mixer(self.mesh, mixup, cutmix) if mixup else None
         self.step = steps.make_train_step(
             objectives.classification(self.net.apply, 0.1),
             self.optimizer,
             SCHEDULE,
             self.like,
             self.mesh,
+            prepare=prepare,
             mix=self.mix,
             seed=seed,
             accumulation=accumulation,
@@ -99,9 +102,11 @@ class Run:
             return jax.device_get(rows), now
 
 
-def mixer(mesh, alpha):
+def mixer(mesh, mixup, cutmix=0.0):
     replicate = sharding.constrain_replicated(mesh)
-    return functools.partial(mixing.mix, mixup=alpha, num_classes=CLASSES, replicate=replicate)
+    return functools.partial(
+        mixing.mix, mixup=mixup, cutmix=cutmix, num_classes=CLASSES, replicate=replicate
+    )
 
 
 @functools.cache
@@ -321,7 +326,8 @@ def test_mixing_hands_one_row_to_the_next_device_and_agrees_on_nothing():
 
 def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
     batch = batch_of(0)
-    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), steps._MIXING)
+    # The number is that of all runs so far: another would change what they drew.
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 2**31)
     share = np.asarray(jax.random.beta(rng, 0.5, 0.5, (BATCH,)), np.float64)
     share = np.maximum(share, 1 - share)[:, None]
     label = np.eye(CLASSES)[batch['label']]
@@ -343,6 +349,115 @@ def test_mixtures_depend_on_the_step(mixing_run):
     first, second = two_losses(mixing_run)
     assert first != second, 'the rate of step 0 is 0: only the shares differ'
     assert two_losses(mixing_run) == [first, second]
+
+
+# What the devices do to examples before.
+
+
+def prepared():
+    return augment.compose(
+        [augment.flip_lr(), augment.value_range(-1, 1), augment.random_erasing(0.5)]
+    )
+
+
+def with_replaced(i):
+    return {**batch_of(i), 'replaced': (np.arange(BATCH) % 5 == i).astype(np.uint8)}
+
+
+def run_of_all(**more):
+    return Run(prepare=prepared(), mixup=0.5, cutmix=1.0, **more)
+
+
+def rows_of(run, batches):
+    with jax.set_mesh(run.mesh):
+        now, rows = run.start(), []
+        for batch in batches:
+            now, metrics = run.step(now, run.put(batch))
+            rows.append(metrics)
+        return jax.device_get(rows)
+
+
+@pytest.fixture(scope='module')
+def all_at_once():
+    return rows_of(run_of_all(), [with_replaced(i) for i in range(4)])
+
+
+@pytest.mark.parametrize(
+    'run',
+    [
+        dict(devices=8, sizes=(8, 1, 1)),
+        dict(devices=8, sizes=(2, 2, 2), accumulation=4),
+        dict(accumulation=4),
+    ],
+    ids=['DP', '2x2x2 accumulated', 'accumulated'],
+)
+def test_what_devices_do_to_examples_does_not_depend_on_how_a_step_is_computed(all_at_once, run):
+    rows = rows_of(run_of_all(**run), [with_replaced(i) for i in range(4)])
+    for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):
+        np.testing.assert_allclose(column(rows, name), column(all_at_once, name), rtol=1e-5)
+    assert [int(row['replaced']) for row in rows] == [7, 7, 6, 6]
+
+
+def test_examples_that_stand_in_for_others_are_counted_and_else_like_any():
+    run = Run()
+    without = rows_of(run, [batch_of(i) for i in range(4)])
+    rows = rows_of(run, [with_replaced(i) for i in range(4)])
+    assert 'replaced' not in without[0]
+    for row, same in zip(rows, without, strict=True):
+        assert row.pop('replaced').dtype == np.int32
+        assert {n: x.tobytes() for n, x in row.items()} == {n: x.tobytes() for n, x in same.items()}
+
+
+def test_preparing_comes_first_and_has_the_only_new_draws():
+    seen = []
+
+    def prepare(batch, rng):
+        seen.append({name: x.dtype for name, x in batch.items()})
+        return batch
+
+    settings = dict(dropout=0.2, mixup=0.5, accumulation=2)
+    plainly = rows_of(Run(**settings), [batch_of(i) for i in range(3)])
+    rows = rows_of(Run(prepare=prepare, **settings), [with_replaced(i) for i in range(3)])
+    np.testing.assert_array_equal(column(rows, 'loss'), column(plainly, 'loss'))
+    assert seen[0] == {'image': jnp.uint8, 'label': jnp.int32}
+
+
+def test_what_the_model_sees_is_what_was_prepared():
+    rows = rows_of(Run(prepare=augment.compose([augment.value_range(0, 3)])), [batch_of(0)])
+    image = jnp.asarray(batch_of(0)['image'] / 85, jnp.float32)
+    net = vit.ViT(**(SIZES | TRANSFORMS))
+    wide = np.asarray(jax.jit(net.apply)({'params': parameters()}, image)[0], np.float64)
+    logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    target = 0.9 * np.eye(CLASSES)[batch_of(0)['label']] + 0.1 / CLASSES
+    assert float(rows[0]['loss']) == pytest.approx(-(target * logp).sum(-1).mean(), rel=1e-5)
+
+
+def test_preparing_depends_on_the_seed_and_the_step():
+    def losses(seed):
+        run = Run(prepare=augment.compose([augment.flip_lr()]), seed=seed)
+        return two_losses(run)
+
+    first, second = losses(0)
+    assert first != second, 'the rate of step 0 is 0: only what is turned differs'
+    assert losses(0) == [first, second]
+    assert losses(1)[0] != first
+
+
+@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2)])
+def test_a_step_never_brings_the_images_of_all_devices_together(sizes):
+    run = run_of_all(devices=8, sizes=sizes, accumulation=2)
+    where = sharding.batch_sharding(run.mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), with_replaced(0)
+    )
+    with jax.set_mesh(run.mesh):
+        text = run.step.lower(run.like, batch).compile().as_text()
+    held = {tuple(map(int, dims.split(','))) for dims in re.findall(r'\[([\d,]+),8,8,3\]', text)}
+    own = BATCH // (sizes[0] * sizes[1])
+    assert max(int(np.prod(lead)) for lead in held) == own
+    kinds = 'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter'
+    travel = re.findall(rf'= \(?\w+\[(\d+),8,8,3\]\S* ({kinds})(?:-start)?\(', text)
+    assert travel == [('1', 'collective-permute')]
 
 
 # Updates that are skipped.

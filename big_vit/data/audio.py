@@ -47,7 +47,7 @@ def read_sound(
 ) -> Float32[np.ndarray, ' samples']:
     """A part of a sound file, the mean of its channels, at `rate` Hz; all of it if it is shorter.
 
-    Only that part is kept in memory, and of WAV and FLAC only that part is decoded. Resampling is
+    Only that part is kept in memory, and of WAV and FLAC no more is decoded. Resampling is
     scipy's polyphase filter (a Kaiser window of 5).
 
     Args:
@@ -60,11 +60,8 @@ def read_sound(
     import soundfile
     from scipy.signal import resample_poly
 
-    # libsndfile takes a WAV file that was cut off for a shorter one. Writers to pipes do not know
-    # the size and write the largest; some count the header too.
-    size = int.from_bytes(data[4:8], 'little')
-    if data[:4] == b'RIFF' and len(data) + 8 < size + 8 < 0x7FF0_0000:
-        raise ValueError(f'damaged sound: it ends at byte {len(data)} of {size + 8}')
+    if (wanted := _size(data)) > len(data):
+        raise ValueError(f'damaged sound: it ends at byte {len(data)} of {wanted}')
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             own, total = file.samplerate, file.frames
@@ -74,6 +71,8 @@ def read_sound(
                 raise ValueError(
                     f'{total / own:,.0f} seconds of sound in {file.channels} channels are too long'
                 )
+            if not total:
+                raise ValueError('a sound of no sample')
             common = math.gcd(own, rate)
             up, down = rate // common, own // common
             spare = max(0, -(-total * up // down) - length)
@@ -83,8 +82,8 @@ def read_sound(
             margin = _REACH * max(up, down) // up + 1 if own != rate else 0
             begin = max(0, first * down // up - margin) // down * down
             end = min(total, (first + length) * down // up + 1 + margin)
-            # In the others libsndfile does not find the exact place.
-            if file.format in ('WAV', 'FLAC'):
+            # Of compressed sounds but FLAC, libsndfile does not find the exact place, or none.
+            if file.subtype.startswith(('PCM', 'FLOAT')):
                 file.seek(begin)
             else:
                 _skip(file, begin)
@@ -96,10 +95,23 @@ def read_sound(
     if not (np.abs(samples) <= _LOUDEST).all():
         raise ValueError('damaged sound: it has numbers that no sound has')
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if own != rate and len(mono):
+    if own != rate:
         mono = resample_poly(mono, up, down, window=_low_pass(max(up, down)))
     offset = first - begin * up // down
     return mono[offset : offset + length].astype(np.float32)
+
+
+def _size(data: bytes) -> int:
+    """How long a WAV or OGG file says it is, which libsndfile does not compare; 0 of others."""
+    if (data[:4], data[8:12]) == (b'RIFF', b'WAVE'):
+        size = int.from_bytes(data[4:8], 'little')
+        # Some writers count the eight bytes before it too, and writers to pipes do not know it.
+        return size + 8 if len(data) < size < 0x7FF0_0000 else 0
+    if data[:4] == b'OggS':
+        page = data.rfind(b'OggS')
+        lengths = data[page + 27 :][: data[page + 26]] if page + 26 < len(data) else b''
+        return page + 27 + len(lengths) + sum(lengths)
+    return 0
 
 
 def _skip(file, samples: int) -> None:

@@ -27,7 +27,7 @@ def _need(columns: Columns) -> list[str]:
         raise UnfitError(f"needs 'text', but these examples have {', '.join(sorted(columns))}")
     for row, text in enumerate(columns['text']):
         # JSON can hold halves of characters, which no encoding takes.
-        if not isinstance(text, str) or not text.isascii() and _HALF.search(text):
+        if not isinstance(text, str) or (not text.isascii() and _HALF.search(text)):
             raise BadExampleError(row, f'not a text ({text!r:.40})')
     return columns['text']
 
@@ -106,9 +106,11 @@ def _tokenizer(file: str, changed: int, length: int) -> tuple[Any, int]:
         padding = (tokenizer.padding or {}).get('pad_id')
         tokenizer.no_padding()
         tokenizer.enable_truncation(length)
-        tokenizer.encode('')
+        least = len(tokenizer.encode('').ids)
     except Exception as error:  # The library raises plain Exceptions.
         raise UnfitError(f'cannot use {file!r} ({" ".join(str(error).split())})') from error
+    if least > length:
+        raise UnfitError(f'takes a length of at least {least}, the special tokens of {file!r}')
     named = (tokenizer.token_to_id(token) for token in ('[PAD]', '<pad>'))
     known = [number for number in (padding, *named) if number is not None]
     return tokenizer, known[0] if known else 0

@@ -46,7 +46,7 @@ def read_frames(
     import av
 
     try:
-        with av.open(io.BytesIO(data), 'r') as container:
+        with _opened(data) as container:
             stream = _stream(container, frames)
             times, keys = [], []
             count = 0
@@ -77,11 +77,20 @@ def _indices(count: int, frames: int, stride: int, start: float | int | None) ->
     return np.minimum(first + np.arange(frames) * stride, count - 1)
 
 
+def _opened(data: bytes):
+    import av
+
+    # Titles come in any encoding, and nobody reads them.
+    return av.open(io.BytesIO(data), 'r', metadata_errors='replace')
+
+
 def _stream(container, frames: int):
     """The first video stream, in one thread."""
     if not container.streams.video:
         raise ValueError('holds no video')
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError('no code of video that FFmpeg knows')
     stream.codec_context.thread_count = 1
     if frames * stream.width * stream.height > decode.MAX_PIXELS:
         raise ValueError(
@@ -125,13 +134,11 @@ def _from_first(
     data: bytes, count: int, frames: int, stride: int, start: float | int | None
 ) -> list[Frame]:
     """The same frames by counting what the decoder gives."""
-    import av
-
     while count:
         wanted = _indices(count, frames, stride, start).tolist()
         needed, given = set(wanted), 0
         found: dict[int, Frame] = {}
-        with av.open(io.BytesIO(data), 'r') as container:
+        with _opened(data) as container:
             stream = _stream(container, frames)
             for frame in container.decode(stream):
                 if given in needed:
