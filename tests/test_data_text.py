@@ -22,15 +22,16 @@ def apply(line, texts):
 
 
 def test_bytes_are_tokens():
-    found = apply('lower | byte_tokens(6)', ['AB', 'grün', ''])
+    found = apply('lower | byte_tokens(6)', ['AB', 'grün', '', 'Abcdefgh'])
     wanted = [
         [ord('a') + 3, ord('b') + 3, 1, 0, 0, 0],
         [*(byte + 3 for byte in 'grün'.encode()), 1],
         [1, 0, 0, 0, 0, 0],
+        [*(byte + 3 for byte in b'abcde'), 1],
     ]
     assert found['tokens'].tolist() == wanted
     assert found['tokens'].dtype == np.int32
-    assert found['text_mask'].sum(1).tolist() == [3, 6, 1]
+    assert found['text_mask'].sum(1).tolist() == [3, 6, 1, 6]
     assert set(found) == {'tokens', 'text_mask'}
 
 

@@ -73,6 +73,14 @@ def test_frames_that_an_edit_list_hides_do_not_count():
     assert numbers(data, 40) == [*range(7, 40), *[39] * 7]
 
 
+def test_decoding_begins_at_the_keyframe_before(monkeypatch):
+    whole = video_file(range(COUNT), g='10', **B3)
+    monkeypatch.setattr(video, '_from_first', None)
+    for i in range(COUNT):
+        assert numbers(whole, 1, 1, (i + 0.5) / COUNT) == [i]
+    assert numbers(copied(whole, without=7), 2, 1) == [22, 23]
+
+
 def test_colours_are_of_the_matrix_that_the_file_names():
     y, u, v = 100, 90, 200
     for space, params, red, blue in (
