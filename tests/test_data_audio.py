@@ -8,6 +8,7 @@ hanning, no dither, 128 bins), and kaldi_native_fbank 1.23, which is Kaldi's own
 """
 
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -291,6 +292,12 @@ def test_wrong_arguments_are_refused_at_once(line, message):
 def test_what_does_not_fit_is_refused(line, columns, message):
     with pytest.raises(UserError, match=message):
         apply(line, columns)
+
+
+def test_a_missing_library_is_said_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'soundfile', None)
+    with pytest.raises(UserError, match='decode_audio needs `pip install soundfile`'):
+        transforms.parse('decode_audio(8000, 1)', size=(8, 8))
 
 
 # --- From files through the model ------------------------------------------------------

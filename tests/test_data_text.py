@@ -155,6 +155,13 @@ def test_wrong_files_and_arguments_are_refused_at_once(tmp_path):
         assert '\n' not in str(error.value)
 
 
+def test_a_missing_library_is_said_at_once(tmp_path, monkeypatch):
+    made('BPE').save(str(tmp_path / 'tokenizer.json'))
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(UserError, match='tokenize needs `pip install tokenizers`'):
+        transforms.parse(f'tokenize({str(tmp_path / "tokenizer.json")!r}, 7)', size=(8, 8))
+
+
 @pytest.mark.parametrize('bad', ['half \ud83d of a character', None])
 def test_what_is_no_text_is_said_and_where(tmp_path, bad):
     path = tmp_path / 'tokenizer.json'

@@ -263,6 +263,15 @@ def test_what_does_not_fit_is_refused(line, columns, message):
         apply(line, columns)
 
 
+def test_a_missing_or_old_library_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(av, '__version__', '16.1.0')
+    with pytest.raises(UserError, match=r"needs `pip install 'av>=17'`, not 16\.1\.0"):
+        transforms.parse('decode_video(1)', size=(8, 8))
+    monkeypatch.setitem(sys.modules, 'av', None)
+    with pytest.raises(UserError, match=r"decode_video needs `pip install 'av>=17'` \("):
+        transforms.parse('decode_video(1)', size=(8, 8))
+
+
 # --- From files through the model ------------------------------------------------------
 
 

@@ -326,7 +326,6 @@ def test_mixing_hands_one_row_to_the_next_device_and_agrees_on_nothing():
 
 def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
     batch = batch_of(0)
-    # The number is that of all runs so far: another would change what they drew.
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 2**31)
     share = np.asarray(jax.random.beta(rng, 0.5, 0.5, (BATCH,)), np.float64)
     share = np.maximum(share, 1 - share)[:, None]
@@ -420,6 +419,25 @@ def test_preparing_comes_first_and_has_the_only_new_draws():
     rows = rows_of(Run(prepare=prepare, **settings), [with_replaced(i) for i in range(3)])
     np.testing.assert_array_equal(column(rows, 'loss'), column(plainly, 'loss'))
     assert seen[0] == {'image': jnp.uint8, 'label': jnp.int32}
+
+
+def test_the_keys_are_those_of_all_runs_so_far():
+    """Other numbers would change what a run draws that is resumed, often hardly the loss."""
+    keys = {}
+
+    def noting(name):
+        def apply(batch, rng):
+            keys[name] = jax.random.key_data(rng).tolist()
+            return batch
+
+        return apply
+
+    steps.seen(batch_of(0), 5, 7, noting('prepare'), noting('mix'))
+    own = jax.random.fold_in(jax.random.key(5), 7)
+    assert keys == {
+        'prepare': jax.random.key_data(jax.random.fold_in(own, 2**31 + 1)).tolist(),
+        'mix': jax.random.key_data(jax.random.fold_in(own, 2**31)).tolist(),
+    }
 
 
 def test_what_the_model_sees_is_what_was_prepared():

@@ -131,6 +131,10 @@ def decode_audio(rate, seconds, random_start=False) -> Operation:
     length = round(rate * number('seconds', seconds, 1e-3, _MOST_SECONDS))
     if length < 1:
         raise UnfitError(f'takes more seconds: {seconds:g} at {rate} Hz are no sample')
+    try:
+        import soundfile  # noqa: F401  Now, not at the first example.
+    except (ImportError, OSError) as error:  # OSError: libsndfile itself is missing.
+        raise UnfitError(f'needs `pip install soundfile` ({error})') from error
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         sounds = _need(columns)
@@ -231,7 +235,7 @@ def standardize(mean, std) -> Operation:
     mean, std = number('mean', mean, -1e9, 1e9), number('std', std, 1e-9, 1e9)
 
     def standardized(image: np.ndarray) -> np.ndarray:
-        return (image.astype(np.float32) - np.float32(mean)) / np.float32(std)
+        return (image.astype(np.float32, copy=False) - np.float32(mean)) / np.float32(std)
 
     def apply(images: Images, draw: Draw) -> Images:
         images = decoded(images)

@@ -155,9 +155,16 @@ def decode_video(frames, stride=1, random_start=False) -> Operation:
     """A video file to so many frames, `stride` apart, uint8 [frames, height, width, 3].
 
     They are those of the middle, or with `random_start` from anywhere; a clip that is too short
-    repeats its last frame. Any format that FFmpeg knows (`pip install av`).
+    repeats its last frame. Any format that FFmpeg knows (`pip install 'av>=17'`).
     """
     frames, stride = whole('frames', frames, 1, 4096), whole('stride', stride, 1, 4096)
+    try:
+        import av
+    except ImportError as error:
+        raise UnfitError(f"needs `pip install 'av>=17'` ({error})") from error
+    # Older ones cannot be told to convert colours in one thread.
+    if int(av.__version__.partition('.')[0]) < 17:
+        raise UnfitError(f"needs `pip install 'av>=17'`, not {av.__version__}")
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         clips = _need(columns)
