@@ -15,7 +15,7 @@ LIBTPU = [
     f"libtpu==0.0.50.*; python_version >= '3.12' and {HAS_LIBTPU}",
 ]
 # What reads sequences: sound, video, words.
-AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=14'], ['tokenizers>=0.21']
+AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=17'], ['tokenizers>=0.21']
 TEST = [
     'pytest>=8',
     'pytest-xdist>=3.6',
