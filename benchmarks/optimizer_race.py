@@ -112,7 +112,7 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
     config.audit()
     counted = ledger.measure(parts.like)
     with jax.set_mesh(parts.mesh):
-        shape, every = parts.data.image_shape, parts.due.evals['often']
+        shape, every = parts.data.inputs, parts.due.evals['often']
         now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like)
         held_out = {
             name: list(build.eval_batches(parts, name))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data import opening, order, pipeline, sources, transforms
 from big_vit.errors import UserError
-from big_vit.models import variants
+from big_vit.models import costs, positions, tokenizers, variants
+from big_vit.models.tokenizers import Stream
 from big_vit.models.vit import ViT
 from big_vit.optim import factory, layers, schedules
 
@@ -36,10 +38,16 @@ class Data(NamedTuple):
     skip_bad: bool
     order: pipeline.Order | None = None
     workers: int = 0
+    reads: tuple[str, ...] = ('image',)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.looks.image_shape
+    def inputs(self) -> state.Inputs:
+        """What the model is given: shape and type of each part, without the batch."""
+        return {n: p for n, p in self.looks.parts.items() if n not in ('label', 'mask')}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self.looks.parts.items()}
 
 
 class Experiment(NamedTuple):
@@ -109,6 +117,11 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
         cache_side=section.cache_side if section.cache == 'resized' else 0,
         **used,
     )
+
+
+def reads(config: Config) -> tuple[str, ...]:
+    """The parts of a batch that the model takes."""
+    return tuple(dict.fromkeys(stream.reads for stream in inputs(config)))
 
 
 def _check_length(section: Config, key: str, source: sources.Source) -> None:
@@ -195,7 +208,8 @@ def train_data(config: Config, absent: bool = False) -> Data:
         source, host, lengths = opening.open_mixture(specs)
         if len(specs) == 1:
             _check_length(*next((s, k) for k, s in sections.items()), source)
-    looks = transforms.check(host, source, config.image_size)
+    taken = reads(config)
+    looks = transforms.check(host, source, config.image_size, taken)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -210,7 +224,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
         counts=counts,
     )
     skip = whole.on_error == 'skip'
-    found = Data(source, host, looks, transform.device, specs, skip, kept, whole.workers)
+    found = Data(source, host, looks, transform.device, specs, skip, kept, whole.workers, taken)
     _check_fit(found, 'data')
     return found
 
@@ -244,7 +258,7 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
       UserError: something is missing or does not fit.
     """
     key, section = f'evals.{name}', complete(config, 'evals', name)
-    classes, channels = train.source.num_classes, train.image_shape[2]
+    classes = train.source.num_classes
     if section.name is None:
         raise UserError(f'config: {key}.name must be set')
     transform = transforms.parse(
@@ -254,12 +268,8 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     spec = _spec(section, key, config, classes, transform.host_text)
     source, host = opening.open_spec(spec)
     _check_length(section, key, source)
-    looks = transforms.check(host, source, config.image_size)
-    if looks.image_shape[2] != channels:
-        raise UserError(
-            f'config: {key}.transform gives images of {looks.image_shape[2]} channel(s), the '
-            f'model takes {channels}: add rgb or grayscale to it'
-        )
+    looks = transforms.check(host, source, config.image_size, train.reads)
+    _check_same_parts(looks, train, key)
     if source.num_classes > classes:
         raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
     ours, theirs = train.source.class_names, source.class_names
@@ -272,34 +282,113 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     # What is not said about numbers is as in training, or the model sees another world.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     skip = section.on_error == 'skip'
-    found = Data(source, host, looks, transform.device or fixed, (spec,), skip)
+    found = Data(source, host, looks, transform.device or fixed, (spec,), skip, reads=train.reads)
     _check_fit(found, key)
     return found
 
 
-def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: Mesh) -> ViT:
-    """The ViT of the config.
+def _check_same_parts(looks: transforms.Looks, train: Data, key: str) -> None:
+    """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
+    for part in train.reads:
+        found, wanted = looks.parts[part][0], train.looks.parts[part][0]
+        if part == 'image' and found[2] != wanted[2]:
+            raise UserError(
+                f'config: {key}.transform gives images of {found[2]} channel(s), the '
+                f'model takes {wanted[2]}: add rgb or grayscale to it'
+            )
+        if found != wanted:
+            shown = ' and '.join('x'.join(map(str, shape)) for shape in (found, wanted))
+            raise UserError(
+                f'config: {key}.transform gives {part} of another shape than data.transform '
+                f'({shown})'
+            )
+
+
+def inputs(config: Config) -> tuple[Stream, ...]:
+    """The streams of the config, that which attends to the others first; or the model's one."""
+    m, fields = config.model, variants.parse(config.model.variant)
+    if not list(config.streams):
+        return (_stream(m, 'model', fields),)
+    names = sorted(config.streams)
+    if m.fusion == 'cross':
+        if m.queries not in names:
+            raise UserError(
+                f'config: model.queries must be one of {", ".join(names)}: the stream that attends '
+                "to the others (model.fusion='cross')"
+            )
+        names.remove(m.queries)
+        names = [m.queries, *names]
+    if len(names) < 2 and m.fusion == 'cross':
+        raise UserError("config: model.fusion='cross' needs two streams")
+    return tuple(
+        replace(
+            _stream(config.streams[name], f'streams.{name}', fields),
+            name=name,
+            part=config.streams[name].part or '',
+            depth=config.streams[name].depth,
+        )
+        for name in names
+    )
+
+
+def _stream(section: Config, key: str, fields: dict[str, Any]) -> Stream:
+    """One input as the section says; what its tokenizer does not use stays unread."""
+    tokenizer = fields.get('tokenizer', 'patches')
+    if section.tokenizer != 'patches' or tokenizer == 'patches':
+        tokenizer = section.tokenizer
+    more: dict[str, Any] = {}
+    patch = fields['patch_size'] if key == 'model' else section.patch or fields['patch_size']
+    if tokenizer == 'resnet':
+        more['resnet'] = fields.get('resnet')
+        if more['resnet'] is None:
+            raise UserError(
+                f"config: {key}.tokenizer='resnet' needs a hybrid as model.variant, "
+                "such as 'R50+B/16'"
+            )
+    if tokenizer in ('conv', 'cct'):
+        side = patch[0]
+        if patch[0] != patch[1] or side < 2 or side & (side - 1):
+            raise UserError(
+                f'config: {key}.tokenizer={tokenizer!r} halves images several times, so its patch '
+                f'must be 2, 4, 8, ...; {"x".join(map(str, patch))} is not'
+            )
+    if tokenizer == 'patches':
+        more['stride'] = section.stride
+    if tokenizer == 'tubelets':
+        more['tubelet'] = section.tubelet
+    if tokenizer == 'words':
+        more['vocab'] = section.vocab
+    if key == 'model':
+        if tokenizer not in ('words', 'cct'):
+            more['embedding_bias'] = section.embedding_bias
+        if section.posemb == 'learned':
+            more['posemb_prefix'] = section.posemb_prefix
+            if tokenizer == 'ragged':
+                more['posemb_grid'] = section.posemb_grid
+        if section.posemb == 'rope':
+            more['rope_theta'] = section.rope_theta
+    return Stream(tokenizer=tokenizer, patch_size=patch, posemb=section.posemb, **more)
+
+
+def model(config: Config, num_classes: int, shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> ViT:
+    """The ViT of the config, for inputs of these shapes.
 
     Raises:
       UserError: sizes that do not fit together.
     """
-    m = config.model
+    m, streams = config.model, inputs(config)
     fields: dict[str, Any] = variants.parse(m.variant)
     for name in ('width', 'depth', 'mlp_dim', 'num_heads'):
         value = m[name]
         fields[name] = fields[name] if value is None else value
-    width, heads, patch = fields['width'], fields['num_heads'], fields['patch_size']
-    if width % heads:
-        raise UserError(f'config: model.width={width} is not divisible by model.num_heads={heads}')
-    if m.posemb == 'sincos2d' and width % 4:
+    width, heads = fields['width'], fields['num_heads']
+    if m.head_dim is None and width % heads:
         raise UserError(
-            f"config: model.width={width} must be divisible by 4 for model.posemb='sincos2d'"
+            f'config: model.width={width} is not divisible by model.num_heads={heads}; '
+            'or set model.head_dim'
         )
-    if image_size[0] % patch[0] or image_size[1] % patch[1]:
-        raise UserError(
-            f'config: image_size {image_size[0]}x{image_size[1]} is not divisible by the '
-            f'{patch[0]}x{patch[1]} patch of model.variant={m.variant!r}'
-        )
+    for stream in streams:
+        _check_stream(config, stream, shapes, width, m.head_dim or width // heads)
     device = mesh.devices.flat[0]
     if m.remat == 'offload' and device in jax.local_devices():
         kinds = {memory.kind for memory in device.addressable_memories()}
@@ -308,31 +397,114 @@ def model(config: Config, num_classes: int, image_size: tuple[int, int], mesh: M
                 f"config: model.remat='offload' needs a host memory that {device.device_kind} has "
                 f"not ({', '.join(sorted(kinds))}); use 'names' or 'full'"
             )
-    return ViT(
+    if m.attention == 'cudnn' and (device.platform != 'gpu' or m.dtype != 'bfloat16'):
+        raise UserError(
+            "config: model.attention='cudnn' needs an NVIDIA GPU and model.dtype='bfloat16'; "
+            "use 'fused' or 'xla'"
+        )
+    if list(config.streams):
+        fields |= {'streams': streams, 'fusion': m.fusion, 'posemb': 'none'}
+        if m.fusion == 'latents':
+            fields['latents'] = m.latents
+    else:
+        (only,) = streams
+        fields |= {name: getattr(only, name) for name in _STREAM_FIELDS}
+    vit = ViT(
         num_classes=num_classes,
-        posemb=m.posemb,
-        pool=m.pool,
-        dropout=m.dropout,
-        scan=m.scan,
-        remat=m.remat,
         dtype=jnp.dtype(m.dtype),
         constrain=sharding.constrain_batch(mesh, config.mesh.sequence),
+        **{name: m[name] for name in _MODEL_FIELDS},
         **fields,
     )
+    _check_prefix(vit)
+    return vit
 
 
-def model_cost(vit: ViT, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """(parameters, forward floating-point operations per image), from the sizes alone."""
-    sizes: dict[str, Any] = dict(
-        image=image_shape,
-        num_classes=vit.num_classes,
-        patch_size=vit.patch_size,
-        width=vit.width,
-        depth=vit.depth,
-        mlp_dim=vit.mlp_dim,
-        pool=vit.pool,
-    )
-    return variants.count_params(posemb=vit.posemb, **sizes), variants.forward_flops(**sizes)
+# Fields of the one `Stream` that a `ViT` has under the same name.
+_STREAM_FIELDS = (
+    'tokenizer',
+    'patch_size',
+    'stride',
+    'tubelet',
+    'vocab',
+    'resnet',
+    'embedding_bias',
+    'posemb',
+    'posemb_prefix',
+    'posemb_grid',
+    'rope_theta',
+)
+# Keys of `model` that a `ViT` has under the same name, whatever the input is.
+_MODEL_FIELDS = (
+    'pool',
+    'dropout',
+    'scan',
+    'remat',
+    'class_token',
+    'registers',
+    'patch_dropout',
+    'pre_norm',
+    'norm',
+    'norm_eps',
+    'activation',
+    'mlp',
+    'head_dim',
+    'qkv_bias',
+    'key_bias',
+    'qk_norm',
+    'lsa',
+    'attention',
+    'parallel',
+    'layer_scale',
+    'drop_path',
+    'norm_after_pool',
+    'representation',
+    'head_bias',
+)
+
+
+def _check_stream(
+    config: Config, stream: Stream, shapes: dict[str, tuple[int, ...]], width: int, head: int
+) -> None:
+    """Raises UserError unless the stream's input divides into tokens and these have positions."""
+    key = f'streams.{stream.name}' if stream.name else 'model'
+    try:
+        grid = tokenizers.grid_of(stream, shapes[stream.reads])
+    except ValueError as error:
+        size = 'x'.join(map(str, config.image_size))
+        raise UserError(f'config: image_size {size}, model.variant: {error}') from error
+    axes = 2 if stream.tokenizer == 'ragged' else len(grid)
+    if stream.posemb in positions.LAWS and width % (2 * axes):
+        raise UserError(
+            f'config: model.width={width} must be divisible by {2 * axes} for '
+            f'{key}.posemb={stream.posemb!r}'
+        )
+    if stream.posemb == 'rope' and head % (2 * axes):
+        raise UserError(
+            f'config: the width of a head, {head}, must be divisible by {2 * axes} for '
+            f"{key}.posemb='rope': set model.num_heads or model.head_dim"
+        )
+    if stream.posemb == 'relative' and (stream.tokenizer == 'ragged' or config.model.patch_dropout):
+        raise UserError(
+            f"config: {key}.posemb='relative' needs all tokens of a grid: not ragged images, and "
+            'no model.patch_dropout'
+        )
+
+
+def _check_prefix(vit: ViT) -> None:
+    ragged = not vit.streams and vit.tokenizer == 'ragged'
+    if ragged and (vit.prefix() or vit.pool not in ('gap', 'map')):
+        raise UserError(
+            "config: model.tokenizer='ragged' has neither class token nor registers: set "
+            "model.pool to 'gap' or 'map'"
+        )
+    if vit.posemb_prefix > vit.prefix():
+        raise UserError(
+            f'config: model.posemb_prefix={vit.posemb_prefix}, but the model has {vit.prefix()} '
+            'prefix token(s): model.class_token and model.registers'
+        )
+    if vit.pool == 'cls_dist' and not vit.registers:
+        raise UserError("config: model.pool='cls_dist' needs model.registers=1, its second token")
 
 
 class Optimizer(NamedTuple):
@@ -439,16 +611,16 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     train = train_data(config, absent=planning)
     classes = train.source.num_classes
     held_out = {} if planning else {n: eval_data(config, n, train) for n in config.evals}
-    vit = model(config, classes, config.image_size, mesh)
+    vit = model(config, classes, train.shapes, mesh)
     total = in_steps(config, 'total', config, train.source)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
     schedule = rate_schedule(config, train.source, total)
-    shapes = state.abstract_params(vit, train.image_shape)
+    shapes = state.abstract_params(vit, train.inputs)
     vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = optimizer(config, shapes, schedule, mesh)
     averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
-    like = state.abstract(vit, train.image_shape, made.transform, averaged, mesh, m.min_shard_size)
+    like = state.abstract(vit, train.inputs, made.transform, averaged, mesh, m.min_shard_size)
     sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)
     return Experiment(
         mesh=mesh,
@@ -459,7 +631,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         schedule=schedule,
         like=like,
         total_steps=total,
-        flops_per_example=3 * model_cost(vit, train.image_shape)[1],
+        flops_per_example=3 * costs.cost(vit, train.shapes).flops,
         decay_factors=made.decay,
         lr_factors=made.rate,
         groups=made.group,
@@ -565,6 +737,11 @@ def mix(config: Config, found: Data, mesh: Mesh) -> Any:
     """What mixes the examples of a batch, (batch, rng) -> batch; or None."""
     if not config.mixup and not config.cutmix:
         return None
+    if found.reads != ('image',):
+        raise UserError(
+            f'config: mixup and cutmix mix images, but the model takes {", ".join(found.reads)}: '
+            'set both to 0'
+        )
     more = {'switch': config.mix_switch} if config.mixup and config.cutmix else {}
     return functools.partial(
         mixing.mix,
@@ -605,7 +782,9 @@ def seen(config: Config, found: Data, batch: dict[str, Any], step: int) -> dict[
         steps.seen, prepare=prepare(found), mix=mix(config, found, mesh), seed=config.seed
     )
     result = jax.jit(made)(arrays, step=step)
-    return {**result, 'image': objectives.normalise(result['image'])}
+    return {
+        n: objectives.normalise(x) if n in tokenizers.PICTURES else x for n, x in result.items()
+    }
 
 
 def eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:

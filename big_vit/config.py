@@ -25,7 +25,7 @@ from big_vit.errors import UserError
 from big_vit.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 
 # Sections of which there may be any number, each under a name of the user's.
-STARRED = ('evals', 'mixture')
+STARRED = ('evals', 'mixture', 'streams')
 
 
 class Config:

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 
 from big_vit import build, config, ledger, metrics, state, trees
+from big_vit.models import costs
 from big_vit.optim import layers
 
 
 def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
     """What is about to be done, in a few lines."""
     data, vit = parts.data, parts.model
-    height, width, channels = data.image_shape
-    params, flops = build.model_cost(vit, data.image_shape)
-    tokens = (height // vit.patch_size[0]) * (width // vit.patch_size[1]) + (vit.pool == 'cls')
+    params, flops, tokens = costs.cost(vit, data.shapes)
+    shown = ' + '.join('x'.join(map(str, data.shapes[part])) for part in data.reads)
+    each = 'an image' if data.reads == ('image',) else 'an example'
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
     held = ledger.line(ledger.measure(parts.like), ', '.join(parts.settings), parts.mesh.size)
     epochs = parts.total_steps * settings.batch_size / data.source.length
@@ -23,9 +24,9 @@ def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
         f'state   {held}',
         *(layout(parts.like) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
-        f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP an image, {tokens} tokens',
+        f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP {each}, {tokens} tokens',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
-        f'{data.source.num_classes} classes, {height}x{width}x{channels}',
+        f'{data.source.num_classes} classes, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
         f'{epochs:,.2f} epochs, {", ".join(parts.settings)}',
     ]

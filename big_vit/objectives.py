@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt
 
+from big_vit.models.tokenizers import PICTURES
+
 Batch = dict[str, Any]
 Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ''], dict[str, Array]]]
 
@@ -19,6 +21,16 @@ def normalise(
     if jnp.issubdtype(image.dtype, jnp.integer):
         return image.astype(jnp.float32) * (2 / jnp.iinfo(image.dtype).max) - 1
     return image
+
+
+def inputs(batch: Batch) -> Any:
+    """What the model is given of a batch: its image, or all of its parts, numbers as floats."""
+    given = {
+        name: normalise(x) if name in PICTURES else x
+        for name, x in batch.items()
+        if name not in ('label', 'mask')
+    }
+    return given['image'] if set(given) == {'image'} else given
 
 
 def targets(
@@ -57,8 +69,8 @@ def classification(
 
     def loss(params: Any, batch: Batch, rng: Array | None) -> tuple[Array, dict[str, Array]]:
         rngs = {} if rng is None else {'dropout': rng}
-        image = normalise(batch['image'])
-        logits, _ = apply({'params': params}, image, train=rng is not None, rngs=rngs)
+        given = inputs(batch)
+        logits, _ = apply({'params': params}, given, train=rng is not None, rngs=rngs)
         plain = targets(batch['label'], logits.shape[-1], 0.0)
         wanted = targets(batch['label'], logits.shape[-1], label_smoothing)
         best = jnp.take_along_axis(plain, logits.argmax(-1)[:, None], axis=-1)[:, 0]
@@ -87,7 +99,7 @@ def classification_sums(
     """
 
     def sums(params: Any, batch: Batch) -> dict[str, Array]:
-        logits, _ = apply({'params': params}, normalise(prepare(batch)['image']))
+        logits, _ = apply({'params': params}, inputs(prepare(batch)))
         mask, wanted = batch['mask'], targets(batch['label'], logits.shape[-1], 0.0)
         loss = _cross_entropy(logits, wanted, kind)
         own = jnp.where(wanted > 0, logits, -jnp.inf).max(-1, keepdims=True)

@@ -216,6 +216,20 @@ SCHEMA: dict[str, Field] = {
     'image_size': Field(_size, None, 'Pixels: a side, or (height, width).'),
     'lr': Field(_number(0), None, 'Peak learning rate.'),
     'init': Field(check_text, None, 'Workdir or checkpoint whose parameters to start from.'),
+    'init_channels': Field(
+        _choice('mean', 'sum', 'repeat'),
+        None,
+        'How to make patches of `init` for images of other channels; without it that is refused.',
+    ),
+    'init_video': Field(
+        _choice('central', 'inflate'), 'central', 'How to make tubelets of the patches of `init`.'
+    ),
+    'init_resize': Field(
+        _choice('aligned', 'bilinear', 'bicubic', 'bicubic_antialias'),
+        'aligned',
+        "How to resize the learned positions of `init`: big_vision's way, between centres, "
+        "Hugging Face's or timm's.",
+    ),
     'switch': Field(
         check_text,
         None,
@@ -247,8 +261,87 @@ SCHEMA: dict[str, Field] = {
     'model.depth': Field(_int(1), None, "Overrides the variant's number of blocks."),
     'model.mlp_dim': Field(_int(1), None, "Overrides the variant's hidden width of the MLP."),
     'model.num_heads': Field(_int(1), None, "Overrides the variant's number of heads."),
-    'model.pool': Field(_choice('gap', 'cls', 'map'), 'gap', 'How tokens become one vector.'),
-    'model.posemb': Field(_choice('sincos2d', 'learned'), 'sincos2d', 'Position embeddings.'),
+    'model.head_dim': Field(_int(1), None, 'Width of one head; by default width / num_heads.'),
+    'model.tokenizer': Field(
+        _choice('patches', 'conv', 'resnet', 'cct', 'spt', 'tubelets', 'words', 'ragged'),
+        'patches',
+        'How inputs become tokens; docs/models.md has them. A hybrid such as R50+B/16 has resnet.',
+    ),
+    'model.stride': Field(_size, None, 'Pixels from one patch to the next, if they overlap.'),
+    'model.tubelet': Field(_int(1), 2, 'Frames of a tubelet.'),
+    'model.vocab': Field(_int(1), 259, 'Words; 259 is what byte_tokens gives.'),
+    'model.embedding_bias': Field(_bool, True, 'Whether the patch projection has a bias.'),
+    'model.posemb': Field(
+        _choice('sincos2d', 'sincos2d_mae', 'learned', 'rope', 'relative', 'none'),
+        'sincos2d',
+        'Position embeddings.',
+    ),
+    'model.posemb_prefix': Field(
+        _int(0), 0, 'Prefix tokens (class, registers) with a learned position of their own.'
+    ),
+    'model.posemb_grid': Field(_size, (16, 16), "Rows and columns of the table of 'ragged'."),
+    'model.rope_theta': Field(_number(1), 100.0, 'Ratio of the fastest to the slowest rate.'),
+    'model.class_token': Field(_bool, False, 'A class token though pool does not need it.'),
+    'model.registers': Field(_int(0), 0, 'Learned tokens that nothing is read from.'),
+    'model.pool': Field(
+        _choice('gap', 'cls', 'map', 'seq', 'cls_gap', 'cls_dist'),
+        'gap',
+        'How tokens become one vector.',
+    ),
+    'model.norm': Field(_choice('layernorm', 'rmsnorm'), 'layernorm', 'Kind of norm.'),
+    'model.norm_eps': Field(_number(0, 1), 1e-6, 'Added to the variance that a norm divides by.'),
+    'model.pre_norm': Field(_bool, False, 'A norm before the first block (CLIP).'),
+    'model.norm_after_pool': Field(_bool, False, 'The last norm after pooling, not before.'),
+    'model.activation': Field(
+        _choice('gelu_tanh', 'gelu', 'quick_gelu', 'relu', 'silu'),
+        'gelu_tanh',
+        'Of the MLP; gelu is with the error function.',
+    ),
+    'model.mlp': Field(_choice('mlp', 'swiglu'), 'mlp', 'Two dense layers, or three with a gate.'),
+    'model.qkv_bias': Field(_bool, True, 'Whether queries, keys and values have a bias.'),
+    'model.key_bias': Field(_bool, True, 'Whether keys have one, where the others do.'),
+    'model.qk_norm': Field(_bool, False, 'Normalise queries and keys of each head.'),
+    'model.lsa': Field(_bool, False, 'Attend to all but oneself, at a learned temperature.'),
+    'model.attention': Field(
+        _choice('fused', 'xla', 'cudnn'), 'fused', 'Which implementation computes attention.'
+    ),
+    'model.parallel': Field(_bool, False, 'Attention and MLP side by side (ViT-22B).'),
+    'model.layer_scale': Field(
+        _number(0, 1), 0.0, 'What learned factors on the branches begin with; 0 has none.'
+    ),
+    'model.drop_path': Field(
+        _below_one, 0.0, 'Rate at which the last block is left out; earlier ones less.'
+    ),
+    'model.patch_dropout': Field(_below_one, 0.0, 'Share of tokens left out in training.'),
+    'model.representation': Field(
+        _int(0), 0, 'Width of a dense layer with tanh before the head; 0 has none.'
+    ),
+    'model.head_bias': Field(_bool, True, 'Whether the head has a bias.'),
+    'model.fusion': Field(
+        _choice('concat', 'cross', 'latents'),
+        'concat',
+        'How several streams meet: in one sequence, by cross-attention, or in latents.',
+    ),
+    'model.queries': Field(check_text, None, "The stream that attends to the others ('cross')."),
+    'model.latents': Field(_int(1), 64, "Learned vectors that attend to all ('latents')."),
+    'streams.*.tokenizer': Field(
+        _choice('patches', 'conv', 'resnet', 'cct', 'spt', 'tubelets', 'words'),
+        'patches',
+        'As model.tokenizer, of one of several inputs.',
+    ),
+    'streams.*.part': Field(
+        check_text, None, 'Part of a batch that it reads; by default what the tokenizer takes.'
+    ),
+    'streams.*.patch': Field(_size, None, "Pixels of its patches; by default the variant's."),
+    'streams.*.stride': Field(_size, None, 'Pixels from one patch to the next, if they overlap.'),
+    'streams.*.tubelet': Field(_int(1), 2, 'Frames of a tubelet.'),
+    'streams.*.vocab': Field(_int(1), 259, 'Words; 259 is what byte_tokens gives.'),
+    'streams.*.posemb': Field(
+        _choice('sincos2d', 'sincos2d_mae', 'learned', 'rope', 'none'),
+        'sincos2d',
+        'Position embeddings.',
+    ),
+    'streams.*.depth': Field(_int(0), 0, 'Blocks of its own before it meets the others.'),
     'model.dropout': Field(_number(0, 1), 0.0, 'Dropout rate of the residual branches.'),
     'model.dtype': Field(_choice('bfloat16', 'float32'), 'bfloat16', 'Type to compute in.'),
     'model.scan': Field(_bool, True, 'Compile one block and scan it, or unroll all.'),

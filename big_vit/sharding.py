@@ -30,11 +30,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'(query|key|value)/kernel', ('fsdp', 'tensor', None)),
     (r'(query|key|value)/bias', ('tensor', None)),
     (r'out/kernel', ('tensor', None, 'fsdp')),
-    (r'Dense_0/kernel', ('fsdp', 'tensor')),
-    (r'Dense_0/bias', ('tensor',)),
+    (r'Dense_(0|gate)/kernel', ('fsdp', 'tensor')),
+    (r'Dense_(0|gate)/bias', ('tensor',)),
     (r'Dense_1/kernel', ('tensor', 'fsdp')),
-    (r'embedding/kernel', (None, None, None, 'fsdp')),
-    (r'head/kernel', ('fsdp', 'tensor')),
+    # Of patches, boxes of frames and convolutions: [..., in, out].
+    (r'(embedding|projection|conv\w*)/kernel', (None, None, None, 'fsdp')),
+    (r'word_embedding', (None, 'fsdp')),
+    (r'pos_embedding', (None, None, 'fsdp')),
+    (r'(head|head_dist|pre_logits)/kernel', ('fsdp', 'tensor')),
     (r'.*', ()),
 )
 

@@ -14,8 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from big_vit import sharding
+from big_vit.models.tokenizers import PICTURES
 
 State = dict[str, Any]
+# What a model is given: the shape of an image, or shape and type of each part of a batch; all
+# without the batch.
+Inputs = tuple[int, ...] | dict[str, tuple[tuple[int, ...], Any]]
 
 # How many steps back a spike is measured against.
 WINDOW = 128
@@ -34,28 +38,32 @@ def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool)
     return {**state, 'ema': jax.tree.map(jnp.copy, params)} if ema else state
 
 
-def _init_params(model: Any, image_shape: tuple[int, int, int], seed: int) -> Any:
-    image = jnp.zeros((1, *image_shape), jnp.float32)
-    return model.init(jax.random.key(seed), image)['params']
+def _init_params(model: Any, inputs: Inputs, seed: int) -> Any:
+    if isinstance(inputs, tuple):
+        example: Any = jnp.zeros((1, *inputs), jnp.float32)
+    else:
+        example = {
+            name: jnp.zeros((1, *shape), jnp.float32 if name in PICTURES else dtype)
+            for name, (shape, dtype) in inputs.items()
+        }
+    return model.init(jax.random.key(seed), example)['params']
 
 
-def abstract_params(model: Any, image_shape: tuple[int, int, int]) -> Any:
+def abstract_params(model: Any, inputs: Inputs) -> Any:
     """Shapes and types of the parameters, without computing any."""
-    return jax.eval_shape(lambda: _init_params(model, image_shape, 0))
+    return jax.eval_shape(lambda: _init_params(model, inputs, 0))
 
 
 def abstract(
     model: Any,
-    image_shape: tuple[int, int, int],
+    inputs: Inputs,
     optimizer: optax.GradientTransformation,
     ema: bool,
     mesh: Mesh,
     min_shard_size: int = 0,
 ) -> State:
     """The state as ShapeDtypeStructs that carry their shardings."""
-    shapes = jax.eval_shape(
-        lambda: from_params(_init_params(model, image_shape, 0), optimizer, ema)
-    )
+    shapes = jax.eval_shape(lambda: from_params(_init_params(model, inputs, 0), optimizer, ema))
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -70,7 +78,7 @@ def shardings(state: State) -> State:
 
 def create(
     model: Any,
-    image_shape: tuple[int, int, int],
+    inputs: Inputs,
     optimizer: optax.GradientTransformation,
     seed: int,
     like: State,
@@ -84,7 +92,7 @@ def create(
     where = shardings(like)
     if params is None:
         make = jax.jit(
-            lambda: from_params(_init_params(model, image_shape, seed), optimizer, 'ema' in like),
+            lambda: from_params(_init_params(model, inputs, seed), optimizer, 'ema' in like),
             out_shardings=where,
         )
         return make()

@@ -57,7 +57,7 @@ def state_of(path: str, config: Config, parts: build.Experiment) -> state.State:
         return moments.hand_over(opt, mu, nu, updates, block, cut)
 
     begin = jax.jit(begin, out_shardings=state.shardings(parts.like)['opt'])
-    shape = parts.data.image_shape
+    shape = parts.data.inputs
     fresh = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like)
     new = {**fresh, 'params': old['params'], 'step': old['step']}
     new['opt'] = begin(old['params'], mu, nu)
@@ -73,7 +73,7 @@ def _restored(workdir: Any, step: int, config: Config, parts: build.Experiment) 
     made = build.optimizer(saved, parts.like['params'], parts.schedule, parts.mesh)
     like = state.abstract(
         parts.model,
-        parts.data.image_shape,
+        parts.data.inputs,
         made.transform,
         checkpoint.scored_part(sidecar) == 'ema',
         parts.mesh,

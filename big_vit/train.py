@@ -245,7 +245,7 @@ def run(
     with jax.set_mesh(parts.mesh):
         now = restored = restore_newest(workdir, parts.like)
         if now is None:
-            shape, seed = parts.data.image_shape, config.seed
+            shape, seed = parts.data.inputs, config.seed
             if came_from:
                 now = switch.state_of(came_from, config, parts)
             else:

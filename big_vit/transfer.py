@@ -43,11 +43,14 @@ def initial_params(config: Config, parts: build.Experiment) -> Any:
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
     return adapt.adapt(
         params,
-        config_lib.from_json(sidecar['config']),
+        adapt.saved_grid(config_lib.from_json(sidecar['config'])),
         parts.model,
-        config.image_size,
+        adapt.grid_of(config, parts.data.shapes),
         parts.like['params'],
         f'{source}/checkpoints/{step}',
+        channels=config.init_channels,
+        video=config.init_video,
+        resize=config.init_resize,
     )
 
 

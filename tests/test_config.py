@@ -403,7 +403,19 @@ GROUPS = {
     'mesh.tensor': 'int', 'mesh.min_shard_size': 'int', 'checkpoint.keep_last': 'int',
     'log.tensorboard': 'bool', 'log.wandb': 'str', 'transfer.control': 'bool',
     'name': 'choice', 'split': 'str', 'path': 'str', 'tfds_name': 'str', 'num_classes': 'int',
-    'transform': 'str',
+    'transform': 'str', 'init_channels': 'choice', 'init_video': 'choice',
+    'init_resize': 'choice', 'model.head_dim': 'int', 'tokenizer': 'choice', 'stride': 'size',
+    'tubelet': 'int', 'vocab': 'int', 'posemb': 'choice', 'model.embedding_bias': 'bool',
+    'model.posemb_prefix': 'int', 'model.posemb_grid': 'size', 'model.rope_theta': 'number',
+    'model.class_token': 'bool', 'model.registers': 'int', 'model.norm': 'choice',
+    'model.norm_eps': 'share', 'model.pre_norm': 'bool', 'model.norm_after_pool': 'bool',
+    'model.activation': 'choice', 'model.mlp': 'choice', 'model.qkv_bias': 'bool',
+    'model.key_bias': 'bool', 'model.qk_norm': 'bool', 'model.lsa': 'bool',
+    'model.attention': 'choice', 'model.parallel': 'bool', 'model.layer_scale': 'share',
+    'model.drop_path': 'below one', 'model.patch_dropout': 'below one',
+    'model.representation': 'int', 'model.head_bias': 'bool', 'model.fusion': 'choice',
+    'model.queries': 'str', 'model.latents': 'int', 'part': 'str', 'patch': 'size',
+    'streams.*.depth': 'int', 'streams.some.depth': 'int',
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('adapt', 'build'),
     ('switch', 'build'),
     ('explain', 'ledger'),
     ('ledger', 'build'),

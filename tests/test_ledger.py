@@ -11,7 +11,8 @@ from commands import error_line, run, script
 from tiny import MODEL, RUN, flags
 
 from big_vit import build, config, explain, ledger, state, topology, trees
-from big_vit.models import variants
+from big_vit.models import costs, variants
+from big_vit.models.vit import ViT
 
 CONFIG = 'configs/pretrain_fdsl.py'
 SMALL = {**MODEL, **RUN, 'mesh.min_shard_size': '0', 'mesh.max_replicated': '1'}
@@ -47,7 +48,7 @@ def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
     parts = build.experiment(ledger.of_optimizer(settings, name))
     found = ledger.measure(parts.like)
     with jax.set_mesh(parts.mesh):
-        real = state.create(parts.model, parts.data.image_shape, parts.optimizer, 0, parts.like)
+        real = state.create(parts.model, parts.data.inputs, parts.optimizer, 0, parts.like)
     said = {'params': found.params, 'ema': found.average, 'opt': found.own}
     for part, held in said.items():
         if not held.arrays:
@@ -167,12 +168,8 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - began < 60
     assert int(result.stdout.rpartition('grown')[2]) < 500  # Of the 223 GB it tells of.
-    count = variants.count_params(
-        image=(224, 224, 3),
-        num_classes=21_843,
-        pool='map',
-        **{k: v for k, v in variants.parse('22B/14').items() if k != 'num_heads'},
-    )
+    net = ViT(21_843, pool='map', **variants.parse('22B/14'))
+    count = costs.count_params(net, (224, 224, 3))
     assert f'M = {4 * count:,} bytes' in result.stdout
 
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from big_vit import trees
 from big_vit.errors import UserError
-from big_vit.models import layers, variants, vit
+from big_vit.models import costs, layers, positions, variants, vit
 
 SMALL = dict(patch_size=(4, 4), width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=5)
 IMAGE = (2, 8, 12, 3)
@@ -160,11 +160,11 @@ def test_images_that_do_not_divide_into_patches_are_refused():
     with pytest.raises(ValueError, match='8x9 pixels do not divide into 4x4'):
         shapes(model(), (8, 9, 3))
     with pytest.raises(ValueError, match='divisible by 4'):
-        vit.sincos2d(2, 2, 18)
+        positions.sincos2d(2, 2, 18)
 
 
 def test_sincos_positions_tell_all_places_apart():
-    table = vit.sincos2d(14, 20, 64)[0].astype(np.float64)
+    table = positions.sincos2d(14, 20, 64)[0].astype(np.float64)
     distance = np.square(table[:, None] - table[None]).sum(-1) + 9 * np.eye(len(table))
     assert distance.min() > 0.1
     np.testing.assert_allclose(np.square(table).sum(-1), 32, rtol=1e-6)
@@ -324,16 +324,16 @@ def test_scanned_layers_drop_different_units():
     encoder = params['Transformer']
     encoder['encoderblock']['MlpBlock_0']['Dense_1']['bias'] += 1
     x = jnp.zeros((2, 6, 64))
-    block = vit.Encoder(2, net.mlp_dim, net.num_heads, 0.5)
+    block = vit.Encoder(2, net.mlp_dim, net.num_heads, layers.Style(dropout=0.5))
     encoder['encoder_norm']['scale'] += 1
     apply = jax.jit(block.apply, static_argnums=2)
-    y = apply({'params': encoder}, x, False, rngs={'dropout': jax.random.key(0)})
+    y, _ = apply({'params': encoder}, x, False, rngs={'dropout': jax.random.key(0)})
     for row in np.asarray(y).reshape(-1, 64):
         assert len(np.unique(row.round(4))) == 3, 'none, one or both of two layers'
 
 
 def test_dropout_preserves_the_mean():
-    net = layers.Mlp(256, dropout=0.25)
+    net = layers.Mlp(256, layers.Style(dropout=0.25))
     x = jnp.asarray(images((1, 1, 8)))
     params = net.init(jax.random.key(0), x)
     keys = jax.random.split(jax.random.key(1), 2000)
@@ -446,9 +446,8 @@ def counted_leaves(pool, posemb, scan, size):
 
 
 def counted(pool, posemb, size):
-    sizes = {k: v for k, v in variants.parse(f'{size}/16x8').items() if k != 'num_heads'}
-    image = (32, 48, 3)
-    return variants.count_params(image=image, num_classes=10, pool=pool, posemb=posemb, **sizes)
+    net = vit.ViT(num_classes=10, pool=pool, posemb=posemb, **variants.parse(f'{size}/16x8'))
+    return costs.count_params(net, (32, 48, 3))
 
 
 @pytest.mark.parametrize('size', variants.SIZES)
@@ -486,21 +485,17 @@ PARAMS = {
 
 
 def cost(variant, **more):
-    fields = {k: v for k, v in variants.parse(variant).items() if k != 'num_heads'}
-    return {**fields, **more, 'image': (224, 224, 3), 'num_classes': 1000}
+    return costs.cost(vit.ViT(1000, **variants.parse(variant), **more), (224, 224, 3))
 
 
 @pytest.mark.parametrize('variant, pool', FLOPS)
 def test_forward_flops_are_the_published_ones(variant, pool):
-    flops = variants.forward_flops(**cost(variant, pool=pool))
-    assert flops / 1e9 == pytest.approx(FLOPS[variant, pool], rel=0.01)
+    assert cost(variant, pool=pool).flops / 1e9 == pytest.approx(FLOPS[variant, pool], rel=0.01)
 
 
 @pytest.mark.parametrize('variant, pool', PARAMS)
 def test_parameters_are_the_published_ones(variant, pool):
-    # A class token has a position of its own in the papers; here it has none.
-    more = variants.parse(variant)['width']
-    count = variants.count_params(**cost(variant, pool=pool, posemb='learned')) + more
+    count = cost(variant, pool=pool, posemb='learned', posemb_prefix=1).params
     assert count / 1e6 == pytest.approx(PARAMS[variant, pool], rel=0.005)
 
 
@@ -525,8 +520,7 @@ def test_forward_flops_are_those_of_the_traced_matrix_products(pool):
                     total += flops(inside)
         return total
 
-    fields = {k: v for k, v in SMALL.items() if k != 'num_heads'}
-    assert flops(jaxpr) == variants.forward_flops(image=IMAGE[1:], pool=pool, **fields)
+    assert flops(jaxpr) == costs.forward_flops(net, IMAGE[1:])
 
 
 def test_a_variant_names_sizes_and_patch():
@@ -582,7 +576,7 @@ def table_of(rows, columns, width=3, seed=0):
 @pytest.mark.parametrize('grid', [(1, 1), (3, 5), (7, 7)])
 def test_the_same_grid_leaves_positions_as_they_are(grid):
     np.testing.assert_array_equal(
-        vit.resize_positions(table_of(*grid), grid, grid), table_of(*grid)
+        positions.resize_positions(table_of(*grid), grid, grid), table_of(*grid)
     )
 
 
@@ -592,7 +586,7 @@ GRIDS = [((3, 5), (6, 10)), ((7, 7), (4, 9)), ((14, 14), (24, 24)), ((2, 3), (13
 @pytest.mark.parametrize('old, new', GRIDS)
 def test_corners_stay_and_shapes_are_right(old, new):
     table = table_of(*old)
-    found = vit.resize_positions(table, old, new)
+    found = positions.resize_positions(table, old, new)
     assert found.shape == (1, new[0] * new[1], 3) and found.dtype == np.float32
     before, after = table.reshape(*old, 3), found.reshape(*new, 3)
     for r in (0, -1):
@@ -606,7 +600,7 @@ def test_a_plane_stays_a_plane(old, new):
         y, x = np.meshgrid(np.linspace(0, 1, rows), np.linspace(0, 1, columns), indexing='ij')
         return np.stack([2 * y - 3 * x + 1, x], -1).reshape(1, -1, 2).astype(np.float32)
 
-    found = vit.resize_positions(plane(*old), old, new)
+    found = positions.resize_positions(plane(*old), old, new)
     np.testing.assert_allclose(found, plane(*new), atol=1e-6)
 
 
@@ -615,13 +609,13 @@ def test_positions_are_those_of_scipy(old, new):
     grid = table_of(*old).reshape(*old, 3)
     factors = (new[0] / old[0], new[1] / old[1], 1)
     wanted = ndimage.zoom(grid.astype(np.float64), factors, order=1, mode='nearest')
-    found = vit.resize_positions(table_of(*old), old, new).reshape(*new, 3)
+    found = positions.resize_positions(table_of(*old), old, new).reshape(*new, 3)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_to_a_grid_of_one_row_and_back_from_one():
     table = table_of(1, 4)
-    tall = vit.resize_positions(table, (1, 4), (3, 4)).reshape(3, 4, 3)
+    tall = positions.resize_positions(table, (1, 4), (3, 4)).reshape(3, 4, 3)
     np.testing.assert_array_equal(tall, np.broadcast_to(table.reshape(1, 4, 3), (3, 4, 3)))
-    flat = vit.resize_positions(tall.reshape(1, 12, 3), (3, 4), (1, 4))
+    flat = positions.resize_positions(tall.reshape(1, 12, 3), (3, 4), (1, 4))
     np.testing.assert_array_equal(flat, table)

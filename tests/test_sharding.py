@@ -102,7 +102,7 @@ QUERY = 'Transformer/encoderblock/MultiHeadDotProductAttention_0/query'
         ('head/kernel', (64, 1000), ('fsdp', 'tensor')),
         ('head/bias', (1000,), ()),
         ('Transformer/encoder_norm/scale', (64,), ()),
-        ('pos_embedding', (1, 196, 64), ()),
+        ('pos_embedding', (1, 196, 64), (None, None, 'fsdp')),
         ('step', (), ()),
     ],
 )

@@ -243,19 +243,24 @@ class Looks(NamedTuple):
 
     parts: dict[str, tuple[tuple[int, ...], np.dtype]]
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        height, width, channels = self.parts['image'][0]
-        return height, width, channels
+
+# Which axes of a part are the height and the width that the config says.
+_SIZED = {'image': (3, 0), 'video': (4, 1)}
 
 
-def check(transform: Transform, source: Source, size: tuple[int, int]) -> Looks:
+def check(
+    transform: Transform,
+    source: Source,
+    size: tuple[int, int],
+    reads: tuple[str, ...] = ('image',),
+) -> Looks:
     """Tries a transform on the first example, before a device is touched.
 
     Args:
       transform: from `parse`.
       source: what it will be applied to.
-      size: (height, width) that the model needs.
+      size: (height, width) that the model needs of images and videos.
+      reads: the parts that the model takes.
 
     Returns:
       What one example looks like afterwards.
@@ -270,17 +275,34 @@ def check(transform: Transform, source: Source, size: tuple[int, int]) -> Looks:
     except (BadExampleError, OSError) as error:
         raise UserError(f'{source.place(0)}: {error}') from error
     looks = Looks({name: (column.shape[1:], column.dtype) for name, column in columns.items()})
-    if 'image' not in looks.parts:
-        has = ', '.join(sorted(looks.parts)) or 'nothing'
-        raise UserError(
-            f'{transform.key} gives {has} but no image, which is what the model takes: '
-            'docs/data.md says what turns sound and video into images'
-        )
-    shape = looks.parts['image'][0]
-    if len(shape) != 3 or shape[:2] != tuple(size):
-        found = 'x'.join(map(str, shape[:2]))
-        raise UserError(
-            f'{transform.key} gives {found} images but image_size is '
-            f'{size[0]}x{size[1]}: add resize(size)'
-        )
+    for part in reads:
+        if part not in looks.parts:
+            has = ', '.join(sorted(looks.parts)) or 'nothing'
+            raise UserError(
+                f'{transform.key} gives {has} but no {part}, {_NEEDS.get(part, _OTHER)}'
+            )
+        if part in _SIZED:
+            _check_size(transform, part, looks.parts[part][0], size)
     return looks
+
+
+_OTHER = 'which is what the model takes'
+_NEEDS = {
+    'image': f'{_OTHER}: docs/data.md says what turns sound and video into images',
+    'video': f'{_OTHER}: add decode_video(FRAMES)',
+    'tokens': f"{_OTHER}: add byte_tokens(LENGTH) or tokenize('FILE', LENGTH)",
+    'patches': f'{_OTHER}: add ragged_patches(PATCH, TOKENS)',
+}
+
+
+def _check_size(
+    transform: Transform, part: str, shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    rank, first = _SIZED[part]
+    if len(shape) != rank or shape[first : first + 2] != tuple(size):
+        found = 'x'.join(map(str, shape[first : first + 2]))
+        fix = 'resize(size)' if part == 'image' else 'resize_video(size)'
+        raise UserError(
+            f'{transform.key} gives {found} {part}s but image_size is '
+            f'{size[0]}x{size[1]}: add {fix}'
+        )

@@ -1,10 +1,20 @@
 """From encoded tokens to one vector, and from that to logits."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from big_vit.models.layers import Attention, Dtype, Gather, LayerNorm, Mlp, ungathered
+from big_vit.models.layers import (
+    PLAIN,
+    Attention,
+    Gather,
+    Mlp,
+    Places,
+    Style,
+    norm,
+    ungathered,
+)
 
 
 class MapPool(nn.Module):
@@ -12,20 +22,62 @@ class MapPool(nn.Module):
 
     num_heads: int
     mlp_dim: int
-    dtype: Dtype = jnp.float32
-    gather: Gather = ungathered
+    style: Style = PLAIN
 
     @nn.compact
-    def __call__(self, x: Float[Array, 'batch tokens width']) -> Float[Array, 'batch width']:
+    def __call__(
+        self,
+        x: Float[Array, 'batch tokens width'],
+        mask: Bool[Array, 'batch 1 queries tokens'] | None = None,
+    ) -> Float[Array, 'batch queries width']:
+        """One vector for each query of the mask, which says what tokens it sees; else one."""
         batch, _, width = x.shape
+        queries = 1 if mask is None else mask.shape[2]
         probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
-        probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
+        probe = jnp.broadcast_to(probe.astype(self.style.dtype), (batch, queries, width))
         name = 'MultiHeadDotProductAttention_0'
-        y = Attention(self.num_heads, self.dtype, self.gather, name=name)(probe, x)
-        z = LayerNorm(dtype=self.dtype, name='LayerNorm_0')(y)
-        mlp = Mlp(self.mlp_dim, dtype=self.dtype, gather=self.gather, name='MlpBlock_0')
-        y = y + mlp(z)
-        return y[:, 0]
+        y, _ = Attention(self.num_heads, self.style, name=name)(probe, x, Places(mask=mask))
+        z = norm(self.style, 'LayerNorm_0')(y)
+        return y + Mlp(self.mlp_dim, self.style, name='MlpBlock_0')(z)
+
+
+class SequencePool(nn.Module):
+    """The mean of tokens, weighted by a softmax of a learned score (CCT, arXiv 2104.05704)."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'batch tokens width'],
+        mask: Bool[Array, 'batch tokens'] | None = None,
+    ) -> Float[Array, 'batch width']:
+        x = x.astype(jnp.float32)
+        kernel = self.param('kernel', nn.initializers.xavier_uniform(), (x.shape[-1], 1))
+        bias = self.param('bias', nn.initializers.zeros, (1,))
+        scores = jnp.matmul(x, kernel)[..., 0] + bias[None]
+        scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+        return jnp.einsum('bn,bnd->bd', jax.nn.softmax(scores, axis=-1), x)
+
+
+def mean_pool(
+    x: Float[Array, 'batch tokens width'], mask: Bool[Array, 'batch tokens'] | None = None
+) -> Float[Array, 'batch width']:
+    """The mean of tokens (of those that are there) in float32; of none it is zero."""
+    x = x.astype(jnp.float32)
+    if mask is None:
+        return x.mean(axis=1)
+    share = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
+    return jnp.einsum('bn,bnd->bd', share.astype(jnp.float32), x)
+
+
+def segment_pool(
+    x: Float[Array, 'batch tokens width'],
+    segment: Int[Array, 'batch tokens'],
+    segments: int,
+) -> Float[Array, 'batch segments width']:
+    """The mean of the tokens of each of the segments 1, 2, ... in float32; of none it is zero."""
+    own = segment[..., None] == 1 + jnp.arange(segments)[None, None]
+    share = own / jnp.maximum(own.sum(1, keepdims=True), 1)
+    return jnp.einsum('bns,bnd->bsd', share.astype(jnp.float32), x.astype(jnp.float32))
 
 
 class Classifier(nn.Module):
@@ -33,10 +85,14 @@ class Classifier(nn.Module):
 
     num_classes: int
     gather: Gather = ungathered
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, 'batch width']) -> Float[Array, 'batch classes']:
+    def __call__(self, x: Float[Array, 'batch *segments width']) -> Float[Array, '...']:
         kernel = self.param('kernel', nn.initializers.zeros, (x.shape[-1], self.num_classes))
+        name = '/'.join((*self.path, 'kernel'))
+        y = self.gather(name, jnp.matmul, x.astype(jnp.float32), jnp.asarray(kernel))
+        if not self.use_bias:
+            return y
         bias = self.param('bias', nn.initializers.zeros, (self.num_classes,))
-        y = self.gather('head/kernel', jnp.matmul, x.astype(jnp.float32), kernel)
-        return y + bias[None]
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)

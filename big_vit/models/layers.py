@@ -9,14 +9,15 @@ the float32 values in between again, where automatic differentiation keeps those
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Dtype = Any
 Product = Callable[[Array, Array], Array]
@@ -25,6 +26,63 @@ Gather = Callable[[str, Product, Array, Array], Array]
 
 def ungathered(name: str, product: Product, x: Array, kernel: Array) -> Array:
     return product(x, kernel)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How layers are made, the same in all of a model.
+
+    Attributes:
+      norm: 'layernorm' or 'rmsnorm' (arXiv 1910.07467).
+      norm_eps: added to the variance; the papers and their ports differ, and weights depend on it.
+      activation: of the MLP, a name in `ACTIVATIONS`.
+      gated: SwiGLU, silu(a) * b, in place of the activation (arXiv 2002.05202).
+      head_dim: of one head; None divides the width.
+      qkv_bias, key_bias: whether queries, keys and values (and of them keys) have a bias.
+      qk_norm: normalise queries and keys of each head (arXiv 2302.05442).
+      lsa: attend to all but oneself, at a learned temperature (arXiv 2112.13492).
+      attention: 'fused' is `attend`, the others are backends of `jax.nn.dot_product_attention`.
+      dropout: rate of the MLP's hidden units and of the branches.
+      dtype: type of the matrix products and of the residual stream.
+      gather: multiplies with a kernel; where a mesh brings its parts together.
+    """
+
+    norm: str = 'layernorm'
+    norm_eps: float = 1e-6
+    activation: str = 'gelu_tanh'
+    gated: bool = False
+    head_dim: int | None = None
+    qkv_bias: bool = True
+    key_bias: bool = True
+    qk_norm: bool = False
+    lsa: bool = False
+    attention: str = 'fused'
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    gather: Gather = ungathered
+
+
+PLAIN = Style()
+
+
+class Places(NamedTuple):
+    """What attention knows of where tokens are; None where there is none of it.
+
+    rotation: sine and cosine of RoPE, float32 [1 or batch, tokens, 1, head_dim].
+    mask: whether a query may see a key, bool [1 or batch, 1, 1 or tokens, tokens].
+    relative: which row of the table of biases a pair has, int32 [tokens, tokens].
+    context: other tokens to attend to, [batch, others, width].
+    context_mask: as `mask`, [batch, 1, 1, others].
+    """
+
+    rotation: tuple[Array, Array] | None = None
+    mask: Array | None = None
+    relative: Array | None = None
+    context: Array | None = None
+    context_mask: Array | None = None
+
+
+NOWHERE = Places()
 
 
 class Dense(nn.Module):
@@ -43,6 +101,7 @@ class Dense(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
     gather: Gather = ungathered
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
@@ -54,7 +113,6 @@ class Dense(nn.Module):
             return self.kernel_init(key, matrix, jnp.float32).reshape(shape)
 
         kernel = self.param('kernel', init, (*inputs, *outputs))
-        bias = self.param('bias', self.bias_init, outputs)
 
         def product(x: Array, kernel: Array) -> Array:
             last = tuple(range(x.ndim - self.in_axes, x.ndim))
@@ -62,6 +120,9 @@ class Dense(nn.Module):
 
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = self.gather('/'.join((*self.path, 'kernel')), product, x, kernel)
+        if not self.use_bias:
+            return y
+        bias = jnp.asarray(self.param('bias', self.bias_init, outputs))
         lead = (1,) * (y.ndim - len(outputs))
         return y + bias.astype(self.dtype).reshape(lead + outputs)
 
@@ -84,6 +145,25 @@ class LayerNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.epsilon, self.dtype)
+
+
+class RmsNorm(nn.Module):
+    """Division by the root mean square over the last axis (arXiv 1910.07467), in float32."""
+
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*batch width']) -> Float[Array, '*batch width']:
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, jnp.asarray(scale), self.epsilon, self.dtype)
+
+
+def norm(style: Style, name: str) -> LayerNorm | RmsNorm:
+    """The norm of this style; its parameters are called `name`."""
+    if style.norm == 'rmsnorm':
+        return RmsNorm(style.norm_eps, style.dtype, name=name)
+    return LayerNorm(style.norm_eps, style.dtype, name=name)
 
 
 def _last(x: Float[Array, ' width'], ndim: int) -> Float[Array, '...']:
@@ -122,6 +202,33 @@ def _layer_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...],
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, '*batch width'], scale: Float[Array, ' width'], epsilon: float, dtype: Dtype
+) -> Float[Array, '*batch width']:
+    """x / sqrt(mean of squares + epsilon) * scale, computed in float32."""
+    return _rms_norm_forward(x, scale, epsilon, dtype)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, epsilon: float, dtype: Dtype):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    return (wide * inverse * _last(scale, x.ndim)).astype(dtype), (x, inverse[..., 0], scale)
+
+
+def _rms_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...], g: Array):
+    x, inverse, scale = saved
+    y = x.astype(jnp.float32) * inverse[..., None]
+    g = g.astype(jnp.float32)
+    d_scale = (g * y).sum(tuple(range(x.ndim - 1)))
+    g = g * _last(scale, x.ndim)
+    dx = (g - y * (g * y).mean(-1, keepdims=True)) * inverse[..., None]
+    return dx.astype(x.dtype), d_scale
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp
@@ -192,45 +299,124 @@ def _gelu_backward(x: Array, g: Array):
 gelu.defvjp(lambda x: (nn.gelu(x), x), _gelu_backward)
 
 
+def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
+    """x * sigmoid(1.702 x), as CLIP has it (arXiv 1606.08415)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'gelu_tanh': gelu,
+    'gelu': partial(jax.nn.gelu, approximate=False),
+    'quick_gelu': quick_gelu,
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+}
+
+
+def rotate(
+    x: Float[Array, 'batch tokens heads features'], rotation: tuple[Array, Array]
+) -> Float[Array, 'batch tokens heads features']:
+    """Turns each pair of features (i, i + features/2) by its token's angle (arXiv 2104.09864)."""
+    sin, cos = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = x.astype(jnp.float32) * cos + jnp.concatenate([-second, first], -1) * sin
+    return turned.astype(x.dtype)
+
+
+def attention_weights(
+    query: Float[Array, 'batch queries heads features'],
+    key: Float[Array, 'batch keys heads features'],
+    bias: Float[Array, '1 heads queries keys'] | None = None,
+    mask: Bool[Array, '#batch 1 #queries keys'] | None = None,
+) -> Float[Array, 'batch heads queries keys']:
+    """The softmax that attention mixes values with, in float32: to look at, not to compute with."""
+    logits = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+    logits = logits * query.shape[-1] ** -0.5
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, -jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context` (over itself by default; arXiv 1706.03762)."""
+    """Multi-head attention of `x` over `context` (over itself by default; arXiv 1706.03762).
+
+    With `capture` it returns (mixed, weights [batch, heads, queries, keys]), else (mixed, None).
+    """
 
     num_heads: int
-    dtype: Dtype = jnp.float32
-    gather: Gather = ungathered
+    style: Style = PLAIN
+    relative: int = 0  # Rows of the table of biases; 0 has none.
+    capture: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, 'batch queries width'],
         context: Float[Array, 'batch keys width'] | None = None,
-    ) -> Float[Array, 'batch queries width']:
+        places: Places = NOWHERE,
+    ) -> tuple[Float[Array, 'batch queries width'], Float[Array, '...'] | None]:
+        style, to_itself = self.style, context is None
         context = x if context is None else context
         width = x.shape[-1]
-        heads = (self.num_heads, width // self.num_heads)
-        dense = partial(Dense, dtype=self.dtype, gather=self.gather)
-        query = checkpoint_name(dense(heads, name='query')(x), 'qkv')
-        key = checkpoint_name(dense(heads, name='key')(context), 'qkv')
-        value = checkpoint_name(dense(heads, name='value')(context), 'qkv')
-        mixed = checkpoint_name(attend(query, key, value), 'mixed')
-        return dense((width,), in_axes=2, name='out')(mixed)
+        heads = (self.num_heads, style.head_dim or width // self.num_heads)
+        dense = partial(Dense, dtype=style.dtype, gather=style.gather)
+        inward = partial(dense, heads, use_bias=style.qkv_bias)
+        query = checkpoint_name(inward(name='query')(x), 'qkv')
+        key_bias = style.qkv_bias and style.key_bias
+        key = checkpoint_name(dense(heads, use_bias=key_bias, name='key')(context), 'qkv')
+        value = checkpoint_name(inward(name='value')(context), 'qkv')
+        if style.qk_norm:
+            query, key = norm(style, 'query_norm')(query), norm(style, 'key_norm')(key)
+        if places.rotation is not None:
+            query, key = rotate(query, places.rotation), rotate(key, places.rotation)
+        mask, bias = places.mask, None
+        if style.lsa and to_itself:
+            root = heads[1] ** 0.5
+            start = nn.initializers.constant(1 / root)
+            scale = jnp.asarray(self.param('temperature', start, heads[:1]))
+            query = query * (scale * root).astype(query.dtype).reshape(1, 1, -1, 1)
+            others = ~jnp.eye(x.shape[1], dtype=bool)[None, None]
+            mask = others if mask is None else mask & others
+        if self.relative:
+            assert places.relative is not None
+            table = self.param('relative', nn.initializers.zeros, (self.relative, heads[0]))
+            bias = jnp.asarray(table)[places.relative].transpose(2, 0, 1)[None]
+        if style.attention == 'fused' and mask is None and bias is None:
+            mixed = attend(query, key, value)
+        else:
+            mixed = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                bias=None if bias is None else bias.astype(query.dtype),
+                mask=mask,
+                implementation='cudnn' if style.attention == 'cudnn' else 'xla',
+            )
+        mixed = checkpoint_name(mixed, 'mixed')
+        weights = attention_weights(query, key, bias, mask) if self.capture else None
+        return dense((width,), in_axes=2, name='out')(mixed), weights
 
 
 class Mlp(nn.Module):
-    """Dense, GELU (tanh form), Dense."""
+    """Dense, activation, Dense; or, gated, Dense(silu(Dense) * Dense)."""
 
     hidden: int
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    gather: Gather = ungathered
+    style: Style = PLAIN
 
     @nn.compact
     def __call__(
         self, x: Float[Array, 'batch tokens width'], deterministic: bool = True
     ) -> Float[Array, 'batch tokens width']:
+        style = self.style
         dense = partial(
-            Dense, bias_init=nn.initializers.normal(1e-6), dtype=self.dtype, gather=self.gather
+            Dense, bias_init=nn.initializers.normal(1e-6), dtype=style.dtype, gather=style.gather
         )
         hidden = checkpoint_name(dense((self.hidden,), name='Dense_0')(x), 'hidden')
-        hidden = nn.Dropout(self.dropout)(gelu(hidden), deterministic)
+        if style.gated:
+            gate = checkpoint_name(dense((self.hidden,), name='Dense_gate')(x), 'hidden')
+            hidden = jax.nn.silu(gate) * hidden
+        else:
+            hidden = ACTIVATIONS[style.activation](hidden)
+        hidden = nn.Dropout(style.dropout)(hidden, deterministic)
         return dense((x.shape[-1],), name='Dense_1')(hidden)

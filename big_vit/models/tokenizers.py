@@ -1,23 +1,158 @@
-"""From inputs to tokens."""
+"""From inputs to tokens: images, videos, spectrograms, words, and images of any shape.
+
+A spectrogram is an image of one channel, [time, frequency, 1] or the other way round, for
+'patches' that may overlap (AST, arXiv 2104.01778).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from big_vit.models.layers import Dtype, Gather, ungathered
+from big_vit.models import positions
+from big_vit.models.layers import Gather, LayerNorm, Style, ungathered
+from big_vit.models.positions import Grid
+
+# Which part of a batch each tokenizer reads.
+PARTS = {
+    'patches': 'image',
+    'conv': 'image',
+    'resnet': 'image',
+    'cct': 'image',
+    'spt': 'image',
+    'tubelets': 'video',
+    'words': 'tokens',
+    'ragged': 'patches',
+}
+# Parts of a batch that are numbers of pixels.
+PICTURES = ('image', 'video', 'patches')
+# Block counts of the stages of a ResNet by name and total stride (BiT, arXiv 1912.11370).
+RESNETS: dict[str, tuple[tuple[int, ...], ...]] = {
+    'R': ((),),
+    'R26': ((2, 2, 2, 2),),
+    'R50': ((3, 4, 6, 3), (3, 4, 9)),
+}
+CCT_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of input and how it becomes tokens.
+
+    Attributes:
+      name: of its parameters, where there are several streams.
+      part: of the batch; by default what the tokenizer reads.
+      tokenizer: a key of `PARTS`.
+      patch_size: (height, width) in pixels of a patch; of stems that shrink the image, by how
+        much they do in all.
+      stride: (height, width) between overlapping patches; None is the patch's size.
+      tubelet: frames of a tubelet.
+      vocab: words that there are.
+      resnet: units of each stage of the hybrid's ResNet.
+      embedding_bias: whether the projection has a bias.
+      posemb: 'sincos2d', 'sincos2d_mae', 'learned', 'rope', 'relative' or 'none'.
+      posemb_prefix: prefix tokens that have a row of their own in front of a learned table.
+      posemb_grid: (rows, columns) of the learned table of 'ragged', whose images have any.
+      rope_theta: see `positions.rotation`.
+      depth: blocks of its own, before it is attended to by another stream.
+    """
+
+    name: str = ''
+    part: str = ''
+    tokenizer: str = 'patches'
+    patch_size: tuple[int, int] = (16, 16)
+    stride: tuple[int, int] | None = None
+    tubelet: int = 2
+    vocab: int = 0
+    resnet: tuple[int, ...] = ()
+    embedding_bias: bool = True
+    posemb: str = 'sincos2d'
+    posemb_prefix: int = 0
+    posemb_grid: tuple[int, int] = (16, 16)
+    rope_theta: float = 100.0
+    depth: int = 0
+
+    @property
+    def reads(self) -> str:
+        return self.part or PARTS[self.tokenizer]
+
+
+class Tokens(NamedTuple):
+    """Tokens [batch, tokens, width] with positions added, and what attention needs to know.
+
+    grid: how they lie, where that is the same in all examples.
+    mask: which of them are real, [batch, tokens].
+    segment: of 'ragged', which image each belongs to, from 1; 0 is padding.
+    """
+
+    x: Array
+    grid: Grid | None = None
+    mask: Array | None = None
+    segment: Array | None = None
+    rotation: tuple[Array, Array] | None = None
+
+
+def resnet_stride(layers: tuple[int, ...]) -> int:
+    """Of a ResNet with so many stages, its root included."""
+    return 4 * 2 ** max(len(layers) - 1, 0)
+
+
+def grid_of(stream: Stream, shape: tuple[int, ...]) -> Grid:
+    """How many tokens an input of this shape (without the batch) gives along each axis.
+
+    Raises:
+      ValueError: the input does not divide into patches; says which sizes would.
+    """
+    if stream.tokenizer == 'words':
+        return (shape[0],)
+    if stream.tokenizer == 'ragged':
+        return (shape[0],)
+    if stream.tokenizer == 'tubelets':
+        frames = shape[0]
+        if frames % stream.tubelet:
+            low = frames // stream.tubelet * stream.tubelet
+            raise ValueError(
+                f'{frames} frames do not divide into tubelets of {stream.tubelet}: '
+                f'take {low or stream.tubelet} or {low + stream.tubelet}'
+            )
+        return (frames // stream.tubelet, *_rows(stream, shape[1:3]))
+    return _rows(stream, shape[:2])
+
+
+def _rows(stream: Stream, size: tuple[int, ...]) -> tuple[int, int]:
+    step = stream.stride or stream.patch_size
+    found = []
+    for pixels, patch, every in zip(size, stream.patch_size, step, strict=True):
+        if pixels < patch or (pixels - patch) % every:
+            low = max((pixels - patch) // every, 0) * every + patch
+            near = f'{low}' if pixels < patch else f'{low} or {low + every}'
+            shown, each = ('x'.join(map(str, s)) for s in (size, stream.patch_size))
+            strided = '' if stream.stride is None else f' every {"x".join(map(str, step))}'
+            raise ValueError(
+                f'{shown} pixels do not divide into {each} patches{strided}: of {pixels}, '
+                f'{near} would'
+            )
+        found.append((pixels - patch) // every + 1)
+    return found[0], found[1]
 
 
 class Patches(nn.Module):
-    """Non-overlapping patches, each projected to `width` (arXiv 2010.11929).
+    """Patches, each projected to `width` (arXiv 2010.11929).
 
-    The kernel has the layout of a convolution, [height, width, channels, out],
-    and is applied as a reshape and one matrix product.
+    The kernel has the layout of a convolution, [height, width, channels, out]; patches that do
+    not overlap are applied as a reshape and one matrix product.
     """
 
     width: int
     patch_size: tuple[int, int]
-    dtype: Dtype = jnp.float32
-    gather: Gather = ungathered
+    style: Style
+    stride: tuple[int, int] | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -25,22 +160,443 @@ class Patches(nn.Module):
     ) -> Float[Array, 'batch rows columns features']:
         batch, height, width, channels = image.shape
         ph, pw = self.patch_size
-        if height % ph or width % pw:
-            raise ValueError(f'{height}x{width} pixels do not divide into {ph}x{pw} patches')
-        shape = (ph, pw, channels, self.width)
-        kernel = self.param(
-            'kernel',
-            lambda key, shape: nn.initializers.lecun_normal()(
-                key, (ph * pw * channels, self.width)
-            ).reshape(shape),
-            shape,
+        rows, columns = _rows(
+            Stream(patch_size=self.patch_size, stride=self.stride), (height, width)
         )
-        bias = self.param('bias', nn.initializers.zeros, (self.width,))
-        patches = image.reshape(batch, height // ph, ph, width // pw, pw, channels)
+        shape = (ph, pw, channels, self.width)
+        kernel = jnp.asarray(self.param('kernel', _flat_init, shape))
+        image, kernel = image.astype(self.style.dtype), kernel.astype(self.style.dtype)
+        if self.stride is None or self.stride == self.patch_size:
+            image = image.reshape(batch, rows, ph, columns, pw, channels)
+
+            def product(patches: Array, kernel: Array) -> Array:
+                return jnp.einsum('brpcqi,pqio->brco', patches, kernel)
+        else:
+            product = partial(_conv, stride=self.stride, padding='VALID')
+        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, image, kernel)
+        if not self.use_bias:
+            return tokens
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
+        return tokens + bias.astype(self.style.dtype).reshape(1, 1, 1, -1)
+
+
+class Tubelets(nn.Module):
+    """Boxes of several frames, each projected to `width` (ViViT, arXiv 2103.15691)."""
+
+    width: int
+    tubelet: tuple[int, int, int]
+    style: Style
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, video: Float[Array, 'batch frames height width channels']
+    ) -> Float[Array, 'batch times rows columns features']:
+        batch, frames, height, width, channels = video.shape
+        t, ph, pw = self.tubelet
+        kernel = jnp.asarray(
+            self.param('kernel', _flat_init, (*self.tubelet, channels, self.width))
+        )
+        dtype = self.style.dtype
+        shape = (batch, frames // t, t, height // ph, ph, width // pw, pw, channels)
+
+        def product(boxes: Array, kernel: Array) -> Array:
+            return jnp.einsum('btarpcqi,apqio->btrco', boxes, kernel)
+
+        boxes, kernel = video.reshape(shape).astype(dtype), kernel.astype(dtype)
+        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, boxes, kernel)
+        if not self.use_bias:
+            return tokens
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
+        return tokens + bias.astype(dtype).reshape(1, 1, 1, 1, -1)
+
+
+class RaggedPatches(nn.Module):
+    """The projection of `Patches` for patches that were cut out already."""
+
+    width: int
+    patch_size: tuple[int, int]
+    style: Style
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, patches: Float[Array, 'batch tokens pixels']
+    ) -> Float[Array, 'batch tokens features']:
+        ph, pw = self.patch_size
+        channels = patches.shape[-1] // (ph * pw)
+        kernel = jnp.asarray(self.param('kernel', _flat_init, (ph, pw, channels, self.width)))
 
         def product(patches: Array, kernel: Array) -> Array:
-            return jnp.einsum('brpcqi,pqio->brco', patches, kernel)
+            return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
 
-        patches, kernel = patches.astype(self.dtype), kernel.astype(self.dtype)
-        tokens = self.gather('embedding/kernel', product, patches, kernel)
-        return tokens + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        patches, kernel = patches.astype(self.style.dtype), kernel.astype(self.style.dtype)
+        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, patches, kernel)
+        if not self.use_bias:
+            return tokens
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
+        return tokens + bias.astype(self.style.dtype).reshape(1, 1, -1)
+
+
+def _flat_init(key: Array, shape: tuple[int, ...]) -> Array:
+    """The fan is that of the flattened patch, as the papers have it."""
+    return nn.initializers.lecun_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+
+def _conv(
+    x: Float[Array, 'batch height width channels'],
+    kernel: Float[Array, 'rows columns channels features'],
+    stride: tuple[int, int],
+    padding: Any,
+) -> Float[Array, 'batch new_height new_width features']:
+    return jax.lax.conv_general_dilated(
+        x, kernel, stride, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+class Conv(nn.Module):
+    """A convolution without bias; `standardised`, its kernel has mean 0 and variance 1.
+
+    That is weight standardisation (arXiv 1903.10520), which BiT's ResNets have.
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    standardised: bool = False
+    padding: Any = 'SAME'
+    dtype: Any = jnp.float32
+    gather: Gather = ungathered
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = jnp.asarray(self.param('kernel', nn.initializers.he_normal(), shape))
+        if self.standardised:
+            kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
+            kernel = kernel / (jnp.sqrt(jnp.square(kernel).mean((0, 1, 2), keepdims=True)) + 1e-5)
+        product = partial(_conv, stride=(self.stride, self.stride), padding=self.padding)
+        name = '/'.join((*self.path, 'kernel'))
+        return self.gather(name, product, x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over space and groups of channels (arXiv 1803.08494), in float32."""
+
+    groups: int = 32
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch height width channels']:
+        batch, height, width, channels = x.shape
+        scale = jnp.asarray(self.param('scale', nn.initializers.ones, (channels,)))
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (channels,)))
+        wide = x.astype(jnp.float32).reshape(batch, height * width, self.groups, -1)
+        mean = wide.mean((1, 3), keepdims=True)
+        variance = jnp.square(wide - mean).mean((1, 3), keepdims=True)
+        wide = ((wide - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        lead = (1, 1, 1, channels)
+        return (wide * scale.reshape(lead) + bias.reshape(lead)).astype(self.dtype)
+
+
+# PyTorch's border, where TensorFlow's 'SAME' is other than this for a stride of two.
+_EVEN = ((1, 1), (1, 1))
+
+
+def _max_pool(x: Array, border: Any) -> Array:
+    """The largest of 3x3 pixels, at every second one."""
+    return nn.max_pool(x, (3, 3), (2, 2), border)
+
+
+class Unit(nn.Module):
+    """A bottleneck of BiT's ResNet after which the ReLU comes (arXiv 1512.03385)."""
+
+    features: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        dtype, out = self.style.dtype, 4 * self.features
+        conv = partial(Conv, standardised=True, dtype=dtype, gather=self.style.gather)
+        normed = partial(GroupNorm, dtype=dtype)
+        rest = x
+        if x.shape[-1] != out or self.stride > 1:
+            rest = normed(name='gn_proj')(conv(out, 1, self.stride, name='conv_proj')(x))
+        y = jax.nn.relu(normed(name='gn1')(conv(self.features, 1, name='conv1')(x)))
+        y = conv(self.features, 3, self.stride, name='conv2')(y)
+        y = jax.nn.relu(normed(name='gn2')(y))
+        y = normed(name='gn3')(conv(out, 1, name='conv3')(y))
+        return jax.nn.relu(rest + y)
+
+
+class Stage(nn.Module):
+    """Units of one resolution."""
+
+    units: int
+    features: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        for i in range(self.units):
+            stride = 1 if i else self.stride
+            x = Unit(self.features, stride, self.style, name=f'unit{i + 1}')(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """The first stages of BiT's ResNet, as the hybrids of the ViT paper have them."""
+
+    layers: tuple[int, ...]
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        style, root = self.style, 64
+        x = Conv(
+            root, 7, 2, standardised=True, dtype=style.dtype, gather=style.gather, name='conv_root'
+        )(image)
+        x = _max_pool(jax.nn.relu(GroupNorm(dtype=style.dtype, name='gn_root')(x)), 'SAME')
+        for i, units in enumerate(self.layers):
+            stage = Stage(units, root * 2**i, 2 if i else 1, style, name=f'block{i + 1}')
+            x = stage(x)
+        return x
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2 in place of large patches (arXiv 2106.14881).
+
+    Each is followed by a norm and a ReLU, and widens twice as much; `Patches` of one pixel
+    project what comes out. The norm is over groups and not over the batch: a model is a
+    function of its parameters alone, and of one example at a time.
+    """
+
+    width: int
+    layers: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        x, dtype = image, self.style.dtype
+        for i in range(self.layers):
+            features = conv_features(self.width, self.layers, i)
+            conv = Conv(
+                features,
+                3,
+                2,
+                padding=_EVEN,
+                dtype=dtype,
+                gather=self.style.gather,
+                name=f'conv_{i}',
+            )
+            groups = math.gcd(features, 8)
+            x = jax.nn.relu(GroupNorm(groups, dtype=dtype, name=f'norm_{i}')(conv(x)))
+        return x
+
+
+def conv_features(width: int, layers: int, i: int) -> int:
+    """Channels of convolution i of a `ConvStem`: the last has the width, each before it half."""
+    return max(width // 2 ** (layers - 1 - i), 8)
+
+
+class CctStem(nn.Module):
+    """Convolutions, each with ReLU and max-pooling, whose pixels are tokens (arXiv 2104.05704)."""
+
+    width: int
+    layers: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        x = image
+        for i in range(self.layers):
+            features = self.width if i == self.layers - 1 else CCT_CHANNELS
+            conv = Conv(
+                features, 3, dtype=self.style.dtype, gather=self.style.gather, name=f'conv_{i}'
+            )
+            x = _max_pool(jax.nn.relu(conv(x)), _EVEN)
+        return x
+
+
+class ShiftedPatches(nn.Module):
+    """The image beside four copies shifted by half a patch diagonally (SPT, arXiv 2112.13492).
+
+    Patches of all five are normalised and projected.
+    """
+
+    width: int
+    patch_size: tuple[int, int]
+    style: Style
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        batch, height, width, channels = image.shape
+        ph, pw = self.patch_size
+        down, right = ph // 2, pw // 2
+        padded = jnp.pad(image, ((0, 0), (down, down), (right, right), (0, 0)))
+        shifts = [
+            padded[:, top : top + height, left : left + width]
+            for top in (0, 2 * down)
+            for left in (0, 2 * right)
+        ]
+        x = jnp.concatenate([image, *shifts], axis=-1)
+        x = x.reshape(batch, height // ph, ph, width // pw, pw, 5 * channels).swapaxes(2, 3)
+        x = x.reshape(batch, height // ph, width // pw, -1)
+        x = LayerNorm(self.style.norm_eps, self.style.dtype, name='norm')(x)
+        # As an image of one pixel a patch, its kernel needs no form of its own.
+        return Patches(self.width, (1, 1), self.style, use_bias=self.use_bias, name='projection')(x)
+
+
+def _image_tokens(stream: Stream, width: int, style: Style, image: Array) -> Array:
+    """[batch, rows, columns, width]; called within the scope that the parameters belong to."""
+    patch, bias = stream.patch_size, stream.embedding_bias
+    if stream.tokenizer == 'patches':
+        return Patches(width, patch, style, stream.stride, bias, name='embedding')(image)
+    if stream.tokenizer == 'spt':
+        return ShiftedPatches(width, patch, style, bias, name='embedding')(image)
+    layers = round(math.log2(patch[0]))
+    if stream.tokenizer == 'cct':
+        return CctStem(width, layers, style, name='stem')(image)
+    if stream.tokenizer == 'conv':
+        x = ConvStem(width, layers, style, name='stem')(image)
+        return Patches(width, (1, 1), style, None, bias, name='embedding')(x)
+    x = ResNet(stream.resnet, style, name='stem')(image)
+    left = patch[0] // resnet_stride(stream.resnet), patch[1] // resnet_stride(stream.resnet)
+    return Patches(width, left, style, None, bias, name='embedding')(x)
+
+
+def tokenize(
+    module: nn.Module,
+    stream: Stream,
+    width: int,
+    head_dim: int,
+    style: Style,
+    inputs: dict[str, Array],
+) -> Tokens:
+    """The tokens of one stream, with their positions; parameters go into `module`'s scope.
+
+    Raises:
+      ValueError: the input does not divide into patches.
+    """
+    found = inputs[stream.reads]
+    if stream.tokenizer == 'words':
+        return _words(module, stream, width, head_dim, style, found, inputs.get('text_mask'))
+    if stream.tokenizer == 'ragged':
+        return _ragged(module, stream, width, head_dim, style, inputs)
+    grid = grid_of(stream, found.shape[1:])
+    if stream.tokenizer == 'tubelets':
+        box = (stream.tubelet, *stream.patch_size)
+        x = Tubelets(width, box, style, stream.embedding_bias, name='embedding')(found)
+    else:
+        x = _image_tokens(stream, width, style, found)
+    x = x.reshape(x.shape[0], math.prod(grid), width)
+    x, turns = _placed(module, stream, head_dim, style, x, grid)
+    return Tokens(x, grid, rotation=turns)
+
+
+def _placed(
+    module: nn.Module, stream: Stream, head_dim: int, style: Style, x: Array, grid: Grid
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """Tokens with the positions of their grid, and the rotation, if that is what they have."""
+    tokens, width = x.shape[1:]
+    if stream.posemb == 'learned':
+        init = nn.initializers.normal(width**-0.5)
+        shape = (1, stream.posemb_prefix + tokens, width)
+        table = jnp.asarray(module.param('pos_embedding', init, shape))
+        x = x + table[:, stream.posemb_prefix :].astype(style.dtype)
+    elif stream.posemb in positions.LAWS:
+        table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
+        x = x + table.astype(style.dtype)
+    elif stream.posemb == 'rope':
+        places = jnp.asarray(positions.centres(grid))
+        return x, positions.rotation(places, head_dim, stream.rope_theta)
+    return x, None
+
+
+def _words(
+    module: nn.Module,
+    stream: Stream,
+    width: int,
+    head_dim: int,
+    style: Style,
+    tokens: Int[Array, 'batch length'],
+    mask: Array | None,
+) -> Tokens:
+    init = nn.initializers.normal(0.02)
+    table = jnp.asarray(module.param('word_embedding', init, (stream.vocab, width)))
+    x = jnp.take(table, tokens, axis=0, mode='clip').astype(style.dtype)
+    grid = tokens.shape[1:]
+    x, turns = _placed(module, stream, head_dim, style, x, grid)
+    return Tokens(x, grid, None if mask is None else mask > 0, rotation=turns)
+
+
+def _ragged(
+    module: nn.Module,
+    stream: Stream,
+    width: int,
+    head_dim: int,
+    style: Style,
+    inputs: dict[str, Array],
+) -> Tokens:
+    """Patches of images of any shape, several in a row (NaViT, arXiv 2307.06304; NaFlex).
+
+    Beside 'patches' [batch, tokens, pixels] the inputs are 'segment' [batch, tokens] (which
+    image; 0 is padding), 'place' [batch, tokens, 2] (row and column) and 'grid' [batch, tokens,
+    2] (how many of each the token's image has).
+    """
+    x = RaggedPatches(width, stream.patch_size, style, stream.embedding_bias, name='embedding')(
+        inputs[stream.reads]
+    )
+    segment = inputs['segment'].astype(jnp.int32)
+    place = inputs['place'].astype(jnp.float32)
+    sizes = jnp.maximum(inputs['grid'].astype(jnp.float32), 1)
+    turns = None
+    if stream.posemb == 'learned':
+        init = nn.initializers.normal(width**-0.5)
+        shape = (1, math.prod(stream.posemb_grid), width)
+        table = jnp.asarray(module.param('pos_embedding', init, shape))
+        share = place / jnp.maximum(sizes - 1, 1)
+        x = x + positions.positions_at(table, stream.posemb_grid, share).astype(style.dtype)
+    elif stream.posemb in positions.LAWS:
+        x = x + positions.sincos_at(place, width, stream.posemb).astype(style.dtype)
+    elif stream.posemb == 'rope':
+        centre = (place + 0.5) / sizes * 2 - 1
+        turns = positions.rotation(centre, head_dim, stream.rope_theta)
+    return Tokens(x, None, segment > 0, segment, turns)
+
+
+def padded_rotation(
+    turns: tuple[Array, Array] | None, before: int, tokens: int, head_dim: int
+) -> tuple[Array, Array]:
+    """Rotations with `before` tokens in front that stay as they are; None is `tokens` of them."""
+    if turns is None:
+        sin = jnp.zeros((1, before + tokens, 1, head_dim), jnp.float32)
+        return sin, sin + 1
+    sin, cos = turns
+    pad = ((0, 0), (before, 0), (0, 0), (0, 0))
+    return jnp.pad(sin, pad), jnp.pad(cos, pad, constant_values=1)
+
+
+def real(mask: Array | None, x: Array) -> Bool[Array, 'batch tokens']:
+    """Which tokens are real, where all are if nothing is said."""
+    return jnp.ones(x.shape[:2], bool) if mask is None else mask

@@ -1,9 +1,10 @@
-"""The published sizes by name, and what a model costs, from its sizes alone."""
+"""The published sizes by name."""
 
 import difflib
 import re
 
 from big_vit.errors import UserError
+from big_vit.models import tokenizers
 
 # name: (width, depth, mlp_dim, num_heads)
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -25,15 +26,17 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 def parse(variant: str) -> dict[str, object]:
-    """'S/16' or 'S/16x8' (patch height x width) as the fields of a `ViT`.
+    """'S/16', 'S/16x8' (patch height x width) or 'R50+B/16' (hybrid) as fields of a `ViT`.
 
     Raises:
       UserError: an unknown size or a malformed patch.
     """
-    match = re.fullmatch(r'([\w-]+)/(\d+)(?:x(\d+))?', variant)
+    match = re.fullmatch(r'(?:(R\d*)\+)?([\w-]+)/(\d+)(?:x(\d+))?', variant)
     if not match:
-        raise UserError(f"config: model.variant must look like 'S/16' or 'S/16x8', got {variant!r}")
-    size, height, width = match[1], int(match[2]), int(match[3] or match[2])
+        raise UserError(
+            f"config: model.variant must look like 'S/16', 'S/16x8' or 'R50+B/16', got {variant!r}"
+        )
+    size, height, width = match[2], int(match[3]), int(match[4] or match[3])
     if size not in SIZES:
         near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.3)
         hint = f'did you mean {near[0]}? ' if near else ''
@@ -44,54 +47,26 @@ def parse(variant: str) -> dict[str, object]:
     if not (height and width):
         raise UserError(f'config: model.variant {variant!r}: a patch must have at least one pixel')
     names = ('width', 'depth', 'mlp_dim', 'num_heads')
-    return dict(zip(names, SIZES[size], strict=True), patch_size=(height, width))
+    found = dict(zip(names, SIZES[size], strict=True), patch_size=(height, width))
+    if match[1]:
+        found |= {'tokenizer': 'resnet', 'resnet': _resnet(variant, match[1], height, width)}
+    return found
 
 
-def count_params(
-    *,
-    image: tuple[int, int, int],
-    num_classes: int,
-    patch_size: tuple[int, int],
-    width: int,
-    depth: int,
-    mlp_dim: int,
-    posemb: str = 'sincos2d',
-    pool: str = 'gap',
-) -> int:
-    """Number of parameters of a `ViT` for images of (height, width, channels)."""
-    height, columns, channels = image
-    tokens = (height // patch_size[0]) * (columns // patch_size[1])
-    norm = 2 * width
-    attention = 4 * (width * width + width)
-    mlp = 2 * width * mlp_dim + mlp_dim + width
-    total = patch_size[0] * patch_size[1] * channels * width + width
-    total += depth * (2 * norm + attention + mlp) + norm
-    total += tokens * width if posemb == 'learned' else 0
-    total += {'gap': 0, 'cls': width, 'map': width + attention + norm + mlp}[pool]
-    return total + width * num_classes + num_classes
-
-
-def forward_flops(
-    *,
-    image: tuple[int, int, int],
-    num_classes: int,
-    patch_size: tuple[int, int],
-    width: int,
-    depth: int,
-    mlp_dim: int,
-    pool: str = 'gap',
-) -> int:
-    """Floating-point operations of the matrix products for one image, forward.
-
-    A multiply-add counts as two. A training step takes three times as many;
-    what rematerialisation computes again does not count (arXiv 2204.02311, MFU).
-    """
-    height, columns, channels = image
-    patches = (height // patch_size[0]) * (columns // patch_size[1])
-    tokens = patches + (pool == 'cls')
-    embedding = 2 * patches * patch_size[0] * patch_size[1] * channels * width
-    block = 2 * tokens * (4 * width**2 + 2 * width * mlp_dim) + 4 * tokens**2 * width
-    head = 2 * width * num_classes
-    if pool == 'map':
-        head += 2 * (2 * tokens + 2) * width**2 + 4 * tokens * width + 4 * width * mlp_dim
-    return embedding + depth * block + head
+def _resnet(variant: str, name: str, height: int, width: int) -> tuple[int, ...]:
+    """Units of each stage of the ResNet, the deepest that leaves patches of whole pixels."""
+    if name not in tokenizers.RESNETS:
+        raise UserError(
+            f'config: model.variant {variant!r}: unknown ResNet {name!r}; there are '
+            f'{", ".join(tokenizers.RESNETS)}'
+        )
+    choices = tokenizers.RESNETS[name]
+    for layers in choices:
+        stride = tokenizers.resnet_stride(layers)
+        if height % stride == 0 and width % stride == 0:
+            return layers
+    strides = ' or '.join(str(tokenizers.resnet_stride(layers)) for layers in choices)
+    raise UserError(
+        f'config: model.variant {variant!r}: {name} shrinks images by {strides}, so the patch '
+        'must be a multiple of that'
+    )

@@ -14,8 +14,15 @@ from big_vit.optim import matrices
 # A number for all of an array, or one for each of its scanned layers.
 Factor = float | tuple[float, ...]
 
-_FIRST = re.compile(r'embedding/.*|pos_embedding|cls')
-_BLOCK = re.compile(r'(?:.*/)?encoderblock_(\d+)/.*')
+# What makes tokens: the first layer. Blocks are those of the encoder; a stream of several has
+# its own before it, all of which count as making its tokens.
+_FIRST = re.compile(
+    r'(stem|embedding|pre_norm)/.*|pos_embedding|word_embedding|cls|registers|latents'
+)
+_BLOCK = re.compile(r'Transformer/encoderblock_(\d+)/.*')
+_STREAM = re.compile(
+    r'(?!Transformer/)[^/]+/(Transformer|stem|embedding|pos_embedding|word_embedding|kind)(/.*)?'
+)
 
 
 def per_layer(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,13 +64,17 @@ def decay_factors(decay: float, params: Any) -> dict[str, Factor]:
     flat = trees.flatten(params)
     numbers = {name: int(found[1]) for name in flat if (found := _BLOCK.fullmatch(name))}
     stacks = {name: x.shape[0] for name, x in flat.items() if matrices.stacked_axes(name)}
-    depth = max([*stacks.values(), *(number + 1 for number in numbers.values())], default=0)
+    own = {name: size for name, size in stacks.items() if not _STREAM.fullmatch(name)}
+    depth = max([*own.values(), *(number + 1 for number in numbers.values())], default=0)
 
     def factor(name: str) -> Factor:
-        if name in stacks:
+        if name in own:
             return tuple(decay ** (depth - i) for i in range(depth))
         if name in numbers:
             return decay ** (depth - numbers[name])
-        return decay ** (depth + 1) if _FIRST.fullmatch(name) else 1.0
+        if name in stacks:
+            return (decay ** (depth + 1),) * stacks[name]
+        first = _FIRST.fullmatch(name) or _STREAM.fullmatch(name)
+        return decay ** (depth + 1) if first else 1.0
 
     return {name: factor(name) for name in flat}

@@ -16,7 +16,7 @@ RULES: tuple[tuple[str, int, int], ...] = (
 )
 
 # Not hidden: what meets the data or the labels (arXiv 2502.16982 keeps these on AdamW).
-_OUTSIDE = re.compile(r'(^|/)(embedding|head)/')
+_OUTSIDE = re.compile(r'(^|/)(embedding|head|head_dist|pool)/')
 _SCANNED = re.compile(r'(^|/)encoderblock/')
 
 

@@ -1,0 +1,243 @@
+"""Which models learn from few images, and how: `python -m benchmarks.small_data`.
+
+Plain patches, a convolutional stem, a compact convolutional transformer, shifted patches with
+locality attention and a hybrid, each with SGD and AdamW, on 4,000 images of Fashion-MNIST. Each
+run may spend as many operations as ten epochs of the plain ViT; the rate of each model and
+optimizer is chosen among three, on held-out training images and a quarter of that budget, and
+run again from other seeds. Started again it goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from benchmarks.checkpoint import cpu
+from benchmarks.optimizer_race import trial
+from big_vit import build, metrics, plots, runtime, sharding, storage
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.models import costs
+
+RESULTS = Path(__file__).parent / 'results'
+MODELS = ('vit', 'conv', 'cct', 'spt', 'hybrid')
+RATES = {'sgd': (0.03, 0.1, 0.3), 'adamw': (7e-4, 2e-3, 6e-3)}
+SEEDS = 3
+SHAPE = {'image': (28, 28, 1)}
+BUDGET = 40_000  # Images of the plain ViT.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training; of the search, if `seed` is 0."""
+
+    model: str
+    optimizer: str
+    rate: float
+    seed: int
+
+
+def cost_of(config: Config) -> costs.Cost:
+    """Of the model of a config, without its data."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    return costs.cost(build.model(config, 10, SHAPE, mesh), SHAPE)
+
+
+def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config:
+    """The config of a run, as long as its share of the budget is."""
+    plain = config_lib.load('configs/small_data.py:model=vit', [])
+    spec = f'configs/small_data.py:model={run.model},optimizer={run.optimizer}'
+    base = config_lib.load(spec, overrides)
+    examples = budget * cost_of(plain).flops / cost_of(base).flops
+    if not run.seed:
+        examples /= 4
+    steps = max(round(examples / base.batch_size), 4)
+    return base.replacing(
+        {
+            'total_epochs': None,
+            'total_steps': steps,
+            'lr': run.rate,
+            'seed': run.seed,
+            'evals.test.every_epochs': None,
+            'evals.test.every_steps': steps,
+            'evals.often.split': 'train[59800:]',
+            'evals.often.every_steps': -(-steps // 4),
+            'evals.val.split': 'train[57000:59000]',
+        }
+    )
+
+
+class Study:
+    """The runs that there are, and those that are done, in WORKDIR/runs.jsonl."""
+
+    def __init__(self, workdir: Path, budget: int, overrides: list[tuple[str, str]]):
+        self.budget, self.overrides = budget, overrides
+        self._file = epath.Path(workdir) / 'runs.jsonl'
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._rows = [json.loads(text) for text in lines]
+
+    def config(self, run: Run) -> Config:
+        return config_of(run, self.budget, self.overrides)
+
+    def done(self, run: Run) -> dict[str, Any] | None:
+        """The row of a run, if it is finished and its config still the same."""
+        digest = config_lib.digest(self.config(run))
+        return next((row for row in self._rows if row['config'] == digest), None)
+
+    def search(self, model: str, optimizer: str) -> list[Run]:
+        return [Run(model, optimizer, rate, 0) for rate in RATES[optimizer]]
+
+    def finals(self, model: str, optimizer: str) -> list[Run]:
+        """With the rate that validation chooses; none before all of the search are done."""
+        tried = self.search(model, optimizer)
+        rows = [row for row in map(self.done, tried) if row is not None]
+        if len(rows) < len(tried):
+            return []
+        best = max(rows, key=lambda row: row['val'])
+        return [Run(model, optimizer, best['rate'], seed) for seed in range(1, SEEDS + 1)]
+
+    def all(self) -> None:
+        """Does what is not done yet, a line each; searches first, then seed by seed."""
+        pairs = [(model, optimizer) for model in MODELS for optimizer in RATES]
+        for model, optimizer in pairs:
+            for run in self.search(model, optimizer):
+                self._do(run)
+        for seed in range(SEEDS):
+            for model, optimizer in pairs:
+                self._do(self.finals(model, optimizer)[seed])
+
+    def _do(self, run: Run) -> None:
+        if self.done(run):
+            return
+        config, began = self.config(run), time.perf_counter()
+        size = cost_of(config)
+        about = {**dataclasses.asdict(run), 'config': config_lib.digest(config)}
+        about |= {'params': size.params, 'flops': size.flops}
+        about['examples'] = config.total_steps * config.batch_size
+        row = {**about, **trial(config, final=run.seed > 0)}
+        jax.clear_caches()
+        self._rows.append(row)
+        storage.write_text(self._file, ''.join(json.dumps(one) + '\n' for one in self._rows))
+        print(
+            f'{run.model:<7} {run.optimizer:<6} lr {run.rate:<7g} seed {run.seed}  '
+            f'val {row["val"]:.4f}' + (f'  test {row["test"]:.4f}' if 'test' in row else '') +
+            f'  {metrics.duration(time.perf_counter() - began)}',
+            flush=True,
+        )  # fmt: skip
+
+    def results(self) -> list[dict[str, Any]]:
+        """Of each model and optimizer, from the seeds that are done."""
+        found = []
+        for model in MODELS:
+            for optimizer in RATES:
+                rows = [row for run in self.finals(model, optimizer) if (row := self.done(run))]
+                if not rows:
+                    continue
+                tests, tried = [row['test'] for row in rows], self.search(model, optimizer)
+                searched = {run.rate: row['val'] for run in tried if (row := self.done(run))}
+                spread = statistics.stdev(tests) if len(tests) > 1 else float('nan')
+                found.append(
+                    {
+                        'model': model,
+                        'optimizer': optimizer,
+                        'rate': rows[0]['rate'],
+                        'searched': searched,
+                        'tests': tests,
+                        'test': statistics.mean(tests),
+                        'spread': spread,
+                        'params': rows[0]['params'],
+                        'mflop': rows[0]['flops'] / 1e6,
+                        'examples': rows[0]['examples'],
+                        'seconds': statistics.mean(row['seconds'] for row in rows),
+                    }
+                )
+        return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a line for each model and optimizer."""
+    header = (
+        'model | optimizer | test accuracy, % (seeds) | rate | parameters | MFLOP an image | '
+        'images seen | seconds'
+    )
+    lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
+    for one in results:
+        cells = [
+            one['model'],
+            one['optimizer'],
+            f'{100 * one["test"]:.2f} ± {100 * one["spread"]:.2f} ({len(one["tests"])})',
+            f'{one["rate"]:g}',
+            f'{one["params"]:,}',
+            f'{one["mflop"]:.1f}',
+            f'{one["examples"]:,}',
+            f'{one["seconds"]:.0f}',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """A bar for each model and optimizer, and a dot for each seed."""
+    figure, axes = plots.canvas(1, 1, 7.2, 4.0)
+    axis = axes[0][0]
+    models = list(dict.fromkeys(one['model'] for one in results))
+    for i, optimizer in enumerate(RATES):
+        for one in (one for one in results if one['optimizer'] == optimizer):
+            at = models.index(one['model']) + (i - 0.5) * 0.38
+            label = optimizer if one['model'] == models[0] else None
+            axis.bar(at, 100 * one['test'], 0.36, color=f'C{i}', alpha=0.75, label=label)
+            dots = [100 * test for test in one['tests']]
+            axis.plot([at] * len(dots), dots, 'k.', ms=4)
+    low = min(test for one in results for test in one['tests'])
+    axis.set_ylim(100 * low - 5, None)
+    axis.set_xticks(range(len(models)), models)
+    axis.set_ylabel('test accuracy, %')
+    axis.set_title('4,000 images of Fashion-MNIST, equal operations; dots are seeds')
+    axis.legend(frameon=False)
+    axis.grid(axis='y', alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.small_data',
+        epilog='Keys of all runs can be set: --config.data.path=FOLDER.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--workdir', default='runs/small_data', help='where runs are kept')
+    parser.add_argument('--quick', action='store_true', help='a 50th of the budget: a try')
+    parser.add_argument('--report', action='store_true', help='only of what is done already')
+    args, overrides = config_lib.parse_command_line(parser, argv)
+    runtime.start()
+    workdir = Path(args.workdir) / ('quick' if args.quick else '')
+    study = Study(workdir, BUDGET // 50 if args.quick else BUDGET, overrides)
+    if not args.report:
+        study.all()
+    results = study.results()
+    # What is not the whole study does not replace its results.
+    folder = workdir if args.quick or overrides or args.report else RESULTS
+    about = {
+        'cpu': f'{os.cpu_count()} x {cpu()}',
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
+    }
+    text = json.dumps({'about': about, 'results': results}, indent=1)
+    (folder / 'small_data.json').write_text(text + '\n')
+    (folder / 'small_data.md').write_text(table(results) + '\n')
+    draw(results, folder / 'small_data.png')
+    print(table(results))
+
+
+if __name__ == '__main__':
+    runtime.command(main)

@@ -1,0 +1,63 @@
+"""Small models with and without convolutions on few Fashion-MNIST images, for a laptop's CPU.
+
+    python -m big_vit.train --config configs/small_data.py:model=cct --workdir runs/cct
+
+model is vit, conv, cct, spt or hybrid; optimizer any name of docs/optimizers.md, with its rate as
+--config.lr. With model=best it is the compact transformer of docs/models.md on all 60,000 images.
+"""
+
+from ml_collections import ConfigDict
+
+PLAIN = {
+    'variant': 'mu/4',
+    'width': 64,
+    'depth': 4,
+    'num_heads': 4,
+    'mlp_dim': 128,
+    'posemb': 'learned',
+    'dtype': 'float32',
+    'scan': False,
+}
+MODELS = {
+    'vit': {},
+    'conv': {'tokenizer': 'conv', 'depth': 3},  # A block less, as its paper does.
+    'cct': {'tokenizer': 'cct', 'pool': 'seq', 'depth': 2},
+    'spt': {'tokenizer': 'spt', 'lsa': True},
+    'hybrid': {'variant': 'R+mu/4'},
+    'best': {
+        'tokenizer': 'cct',
+        'pool': 'seq',
+        'width': 96,
+        'depth': 3,
+        'mlp_dim': 192,
+        'drop_path': 0.05,
+    },
+}
+
+
+def get_config(
+    path: str = '/usr/share/datasets/fashion-mnist',
+    model: str = 'vit',
+    optimizer: str = 'adamw',
+    examples: int = 4000,
+):
+    best = model == 'best'
+    return ConfigDict(
+        {
+            'total_epochs': 10,
+            'batch_size': 50,
+            'image_size': 28,
+            'lr': 2e-3 if optimizer == 'adamw' else 0.1,
+            'model': {**PLAIN, **MODELS[model]},
+            'data': {
+                'name': 'idx',
+                'path': path,
+                'split': 'train' if best else f'train[:{examples}]',
+                'transform': 'random_crop(size, 2) | flip_lr',
+            },
+            'evals': {'test': {'split': 'test', 'every_epochs': 1 if best else 10}},
+            'optim': {'name': optimizer, 'weight_decay': 0.05 if optimizer == 'adamw' else 1e-3},
+            'schedule': {'warmup_percent': 10},
+            'label_smoothing': 0.1 if best else 0.0,
+        }
+    )
