@@ -56,6 +56,7 @@ setup(
         'pyarrow>=16',
         'fsspec>=2024.2',
         'scipy>=1.12',
+        'safetensors>=0.8',
         'rich>=13',
         'tensorboardX>=2.6',
         'scikit-learn>=1.4',

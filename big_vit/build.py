@@ -1,6 +1,7 @@
 """From the sections of a config to the objects that they describe, one function each."""
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -468,13 +469,20 @@ def _check_stream(
 ) -> None:
     """Raises UserError unless the stream's input divides into tokens and these have positions."""
     key = f'streams.{stream.name}' if stream.name else 'model'
+    if stream.tokenizer == 'ragged':
+        area, numbers = math.prod(stream.patch_size), shapes['patches'][-1]
+        if numbers % area or numbers // area > 4:
+            raise UserError(
+                f'config: data.transform cuts patches of {numbers} numbers, which are no '
+                f'{"x".join(map(str, stream.patch_size))} pixels (model.variant) of 1 to 4 channels'
+            )
     try:
         grid = tokenizers.grid_of(stream, shapes[stream.reads])
     except ValueError as error:
         size = 'x'.join(map(str, config.image_size))
         raise UserError(f'config: image_size {size}, model.variant: {error}') from error
     axes = 2 if stream.tokenizer == 'ragged' else len(grid)
-    if stream.posemb in positions.LAWS and width % (2 * axes):
+    if stream.posemb in positions.LAWS and not positions.divides(width, axes):
         raise UserError(
             f'config: model.width={width} must be divisible by {2 * axes} for '
             f'{key}.posemb={stream.posemb!r}'

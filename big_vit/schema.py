@@ -157,6 +157,11 @@ def _classes(value: Any) -> tuple[str | int, ...]:
 
 SOURCES = (
     'fdsl',
+    'motion',
+    'orbit',
+    'tones',
+    'phrases',
+    'pairs',
     'digits',
     'idx',
     'arrays',

@@ -11,12 +11,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from big_vit import (
+    adapt,
     build,
     checkpoint,
     explain,
@@ -215,7 +217,7 @@ def run(
     path: str | os.PathLike[str],
     *,
     force: bool = False,
-    params: Any = None,
+    params: Callable[[build.Experiment], Any] | None = None,
     label: str = 'train',
 ) -> Result:
     """Trains to the end, or resumes and trains to the end; `transfer` walks the same path.
@@ -223,7 +225,7 @@ def run(
     Args:
       path: the workdir; with several processes, one that all of them see.
       force: go on although the workdir holds another config.
-      params: NumPy parameters to start from instead of random ones.
+      params: what gives the NumPy parameters to start from instead of random ones.
       label: what the progress lines are called.
 
     Raises:
@@ -235,6 +237,8 @@ def run(
     log_targets, came_from = build.log_targets(config), config.switch
     damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
     config.audit()
+    fresh = params is not None and not checkpoint.steps(storage.place(path))
+    first = params(parts) if fresh and params is not None else None
     hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
     workdir = storage.place(path)
     hosts.check_shared(workdir)
@@ -249,7 +253,7 @@ def run(
             if came_from:
                 now = switch.state_of(came_from, config, parts)
             else:
-                now = state.create(parts.model, shape, parts.optimizer, seed, parts.like, params)
+                now = state.create(parts.model, shape, parts.optimizer, seed, parts.like, first)
         start = int(now['step'])
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
@@ -365,7 +369,8 @@ def main(argv: list[str]) -> None:
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/first')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     with hosts.session(args.distributed, same):
-        run(config, workdir, force=args.force)
+        params = adapt.starting(config, keep_head=True) if config.init else None
+        run(config, workdir, force=args.force, params=params)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from big_vit import adapt, build, checkpoint, explain, hosts, metrics, runtime, storage, train
+from big_vit import adapt, explain, hosts, metrics, runtime, storage, train
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -30,28 +30,7 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    source, step = checkpoint.locate(first.init, 'config: init')
-    saved = config_lib.flatten(checkpoint.read_sidecar(source, step)['config'])
-    base = {k: v for k, v in saved.items() if k.startswith('model.') and v is not None}
-    return config_lib.load(spec, overrides, base=base)
-
-
-def initial_params(config: Config, parts: build.Experiment) -> Any:
-    """The parameters of the checkpoint `config.init`, made to fit the model."""
-    source, step = checkpoint.locate(config.init, 'config: init')
-    sidecar = checkpoint.read_sidecar(source, step)
-    params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
-    return adapt.adapt(
-        params,
-        adapt.saved_grid(config_lib.from_json(sidecar['config'])),
-        parts.model,
-        adapt.grid_of(config, parts.data.shapes),
-        parts.like['params'],
-        f'{source}/checkpoints/{step}',
-        channels=config.init_channels,
-        video=config.init_video,
-        resize=config.init_resize,
-    )
+    return config_lib.load(spec, overrides, base=adapt.model_keys(first.init))
 
 
 def run(
@@ -66,9 +45,7 @@ def run(
       ended it early.
     """
     workdir = storage.place(path)
-    parts = build.experiment(config)
-    params = initial_params(config, parts)
-    starts: dict[str, Any] = {'pretrained': params}
+    starts: dict[str, Any] = {'pretrained': adapt.starting(config, keep_head=False)}
     if config.transfer.control:
         starts['control'] = None
     results = {}

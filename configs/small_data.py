@@ -18,7 +18,7 @@ PLAIN = {
     'dtype': 'float32',
     'scan': False,
 }
-MODELS = {
+MODELS: dict[str, dict] = {
     'vit': {},
     'conv': {'tokenizer': 'conv', 'depth': 3},  # A block less, as its paper does.
     'cct': {'tokenizer': 'cct', 'pool': 'seq', 'depth': 2},

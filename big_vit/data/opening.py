@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vit.data import cache, fdsl, files, transforms
+from big_vit.data import cache, fdsl, files, generated, transforms
 from big_vit.data.sources import arrays, base, folder, parquet, prepared, records, table, tar
 from big_vit.data.sources.base import Columns, Source
 from big_vit.data.transforms import Transform
@@ -18,6 +18,11 @@ from big_vit.errors import UserError
 # The keys of the config, beside those that all have, that a source of each name reads.
 KEYS = {
     'fdsl': (),
+    'motion': (),
+    'orbit': (),
+    'tones': (),
+    'phrases': (),
+    'pairs': (),
     'digits': (),
     'idx': ('path',),
     'arrays': ('path', 'image_column', 'label_column'),
@@ -45,7 +50,7 @@ class Spec:
       name: of the format, as `_open` has them.
       transform: the part that is done on the host.
       image_size: (height, width) that `size` stands for.
-      seed: of `fdsl`.
+      seed: of the generated sources.
       the others: as the keys of the config.
     """
 
@@ -146,6 +151,16 @@ def _open(spec: Spec) -> Source:
         if classes is None:
             raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
         return fdsl.fdsl(split, classes, spec.image_size, spec.seed, key=key)
+    if spec.name == 'phrases':
+        return generated.phrases(split, spec.seed, key=key)
+    made: dict[str, Callable[..., Source]] = {
+        'motion': generated.motion,
+        'orbit': generated.orbit,
+        'tones': generated.tones,
+        'pairs': generated.pairs,
+    }
+    if spec.name in made:
+        return made[spec.name](split, spec.image_size, spec.seed, key=key)
     if spec.name == 'digits':
         return arrays.digits(split, key=key)
     if spec.name == 'tfds':

@@ -21,6 +21,7 @@ from big_vit.data import (
     geometry,
     grammar,
     order,
+    ragged,
     randaug,
     text,
     video,
@@ -38,7 +39,7 @@ from big_vit.errors import UserError
 
 OPERATIONS: dict[str, Callable[..., Operation]] = {
     name: function
-    for module in (fields, geometry, colour, randaug, autoaugment, audio, video, text)
+    for module in (fields, geometry, colour, randaug, autoaugment, audio, video, text, ragged)
     for name, function in module.OPERATIONS.items()
 }
 # Where the part for the devices begins, if it begins with an operation that both have.

@@ -77,7 +77,7 @@ def cost(net: ViT, shapes: Shapes) -> Cost:
         # The same parameters, of a vector as long as what is pooled.
         twice = 2 if net.pool == 'cls_gap' else 1
         total = total.plus(params=_norm(net, twice * net.width) - _norm(net, net.width))
-    images = parts['images'][0] if 'images' in parts else 1
+    images = parts['images'][0] if 'images' in parts else 0
     total += _head(net, tokens, images)
     return total._replace(tokens=tokens)
 
@@ -186,14 +186,15 @@ def _encoder(net: ViT, depth: int, tokens: int, context: int = 0) -> Cost:
 
 def _head(net: ViT, tokens: int, images: int) -> Cost:
     width, total = net.width, Cost()
+    if net.pool == 'gap' and images:
+        total = total.plus(flops=2 * images * tokens * width)
+    images = max(images, 1)
     if net.pool == 'map':
         pool = _attention(net, images, tokens) + _mlp(net, images)
         total += pool.plus(params=width + _norm(net, width))
     elif net.pool == 'seq':
         patches = tokens - net.prefix()
         total = total.plus(params=width + 1, flops=4 * patches * width)
-    elif net.pool == 'gap' and images > 1:
-        total = total.plus(flops=2 * images * tokens * width)
     features = 2 * width if net.pool == 'cls_gap' else width
     if net.representation:
         kernel = features * net.representation

@@ -65,8 +65,8 @@ def mean_pool(
     x = x.astype(jnp.float32)
     if mask is None:
         return x.mean(axis=1)
-    share = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
-    return jnp.einsum('bn,bnd->bd', share.astype(jnp.float32), x)
+    total = jnp.where(mask[..., None], x, 0).sum(1)
+    return total / jnp.maximum(mask.sum(1, keepdims=True), 1)
 
 
 def segment_pool(

@@ -20,13 +20,18 @@ def coordinates(grid: Grid) -> Float[np.ndarray, 'tokens axes']:
     return np.stack([axis.reshape(-1) for axis in axes], -1)
 
 
+def divides(width: int, axes: int) -> bool:
+    """Whether sine-cosine positions of so many axes fit a width; of three the rest stays zero."""
+    return width % 2 == 0 and width >= 6 if axes == 3 else width % (2 * axes) == 0
+
+
 def frequencies(width: int, axes: int, law: str) -> Float[np.ndarray, ' count']:
     """The rates at which the waves of one axis turn, of which each gives a sine and a cosine.
 
     Raises:
       ValueError: the width does not divide.
     """
-    if width % (2 * axes):
+    if not divides(width, axes):
         raise ValueError(f'{law} needs a width divisible by {2 * axes}, got {width}')
     count = width // (2 * axes)
     last = max(count - 1, 1) if law == 'sincos2d' else count
@@ -35,6 +40,8 @@ def frequencies(width: int, axes: int, law: str) -> Float[np.ndarray, ' count']:
 
 def sincos(grid: Grid, width: int, law: str = 'sincos2d') -> Float[np.ndarray, '1 tokens width']:
     """Fixed sine-cosine positions; each axis has its own part of the width, the last axis first.
+
+    Three axes leave what does not divide by six at zero.
 
     'sincos2d' is the form of MoCo v3 (arXiv 2104.02057), whose slowest wave has a rate of
     1/10,000; 'sincos2d_mae' that of MAE (arXiv 2111.06377), which stops one step before.
@@ -47,7 +54,8 @@ def sincos(grid: Grid, width: int, law: str = 'sincos2d') -> Float[np.ndarray, '
     for place in coordinates(grid).T[::-1]:
         angle = place[:, None] * omega
         waves += [np.sin(angle), np.cos(angle)]
-    return np.concatenate(waves, axis=1)[None].astype(np.float32)
+    table = np.concatenate(waves, axis=1)
+    return np.pad(table, ((0, 0), (0, width - table.shape[1])))[None].astype(np.float32)
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Float[np.ndarray, '1 tokens width']:
@@ -64,7 +72,8 @@ def sincos_at(
     for axis in reversed(range(places.shape[-1])):
         angle = places[..., axis, None] * omega[None, None]
         waves += [jnp.sin(angle), jnp.cos(angle)]
-    return jnp.concatenate(waves, -1)
+    table = jnp.concatenate(waves, -1)
+    return jnp.pad(table, ((0, 0), (0, 0), (0, width - table.shape[-1])))
 
 
 def rotation(

@@ -585,27 +585,50 @@ def _visible(segment: Array | None, mask: Array | None, prefix: int) -> Array | 
     return jnp.pad(mask, ((0, 0), (prefix, 0)), constant_values=True)[:, None, None]
 
 
+def _every_encoder(
+    params: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The parameters with `change` made to the encoder and to those of streams."""
+    changed = {
+        name: change(part)
+        if name == 'Transformer'
+        else _every_encoder(part, change)
+        if isinstance(part, dict)
+        else part
+        for name, part in params.items()
+    }
+    same = all(changed[name] is params[name] for name in params)
+    return params if same else changed
+
+
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     """The scanned form of unrolled parameters (already scanned ones are returned as they are)."""
-    encoder = params['Transformer']
-    names = sorted(
-        (name for name in encoder if re.fullmatch(r'encoderblock_\d+', name)),
-        key=lambda name: int(name.rpartition('_')[2]),
-    )
-    if not names:
-        return params
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(encoder[name] for name in names))
-    rest = {name: value for name, value in encoder.items() if name not in names}
-    return {**params, 'Transformer': {**rest, 'encoderblock': stacked}}
+
+    def stack(encoder: dict[str, Any]) -> dict[str, Any]:
+        names = sorted(
+            (name for name in encoder if re.fullmatch(r'encoderblock_\d+', name)),
+            key=lambda name: int(name.rpartition('_')[2]),
+        )
+        if not names:
+            return encoder
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(encoder[n] for n in names))
+        rest = {name: value for name, value in encoder.items() if name not in names}
+        return {**rest, 'encoderblock': stacked}
+
+    return _every_encoder(params, stack)
 
 
 def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
     """The unrolled form of scanned parameters (already unrolled ones are returned as they are)."""
-    encoder = dict(params['Transformer'])
-    stacked = encoder.pop('encoderblock', None)
-    if stacked is None:
-        return params
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    for i in range(depth):
-        encoder[f'encoderblock_{i}'] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return {**params, 'Transformer': encoder}
+
+    def unstack(encoder: dict[str, Any]) -> dict[str, Any]:
+        if 'encoderblock' not in encoder:
+            return encoder
+        rest = dict(encoder)
+        stacked = rest.pop('encoderblock')
+        depth = jax.tree.leaves(stacked)[0].shape[0]
+        for i in range(depth):
+            rest[f'encoderblock_{i}'] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        return rest
+
+    return _every_encoder(params, unstack)

@@ -1,0 +1,174 @@
+"""Weights out of a checkpoint, and into one: `python -m big_vit.export`.
+
+--checkpoint RUN --to timm --out PATH     a folder (or .npz) that another codebase reads
+--from PATH --out RUN                     a checkpoint of ours from another codebase's weights
+"""
+
+import argparse
+import ast
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_vit import adapt, build, checkpoint, interop, runtime, sharding, storage, trees
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.errors import UserError
+from big_vit.interop import Weights, fit
+from big_vit.models.vit import stack_blocks, unstack_blocks
+
+# Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
+ORIGIN = 'origin.json'
+
+
+def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` texts as settings; sizes may be written 224,224.
+
+    Raises:
+      UserError: no value, or not a setting.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition('=')
+        if not equals:
+            raise UserError(f'--set {pair}: write --set NAME=VALUE')
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+        if name in ('image_size', 'patch_size', 'stride') and isinstance(value, int):
+            value = (value, value)
+        found[name] = value
+    fit.complete({name: value for name, value in found.items() if name != 'image_size'})
+    size = found.get('image_size', (1, 1))
+    if not (isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)):
+        raise UserError('--set image_size: write --set image_size=HEIGHT,WIDTH in pixels')
+    return found
+
+
+def from_checkpoint(path: str, which: str | None = None) -> Weights:
+    """The parameters of a checkpoint with what its config says of them.
+
+    Args:
+      which: 'params' or 'ema'; by default the averaged ones where there are any.
+
+    Raises:
+      UserError: there is no checkpoint, or its model reads something else than one image.
+    """
+    workdir, step = checkpoint.locate(path, '--checkpoint')
+    sidecar = checkpoint.read_sidecar(workdir, step)
+    params, _ = checkpoint.load_params(workdir, step, which or checkpoint.scored_part(sidecar))
+    config = config_lib.from_json(sidecar['config'])
+    if list(config.streams):
+        raise UserError(f'{path}: a model of several inputs has no place in other formats')
+    flat = trees.flatten(params)
+    first = 'stem/conv_root/kernel' if 'stem/conv_root/kernel' in flat else 'embedding/kernel'
+    if first not in flat or flat[first].ndim != 4:
+        raise UserError(f'{path}: only models of patches of images have a place in other formats')
+    channels = int(flat[first].shape[2])
+    classes = flat['head/kernel'].shape[1] if 'head/kernel' in flat else 0
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    model = build.model(config, classes, {'image': (*config.image_size, channels)}, mesh)
+    settings = {name: getattr(model, name) for name in fit.FIELDS}
+    origin = storage.place(workdir) / ORIGIN
+    meta = json.loads(origin.read_text()) if origin.exists() else {}
+    mean, std = adapt.normalisation(config, channels)
+    meta |= {'image_size': tuple(config.image_size), 'channels': channels}
+    meta |= {'mean': mean, 'std': std}
+    return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
+
+
+def to_checkpoint(
+    weights: Weights, out: str, overrides: Sequence[tuple[str, str]] = ()
+) -> tuple[Path, Config]:
+    """Saves the parameters as step 0 of a workdir, with a config of the model.
+
+    Raises:
+      UserError: there is a run in that folder already, or it cannot be written.
+    """
+    workdir = Path(out).expanduser()
+    if checkpoint.steps(workdir):
+        raise UserError(
+            f'--out {workdir}: there are checkpoints in it already; name another folder'
+        )
+    config = adapt.config_of(weights, overrides)
+    params = stack_blocks(weights.params) if config.model.scan else weights.params
+    wide = {n: jnp.asarray(np.asarray(x, np.float32)) for n, x in trees.flatten(params).items()}
+    state = {'params': trees.unflatten(wide), 'step': jnp.zeros((), jnp.int32)}
+    with checkpoint.Manager(workdir, keep_last=1) as manager:
+        manager.save(state, config.to_dict(), {})
+    storage.write_text(storage.place(workdir) / ORIGIN, json.dumps(weights.meta, indent=2) + '\n')
+    return workdir, config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.export',
+        description="Write a checkpoint for another codebase, or make one of another's weights.",
+        epilog='With --from, keys of the config can be set, as in --config.data.path=photos.',
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
+    source.add_argument(
+        '--from', dest='source', metavar='PATH', help='a file or folder of weights; FILE.npz:img'
+    )
+    parser.add_argument('--to', help=f'one of {", ".join(interop.WRITE)}')
+    parser.add_argument('--out', help='where the result goes: a folder, a .npz file, a workdir')
+    parser.add_argument('--format', help='what --from is; recognised by default')
+    parser.add_argument(
+        '--drop', action='append', default=[], metavar='REGEX', help='names to leave out'
+    )
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='NAME=VALUE', help='a setting to correct'
+    )
+    parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
+    parser.add_argument('--architecture', help='of open_clip: the timm model of the tower')
+    parser.add_argument('--licence', help='of the weights, as in apache-2.0')
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = config_lib.parse_command_line(_parser(), argv)
+    given = settings_from_text(args.set)
+    out = config_lib.require_flag(args.out, '--out', 'exported/')
+    if not args.source and not args.checkpoint:
+        raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
+    if args.source and not args.to:
+        weights = interop.read(args.source, args.format, args.drop, given)
+        if args.licence:
+            weights.meta['licence'] = args.licence
+        print(f'read     {args.source} ({weights.meta["format"]})')
+        print(interop.describe(weights))
+        if weights.meta['dropped']:
+            print(f'dropped  {len(weights.meta["dropped"])} arrays')
+        workdir, config = to_checkpoint(weights, out, overrides)
+        print(f'wrote    {workdir}/checkpoints/0')
+        print(f'use      --config.init={workdir}   (model.variant {config.model.variant})')
+        return
+    if overrides:
+        raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
+    if not args.to:
+        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
+    if args.source:  # From one format to another.
+        weights = interop.read(args.source, args.format, args.drop, given)
+        args.drop = []
+    else:
+        weights = from_checkpoint(args.checkpoint, args.which)
+        size = given.pop('image_size', weights.meta['image_size'])
+        weights.meta['image_size'] = size
+        weights = weights._replace(settings={**weights.settings, **given})
+    if args.licence:
+        weights.meta['licence'] = args.licence
+    path = interop.write(out, args.to, weights, args.drop, args.architecture)
+    print(interop.describe(weights))
+    print(f'wrote    {path} ({args.to})')
+
+
+if __name__ == '__main__':
+    runtime.command(main)

@@ -1,0 +1,231 @@
+"""Files of weights: read without ever running what is in them, written whole or not at all.
+
+NumPy archives (.npz), safetensors (one file, or the parts that an index names), and PyTorch's
+zip files, which are read by torch itself with `weights_only=True`.
+"""
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from big_vit.errors import UserError
+from big_vit.interop.layout import Arrays
+
+# Under this name our own settings are kept in a safetensors file's metadata.
+KEY = 'big_vit'
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOATS = (np.dtype(np.float32), _BFLOAT16)
+
+
+def advice(path: Path) -> str:
+    """How to turn a pickled file into one that can be read by anybody."""
+    return (
+        'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
+        f"d = torch.load('{path.name}', map_location='cpu', weights_only=True); "
+        "d = d.get('state_dict', d.get('model', d)); "
+        "s.save_file({k: v.contiguous().clone() for k, v in d.items()}, 'model.safetensors')\""
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: cannot be read as JSON: {error}') from None
+    if not isinstance(found, dict):
+        raise UserError(f'{path}: must hold a JSON object, not {type(found).__name__}')
+    return found
+
+
+def read(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """(Arrays by name in float32 or bfloat16, the text that the file carries about itself).
+
+    Raises:
+      UserError: no such file, another kind of file, damaged, or it would need unpickling.
+    """
+    if not path.is_file():
+        raise UserError(f'{path}: there is no such file')
+    if path.suffix == '.npz':
+        arrays, metadata = _read_npz(path)
+    elif path.name.endswith('.safetensors.index.json'):
+        arrays, metadata = _read_parts(path)
+    elif path.suffix == '.safetensors':
+        arrays, metadata = _read_safetensors(path)
+    elif path.suffix in PICKLES:
+        arrays, metadata = _read_torch(path), {}
+    else:
+        raise UserError(
+            f'{path}: not a kind of file that holds weights: .npz, .safetensors, or (with torch '
+            f'installed) {", ".join(PICKLES[:3])}'
+        )
+    if not arrays:
+        raise UserError(f'{path}: there are no arrays in it')
+    return {name: _checked(array, f'{path}: {name}') for name, array in arrays.items()}, metadata
+
+
+def _checked(array: np.ndarray, where: str) -> np.ndarray:
+    """The array in float32, or bfloat16 where it is that; NumPy's archives lose its name."""
+    if array.dtype == np.dtype('V2'):
+        array = array.view(_BFLOAT16)
+    if array.dtype in _FLOATS:
+        return array
+    if array.dtype.kind in 'fiub':  # What is not a weight is still to be named, or dropped.
+        return array.astype(np.float32)
+    raise UserError(f'{where} is of type {array.dtype}: weights are floating-point numbers')
+
+
+def _read_npz(path: Path) -> tuple[Arrays, dict[str, str]]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f'{path}: cannot be read: it is not a NumPy archive')
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as file:
+            comment = file.comment
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+        if 'pickle' in str(error).lower():
+            raise UserError(
+                f'{path}: holds Python objects, which reading could run; load it where you trust '
+                'it and save its arrays again: np.savez(out, **{name: np.asarray(array)}), each of '
+                'floating-point numbers'
+            ) from None
+        raise UserError(f'{path}: cannot be read: {" ".join(str(error).split())[:200]}') from None
+    return arrays, _own(comment)
+
+
+def _own(comment: bytes) -> dict[str, str]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(comment)
+        if isinstance(found, dict) and KEY in found:
+            return {KEY: json.dumps(found[KEY])}
+    return {}
+
+
+def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework='numpy') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:
+        shown = ' '.join(str(error).split())[:200]
+        raise UserError(f'{path}: cannot be read as safetensors: {shown}') from None
+
+
+def _read_parts(index: Path) -> tuple[Arrays, dict[str, str]]:
+    names = read_json(index).get('weight_map')
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f'{index}: has no weight_map of array to file')
+    arrays: Arrays = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(names.values())):
+        # Only files beside the index: a name from a file must not lead anywhere else.
+        if name != os.path.basename(name) or not name.endswith('.safetensors'):  # noqa: PTH119
+            raise UserError(f'{index}: {name!r} is not the name of a .safetensors file beside it')
+        part = index.parent / name
+        if not part.is_file():
+            raise UserError(f'{index}: the part {name} is not there')
+        more, said = _read_safetensors(part)
+        arrays.update(more)
+        metadata.update(said)
+    absent = [name for name in names if name not in arrays]
+    if absent:
+        raise UserError(
+            f'{index}: {len(absent)} arrays are in none of its files, first {absent[0]}'
+        )
+    return arrays, metadata
+
+
+def _read_torch(path: Path) -> Arrays:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f'{path}: a pickled file is read by torch only, which is not installed (pip install '
+            f'torch); or {advice(path)}'
+        ) from None
+    try:
+        found = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # Of many kinds: from the unpickler, the zip file, the disk.
+        shown = ' '.join(str(error).split())[:160]
+        raise UserError(
+            f'{path}: torch does not read this with weights_only=True, and anything else could run '
+            f'what is in it ({shown}); {advice(path)}'
+        ) from None
+    for key in ('state_dict', 'model', 'teacher'):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise UserError(f'{path}: holds a {type(found).__name__}, not arrays by name')
+    strange = [str(name) for name, value in found.items() if not torch.is_tensor(value)]
+    if strange:
+        raise UserError(f'{path}: {strange[0]} is not an array; {advice(path)}')
+    return {str(name): _from_torch(value, torch) for name, value in found.items()}
+
+
+def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its name at the end if all went well.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror or error}') from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Raises UserError where it cannot be written."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(tree, indent=2) + '\n', encoding='utf-8')
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """An uncompressed archive; what it is goes into the zip file's comment.
+
+    An entry of its own would be taken for a parameter by those who read such files.
+    """
+    with replacing(path) as partial:
+        with partial.open('wb') as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        with zipfile.ZipFile(partial, 'a') as archive:
+            archive.comment = json.dumps({KEY: about}).encode('ascii')
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> None:
+    """One file, with what it is in its metadata."""
+    from safetensors.numpy import save_file
+
+    # Hugging Face refuses files that do not name a framework.
+    metadata = {'format': 'pt', KEY: json.dumps(about)}
+    with replacing(path) as partial:
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, partial, metadata)

@@ -1,0 +1,276 @@
+"""What a model has to become before a peer can hold it: changes that leave its answers as they are.
+
+Fixed positions become a table, positions of the class token become part of it, biases that a peer
+always has are zero, and so on. What cannot be said that way is an error.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from big_vit.errors import UserError
+from big_vit.interop.layout import Arrays, Shapes
+from big_vit.models import positions, tokenizers
+from big_vit.models.vit import ViT
+
+Settings = dict[str, Any]
+
+# Fields of `ViT` that weights decide; the rest (dropout, scan, remat, ...) is the user's choice.
+FIELDS = (
+    'num_classes', 'patch_size', 'width', 'depth', 'mlp_dim', 'num_heads', 'head_dim', 'tokenizer',
+    'stride', 'resnet', 'embedding_bias', 'norm', 'norm_eps', 'activation', 'mlp', 'parallel',
+    'qk_norm', 'qkv_bias', 'key_bias', 'layer_scale', 'class_token', 'registers', 'posemb',
+    'posemb_prefix', 'rope_theta', 'pre_norm', 'pool', 'norm_after_pool', 'representation',
+    'head_bias', 'lsa',
+)  # fmt: skip
+_DEFAULTS = {f.name: f.default for f in dataclass_fields(ViT) if f.name in FIELDS}
+OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
+ATTENTION = 'MultiHeadDotProductAttention_0'
+
+
+class Model(NamedTuple):
+    """Flat parameters and what they mean."""
+
+    params: Arrays
+    settings: Settings
+    meta: dict[str, Any]
+
+    def having(self, params: Mapping[str, np.ndarray], **settings: Any) -> 'Model':
+        return self._replace(params=dict(params), settings={**self.settings, **settings})
+
+
+def complete(settings: Mapping[str, Any]) -> Settings:
+    """All of FIELDS, with the model's defaults for those that are not given.
+
+    Raises:
+      UserError: an unknown field.
+    """
+    unknown = [name for name in settings if name not in FIELDS]
+    if unknown:
+        raise UserError(f'{unknown[0]} is not a setting of a model; these are: {", ".join(FIELDS)}')
+    return {**_DEFAULTS, **settings}
+
+
+def patch_of(kernel: Sequence[int], resnet: tuple[int, ...] | None) -> tuple[int, int]:
+    """The size of a patch in pixels, from that of the kernel behind the ResNet stem (or None)."""
+    before = 1 if resnet is None else tokenizers.resnet_stride(resnet)
+    return kernel[0] * before, kernel[1] * before
+
+
+def kernel_of(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The opposite of `patch_of`."""
+    hybrid = settings['tokenizer'] == 'resnet'
+    before = tokenizers.resnet_stride(settings['resnet']) if hybrid else 1
+    return settings['patch_size'][0] // before, settings['patch_size'][1] // before
+
+
+def grid_of(model: Model) -> tuple[int, int]:
+    patch = model.settings['patch_size']
+    height, width = model.settings['stride'] or patch
+    rows, columns = model.meta['image_size']
+    return (rows - patch[0]) // height + 1, (columns - patch[1]) // width + 1
+
+
+def placed(
+    tokens: int | None, prefixes: Sequence[int], settings: Mapping[str, Any], given: Any, where: str
+) -> tuple[int, tuple[int, int]]:
+    """(Rows of the table that are of the prefix, image size), from the length of a table.
+
+    Args:
+      tokens: rows of the table of positions; None where there is none.
+      prefixes: what the number of rows before those of the patches can be, likeliest first.
+      given: the image size (height, width) where it is known.
+
+    Raises:
+      UserError: no square grid has so many patches, or not the given one.
+    """
+    height, width = settings['patch_size']
+    if tokens is None:
+        return 0, given or (224 // height * height, 224 // width * width)
+    for prefix in prefixes:
+        patches = tokens - prefix
+        if given and (given[0] // height) * (given[1] // width) == patches:
+            return prefix, given
+        side = math.isqrt(max(patches, 0))
+        if not given and side and side * side == patches:
+            return prefix, (side * height, side * width)
+    size = f'images of {given[0]}x{given[1]}' if given else 'any square image'
+    raise UserError(
+        f'{where}: its {tokens} positions do not fit patches of {height}x{width} of {size}; say '
+        'which: --set image_size=HEIGHT,WIDTH'
+    )
+
+
+def sizes(shapes: Shapes, kernel: str) -> tuple[int, ...]:
+    """The shape of an array that must be there.
+
+    Raises:
+      UserError: it is not.
+    """
+    if kernel not in shapes:
+        raise UserError(f'there is no {kernel} in it, so this is not a ViT of that format')
+    return shapes[kernel]
+
+
+def require(model: Model, to: str, **allowed: Any) -> None:
+    """Raises UserError naming the settings that a format cannot say, given the values it can."""
+    wrong = [
+        f'{name}={model.settings[name]!r} (it has {" or ".join(map(repr, values))})'
+        for name, values in allowed.items()
+        if model.settings[name] not in values
+    ]
+    if not wrong:
+        return
+    hints = {
+        'num_classes': "--drop 'head.*' leaves the head out",
+        'representation': "--drop 'pre_logits.*' leaves that layer out, which changes the model",
+        'activation': '--set activation=... accepts what that changes',
+        'norm_eps': '--set norm_eps=... accepts what that changes',
+    }
+    named = [name for name, values in allowed.items() if model.settings[name] not in values]
+    more = ''.join(f'; {hints[name]}' for name in named if name in hints)
+    raise UserError(f'--to {to}: it has no {"; no ".join(wrong)}{more}')
+
+
+def learned(model: Model) -> Model:
+    """With a table of positions in place of fixed ones, or of none."""
+    settings, law = model.settings, model.settings['posemb']
+    if law == 'learned':
+        return model
+    if law not in (*positions.LAWS, 'none'):
+        raise UserError(f'positions of kind {law!r} cannot be written as a table')
+    grid, width = grid_of(model), settings['width']
+    if law == 'none':
+        table = np.zeros((1, grid[0] * grid[1], width), np.float32)
+    else:
+        table = positions.sincos(grid, width, law)
+    return model.having({**model.params, 'pos_embedding': table}, posemb='learned', posemb_prefix=0)
+
+
+def with_prefix(model: Model, count: int) -> Model:
+    """With `count` rows of the learned table for the tokens before the patches.
+
+    Where there are more, a token's own position is added to the token; where there are fewer,
+    zeros are.
+    """
+    settings = model.settings
+    have = settings['posemb_prefix']
+    if settings['posemb'] != 'learned' or have == count:
+        return model
+    params = dict(model.params)
+    table = params['pos_embedding']
+    if have < count:
+        zeros = np.zeros((1, count - have, table.shape[2]), table.dtype)
+        table = np.concatenate([table[:, :have], zeros, table[:, have:]], axis=1)
+    else:
+        tokens = ['cls'] if 'cls' in params else []
+        tokens += ['registers'] if 'registers' in params else []
+        at = 0
+        for name in tokens:
+            size = params[name].shape[1]
+            # Of the table only the rows that are to go away.
+            rows = np.arange(at, min(at + size, have))
+            rows = rows[rows >= count]
+            added = params[name].copy()
+            added[:, rows - at] += table[:, rows]
+            params[name] = added
+            at += size
+        table = np.concatenate([table[:, :count], table[:, have:]], axis=1)
+    return model.having({**params, 'pos_embedding': table}, posemb_prefix=count)
+
+
+def with_biases(model: Model) -> Model:
+    """With zeros where queries, keys and values have no bias."""
+    settings, params = model.settings, dict(model.params)
+    if settings['qkv_bias'] and settings['key_bias']:
+        return model
+    for name, kernel in model.params.items():
+        part = name.rpartition('/')[0]
+        if part.endswith(tuple(f'{ATTENTION}/{which}' for which in ('query', 'key', 'value'))):
+            params.setdefault(f'{part}/bias', np.zeros(kernel.shape[1:], np.float32))
+    return model.having(params, qkv_bias=True, key_bias=True)
+
+
+def with_embedding_bias(model: Model) -> Model:
+    settings = model.settings
+    if settings['embedding_bias']:
+        return model
+    zeros = np.zeros(settings['width'], np.float32)
+    return model.having({**model.params, 'embedding/bias': zeros}, embedding_bias=True)
+
+
+def without_embedding_bias(model: Model) -> Model:
+    """The bias of the patches as part of their positions."""
+    if not model.settings['embedding_bias']:
+        return model
+    params, prefix = dict(model.params), model.settings['posemb_prefix']
+    bias = params.pop('embedding/bias')
+    if bias.any():
+        table = params['pos_embedding'].copy()
+        table[:, prefix:] += bias
+        params['pos_embedding'] = table
+    return model.having(params, embedding_bias=False)
+
+
+def with_layer_scale(model: Model) -> Model:
+    """With factors of one where there is no LayerScale."""
+    settings = model.settings
+    if settings['layer_scale']:
+        return model
+    params = dict(model.params)
+    for i in range(settings['depth']):
+        for which in (0, 1):
+            name = f'Transformer/encoderblock_{i}/LayerScale_{which}/scale'
+            params[name] = np.ones(settings['width'], np.float32)
+    return model.having(params, layer_scale=1.0)
+
+
+def with_head_bias(model: Model) -> Model:
+    settings = model.settings
+    if settings['head_bias'] or not settings['num_classes']:
+        return model.having(model.params, head_bias=True)
+    params = dict(model.params)
+    for name in ('head', 'head_dist'):
+        if f'{name}/kernel' in params:
+            params[f'{name}/bias'] = np.zeros(settings['num_classes'], np.float32)
+    return model.having(params, head_bias=True)
+
+
+def without_head_bias(model: Model, to: str) -> Model:
+    """Raises UserError where the head has a bias that is not zero."""
+    if not model.settings['head_bias'] or not model.settings['num_classes']:
+        return model.having(model.params, head_bias=False)
+    params = dict(model.params)
+    if params.pop('head/bias').any():
+        raise UserError(
+            f"--to {to}: its projection has no bias, and this head has one; --drop 'head/.*' "
+            'leaves the head out'
+        )
+    return model.having(params, head_bias=False)
+
+
+def without(model: Model, dropped: Sequence[str]) -> Model:
+    """The settings of what is left when parts after the encoder are dropped.
+
+    Raises:
+      UserError: something that a model cannot be without was dropped, or half of a part.
+    """
+    settings: Settings = {}
+    for name in dropped:
+        part = name.partition('/')[0]
+        if part in ('head', 'head_dist'):
+            settings['num_classes'] = 0
+        elif part == 'pre_logits':
+            settings['representation'] = 0
+        else:
+            raise UserError(
+                f'--drop: a model cannot be without {name}; its head and pre_logits can'
+            )
+    halves = [name for name in model.params if name.partition('/')[0] in {
+        n.partition('/')[0] for n in dropped}]  # fmt: skip
+    if halves:
+        raise UserError(f'--drop: {halves[0]} is left of a part of which the rest is dropped')
+    return model._replace(settings={**model.settings, **settings})

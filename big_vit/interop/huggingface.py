@@ -1,0 +1,528 @@
+"""Hugging Face's names: ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3, ViTMAE.
+
+A folder has model.safetensors and config.json, which says all that arrays do not. Names are those
+of transformers 4.x, which 5.x reads and writes as well; 5.x leaves out SigLIP's `vision_model.`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from big_vit.errors import UserError
+from big_vit.interop import fit
+from big_vit.interop.fit import ATTENTION, Model, Settings
+from big_vit.interop.layout import Arrays, Row, Rule, Shapes, torch_rules
+
+# model_type of a config: our name of the format, prefixes of an encoder within a larger model.
+TYPES = {
+    'vit': 'hf_vit',
+    'deit': 'hf_deit',
+    'vit_mae': 'hf_mae',
+    'dinov2': 'hf_dinov2',
+    'dinov2_with_registers': 'hf_dinov2_reg',
+    'siglip': 'hf_siglip',
+    'siglip_vision_model': 'hf_siglip',
+    'dinov3_vit': 'hf_dinov3',
+}
+FORMATS = tuple(dict.fromkeys(TYPES.values()))
+_PREFIXES = {
+    'hf_vit': ('vit.',),
+    'hf_deit': ('deit.',),
+    'hf_mae': ('vit.',),
+    'hf_dinov2': ('dinov2.',),
+    'hf_dinov2_reg': ('dinov2_with_registers.',),
+    'hf_siglip': ('vision_model.',),
+    'hf_dinov3': ('dinov3_vit.', 'model.'),
+}
+_ACTIVATIONS = {
+    'gelu': 'gelu',
+    'gelu_python': 'gelu',
+    'gelu_pytorch_tanh': 'gelu_tanh',
+    'gelu_new': 'gelu_tanh',
+    'gelu_fast': 'gelu_tanh',
+    'quick_gelu': 'quick_gelu',
+    'relu': 'relu',
+    'silu': 'silu',
+    'swish': 'silu',
+}
+_TO_ACTIVATION = {
+    'gelu': 'gelu',
+    'gelu_tanh': 'gelu_pytorch_tanh',
+    'quick_gelu': 'quick_gelu',
+    'relu': 'relu',
+    'silu': 'silu',
+}
+# 5.x calls the parts of ViT's blocks otherwise while in memory; some files have these names.
+_NEWER = (
+    (r'(^|\.)layers\.(\d+)\.attention\.q_proj\.', r'\1encoder.layer.\2.attention.attention.query.'),
+    (r'(^|\.)layers\.(\d+)\.attention\.k_proj\.', r'\1encoder.layer.\2.attention.attention.key.'),
+    (r'(^|\.)layers\.(\d+)\.attention\.v_proj\.', r'\1encoder.layer.\2.attention.attention.value.'),
+    (r'(^|\.)layers\.(\d+)\.attention\.o_proj\.', r'\1encoder.layer.\2.attention.output.dense.'),
+    (r'(^|\.)layers\.(\d+)\.mlp\.fc1\.', r'\1encoder.layer.\2.intermediate.dense.'),
+    (r'(^|\.)layers\.(\d+)\.mlp\.fc2\.', r'\1encoder.layer.\2.output.dense.'),
+    (r'(^|\.)layers\.(\d+)\.(layernorm_\w+)\.', r'\1encoder.layer.\2.\3.'),
+)
+_BLOCK = 'Transformer/encoderblock_{i}'
+_MAP = 'MAPHead_0'
+_QKV = ('query', 'key', 'value')
+
+
+def recognises(names: Any) -> str | None:
+    """The format of a file without a config, which is then asked for."""
+    text = '\n'.join(names)
+    signs = {
+        'hf_siglip': r'encoder\.layers\.0\.self_attn\.q_proj',
+        'hf_dinov3': r'(^|\n|\.)layer\.0\.attention\.q_proj',
+        'hf_dinov2_reg': r'embeddings\.register_tokens(.|\n)*encoder\.layer\.0\.layer_scale1',
+        'hf_dinov2': r'encoder\.layer\.0\.layer_scale1',
+        'hf_deit': r'embeddings\.distillation_token',
+        'hf_mae': r'decoder\.decoder_embed',
+        'hf_vit': r'embeddings\.patch_embeddings\.projection',
+    }
+    return next((name for name, sign in signs.items() if re.search(sign, text)), None)
+
+
+def newer_names(format: str, arrays: Mapping[str, Any]) -> dict[str, str]:
+    """{name in the file: name in 4.x} where they differ."""
+    if format not in ('hf_vit', 'hf_deit', 'hf_mae'):
+        return {}
+    renamed = {}
+    for name in arrays:
+        for pattern, other in _NEWER:
+            found = re.sub(pattern, other, name)
+            if found != name:
+                renamed[name] = found
+                break
+    return renamed
+
+
+def _table(format: str, layout: Mapping[str, Any], gated: bool) -> list[Row]:
+    if format == 'hf_siglip':
+        rows = _siglip(layout)
+    elif format == 'hf_dinov3':
+        rows = _dinov3()
+    elif format in ('hf_dinov2', 'hf_dinov2_reg'):
+        rows = _dinov2(gated)
+    else:
+        rows = _vit()
+    prefix = layout['prefix']
+    heads: list[Row] = [
+        ('head', ('cls_classifier' if layout['teacher'] else 'classifier') + '.{leaf}'),
+        ('head_dist', 'distillation_classifier.{leaf}'),
+    ]
+    return [(ours, prefix + theirs) for ours, theirs in rows] + heads
+
+
+def _vit() -> list[Row]:
+    attention, layer = f'{_BLOCK}/{ATTENTION}', 'encoder.layer.{i}'
+    return [
+        ('embedding', 'embeddings.patch_embeddings.projection.{leaf}'),
+        ('cls', 'embeddings.cls_token'),
+        ('registers', 'embeddings.distillation_token'),
+        ('pos_embedding', 'embeddings.position_embeddings'),
+        (f'{_BLOCK}/LayerNorm_0', f'{layer}.layernorm_before.{{leaf}}'),
+        *[(f'{attention}/{name}', f'{layer}.attention.attention.{name}.{{leaf}}') for name in _QKV],
+        (f'{attention}/out', f'{layer}.attention.output.dense.{{leaf}}'),
+        (f'{_BLOCK}/LayerNorm_1', f'{layer}.layernorm_after.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_0', f'{layer}.intermediate.dense.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{layer}.output.dense.{{leaf}}'),
+        ('Transformer/encoder_norm', 'layernorm.{leaf}'),
+        ('pre_logits', 'pooler.dense.{leaf}'),
+    ]
+
+
+def _dinov2(gated: bool) -> list[Row]:
+    attention, layer = f'{_BLOCK}/{ATTENTION}', 'encoder.layer.{i}'
+    both = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
+    first: Row = (f'{_BLOCK}/MlpBlock_0/Dense_0', f'{layer}.mlp.fc1.{{leaf}}')
+    if gated:
+        first = both, f'{layer}.mlp.weights_in.{{leaf}}'
+    return [
+        ('embedding', 'embeddings.patch_embeddings.projection.{leaf}'),
+        ('cls', 'embeddings.cls_token'),
+        ('registers', 'embeddings.register_tokens'),
+        ('pos_embedding', 'embeddings.position_embeddings'),
+        (f'{_BLOCK}/LayerNorm_0', f'{layer}.norm1.{{leaf}}'),
+        *[(f'{attention}/{name}', f'{layer}.attention.attention.{name}.{{leaf}}') for name in _QKV],
+        (f'{attention}/out', f'{layer}.attention.output.dense.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_0/scale', f'{layer}.layer_scale1.lambda1'),
+        (f'{_BLOCK}/LayerNorm_1', f'{layer}.norm2.{{leaf}}'),
+        first,
+        (
+            f'{_BLOCK}/MlpBlock_0/Dense_1',
+            f'{layer}.mlp.{"weights_out" if gated else "fc2"}.{{leaf}}',
+        ),
+        (f'{_BLOCK}/LayerScale_1/scale', f'{layer}.layer_scale2.lambda1'),
+        ('Transformer/encoder_norm', 'layernorm.{leaf}'),
+    ]
+
+
+def _siglip(layout: Mapping[str, Any]) -> list[Row]:
+    attention, layer, pool = f'{_BLOCK}/{ATTENTION}', 'encoder.layers.{i}', f'{_MAP}/{ATTENTION}'
+    proj = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj'}
+    return [
+        ('embedding', 'embeddings.patch_embedding.{leaf}'),
+        ('pos_embedding', 'embeddings.position_embedding.weight'),
+        (f'{_BLOCK}/LayerNorm_0', f'{layer}.layer_norm1.{{leaf}}'),
+        *[(f'{attention}/{name}', f'{layer}.self_attn.{proj[name]}.{{leaf}}') for name in _QKV],
+        (f'{attention}/out', f'{layer}.self_attn.out_proj.{{leaf}}'),
+        (f'{_BLOCK}/LayerNorm_1', f'{layer}.layer_norm2.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_0', f'{layer}.mlp.fc1.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{layer}.mlp.fc2.{{leaf}}'),
+        ('Transformer/encoder_norm', 'post_layernorm.{leaf}'),
+        (f'{_MAP}/probe', 'head.probe'),
+        (tuple(f'{pool}/{name}' for name in _QKV), 'head.attention.in_proj_{leaf}'),
+        (f'{pool}/out', 'head.attention.out_proj.{leaf}'),
+        (f'{_MAP}/LayerNorm_0', 'head.layernorm.{leaf}'),
+        (f'{_MAP}/MlpBlock_0/Dense_0', 'head.mlp.fc1.{leaf}'),
+        (f'{_MAP}/MlpBlock_0/Dense_1', 'head.mlp.fc2.{leaf}'),
+    ]
+
+
+def _dinov3() -> list[Row]:
+    attention, layer = f'{_BLOCK}/{ATTENTION}', 'layer.{i}'
+    proj = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'o_proj'}
+    dense = {'Dense_gate': 'gate_proj', 'Dense_0': 'up_proj', 'Dense_1': 'down_proj'}
+    return [
+        ('embedding', 'embeddings.patch_embeddings.{leaf}'),
+        ('cls', 'embeddings.cls_token'),
+        ('registers', 'embeddings.register_tokens'),
+        (f'{_BLOCK}/LayerNorm_0', f'{layer}.norm1.{{leaf}}'),
+        *[(f'{attention}/{o}', f'{layer}.attention.{t}.{{leaf}}') for o, t in proj.items()],
+        (f'{_BLOCK}/LayerScale_0/scale', f'{layer}.layer_scale1.lambda1'),
+        (f'{_BLOCK}/LayerNorm_1', f'{layer}.norm2.{{leaf}}'),
+        *[(f'{_BLOCK}/MlpBlock_0/{o}', f'{layer}.mlp.{t}.{{leaf}}') for o, t in dense.items()],
+        (f'{_BLOCK}/LayerScale_1/scale', f'{layer}.layer_scale2.lambda1'),
+        ('Transformer/encoder_norm', 'norm.{leaf}'),
+    ]
+
+
+def rules_of(
+    format: str, settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]
+) -> list[Rule]:
+    """The rules for parameters of ours with these shapes."""
+    table = _table(format, layout, settings['mlp'] == 'swiglu')
+    flat = [f'{layout["prefix"]}embeddings.position_embedding.weight']
+    return torch_rules(table, shapes, flat, depth=settings['depth'])
+
+
+def settings_of(
+    format: str, shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    """(Fields, metadata, layout), from config.json.
+
+    Raises:
+      UserError: there is no config, it lacks a key, or says what big_vit has not.
+    """
+    if not config:
+        raise UserError(
+            f'{where}: config.json must be beside it: it says the number of heads, the epsilon of '
+            'norms and the activation'
+        )
+    about = config
+    if isinstance(config.get('vision_config'), Mapping):
+        config = {**config['vision_config'], **{k: config[k] for k in ('id2label',) if k in config}}
+    prefix = next((p for p in _PREFIXES[format] if any(n.startswith(p) for n in shapes)), '')
+    layout = {'prefix': prefix, 'teacher': 'cls_classifier.weight' in shapes}
+    classifier = 'cls_classifier' if layout['teacher'] else 'classifier'
+    size = _pair(_needed(config, 'image_size', where))
+    defaults = {'hf_siglip': 1e-6, 'hf_dinov2': 1e-6, 'hf_dinov2_reg': 1e-6, 'hf_dinov3': 1e-5}
+    activation = config.get('hidden_act', 'gelu_pytorch_tanh' if format == 'hf_siglip' else 'gelu')
+    if activation not in _ACTIVATIONS:
+        raise UserError(f'{where}: hidden_act {activation!r} is not one that big_vit has')
+    settings: Settings = {
+        'patch_size': _pair(_needed(config, 'patch_size', where)),
+        'width': _needed(config, 'hidden_size', where),
+        'depth': _needed(config, 'num_hidden_layers', where),
+        'num_heads': _needed(config, 'num_attention_heads', where),
+        'mlp_dim': config.get('intermediate_size'),
+        'norm_eps': float(config.get('layer_norm_eps', defaults.get(format, 1e-12))),
+        'activation': _ACTIVATIONS[activation],
+        'qkv_bias': bool(config.get('qkv_bias', True)),
+        'posemb': 'learned',
+        'class_token': True,
+        'posemb_prefix': 1,
+        'pool': 'cls',
+        'num_classes': shapes.get(f'{classifier}.weight', (0,))[0],
+    }
+    kind = {
+        'hf_vit': _of_vit,
+        'hf_mae': _of_vit,
+        'hf_deit': _of_deit,
+        'hf_dinov2': _of_dinov2,
+        'hf_dinov2_reg': _of_dinov2,
+        'hf_siglip': _of_siglip,
+        'hf_dinov3': _of_dinov3,
+    }[format]
+    settings |= kind(settings, shapes, config, prefix)
+    meta = {
+        'image_size': given.get('image_size') or size,
+        'channels': config.get('num_channels', 3),
+        'architecture': next(iter(about.get('architectures') or []), None),
+        'licence': about.get('license'),
+        'source': about.get('_name_or_path') or None,
+    }
+    return settings, meta, layout
+
+
+def about_images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What preprocessor_config.json says."""
+    found: dict[str, Any] = {}
+    for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
+        if isinstance(config.get(theirs), list):
+            found[ours] = tuple(config[theirs])
+    filters = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}
+    if config.get('resample') in filters:
+        found['interpolation'] = filters[config['resample']]
+    return found
+
+
+def _needed(config: Mapping[str, Any], key: str, where: str) -> Any:
+    if config.get(key) is None:
+        raise UserError(f'{where}: its config.json has no {key}')
+    return config[key]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (value, value)
+
+
+def _of_vit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    pooler = shapes.get(f'{prefix}pooler.dense.weight', (0,))[0]
+    if pooler and config.get('pooler_act', 'tanh') != 'tanh':
+        raise UserError(f'config.json: pooler_act {config["pooler_act"]!r} is not one big_vit has')
+    return {'representation': pooler}
+
+
+def _of_deit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    pool = 'cls_dist' if 'distillation_classifier.weight' in shapes else 'cls'
+    more = {'registers': 1, 'posemb_prefix': 2, 'pool': pool}
+    return {**_of_vit(settings, shapes, config, prefix), **more}
+
+
+def _of_dinov2(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    hidden = int(settings['width'] * config.get('mlp_ratio', 4))
+    gated = bool(config.get('use_swiglu_ffn', False))
+    registers = shapes.get(f'{prefix}embeddings.register_tokens', (1, 0))[1]
+    return {
+        'mlp': 'swiglu' if gated else 'mlp',
+        'mlp_dim': (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+        'layer_scale': float(config.get('layerscale_value', 1.0)) or 1.0,
+        'registers': registers,
+        'pool': 'cls_gap' if settings['num_classes'] else 'cls',
+    }
+
+
+def _of_siglip(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    more = {'class_token': False, 'posemb_prefix': 0, 'mlp_dim': settings['mlp_dim'] or 3072}
+    # Their classifier takes the mean, whether or not a pooling head lies beside it.
+    pooled = f'{prefix}head.probe' in shapes and not settings['num_classes']
+    return {**more, 'pool': 'map' if pooled else 'gap'}
+
+
+def _of_dinov3(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    if not all(config.get(key, True) for key in ('proj_bias', 'mlp_bias')):
+        raise UserError('config.json: big_vit has no DINOv3 without proj_bias and mlp_bias')
+    gated = bool(config.get('use_gated_mlp'))
+    if gated and settings['activation'] != 'silu':
+        raise UserError('config.json: big_vit gates MLPs with silu only, not with its hidden_act')
+    both = {bool(config.get(key, True)) for key in ('query_bias', 'value_bias')}
+    if len(both) > 1:
+        raise UserError('config.json: big_vit has no DINOv3 with only one of query and value_bias')
+    return {
+        'posemb': 'rope',
+        'posemb_prefix': 0,
+        'rope_theta': float(config.get('rope_theta', 100.0)),
+        'mlp': 'swiglu' if gated else 'mlp',
+        'qkv_bias': both.pop(),
+        'key_bias': bool(config.get('key_bias', False)),
+        'layer_scale': float(config.get('layerscale_value', 1.0)) or 1.0,
+        'registers': shapes.get(f'{prefix}embeddings.register_tokens', (1, 0))[1],
+    }
+
+
+_COMMON: dict[str, tuple[Any, ...]] = dict(
+    norm=('layernorm',), parallel=(False,), lsa=(False,), qk_norm=(False,), pre_norm=(False,),
+    norm_after_pool=(False,), tokenizer=('patches',), stride=(None,), head_dim=(None,),
+)  # fmt: skip
+_TABLES = ('learned', 'sincos2d', 'sincos2d_mae', 'none')
+
+
+def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
+    """(The model as transformers can hold it, how it will be in the file).
+
+    Raises:
+      UserError: it cannot hold it.
+    """
+    changes: list[Callable[[Model], Model]] = []
+    settings = model.settings
+    classes = settings['num_classes']
+    allowed = dict(_COMMON)
+    if format == 'hf_siglip':
+        pool = ('gap',) if classes else ('map',)
+        allowed |= dict(posemb=_TABLES, pool=pool, registers=(0,), layer_scale=(0.0,),
+                        mlp=('mlp',), representation=(0,))  # fmt: skip
+        if 'cls' in model.params:
+            raise UserError('--to hf_siglip: it has no class token, this model has one')
+        changes = [fit.learned, fit.with_biases]
+    elif format == 'hf_dinov3':
+        allowed |= dict(posemb=('rope',), pool=('cls',), num_classes=(0,), representation=(0,))
+        changes = [fit.with_layer_scale]
+    else:
+        dinov2 = format in ('hf_dinov2', 'hf_dinov2_reg')
+        registers: tuple[Any, ...] = (0,)
+        pools: tuple[str, ...] = ('cls',)
+        if dinov2:
+            pools = ('cls_gap',) if classes else ('cls', 'cls_gap')
+            allowed |= dict(representation=(0,))
+            registers = tuple(range(1, 1000)) if format == 'hf_dinov2_reg' else (0,)
+        else:
+            allowed |= dict(mlp=('mlp',), layer_scale=(0.0,))
+        if format == 'hf_deit':
+            registers, pools = (1,), ('cls', 'cls_dist')
+        if classes and settings['representation']:
+            raise UserError(
+                f'--to {format}: a classifier of theirs has no layer between pooling and head '
+                "(pre_logits); --drop 'pre_logits/.*' changes the model, --drop 'head/.*' keeps it"
+            )
+        if format == 'hf_mae':
+            allowed |= dict(num_classes=(0,), representation=(0,))
+        if format == 'hf_dinov2_reg' and not settings['registers']:
+            raise UserError('--to hf_dinov2_reg: this model has no registers; --to hf_dinov2')
+        allowed |= dict(posemb=_TABLES, pool=pools, registers=registers)
+        count = 2 if format == 'hf_deit' else 1
+        changes = [fit.learned, lambda m: fit.with_prefix(m, count)]
+        changes += [fit.with_layer_scale] if dinov2 else []
+        changes += [fit.with_biases] if settings['qkv_bias'] else []
+    fit.require(model, format, **allowed)
+    for change in (*changes, fit.with_embedding_bias, fit.with_head_bias):
+        model = change(model)
+    prefix = ''
+    if format == 'hf_siglip' or classes:
+        prefix = _PREFIXES[format][0]
+    return model, {'prefix': prefix, 'teacher': settings['pool'] == 'cls_dist'}
+
+
+def constants(format: str, model: Model, layout: Mapping[str, Any]) -> Arrays:
+    """Arrays that a peer always has and that its answers do not depend on."""
+    width, found = model.settings['width'], {}
+    if format == 'hf_dinov3':
+        found['embeddings.mask_token'] = np.zeros((1, 1, width), np.float32)
+        if not model.settings['registers']:
+            found['embeddings.register_tokens'] = np.zeros((1, 0, width), np.float32)
+    if format == 'hf_dinov2_reg':
+        found['embeddings.mask_token'] = np.zeros((1, width), np.float32)
+    return {layout['prefix'] + name: array for name, array in found.items()}
+
+
+def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files beside the weights, by name.
+
+    Raises:
+      UserError: a config cannot say it.
+    """
+    settings, meta = model.settings, model.meta
+    one = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
+    classes = settings['num_classes']
+    config: dict[str, Any] = {
+        'architectures': [_class_of(format, settings)],
+        'model_type': next(kind for kind, name in TYPES.items() if name == format),
+        'dtype': 'float32',
+        'hidden_size': settings['width'],
+        'num_hidden_layers': settings['depth'],
+        'num_attention_heads': settings['num_heads'],
+        'image_size': one(meta['image_size']),
+        'patch_size': one(settings['patch_size']),
+        'num_channels': meta['channels'],
+        'hidden_act': _TO_ACTIVATION[settings['activation']],
+        'layer_norm_eps': settings['norm_eps'],
+    }
+    if format in ('hf_dinov2', 'hf_dinov2_reg'):
+        gated = settings['mlp'] == 'swiglu'
+        ratio = _mlp_ratio(settings['mlp_dim'], settings['width'], gated)
+        config |= {'mlp_ratio': ratio, 'use_swiglu_ffn': gated}
+        config |= {'layerscale_value': settings['layer_scale'], 'qkv_bias': settings['qkv_bias']}
+        if format == 'hf_dinov2':
+            config['use_mask_token'] = False
+        else:
+            config['num_register_tokens'] = settings['registers']
+    else:
+        config['intermediate_size'] = settings['mlp_dim']
+    if format in ('hf_vit', 'hf_deit', 'hf_mae'):
+        config['qkv_bias'] = settings['qkv_bias']
+        if settings['representation']:
+            config |= {'pooler_act': 'tanh', 'pooler_output_size': settings['representation']}
+    if format == 'hf_dinov3':
+        config |= {
+            'rope_theta': settings['rope_theta'],
+            'use_gated_mlp': settings['mlp'] == 'swiglu',
+            **({'hidden_act': 'silu'} if settings['mlp'] == 'swiglu' else {}),
+            'query_bias': settings['qkv_bias'],
+            'value_bias': settings['qkv_bias'],
+            'key_bias': settings['qkv_bias'] and settings['key_bias'],
+            'proj_bias': True,
+            'mlp_bias': True,
+            'layerscale_value': settings['layer_scale'],
+            'num_register_tokens': settings['registers'],
+        }
+    labels = {str(i): f'LABEL_{i}' for i in range(classes)}
+    if format == 'hf_siglip':
+        config['vision_use_head'] = settings['pool'] == 'map'
+        config['model_type'] = 'siglip_vision_model'
+        if classes:
+            config = {
+                'architectures': config.pop('architectures'),
+                'model_type': 'siglip',
+                'vision_config': config,
+            }
+    if classes:
+        config |= {'id2label': labels, 'label2id': {name: int(i) for i, name in labels.items()}}
+    files = {'config.json': config}
+    if meta.get('mean') and meta.get('std'):
+        height, width = meta['image_size']
+        files['preprocessor_config.json'] = {
+            'image_processor_type': 'ViTImageProcessor',
+            'do_resize': True,
+            'size': {'height': height, 'width': width},
+            'resample': {'nearest': 0, 'bilinear': 2}.get(str(meta.get('interpolation')), 3),
+            'do_rescale': True,
+            'do_normalize': True,
+            'image_mean': list(meta['mean']),
+            'image_std': list(meta['std']),
+        }
+    return files
+
+
+def _class_of(format: str, settings: Mapping[str, Any]) -> str:
+    names = {
+        'hf_vit': ('ViTModel', 'ViTForImageClassification'),
+        'hf_deit': ('DeiTModel', 'DeiTForImageClassification'),
+        'hf_mae': ('ViTMAEModel', ''),
+        'hf_dinov2': ('Dinov2Model', 'Dinov2ForImageClassification'),
+        'hf_dinov2_reg': ('Dinov2WithRegistersModel', 'Dinov2WithRegistersForImageClassification'),
+        'hf_siglip': ('SiglipVisionModel', 'SiglipForImageClassification'),
+        'hf_dinov3': ('DINOv3ViTModel', ''),
+    }
+    if settings['pool'] == 'cls_dist':
+        return 'DeiTForImageClassificationWithTeacher'
+    return names[format][bool(settings['num_classes'])]
+
+
+def _mlp_ratio(hidden: int, width: int, gated: bool) -> int:
+    """The whole number from which transformers computes this hidden width.
+
+    Raises:
+      UserError: there is none.
+    """
+    for ratio in range(1, 65):
+        made = width * ratio
+        if gated:
+            made = (int(made * 2 / 3) + 7) // 8 * 8
+        if made == hidden:
+            return ratio
+    rule = 'round(2/3 of a multiple of the width) up to 8' if gated else 'a multiple of the width'
+    raise UserError(
+        f'--to hf_dinov2: mlp_dim={hidden} must be {rule} ({width}), it can say no other'
+    )

@@ -1,0 +1,275 @@
+"""open_clip's image towers: its own ViT, and timm's behind a name (SigLIP).
+
+A folder has open_clip_model.safetensors and open_clip_config.json. Only the tower is read and
+written: of a whole model the rest has to be dropped, and a tower alone is loaded into
+`open_clip.create_model(...).visual`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from big_vit.errors import UserError
+from big_vit.interop import fit, timm_vit
+from big_vit.interop.fit import ATTENTION, Model, Settings
+from big_vit.interop.layout import Row, Rule, Shapes, depth_of, torch_rules
+
+FORMATS = ('open_clip',)
+WEIGHTS, CONFIG = 'open_clip_model.safetensors', 'open_clip_config.json'
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_BLOCK = 'Transformer/encoderblock_{i}'
+_LAYER = 'transformer.resblocks.{i}'
+_TRUNK = 'visual.trunk.'
+
+
+def recognises(names: Any) -> str | None:
+    names = set(names)
+    native = 'visual.class_embedding' in names or 'class_embedding' in names
+    return 'open_clip' if native or any(n.startswith(_TRUNK) for n in names) else None
+
+
+def _table() -> list[Row]:
+    attention = f'{_BLOCK}/{ATTENTION}'
+    joined = tuple(f'{attention}/{name}' for name in ('query', 'key', 'value'))
+    return [
+        ('embedding', 'conv1.{leaf}'),
+        ('cls', 'class_embedding'),
+        ('pos_embedding', 'positional_embedding'),
+        ('pre_norm', 'ln_pre.{leaf}'),
+        (f'{_BLOCK}/LayerNorm_0', f'{_LAYER}.ln_1.{{leaf}}'),
+        (joined, f'{_LAYER}.attn.in_proj_{{leaf}}'),
+        (f'{attention}/out', f'{_LAYER}.attn.out_proj.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_0/scale', f'{_LAYER}.ls_1.gamma'),
+        (f'{_BLOCK}/LayerNorm_1', f'{_LAYER}.ln_2.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_0', f'{_LAYER}.mlp.c_fc.{{leaf}}'),
+        (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{_LAYER}.mlp.c_proj.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_1/scale', f'{_LAYER}.ls_2.gamma'),
+        ('Transformer/encoder_norm', 'ln_post.{leaf}'),
+        ('encoder_norm', 'ln_post.{leaf}'),  # Of the pooled vector.
+        ('head/kernel', 'proj'),
+    ]
+
+
+def rules_of(settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]) -> list[Rule]:
+    """The rules for parameters of ours with these shapes."""
+    if layout['trunk']:
+        return timm_vit.rules_of('timm', settings, shapes, layout)
+    prefix = layout['prefix']
+    flat = ('class_embedding', 'positional_embedding')
+    rules = torch_rules(_table(), shapes, flat, settings['depth'])
+    return [rule._replace(theirs=prefix + rule.theirs) for rule in rules]
+
+
+def settings_of(
+    shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    """(Fields, metadata, layout), from open_clip_config.json.
+
+    Raises:
+      UserError: nothing says which activation it has, or it is not a ViT of theirs.
+    """
+    whole = config.get('model_cfg') or config
+    vision = whole.get('vision_cfg') or {}
+    about = config.get('preprocess_cfg') or {}
+    images = {
+        'mean': tuple(about.get('mean') or _MEAN),
+        'std': tuple(about.get('std') or _STD),
+        'interpolation': about.get('interpolation') or 'bicubic',
+        'crop_pct': 1.0,
+    }
+    given = dict(given)
+    if vision.get('image_size') and not given.get('image_size'):
+        size = vision['image_size']
+        given['image_size'] = tuple(size) if isinstance(size, list) else (size, size)
+    if any(name.startswith(_TRUNK) for name in shapes):
+        return _of_trunk(shapes, vision, given, images, where)
+    return _of_tower(shapes, whole, vision, given, images, where)
+
+
+def _of_trunk(
+    shapes: Shapes, vision: Mapping[str, Any], given: Any, images: dict[str, Any], where: str
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    name = vision.get('timm_model_name')
+    if not name:
+        raise UserError(
+            f'{where}: the timm model behind it is named in {CONFIG} (vision_cfg.timm_model_name), '
+            'which must be beside it'
+        )
+    inner = {n.removeprefix(_TRUNK): s for n, s in shapes.items() if n.startswith(_TRUNK)}
+    pool = {'map': 'map', 'avg': 'avg', 'token': 'token', '': None}.get(
+        vision.get('timm_pool', 'avg')
+    )
+    args = {'global_pool': pool} if pool else {}
+    args |= {'img_size': given['image_size']} if given.get('image_size') else {}
+    settings, meta, layout = timm_vit.settings_of(
+        'timm', inner, {'architecture': name, 'model_args': args}, given, where
+    )
+    head = 'visual.head.proj'
+    settings['num_classes'] = shapes.get(f'{head}.weight', (0,))[0]
+    settings['head_bias'] = f'{head}.bias' in shapes or not settings['num_classes']
+    return settings, {**meta, **images}, {**layout, 'trunk': _TRUNK, 'head': head}
+
+
+def _of_tower(
+    shapes: Shapes, whole: Any, vision: Any, given: Any, images: dict[str, Any], where: str
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    if not vision and not given.get('activation'):
+        raise UserError(
+            f'{where}: {CONFIG} must be beside it, or say which activation it has: '
+            '--set activation=quick_gelu (OpenAI) or --set activation=gelu'
+        )
+    prefix = 'visual.' if 'visual.class_embedding' in shapes else ''
+    inner = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    width, channels, *patch = fit.sizes(inner, 'conv1.weight')
+    norm, act = vision.get('norm_kwargs') or {}, vision.get('act_kwargs') or {}
+    activation = 'quick_gelu' if whole.get('quick_gelu') else 'gelu'
+    if act.get('approximate') == 'tanh' and activation == 'gelu':
+        activation = 'gelu_tanh'
+    if vision.get('attentional_pool') or vision.get('pool_type', 'tok') not in ('tok', 'avg'):
+        raise UserError(f'{where}: big_vit has no such pooling as its vision_cfg says')
+    settings: Settings = {
+        'patch_size': tuple(patch),
+        'width': width,
+        'depth': depth_of(inner, r'transformer\.resblocks\.(\d+)\.', where),
+        'mlp_dim': fit.sizes(inner, 'transformer.resblocks.0.mlp.c_fc.weight')[0],
+        'num_heads': width // vision.get('head_width', 64),
+        'norm_eps': float(norm.get('eps', 1e-5)),
+        'activation': activation,
+        'embedding_bias': False,
+        'class_token': True,
+        'posemb': 'learned',
+        'pre_norm': 'ln_pre.weight' in inner,
+        'pool': 'gap' if vision.get('pool_type') == 'avg' else 'cls',
+        'norm_after_pool': bool(vision.get('final_ln_after_pool')),
+        'num_classes': inner.get('proj', (0, 0))[1],
+        'head_bias': False,
+    }
+    if 'transformer.resblocks.0.ls_1.gamma' in inner:
+        settings['layer_scale'] = float(vision.get('ls_init_value') or 1e-5)
+    tokens = fit.sizes(inner, 'positional_embedding')[0]
+    settings['posemb_prefix'], size = fit.placed(
+        tokens, (1,), settings, given.get('image_size'), where
+    )
+    meta = {'image_size': size, 'channels': channels, 'architecture': None, **images}
+    return settings, meta, {'prefix': prefix, 'trunk': ''}
+
+
+def fitted(model: Model, architecture: str | None) -> tuple[Model, dict[str, Any]]:
+    """(The model as open_clip can hold it, how it will be in the file).
+
+    Args:
+      architecture: a timm model that computes this one, for a tower that is timm's.
+
+    Raises:
+      UserError: it cannot hold it.
+    """
+    settings = model.settings
+    if architecture or 'cls' not in model.params:
+        return _fitted_trunk(model, architecture or _siglip_name(settings, model.meta))
+    fit.require(
+        model, 'open_clip', norm=('layernorm',), mlp=('mlp',), parallel=(False,), lsa=(False,),
+        qk_norm=(False,), registers=(0,), representation=(0,), pool=('cls', 'gap'), stride=(None,),
+        posemb=('learned', 'sincos2d', 'sincos2d_mae', 'none'), tokenizer=('patches',),
+        head_dim=(None,), activation=('gelu', 'gelu_tanh', 'quick_gelu'),
+    )  # fmt: skip
+    if model.meta['channels'] != 3:
+        raise UserError(
+            f'--to open_clip: images have 3 channels there, not {model.meta["channels"]}'
+        )
+    model = fit.without_embedding_bias(fit.with_prefix(fit.learned(model), 1))
+    if settings['num_classes']:
+        model = fit.without_head_bias(model, 'open_clip')
+    else:  # A tower always has a projection.
+        eye = np.eye(settings['width'], dtype=np.float32)
+        model = model.having(
+            {**model.params, 'head/kernel': eye}, num_classes=settings['width'], head_bias=False
+        )
+    return fit.with_biases(model), {'prefix': 'visual.', 'trunk': ''}
+
+
+def _fitted_trunk(model: Model, architecture: str) -> tuple[Model, dict[str, Any]]:
+    wanted, _ = timm_vit.fitted('timm', model)
+    if wanted.settings['num_classes'] and model.settings['head_bias']:
+        raise UserError(
+            "--to open_clip: its projection has no bias; --drop 'head/.*' leaves it out"
+        )
+    if model.settings['num_classes']:
+        wanted = fit.without_head_bias(wanted, 'open_clip')
+    layout = {
+        'distilled': False,
+        'trunk': _TRUNK,
+        'head': 'visual.head.proj',
+        'architecture': architecture,
+    }
+    return wanted, layout
+
+
+_SIGLIP = {
+    (768, 12, 12, 3072, 16, 'gelu'): ('vit_base_patch16_siglip_{}', (224, 256, 384, 512)),
+    (1024, 24, 16, 4096, 16, 'gelu'): ('vit_large_patch16_siglip_{}', (256, 384)),
+    (1024, 24, 16, 4096, 16, 'gelu_tanh'): ('vit_large_patch16_siglip_{}', (512,)),
+    (1152, 27, 16, 4304, 14, 'gelu'): ('vit_so400m_patch14_siglip_{}', (224, 378, 384)),
+    (1152, 27, 16, 4304, 16, 'gelu_tanh'): ('vit_so400m_patch16_siglip_{}', (256, 384, 512)),
+    (768, 12, 12, 3072, 32, 'gelu_tanh'): ('vit_base_patch32_siglip_{}', (256,)),
+    (1536, 40, 16, 6144, 16, 'gelu_tanh'): ('vit_giantopt_patch16_siglip_{}', (256, 384)),
+}
+
+
+def _siglip_name(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    """The timm model of these sizes, for open_clip takes its tower by name."""
+    key = tuple(settings[name] for name in ('width', 'depth', 'num_heads', 'mlp_dim'))
+    patch = settings['patch_size'][0]
+    found = _SIGLIP.get((*key, patch, settings['activation']))
+    if settings['pool'] != 'map' or found is None:
+        raise UserError(
+            '--to open_clip: without a class token it has SigLIP towers of the published sizes '
+            "only (pool='map' and the activation of timm's model of that size), or a timm model "
+            'that you name: --architecture NAME'
+        )
+    name, known = found
+    side = meta['image_size'][0]
+    return name.format(side if side in known else known[0])
+
+
+def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files beside the weights, by name."""
+    settings, meta = model.settings, model.meta
+    one = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
+    vision: dict[str, Any] = {'image_size': one(meta['image_size'])}
+    quick = settings['activation'] == 'quick_gelu'
+    if layout['trunk']:
+        pools = {'map': 'map', 'gap': 'avg', 'cls': 'token'}
+        vision |= {
+            'timm_model_name': layout['architecture'],
+            'timm_model_pretrained': False,
+            'timm_pool': pools[settings['pool']],
+            'timm_proj': 'linear' if settings['num_classes'] else 'none',
+        }
+        quick = False
+    else:
+        vision |= {
+            'layers': settings['depth'],
+            'width': settings['width'],
+            'head_width': settings['width'] // settings['num_heads'],
+            'mlp_ratio': timm_vit.ratio(settings['mlp_dim'], settings['width']),
+            'patch_size': one(settings['patch_size']),
+            'ls_init_value': settings['layer_scale'] or None,
+            'no_ln_pre': not settings['pre_norm'],
+            'final_ln_after_pool': settings['norm_after_pool'],
+            'pool_type': 'avg' if settings['pool'] == 'gap' else 'tok',
+        }
+        if settings['norm_eps'] != 1e-5:
+            vision['norm_kwargs'] = {'eps': settings['norm_eps']}
+        if settings['activation'] == 'gelu_tanh':
+            vision['act_kwargs'] = {'approximate': 'tanh'}
+    embed = settings['num_classes'] or settings['width']
+    tower = {'embed_dim': embed, 'vision_cfg': vision, 'quick_gelu': quick}
+    images = {
+        'size': list(meta['image_size']),
+        'mean': list(meta.get('mean') or _MEAN),
+        'std': list(meta.get('std') or _STD),
+        'interpolation': meta.get('interpolation') or 'bicubic',
+        'resize_mode': 'shortest',
+    }
+    return {CONFIG: {'model_cfg': tower, 'preprocess_cfg': images}}

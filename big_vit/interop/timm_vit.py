@@ -1,0 +1,466 @@
+"""timm's names, and those of the PyTorch releases that it grew from: MAE, DeiT-III, DINOv2.
+
+A folder has model.safetensors and config.json; `timm.create_model('local-dir:PATH',
+pretrained=True)` reads it. An architecture's name decides what arrays do not show: the epsilon of
+norms, the activation, the number of heads, how tokens are pooled. The releases' .pth files
+have no config at all; what they are is known from their papers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from big_vit.errors import UserError
+from big_vit.interop import fit
+from big_vit.interop.fit import ATTENTION, Model, Settings
+from big_vit.interop.layout import Row, Rule, Shapes, depth_of, torch_rules
+
+FORMATS = ('timm', 'mae', 'deit3', 'dinov2')
+_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+_BLOCK = 'Transformer/encoderblock_{i}'
+_MAP = 'MAPHead_0'
+
+# Models whose arrays have our names but whose blocks compute something else, or other names.
+_OTHER = re.compile(
+    r'.*(_rpn_|_18x2|_xp_|pwee|dwee|dlittle|aimv2|radio|rope|dinov3|_pe_|naflex|sam_|_mci_|resnet)'
+)
+_PLAIN = re.compile(r'(vit|deit|deit3|flexivit|test_vit|eva_large|beit3)\d?(_.*)?')
+_EPS_1E5 = re.compile(r'.*_clip_|beit3')
+_QUICK = re.compile(r'.*_clip_quickgelu')
+_TANH = re.compile(
+    r'vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_|vit_large_patch16_siglip_(gap_)?512'
+)
+# Where the width of a head is not 64: by the width of the model.
+_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+# How a safe `norm_layer` of a config is called, and its epsilon there.
+_NORMS = {'layernorm': ('layernorm', 1e-6), 'rmsnorm': ('rmsnorm', 1e-6)}
+_ACTIVATIONS = {
+    'gelu': 'gelu',
+    'gelu_tanh': 'gelu_tanh',
+    'quick_gelu': 'quick_gelu',
+    'relu': 'relu',
+    'silu': 'silu',
+    'swish': 'silu',
+}
+
+
+def recognises(names: Any) -> str | None:
+    names = set(names)
+    if 'patch_embed.proj.weight' not in names:
+        return None
+    if 'blocks.0.gamma_1' in names:
+        return 'deit3'
+    if 'decoder_embed.weight' in names:
+        return 'mae'
+    if 'register_tokens' in names or {'mask_token', 'blocks.0.ls1.gamma'} <= names:
+        return 'dinov2'
+    return 'timm'
+
+
+def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Row]:
+    three = tuple(f'{_BLOCK}/{ATTENTION}/{name}' for name in ('query', 'key', 'value'))
+    scale = ('gamma_1', 'gamma_2') if format == 'deit3' else ('ls1.gamma', 'ls2.gamma')
+    registers = 'dist_token' if layout['distilled'] else 'reg_token'
+    gated, second = ('w12', 'w3') if format == 'dinov2' else ('fc1', 'fc2')
+    block = 'blocks.{i}'
+    if settings['mlp'] == 'swiglu':
+        both = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
+        mlp: list[Row] = [(both, f'{block}.mlp.{gated}.{{leaf}}')]
+    else:
+        second = 'fc2'
+        mlp = [(f'{_BLOCK}/MlpBlock_0/Dense_0', f'{block}.mlp.fc1.{{leaf}}')]
+    attention, pool = f'{_BLOCK}/{ATTENTION}', f'{_MAP}/{ATTENTION}'
+    return [
+        ('embedding', 'patch_embed.proj.{leaf}'),
+        *_stem(settings),
+        ('cls', 'cls_token'),
+        ('registers', 'register_tokens' if format == 'dinov2' else registers),
+        ('pos_embedding', 'pos_embed'),
+        ('pre_norm', 'norm_pre.{leaf}'),
+        (f'{_BLOCK}/LayerNorm_0', f'{block}.norm1.{{leaf}}'),
+        (three, f'{block}.attn.qkv.{{leaf}}'),
+        (f'{attention}/query_norm', f'{block}.attn.q_norm.{{leaf}}'),
+        (f'{attention}/key_norm', f'{block}.attn.k_norm.{{leaf}}'),
+        (f'{attention}/out', f'{block}.attn.proj.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_0/scale', f'{block}.{scale[0]}'),
+        (f'{_BLOCK}/LayerNorm_1', f'{block}.norm2.{{leaf}}'),
+        *mlp,
+        (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{block}.mlp.{second}.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_1/scale', f'{block}.{scale[1]}'),
+        ('Transformer/encoder_norm', 'norm.{leaf}'),
+        ('encoder_norm', 'fc_norm.{leaf}'),  # Of the pooled vector.
+        (f'{_MAP}/probe', 'attn_pool.latent'),
+        (f'{pool}/query', 'attn_pool.q.{leaf}'),
+        ((f'{pool}/key', f'{pool}/value'), 'attn_pool.kv.{leaf}'),
+        (f'{pool}/out', 'attn_pool.proj.{leaf}'),
+        (f'{_MAP}/LayerNorm_0', 'attn_pool.norm.{leaf}'),
+        (f'{_MAP}/MlpBlock_0/Dense_0', 'attn_pool.mlp.fc1.{leaf}'),
+        (f'{_MAP}/MlpBlock_0/Dense_1', 'attn_pool.mlp.fc2.{leaf}'),
+        ('head', layout.get('head', 'head') + '.{leaf}'),
+        ('head_dist', 'head_dist.{leaf}'),
+    ]
+
+
+def _stem(settings: Mapping[str, Any]) -> list[Row]:
+    if settings['tokenizer'] != 'resnet':
+        return []
+    units, backbone = settings['resnet'], 'patch_embed.backbone'
+    root = f'{backbone}.stem' if units else backbone
+    rows: list[Row] = [
+        ('stem/conv_root', f'{root}.conv.{{leaf}}'),
+        ('stem/gn_root', f'{root}.norm.{{leaf}}'),
+    ]
+    for stage, count in enumerate(units):
+        for unit in range(count):
+            ours = f'stem/block{stage + 1}/unit{unit + 1}'
+            theirs = f'{backbone}.stages.{stage}.blocks.{unit}'
+            for i in (1, 2, 3):
+                rows.append((f'{ours}/conv{i}', f'{theirs}.conv{i}.{{leaf}}'))
+                rows.append((f'{ours}/gn{i}', f'{theirs}.norm{i}.{{leaf}}'))
+            rows.append((f'{ours}/conv_proj', f'{theirs}.downsample.conv.{{leaf}}'))
+            rows.append((f'{ours}/gn_proj', f'{theirs}.downsample.norm.{{leaf}}'))
+    return rows
+
+
+def rules_of(
+    format: str, settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]
+) -> list[Rule]:
+    """The rules for parameters of ours with these shapes."""
+    rules = torch_rules(_table(format, settings, layout), shapes, depth=settings['depth'])
+    trunk = layout.get('trunk', '')
+    own_head = layout.get('head', 'head').startswith('visual.')
+    return [
+        rule
+        if own_head and rule.theirs.startswith('visual.')
+        else rule._replace(theirs=trunk + rule.theirs)
+        for rule in rules
+    ]
+
+
+def settings_of(
+    format: str, shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    """(Fields, metadata, layout), from a config and from shapes.
+
+    Raises:
+      UserError: an architecture that is something else than a ViT, or a config in contradiction.
+    """
+    name = str(config.get('architecture', '')).partition('.')[0]
+    if name and (_OTHER.match(name) or not _PLAIN.fullmatch(name)):
+        raise UserError(f'{where}: {name} is not a ViT that big_vit has')
+    args = config.get('model_args') or {}
+    cfg = config.get('pretrained_cfg') or {}
+    depth = depth_of(shapes, r'blocks\.(\d+)\.', where)
+    out, channels, *patch = fit.sizes(shapes, 'patch_embed.proj.weight')
+    stem = _stem_of(shapes)
+    settings: Settings = {
+        'patch_size': fit.patch_of(patch, stem.get('resnet')),
+        'width': out,
+        'depth': depth,
+        'num_heads': given.get('num_heads') or args.get('num_heads') or _heads(name, out),
+        'class_token': 'cls_token' in shapes,
+        'embedding_bias': 'patch_embed.proj.bias' in shapes,
+        'qkv_bias': 'blocks.0.attn.qkv.bias' in shapes,
+        'qk_norm': 'blocks.0.attn.q_norm.weight' in shapes,
+        'pre_norm': 'norm_pre.weight' in shapes,
+        'norm_after_pool': 'fc_norm.weight' in shapes,
+        'num_classes': shapes.get('head.weight', (0,))[0],
+        **_norm(name, args, where),
+        **_mlp(format, shapes),
+    }
+    settings['activation'] = _activation(name, args, where)
+    if settings['norm'] == 'rmsnorm' and 'norm.bias' in shapes:
+        raise UserError(f'{where}: its config says rmsnorm, but its norms have biases')
+    if any(scale in shapes for scale in ('blocks.0.ls1.gamma', 'blocks.0.gamma_1')):
+        settings['layer_scale'] = float(args.get('init_values') or 1e-5)
+    registers = next((n for n in ('reg_token', 'register_tokens', 'dist_token') if n in shapes), '')
+    settings['registers'] = shapes[registers][1] if registers else 0
+    settings |= stem
+    if stem:
+        root = 'patch_embed.backbone.stem.conv.weight'
+        channels = shapes[root if root in shapes else 'patch_embed.backbone.conv.weight'][1]
+    settings['pool'] = _pool(name, config, args, shapes, where)
+    front = int('cls_token' in shapes) + settings['registers']
+    # Our attention pooling looks at all tokens, our mean at those of patches only.
+    whole = bool(args.get('pool_include_prefix'))
+    if front and settings['pool'] in ('map', 'gap') and whole != (settings['pool'] == 'map'):
+        raise UserError(
+            f'{where}: its pooling {"looks at" if whole else "leaves out"} the {front} tokens '
+            f'before those of patches, and pool={settings["pool"]!r} here does not do the same'
+        )
+    # Of a class token and registers, DINOv2 has positions for the first only.
+    prefixes = dict.fromkeys((int('cls_token' in shapes), front, 0))
+    if format == 'timm' and settings['registers']:
+        prefixes = dict.fromkeys((front, 0))
+    table = shapes.get('pos_embed')
+    prefix, size = fit.placed(
+        table[1] if table else None,
+        tuple(prefixes),
+        settings,
+        given.get('image_size') or _image_size(args, cfg),
+        where,
+    )
+    settings |= {'posemb': 'learned' if table else 'none', 'posemb_prefix': prefix}
+    meta = {'image_size': size, 'channels': channels, **_about(format, name, cfg)}
+    layout = {'distilled': registers == 'dist_token'}
+    return settings, meta, layout
+
+
+def _heads(name: str, width: int) -> int:
+    exceptions = {'vit_base_patch16_gap_224': 16, 'test_vit': 2, 'test_vit2': 2}
+    if name in exceptions:
+        return exceptions[name]
+    if name.startswith('vit_giantopt_'):
+        return 16
+    return _HEADS.get(width) or max(width // 64, 1)
+
+
+def _norm(name: str, args: Mapping[str, Any], where: str) -> Settings:
+    said = args.get('norm_layer')
+    if said is not None:
+        known = _NORMS.get(str(said).replace('_', '').lower())
+        if known is None:
+            raise UserError(f'{where}: norm_layer {said!r} is not one that big_vit has')
+        return {'norm': known[0], 'norm_eps': known[1]}
+    norm = 'rmsnorm' if name == 'test_vit4' else 'layernorm'
+    return {'norm': norm, 'norm_eps': 1e-5 if _EPS_1E5.match(name) else 1e-6}
+
+
+def _activation(name: str, args: Mapping[str, Any], where: str) -> str:
+    said = args.get('act_layer')
+    if said is not None:
+        if said not in _ACTIVATIONS:
+            raise UserError(f'{where}: act_layer {said!r} is not one that big_vit has')
+        return _ACTIVATIONS[said]
+    if _QUICK.match(name):
+        return 'quick_gelu'
+    return 'gelu_tanh' if _TANH.match(name) else 'gelu'
+
+
+def _mlp(format: str, shapes: Shapes) -> Settings:
+    """Whether the MLP is gated shows in the first matrix having twice what the second takes."""
+    first, second = ('w12', 'w3') if 'blocks.0.mlp.w12.weight' in shapes else ('fc1', 'fc2')
+    rows = fit.sizes(shapes, f'blocks.0.mlp.{first}.weight')[0]
+    taken = fit.sizes(shapes, f'blocks.0.mlp.{second}.weight')[1]
+    return {'mlp': 'swiglu' if rows == 2 * taken else 'mlp', 'mlp_dim': taken}
+
+
+def _stem_of(shapes: Shapes) -> Settings:
+    if not any(name.startswith('patch_embed.backbone.') for name in shapes):
+        return {}
+    found = {
+        m.groups()
+        for name in shapes
+        if (m := re.match(r'patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.', name))
+    }
+    stages = max((int(stage) + 1 for stage, _ in found), default=0)
+    units = tuple(sum(int(stage) == s for stage, _ in found) for s in range(stages))
+    return {'tokenizer': 'resnet', 'resnet': units}
+
+
+def _pool(
+    name: str, config: Mapping[str, Any], args: Mapping[str, Any], shapes: Shapes, where: str
+) -> str:
+    if 'head_dist.weight' in shapes:
+        return 'cls_dist'
+    if 'attn_pool.latent' in shapes:
+        return 'map'
+    said = args.get('global_pool') or config.get('global_pool')
+    if said is None:
+        gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|beit3', name)
+        said = 'avg' if gap or 'cls_token' not in shapes else 'token'
+    pools = {'token': 'cls', 'avg': 'gap'}
+    if said not in pools:
+        raise UserError(
+            f'{where}: global_pool {said!r} is not one that big_vit has (token, avg, map)'
+        )
+    return pools[said]
+
+
+def _image_size(args: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[int, int] | None:
+    size = args.get('img_size')
+    if size is not None:
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return int(height), int(width)
+    shape = cfg.get('input_size')
+    return (int(shape[1]), int(shape[2])) if shape else None
+
+
+def _about(format: str, name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    about: dict[str, Any] = {'architecture': name or None}
+    if format == 'timm':
+        for key in ('mean', 'std'):
+            about[key] = tuple(cfg[key]) if key in cfg else None
+        about['crop_pct'] = cfg.get('crop_pct')
+        about['interpolation'] = cfg.get('interpolation')
+        about['licence'] = cfg.get('license')
+        about['source'] = cfg.get('hf_hub_id') or cfg.get('url') or cfg.get('origin_url')
+        return about
+    licences = {'mae': 'cc-by-nc-4.0', 'deit3': 'apache-2.0', 'dinov2': 'apache-2.0'}
+    crop = {'mae': 0.875, 'deit3': 1.0, 'dinov2': 1.0}
+    source = {'mae': 'mae', 'deit3': 'deit', 'dinov2': 'dinov2'}
+    return {
+        **about,
+        **_IMAGENET,
+        'crop_pct': crop[format],
+        'interpolation': 'bicubic',
+        'licence': licences[format],
+        'source': f'https://github.com/facebookresearch/{source[format]}',
+    }
+
+
+def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
+    """(The model as timm can hold it, how it will be in the file).
+
+    Raises:
+      UserError: it cannot hold it.
+    """
+    if format != 'timm':
+        raise UserError(
+            f'--to {format}: a pickled file is not written; --to timm has the same names'
+        )
+    fit.require(
+        model, format, norm=('layernorm', 'rmsnorm'), parallel=(False,), lsa=(False,),
+        representation=(0,), stride=(None,), pool=('cls', 'gap', 'map', 'cls_dist'),
+        posemb=('learned', 'sincos2d', 'sincos2d_mae', 'none'), tokenizer=('patches', 'resnet'),
+    )  # fmt: skip
+    settings = model.settings
+    heads, width = settings['num_heads'], settings['width']
+    if settings['head_dim'] not in (None, width // heads):
+        raise UserError(f'--to timm: heads of {settings["head_dim"]} for {heads} of {width}')
+    if settings['mlp'] == 'swiglu' and settings['pool'] == 'map':
+        raise UserError('--to timm: its attention pooling has no gated MLP, this model has one')
+    distilled = settings['pool'] == 'cls_dist'
+    if distilled and settings['registers'] != 1:
+        raise UserError('--to timm: a distilled model has one register, the distillation token')
+    if settings['posemb'] != 'none':
+        model = fit.learned(model)
+    front = int('cls' in model.params) + settings['registers']
+    if distilled:
+        model = fit.with_prefix(model, 2)
+    elif model.settings['posemb_prefix'] not in (0, front):
+        # Its table has rows for all tokens before the patches, or for none.
+        model = fit.with_prefix(model, 0)
+    if settings['pre_norm']:
+        model = fit.without_embedding_bias(model)
+    else:
+        model = fit.with_embedding_bias(model)
+    if settings['qkv_bias'] or settings['pool'] == 'map':
+        model = fit.with_biases(model)
+    model = fit.with_head_bias(model)
+    layout = {'distilled': distilled}
+    _base(model.settings, distilled)
+    return model, layout
+
+
+def _base(settings: Mapping[str, Any], distilled: bool) -> tuple[str, dict[str, Any]]:
+    """(An architecture, what has to be said beside it) that compute what these settings do.
+
+    A config cannot say an epsilon or that the MLP is gated, so the name has to.
+
+    Raises:
+      UserError: no architecture does.
+    """
+    eps, gated = settings['norm_eps'], settings['mlp'] == 'swiglu'
+    hybrid = {(): 'vit_tiny_r_s16_p8_224', (2, 2, 2, 2): 'vit_small_r26_s32_224',
+              (3, 4, 9): 'vit_base_r50_s16_224', (3, 4, 6, 3): 'vit_large_r50_s32_224'}  # fmt: skip
+    fits_eps = eps == 1e-6
+    name = 'vit_base_patch16_224'
+    if settings['tokenizer'] == 'resnet':
+        if settings['resnet'] not in hybrid:
+            raise UserError(f'--to timm: it has no ResNet stem of {settings["resnet"]} units')
+        name = hybrid[settings['resnet']]
+        if gated or distilled:
+            raise UserError('--to timm: its hybrids have neither a gated MLP nor a second head')
+    elif distilled:
+        name = 'deit_base_distilled_patch16_224'
+    elif gated:
+        name = 'vit_giant_patch14_reg4_dinov2'
+    elif eps == 1e-5 and settings['norm'] == 'layernorm':
+        name, fits_eps = 'vit_base_patch16_clip_224', True
+    if gated and distilled:
+        raise UserError('--to timm: its distilled models have no gated MLP')
+    if not fits_eps:
+        raise UserError(
+            f'--to timm: its config cannot say norm_eps={eps:g} for this model; '
+            '--set norm_eps=1e-6 accepts the small difference'
+        )
+    return name, {'norm_layer': 'rmsnorm'} if settings['norm'] == 'rmsnorm' else {}
+
+
+def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files beside the weights, by name."""
+    settings, meta = model.settings, model.meta
+    name, more = _base(settings, layout['distilled'])
+    gated = settings['mlp'] == 'swiglu'
+    front = int('cls' in model.params) + settings['registers']
+    pools = {'cls': 'token', 'gap': 'avg', 'map': 'map', 'cls_dist': 'token'}
+    args: dict[str, Any] = {
+        'img_size': list(meta['image_size']),
+        'patch_size': _one(fit.kernel_of(settings)),
+        'in_chans': meta['channels'],
+        'embed_dim': settings['width'],
+        'depth': settings['depth'],
+        'num_heads': settings['num_heads'],
+        'mlp_ratio': ratio(settings['mlp_dim'] * (2 if gated else 1), settings['width']),
+        'qkv_bias': settings['qkv_bias'],
+        'qk_norm': settings['qk_norm'],
+        'init_values': settings['layer_scale'],
+        'class_token': 'cls' in model.params,
+        'reg_tokens': 0 if layout['distilled'] else settings['registers'],
+        'no_embed_class': settings['posemb_prefix'] != front,
+        'pos_embed': 'learn' if settings['posemb'] == 'learned' else 'none',
+        'pre_norm': settings['pre_norm'],
+        'fc_norm': settings['norm_after_pool'],
+        'global_pool': pools[settings['pool']],
+        'pool_include_prefix': settings['pool'] == 'map' and front > 0,
+        **more,
+    }
+    if not gated:
+        args['act_layer'] = settings['activation']
+    if layout['distilled']:
+        for key in ('class_token', 'reg_tokens', 'no_embed_class', 'pool_include_prefix'):
+            del args[key]
+    height, width = meta['image_size']
+    pretrained = {
+        'tag': 'big_vit',
+        'custom_load': False,
+        'input_size': [meta['channels'], height, width],
+        'fixed_input_size': True,
+        'interpolation': meta.get('interpolation') or 'bicubic',
+        'crop_pct': meta.get('crop_pct') or 1.0,
+        'crop_mode': 'center',
+        'mean': list(meta.get('mean') or (0.5,) * meta['channels']),
+        'std': list(meta.get('std') or (0.5,) * meta['channels']),
+        'num_classes': settings['num_classes'],
+        'pool_size': None,
+        'first_conv': _first_conv(settings),
+        'classifier': ['head', 'head_dist'] if layout['distilled'] else 'head',
+        'license': meta.get('licence'),
+        'origin_url': meta.get('source'),
+    }
+    config = {
+        'architecture': name,
+        'num_classes': settings['num_classes'],
+        'num_features': settings['width'],
+        'global_pool': args['global_pool'],
+        'model_args': args,
+        'pretrained_cfg': pretrained,
+    }
+    return {'config.json': config}
+
+
+def _first_conv(settings: Mapping[str, Any]) -> str:
+    if settings['tokenizer'] != 'resnet':
+        return 'patch_embed.proj'
+    return f'patch_embed.backbone.{"stem." if settings["resnet"] else ""}conv'
+
+
+def _one(pair: Sequence[int]) -> int | list[int]:
+    return pair[0] if pair[0] == pair[1] else list(pair)
+
+
+def ratio(hidden: int, width: int) -> float:
+    """A ratio that times the width, rounded down as peers do, is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
