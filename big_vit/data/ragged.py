@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Shaped
 
 from big_vit.data import geometry
 from big_vit.data.operations import (
@@ -54,22 +54,22 @@ def cut_up(
 
 
 def pack(
-    images: list[UInt8[np.ndarray, 'height width channels']],
+    images: list[np.ndarray],
     patch: tuple[int, int],
     tokens: int,
     most: int = 64,
-) -> tuple[dict[str, np.ndarray], Int[np.ndarray, 'images 2']]:
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Several images in each row of `tokens` patches, each at its own size.
 
     Each goes into the first row that has room, the longest first.
 
     Args:
-      images: that divide into patches.
+      images: [height, width, channels] each, that divide into patches.
       most: images in one row.
 
     Returns:
       The parts of `PARTS`, and 'images' [rows, n], whose shape says how many vectors a row is
-      pooled to; and for each image its (row, place in the row).
+      pooled to; and int64 [images, 2], for each image its (row, place in the row).
 
     Raises:
       ValueError: an image has more patches than a row.

@@ -216,7 +216,7 @@ def resize_patches(
 
 
 def positions_at(
-    table: Float[Array, '1 rows*columns width'],
+    table: Float[Array, '1 old width'],
     grid: tuple[int, int],
     share: Float[Array, 'batch tokens 2'],
 ) -> Float[Array, 'batch tokens width']:
