@@ -7,7 +7,17 @@ import pytest
 from commands import run
 from tiny import MODEL, RUN, flags, overrides
 
-from big_vit import checkpoint, config, evaluate, explore, metrics, train, transfer, trees
+from big_vit import (
+    adapt,
+    checkpoint,
+    config,
+    evaluate,
+    explore,
+    metrics,
+    train,
+    transfer,
+    trees,
+)
 from big_vit.errors import UserError
 
 PRETRAIN = {
@@ -200,3 +210,49 @@ def test_transfer_from_the_command_line(pretrained, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert 'control: same recipe from random' in result.stdout
+
+
+def test_explore_draws_what_the_model_looks_at(pretrained, tmp_path):
+    from PIL import Image
+
+    explore.main([str(pretrained), '--png', str(tmp_path)])
+    for name in ('attention', 'embedding', 'positions', 'images', 'curves'):
+        with Image.open(tmp_path / f'{name}.png') as picture:
+            assert len(picture.convert('RGB').getcolors(1 << 24)) > 20, name
+
+
+def test_training_starts_from_weights_of_others(pretrained, tmp_path):
+    """Out to timm's format and in again: a step at a rate of 0 leaves all as it was."""
+    out = run('export', '--checkpoint', pretrained, '--to', 'timm', '--out', tmp_path / 'timm')
+    assert out.returncode == 0, out.stderr
+    params, sidecar = checkpoint.load_params(pretrained, 3, 'ema')
+    settings = config.from_json(sidecar['config']).replacing(
+        {'init': str(tmp_path / 'timm'), 'total_steps': 1, 'lr': 0.0}
+    )
+    train.run(settings, tmp_path / 'w', params=adapt.starting(settings, keep_head=True))
+    found, _ = checkpoint.load_params(tmp_path / 'w', 1)
+    flat, wanted = trees.flatten(found), trees.flatten(params)
+    assert flat.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(flat[name], wanted[name], err_msg=name)
+
+
+def test_weights_that_load_but_answer_otherwise_are_refused(pretrained, tmp_path):
+    out = run(
+        'export', '--checkpoint', pretrained, '--to', 'big_vision',
+        '--out', tmp_path / 'a.npz',
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    more = ('--set', 'norm_eps=1e-3', '--out', tmp_path / 'run')
+    out = run('export', '--from', tmp_path / 'a.npz', *more)
+    assert out.returncode == 0, out.stderr
+    _, sidecar = checkpoint.load_params(pretrained, 3)
+    settings = config.from_json(sidecar['config']).replacing({'init': str(tmp_path / 'run')})
+    with pytest.raises(UserError, match=r'model\.norm_eps=0\.001 \(here 1e-06\): set the same'):
+        train.run(settings, tmp_path / 'w', params=adapt.starting(settings, keep_head=True))
+    assert not (tmp_path / 'w').exists()
+    # A transfer takes the model of where it starts.
+    loaded = transfer.load_config(
+        'configs/transfer_digits.py', overrides(RUN, {'init': str(tmp_path / 'run')})
+    )
+    assert loaded.model.norm_eps == 1e-3 and loaded.model.posemb == 'learned'

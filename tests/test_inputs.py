@@ -1,0 +1,134 @@
+"""Models of video, sound, words and several inputs, from the config to a step; what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from tiny import overrides
+
+from big_vit import build, config, metrics, train
+from big_vit.errors import UserError
+
+SMALL = {'model.width': '24', 'model.depth': '1', 'model.mlp_dim': '24', 'model.num_heads': '2'}
+RUN = {'total_steps': '2', 'batch_size': '16', 'log.every_steps': '1'}
+TASKS = {
+    'orbit': ('video',),
+    'orbit,blind=True': ('image',),
+    'tones': ('image',),
+    'tones,blind=True': ('image',),
+    'phrases': ('tokens',),
+    'phrases,blind=True': ('tokens',),
+    'pairs,fusion=concat': ('image', 'tokens'),
+    'pairs,fusion=cross': ('tokens', 'image'),
+    'pairs,fusion=latents': ('image', 'tokens'),
+    'pairs,blind=True': ('image',),
+}
+
+
+def load(task, *parts):
+    return config.load(
+        f'configs/sequences.py:task={task}', overrides(SMALL, RUN, *parts, evals=('test',))
+    )
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_each_task_reads_its_parts_and_leaves_no_key_unread(task):
+    settings = load(task)
+    parts = build.experiment(settings)
+    build.train_step(settings, parts)
+    build.eval_steps(settings, parts)
+    build.log_targets(settings)
+    _ = settings.init, settings.switch, settings.data.max_error_rate
+    settings.audit()
+    assert parts.data.reads == TASKS[task]
+
+
+@pytest.mark.parametrize('task', ['orbit', 'pairs,fusion=cross'])
+def test_they_train_and_are_scored(task, tmp_path):
+    train.run(load(task), tmp_path / 'w')
+    rows = metrics.read(tmp_path / 'w')
+    losses = [row['train/loss'] for row in rows if 'train/loss' in row]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(math.log(8 if task == 'orbit' else 4), rel=1e-4)
+    scored = next(row for row in rows if 'test/top1' in row)
+    assert scored['test/count'] == 20 and np.isfinite(scored['test/loss'])
+
+
+def test_ragged_images_train(tmp_path):
+    settings = config.load(
+        'configs/fashion_mnist.py',
+        overrides(
+            SMALL,
+            RUN,
+            {
+                'data.name': 'digits',
+                'data.path': 'default',
+                'model.variant': 'mu/4',
+                'model.tokenizer': 'ragged',
+                'model.posemb': 'rope',
+                'data.transform': 'ragged_patches(4, 9)',
+                'evals.test.transform': 'ragged_patches(4, 9)',
+            },
+            evals=('test',),
+        ),
+    )
+    train.run(settings, tmp_path / 'w')
+    assert any('test/top1' in row for row in metrics.read(tmp_path / 'w'))
+
+
+WRONG = [
+    (
+        'orbit',
+        {'data.transform': 'middle_frame()'},
+        ('gives image, label but no video', 'decode_v'),
+    ),
+    ('orbit', {'model.tubelet': '3'}, ('8 frames do not divide', 'take 6 or 9')),
+    ('orbit', {'image_size': '36'}, ('36x36 pixels do not divide into 8x8', '32 or 40 would')),
+    ('phrases', {'data.transform': "keep('text', 'label')"}, ('text has to become numbers',)),
+    ('pairs,fusion=cross', {'model.queries': 'sound'}, ('picture, question',)),
+    ('pairs,fusion=concat', {'model.latents': '4'}, ('model.latents is set', 'never reads')),
+    ('pairs,fusion=concat', {'mixup': '0.2'}, ('mix images', 'takes image, tokens')),
+    ('pairs,blind=True', {'model.tokenizer': 'cct', 'model.variant': 'mu/7'}, ('2, 4, 8', '7x7')),
+    ('pairs,blind=True', {'model.tokenizer': 'resnet'}, ("such as 'R50+B/16'",)),
+    ('pairs,blind=True', {'model.posemb': 'rope', 'model.head_dim': '6'}, ('divisible by 4',)),
+    (
+        'pairs,blind=True',
+        {'model.posemb': 'learned', 'model.posemb_prefix': '1'},
+        ('posemb_prefix=1', 'has 0 prefix'),
+    ),
+    ('pairs,blind=True', {'model.pool': 'cls_dist'}, ('model.registers=1',)),
+    ('pairs,blind=True', {'model.attention': 'cudnn'}, ('NVIDIA GPU',)),
+    (
+        'pairs,blind=True',
+        {'model.posemb': 'relative', 'model.patch_dropout': '0.5'},
+        ('no model.patch_dropout',),
+    ),
+    (
+        'pairs,blind=True',
+        {'model.tokenizer': 'ragged', 'data.transform': 'ragged_patches(16, 4) | byte_tokens(48)'},
+        ('patches of 768 numbers', '8x8 pixels'),
+    ),
+    (
+        'pairs,blind=True',
+        {
+            'model.tokenizer': 'ragged',
+            'data.transform': 'ragged_patches(8, 9) | byte_tokens(48)',
+            'model.pool': 'cls',
+        },
+        ('neither class token nor registers',),
+    ),
+]
+
+
+@pytest.mark.parametrize('task, change, parts', WRONG)
+def test_what_does_not_fit_is_refused_in_a_line(task, change, parts):
+    with pytest.raises(UserError) as caught:
+        settings = load(task, change)
+        experiment = build.experiment(settings)
+        build.train_step(settings, experiment)
+        build.eval_steps(settings, experiment)
+        build.log_targets(settings)
+        _ = settings.init, settings.switch, settings.data.max_error_rate
+        settings.audit()
+    for part in parts:
+        assert part in str(caught.value)
