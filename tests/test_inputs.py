@@ -105,7 +105,11 @@ WRONG = [
     ),
     (
         'pairs,blind=True',
-        {'model.tokenizer': 'ragged', 'data.transform': 'ragged_patches(16, 4) | byte_tokens(48)'},
+        {
+            'model.tokenizer': 'ragged',
+            'data.transform': 'ragged_patches(16, 4) | byte_tokens(48)',
+            'evals.test.transform': 'ragged_patches(16, 4) | byte_tokens(48)',
+        },
         ('patches of 768 numbers', '8x8 pixels'),
     ),
     (
@@ -113,6 +117,7 @@ WRONG = [
         {
             'model.tokenizer': 'ragged',
             'data.transform': 'ragged_patches(8, 9) | byte_tokens(48)',
+            'evals.test.transform': 'ragged_patches(8, 9) | byte_tokens(48)',
             'model.pool': 'cls',
         },
         ('neither class token nor registers',),
