@@ -479,8 +479,13 @@ def _check_stream(
     try:
         grid = tokenizers.grid_of(stream, shapes[stream.reads])
     except ValueError as error:
-        size = 'x'.join(map(str, config.image_size))
-        raise UserError(f'config: image_size {size}, model.variant: {error}') from error
+        size, patch = ('x'.join(map(str, pair)) for pair in (config.image_size, stream.patch_size))
+        raise UserError(
+            f'config: image_size {size} is not divisible by the {patch} patch of '
+            f'model.variant={config.model.variant!r} ({error})'
+            if 'pixels' in str(error) and stream.stride is None
+            else f'config: {key}: {error}'
+        ) from error
     axes = 2 if stream.tokenizer == 'ragged' else len(grid)
     if stream.posemb in positions.LAWS and not positions.divides(width, axes):
         raise UserError(

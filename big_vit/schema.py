@@ -162,6 +162,7 @@ SOURCES = (
     'tones',
     'phrases',
     'pairs',
+    'quiz',
     'digits',
     'idx',
     'arrays',

@@ -2,10 +2,11 @@
 
     python -m big_vit.train --config configs/sequences.py:task=orbit --workdir runs/orbit
 
-task is orbit (video, tubelets), tones (spectrogram, overlapping patches), phrases (words) or pairs
+task is orbit (video, tubelets), tones (spectrogram, overlapping patches), phrases (words) or quiz
 (a picture and a question, with cross-attention; fusion=concat or latents for the other ways). With
-blind=True the model cannot see what matters, and must stay at chance: one frame of the video,
-moments of the sound or words without their positions, the picture alone.
+blind=True the model cannot see what matters, and must stay at chance (1/8, 1/6, 1/6): one frame of
+the video, moments of the sound or words without their positions; the picture without its question
+is right on 17/32 at best.
 """
 
 from ml_collections import ConfigDict
@@ -25,13 +26,13 @@ TASKS: dict[str, tuple] = {
         2500,
         {'variant': 'mu/8', 'tokenizer': 'words', 'posemb': 'learned'},
     ),
-    'pairs': ('byte_tokens(48)', 32, 2500, {'variant': 'mu/8'}),
+    'quiz': ('byte_tokens(48)', 32, 2500, {'variant': 'mu/8'}),
 }
 BLIND: dict[str, tuple] = {
     'orbit': ('middle_frame()', {'variant': 'mu/8', 'tokenizer': 'patches', 'tubelet': None}),
     'tones': (None, {'variant': 'mu/32x1', 'stride': None, 'posemb': 'none'}),
     'phrases': (None, {'posemb': 'none'}),
-    'pairs': (None, {}),
+    'quiz': (None, {}),
 }
 
 
@@ -42,7 +43,7 @@ def get_config(task: str = 'orbit', fusion: str = 'cross', blind: bool = False):
         transform = transform if other is None else other
         model = {k: v for k, v in {**model, **changed}.items() if v is not None}
     streams: dict[str, dict] = {}
-    if task == 'pairs' and not blind:
+    if task == 'quiz' and not blind:
         model = {**model, 'fusion': fusion}
         if fusion == 'cross':
             model['queries'] = 'question'

@@ -55,7 +55,7 @@ def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
     # That of the config may be longer than three steps.
     found = [('schedule.warmup_steps', '2')] if loaded.schedule.peek('warmup_steps') else []
     if loaded.data.name == 'idx':
-        found.append(('data.path', str(idx_folder)))
+        found += [('data.path', str(idx_folder)), ('data.split', 'train')]
     if loaded.data.name == 'folder':
         found.append(('data.path', str(image_folder)))
         return found + overrides(RUN)

@@ -16,9 +16,10 @@ MAKE = {
     'tones': lambda split='train', **more: generated.tones(split, 24, **more),
     'phrases': lambda split='train', **more: generated.phrases(split, **more),
     'pairs': lambda split='train', **more: generated.pairs(split, 24, **more),
+    'quiz': lambda split='train', **more: generated.quiz(split, 24, **more),
 }
 # How many examples balance each other.
-GROUP = {'motion': 8, 'orbit': 8, 'tones': 6, 'phrases': 6, 'pairs': 16}
+GROUP = {'motion': 8, 'orbit': 8, 'tones': 6, 'phrases': 6, 'pairs': 16, 'quiz': 4}
 every_source = pytest.mark.parametrize('name', MAKE)
 
 
@@ -447,9 +448,29 @@ def shape_of(lit):
     return 'cross' if box.mean() < 0.68 else 'circle'
 
 
-@pytest.mark.parametrize('size', [32, (48, 36)])
-def test_both_together_tell_the_answer(size):
-    source = generated.pairs('test', size)
+def test_of_a_quiz_the_picture_alone_is_right_as_often_as_its_best_guess():
+    """Two balls of four colours: the most frequent has 17/32 on average; the question nothing."""
+    counts = [max(map(draw.count, range(4))) for draw in itertools.product(range(4), repeat=4)]
+    assert np.mean(counts) / 4 == 17 / 32
+    columns = generated.quiz('train', 24).load(np.arange(4000))
+    label = columns['label']
+    quarters = columns['image'].astype(np.float32).reshape(-1, 2, 12, 2, 12, 3)
+    lit = np.ptp(quarters, axis=-1) > 62
+    bright = (quarters * lit[..., None]).sum((2, 4)) / lit.sum((2, 4))[..., None] > 85
+    code = (bright @ np.array([1, 2, 4])).reshape(-1, 4)  # red 1, green 2, blue 4, yellow 3
+    colours = np.searchsorted([1, 2, 3, 4], code)
+    names = np.array([0, 1, 3, 2])[colours]
+    guess = np.array([np.bincount(row, minlength=4).argmax() for row in names])
+    at_chance(guess == label, 17 / 32)
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    words = CountVectorizer(ngram_range=(1, 2)).fit_transform(columns['text']).toarray()
+    tells_nothing(words.astype(np.float32), label, 2000, 1 / 4)
+
+
+@pytest.mark.parametrize('name, size', [('pairs', 32), ('pairs', (48, 36)), ('quiz', 32)])
+def test_both_together_tell_the_answer(name, size):
+    source = {'pairs': generated.pairs, 'quiz': generated.quiz}[name]('test', size)
     columns = source.load(np.arange(1000))
     height, width = (v // 2 for v in columns['image'].shape[1:3])
     right, named = [], Counter()

@@ -271,14 +271,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize('name', OPTIONS)
 def test_options_are_what_their_papers_say(name):
-    net = model(**OPTIONS[name])
+    net = model(depth=1, **OPTIONS[name])
     image = images()
     params = random_params(net, image)
     logits, _ = apply(net, params, image)
     wanted = np.stack([np_vit(params, one, net) for one in image])
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
     # Where the plain model has the same parameters, it must answer otherwise.
-    plain = model(pool=net.pool, posemb=net.posemb, registers=net.registers)
+    plain = model(depth=1, pool=net.pool, posemb=net.posemb, registers=net.registers)
     shapes = jax.eval_shape(plain.init, jax.random.key(0), image)['params']
     if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params) and plain != net:
         changed = np.abs(apply(plain, params, image)[0] - logits).max()
@@ -286,7 +286,12 @@ def test_options_are_what_their_papers_say(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['rope behind a prefix', 'relative', 'parallel and scaled', 'swiglu', 'lsa']
+    'name',
+    [
+        'rope behind a prefix',
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ('relative', 'swiglu', 'lsa')),
+        'parallel and scaled',
+    ],
 )
 def test_options_are_the_same_scanned_and_with_remat(name):
     net = model(**OPTIONS[name])

@@ -18,10 +18,10 @@ TASKS = {
     'tones,blind=True': ('image',),
     'phrases': ('tokens',),
     'phrases,blind=True': ('tokens',),
-    'pairs,fusion=concat': ('image', 'tokens'),
-    'pairs,fusion=cross': ('tokens', 'image'),
-    'pairs,fusion=latents': ('image', 'tokens'),
-    'pairs,blind=True': ('image',),
+    'quiz,fusion=concat': ('image', 'tokens'),
+    'quiz,fusion=cross': ('tokens', 'image'),
+    'quiz,fusion=latents': ('image', 'tokens'),
+    'quiz,blind=True': ('image',),
 }
 
 
@@ -43,7 +43,7 @@ def test_each_task_reads_its_parts_and_leaves_no_key_unread(task):
     assert parts.data.reads == TASKS[task]
 
 
-@pytest.mark.parametrize('task', ['orbit', 'pairs,fusion=cross'])
+@pytest.mark.parametrize('task', ['orbit', 'quiz,fusion=cross'])
 def test_they_train_and_are_scored(task, tmp_path):
     train.run(load(task), tmp_path / 'w')
     rows = metrics.read(tmp_path / 'w')
@@ -85,26 +85,26 @@ WRONG = [
     ('orbit', {'model.tubelet': '3'}, ('8 frames do not divide', 'take 6 or 9')),
     ('orbit', {'image_size': '36'}, ('36x36 pixels do not divide into 8x8', '32 or 40 would')),
     ('phrases', {'data.transform': "keep('text', 'label')"}, ('text has to become numbers',)),
-    ('pairs,fusion=cross', {'model.queries': 'sound'}, ('picture, question',)),
-    ('pairs,fusion=concat', {'model.latents': '4'}, ('model.latents is set', 'never reads')),
-    ('pairs,fusion=concat', {'mixup': '0.2'}, ('mix images', 'takes image, tokens')),
-    ('pairs,blind=True', {'model.tokenizer': 'cct', 'model.variant': 'mu/7'}, ('2, 4, 8', '7x7')),
-    ('pairs,blind=True', {'model.tokenizer': 'resnet'}, ("such as 'R50+B/16'",)),
-    ('pairs,blind=True', {'model.posemb': 'rope', 'model.head_dim': '6'}, ('divisible by 4',)),
+    ('quiz,fusion=cross', {'model.queries': 'sound'}, ('picture, question',)),
+    ('quiz,fusion=concat', {'model.latents': '4'}, ('model.latents is set', 'never reads')),
+    ('quiz,fusion=concat', {'mixup': '0.2'}, ('mix images', 'takes image, tokens')),
+    ('quiz,blind=True', {'model.tokenizer': 'cct', 'model.variant': 'mu/7'}, ('2, 4, 8', '7x7')),
+    ('quiz,blind=True', {'model.tokenizer': 'resnet'}, ("such as 'R50+B/16'",)),
+    ('quiz,blind=True', {'model.posemb': 'rope', 'model.head_dim': '6'}, ('divisible by 4',)),
     (
-        'pairs,blind=True',
+        'quiz,blind=True',
         {'model.posemb': 'learned', 'model.posemb_prefix': '1'},
         ('posemb_prefix=1', 'has 0 prefix'),
     ),
-    ('pairs,blind=True', {'model.pool': 'cls_dist'}, ('model.registers=1',)),
-    ('pairs,blind=True', {'model.attention': 'cudnn'}, ('NVIDIA GPU',)),
+    ('quiz,blind=True', {'model.pool': 'cls_dist'}, ('model.registers=1',)),
+    ('quiz,blind=True', {'model.attention': 'cudnn'}, ('NVIDIA GPU',)),
     (
-        'pairs,blind=True',
+        'quiz,blind=True',
         {'model.posemb': 'relative', 'model.patch_dropout': '0.5'},
         ('no model.patch_dropout',),
     ),
     (
-        'pairs,blind=True',
+        'quiz,blind=True',
         {
             'model.tokenizer': 'ragged',
             'data.transform': 'ragged_patches(16, 4) | byte_tokens(48)',
@@ -113,7 +113,7 @@ WRONG = [
         ('patches of 768 numbers', '8x8 pixels'),
     ),
     (
-        'pairs,blind=True',
+        'quiz,blind=True',
         {
             'model.tokenizer': 'ragged',
             'data.transform': 'ragged_patches(8, 9) | byte_tokens(48)',

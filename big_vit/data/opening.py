@@ -23,6 +23,7 @@ KEYS = {
     'tones': (),
     'phrases': (),
     'pairs': (),
+    'quiz': (),
     'digits': (),
     'idx': ('path',),
     'arrays': ('path', 'image_column', 'label_column'),
@@ -158,6 +159,7 @@ def _open(spec: Spec) -> Source:
         'orbit': generated.orbit,
         'tones': generated.tones,
         'pairs': generated.pairs,
+        'quiz': generated.quiz,
     }
     if spec.name in made:
         return made[spec.name](split, spec.image_size, spec.seed, key=key)

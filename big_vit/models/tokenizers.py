@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.models import positions
-from big_vit.models.layers import Gather, LayerNorm, Style, ungathered
+from big_vit.models.layers import PLAIN, Gather, LayerNorm, Style, ungathered
 from big_vit.models.positions import Grid
 
 # Which part of a batch each tokenizer reads.
@@ -150,7 +150,7 @@ class Patches(nn.Module):
 
     width: int
     patch_size: tuple[int, int]
-    style: Style
+    style: Style = PLAIN
     stride: tuple[int, int] | None = None
     use_bias: bool = True
 
