@@ -26,7 +26,7 @@ TASKS: dict[str, tuple] = {
         2500,
         {'variant': 'mu/8', 'tokenizer': 'words', 'posemb': 'learned'},
     ),
-    'quiz': ('byte_tokens(48)', 32, 2500, {'variant': 'mu/8'}),
+    'quiz': ('byte_tokens(48)', 16, 2000, {'variant': 'mu/8'}),
 }
 BLIND: dict[str, tuple] = {
     'orbit': ('middle_frame()', {'variant': 'mu/8', 'tokenizer': 'patches', 'tubelet': None}),

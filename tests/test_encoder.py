@@ -481,7 +481,9 @@ def test_streams_meet_as_the_reference_says_and_padding_does_not_count(fusion):
     np.testing.assert_allclose(apply(net, params, other)[0], logits, atol=1e-6)
 
 
-@pytest.mark.parametrize('fusion', ['concat', 'cross', 'latents'])
+@pytest.mark.parametrize(
+    'fusion', ['cross', *(pytest.param(n, marks=pytest.mark.slow) for n in ('concat', 'latents'))]
+)
 def test_streams_are_the_same_scanned(fusion):
     inputs = two()
     nets = [model(streams=STREAMS, fusion=fusion, latents=3, scan=s) for s in (False, True)]

@@ -562,7 +562,7 @@ def test_costs_are_those_of_the_tree_and_of_the_trace(name, pooling, scan):
 SPLIT = 2**9
 
 
-@pytest.mark.parametrize('size', ['B', 'g'])
+@pytest.mark.parametrize('size', ['g', pytest.param('B', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', INPUTS)
 def test_no_large_array_lies_whole_on_every_device(name, size):
     width, depth, mlp_dim, heads = variants.SIZES[size]
@@ -614,7 +614,10 @@ def meshes():
     return [sharding.make_mesh(1, 8, 1), sharding.make_mesh(2, 2, 2)]
 
 
-@pytest.mark.parametrize('name', ['conv', 'cct', 'tubelets', 'cross'])
+@pytest.mark.parametrize(
+    'name',
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ('cct', 'tubelets')), 'conv', 'cross'],
+)
 def test_a_mesh_changes_no_answer(name):
     net, inputs = combined(name, 'gap', scan=True, width=32, head_dim=16)
     rng = np.random.default_rng(0)

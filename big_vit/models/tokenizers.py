@@ -542,7 +542,8 @@ def _words(
     tokens: Int[Array, 'batch length'],
     mask: Array | None,
 ) -> Tokens:
-    init = nn.initializers.normal(0.02)
+    # As large as learned positions, or these would hide the words at first.
+    init = nn.initializers.normal(width**-0.5)
     table = jnp.asarray(module.param('word_embedding', init, (stream.vocab, width)))
     x = jnp.take(table, tokens, axis=0, mode='clip').astype(style.dtype)
     grid = tokens.shape[1:]
