@@ -269,7 +269,18 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize('name', OPTIONS)
+# A program each; the gate has those that share least with the others.
+FAST = (
+    'rmsnorm', 'swiglu', 'head_dim', 'no biases', 'parallel and scaled', 'pre_norm', 'seq',
+    'distilled', 'cls_gap normed after', 'representation', 'rope behind a prefix',
+    'relative behind a prefix', 'gelu', 'lsa', 'a position for the class token',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'name',
+    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
+)
 def test_options_are_what_their_papers_say(name):
     net = model(depth=1, **OPTIONS[name])
     image = images()
