@@ -5,6 +5,7 @@ A spectrogram is an image of one channel, [time, frequency, 1] or the other way 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -141,6 +142,26 @@ def _rows(stream: Stream, size: tuple[int, ...]) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def _projected(
+    module: nn.Module,
+    x: Array,
+    patch: tuple[int, ...],
+    channels: int,
+    width: int,
+    style: Style,
+    use_bias: bool,
+    product: Callable[[Array, Array], Array],
+) -> Array:
+    """x times the kernel [*patch, channels, width] of `module`, and a bias; [..., width]."""
+    kernel = jnp.asarray(module.param('kernel', _flat_init, (*patch, channels, width)))
+    x, kernel = x.astype(style.dtype), kernel.astype(style.dtype)
+    tokens = style.gather('/'.join((*module.path, 'kernel')), product, x, kernel)
+    if not use_bias:
+        return tokens
+    bias = jnp.asarray(module.param('bias', nn.initializers.zeros, (width,)))
+    return tokens + bias.astype(style.dtype).reshape((1,) * (tokens.ndim - 1) + bias.shape)
+
+
 class Patches(nn.Module):
     """Patches, each projected to `width` (arXiv 2010.11929).
 
@@ -163,9 +184,6 @@ class Patches(nn.Module):
         rows, columns = _rows(
             Stream(patch_size=self.patch_size, stride=self.stride), (height, width)
         )
-        shape = (ph, pw, channels, self.width)
-        kernel = jnp.asarray(self.param('kernel', _flat_init, shape))
-        image, kernel = image.astype(self.style.dtype), kernel.astype(self.style.dtype)
         if self.stride is None or self.stride == self.patch_size:
             image = image.reshape(batch, rows, ph, columns, pw, channels)
 
@@ -173,11 +191,8 @@ class Patches(nn.Module):
                 return jnp.einsum('brpcqi,pqio->brco', patches, kernel)
         else:
             product = partial(_conv, stride=self.stride, padding='VALID')
-        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, image, kernel)
-        if not self.use_bias:
-            return tokens
-        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
-        return tokens + bias.astype(self.style.dtype).reshape(1, 1, 1, -1)
+        how = self.width, self.style, self.use_bias
+        return _projected(self, image, self.patch_size, channels, *how, product)
 
 
 class Tubelets(nn.Module):
@@ -194,21 +209,13 @@ class Tubelets(nn.Module):
     ) -> Float[Array, 'batch times rows columns features']:
         batch, frames, height, width, channels = video.shape
         t, ph, pw = self.tubelet
-        kernel = jnp.asarray(
-            self.param('kernel', _flat_init, (*self.tubelet, channels, self.width))
-        )
-        dtype = self.style.dtype
         shape = (batch, frames // t, t, height // ph, ph, width // pw, pw, channels)
 
         def product(boxes: Array, kernel: Array) -> Array:
             return jnp.einsum('btarpcqi,apqio->btrco', boxes, kernel)
 
-        boxes, kernel = video.reshape(shape).astype(dtype), kernel.astype(dtype)
-        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, boxes, kernel)
-        if not self.use_bias:
-            return tokens
-        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
-        return tokens + bias.astype(dtype).reshape(1, 1, 1, 1, -1)
+        how = self.width, self.style, self.use_bias
+        return _projected(self, video.reshape(shape), self.tubelet, channels, *how, product)
 
 
 class RaggedPatches(nn.Module):
@@ -223,19 +230,13 @@ class RaggedPatches(nn.Module):
     def __call__(
         self, patches: Float[Array, 'batch tokens pixels']
     ) -> Float[Array, 'batch tokens features']:
-        ph, pw = self.patch_size
-        channels = patches.shape[-1] // (ph * pw)
-        kernel = jnp.asarray(self.param('kernel', _flat_init, (ph, pw, channels, self.width)))
+        channels = patches.shape[-1] // math.prod(self.patch_size)
 
         def product(patches: Array, kernel: Array) -> Array:
             return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
 
-        patches, kernel = patches.astype(self.style.dtype), kernel.astype(self.style.dtype)
-        tokens = self.style.gather('/'.join((*self.path, 'kernel')), product, patches, kernel)
-        if not self.use_bias:
-            return tokens
-        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.width,)))
-        return tokens + bias.astype(self.style.dtype).reshape(1, 1, -1)
+        how = self.width, self.style, self.use_bias
+        return _projected(self, patches, self.patch_size, channels, *how, product)
 
 
 def _flat_init(key: Array, shape: tuple[int, ...]) -> Array:
