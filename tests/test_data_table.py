@@ -153,9 +153,9 @@ def test_a_large_table_is_read_in_a_few_arrays(put):
     count = 200_000
     text = 'image,label\n' + ''.join(f'{i % 2}.png,name{i % 1000:04d}\n' for i in range(count))
     path = put('x.csv', text)
-    began, memory = time.process_time(), psutil.Process().memory_info().rss
+    began, memory = time.perf_counter(), psutil.Process().memory_info().rss
     source = table.table('train', path)
-    assert time.process_time() - began < 8
+    assert time.perf_counter() - began < 8
     assert psutil.Process().memory_info().rss - memory < 40e6
     picked = np.array([count - 1, 7])
     assert source.load(picked)['label'].tolist() == [999, 7]

@@ -110,7 +110,8 @@ def _rows(
         image, label = row[image_column], row[label_column]
         if not isinstance(image, str) or not image:
             raise UserError(f'{file}, line {line}: {image!r} is no path of a file')
-        _check_path(image, file, line, home)
+        if image[0] == '/' or '..' in image or '://' in image:  # Of a million rows, few.
+            _check_path(image, file, line, home)
         split = None if 'split' not in row else str(row['split'] or '').strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
