@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from scipy import special
 
 from big_vit import trees
-from big_vit.models import layers, positions, vit
+from big_vit.models import encoder, layers, positions
 from big_vit.models.tokenizers import Stream
 from big_vit.models.vit import ViT
 
@@ -199,7 +199,7 @@ def np_vit(params, image, net):
         x = np_norm(x, t['encoder_norm'], net)
     patches = x[prefix:]
     if net.pool == 'seq':
-        scores = (patches @ p['pool']['kernel'])[:, 0] + p['pool']['bias']
+        scores = (patches @ p['pool']['kernel'])[:, 0]
         weights = np.exp(scores - scores.max())
         pooled = weights / weights.sum() @ patches
     elif net.pool == 'map':
@@ -318,9 +318,9 @@ def test_options_are_the_same_scanned_and_with_remat(name):
 
     loss, gradient = loss_of(net)(params)
     scanned = model(**{**OPTIONS[name], 'scan': True, 'remat': 'names'})
-    found, other = loss_of(scanned)(vit.stack_blocks(params))
+    found, other = loss_of(scanned)(encoder.stack_blocks(params))
     np.testing.assert_allclose(found, loss, rtol=1e-6)
-    flat, wanted = trees.flatten(vit.unstack_blocks(other)), trees.flatten(gradient)
+    flat, wanted = trees.flatten(encoder.unstack_blocks(other)), trees.flatten(gradient)
     assert flat.keys() == wanted.keys()
     for key in flat:
         np.testing.assert_allclose(flat[key], wanted[key], rtol=2e-4, atol=1e-6, err_msg=key)
@@ -499,12 +499,12 @@ def test_streams_are_the_same_scanned(fusion):
     inputs = two()
     nets = [model(streams=STREAMS, fusion=fusion, latents=3, scan=s) for s in (False, True)]
     params = random_params(nets[0], inputs)
-    stacked = vit.stack_blocks(params)
+    stacked = encoder.stack_blocks(params)
     wanted = jax.eval_shape(nets[1].init, jax.random.key(0), inputs)['params']
     assert jax.tree.map(np.shape, stacked) == jax.tree.map(np.shape, wanted)
     found = apply(nets[1], stacked, inputs)[0]
     np.testing.assert_allclose(found, apply(nets[0], params, inputs)[0], rtol=1e-5, atol=1e-5)
-    back = trees.flatten(vit.unstack_blocks(stacked))
+    back = trees.flatten(encoder.unstack_blocks(stacked))
     assert back.keys() == trees.flatten(params).keys()
 
 

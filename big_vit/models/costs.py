@@ -8,7 +8,7 @@ convolutions, norms, activations and the softmax.
 import math
 from typing import NamedTuple
 
-from big_vit.models import positions, tokenizers
+from big_vit.models import positions, stems, tokenizers
 from big_vit.models.tokenizers import Stream
 from big_vit.models.vit import ViT
 
@@ -128,13 +128,13 @@ def _stem(net: ViT, stream: Stream, shape: tuple[int, ...]) -> tuple[Cost, int]:
     layers = round(math.log2(stream.patch_size[0]))
     if stream.tokenizer == 'cct':
         for i in range(layers):
-            out = net.width if i == layers - 1 else tokenizers.CCT_CHANNELS
+            out = net.width if i == layers - 1 else stems.CCT_CHANNELS
             total += conv(3, out, channels, normed=False)
             channels, height, width = out, -(-height // 2), -(-width // 2)
         return total, channels
     if stream.tokenizer == 'conv':
         for i in range(layers):
-            out = tokenizers.conv_features(net.width, layers, i)
+            out = stems.conv_features(net.width, layers, i)
             total += conv(3, out, channels, stride=2)
             channels, height, width = out, -(-height // 2), -(-width // 2)
         return total, channels
@@ -151,7 +151,7 @@ def _stem(net: ViT, stream: Stream, shape: tuple[int, ...]) -> tuple[Cost, int]:
             height, width = -(-height // stride), -(-width // stride)
             total += conv(1, 4 * inner, inner)
             channels = 4 * inner
-    ways = tokenizers.resnet_stride(stream.resnet)
+    ways = stems.resnet_stride(stream.resnet)
     left = math.prod(side // ways for side in stream.patch_size)
     return total, left * channels
 
@@ -194,7 +194,7 @@ def _head(net: ViT, tokens: int, images: int) -> Cost:
         total += pool.plus(params=width + _norm(net, width))
     elif net.pool == 'seq':
         patches = tokens - net.prefix()
-        total = total.plus(params=width + 1, flops=4 * patches * width)
+        total = total.plus(params=width, flops=4 * patches * width)
     features = 2 * width if net.pool == 'cls_gap' else width
     if net.representation:
         kernel = features * net.representation

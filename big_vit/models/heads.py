@@ -42,7 +42,10 @@ class MapPool(nn.Module):
 
 
 class SequencePool(nn.Module):
-    """The mean of tokens, weighted by a softmax of a learned score (CCT, arXiv 2104.05704)."""
+    """The mean of tokens, weighted by a softmax of a learned score (CCT, arXiv 2104.05704).
+
+    Without the paper's bias of the score, which the softmax does not see.
+    """
 
     @nn.compact
     def __call__(
@@ -52,8 +55,7 @@ class SequencePool(nn.Module):
     ) -> Float[Array, 'batch width']:
         x = x.astype(jnp.float32)
         kernel = self.param('kernel', nn.initializers.xavier_uniform(), (x.shape[-1], 1))
-        bias = self.param('bias', nn.initializers.zeros, (1,))
-        scores = jnp.matmul(x, kernel)[..., 0] + bias[None]
+        scores = jnp.matmul(x, kernel)[..., 0]
         scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
         return jnp.einsum('bn,bnd->bd', jax.nn.softmax(scores, axis=-1), x)
 
