@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vit import adapt, build, checkpoint, interop, runtime, sharding, storage, trees
+from big_vit import build, checkpoint, interop, origin, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
-from big_vit.models.vit import stack_blocks, unstack_blocks
+from big_vit.models.encoder import stack_blocks, unstack_blocks
 
 # Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
 ORIGIN = 'origin.json'
@@ -75,9 +75,9 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     model = build.model(config, classes, {'image': (*config.image_size, channels)}, mesh)
     settings = {name: getattr(model, name) for name in fit.FIELDS}
-    origin = storage.place(workdir) / ORIGIN
-    meta = json.loads(origin.read_text()) if origin.exists() else {}
-    mean, std = adapt.normalisation(config, channels)
+    known = storage.place(workdir) / ORIGIN
+    meta = json.loads(known.read_text()) if known.exists() else {}
+    mean, std = origin.normalisation(config, channels)
     meta |= {'image_size': tuple(config.image_size), 'channels': channels}
     meta |= {'mean': mean, 'std': std}
     return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
@@ -96,7 +96,7 @@ def to_checkpoint(
         raise UserError(
             f'--out {workdir}: there are checkpoints in it already; name another folder'
         )
-    config = adapt.config_of(weights, overrides)
+    config = origin.config_of(weights, overrides)
     params = stack_blocks(weights.params) if config.model.scan else weights.params
     wide = {n: jnp.asarray(np.asarray(x, np.float32)) for n, x in trees.flatten(params).items()}
     state = {'params': trees.unflatten(wide), 'step': jnp.zeros((), jnp.int32)}

@@ -18,12 +18,12 @@ import jax
 from etils import epath
 
 from big_vit import (
-    adapt,
     build,
     checkpoint,
     explain,
     hosts,
     metrics,
+    origin,
     runtime,
     state,
     steps,
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/first')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     with hosts.session(args.distributed, same):
-        params = adapt.starting(config, keep_head=True) if config.init else None
+        params = origin.starting(config, keep_head=True) if config.init else None
         run(config, workdir, force=args.force, params=params)
 
 

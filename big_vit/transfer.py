@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from big_vit import adapt, explain, hosts, metrics, runtime, storage, train
 from big_vit import config as config_lib
+from big_vit import explain, hosts, metrics, origin, runtime, storage, train
 from big_vit.config import Config
 from big_vit.errors import UserError
 
@@ -30,7 +30,7 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    return config_lib.load(spec, overrides, base=adapt.model_keys(first.init))
+    return config_lib.load(spec, overrides, base=origin.model_keys(first.init))
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
       ended it early.
     """
     workdir = storage.place(path)
-    starts: dict[str, Any] = {'pretrained': adapt.starting(config, keep_head=False)}
+    starts: dict[str, Any] = {'pretrained': origin.starting(config, keep_head=False)}
     if config.transfer.control:
         starts['control'] = None
     results = {}

@@ -314,7 +314,7 @@ def test_a_folder_of_sounds_is_a_dataset_of_images(tmp_path):
         path=str(tmp_path),
     )
     source, rest = opening.open_examples((spec,))
-    assert transforms.check(rest, source, (16, 16)).image_shape == (16, 16, 1)
+    assert transforms.check(rest, source, (16, 16)).parts['image'][0] == (16, 16, 1)
     batches = pipeline.train_batches(source, rest, pipeline.Order(12, 0))
     batch = next(batches)
     batches.close()

@@ -461,7 +461,7 @@ def test_check():
     source = sources.digits('train')
 
     def check(text, size):
-        return transforms.check(transforms.parse(text, size=size), source, size).image_shape
+        return transforms.check(transforms.parse(text, size=size), source, size).parts['image'][0]
 
     assert check('', (8, 8)) == (8, 8, 1)
     assert check('resize(size) | rgb', (28, 20)) == (28, 20, 3)

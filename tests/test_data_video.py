@@ -287,7 +287,7 @@ def test_a_folder_of_videos_is_a_dataset_of_images(tmp_path):
     )
     source, rest = opening.open_examples((spec,))
     assert source.class_names == ('backward', 'forward')
-    assert transforms.check(rest, source, (48, 64)).image_shape == (48, 64, 3)
+    assert transforms.check(rest, source, (48, 64)).parts['image'][0] == (48, 64, 3)
     batches = pipeline.train_batches(source, rest, pipeline.Order(6, 0))
     batch = next(batches)
     batches.close()

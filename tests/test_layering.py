@@ -20,7 +20,7 @@ LAYERS = [
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'explain', 'plots', 'switch'},
+    {'build', 'ledger', 'adapt', 'origin', 'explain', 'plots', 'switch'},
     {
         'train',
         'transfer',
@@ -41,6 +41,8 @@ WITHIN_A_LAYER = {
     ('storage', 'errors'),
     ('explain', 'build'),
     ('adapt', 'build'),
+    ('origin', 'adapt'),
+    ('origin', 'build'),
     ('switch', 'build'),
     ('explain', 'ledger'),
     ('ledger', 'build'),
@@ -120,7 +122,7 @@ def module_files():
 
 def test_there_is_a_package_to_check():
     assert len(module_files()) > 20
-    assert imported_units(PACKAGE / 'transfer.py') >= {'train', 'adapt', 'metrics'}
+    assert imported_units(PACKAGE / 'transfer.py') >= {'train', 'origin', 'metrics'}
 
 
 @pytest.mark.parametrize('path', module_files(), ids=relative)

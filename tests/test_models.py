@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from big_vit import trees
 from big_vit.errors import UserError
-from big_vit.models import costs, layers, positions, variants, vit
+from big_vit.models import costs, encoder, layers, positions, variants, vit
 
 SMALL = dict(patch_size=(4, 4), width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=5)
 IMAGE = (2, 8, 12, 3)
@@ -160,11 +160,11 @@ def test_images_that_do_not_divide_into_patches_are_refused():
     with pytest.raises(ValueError, match='8x9 pixels do not divide into 4x4'):
         shapes(model(), (8, 9, 3))
     with pytest.raises(ValueError, match='divisible by 4'):
-        positions.sincos2d(2, 2, 18)
+        positions.sincos((2, 2), 18)
 
 
 def test_sincos_positions_tell_all_places_apart():
-    table = positions.sincos2d(14, 20, 64)[0].astype(np.float64)
+    table = positions.sincos((14, 20), 64)[0].astype(np.float64)
     distance = np.square(table[:, None] - table[None]).sum(-1) + 9 * np.eye(len(table))
     assert distance.min() > 0.1
     np.testing.assert_allclose(np.square(table).sum(-1), 32, rtol=1e-6)
@@ -202,12 +202,12 @@ def assert_close(tree, other, **tolerance):
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(unrolled, scan, remat):
     params, (loss, gradient) = unrolled
-    used = vit.stack_blocks(params) if scan else params
+    used = encoder.stack_blocks(params) if scan else params
     found, found_gradient = jax.device_get(
         loss_and_gradient(model(scan=scan, remat=remat))(used, images())
     )
     np.testing.assert_allclose(found, loss, rtol=1e-6)
-    assert_close(vit.unstack_blocks(found_gradient), gradient, rtol=1e-4, atol=1e-6)
+    assert_close(encoder.unstack_blocks(found_gradient), gradient, rtol=1e-4, atol=1e-6)
 
 
 def saved_residuals(remat, scan):
@@ -230,21 +230,21 @@ def test_remat_keeps_less_for_the_backward_pass(scan):
 def test_stacking_blocks_is_undone_by_unstacking(depth):
     net = model(scan=False, depth=depth)
     params = random_params(net)
-    stacked = vit.stack_blocks(params)
+    stacked = encoder.stack_blocks(params)
     like = shapes(model(scan=True, depth=depth), IMAGE[1:])
     assert jax.tree.map(np.shape, stacked) == jax.tree.map(np.shape, like)
     block = stacked['Transformer']['encoderblock']['MlpBlock_0']['Dense_0']['kernel']
     for i in range(depth):
         own = params['Transformer'][f'encoderblock_{i}']['MlpBlock_0']['Dense_0']['kernel']
         np.testing.assert_array_equal(block[i], own)
-    assert_close(vit.unstack_blocks(stacked), params, rtol=0)
+    assert_close(encoder.unstack_blocks(stacked), params, rtol=0)
 
 
 def test_what_is_stacked_or_unstacked_already_stays():
     params = random_params(model(scan=False))
-    stacked = vit.stack_blocks(params)
-    assert vit.stack_blocks(stacked) is stacked
-    assert vit.unstack_blocks(params) is params
+    stacked = encoder.stack_blocks(params)
+    assert encoder.stack_blocks(stacked) is stacked
+    assert encoder.unstack_blocks(params) is params
 
 
 def test_patches_are_permuted_with_their_positions():
@@ -324,7 +324,7 @@ def test_scanned_layers_drop_different_units():
     encoder = params['Transformer']
     encoder['encoderblock']['MlpBlock_0']['Dense_1']['bias'] += 1
     x = jnp.zeros((2, 6, 64))
-    block = vit.Encoder(2, net.mlp_dim, net.num_heads, layers.Style(dropout=0.5))
+    block = encoder.Encoder(2, net.mlp_dim, net.num_heads, layers.Style(dropout=0.5))
     encoder['encoder_norm']['scale'] += 1
     apply = jax.jit(block.apply, static_argnums=2)
     y, _ = apply({'params': encoder}, x, False, rngs={'dropout': jax.random.key(0)})

@@ -10,7 +10,8 @@ import pytest
 
 from big_vit import trees
 from big_vit.models import variants
-from big_vit.models.vit import ViT, stack_blocks
+from big_vit.models.encoder import stack_blocks
+from big_vit.models.vit import ViT
 from big_vit.optim import blocks, matrices
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from big_vit import schema, sharding, trees
-from big_vit.models import vit
+from big_vit.models import encoder, vit
 from big_vit.optim import clipping, factory, layers, schedule_free, schedules
 
 STEPS, CLIP = 5, 20.0
@@ -209,11 +209,11 @@ MINE = [name for name in factory.LAWS if name in REFERENCES]
 
 def form_of(flat, scanned):
     tree = trees.unflatten(flat)
-    return jax.tree.map(jnp.asarray, vit.stack_blocks(tree) if scanned else tree)
+    return jax.tree.map(jnp.asarray, encoder.stack_blocks(tree) if scanned else tree)
 
 
 def unrolled(tree):
-    return trees.flatten(vit.unstack_blocks(jax.device_get(tree)))
+    return trees.flatten(encoder.unstack_blocks(jax.device_get(tree)))
 
 
 def make(name, params, clip=CLIP):

@@ -11,7 +11,7 @@ import pytest
 from shampoo_reference import Shampoo, due, inputs, load
 
 from big_vit import sharding, trees
-from big_vit.models.vit import stack_blocks
+from big_vit.models.encoder import stack_blocks
 from big_vit.optim import blocks, matrices, roots, shampoo
 
 FLOAT64 = dict.fromkeys(('mu_dtype', 'stats_dtype', 'root_dtype', 'gather_dtype'), np.float64)

@@ -7,7 +7,8 @@ import pytest
 from shampoo_reference import Soap, inputs, load
 
 from big_vit import sharding, trees
-from big_vit.models.vit import ViT, stack_blocks
+from big_vit.models.encoder import stack_blocks
+from big_vit.models.vit import ViT
 from big_vit.optim import soap
 
 RUNS, _ = load('soap')

@@ -9,7 +9,7 @@ import pytest
 from test_steps import SCHEDULE, Run, batch_of, column, floats, parameters, poisoned
 
 from big_vit import objectives, steps, trees
-from big_vit.models import vit
+from big_vit.models import encoder
 from big_vit.optim import factory, sam
 
 
@@ -24,7 +24,7 @@ def is_still(name):
 
 
 def unrolled(tree):
-    return trees.flatten(vit.unstack_blocks(jax.device_get(tree)))
+    return trees.flatten(encoder.unstack_blocks(jax.device_get(tree)))
 
 
 # SAM.
@@ -158,8 +158,8 @@ def together(scan):
             return (0.25, 0.5)
         return 0.25 if 'encoderblock_0' in name else 0.5 if 'encoderblock_1' in name else 1.0
 
-    names = list(trees.flatten(vit.stack_blocks(parameters())))
-    names += list(trees.flatten(vit.unstack_blocks(parameters())))
+    names = list(trees.flatten(encoder.stack_blocks(parameters())))
+    names += list(trees.flatten(encoder.unstack_blocks(parameters())))
     groups = {n: 'muon' if 'MlpBlock' in n else 'lamb' for n in names}
     law = factory.grouped({'muon': factory.muon(), 'lamb': factory.lamb()}, groups)
     return Run(law=law, rate=rate, agc=0.1, scan=scan)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from big_vit import augment, mixing, objectives, sharding, state, steps, trees
-from big_vit.models import vit
+from big_vit.models import encoder, vit
 from big_vit.optim import factory, schedules
 
 IMAGE, CLASSES, BATCH, STEPS = (8, 8, 3), 10, 32, 10
@@ -83,7 +83,7 @@ class Run:
 
     def start(self):
         """Everyone's same parameters, in the form that this model takes."""
-        form = vit.stack_blocks if self.net.scan else vit.unstack_blocks
+        form = encoder.stack_blocks if self.net.scan else encoder.unstack_blocks
         return state.create(self.net, IMAGE, self.optimizer, 0, self.like, form(parameters()))
 
     def put(self, batch):
@@ -184,7 +184,7 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(single, run):
         np.testing.assert_allclose(column(rows, name), column(wanted, name), rtol=1e-5)
     np.testing.assert_allclose(column(rows, 'accuracy'), column(wanted, 'accuracy'), atol=1 / 32)
     np.testing.assert_array_equal(column(rows, 'lr'), column(wanted, 'lr'))
-    found = vit.stack_blocks(jax.device_get(now['params']))
+    found = encoder.stack_blocks(jax.device_get(now['params']))
     for name, leaf in trees.flatten(found).items():
         # A bias of the keys shifts all scores alike: its gradient is rounding, grown by Adam.
         if name.endswith('key/bias'):

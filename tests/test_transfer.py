@@ -8,12 +8,12 @@ from commands import run
 from tiny import MODEL, RUN, flags, overrides
 
 from big_vit import (
-    adapt,
     checkpoint,
     config,
     evaluate,
     explore,
     metrics,
+    origin,
     train,
     transfer,
     trees,
@@ -229,7 +229,7 @@ def test_training_starts_from_weights_of_others(pretrained, tmp_path):
     settings = config.from_json(sidecar['config']).replacing(
         {'init': str(tmp_path / 'timm'), 'total_steps': 1, 'lr': 0.0}
     )
-    train.run(settings, tmp_path / 'w', params=adapt.starting(settings, keep_head=True))
+    train.run(settings, tmp_path / 'w', params=origin.starting(settings, keep_head=True))
     found, _ = checkpoint.load_params(tmp_path / 'w', 1)
     flat, wanted = trees.flatten(found), trees.flatten(params)
     assert flat.keys() == wanted.keys()
@@ -249,7 +249,7 @@ def test_weights_that_load_but_answer_otherwise_are_refused(pretrained, tmp_path
     _, sidecar = checkpoint.load_params(pretrained, 3)
     settings = config.from_json(sidecar['config']).replacing({'init': str(tmp_path / 'run')})
     with pytest.raises(UserError, match=r'model\.norm_eps=0\.001 \(here 1e-06\): set the same'):
-        train.run(settings, tmp_path / 'w', params=adapt.starting(settings, keep_head=True))
+        train.run(settings, tmp_path / 'w', params=origin.starting(settings, keep_head=True))
     assert not (tmp_path / 'w').exists()
     # A transfer takes the model of where it starts.
     loaded = transfer.load_config(

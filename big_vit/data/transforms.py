@@ -244,10 +244,6 @@ class Looks(NamedTuple):
 
     parts: dict[str, tuple[tuple[int, ...], np.dtype]]
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.parts['image'][0]
-
 
 # Which axes of a part are the height and the width that the config says.
 _SIZED = {'image': (3, 0), 'video': (4, 1)}

@@ -228,4 +228,8 @@ def write_safetensors(
     # Hugging Face refuses files that do not name a framework.
     metadata = {'format': 'pt', KEY: json.dumps(about)}
     with replacing(path) as partial:
+        # It would be for its writer's eyes only, unlike the config beside it.
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, partial, metadata)
+        partial.chmod(mode)

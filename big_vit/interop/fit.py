@@ -13,7 +13,7 @@ import numpy as np
 
 from big_vit.errors import UserError
 from big_vit.interop.layout import Arrays, Shapes
-from big_vit.models import positions, tokenizers
+from big_vit.models import positions, stems
 from big_vit.models.vit import ViT
 
 Settings = dict[str, Any]
@@ -56,14 +56,14 @@ def complete(settings: Mapping[str, Any]) -> Settings:
 
 def patch_of(kernel: Sequence[int], resnet: tuple[int, ...] | None) -> tuple[int, int]:
     """The size of a patch in pixels, from that of the kernel behind the ResNet stem (or None)."""
-    before = 1 if resnet is None else tokenizers.resnet_stride(resnet)
+    before = 1 if resnet is None else stems.resnet_stride(resnet)
     return kernel[0] * before, kernel[1] * before
 
 
 def kernel_of(settings: Mapping[str, Any]) -> tuple[int, int]:
     """The opposite of `patch_of`."""
     hybrid = settings['tokenizer'] == 'resnet'
-    before = tokenizers.resnet_stride(settings['resnet']) if hybrid else 1
+    before = stems.resnet_stride(settings['resnet']) if hybrid else 1
     return settings['patch_size'][0] // before, settings['patch_size'][1] // before
 
 

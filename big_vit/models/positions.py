@@ -58,11 +58,6 @@ def sincos(grid: Grid, width: int, law: str = 'sincos2d') -> Float[np.ndarray, '
     return np.pad(table, ((0, 0), (0, width - table.shape[1])))[None].astype(np.float32)
 
 
-def sincos2d(rows: int, columns: int, width: int) -> Float[np.ndarray, '1 tokens width']:
-    """`sincos` of an image in the form of MoCo v3."""
-    return sincos((rows, columns), width)
-
-
 def sincos_at(
     places: Float[Array, 'batch tokens axes'], width: int, law: str = 'sincos2d'
 ) -> Float[Array, 'batch tokens width']:

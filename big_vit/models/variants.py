@@ -4,7 +4,7 @@ import difflib
 import re
 
 from big_vit.errors import UserError
-from big_vit.models import tokenizers
+from big_vit.models import stems
 
 # name: (width, depth, mlp_dim, num_heads)
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -55,17 +55,17 @@ def parse(variant: str) -> dict[str, object]:
 
 def _resnet(variant: str, name: str, height: int, width: int) -> tuple[int, ...]:
     """Units of each stage of the ResNet, the deepest that leaves patches of whole pixels."""
-    if name not in tokenizers.RESNETS:
+    if name not in stems.RESNETS:
         raise UserError(
             f'config: model.variant {variant!r}: unknown ResNet {name!r}; there are '
-            f'{", ".join(tokenizers.RESNETS)}'
+            f'{", ".join(stems.RESNETS)}'
         )
-    choices = tokenizers.RESNETS[name]
+    choices = stems.RESNETS[name]
     for layers in choices:
-        stride = tokenizers.resnet_stride(layers)
+        stride = stems.resnet_stride(layers)
         if height % stride == 0 and width % stride == 0:
             return layers
-    strides = ' or '.join(str(tokenizers.resnet_stride(layers)) for layers in choices)
+    strides = ' or '.join(str(stems.resnet_stride(layers)) for layers in choices)
     raise UserError(
         f'config: model.variant {variant!r}: {name} shrinks images by {strides}, so the patch '
         'must be a multiple of that'

@@ -1,32 +1,25 @@
-"""The Vision Transformer encoder (arXiv 2010.11929), as a pure function of its parameters.
+"""The Vision Transformer (arXiv 2010.11929), as a pure function of its parameters.
 
-Names of parameters are those of google-research's checkpoints; with `scan`
-the blocks' parameters are stacked along a leading axis of length `depth`
-under `Transformer/encoderblock`, without it they are
-`Transformer/encoderblock_0` and so on. `stack_blocks` and `unstack_blocks`
-convert between the two.
+Names of parameters are those of google-research's checkpoints; those of the blocks are below
+`Transformer`, in one of the two forms that `encoder` has.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from big_vit.models import heads, positions, tokenizers
+from big_vit.models.encoder import Encoder, identity
 from big_vit.models.layers import (
     NOWHERE,
-    PLAIN,
     Attention,
     Dense,
     Dtype,
     Gather,
-    Mlp,
     Places,
     Style,
     norm,
@@ -34,194 +27,8 @@ from big_vit.models.layers import (
 )
 from big_vit.models.tokenizers import Stream, Tokens
 
-POLICIES = {
-    'names': jax.checkpoint_policies.save_only_these_names('qkv', 'attention_out'),
-    'full': None,
-    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=['qkv', 'attention_out'],
-        offload_src='device',
-        offload_dst='pinned_host',
-    ),
-}
 # Those whose vector is made of a class token.
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
-CAPTURES = ('blocks', 'attention')
-
-
-def identity(x: Array) -> Array:
-    return x
-
-
-class DropPath(nn.Module):
-    """Leaves out the whole branch of some examples (stochastic depth, arXiv 1603.09382)."""
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, 'batch tokens width'], rate: Array | float
-    ) -> Float[Array, 'batch tokens width']:
-        kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - rate, (x.shape[0], 1, 1))
-        scale = (1 / (1 - jnp.asarray(rate, jnp.float32))).astype(x.dtype)
-        return jnp.where(kept, x * scale, jnp.zeros((), x.dtype))
-
-
-class Block(nn.Module):
-    """A pre-norm encoder block. Returns (x, what was captured), the form that `nn.scan` asks for.
-
-    Attributes:
-      parallel: attention and MLP read the same norm and are added together (ViT-22B, arXiv
-        2302.05442).
-      layer_scale: what a learned factor on each branch's features begins with (CaiT, arXiv
-        2103.17239); 0 has none.
-      relative: rows of the table of relative biases.
-      cross: attend to `places.context` between the two branches, as a decoder does.
-      capture: which of `CAPTURES` to return.
-    """
-
-    mlp_dim: int
-    num_heads: int
-    style: Style = PLAIN
-    parallel: bool = False
-    layer_scale: float = 0.0
-    relative: int = 0
-    cross: bool = False
-    capture: tuple[str, ...] = ()
-    constrain: Callable[[Array], Array] = identity
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, 'batch tokens width'],
-        deterministic: bool,
-        drop_path: Float[Array, ''] | None = None,
-        places: Places = NOWHERE,
-    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
-        style, branches = self.style, iter(range(3))
-
-        def branch(y: Array) -> Array:
-            number = next(branches)
-            if self.layer_scale:
-                scale = LayerScale(self.layer_scale, name=f'LayerScale_{number}')
-                y = scale(y)
-            y = nn.Dropout(style.dropout)(y, deterministic)
-            if drop_path is not None and not deterministic:
-                y = DropPath(name=f'DropPath_{number}')(y, drop_path)
-            return y
-
-        y = norm(style, 'LayerNorm_0')(x)
-        attention = Attention(
-            self.num_heads,
-            style,
-            self.relative,
-            'attention' in self.capture,
-            name='MultiHeadDotProductAttention_0',
-        )
-        mlp = Mlp(self.mlp_dim, style, name='MlpBlock_0')
-        z, weights = attention(y, None, places)
-        x = x + checkpoint_name(branch(z), 'attention_out')
-        if self.cross:
-            z = norm(style, 'LayerNorm_2')(x)
-            there = Places(mask=places.context_mask)
-            z, _ = Attention(self.num_heads, style, name='CrossAttention_0')(
-                z, places.context, there
-            )
-            x = x + checkpoint_name(branch(z), 'attention_out')
-        y = y if self.parallel else norm(style, 'LayerNorm_1')(x)
-        x = self.constrain(x + branch(mlp(y, deterministic)))
-        seen: dict[str, Array] = {}
-        if 'blocks' in self.capture:
-            seen['blocks'] = x
-        if weights is not None:
-            seen['attention'] = weights
-        return x, seen
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each feature."""
-
-    start: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, 'batch tokens width']) -> Float[Array, 'batch tokens width']:
-        scale = jnp.asarray(
-            self.param('scale', nn.initializers.constant(self.start), (x.shape[-1],))
-        )
-        return x * scale.astype(x.dtype).reshape(1, 1, -1)
-
-
-class Encoder(nn.Module):
-    """`depth` blocks and, with `final_norm`, a norm. Returns (tokens, what was captured).
-
-    Attributes:
-      drop_path: rate of the last block; the first has 0 and those between lie on a line.
-      the others: as `Block` and `ViT` have them.
-    """
-
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    style: Style = PLAIN
-    parallel: bool = False
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
-    relative: int = 0
-    cross: bool = False
-    final_norm: bool = True
-    scan: bool = True
-    remat: str = 'none'
-    capture: tuple[str, ...] = ()
-    constrain: Callable[[Array], Array] = identity
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, 'batch tokens width'],
-        deterministic: bool = True,
-        places: Places = NOWHERE,
-    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
-        block: Any = Block
-        if self.remat != 'none':
-            # Under scan the loop itself stops the compiler from merging the recomputation back.
-            block = nn.remat(
-                Block,
-                prevent_cse=not self.scan,
-                static_argnums=(2,),
-                policy=POLICIES[self.remat],
-            )
-        fields = dict(
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            style=self.style,
-            parallel=self.parallel,
-            layer_scale=self.layer_scale,
-            relative=self.relative,
-            cross=self.cross,
-            capture=self.capture,
-            constrain=self.constrain,
-        )
-        rates = None
-        if self.drop_path and not deterministic:
-            rates = jnp.linspace(0, self.drop_path, self.depth)
-        if self.scan:
-            stack = nn.scan(
-                block,
-                variable_axes={'params': 0},
-                split_rngs={'params': True, 'dropout': True},
-                in_axes=(nn.broadcast, 0, nn.broadcast),
-                length=self.depth,
-            )
-            x, seen = stack(name='encoderblock', **fields)(x, deterministic, rates, places)
-        else:
-            each = []
-            for i in range(self.depth):
-                rate = None if rates is None else rates[i]
-                one = block(name=f'encoderblock_{i}', **fields)
-                x, found = one(x, deterministic, rate, places)
-                each.append(found)
-            seen = {name: jnp.stack([found[name] for found in each]) for name in self.capture}
-        if self.final_norm:
-            x = norm(self.style, 'encoder_norm')(x)
-        return x, seen
 
 
 class StreamTokens(nn.Module):
@@ -583,52 +390,3 @@ def _visible(segment: Array | None, mask: Array | None, prefix: int) -> Array | 
     if mask is None:
         return None
     return jnp.pad(mask, ((0, 0), (prefix, 0)), constant_values=True)[:, None, None]
-
-
-def _every_encoder(
-    params: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    """The parameters with `change` made to the encoder and to those of streams."""
-    changed = {
-        name: change(part)
-        if name == 'Transformer'
-        else _every_encoder(part, change)
-        if isinstance(part, dict)
-        else part
-        for name, part in params.items()
-    }
-    same = all(changed[name] is params[name] for name in params)
-    return params if same else changed
-
-
-def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """The scanned form of unrolled parameters (already scanned ones are returned as they are)."""
-
-    def stack(encoder: dict[str, Any]) -> dict[str, Any]:
-        names = sorted(
-            (name for name in encoder if re.fullmatch(r'encoderblock_\d+', name)),
-            key=lambda name: int(name.rpartition('_')[2]),
-        )
-        if not names:
-            return encoder
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(encoder[n] for n in names))
-        rest = {name: value for name, value in encoder.items() if name not in names}
-        return {**rest, 'encoderblock': stacked}
-
-    return _every_encoder(params, stack)
-
-
-def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """The unrolled form of scanned parameters (already unrolled ones are returned as they are)."""
-
-    def unstack(encoder: dict[str, Any]) -> dict[str, Any]:
-        if 'encoderblock' not in encoder:
-            return encoder
-        rest = dict(encoder)
-        stacked = rest.pop('encoderblock')
-        depth = jax.tree.leaves(stacked)[0].shape[0]
-        for i in range(depth):
-            rest[f'encoderblock_{i}'] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-        return rest
-
-    return _every_encoder(params, unstack)

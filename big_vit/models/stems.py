@@ -1,0 +1,217 @@
+"""Convolutions in front of a transformer: Early convolutions, CCT, and the ResNet of hybrids."""
+
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from big_vit.models.layers import Gather, Style, ungathered
+
+# Block counts of the stages of a ResNet by name and total stride (BiT, arXiv 1912.11370).
+RESNETS: dict[str, tuple[tuple[int, ...], ...]] = {
+    'R': ((),),
+    'R26': ((2, 2, 2, 2),),
+    'R50': ((3, 4, 6, 3), (3, 4, 9)),
+}
+CCT_CHANNELS = 64
+
+
+def resnet_stride(layers: tuple[int, ...]) -> int:
+    """Of a ResNet with so many stages, its root included."""
+    return 4 * 2 ** max(len(layers) - 1, 0)
+
+
+def convolve(
+    x: Float[Array, 'batch height width channels'],
+    kernel: Float[Array, 'rows columns channels features'],
+    stride: tuple[int, int],
+    padding: Any,
+) -> Float[Array, 'batch new_height new_width features']:
+    return jax.lax.conv_general_dilated(
+        x, kernel, stride, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+class Conv(nn.Module):
+    """A convolution without bias; `standardised`, its kernel has mean 0 and variance 1.
+
+    That is weight standardisation (arXiv 1903.10520), which BiT's ResNets have.
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    standardised: bool = False
+    padding: Any = 'SAME'
+    dtype: Any = jnp.float32
+    gather: Gather = ungathered
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = jnp.asarray(self.param('kernel', nn.initializers.he_normal(), shape))
+        if self.standardised:
+            kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
+            kernel = kernel / (jnp.sqrt(jnp.square(kernel).mean((0, 1, 2), keepdims=True)) + 1e-5)
+        product = partial(convolve, stride=(self.stride, self.stride), padding=self.padding)
+        name = '/'.join((*self.path, 'kernel'))
+        return self.gather(name, product, x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over space and groups of channels (arXiv 1803.08494), in float32."""
+
+    groups: int = 32
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch height width channels']:
+        batch, height, width, channels = x.shape
+        scale = jnp.asarray(self.param('scale', nn.initializers.ones, (channels,)))
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (channels,)))
+        wide = x.astype(jnp.float32).reshape(batch, height * width, self.groups, -1)
+        mean = wide.mean((1, 3), keepdims=True)
+        variance = jnp.square(wide - mean).mean((1, 3), keepdims=True)
+        wide = ((wide - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        lead = (1, 1, 1, channels)
+        return (wide * scale.reshape(lead) + bias.reshape(lead)).astype(self.dtype)
+
+
+# PyTorch's border, where TensorFlow's 'SAME' is other than this for a stride of two.
+_EVEN = ((1, 1), (1, 1))
+
+
+def _max_pool(x: Array, border: Any) -> Array:
+    """The largest of 3x3 pixels, at every second one."""
+    return nn.max_pool(x, (3, 3), (2, 2), border)
+
+
+class Unit(nn.Module):
+    """A bottleneck of BiT's ResNet after which the ReLU comes (arXiv 1512.03385)."""
+
+    features: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        dtype, out = self.style.dtype, 4 * self.features
+        conv = partial(Conv, standardised=True, dtype=dtype, gather=self.style.gather)
+        normed = partial(GroupNorm, dtype=dtype)
+        rest = x
+        if x.shape[-1] != out or self.stride > 1:
+            rest = normed(name='gn_proj')(conv(out, 1, self.stride, name='conv_proj')(x))
+        y = jax.nn.relu(normed(name='gn1')(conv(self.features, 1, name='conv1')(x)))
+        y = conv(self.features, 3, self.stride, name='conv2')(y)
+        y = jax.nn.relu(normed(name='gn2')(y))
+        y = normed(name='gn3')(conv(out, 1, name='conv3')(y))
+        return jax.nn.relu(rest + y)
+
+
+class Stage(nn.Module):
+    """Units of one resolution."""
+
+    units: int
+    features: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        for i in range(self.units):
+            stride = 1 if i else self.stride
+            x = Unit(self.features, stride, self.style, name=f'unit{i + 1}')(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """The first stages of BiT's ResNet, as the hybrids of the ViT paper have them."""
+
+    layers: tuple[int, ...]
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        style, root = self.style, 64
+        x = Conv(
+            root, 7, 2, standardised=True, dtype=style.dtype, gather=style.gather, name='conv_root'
+        )(image)
+        x = _max_pool(jax.nn.relu(GroupNorm(dtype=style.dtype, name='gn_root')(x)), 'SAME')
+        for i, units in enumerate(self.layers):
+            stage = Stage(units, root * 2**i, 2 if i else 1, style, name=f'block{i + 1}')
+            x = stage(x)
+        return x
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2 in place of large patches (arXiv 2106.14881).
+
+    Each is followed by a norm and a ReLU, and widens twice as much; `Patches` of one pixel
+    project what comes out. The norm is over groups and not over the batch: a model is a
+    function of its parameters alone, and of one example at a time.
+    """
+
+    width: int
+    layers: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        x, dtype = image, self.style.dtype
+        for i in range(self.layers):
+            features = conv_features(self.width, self.layers, i)
+            conv = Conv(
+                features,
+                3,
+                2,
+                padding=_EVEN,
+                dtype=dtype,
+                gather=self.style.gather,
+                name=f'conv_{i}',
+            )
+            groups = math.gcd(features, 8)
+            x = jax.nn.relu(GroupNorm(groups, dtype=dtype, name=f'norm_{i}')(conv(x)))
+        return x
+
+
+def conv_features(width: int, layers: int, i: int) -> int:
+    """Channels of convolution i of a `ConvStem`: the last has the width, each before it half."""
+    return max(width // 2 ** (layers - 1 - i), 8)
+
+
+class CctStem(nn.Module):
+    """Convolutions, each with ReLU and max-pooling, whose pixels are tokens (arXiv 2104.05704)."""
+
+    width: int
+    layers: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        x = image
+        for i in range(self.layers):
+            features = self.width if i == self.layers - 1 else CCT_CHANNELS
+            conv = Conv(
+                features, 3, dtype=self.style.dtype, gather=self.style.gather, name=f'conv_{i}'
+            )
+            x = _max_pool(jax.nn.relu(conv(x)), _EVEN)
+        return x
