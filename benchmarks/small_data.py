@@ -26,6 +26,7 @@ from benchmarks.optimizer_race import trial
 from big_vit import build, metrics, plots, runtime, sharding, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
+from big_vit.errors import UserError
 from big_vit.models import costs
 
 RESULTS = Path(__file__).parent / 'results'
@@ -79,8 +80,14 @@ def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config
 class Study:
     """The runs that there are, and those that are done, in WORKDIR/runs.jsonl."""
 
-    def __init__(self, workdir: Path, budget: int, overrides: list[tuple[str, str]]):
-        self.budget, self.overrides = budget, overrides
+    def __init__(
+        self,
+        workdir: Path,
+        budget: int,
+        overrides: list[tuple[str, str]],
+        models: tuple[str, ...] = MODELS,
+    ):
+        self.budget, self.overrides, self.models = budget, overrides, models
         self._file = epath.Path(workdir) / 'runs.jsonl'
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = self._file.read_text().splitlines() if self._file.exists() else []
@@ -108,7 +115,7 @@ class Study:
 
     def all(self) -> None:
         """Does what is not done yet, a line each; searches first, then seed by seed."""
-        pairs = [(model, optimizer) for model in MODELS for optimizer in RATES]
+        pairs = [(model, optimizer) for model in self.models for optimizer in RATES]
         for model, optimizer in pairs:
             for run in self.search(model, optimizer):
                 self._do(run)
@@ -138,7 +145,7 @@ class Study:
     def results(self) -> list[dict[str, Any]]:
         """Of each model and optimizer, from the seeds that are done."""
         found = []
-        for model in MODELS:
+        for model in self.models:
             for optimizer in RATES:
                 rows = [row for run in self.finals(model, optimizer) if (row := self.done(run))]
                 if not rows:
@@ -217,16 +224,22 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument('--workdir', default='runs/small_data', help='where runs are kept')
     parser.add_argument('--quick', action='store_true', help='a 50th of the budget: a try')
+    parser.add_argument('--only', metavar='MODEL,...', help=f'of {", ".join(MODELS)}')
     parser.add_argument('--report', action='store_true', help='only of what is done already')
     args, overrides = config_lib.parse_command_line(parser, argv)
     runtime.start()
     workdir = Path(args.workdir) / ('quick' if args.quick else '')
-    study = Study(workdir, BUDGET // 50 if args.quick else BUDGET, overrides)
+    models = tuple(args.only.split(',')) if args.only else MODELS
+    for model in models:
+        if model not in MODELS:
+            raise UserError(f'--only: no model {model!r}; there are {", ".join(MODELS)}')
+    study = Study(workdir, BUDGET // 50 if args.quick else BUDGET, overrides, models)
     if not args.report:
         study.all()
     results = study.results()
     # What is not the whole study does not replace its results.
-    folder = workdir if args.quick or overrides or args.report else RESULTS
+    part = args.quick or args.report or args.only or overrides
+    folder = workdir if part else RESULTS
     about = {
         'cpu': f'{os.cpu_count()} x {cpu()}',
         'python': platform.python_version(),
