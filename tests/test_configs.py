@@ -80,7 +80,7 @@ def test_examples_of_imagenet_are_counted_right(path):
 
 
 # Their parts are also those of the smaller ones.
-LARGE = ('vit_b16_i1k', 'vit_l16_i21k', 'vit_h14', 'vit_g14', 'vit_22b')
+LARGE = ('vit_s16_i1k', 'vit_b16_i1k', 'vit_l16_i21k', 'vit_h14', 'vit_g14', 'vit_22b')
 
 
 @pytest.mark.parametrize(

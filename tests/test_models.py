@@ -321,13 +321,13 @@ def test_scanned_layers_drop_different_units():
     """Two layers that each add their own mask of ones: one shared mask would give 0 or 2 only."""
     net = model(dropout=0.5, posemb='learned', width=64)
     params = jax.tree.map(np.zeros_like, random_params(net))
-    encoder = params['Transformer']
-    encoder['encoderblock']['MlpBlock_0']['Dense_1']['bias'] += 1
+    weights = params['Transformer']
+    weights['encoderblock']['MlpBlock_0']['Dense_1']['bias'] += 1
     x = jnp.zeros((2, 6, 64))
     block = encoder.Encoder(2, net.mlp_dim, net.num_heads, layers.Style(dropout=0.5))
-    encoder['encoder_norm']['scale'] += 1
+    weights['encoder_norm']['scale'] += 1
     apply = jax.jit(block.apply, static_argnums=2)
-    y, _ = apply({'params': encoder}, x, False, rngs={'dropout': jax.random.key(0)})
+    y, _ = apply({'params': weights}, x, False, rngs={'dropout': jax.random.key(0)})
     for row in np.asarray(y).reshape(-1, 64):
         assert len(np.unique(row.round(4))) == 3, 'none, one or both of two layers'
 

@@ -64,11 +64,10 @@ class Run:
         )
         self.like = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
         self.mix = mixer(self.mesh, mixup, cutmix) if mixup else None
-        self.step = steps.make_train_step(
+        step = steps.update(
             objectives.classification(self.net.apply, 0.1),
             self.optimizer,
             SCHEDULE,
-            self.like,
             self.mesh,
             prepare=prepare,
             mix=self.mix,
@@ -80,6 +79,7 @@ class Run:
             sam_rho=sam_rho,
             sam_adaptive=sam_adaptive,
         )
+        self.step = steps.make_train_step(step, self.like, self.mesh)
 
     def start(self):
         """Everyone's same parameters, in the form that this model takes."""
