@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -591,8 +591,10 @@ def _check_schedule_free(config: Config, settings: dict[str, Any]) -> None:
         )
 
 
-def rate_schedule(config: Config, source: sources.Source, total: int) -> schedules.Schedule:
-    """The learning rate by step."""
+def rate_schedule(
+    config: Config, source: sources.Source, total: int, peak: float | None = None
+) -> schedules.Schedule:
+    """The learning rate by step, up to `lr` or another peak."""
     section = config.schedule
     more: dict[str, Any] = {}
     if section.name in ('cosine', 'linear'):
@@ -604,7 +606,11 @@ def rate_schedule(config: Config, source: sources.Source, total: int) -> schedul
         more['timescale'] = 10_000 if timescale is None else timescale
     warmup = in_steps(section, 'warmup', config, source, total) or 0
     return schedules.make(
-        section.name, peak=config.lr, total_steps=total, warmup_steps=warmup, **more
+        section.name,
+        peak=config.lr if peak is None else peak,
+        total_steps=total,
+        warmup_steps=warmup,
+        **more,
     )
 
 
@@ -769,15 +775,26 @@ def mix(config: Config, found: Data, mesh: Mesh) -> Any:
 
 def train_step(config: Config, parts: Experiment) -> Any:
     """The one train step, for training, transfer, planning and benchmarks."""
-    return steps.make_train_step(
+    step = update(config, parts, parts.optimizer, parts.schedule, config.seed)
+    return steps.make_train_step(step, parts.like, parts.mesh)
+
+
+def update(
+    config: Config,
+    parts: Experiment,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: schedules.Schedule,
+    seed: int | jax.Array,
+) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
+    """The same, not jitted, with another rate or seed than the config's, which may be traced."""
+    return steps.update(
         objectives.classification(parts.model.apply, config.label_smoothing, config.loss),
-        parts.optimizer,
-        parts.schedule,
-        parts.like,
+        optimizer,
+        schedule,
         parts.mesh,
         prepare=prepare(parts.data),
         mix=mix(config, parts.data, parts.mesh),
-        seed=config.seed,
+        seed=seed,
         accumulation=config.accumulation,
         ema=config.ema,
         skip_sigmas=config.skip_sigmas,
@@ -805,16 +822,17 @@ def eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:
     made: dict[Any, Any] = {}
     for found in parts.evals.values():
         if found.device not in made:
-            made[found.device] = _eval_step(config, parts, found)
+            sums = eval_sums(config, parts, found)
+            made[found.device] = steps.make_eval_step(sums, parts.like, parts.mesh)
     return {name: made[found.device] for name, found in parts.evals.items()}
 
 
-def _eval_step(config: Config, parts: Experiment, found: Data) -> Any:
+def eval_sums(config: Config, parts: Experiment, found: Data) -> Any:
+    """What an evaluation step computes, not jitted."""
     apply, key = prepare(found), jax.random.key(0)  # Nothing that an evaluation does draws.
-    sums = objectives.classification_sums(
+    return objectives.classification_sums(
         parts.model.apply, (lambda batch: apply(batch, key)) if apply else lambda b: b, config.loss
     )
-    return steps.make_eval_step(sums, parts.like, parts.mesh)
 
 
 def log_targets(config: Config) -> dict[str, Any]:

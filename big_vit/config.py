@@ -86,12 +86,18 @@ class Config:
 
     def replacing(self, flat: dict[str, Any]) -> 'Config':
         """A checked copy of a whole config with the dotted keys of `flat` set."""
-        given = {
+        return resolve({**self._given(), **flat})
+
+    def without(self, *prefixes: str) -> 'Config':
+        """A checked copy of a whole config that does not set the dotted keys that begin so."""
+        return resolve({k: v for k, v in self._given().items() if not k.startswith(prefixes)})
+
+    def _given(self) -> dict[str, Any]:
+        return {
             key: value
             for key, value in flatten(self._tree).items()
             if key in self._explicit or key.partition('.')[0] in STARRED
         }
-        return resolve({**given, **flat})
 
     def audit(self) -> None:
         """Call once everything is built.

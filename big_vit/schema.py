@@ -516,7 +516,20 @@ SCHEMA: dict[str, Field] = {
     **_durations('log.every', 'Write training metrics this often'),
     'log.tensorboard': Field(_bool, False, 'Also write TensorBoard event files.'),
     'log.wandb': Field(check_text, None, 'Also log to this Weights & Biases project.'),
+    'transfer.train': Field(
+        _choice('all', 'head', 'attention', 'norm', 'bias', 'lora'),
+        'all',
+        'What is trained beside the head; the rest is frozen. docs/transfer.md has them.',
+    ),
     'transfer.control': Field(_bool, True, 'Also train the same recipe from random parameters.'),
+    'transfer.random_features': Field(
+        _bool, True, 'Also train a head alone on random, frozen features.'
+    ),
+    'transfer.validation': Field(check_text, 'val', 'Evaluation by which a sweep chooses.'),
+    'transfer.test': Field(check_text, 'test', 'Evaluation that a sweep scores once, at its end.'),
+    'transfer.published': Field(
+        check_text, None, 'What others report for this recipe, printed beside the result.'
+    ),
 }
 REQUIRED = {  # One of each group must be set; the message names the first.
     'total_epochs': ('total_steps', 'total_epochs', 'total_examples'),

@@ -23,7 +23,7 @@ _MIXING, _PREPARING = 2**31, 2**31 + 1
 
 
 def seen(
-    batch: Batch, seed: int, step: jax.Array | int, prepare: Mix | None, mix: Mix | None
+    batch: Batch, seed: int | jax.Array, step: jax.Array | int, prepare: Mix | None, mix: Mix | None
 ) -> Batch:
     """A batch as the model sees it at a step: prepared, then mixed, as a whole."""
     rng = jax.random.fold_in(jax.random.key(seed), step)
@@ -61,24 +61,23 @@ def is_spike(
     return (count >= recent.shape[0] // 2) & (value > mean + allowed)
 
 
-def make_train_step(
+def update(
     loss: Loss,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[jax.Array], jax.Array],
-    like: State,
     mesh: Mesh,
     *,
     prepare: Mix | None = None,
     mix: Mix | None = None,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     accumulation: int = 1,
     ema: float = 0.0,
     skip_sigmas: float = 0.0,
     frozen: frozenset[str] = frozenset(),
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
-) -> Any:
-    """The jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
 
     Gradients are summed in float32 over `accumulation` microbatches inside
     the step. An update whose loss or gradient is not finite, or a spike, is
@@ -88,7 +87,6 @@ def make_train_step(
 
     Args:
       loss: an objective.
-      like: abstract or real state; its shardings are those of the step.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
@@ -177,6 +175,18 @@ def make_train_step(
             metrics['replaced'] = replaced.astype(jnp.int32).sum()
         return new, metrics
 
+    return train_step
+
+
+def make_train_step(
+    train_step: Callable[[State, Batch], tuple[State, Metrics]], like: State, mesh: Mesh
+) -> Any:
+    """The jitted step; the state is donated.
+
+    Args:
+      train_step: of `update`.
+      like: abstract or real state; its shardings are those of the step.
+    """
     where = shardings(like)
     return jax.jit(
         train_step,

@@ -7,6 +7,7 @@ Only parameters come from the checkpoint; the head is new, positions are
 resized to the new grid. Training itself is `train.run`, the same path.
 """
 
+import argparse
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from big_vit import config as config_lib
-from big_vit import explain, hosts, metrics, origin, runtime, storage, train
+from big_vit import explain, hosts, metrics, origin, runtime, storage, study, sweep, train
 from big_vit.config import Config
 from big_vit.errors import UserError
 
@@ -30,7 +31,16 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    return config_lib.load(spec, overrides, base=origin.model_keys(first.init))
+    config = config_lib.load(spec, overrides, base=origin.model_keys(first.init))
+    trained = config.transfer.train
+    if trained == 'all':
+        return config
+    if config.sets('optim.lr_rules'):
+        raise UserError(
+            f'config: transfer.train={trained!r} and optim.lr_rules both say what is trained: '
+            'set one'
+        )
+    return config.replacing({'optim.lr_rules': sweep.rules(trained)})
 
 
 def run(
@@ -45,12 +55,10 @@ def run(
       ended it early.
     """
     workdir = storage.place(path)
-    starts: dict[str, Any] = {'pretrained': origin.starting(config, keep_head=False)}
-    if config.transfer.control:
-        starts['control'] = None
     results = {}
-    for label, start in starts.items():
-        ended = train.run(config, workdir / label, force=force, params=start, label=label)
+    for label, own in sweep.starts(config).items():
+        start = origin.starting(own, keep_head=False) if own.init else None
+        ended = train.run(own, workdir / label, force=force, params=start, label=label)
         if ended.stopped:
             return None
         results[label] = ended.metrics
@@ -70,10 +78,9 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
 
     Seeds add to it: a difference of a few ± from one seed shows nothing.
     """
-    names = {'pretrained': 'from the checkpoint', 'control': 'control: same recipe from random'}
     rows = [
         (
-            names[label],
+            sweep.STARTS[label],
             name,
             f'{found[f"{name}/top1"]:.2%}',
             f'{_standard_error(found, name):.2%}',
@@ -87,13 +94,34 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     return metrics.table(('start', 'evaluation', 'top-1', '±', 'top-5', 'loss', 'examples'), rows)
 
 
-def main(argv: list[str]) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = config_lib.experiment_parser(
         'python -m big_vit.transfer',
-        'Fine-tune a checkpoint on a small dataset, with a control from scratch.',
-        '--config.init=PATH says which checkpoint: a workdir or a checkpoints/STEP folder.',
+        'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
+        '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
+        'weights of timm, Hugging Face, open_clip or big_vision.',
     )
-    args, overrides = config_lib.parse_command_line(parser, argv)
+    parser.add_argument(
+        '--sweep',
+        action='append',
+        default=[],
+        metavar='KEY=VALUE,VALUE',
+        help='train each value, choose by evals.val, score evals.test once; may be repeated',
+    )
+    parser.add_argument(
+        '--seeds', type=int, metavar='N', help='seeds of each setting, for the error of the mean'
+    )
+    parser.add_argument(
+        '--at-once', type=int, metavar='N', help='most trials in one program (default: what fits)'
+    )
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = config_lib.parse_command_line(_parser(), argv)
+    for flag, value in (('--seeds', args.seeds), ('--at-once', args.at_once)):
+        if value is not None and value < 1:
+            raise UserError(f'{flag} must be at least 1, got {value}')
     spec = config_lib.require_flag(args.config, '--config', 'configs/transfer_digits.py')
     config = load_config(spec, overrides)
     runtime.start()
@@ -102,15 +130,33 @@ def main(argv: list[str]) -> None:
         return
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
+    same |= {'sweep': f'{args.sweep} x {args.seeds}'}
+    study_asked = bool(args.sweep or args.seeds)
     with hosts.session(args.distributed, same):
-        results = run(config, workdir, force=args.force)
+        results: Any
+        if study_asked:
+            place = storage.place(workdir)
+            results = sweep.run(
+                config, place, args.sweep, args.seeds or 1, args.at_once, args.force
+            )
+        else:
+            results = run(config, workdir, force=args.force)
         first = jax.process_index() == 0
-    if results is not None and first:
+    if results is None or not first:
+        return
+    if study_asked:
+        print(f'\n{sweep.report(study.read(place), results, config)}\n')
+        picture = sweep.draw(config, place, results)
+        done, look = f'{workdir}/{study.TEST}', f'{workdir}/{results["pretrained"]["trials"][0]}'
+    else:
         print(f'\n{result_table(results, list(config.evals))}\n')
-        print(
-            f'done    {workdir}/transfer.json; look inside: '
-            f'python -m big_vit.explore {workdir}/pretrained'
-        )
+        picture = None
+        done, look = f'{workdir}/transfer.json', f'{workdir}/pretrained'
+    if config.transfer.published:
+        print(f'published   {config.transfer.published}')
+    if picture:
+        print(f'drew    {picture}')
+    print(f'done    {done}; look inside: python -m big_vit.explore {look}')
 
 
 if __name__ == '__main__':

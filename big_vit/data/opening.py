@@ -132,6 +132,24 @@ def open_mixture(
     return base.concatenate(sources, name, 'mixture'), every[0][1], lengths
 
 
+def in_both(one: Spec, other: Spec) -> int:
+    """How many examples two splits have in common, by their places in the dataset.
+
+    Copies of an example under another place, or in another dataset, are not found.
+    """
+    if (one.name, one.path, one.tfds_name) != (other.name, other.path, other.tfds_name):
+        return 0
+    names = {base.split_name(part) for spec in (one, other) for part in spec.split.split('+')}
+    whole = {name: _open(replace(one, split=name, key=one.key)).length for name in names}
+    mine, theirs = (base.parse_split(spec.split, whole, spec.key) for spec in (one, other))
+    return sum(
+        max(0, min(stop, last) - max(start, first))
+        for name, start, stop in mine
+        for named, first, last in theirs
+        if name == named
+    )
+
+
 def open_examples(specs: tuple[Spec, ...], share: int = 1) -> tuple[Source, Transform]:
     """What a worker process opens for itself."""
     source, transform, _ = open_mixture(specs, share)

@@ -94,6 +94,11 @@ def parse_split(text: str, sizes: dict[str, int], key: str) -> list[Range]:
     return ranges
 
 
+def split_name(piece: str) -> str:
+    """The split that a range such as 'train[:90%]' is of."""
+    return piece.partition('[')[0].strip()
+
+
 def _parse_range(piece: str, text: str, sizes: dict[str, int], key: str) -> list[Range]:
     key = f'{key}.split'
     valid = ', '.join(sorted(sizes))

@@ -1,0 +1,145 @@
+"""A study: a folder with one row for each trial, what validation chooses, a table, a picture.
+
+STUDY/trials.jsonl    a row each: start, setting, seed, what validation found, its workdir
+STUDY/test.json       the chosen setting of each start and its test scores, made once
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from big_vit import metrics, plots, storage
+from big_vit.errors import UserError
+
+ROWS, TEST = 'trials.jsonl', 'test.json'
+Row = dict[str, Any]
+
+
+def read(folder: epath.Path) -> list[Row]:
+    """The rows of a study; none where there is no study yet.
+
+    Raises:
+      UserError: a line is not JSON.
+    """
+    file = folder / ROWS
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(
+                f'{file}: line {number} is not JSON; delete it, and its trial runs again'
+            ) from None
+    return rows
+
+
+def write(folder: epath.Path, rows: Sequence[Row]) -> None:
+    """All rows at once, so that a kill leaves the old file or the new one."""
+    storage.write_text(folder / ROWS, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def label(setting: Mapping[str, Any]) -> str:
+    """'lr=0.01, weight_decay=0.1'."""
+    return ', '.join(
+        f'{key.rpartition(".")[2]}={f"{value:g}" if isinstance(value, float) else value}'
+        for key, value in setting.items()
+    )
+
+
+def _key(setting: Mapping[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; of one value the error is not known (NaN)."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def by_setting(rows: Sequence[Row], start: str) -> dict[str, list[Row]]:
+    """The rows of a start by setting, in the order in which the settings were first tried."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row['start'] == start:
+            found.setdefault(_key(row['setting']), []).append(row)
+    return found
+
+
+def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
+    """The rows, one a seed, of the setting whose mean of a metric is highest.
+
+    A trial whose score is not finite counts as worse than any other; of equal settings the first
+    tried wins.
+    """
+
+    def score(group: list[Row]) -> float:
+        mean = statistics.fmean(row[metric] for row in group)
+        return mean if math.isfinite(mean) else -math.inf
+
+    groups = by_setting(rows, start).values()
+    return max(groups, key=score) if len(groups) > 1 else next(iter(groups))
+
+
+def table(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> str:
+    """Mean and standard error over seeds of each setting of each start; * is what was chosen."""
+    body = []
+    for start, name in starts.items():
+        groups = by_setting(rows, start)
+        chosen = choose(rows, start, metric)
+        for group in groups.values():
+            mean, error = mean_and_error([row[metric] for row in group])
+            star = '*' if group is chosen or group == chosen else ''
+            about = f'{error:.2%}' if math.isfinite(error) else '-'
+            body.append((name, label(group[0]['setting']), star, f'{mean:.2%}', about, len(group)))
+            name = ''
+    return metrics.table(('start', 'setting', '', metric, '±', 'seeds'), body)
+
+
+def draw(
+    rows: Sequence[Row], metric: str, test: Mapping[str, Any], starts: Mapping[str, str], path: Path
+) -> None:
+    """Validation by setting, a line for each start; test of what was chosen, a bar each."""
+    figure, axes = plots.canvas(2 if test else 1, 1, 4.6, 3.6)
+    axis = axes[0][0]
+    rates = all('lr' in row['setting'] for row in rows)
+    settings = list(dict.fromkeys(_key(row['setting']) for row in rows))
+    for i, (start, name) in enumerate(starts.items()):
+        groups = by_setting(rows, start)
+        points = []
+        for key, group in groups.items():
+            mean, error = mean_and_error([row[metric] for row in group])
+            at = group[0]['setting']['lr'] if rates else settings.index(key)
+            points.append((at, 100 * mean, 100 * error if math.isfinite(error) else 0.0))
+        at, mean, error = zip(*sorted(points), strict=True)
+        axis.errorbar(
+            at, mean, error, fmt='o-' if rates else 'o', ms=4, capsize=3, color=f'C{i}', label=name
+        )
+    if rates:
+        axis.set_xscale('log')
+        axis.set_xlabel('learning rate')
+    else:
+        names = [label(json.loads(key)) for key in settings]
+        axis.set_xticks(range(len(names)), names, rotation=30, ha='right', fontsize=7)
+    axis.set_ylabel(f'{metric}, %')
+    axis.set_title('validation, mean ± standard error')
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    if test:
+        axis = axes[0][1]
+        for i, found in enumerate(test.values()):
+            mean, error = found['mean'], found['error']
+            axis.bar(i, 100 * mean, 0.6, color=f'C{i}', alpha=0.75,
+                     yerr=100 * error if error is not None else None, capsize=4)  # fmt: skip
+            axis.text(i, 100 * mean, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=8)
+        axis.set_xticks(range(len(test)), [starts[name] for name in test], fontsize=7)
+        axis.set_title('test, once, of what was chosen')
+        axis.grid(axis='y', alpha=0.25)
+    for one in axes[0]:
+        one.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path)

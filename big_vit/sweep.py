@@ -1,0 +1,425 @@
+"""A sweep: settings and seeds of one recipe, chosen by validation, and scored on the test once.
+
+Trials that differ in learning rate and seed alone are trained together (`trials`), or one after
+the other by `train.run`. Killed, it goes on with the trials that are missing.
+"""
+
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from big_vit import (
+    build,
+    checkpoint,
+    evaluate,
+    hosts,
+    metrics,
+    origin,
+    storage,
+    study,
+    train,
+    trials,
+)
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.data import opening
+from big_vit.errors import UserError
+from big_vit.trials import Trial
+
+STARTS = {
+    'pretrained': 'from the checkpoint',
+    'control': 'control: same recipe from random',
+    'features': 'control: head on random features',
+}
+# Rules for `optim.lr_rules` by transfer.train; what none of them names is frozen.
+TRAINED: dict[str, tuple[str, ...]] = {
+    'head': (),
+    'attention': ('.*/MultiHeadDotProductAttention_0/.*',),
+    'norm': ('.*norm.*', '.*LayerNorm.*'),
+    'bias': ('.*bias',),
+    'lora': ('.*/lora_[ab]',),
+}
+HEAD = 'head(_dist)?/.*'
+
+
+def rules(trained: str) -> tuple[tuple[str, float], ...]:
+    """Factors on the rate that freeze all but the head and what is named."""
+    return (*((pattern, 1.0) for pattern in (*TRAINED[trained], HEAD)), ('.*', 0.0))
+
+
+def values(text: str) -> tuple[str, list[str]]:
+    """'lr=1e-3,3e-3' as its key and the texts of its values; brackets and quotes hold commas.
+
+    Raises:
+      UserError: it is not of that form, or a value comes twice.
+    """
+    key, equals, rest = text.partition('=')
+    found, depth, quote, now = [], 0, '', ''
+    for sign in rest:
+        if quote:
+            quote = '' if sign == quote else quote
+        elif sign in '\'"':
+            quote = sign
+        depth += (sign in '([') - (sign in ')]') if not quote else 0
+        if sign == ',' and not depth and not quote:
+            found.append(now)
+            now = ''
+        else:
+            now += sign
+    found = [word.strip() for word in (*found, now)]
+    if not key or not equals or not all(found):
+        raise UserError(f'--sweep {text}: write --sweep KEY=VALUE,VALUE, as in lr=1e-3,3e-3,1e-2')
+    if len(set(found)) < len(found):
+        raise UserError(f'--sweep {text}: a value comes twice')
+    return key.strip(), found
+
+
+def settings(config: Config, swept: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the values, each checked by the config.
+
+    Raises:
+      UserError: an unknown key, a wrong value, or a key that says what a sweep must not change.
+    """
+    each: dict[str, list[Any]] = {}
+    for text in swept:
+        key, words = values(text)
+        if key.startswith(('evals.', 'transfer.')) or key in ('seed', 'init'):
+            raise UserError(
+                f'--sweep {key}: trials could not be compared; '
+                + ('--seeds N sets how many seeds' if key == 'seed' else 'leave it to --config')
+            )
+        if key in each:
+            raise UserError(f'--sweep {key} comes twice: write all its values in one')
+        each[key] = [
+            config_lib.flatten(config_lib.override(config, [(key, word)]).to_dict())[key]
+            for word in words
+        ]
+    return [dict(zip(each, found, strict=True)) for found in itertools.product(*each.values())]
+
+
+def check_splits(parts: build.Experiment, validation: str | None, test: str) -> None:
+    """Refuses to choose by what is trained on or tested on, as far as places in datasets tell.
+
+    Raises:
+      UserError: two of the splits have examples in common.
+    """
+    train_ = [('data', spec) for spec in parts.data.specs]
+    own = {n: (f'evals.{n}', parts.evals[n].specs[0]) for n in (validation, test) if n}
+    pairs = [(own[test], one) for one in train_]
+    if validation:
+        pairs += [(own[validation], one) for one in (*train_, own[test])]
+    for (key, spec), (other_key, other) in pairs:
+        if count := opening.in_both(spec, other):
+            raise UserError(
+                f'config: {key}.split={spec.split!r} and {other_key}.split={other.split!r} have '
+                f'{count} examples in common: a sweep chooses and reports on examples that were '
+                "held out; cut them apart, as in data.split='train[:90%]' and "
+                "evals.val.split='train[90%:]'"
+            )
+
+
+def starts(config: Config, *left_out: str) -> dict[str, Config]:
+    """The config of each start, without the keys that begin as `left_out`."""
+    plain = config.without('transfer.', *left_out)
+    found = {'pretrained': plain}
+    if config.transfer.control:
+        found['control'] = plain.without('init')
+    if config.transfer.random_features:
+        alone = plain.without('init', 'optim.lr_rules', 'optim.layer_decay')
+        found['features'] = alone.replacing({'optim.lr_rules': rules('head')})
+    return found
+
+
+def _params(config: Config) -> Callable[[build.Experiment], Any] | None:
+    return origin.starting(config, keep_head=False) if config.init else None
+
+
+def _alone(config: Config, trial: Trial, workdir: epath.Path, label: str) -> dict[str, float]:
+    """One trial by `train.run`, which resumes it; {} where it diverged."""
+    own = config.replacing({'lr': trial.lr, 'seed': trial.seed})
+    ended = train.run(own, workdir, params=_params(own), label=label)
+    if ended.stopped:
+        raise Stopped
+    return ended.metrics
+
+
+class Stopped(Exception):
+    """A signal ended a trial, which the same command resumes."""
+
+
+def _group(
+    config: Config,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    folder: Callable[[Trial], epath.Path],
+    label: str,
+    at_once: int | None,
+) -> dict[Trial, dict[str, float]]:
+    """Trains rates x seeds, as many at once as fit and are asked for."""
+    many = len(seeds) * len(rates)
+    if config.optim.peek('name') in trials.ONE_BY_ONE or config.optim.peek('group_rules'):
+        at_once = 1
+    if many == 1 or at_once == 1:
+        return {
+            trial: _alone(config, trial, folder(trial), label)
+            for trial in (Trial(rate, seed) for seed in seeds for rate in rates)
+        }
+    if at_once is None or many <= at_once:
+        try:
+            return trials.run(config, seeds, rates, folder, params=_params(config), label=label)
+        except trials.DoNotFit:
+            at_once = many // 2
+    # Rates of a seed share their batches, so seeds are parted first.
+    halves: list[tuple[Sequence[int], Sequence[float]]]
+    if len(seeds) > 1:
+        middle = len(seeds) // 2
+        halves = [(seeds[:middle], rates), (seeds[middle:], rates)]
+    else:
+        middle = len(rates) // 2
+        halves = [(seeds, rates[:middle]), (seeds, rates[middle:])]
+    found: dict[Trial, dict[str, float]] = {}
+    for some_seeds, some_rates in halves:
+        found |= _group(config, some_seeds, some_rates, folder, label, at_once)
+    return found
+
+
+def run(
+    config: Config,
+    workdir: epath.Path,
+    swept: Sequence[str] = (),
+    seeds: int = 1,
+    at_once: int | None = None,
+    force: bool = False,
+) -> dict[str, dict[str, Any]] | None:
+    """Trains what is missing of a sweep, chooses for each start, and tests what was chosen.
+
+    Args:
+      swept: texts KEY=VALUE,VALUE.
+      seeds: seeds of each setting, from the config's on.
+      at_once: most trials in one program; by default as many as memory allows.
+      force: test again, though the test was scored with another choice.
+
+    Returns:
+      By start {'setting', 'tests', 'mean', 'error', 'count', ...}; None if a signal ended it.
+
+    Raises:
+      UserError: whatever the user can fix, before anything is trained.
+    """
+    each = settings(config, swept)
+    validation: str | None = config.transfer.validation
+    test = config.transfer.test
+    _check_evals(config, validation, test, len(each))
+    if validation not in config.evals:
+        validation = None
+    check_splits(build.experiment(config), validation, test)
+    metric = f'{validation}/top1'
+    rows = study.read(workdir)
+    wanted: list[study.Row] = []
+    for start, base in starts(config, f'evals.{test}.').items():
+        others: dict[str, dict[str, Any]] = {}
+        for setting in each:
+            other = {k: v for k, v in setting.items() if k != 'lr'}
+            others.setdefault(json.dumps(other), other)
+        for other in others.values():
+            of_this = base.replacing(other)
+            rates = [s['lr'] for s in each if {**s, **other} == s] if 'lr' in each[0] else []
+            own = _trials(
+                of_this, start, other, rates or [of_this.peek('lr')], bool(rates), seeds, rows
+            )
+            missing = [row for row in own if 'seconds' not in row]
+            for group in _alike(missing):
+                began, of_group = time.perf_counter(), {Trial(r['lr'], r['seed']): r for r in group}
+
+                def folder(trial: Trial, rows_: Any = of_group) -> epath.Path:
+                    return workdir / rows_[trial]['workdir']
+
+                label = f'{start} {study.label(other)}'.strip()
+                seeds_ = list(dict.fromkeys(t.seed for t in of_group))
+                rates_ = list(dict.fromkeys(t.lr for t in of_group))
+                try:
+                    ended = _group(of_this, seeds_, rates_, folder, label, at_once)
+                except Stopped:
+                    return None
+                seconds = (time.perf_counter() - began) / len(of_group)
+                for trial, found in ended.items():
+                    if validation:
+                        of_group[trial][metric] = found[metric]
+                        of_group[trial][f'{validation}/loss'] = found[f'{validation}/loss']
+                    of_group[trial] |= {'train/loss': found['train/loss'], 'seconds': seconds}
+                    # NaN is no JSON.
+                    of_group[trial] |= {
+                        k: None
+                        for k, v in of_group[trial].items()
+                        if isinstance(v, float) and not math.isfinite(v)
+                    }
+                rows = [*rows, *of_group.values()]
+                hosts.lead(functools.partial(study.write, workdir, rows))
+            wanted += own
+    return _tested(config, workdir, wanted, validation, test, force)
+
+
+def _check_evals(config: Config, validation: str | None, test: str, settings_: int) -> None:
+    if test not in config.evals:
+        raise UserError(
+            f'config: transfer.test={test!r} is no evaluation: set evals.{test}.split, or '
+            'transfer.test to one of ' + (', '.join(config.evals) or 'none yet')
+        )
+    if settings_ > 1 and validation not in config.evals:
+        raise UserError(
+            f'config: a sweep chooses by evals.{validation}, which is not there: hold out a part '
+            f"of the training data, as in --config.data.split='train[:90%]' "
+            f"--config.evals.{validation}.split='train[90%:]'"
+        )
+    if validation == test:
+        raise UserError('config: transfer.validation and transfer.test must not be the same')
+
+
+def _trials(
+    config: Config,
+    start: str,
+    other: Mapping[str, Any],
+    rates: Sequence[float],
+    named: bool,
+    seeds: int,
+    rows: Sequence[study.Row],
+) -> list[study.Row]:
+    """A row for each rate and seed: that of the study where it is done already."""
+    found = []
+    for seed in range(config.peek('seed'), config.peek('seed') + seeds):
+        for rate in rates:
+            setting = {'lr': rate, **other} if named else dict(other)
+            digest = config_lib.digest(config.replacing({'lr': rate, 'seed': seed}))
+            done = [r for r in rows if (r['start'], r['config']) == (start, digest)]
+            name = f'{study.label(setting)}, seed={seed}'.removeprefix(', ')
+            fresh = {
+                'start': start,
+                'setting': setting,
+                'lr': rate,
+                'seed': seed,
+                'config': digest,
+                'workdir': f'trials/{start}/{_file_name(name)}-{digest[:6]}',
+            }
+            found.append(done[0] if done else fresh)
+    return found
+
+
+def _file_name(text: str) -> str:
+    return ''.join(c if c.isalnum() or c in '=.-' else '_' for c in text.replace(', ', '-'))[:80]
+
+
+def _alike(rows: Sequence[study.Row]) -> list[list[study.Row]]:
+    """Groups that are a whole product of seeds and rates: seeds that miss the same rates."""
+    by_seed: dict[int, list[study.Row]] = {}
+    for row in rows:
+        by_seed.setdefault(row['seed'], []).append(row)
+    groups: dict[tuple[float, ...], list[study.Row]] = {}
+    for own in by_seed.values():
+        groups.setdefault(tuple(row['lr'] for row in own), []).extend(own)
+    return list(groups.values())
+
+
+def _tested(
+    config: Config,
+    workdir: epath.Path,
+    rows: Sequence[study.Row],
+    validation: str | None,
+    test: str,
+    force: bool,
+) -> dict[str, dict[str, Any]]:
+    """Scores what validation chooses on the test split, or gives the scores that there are."""
+    file = workdir / study.TEST
+    before = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, dict[str, Any]] = {}
+    for start in dict.fromkeys(row['start'] for row in rows):
+        scored = [{**row, **_finite(row)} for row in rows if row['start'] == start]
+        chosen = study.choose(scored, start, f'{validation}/top1') if validation else scored
+        trials_ = [row['workdir'] for row in chosen]
+        if start in before and before[start]['trials'] != trials_ and not force:
+            old = before[start]
+            raise UserError(
+                f'{file}: the test split was scored with another choice for {start} '
+                f'({study.label(old["setting"]) or "no setting"}, {len(old["trials"])} seed(s)): '
+                'choosing again would select on the test; use another --workdir, or --force'
+            )
+        if start in before and before[start]['trials'] == trials_:
+            results[start] = before[start]
+            continue
+        found = [_score(config, workdir / path, test) for path in trials_]
+        tests = [one['top1'] for one in found]
+        mean, error = study.mean_and_error(tests)
+        # One seed still has the error of the size of the test split.
+        share, count = mean, found[0]['count']
+        sampling = math.sqrt(share * (1 - share) / count)
+        results[start] = {
+            'setting': chosen[0]['setting'],
+            'trials': trials_,
+            'tests': tests,
+            'mean': mean,
+            'error': error if math.isfinite(error) else None,
+            'sampling_error': sampling,
+            'loss': float(np.mean([one['loss'] for one in found])),
+            'count': count,
+        }
+    text = json.dumps(results, indent=1) + '\n'
+    hosts.lead(lambda: storage.write_text(file, text))
+    return results
+
+
+def _finite(row: study.Row) -> study.Row:
+    return {k: math.nan for k, v in row.items() if v is None}
+
+
+def _score(config: Config, workdir: epath.Path, test: str) -> dict[str, float]:
+    """The test scores of a trial's last state."""
+    flat = config_lib.flatten(config.to_dict())
+    own = [
+        (key, value if isinstance(value, str) else repr(value))
+        for key, value in flat.items()
+        if key.startswith(f'evals.{test}.') and value is not None
+    ]
+    return evaluate.run(Path(workdir), checkpoint.steps(workdir)[-1], own)[test]
+
+
+def report(rows: Sequence[study.Row], results: Mapping[str, Any], config: Config) -> str:
+    """The table of validation, and that of the test."""
+    named = {start: STARTS[start] for start in results}
+    parts = []
+    validation = f'{config.transfer.validation}/top1'
+    if all(validation in row for row in rows):
+        parts.append(study.table(rows, validation, named))
+    body = []
+    for start, one in results.items():
+        error = '-' if one['error'] is None else f'{one["error"]:.2%}'
+        body.append(
+            (
+                named[start],
+                study.label(one['setting']) or '-',
+                f'{one["mean"]:.2%}',
+                error,
+                f'{one["sampling_error"]:.2%}',
+                f'{one["loss"]:.4f}',
+                len(one['tests']),
+                f'{one["count"]:.0f}',
+            )
+        )
+    header = ('start', 'chosen', 'test top-1', '± seeds', '± size', 'loss', 'seeds', 'examples')
+    parts.append(metrics.table(header, body))
+    return '\n\n'.join(parts)
+
+
+def draw(config: Config, workdir: epath.Path, results: Mapping[str, Any]) -> Path | None:
+    """Writes WORKDIR/sweep.png, where that is a local folder and there is something to compare."""
+    rows, metric = study.read(workdir), f'{config.transfer.validation}/top1'
+    if not storage.is_local(workdir) or not all(metric in row for row in rows):
+        return None
+    path = Path(workdir) / 'sweep.png'
+    study.draw(rows, metric, results, {start: STARTS[start] for start in results}, path)
+    return path
