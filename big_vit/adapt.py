@@ -1,5 +1,7 @@
 """Parameters made to fit another model: new positions, new patches, new head."""
 
+import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -63,12 +65,25 @@ def adapt(
     for name in [name for name in flat if name.startswith(('head/', 'head_dist/'))]:
         if name not in wanted:
             del flat[name]
+    for name, leaf in wanted.items():
+        if name.endswith(('lora_a', 'lora_b')):
+            flat[name] = _correction(name, leaf.shape, leaf.dtype)
     name = 'embedding/kernel'
     if name in flat and name in wanted:
         flat[name] = _kernel(flat[name], wanted[name].shape, where, channels, video)
     adapted = trees.unflatten(flat)
     checkpoint.check_params(adapted, like, where)
     return adapted
+
+
+def _correction(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Half of a correction that is zero (LoRA): numbers of its own for each parameter."""
+    if name.endswith('lora_b'):
+        return np.zeros(shape, dtype)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    # The kernel's own inputs are what is neither the rank nor, if scanned, the block.
+    inputs = math.prod(shape[:-1]) // (shape[0] if '/encoderblock/' in name else 1)
+    return (rng.standard_normal(shape) * inputs**-0.5).astype(dtype)
 
 
 def _kernel(

@@ -454,6 +454,7 @@ _MODEL_FIELDS = (
     'key_bias',
     'qk_norm',
     'lsa',
+    'lora',
     'attention',
     'parallel',
     'layer_scale',

@@ -20,7 +20,7 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
-from big_vit.models.encoder import stack_blocks, unstack_blocks
+from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 
 # Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
 ORIGIN = 'origin.json'
@@ -63,7 +63,8 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
     workdir, step = checkpoint.locate(path, '--checkpoint')
     sidecar = checkpoint.read_sidecar(workdir, step)
     params, _ = checkpoint.load_params(workdir, step, which or checkpoint.scored_part(sidecar))
-    config = config_lib.from_json(sidecar['config'])
+    params = merge_lora(params)
+    config = config_lib.from_json(sidecar['config']).without('model.lora')
     if list(config.streams):
         raise UserError(f'{path}: a model of several inputs has no place in other formats')
     flat = trees.flatten(params)

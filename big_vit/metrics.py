@@ -277,7 +277,7 @@ class Console:
             parts += [
                 f'{values[TIMING + "examples_per_s"]:,.0f} ex/s',
                 f'ETA {duration(values[TIMING + "eta_s"])}',
-                f'MFU {values[TIMING + "mfu"]:.0%}',
+                *([f'MFU {values[TIMING + "mfu"]:.0%}'] if TIMING + 'mfu' in values else []),
                 f'data-wait {values[TIMING + "data_wait"]:.1%}',
             ]
         if TIMING + 'loader_examples_per_s' in values:

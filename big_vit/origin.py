@@ -12,7 +12,7 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
-from big_vit.models import stems, variants, vit
+from big_vit.models import encoder, stems, variants, vit
 from big_vit.schema import SCHEMA
 
 _SIZES = ('width', 'depth', 'mlp_dim', 'num_heads')
@@ -53,8 +53,8 @@ def read(init: str) -> Origin:
     source, step = checkpoint.locate(init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
-    saved = config_lib.from_json(sidecar['config'])
-    return Origin(params, saved, f'{source}/checkpoints/{step}')
+    saved = config_lib.from_json(sidecar['config']).without('model.lora')
+    return Origin(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
 
 
 def model_keys(init: str) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def model_keys(init: str) -> dict[str, Any]:
         key: value
         for key, value in flat.items()
         if key.startswith(('model.', 'streams.'))
+        and key != 'model.lora'  # Corrections are added to the kernels when they are read.
         and value is not None
         and (key not in SCHEMA or _frozen(value) != SCHEMA[key].default)
     }

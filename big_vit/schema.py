@@ -308,6 +308,9 @@ SCHEMA: dict[str, Field] = {
     'model.key_bias': Field(_bool, True, 'Whether keys have one, where the others do.'),
     'model.qk_norm': Field(_bool, False, 'Normalise queries and keys of each head.'),
     'model.lsa': Field(_bool, False, 'Attend to all but oneself, at a learned temperature.'),
+    'model.lora': Field(
+        _int(0), 0, "Rank of trained corrections of attention's kernels; 0 has none."
+    ),
     'model.attention': Field(
         _choice('fused', 'xla', 'cudnn'), 'fused', 'Which implementation computes attention.'
     ),

@@ -132,7 +132,8 @@ def starts(config: Config, *left_out: str) -> dict[str, Config]:
     found = {'pretrained': plain}
     if config.transfer.control:
         found['control'] = plain.without('init')
-    if config.transfer.random_features:
+    # With a head alone the first control has random features already.
+    if config.transfer.random_features and config.transfer.train != 'head':
         alone = plain.without('init', 'optim.lr_rules', 'optim.layer_decay')
         found['features'] = alone.replacing({'optim.lr_rules': rules('head')})
     return found

@@ -40,7 +40,10 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
             f'config: transfer.train={trained!r} and optim.lr_rules both say what is trained: '
             'set one'
         )
-    return config.replacing({'optim.lr_rules': sweep.rules(trained)})
+    more: dict[str, Any] = {'optim.lr_rules': sweep.rules(trained)}
+    if trained == 'lora' and not config.model.peek('lora'):
+        more['model.lora'] = 8
+    return config.replacing(more)
 
 
 def run(

@@ -6,6 +6,8 @@ trunk computes its features once for all rates. Each trial leaves an ordinary wo
 """
 
 import contextlib
+import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -191,15 +193,64 @@ class Batched:
         return jax.jit(take, out_shardings=state.shardings(self.parts.like))(now, frozen)
 
 
-def _scores(
-    step: Any, moving: Any, frozen: Any, batches: Any
-) -> tuple[dict[str, np.ndarray], float]:
-    """The means [seeds, rates] over a split, and its examples."""
-    parts = [step(moving, frozen, batch) for batch in batches]
+class _Scribe:
+    """The metrics of all trials, each in its own workdir, and one line for all on the console."""
+
+    def __init__(
+        self,
+        grid: list[list[Trial]],
+        folder: Callable[[Trial], Place],
+        total: int,
+        label: str,
+        stack: contextlib.ExitStack,
+    ):
+        active = jax.process_index() == 0
+        self.grid = grid
+        self.console = stack.enter_context(metrics.Console(total, 0, label=label, active=active))
+        self.writers = {}
+        for trial in (trial for row in grid for trial in row):
+            storage.place(folder(trial)).mkdir(parents=True, exist_ok=True)
+            writer = metrics.Writer(folder(trial), 0, active=active)
+            self.writers[trial] = stack.enter_context(writer)
+
+    def write(self, step: int, prefix: str, found: dict[str, np.ndarray]) -> None:
+        """A row for each trial, of values [seeds, rates]."""
+        for i, row in enumerate(self.grid):
+            for j, trial in enumerate(row):
+                values = {f'{prefix}/{name}': float(v[i, j]) for name, v in found.items()}
+                self.writers[trial].write(step, values)
+
+    def training(
+        self, step: int, values: dict[str, Array], timings: Callable[[], dict[str, float]]
+    ) -> None:
+        hidden = ('skipped_in_a_row', 'loss_spike', 'grad_norm_spike')
+        found = {n: np.asarray(v) for n, v in jax.device_get(values).items() if n not in hidden}
+        self.write(step, 'train', found)
+        middle = {f'train/{name}': float(np.median(v)) for name, v in found.items()}
+        self.console.training(step, {**middle, **timings()})
+
+    def evaluation(self, step: int, name: str, found: dict[str, np.ndarray]) -> None:
+        self.write(step, name, found)
+        finite = np.where(np.isfinite(found['loss']), found['top1'], -1)
+        i, j = (int(n) for n in np.unravel_index(finite.argmax(), finite.shape))
+        best = {key: float(value[i, j]) for key, value in found.items()}
+        self.console.evaluation(step, f'{name}, best of all (lr {self.grid[i][j].lr:g})', best)
+
+
+def _scores(step: Any, moving: Any, frozen: Any, batches: Any) -> dict[str, np.ndarray]:
+    """The means [seeds, rates] over a split, and how many examples it has."""
+    parts: list[dict[str, Array]] = []
+    for batch in batches:
+        parts.append(step(moving, frozen, batch))
+        if len(parts) > 2:  # As `evaluators.classification.run`.
+            jax.block_until_ready(parts[-3])
     fetched = jax.device_get(parts)
-    sums = {name: sum(np.asarray(p[name], np.float64) for p in fetched) for name in fetched[0]}
-    count = np.asarray(sums.pop('count'))
-    return {name: value / count for name, value in sums.items()}, float(count.flat[0])
+    sums: dict[str, np.ndarray] = {
+        name: np.sum([np.asarray(part[name], np.float64) for part in fetched], axis=0)
+        for name in fetched[0]
+    }
+    count = sums.pop('count')
+    return {**{name: value / count for name, value in sums.items()}, 'count': count}
 
 
 def run(
@@ -211,7 +262,9 @@ def run(
     params: Callable[[build.Experiment], Any] | None = None,
     label: str = 'trials',
 ) -> dict[Trial, dict[str, float]]:
-    """Trains every rate with every seed at once; each leaves config, metrics and its last state.
+    """Trains every rate with every seed at once; each leaves metrics and its last state.
+
+    A trial that diverges goes on without updates and does not disturb the others.
 
     Args:
       config: of all trials, but for `lr` and `seed`.
@@ -229,86 +282,70 @@ def run(
     parts, total, due = every[0], every[0].total_steps, every[0].due
     first = None if params is None else params(parts)
     grid = [[Trial(rate, seed) for rate in rates] for seed in seeds]
-    flat = [trial for row in grid for trial in row]
-    active = jax.process_index() == 0
+    clock = metrics.Clock()
+
+    def timings(step: int) -> dict[str, float]:
+        found = clock.window(
+            batch_size=parts.batch_size * len(seeds) * len(rates),
+            flops_per_example=parts.flops_per_example,
+            peak_flops=math.inf,  # Of a frozen trunk no one knows how much is computed.
+            steps_left=total - step,
+        )
+        found.pop(f'{metrics.TIMING}mfu', None)
+        return found
+
     with jax.set_mesh(parts.mesh), contextlib.ExitStack() as stack:
         batched = Batched(configs[0], parts, shared=first is not None)
         now, frozen = batched.start(seeds, len(rates), first)
         began = time.perf_counter()
         step = batched.compiled_step(now, frozen, len(seeds), len(rates))
-        if len(flat) > 1 and needed(step) > memory_limit():
+        bytes_ = needed(step)
+        if len(seeds) * len(rates) > 1 and bytes_ > memory_limit():
             raise DoNotFit
-        console = stack.enter_context(metrics.Console(total, 0, label=label, active=active))
-        console.say(
-            f'trials  {len(flat)} at once: rates {", ".join(f"{r:g}" for r in rates)}; '
-            f'seeds {", ".join(map(str, seeds))}'
+        evals = {name: batched.eval_step(name) for name in parts.evals}
+        scribe = _Scribe(grid, folder, total, label, stack)
+        scribe.console.say(
+            f'trials  {len(seeds) * len(rates)} at once, {bytes_ / 1e6:,.0f} MB: '
+            f'lr {", ".join(f"{rate:g}" for rate in rates)}; seed {", ".join(map(str, seeds))}',
+            f'compile {time.perf_counter() - began:.1f}s',
         )
-        console.say(f'compile {time.perf_counter() - began:.1f}s')
-        dumps = {t: config.replacing({'seed': t.seed, 'lr': t.lr}).to_dict() for t in flat}
-        for trial in flat:
-            storage.place(folder(trial)).mkdir(parents=True, exist_ok=True)
-        writers = {
-            t: stack.enter_context(metrics.Writer(folder(t), 0, active=active)) for t in flat
-        }
         loaders = [
             stack.enter_context(build.train_batches(one, own, 0))
             for one, own in zip(configs, every, strict=True)
         ]
-        evals = {name: batched.eval_step(name) for name in parts.evals}
         where = sharding.replicated(parts.mesh)
         numbers = [
             jax.device_put(np.asarray(seeds, np.int32), where),
             jax.device_put(np.asarray(rates, np.float32), where),
         ]
-        clock, values = metrics.Clock(), None
+        before: Any = None
         for number in range(1, total + 1):
             with clock.bucket('data'):
                 batches = tuple(next(loader) for loader in loaders)
-            before = values
             with clock.bucket('step'):
                 now, values = step(now, frozen, batches, *numbers)
-                if before is not None:
+                if before is not None:  # One step in flight, as in a run.
                     jax.block_until_ready(before)
+            before = values
             clock.count_step()
-            console.step(number)
+            scribe.console.step(number)
             if build.is_due(due.log, number, total):
                 with clock.bucket('step'):
-                    found = jax.device_get(values)
-                for i, row in enumerate(grid):
-                    for j, trial in enumerate(row):
-                        own = {f'train/{n}': float(v[i, j]) for n, v in found.items()}
-                        for name in ('skipped_in_a_row', 'loss_spike', 'grad_norm_spike'):
-                            del own[f'train/{name}']
-                        writers[trial].write(number, own)
-                middle = {f'train/{n}': float(np.median(v)) for n, v in found.items()}
-                middle |= clock.window(
-                    batch_size=parts.batch_size * len(flat),
-                    flops_per_example=parts.flops_per_example,
-                    peak_flops=float('inf'),
-                    steps_left=total - number,
-                )
-                console.training(number, middle)
-            for name in [n for n, k in due.evals.items() if build.is_due(k, number, total)]:
+                    jax.block_until_ready(values)
+                scribe.training(number, values, functools.partial(timings, number))
+            for name in (n for n, k in due.evals.items() if build.is_due(k, number, total)):
                 with clock.bucket('eval'):
                     scored = now.get('ema', now['params'])
-                    scores, count = _scores(
-                        evals[name], scored, frozen, build.eval_batches(parts, name)
-                    )
-                for i, row in enumerate(grid):
-                    for j, trial in enumerate(row):
-                        own = {f'{name}/{k}': float(v[i, j]) for k, v in scores.items()}
-                        writers[trial].write(number, {**own, f'{name}/count': count})
-                best = np.unravel_index(np.nanargmax(scores['top1']), scores['top1'].shape)
-                console.evaluation(
-                    number,
-                    f'{name} (best: lr {rates[best[1]]:g})',
-                    {k: float(v[best]) for k, v in scores.items()},
-                )
-        for i, row in enumerate(grid):
-            for j, trial in enumerate(row):
-                writers[trial].flush()
-                with checkpoint.Manager(folder(trial), 1) as manager:
-                    own_state = batched.one(now, frozen, i, j)
-                    manager.save(own_state, dumps[trial], writers[trial].latest)
-        console.say(f'time    {clock.summary()}')
-        return {trial: dict(writers[trial].latest) for trial in flat}
+                    held_out = build.eval_batches(parts, name)
+                    found = _scores(evals[name], scored, frozen, held_out)
+                scribe.evaluation(number, name, found)
+        with clock.bucket('save'):
+            for i, row in enumerate(grid):
+                for j, trial in enumerate(row):
+                    own, latest = batched.one(now, frozen, i, j), scribe.writers[trial].latest
+                    dump = config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
+                    scribe.writers[trial].flush()
+                    with checkpoint.Manager(folder(trial), 1) as manager:
+                        manager.save(own, dump, latest)
+        scribe.console.say(f'time    {clock.summary()}')
+        return {trial: dict(writer.latest) for trial, writer in scribe.writers.items()}

@@ -164,6 +164,8 @@ def _attention(net: ViT, queries: int, keys: int, itself: bool = False) -> Cost:
     params = 4 * width * inner + biases + net.qk_norm * 2 * _norm(net, head)
     params += itself * net.lsa * net.num_heads
     flops = 4 * (queries + keys) * width * inner + 4 * queries * keys * inner
+    params += 4 * net.lora * (width + inner)
+    flops += 4 * net.lora * (queries + keys) * (width + inner)
     return Cost(params, flops)
 
 

@@ -261,3 +261,21 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
         return rest
 
     return _every_encoder(params, unstack)
+
+
+def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters without corrections (`layers.Dense.lora`): each is added to its kernel."""
+    if not isinstance(params, dict):
+        return params
+    merged = {name: merge_lora(value) for name, value in params.items()}
+    if 'lora_a' not in merged:
+        return merged
+    kernel, down, up = (np.asarray(merged.pop(n)) for n in ('kernel', 'lora_a', 'lora_b'))
+    # Scanned blocks have one axis more in each of the three.
+    scanned = down.ndim + up.ndim - kernel.ndim == 3
+    low_rank = (
+        np.stack([np.tensordot(a, b, 1) for a, b in zip(down, up, strict=True)])
+        if scanned
+        else np.tensordot(down, up, 1)
+    )
+    return {**merged, 'kernel': (kernel + low_rank).astype(kernel.dtype)}

@@ -42,6 +42,7 @@ class Style:
       qk_norm: normalise queries and keys of each head (arXiv 2302.05442).
       lsa: attend to all but oneself, at a learned temperature (arXiv 2112.13492).
       attention: 'fused' is `attend`, the others are backends of `jax.nn.dot_product_attention`.
+      lora: rank of the corrections of attention's kernels, see `Dense`.
       dropout: rate of the MLP's hidden units and of the branches.
       dtype: type of the matrix products and of the residual stream.
       gather: multiplies with a kernel; where a mesh brings its parts together.
@@ -57,6 +58,7 @@ class Style:
     qk_norm: bool = False
     lsa: bool = False
     attention: str = 'fused'
+    lora: int = 0
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     gather: Gather = ungathered
@@ -93,6 +95,8 @@ class Dense(nn.Module):
       in_axes: number of input axes that are contracted.
       gather: called as (the kernel's path, product, x, kernel) to multiply them;
         where a mesh brings the parts of a sharded kernel together.
+      lora: rank of a correction of the kernel, `lora_a @ lora_b`, that begins at zero (arXiv
+        2106.09685; without its factor alpha / rank, which is one on the rate); 0 has none.
     """
 
     shape: Sequence[int]
@@ -102,6 +106,7 @@ class Dense(nn.Module):
     dtype: Dtype = jnp.float32
     gather: Gather = ungathered
     use_bias: bool = True
+    lora: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
@@ -120,6 +125,14 @@ class Dense(nn.Module):
 
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = self.gather('/'.join((*self.path, 'kernel')), product, x, kernel)
+        if self.lora:
+            start = nn.initializers.normal(_product(inputs) ** -0.5)
+            down = self.param('lora_a', start, (*inputs, self.lora))
+            up = self.param('lora_b', nn.initializers.zeros, (self.lora, *outputs))
+            low = product(x, jnp.asarray(down).astype(self.dtype))
+            y = y + jax.lax.dot_general(
+                low, jnp.asarray(up).astype(self.dtype), (((low.ndim - 1,), (0,)), ((), ()))
+            )
         if not self.use_bias:
             return y
         bias = jnp.asarray(self.param('bias', self.bias_init, outputs))
@@ -360,7 +373,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         width = x.shape[-1]
         heads = (self.num_heads, style.head_dim or width // self.num_heads)
-        dense = partial(Dense, dtype=style.dtype, gather=style.gather)
+        dense = partial(Dense, dtype=style.dtype, gather=style.gather, lora=style.lora)
         inward = partial(dense, heads, use_bias=style.qkv_bias)
         query = checkpoint_name(inward(name='query')(x), 'qkv')
         key_bias = style.qkv_bias and style.key_bias

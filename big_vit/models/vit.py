@@ -126,6 +126,7 @@ class ViT(nn.Module):
     key_bias: bool = True
     qk_norm: bool = False
     lsa: bool = False
+    lora: int = 0
     attention: str = 'fused'
     parallel: bool = False
     layer_scale: float = 0.0
@@ -145,6 +146,7 @@ class ViT(nn.Module):
             key_bias=self.key_bias,
             qk_norm=self.qk_norm,
             lsa=self.lsa,
+            lora=self.lora,
             attention=self.attention,
             dropout=self.dropout,
             dtype=self.dtype,
