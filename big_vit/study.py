@@ -7,6 +7,7 @@ STUDY/test.json       the chosen setting of each start and its test scores, made
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ def draw(
             mean, error = found['mean'], found['error']
             axis.bar(i, 100 * mean, 0.6, color=f'C{i}', alpha=0.75,
                      yerr=100 * error if error is not None else None, capsize=4)  # fmt: skip
-            axis.text(i, 100 * mean, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=8)
-        axis.set_xticks(range(len(test)), [starts[name] for name in test], fontsize=7)
+            axis.text(i, 0.5, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=9)
+        names = [textwrap.fill(starts[name], 16) for name in test]
+        axis.set_xticks(range(len(test)), names, fontsize=8)
         axis.set_title('test, once, of what was chosen')
         axis.grid(axis='y', alpha=0.25)
     for one in axes[0]:

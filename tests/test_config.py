@@ -417,7 +417,9 @@ GROUPS = {
     'model.drop_path': 'below one', 'model.patch_dropout': 'below one',
     'model.representation': 'int', 'model.head_bias': 'bool', 'model.fusion': 'choice',
     'model.queries': 'str', 'model.latents': 'int', 'part': 'str', 'patch': 'size',
-    'streams.*.depth': 'int', 'streams.some.depth': 'int',
+    'streams.*.depth': 'int', 'streams.some.depth': 'int', 'model.lora': 'int',
+    'transfer.train': 'choice', 'transfer.random_features': 'bool', 'transfer.validation': 'str',
+    'transfer.test': 'str', 'transfer.published': 'str',
 }  # fmt: skip
 
 

@@ -108,13 +108,22 @@ def np_bias(table, grid, prefix):
     return found
 
 
+def np_kernel(p):
+    """A kernel with its correction, summed rank by rank."""
+    kernel = np.array(p['kernel'])
+    for i in range(p['lora_a'].shape[-1] if 'lora_a' in p else 0):
+        kernel += np.multiply.outer(p['lora_a'][..., i], p['lora_b'][i])
+    return kernel
+
+
 def np_attention(x, context, p, net, prefix=0, grid=GRID, mask=None):
     to_itself = context is x
+    kernels = {name: np_kernel(p[name]) for name in ('query', 'key', 'value', 'out')}
     width = p['query']['kernel'].shape[2]
     out = np.zeros((len(x), x.shape[1]))
     for h in range(p['query']['kernel'].shape[1]):
         q, k, v = (
-            y @ p[name]['kernel'][:, h] + (p[name]['bias'][h] if 'bias' in p[name] else 0)
+            y @ kernels[name][:, h] + (p[name]['bias'][h] if 'bias' in p[name] else 0)
             for name, y in (('query', x), ('key', context), ('value', context))
         )
         if net.qk_norm:
@@ -129,7 +138,7 @@ def np_attention(x, context, p, net, prefix=0, grid=GRID, mask=None):
         if mask is not None:
             scores = np.where(mask, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out += (weights / weights.sum(-1, keepdims=True)) @ v @ p['out']['kernel'][h]
+        out += (weights / weights.sum(-1, keepdims=True)) @ v @ kernels['out'][h]
     return out + p['out']['bias']
 
 
@@ -266,6 +275,7 @@ OPTIONS = {
     'no positions': dict(posemb='none'),
     'lsa': dict(lsa=True),
     'xla': dict(attention='xla'),
+    'lora': dict(lora=3, pool='map'),
 }
 
 
@@ -273,7 +283,7 @@ OPTIONS = {
 FAST = (
     'rmsnorm', 'swiglu', 'head_dim', 'no biases', 'parallel and scaled', 'pre_norm', 'seq',
     'distilled', 'cls_gap normed after', 'representation', 'rope behind a prefix',
-    'relative behind a prefix', 'gelu', 'lsa', 'a position for the class token',
+    'relative behind a prefix', 'gelu', 'lsa', 'lora', 'a position for the class token',
 )  # fmt: skip
 
 
@@ -528,3 +538,17 @@ def test_the_derivative_of_the_rms_norm_is_that_of_the_formula():
     for a, b in zip((value, *back(g)), (wanted, *plain_back(g)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
     check_grads(jax.jit(ours), (x, scale), order=1, modes=['rev'], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_merged_corrections_answer_the_same_in_a_plain_model(scan):
+    net, plain = model(depth=2, lora=2, scan=scan), model(depth=2, scan=scan)
+    image = images()
+    params = random_params(net, image)
+    wanted, _ = apply(net, params, image)
+    merged = encoder.merge_lora(params)
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), image)['params']
+    assert jax.tree.map(np.shape, merged) == jax.tree.map(np.shape, shapes)
+    np.testing.assert_allclose(apply(plain, merged, image)[0], wanted, rtol=1e-5, atol=1e-5)
+    dropped = {n: x for n, x in trees.flatten(params).items() if '/lora_' not in n}
+    assert np.abs(apply(plain, trees.unflatten(dropped), image)[0] - wanted).max() > 1e-2

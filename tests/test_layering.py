@@ -18,12 +18,14 @@ LAYERS = [
     {'errors', 'schema', 'storage'},
     {'runtime', 'config', 'trees', 'cluster', 'hosts'},
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
-    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
+    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop', 'plots'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'origin', 'explain', 'plots', 'switch'},
+    {'build', 'ledger', 'adapt', 'origin', 'explain', 'switch', 'study'},
+    {'trials'},
     {
         'train',
         'transfer',
+        'sweep',
         'evaluate',
         'explore',
         'plan',
@@ -47,7 +49,10 @@ WITHIN_A_LAYER = {
     ('explain', 'ledger'),
     ('ledger', 'build'),
     ('hosts', 'cluster'),
-    ('transfer', 'train'),  # Both runs of a transfer are runs of train.
+    ('transfer', 'train'),  # All runs of a transfer are runs of train.
+    ('transfer', 'sweep'),
+    ('sweep', 'train'),
+    ('sweep', 'evaluate'),  # What validation chose is scored as any checkpoint is.
 }
 NOT_IN = {
     'models': {'data', 'sharding', 'config'},

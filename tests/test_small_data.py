@@ -47,7 +47,7 @@ def test_the_rate_is_the_best_of_validation_and_none_before_all_are_tried(tmp_pa
     rows = [
         {'config': study.config_lib.digest(begun.config(one)), 'val': val}
         | study.dataclasses.asdict(one)
-        for one, val in zip(searched, (0.5, 0.7, 0.6), strict=True)
+        for one, val in zip(searched, (0.5, 0.7, 0.6, 0.4), strict=True)
     ]
     (tmp_path / 'runs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[:2]))
     assert study.Study(tmp_path, 24_000, []).finals('vit', 'sgd') == []
@@ -66,7 +66,7 @@ def test_it_makes_a_table_and_a_picture_and_does_nothing_twice(tmp_path):
     first = run(*args)
     assert first.returncode == 0, first.stderr
     rows = [json.loads(t) for t in (tmp_path / 'quick' / 'runs.jsonl').read_text().splitlines()]
-    assert len(rows) == len({(row['optimizer'], row['rate'], row['seed']) for row in rows}) == 12
+    assert len(rows) == len({(row['optimizer'], row['rate'], row['seed']) for row in rows}) == 14
     written = json.loads((tmp_path / 'quick' / 'small_data.json').read_text())
     for one in written['results']:
         own = [row for row in rows if row['optimizer'] == one['optimizer']]

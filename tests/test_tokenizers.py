@@ -494,7 +494,7 @@ POOLS = ('gap', 'cls', 'map', 'seq', 'cls_gap', 'cls_dist')
 EXTRAS = {
     'gap': {'posemb': 'learned', 'mlp': 'swiglu', 'layer_scale': 0.1},
     'cls': {'registers': 2, 'norm': 'rmsnorm', 'qk_norm': True},
-    'map': {'parallel': True, 'head_dim': 8},
+    'map': {'parallel': True, 'head_dim': 8, 'lora': 3},
     'seq': {'qkv_bias': False, 'norm_after_pool': True},
     'cls_gap': {'representation': 6, 'norm_after_pool': True},
     'cls_dist': {'registers': 1, 'pre_norm': True, 'head_bias': False},

@@ -1,6 +1,7 @@
 """Transfer, evaluation and exploration, from checkpoints that the tests train themselves."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from big_vit import (
     config,
     evaluate,
     explore,
+    export,
     metrics,
     origin,
     train,
@@ -51,9 +53,9 @@ def transferred(pretrained, tmp_path_factory):
     return workdir, transfer.run(small_transfer(pretrained), workdir)
 
 
-def test_both_starts_are_trained_and_reported(transferred):
+def test_all_starts_are_trained_and_reported(transferred):
     workdir, results = transferred
-    assert set(results) == {'pretrained', 'control'}
+    assert set(results) == {'pretrained', 'control', 'features'}
     assert json.loads((workdir / 'transfer.json').read_text()) == results
     table = transfer.result_table(results, ['test'])
     assert 'from the checkpoint' in table and 'control: same recipe from random' in table
@@ -63,9 +65,58 @@ def test_both_starts_are_trained_and_reported(transferred):
         assert config.from_json(json.loads((workdir / label / 'config.json').read_text()))
 
 
+@pytest.mark.parametrize(
+    'trained, moved',
+    [
+        ('head', 'head/'),
+        ('bias', '.*bias|head/'),
+        ('norm', '.*([Nn]orm).*|head/'),
+        ('attention', '.*/MultiHeadDotProductAttention_0/|head/'),
+        ('lora', '.*/lora_[ab]|head/'),
+    ],
+)
+def test_only_what_was_asked_for_is_trained(trained, moved, pretrained, tmp_path):
+    still = {'transfer.control': 'false', 'transfer.random_features': 'false'}
+    settings = small_transfer(pretrained, still, {'transfer.train': trained})
+    transfer.run(settings, tmp_path / 'w')
+    got = trees.flatten(checkpoint.load_params(tmp_path / 'w' / 'pretrained', 3)[0])
+    want = trees.flatten(checkpoint.load_params(pretrained, 3, 'ema')[0])
+    frozen = [name for name in got if not re.match(moved, name)]
+    assert len(frozen) > 3 or trained == 'bias'
+    for name in frozen:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    moving = [name for name in got if name not in frozen]
+    new = [name for name in moving if name.startswith('head/') or name not in want]
+    changed = [name for name in moving if name in new or np.any(got[name] != want[name])]
+    # The keys' bias has no gradient.
+    assert len(changed) >= len(got) - len(frozen) - 2
+    if trained == 'lora':
+        assert all(np.any(got[name]) for name in got if name.endswith('lora_b'))
+
+
+def test_what_lora_learned_goes_on_and_out_as_plain_kernels(pretrained, tmp_path):
+    still = {'transfer.control': 'false', 'transfer.random_features': 'false'}
+    settings = small_transfer(pretrained, still, {'transfer.train': 'lora'})
+    transfer.run(settings, tmp_path / 'w')
+    done = tmp_path / 'w' / 'pretrained'
+    assert config.from_json(json.loads((done / 'config.json').read_text())).model.lora == 8
+    found = origin.read(str(done))
+    assert not any('lora' in name for name in trees.flatten(found.params))
+    again = small_transfer(done, still)
+    assert again.model.lora == 0
+    weights = export.from_checkpoint(str(done))
+    assert not any('lora' in name for name in trees.flatten(weights.params))
+    scored = evaluate.run(done, 3)['test']
+    resting = again.without('transfer.').replacing({'total_steps': 1, 'lr': 0.0})
+    train.run(resting, tmp_path / 'merged', params=origin.starting(resting, keep_head=True))
+    merged = evaluate.run(tmp_path / 'merged', 1)['test']
+    assert merged['loss'] == pytest.approx(scored['loss'], rel=1e-4)
+
+
 def first_params(pretrained, tmp_path, *more):
     """Parameters after one transfer step with a rate of 0: what the transfer started from."""
     still = {'total_steps': '1', 'lr': '0.0', 'transfer.control': 'false'}
+    still |= {'transfer.random_features': 'false'}
     transfer.run(small_transfer(pretrained, still, *more), tmp_path / 'w')
     return checkpoint.load_params(tmp_path / 'w' / 'pretrained', 1)[0]
 

@@ -265,9 +265,7 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
 
 def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters without corrections (`layers.Dense.lora`): each is added to its kernel."""
-    if not isinstance(params, dict):
-        return params
-    merged = {name: merge_lora(value) for name, value in params.items()}
+    merged = {n: merge_lora(x) if isinstance(x, dict) else x for n, x in params.items()}
     if 'lora_a' not in merged:
         return merged
     kernel, down, up = (np.asarray(merged.pop(n)) for n in ('kernel', 'lora_a', 'lora_b'))
