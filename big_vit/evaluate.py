@@ -11,16 +11,22 @@ from pathlib import Path
 
 import jax
 
-from big_vit import build, checkpoint, hosts, metrics, runtime, sharding, state
+from big_vit import build, checkpoint, hosts, metrics, runtime, scoring, sharding, state
 from big_vit import config as config_lib
 from big_vit.errors import UserError
-from big_vit.evaluators import classification
+
+# What is no share, and what of it has digits that matter; the count is one of examples.
+LOSSES = ('loss', 'nll', 'brier')
+AS_NUMBERS = (*LOSSES, 'count', 'l2', 'iterations', 'rate', 'last_blocks', 'mean_joined')
+HEADERS = {'top1': 'top-1', 'top5': 'top-5', 'count': 'examples'}
+# Of more metrics each has a line.
+MOST_COLUMNS = 10
 
 
 def run(
     workdir: Path, step: int, overrides: Sequence[tuple[str, str]] = ()
 ) -> dict[str, dict[str, float]]:
-    """{evaluation: {'loss', 'top1', 'top5', 'count'}} of a checkpoint's (averaged) parameters.
+    """{evaluation: {metric: value}} of a checkpoint's (averaged) parameters.
 
     Args:
       overrides: of the checkpoint's own config, as (dotted key, text).
@@ -42,22 +48,52 @@ def run(
             "the checkpoint's config has no evals; add one: --config.evals.test.split=test"
         )
     parts = build.experiment(config)
+    evaluators = scoring.evaluators(config, parts)
     params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
     checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
     params = jax.tree.map(sharding.place, params, state.shardings(parts.like)['params'])
     with jax.set_mesh(parts.mesh):
-        steps = build.eval_steps(config, parts)
-        return {
-            name: classification.run(steps[name], params, build.eval_batches(parts, name))
-            for name in parts.evals
-        }
+        shared: scoring.Shared = {}
+        return {name: evaluate(params, shared) for name, evaluate in evaluators.items()}
+
+
+def shown(metric: str, value: float) -> str:
+    """A share as per cent, a count as a whole number, and what else there is as it is."""
+    last = metric.rpartition('/')[2]
+    if last in AS_NUMBERS:
+        return f'{value:.4f}' if last in LOSSES else f'{value:g}'
+    return f'{value:.2%}'
+
+
+def tables(scores: dict[str, dict[str, float]]) -> str:
+    """Evaluations with the same metrics as rows of one table; those of many metrics each alone."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, found in scores.items():
+        alike.setdefault(tuple(found), []).append(name)
+    texts = []
+    for names_, evaluations in alike.items():
+        if len(names_) > MOST_COLUMNS:
+            for name in evaluations:
+                rows = [(metric, shown(metric, x)) for metric, x in scores[name].items()]
+                texts.append(metrics.table((name, ''), rows))
+            continue
+        # The count comes last, whatever is measured.
+        columns = sorted(names_, key=lambda metric: metric == 'count')
+        body = [
+            (name, *(shown(metric, scores[name][metric]) for metric in columns))
+            for name in evaluations
+        ]
+        header = ('evaluation', *(HEADERS.get(metric, metric) for metric in columns))
+        texts.append(metrics.table(header, body))
+    return '\n\n'.join(texts)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m big_vit.evaluate',
-        description='Score a checkpoint: top-1, top-5 and loss over whole splits.',
-        epilog="Keys of the checkpoint's config can be set, as in --config.evals.val.split=test.",
+        description='Score a checkpoint by the evaluations of its config, over whole splits.',
+        epilog="Keys of the checkpoint's config can be set, as in --config.evals.val.split=test, "
+        'and evaluations added, as in --config.evals.near.type=knn; docs/evaluators.md has them.',
         allow_abbrev=False,
     )
     parser.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
@@ -77,11 +113,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps({'checkpoint': f'{workdir}/checkpoints/{step}', **scores}))
         return
     print(f'{workdir}/checkpoints/{step}')
-    rows = [
-        (name, f'{x["top1"]:.2%}', f'{x["top5"]:.2%}', f'{x["loss"]:.4f}', f'{x["count"]:.0f}')
-        for name, x in scores.items()
-    ]
-    print(metrics.table(('evaluation', 'top-1', 'top-5', 'loss', 'examples'), rows))
+    print(tables(scores))
 
 
 if __name__ == '__main__':

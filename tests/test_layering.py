@@ -20,7 +20,7 @@ LAYERS = [
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'origin', 'explain', 'plots', 'switch'},
+    {'build', 'ledger', 'adapt', 'origin', 'explain', 'plots', 'switch', 'scoring'},
     {
         'train',
         'transfer',
@@ -40,6 +40,7 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('scoring', 'build'),
     ('adapt', 'build'),
     ('origin', 'adapt'),
     ('origin', 'build'),
