@@ -22,10 +22,11 @@ from big_vit.evaluators.features import PRECISION, Features
 # Rows of the gallery, and queries, that are compared at a time.
 _BLOCK, _QUERIES = 1024, 256
 
-Vectors = Float32[np.ndarray, 'examples width']
+Queries = Float32[np.ndarray, 'queries width']
+Gallery = Float32[np.ndarray, 'gallery width']
 
 
-def unit(values: Vectors) -> Vectors:
+def unit(values: Queries) -> Queries:
     """Vectors of length 1; a zero stays one."""
     wide = values.astype(np.float64)
     length = np.linalg.norm(wide, axis=1, keepdims=True)
@@ -71,7 +72,7 @@ def _search(mesh: Mesh, k: int, blocks: int):
 
 
 def neighbours(
-    queries: Vectors, gallery: Vectors, k: int, mesh: Mesh, metric: str = 'cosine'
+    queries: Queries, gallery: Gallery, k: int, mesh: Mesh, metric: str = 'cosine'
 ) -> tuple[Float64[np.ndarray, 'queries k'], Int32[np.ndarray, 'queries k']]:
     """(distance, index in the gallery) of the k nearest of each query, the nearest first.
 

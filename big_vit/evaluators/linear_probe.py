@@ -19,6 +19,9 @@ from big_vit import sharding
 from big_vit.evaluators import heldout
 from big_vit.evaluators.features import PRECISION, Features
 
+# After so many steps in a row that lower the loss by no more than rounding, nothing is to be had.
+STALLS = 10
+
 Weights = dict[str, jax.Array]
 
 
@@ -48,23 +51,23 @@ def _minimise(mesh: Mesh, classes: int, iterations: int, tolerance: float):
         }
 
         def step(carry):
-            weights, state, count, _ = carry
+            weights, state, count, stalls, _ = carry
             value, grad = value_and_grad(weights, state=state)
             updates, state = solver.update(
                 grad, state, weights, value=value, grad=grad, value_fn=loss
             )
-            largest = jnp.max(jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(grad)]))
-            # Once no step makes it smaller, what is left of the gradient is rounding.
             fell = value - optax.tree.get(state, 'value')
-            ended = (largest <= tolerance) | (fell <= jnp.finfo(x.dtype).eps * jnp.abs(value))
-            return optax.apply_updates(weights, updates), state, count + 1, ended
+            stalls = jnp.where(fell > jnp.finfo(x.dtype).eps * jnp.abs(value), 0, stalls + 1)
+            largest = jnp.max(jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(grad)]))
+            return optax.apply_updates(weights, updates), state, count + 1, stalls, largest
 
         def goes_on(carry) -> Array:
-            _, _, count, ended = carry
-            return (count < iterations) & ~ended
+            _, _, count, stalls, largest = carry
+            return (count < iterations) & (stalls < STALLS) & (largest > tolerance)
 
-        first = start, solver.init(start), jnp.asarray(0), jnp.asarray(False)
-        weights, _, count, _ = jax.lax.while_loop(goes_on, step, first)
+        zero = jnp.asarray(0)
+        first = start, solver.init(start), zero, zero, jnp.asarray(jnp.inf, x.dtype)
+        weights, _, count, _, _ = jax.lax.while_loop(goes_on, step, first)
         return weights, count
 
     return jax.jit(minimise, out_shardings=sharding.replicated(mesh))

@@ -21,8 +21,6 @@ from big_vit.evaluators.knn import unit
 
 _QUERIES = 32
 
-Vectors = Float32[np.ndarray, 'examples width']
-
 
 @functools.cache
 def _rank(mesh: Mesh, blocks: int):
@@ -56,15 +54,15 @@ def _rank(mesh: Mesh, blocks: int):
 
 
 def ranks(
-    queries: Vectors,
-    labels: Int[np.ndarray, ' examples'],
-    gallery: Vectors,
-    keys: Int[np.ndarray, ' searched'],
+    queries: Float32[np.ndarray, 'queries width'],
+    labels: Int[np.ndarray, ' queries'],
+    gallery: Float32[np.ndarray, 'gallery width'],
+    keys: Int[np.ndarray, ' gallery'],
     mesh: Mesh,
     *,
     same: bool = False,
 ) -> tuple[
-    Int[np.ndarray, ' examples'], Float64[np.ndarray, ' examples'], Int[np.ndarray, ' examples']
+    Int[np.ndarray, ' queries'], Float64[np.ndarray, ' queries'], Int[np.ndarray, ' queries']
 ]:
     """Of each query the place of its first match (from 0), its average precision, its matches.
 

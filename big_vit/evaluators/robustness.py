@@ -3,7 +3,7 @@
 Formulas and constants are those of ImageNet-C (arXiv 1903.12261) where `FORMULAS` has its name
 for one; what it says in pixels, of images of 224, is scaled to the shorter side. Not of it are:
 `box_blur` (a square instead of its disk), `haze` (its fog, with octaves of resized noise for the
-diamond-square fractal), `occlusion` and `translation`. As there, results are rounded to bytes;
+diamond-square fractal, and constants that grow at each step), `occlusion` and `translation`. As there, results are rounded to bytes;
 its JPEG compression of the files is not done. Its corruptions that need pictures (frost, snow),
 a codec (jpeg_compression) or random walks of pixels (glass_blur, elastic) are left out.
 
@@ -32,7 +32,7 @@ Image = Float[Array, 'height width channels']
 Formula = Callable[[Image, Array, Array], Image]
 
 
-def _at(severity: Array, *constants: float) -> Array:
+def _at(severity: Array, *constants: float | int) -> Array:
     return jnp.asarray(constants, jnp.float32)[severity]
 
 
@@ -92,14 +92,14 @@ def gaussian_blur(image: Image, key: Array, severity: Array) -> Image:
 
 
 def box_blur(image: Image, key: Array, severity: Array) -> Image:
-    """Means of squares whose half side is 3, 4, 6, 8, 10 pixels of 224, the radii of its defocus.
+    """Means of squares that reach 3, 4, 6, 8, 10 pixels of 224 far, the radii of its defocus.
 
     The outermost pixels count with the share of them that the square covers.
     """
     scale = min(image.shape[:2]) / _SIDE
 
     def weight(away: np.ndarray, half: float) -> np.ndarray:
-        return np.clip(half + 0.5 - np.abs(away), 0, 1)
+        return np.clip(half + 1 - np.abs(away), 0, 1)
 
     sizes = np.array([3, 4, 6, 8, 10]) * scale
     return _mixed(image, lambda side: _kernels(side, weight, sizes), severity)
@@ -150,14 +150,14 @@ def saturate(image: Image, key: Array, severity: Array) -> Image:
 def haze(image: Image, key: Array, severity: Array) -> Image:
     """(x + c f) m / (m + c), with m the largest value and f from 0 to 1 a smooth random field.
 
-    The field is the sum of noise on grids of 2, 4, 8, ... cells, each weighted d times less.
+    The field is the sum of noise on grids of 2, 4, 8, ... cells, each weighted half of the last.
     """
     height, width, _ = image.shape
-    c, fall = _at(severity, 1.5, 2, 2.5, 2.5, 3), _at(severity, 2, 2, 1.7, 1.5, 1.4)
+    c = _at(severity, 1.5, 2, 2.5, 3, 3.5)
     field, octave = jnp.zeros((height, width)), 1
     while 2**octave <= min(height, width):
         noise = jax.random.uniform(jax.random.fold_in(key, octave), (2**octave, 2**octave))
-        field += jax.image.resize(noise, (height, width), 'linear') / fall**octave
+        field += jax.image.resize(noise, (height, width), 'linear') / 2**octave
         octave += 1
     field = (field - field.min()) / jnp.maximum(field.max() - field.min(), 1e-6)
     most = image.max()
