@@ -3,9 +3,10 @@
 Formulas and constants are those of ImageNet-C (arXiv 1903.12261) where `FORMULAS` has its name
 for one; what it says in pixels, of images of 224, is scaled to the shorter side. Not of it are:
 `box_blur` (a square instead of its disk), `haze` (its fog, with octaves of resized noise for the
-diamond-square fractal, and constants that grow at each step), `occlusion` and `translation`. As there, results are rounded to bytes;
-its JPEG compression of the files is not done. Its corruptions that need pictures (frost, snow),
-a codec (jpeg_compression) or random walks of pixels (glass_blur, elastic) are left out.
+diamond-square fractal, and constants that grow at each step), `occlusion` and `translation`. As
+there, results are rounded to bytes; its JPEG compression of the files is not done. Corruptions
+that need pictures (frost, snow), a codec (jpeg_compression) or random walks of pixels
+(glass_blur, elastic) are left out.
 
 Every random number is drawn from (seed, corruption, place of the example in its split), the same
 for all severities, so nothing depends on the batch or the mesh.
