@@ -17,6 +17,7 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data import opening, order, pipeline, sources, transforms
 from big_vit.errors import UserError
+from big_vit.evaluators import classification
 from big_vit.models import costs, positions, tokenizers, variants
 from big_vit.models.tokenizers import Stream
 from big_vit.models.vit import ViT
@@ -54,6 +55,7 @@ class Data(NamedTuple):
 class Experiment(NamedTuple):
     """All that training needs, before anything is computed.
 
+    `references` are the splits that evaluations learn from or search, by the evaluation's name.
     By parameter path: decay and factor on the rate, and `groups`, the optimizer's name;
     by that name `settings`, what it is made with.
     """
@@ -61,6 +63,7 @@ class Experiment(NamedTuple):
     mesh: Mesh
     data: Data
     evals: dict[str, Data]
+    references: dict[str, Data]
     model: ViT
     optimizer: optax.GradientTransformationExtraArgs
     schedule: schedules.Schedule
@@ -240,7 +243,7 @@ def complete(config: Config, kind: str, name: str) -> Config:
     defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
     defaults['on_error'] = whole.on_error
     if kind == 'evals':
-        defaults |= {'split': 'test', 'transform': 'resize(size)'}
+        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': 'classification'}
     else:
         defaults['split'] = whole.split
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
@@ -252,16 +255,45 @@ def complete(config: Config, kind: str, name: str) -> Config:
     return own.completed(defaults)
 
 
+# The evaluations that are of the model's own classes; those of features have their own.
+OF_THE_HEAD = ('classification', 'robustness')
+
+
 def eval_data(config: Config, name: str, train: Data) -> Data:
     """The data of an evaluation, checked against that of training.
 
     Raises:
       UserError: something is missing or does not fit.
     """
-    key, section = f'evals.{name}', complete(config, 'evals', name)
-    classes = train.source.num_classes
+    return _held_out(config, name, complete(config, 'evals', name), train)
+
+
+def reference_data(config: Config, name: str, train: Data) -> Data | None:
+    """What an evaluation learns from, or searches: another split of its dataset, seen alike.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    section = complete(config, 'evals', name)
+    if section.type in OF_THE_HEAD:
+        return None
+    which = 'gallery_split' if section.type == 'retrieval' else 'train_split'
+    key, whole = f'evals.{name}', config.data
+    same = section.name == whole.peek('name') and section.path == whole.peek('path')
+    split = section[which] or (whole.peek('split') if same else 'train')
+    try:
+        return _held_out(config, name, section.completed({}, split=split), train)
+    except UserError as error:
+        raise UserError(str(error).replace(f'{key}.split', f'{key}.{which}')) from error
+
+
+def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
+    """A split of an evaluation."""
+    key, of_head = f'evals.{name}', section.type in OF_THE_HEAD
     if section.name is None:
         raise UserError(f'config: {key}.name must be set')
+    own_world = not of_head and section.name != config.data.peek('name')
+    classes = None if own_world else train.source.num_classes
     transform = transforms.parse(
         section.transform, size=config.image_size, key=key, device=_DEVICE_OPERATIONS
     )
@@ -271,10 +303,11 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     _check_length(section, key, source)
     looks = transforms.check(host, source, config.image_size, train.reads)
     _check_same_parts(looks, train, key)
-    if source.num_classes > classes:
+    if of_head and classes is not None and source.num_classes > classes:
         raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
     ours, theirs = train.source.class_names, source.class_names
-    if ours and theirs and ours != theirs:
+    # A map says the number of each class itself, and may leave most out.
+    if of_head and config.evals[name].label_map is None and ours and theirs and ours != theirs:
         strange = next((b for a, b in zip(ours, theirs, strict=False) if a != b), theirs[-1])
         raise UserError(
             f'config: {key} has other classes than the training data ({strange!r} is not class '
@@ -285,6 +318,11 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
     skip = section.on_error == 'skip'
     found = Data(source, host, looks, transform.device or fixed, (spec,), skip, reads=train.reads)
     _check_fit(found, key)
+    if not of_head and looks.parts['label'][0]:
+        raise UserError(
+            f'config: {key}.transform gives vectors as labels, {section.type} takes numbers: '
+            'leave out onehot or multihot'
+        )
     return found
 
 
@@ -630,7 +668,12 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
     train = train_data(config, absent=planning)
     classes = train.source.num_classes
-    held_out = {} if planning else {n: eval_data(config, n, train) for n in config.evals}
+    held_out, references = {}, {}
+    for name in () if planning else config.evals:
+        held_out[name] = eval_data(config, name, train)
+        reference = reference_data(config, name, train)
+        if reference is not None:
+            references[name] = reference
     vit = model(config, classes, train.shapes, mesh)
     total = in_steps(config, 'total', config, train.source)
     if not total:
@@ -646,6 +689,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         mesh=mesh,
         data=train,
         evals=held_out,
+        references=references,
         model=vit,
         optimizer=made.transform,
         schedule=schedule,
@@ -736,7 +780,12 @@ def abstract_batch(parts: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 def eval_batches(parts: Experiment, name: str) -> Iterator[dict[str, jax.Array]]:
     """Every example of an evaluation once, as global arrays, padded with a mask."""
-    where, size, found = sharding.batch_sharding(parts.mesh), parts.batch_size, parts.evals[name]
+    return all_batches(parts, parts.evals[name])
+
+
+def all_batches(parts: Experiment, found: Data) -> Iterator[dict[str, jax.Array]]:
+    """Every example of a split once, as global arrays, padded with a mask."""
+    where, size = sharding.batch_sharding(parts.mesh), parts.batch_size
     batches = pipeline.eval_batches(
         found.source,
         found.transform,
@@ -819,21 +868,72 @@ def seen(config: Config, found: Data, batch: dict[str, Any], step: int) -> dict[
 
 
 def eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:
-    """The jitted step of each evaluation; those that prepare images alike share one."""
+    """The jitted step of each evaluation of the head; those that prepare images alike share one."""
     made: dict[Any, Any] = {}
-    for found in parts.evals.values():
-        if found.device not in made:
-            sums = eval_sums(config, parts, found)
-            made[found.device] = steps.make_eval_step(sums, parts.like, parts.mesh)
-    return {name: made[found.device] for name, found in parts.evals.items()}
+    steps_ = {}
+    for name, found in parts.evals.items():
+        section = complete(config, 'evals', name)
+        if section.type not in OF_THE_HEAD:
+            continue
+        options = head_options(config, parts, name) if section.type == 'classification' else {}
+        key = found.device, tuple(options.items())
+        if key not in made:
+            sums = eval_sums(config, parts, found, **options)
+            made[key] = steps.make_eval_step(sums, parts.like, parts.mesh)
+        steps_[name] = made[key]
+    return steps_
 
 
-def eval_sums(config: Config, parts: Experiment, found: Data) -> Any:
-    """What an evaluation step computes, not jitted."""
+def head_options(config: Config, parts: Experiment, name: str) -> dict[str, Any]:
+    """What else is asked of a classification, as arguments of `classification.sums`."""
+    section, key = config.evals[name], f'evals.{name}'
+    options: dict[str, Any] = {}
+    if section.calibration:
+        if config.loss != 'softmax':
+            raise UserError(
+                f"config: {key}.calibration is of probabilities over classes: set loss='softmax'"
+            )
+        options['calibration'] = True
+    if section.per_class not in (None, 'none'):
+        options['per_class'] = True
+    if section.skip_unlabelled:
+        options['skip_unlabelled'] = True
+    if section.subset is not None:
+        options['subset'] = subset_of(section.subset, parts.evals[name], parts.data, key)
+    return options
+
+
+def subset_of(chosen: Any, found: Data, train: Data, key: str) -> tuple[int, ...]:
+    """Numbers of the classes that compete, in ascending order."""
+    if chosen == 'present':
+        if found.source.labels is None:
+            raise UserError(
+                f"config: {key}.subset='present': the labels of {found.source.name} cannot be "
+                'listed; name the classes in a tuple'
+            )
+        return tuple(np.unique(found.source.labels()).tolist())
+    names, classes = train.source.class_names, train.source.num_classes
+    numbers = []
+    for one in chosen:
+        number = names.index(one) if names and one in names else one
+        if not isinstance(number, int) or not 0 <= number < classes:
+            known = ', '.join(names[:12]) if names else f'0 to {classes - 1}'
+            raise UserError(f'config: {key}.subset: the model has no class {one!r}; it has {known}')
+        numbers.append(number)
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f'config: {key}.subset names a class twice')
+    return tuple(sorted(numbers))
+
+
+def prepare_eval(found: Data) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What the devices do to a batch of an evaluation before the model sees it."""
     apply, key = prepare(found), jax.random.key(0)  # Nothing that an evaluation does draws.
-    return objectives.classification_sums(
-        parts.model.apply, (lambda batch: apply(batch, key)) if apply else lambda b: b, config.loss
-    )
+    return (lambda batch: apply(batch, key)) if apply else lambda batch: batch
+
+
+def eval_sums(config: Config, parts: Experiment, found: Data, **options: Any) -> Any:
+    """What an evaluation step of the head computes, not jitted."""
+    return classification.sums(parts.model.apply, prepare_eval(found), config.loss, **options)
 
 
 def log_targets(config: Config) -> dict[str, Any]:

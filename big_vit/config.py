@@ -74,10 +74,13 @@ class Config:
         """A value, without counting as reading it."""
         return self._tree[name]
 
-    def completed(self, defaults: dict[str, Any]) -> 'Config':
-        """This section with `defaults` where it has None; reads count as reads of this section."""
+    def completed(self, defaults: dict[str, Any], **fixed: Any) -> 'Config':
+        """This section with `defaults` where it has None; reads count as reads of this section.
+
+        `fixed` takes the place of what the section says.
+        """
         given = {name: value for name, value in self._tree.items() if value is not None}
-        tree = {**self._tree, **defaults, **given}
+        tree = {**self._tree, **defaults, **given, **fixed}
         return Config(tree, self._explicit, prefix=self._prefix, reads=self._reads)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,28 +6,88 @@ Exact on the whole split, on any number of devices.
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from big_vit import build, checkpoint, hosts, metrics, runtime, sharding, state
+from big_vit import (
+    build,
+    checkpoint,
+    hosts,
+    interop,
+    metrics,
+    origin,
+    runtime,
+    scoring,
+    sharding,
+    state,
+)
 from big_vit import config as config_lib
+from big_vit.config import Config
 from big_vit.errors import UserError
-from big_vit.evaluators import classification
+
+HEADERS = {'top1': 'top-1', 'top5': 'top-5', 'count': 'examples'}
+# Of more metrics each has a line.
+MOST_COLUMNS = 10
 
 
 def run(
     workdir: Path, step: int, overrides: Sequence[tuple[str, str]] = ()
 ) -> dict[str, dict[str, float]]:
-    """{evaluation: {'loss', 'top1', 'top5', 'count'}} of a checkpoint's (averaged) parameters.
+    """{evaluation: {metric: value}} of a checkpoint's (averaged) parameters.
 
     Args:
       overrides: of the checkpoint's own config, as (dotted key, text).
     """
     sidecar = checkpoint.read_sidecar(workdir, step)
+    config = _here(config_lib.from_json(sidecar['config']), overrides)
+
+    def load(parts: build.Experiment) -> Any:
+        params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
+        checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
+        return params
+
+    return _scores(config, load)
+
+
+def run_weights(
+    path: str, overrides: Sequence[tuple[str, str]] = ()
+) -> dict[str, dict[str, float]]:
+    """The same of weights of another codebase; data and evaluations are the overrides'.
+
+    Evaluations that say no transform have that of the weights.
+    """
+    found = origin.read(path)
+    config = _here(found.config, [*overrides, ('init', path)])
+    plain = [name for name in config.evals if config.evals[name].transform is None]
+    text = config.data.transform
+    config = config.replacing({f'evals.{name}.transform': text for name in plain})
+    head = found.params.get('head')
+    load = origin.starting(config, keep_head=True)
+
+    def checked(parts: build.Experiment) -> Any:
+        own = 0 if head is None else head['kernel'].shape[-1]
+        of_head = [n for n, d in parts.evals.items() if n not in parts.references]
+        if of_head and own != parts.data.source.num_classes:
+            raise UserError(
+                f'config: evals.{of_head[0]} is of the head, which in {path} has {own} classes, '
+                f'but data has {parts.data.source.num_classes}: give data with the same classes, '
+                'or evaluations of features, such as type=knn'
+            )
+        return load(parts)
+
+    return _scores(config, checked)
+
+
+def _here(saved: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """The config for this machine, with its overrides.
+
+    Raises:
+      UserError: it has no evaluation.
+    """
     devices = len(jax.devices())
-    saved = config_lib.from_json(sidecar['config'])
     # The mesh is this machine's, and a batch is only how many examples go at a time.
     here = {
         'mesh.replica': 1,
@@ -41,47 +101,71 @@ def run(
         raise UserError(
             "the checkpoint's config has no evals; add one: --config.evals.test.split=test"
         )
+    return config
+
+
+def _scores(config: Config, load: Callable[[build.Experiment], Any]) -> dict[str, dict[str, float]]:
     parts = build.experiment(config)
-    params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
-    checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
-    params = jax.tree.map(sharding.place, params, state.shardings(parts.like)['params'])
+    evaluators = scoring.evaluators(config, parts)
+    params = jax.tree.map(sharding.place, load(parts), state.shardings(parts.like)['params'])
     with jax.set_mesh(parts.mesh):
-        steps = build.eval_steps(config, parts)
-        return {
-            name: classification.run(steps[name], params, build.eval_batches(parts, name))
-            for name in parts.evals
-        }
+        shared: scoring.Shared = {}
+        return {name: evaluate(params, shared) for name, evaluate in evaluators.items()}
+
+
+def tables(scores: dict[str, dict[str, float]]) -> str:
+    """Evaluations with the same metrics as rows of one table; those of many metrics each alone."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, found in scores.items():
+        alike.setdefault(tuple(found), []).append(name)
+    texts = []
+    for measured, evaluations in alike.items():
+        if len(measured) > MOST_COLUMNS:
+            for name in evaluations:
+                rows = [(metric, metrics.shown(metric, x)) for metric, x in scores[name].items()]
+                texts.append(metrics.table((name, ''), rows))
+            continue
+        # The count comes last, whatever is measured.
+        columns = sorted(measured, key=lambda metric: metric == 'count')
+        body = [
+            (name, *(metrics.shown(metric, scores[name][metric]) for metric in columns))
+            for name in evaluations
+        ]
+        header = ('evaluation', *(HEADERS.get(metric, metric) for metric in columns))
+        texts.append(metrics.table(header, body))
+    return '\n\n'.join(texts)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m big_vit.evaluate',
-        description='Score a checkpoint: top-1, top-5 and loss over whole splits.',
-        epilog="Keys of the checkpoint's config can be set, as in --config.evals.val.split=test.",
+        description='Score a checkpoint by the evaluations of its config, over whole splits.',
+        epilog="Keys of the checkpoint's config can be set, as in --config.evals.val.split=test, "
+        'and evaluations added, as in --config.evals.near.type=knn; docs/evaluators.md has them.',
         allow_abbrev=False,
     )
-    parser.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
+    parser.add_argument(
+        '--checkpoint',
+        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase',
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     config_lib.add_distributed(parser)
     args, overrides = config_lib.parse_command_line(parser, argv)
     path = config_lib.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
-    workdir, step = checkpoint.locate(path, '--checkpoint')
+    foreign = interop.load_init(path) is not None
+    workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, '--checkpoint')
+    where = path if foreign else f'{workdir}/checkpoints/{step}'
     runtime.start()
-    same = {'checkpoint': f'{workdir}/checkpoints/{step}', 'overrides': str(overrides)}
-    with hosts.session(args.distributed, same):
-        scores = run(workdir, step, overrides)
+    with hosts.session(args.distributed, {'checkpoint': where, 'overrides': str(overrides)}):
+        scores = run_weights(path, overrides) if foreign else run(workdir, step, overrides)
         first = jax.process_index() == 0
     if not first:
         return
     if args.json:
-        print(json.dumps({'checkpoint': f'{workdir}/checkpoints/{step}', **scores}))
+        print(json.dumps({'checkpoint': where, **scores}))
         return
-    print(f'{workdir}/checkpoints/{step}')
-    rows = [
-        (name, f'{x["top1"]:.2%}', f'{x["top5"]:.2%}', f'{x["loss"]:.4f}', f'{x["count"]:.0f}')
-        for name, x in scores.items()
-    ]
-    print(metrics.table(('evaluation', 'top-1', 'top-5', 'loss', 'examples'), rows))
+    print(where)
+    print(tables(scores))
 
 
 if __name__ == '__main__':

@@ -33,10 +33,11 @@ def history_table(rows: list[dict[str, Any]], most: int = 20) -> str:
     steps: dict[int, dict[str, float]] = {}
     for row in rows:
         steps.setdefault(row['step'], {}).update(row)
-    evaluated = sorted({n for row in rows for n in row if n.endswith(('/top1', '/loss'))})
-    columns = [*evaluated, 'train/accuracy', 'train/lr']
+    headlines = metrics.headlines(rows)
+    losses = {name for row in rows for name in row if name.endswith('/loss')}
+    columns = [*sorted({*headlines, *losses}), 'train/accuracy', 'train/lr']
     chosen = list(steps.items())
-    with_evals = [item for item in chosen if any(n.endswith('/top1') for n in item[1])]
+    with_evals = [item for item in chosen if any(name in item[1] for name in headlines)]
     chosen = with_evals if with_evals else chosen
     every = -(-len(chosen) // most) if chosen else 1
     chosen = chosen[::-1][::every][::-1]

@@ -17,6 +17,11 @@ FILE = 'metrics.jsonl'
 # Rows of two runs with the same config are equal but for keys that start with this.
 TIMING = 'time/'
 BAR_WIDTH = 16
+# Of the metrics of evaluations those that are no shares; the last are settings that were chosen.
+LOSSES = ('loss', 'nll', 'brier')
+_NUMBERS = ('count', 'iterations', 'l2', 'rate', 'last_blocks', 'mean_joined')
+# How many metrics of an evaluation the console shows.
+_MOST_SHOWN = 8
 # An object store has no appending: the file is written anew, and not at every row.
 REWRITE_EVERY_S = 30
 
@@ -44,6 +49,26 @@ def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The newest value of each metric, without timings."""
     merged = {name: value for row in rows for name, value in row.items()}
     return {k: v for k, v in merged.items() if k != 'step' and not k.startswith(TIMING)}
+
+
+def headlines(rows: list[dict[str, Any]]) -> list[str]:
+    """Of each evaluation the metric that stands for it: top1, else its first."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        evaluation, slash, metric = name.partition('/')
+        if not slash or evaluation == 'train' or name.startswith(TIMING):
+            continue
+        if evaluation not in found or metric == 'top1':
+            found[evaluation] = name
+    return list(found.values())
+
+
+def shown(metric: str, value: float) -> str:
+    """A value for people: shares as per cent, counts whole, and what else there is as it is."""
+    metric = metric.rpartition('/')[2]
+    if metric in LOSSES:
+        return f'{value:.4f}'
+    return f'{value:g}' if metric in _NUMBERS else f'{value:.2%}'
 
 
 def host_memory_mb() -> float | None:
@@ -298,7 +323,10 @@ class Console:
 
     def evaluation(self, step: int, name: str, values: dict[str, float]) -> None:
         """Shows what an evaluator found."""
-        shown = '  '.join(f'{key} {value:.4f}' for key, value in values.items() if key != 'count')
+        named = [key for key in values if key != 'count' and '/' not in key]
+        shown = '  '.join(f'{key} {values[key]:.4f}' for key in named[:_MOST_SHOWN])
+        more = len(values) - 1 - len(named[:_MOST_SHOWN])
+        shown += f'  (and {more} more)' if more > 0 else ''
         width = len(str(self._total))
         self.say(f'{"eval":<{len(self._label)}} {step:>{width}}/{self._total}  {name}: {shown}')
 

@@ -84,12 +84,21 @@ def classification_sums(
     apply: Callable[..., Any],
     prepare: Callable[[Batch], Batch] = lambda batch: batch,
     kind: str = 'softmax',
+    *,
+    subset: tuple[int, ...] = (),
+    skip_unlabelled: bool = False,
+    more: Callable[[Array, Array, Array, Array], dict[str, Array]] | None = None,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Sums over the real examples of an evaluation batch, to be added up and divided once.
 
     Args:
       prepare: what the devices do to the images.
       kind: of cross-entropy, as in `classification`.
+      subset: the only classes that compete, by their numbers; () are all. An example of none of
+        them is a miss.
+      skip_unlabelled: whether an example without any label counts as padding.
+      more: gives further sums of (logits, labels, mask, whether top-1 is right), labels as
+        probabilities [batch, classes].
 
     Returns:
       A function of (params, {'image', 'label' [batch] or [batch, classes], 'mask' [batch]}) that
@@ -101,6 +110,11 @@ def classification_sums(
     def sums(params: Any, batch: Batch) -> dict[str, Array]:
         logits, _ = apply({'params': params}, inputs(prepare(batch)))
         mask, wanted = batch['mask'], targets(batch['label'], logits.shape[-1], 0.0)
+        if skip_unlabelled:
+            mask = mask * (wanted > 0).any(-1)
+        if subset:
+            chosen = jnp.asarray(subset)
+            logits, wanted = logits[:, chosen], wanted[:, chosen]
         loss = _cross_entropy(logits, wanted, kind)
         own = jnp.where(wanted > 0, logits, -jnp.inf).max(-1, keepdims=True)
         # "not below" rather than "above": a collapsed or NaN model must not score.
@@ -112,6 +126,7 @@ def classification_sums(
             'top1': ((rank < 1) * mask).sum(),
             'top5': ((rank < 5) * mask).sum(),
             'count': mask.sum(),
+            **(more(logits, wanted, mask, rank < 1) if more else {}),
         }
 
     return sums

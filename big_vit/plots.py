@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from big_vit import metrics
+
 
 def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes [rows, columns]); width and height are those of one axis, in inches."""
@@ -25,13 +27,14 @@ def curves(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
       runs: rows of `metrics.read` by the name of the run.
     """
     figure, axes = canvas(3, 1, 5.0, 3.6)
-    panels = (('loss', ('loss',)), ('accuracy', ('accuracy', 'top1')), ('learning rate', ('lr',)))
+    panels = (('loss', ('loss',)), ('accuracy', ('accuracy',)), ('learning rate', ('lr',)))
     for axis, (title, wanted) in zip(axes[0], panels, strict=True):
         for i, (run, rows) in enumerate(runs.items()):
-            names = sorted({n for row in rows for n in row if n.rpartition('/')[2] in wanted})
-            for name in names:
+            names = {n for row in rows for n in row if n.rpartition('/')[2] in wanted}
+            names |= set(metrics.headlines(rows)) if title == 'accuracy' else set()
+            for name in sorted(names):
                 points = [(row['step'], row[name]) for row in rows if name in row]
-                split = name.rpartition('/')[0]
+                split = name.partition('/')[0]
                 held_out = split != 'train'
                 axis.plot(
                     *zip(*points, strict=True),

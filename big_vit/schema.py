@@ -155,6 +155,35 @@ def _classes(value: Any) -> tuple[str | int, ...]:
     return choices
 
 
+def _several(one: Callable[[Any], Any], what: str) -> Callable[[Any], tuple[Any, ...]]:
+    """One value, or a tuple of different ones."""
+
+    def check(value: Any) -> tuple[Any, ...]:
+        found = value if isinstance(value, tuple) else (value,)
+        if not found:
+            raise ValueError(f'{what}, or a tuple of them')
+        checked = tuple(one(item) for item in found)
+        if len(set(checked)) != len(checked):
+            raise ValueError(f'a tuple of different values ({what})')
+        return checked
+
+    check.__doc__ = f'{what}, or a tuple of them'
+    return check
+
+
+def _severity(value: Any) -> int:
+    """whole number from 1 to 5"""
+    number = _int(1)(value)
+    if number > 5:
+        raise ValueError('a whole number from 1 to 5')
+    return number
+
+
+def _subset(value: Any) -> tuple[str | int, ...] | str:
+    """present, or tuple of names or numbers"""
+    return 'present' if value == 'present' else _classes(value)
+
+
 SOURCES = (
     'fdsl',
     'motion',
@@ -211,6 +240,148 @@ _SOURCE = {
         _choice('stop', 'skip'),
         'stop',
         'At a damaged example end the run, or take the next one and count.',
+    ),
+}
+
+EVALUATORS = (
+    'classification',
+    'fewshot',
+    'knn',
+    'linear_probe',
+    'linear_grid',
+    'retrieval',
+    'robustness',
+)
+CORRUPTIONS = (
+    'gaussian_noise',
+    'shot_noise',
+    'impulse_noise',
+    'speckle_noise',
+    'gaussian_blur',
+    'box_blur',
+    'pixelate',
+    'brightness',
+    'contrast',
+    'saturate',
+    'haze',
+    'occlusion',
+    'translation',
+)
+# What an evaluation is of and how it is done. None is the own default of what reads the key, for
+# a key that is set must be one that the evaluation's type reads.
+_EVALUATION = {
+    'type': Field(
+        _choice(*EVALUATORS),
+        None,
+        'What is measured; docs/evaluators.md has them. Own default: classification.',
+    ),
+    'train_split': Field(
+        check_text,
+        None,
+        'Labelled split that is learnt from (fewshot, knn, linear_probe, linear_grid). Own '
+        "default: that of `data`; 'train' of another source.",
+    ),
+    'gallery_split': Field(
+        check_text, None, 'Split that is searched (retrieval). Own default: as train_split.'
+    ),
+    'blocks': Field(
+        _several(_int(), 'number of a block'),
+        None,
+        'Blocks whose pooled tokens are the features, -1 is the last (fewshot, knn, '
+        'linear_probe, retrieval). Own default: the vector before the head.',
+    ),
+    'pool': Field(
+        _choice('gap', 'cls', 'cls_gap'),
+        None,
+        'How tokens of `blocks` are pooled: mean, class token, or both. Own default: cls where '
+        'there is one.',
+    ),
+    'calibration': Field(
+        _bool, None, 'Also ECE, NLL and Brier score (classification). Own default: false.'
+    ),
+    'per_class': Field(
+        _choice('none', 'mean', 'all'),
+        None,
+        'Also the mean of the accuracies of the classes, or each too (classification). Own '
+        'default: none.',
+    ),
+    'subset': Field(
+        _subset,
+        None,
+        "Only these classes of the model compete; 'present': those that the split has "
+        '(classification).',
+    ),
+    'skip_unlabelled': Field(
+        _bool,
+        None,
+        'Do not count examples without a label, as ImageNet-ReaL (classification). Own default: '
+        'false.',
+    ),
+    'shots': Field(
+        _several(_int(1), 'whole number'),
+        None,
+        'Examples of each class (fewshot). Own default: (1, 5, 10, 25).',
+    ),
+    'seeds': Field(
+        _int(1), None, 'How many draws of the shots are averaged (fewshot). Own default: 3.'
+    ),
+    'whiten': Field(
+        _bool,
+        None,
+        'Standardise features by the shots (fewshot). Own default: true.',
+    ),
+    'bias': Field(
+        _number(0), None, 'Constant feature that is added; 0 is none (fewshot). Own default: 100.'
+    ),
+    'l2': Field(
+        _several(_number(0), 'number'),
+        None,
+        'Penalty on squared weights; of several linear_probe takes the best on `held_out`. Own '
+        'default: fewshot 1024; linear_probe (1e-6, 1e-4, 1e-2, 1).',
+    ),
+    'k': Field(_several(_int(1), 'whole number'), None, 'Neighbours (knn). Own default: (10, 20).'),
+    'metric': Field(_choice('cosine', 'euclidean'), None, 'Nearness (knn). Own default: cosine.'),
+    'vote': Field(
+        _choice('temperature', 'uniform'),
+        None,
+        'Weight of neighbours: exp(cosine / temperature), or 1 (knn). Own default: temperature; '
+        'uniform for euclidean.',
+    ),
+    'temperature': Field(_number(1e-3), None, "Of vote='temperature' (knn). Own default: 0.07."),
+    'held_out': Field(
+        _below_one,
+        None,
+        'Share of train_split to choose on (linear_probe, linear_grid). Own default: 0.1.',
+    ),
+    'iterations': Field(
+        _int(1), None, 'Most iterations of L-BFGS (linear_probe). Own default: 1000.'
+    ),
+    'rates': Field(
+        _several(_number(0), 'number'),
+        None,
+        'Learning rates for 256 examples (linear_grid). Own default: 13 from 1e-5 to 0.1.',
+    ),
+    'last_blocks': Field(
+        _several(_int(1), 'whole number'),
+        None,
+        'How many last blocks are joined (linear_grid). Own default: (1, 4).',
+    ),
+    'probe_steps': Field(_int(1), None, 'Steps of SGD (linear_grid). Own default: 12500.'),
+    'probe_batch': Field(_int(1), None, 'Examples a step (linear_grid). Own default: 1024.'),
+    'ranks': Field(
+        _several(_int(1), 'whole number'),
+        None,
+        'k of the recalls at k (retrieval). Own default: (1, 5, 10).',
+    ),
+    'corruptions': Field(
+        _several(_choice(*CORRUPTIONS), 'one of ' + ', '.join(CORRUPTIONS)),
+        None,
+        'What is done to images (robustness). Own default: all that the images allow.',
+    ),
+    'severities': Field(
+        _several(_severity, 'whole number from 1 to 5'),
+        None,
+        'How much of it (robustness). Own default: (1, 2, 3, 4, 5).',
     ),
 }
 
@@ -376,6 +547,7 @@ SCHEMA: dict[str, Field] = {
         _number(0), 1.0, 'How often examples of this part come, relative to the others.'
     ),
     **{f'evals.*.{name}': field._replace(default=None) for name, field in _SOURCE.items()},
+    **{f'evals.*.{name}': field for name, field in _EVALUATION.items()},
     **_durations('evals.*.every', 'Evaluate this often, and at the end'),
     'optim.name': Field(_choice(*OPTIMIZERS), 'adamw', 'The optimizer; see docs/optimizers.md.'),
     'optim.group_rules': Field(

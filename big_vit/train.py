@@ -25,6 +25,7 @@ from big_vit import (
     metrics,
     origin,
     runtime,
+    scoring,
     state,
     steps,
     storage,
@@ -34,7 +35,6 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data import pipeline
 from big_vit.errors import UserError
-from big_vit.evaluators import classification
 
 # A run whose updates are all skipped is lost; this many in a row are no accident.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -233,7 +233,7 @@ def run(
     """
     began = time.perf_counter()
     parts = build.experiment(config)
-    train_step, eval_steps = build.train_step(config, parts), build.eval_steps(config, parts)
+    train_step, evaluators = build.train_step(config, parts), scoring.evaluators(config, parts)
     log_targets, came_from = build.log_targets(config), config.switch
     damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
     config.audit()
@@ -308,13 +308,10 @@ def run(
                             with clock.bucket('step'):
                                 jax.block_until_ready([values for _, values in pending])
                             write_pending()
+                        shared: scoring.Shared = {}
                         for name in evals:
                             with clock.bucket('eval'):
-                                batches_ = build.eval_batches(parts, name)
-                                scored_params = now.get('ema', now['params'])
-                                scores = classification.run(
-                                    eval_steps[name], scored_params, batches_
-                                )
+                                scores = evaluators[name](now.get('ema', now['params']), shared)
                             writer.write(step, {f'{name}/{k}': v for k, v in scores.items()})
                             console.evaluation(step, name, scores)
                             hosts.progress(step)

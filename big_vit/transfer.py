@@ -76,11 +76,18 @@ def _standard_error(found: dict[str, float], name: str) -> float:
     return math.sqrt(share * (1 - share) / found[f'{name}/count'])
 
 
+# What the table of classification has; other metrics follow in one of their own.
+_TABLED = ('top1', 'top5', 'loss', 'count')
+
+
 def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     """One row for each start and evaluation; ± is the standard error from the size of the test.
 
-    Seeds add to it: a difference of a few ± from one seed shows nothing.
+    Seeds add to it: a difference of a few ± from one seed shows nothing. What evaluations of
+    other types measure follows, a row for each metric.
     """
+    first = next(iter(results.values()))
+    classified = [name for name in evals if {f'{name}/{m}' for m in _TABLED} <= set(first)]
     rows = [
         (
             sweep.STARTS[label],
@@ -92,9 +99,23 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
             f'{found[f"{name}/count"]:.0f}',
         )
         for label, found in results.items()
-        for name in evals
+        for name in classified
     ]
-    return metrics.table(('start', 'evaluation', 'top-1', '±', 'top-5', 'loss', 'examples'), rows)
+    header = ('start', 'evaluation', 'top-1', '±', 'top-5', 'loss', 'examples')
+    tabled = {f'{name}/{metric}' for name in classified for metric in _TABLED}
+    more = [
+        (
+            *metric.split('/', 1),
+            *(metrics.shown(metric, found[metric]) for found in results.values()),
+        )
+        for metric in first
+        if metric.partition('/')[0] in evals and metric not in tabled
+    ]
+    texts = [metrics.table(header, rows)] if rows else []
+    if more:
+        starts = [sweep.STARTS[label] for label in results]
+        texts.append(metrics.table(('evaluation', 'metric', *starts), more))
+    return '\n\n'.join(texts)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from big_vit import build, checkpoint, metrics, sharding, state, storage, trees
+from big_vit import build, checkpoint, metrics, scoring, sharding, state, storage, trees
 from big_vit.config import Config
 from big_vit.optim import factory
 
@@ -231,8 +231,9 @@ class _Scribe:
 
     def evaluation(self, step: int, name: str, found: dict[str, np.ndarray]) -> None:
         self.write(step, name, found)
-        finite = np.where(np.isfinite(found['loss']), found['top1'], -1)
-        i, j = (int(n) for n in np.unravel_index(finite.argmax(), finite.shape))
+        judged = found.get('top1', next(iter(found.values())))
+        ranked = np.where(np.isfinite(judged), judged, -np.inf)
+        i, j = (int(n) for n in np.unravel_index(ranked.argmax(), ranked.shape))
         best = {key: float(value[i, j]) for key, value in found.items()}
         self.console.evaluation(step, f'{name}, best of all (lr {self.grid[i][j].lr:g})', best)
 
@@ -251,6 +252,43 @@ def _scores(step: Any, moving: Any, frozen: Any, batches: Any) -> dict[str, np.n
     }
     count = sums.pop('count')
     return {**{name: value / count for name, value in sums.items()}, 'count': count}
+
+
+def _evaluators(
+    config: Config, parts: build.Experiment, batched: Batched, sizes: tuple[int, int]
+) -> dict[str, Callable[[Any, Any], dict[str, np.ndarray]]]:
+    """Functions of (states, frozen) that give arrays [seeds, rates].
+
+    A plain classification scores all trials at once, whatever else is asked for one by one.
+    """
+    alone = scoring.evaluators(config, parts)
+
+    def at_once(name: str) -> Callable[[Any, Any], dict[str, np.ndarray]]:
+        step = batched.eval_step(name)
+
+        def scores(now: Any, frozen: Any) -> dict[str, np.ndarray]:
+            weights = now.get('ema', now['params'])
+            return _scores(step, weights, frozen, build.eval_batches(parts, name))
+
+        return scores
+
+    def one_by_one(name: str) -> Callable[[Any, Any], dict[str, np.ndarray]]:
+        def scores(now: Any, frozen: Any) -> dict[str, np.ndarray]:
+            found = []
+            for i, j in np.ndindex(sizes):
+                one = batched.one(now, frozen, i, j)
+                found.append(alone[name](one.get('ema', one['params']), {}))
+            return {k: np.array([each[k] for each in found]).reshape(sizes) for k in found[0]}
+
+        return scores
+
+    return {
+        name: at_once(name)
+        if config.evals[name].type in (None, 'classification')
+        and not build.head_options(config, parts, name)
+        else one_by_one(name)
+        for name in parts.evals
+    }
 
 
 def run(
@@ -302,7 +340,7 @@ def run(
         bytes_ = needed(step)
         if len(seeds) * len(rates) > 1 and bytes_ > memory_limit():
             raise DoNotFit
-        evals = {name: batched.eval_step(name) for name in parts.evals}
+        evaluators = _evaluators(configs[0], parts, batched, (len(seeds), len(rates)))
         scribe = _Scribe(grid, folder, total, label, stack)
         scribe.console.say(
             f'trials  {len(seeds) * len(rates)} at once, {bytes_ / 1e6:,.0f} MB: '
@@ -335,9 +373,7 @@ def run(
                 scribe.training(number, values, functools.partial(timings, number))
             for name in (n for n, k in due.evals.items() if build.is_due(k, number, total)):
                 with clock.bucket('eval'):
-                    scored = now.get('ema', now['params'])
-                    held_out = build.eval_batches(parts, name)
-                    found = _scores(evals[name], scored, frozen, held_out)
+                    found = evaluators[name](now, frozen)
                 scribe.evaluation(number, name, found)
         with clock.bucket('save'):
             for i, row in enumerate(grid):

@@ -20,7 +20,7 @@ LAYERS = [
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
     {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop', 'plots'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'origin', 'explain', 'switch', 'study'},
+    {'build', 'ledger', 'adapt', 'origin', 'explain', 'switch', 'scoring', 'study'},
     {'trials'},
     {
         'train',
@@ -42,6 +42,7 @@ WITHIN_A_LAYER = {
     ('checkpoint', 'state'),  # For a type.
     ('storage', 'errors'),
     ('explain', 'build'),
+    ('scoring', 'build'),
     ('adapt', 'build'),
     ('origin', 'adapt'),
     ('origin', 'build'),

@@ -1,21 +1,126 @@
-"""Top-1, top-5 and loss over a whole split, each example counted once."""
+"""Accuracy of the head over a whole split, each example counted once, and how calibrated it is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from big_vit import objectives
+from big_vit.objectives import Batch
+
+BINS = 15
+
+
+def sums(
+    apply: Callable[..., Any],
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    kind: str = 'softmax',
+    *,
+    calibration: bool = False,
+    per_class: bool = False,
+    subset: tuple[int, ...] = (),
+    skip_unlabelled: bool = False,
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """`objectives.classification_sums`, with what else is asked for.
+
+    Args:
+      calibration: also `calibration_sums`.
+      per_class: also `class_sums`.
+    """
+    asked = [calibration_sums] * calibration + [class_sums] * per_class
+
+    def more(logits: Array, wanted: Array, mask: Array, hit: Array) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for function in asked:
+            found |= function(logits, wanted, mask, hit)
+        return found
+
+    return objectives.classification_sums(
+        apply,
+        prepare,
+        kind,
+        subset=subset,
+        skip_unlabelled=skip_unlabelled,
+        more=more if asked else None,
+    )
+
+
+def calibration_sums(
+    logits: Float[Array, 'batch classes'],
+    wanted: Float[Array, 'batch classes'],
+    mask: Float[Array, ' batch'],
+    hit: Bool[Array, ' batch'],
+) -> dict[str, Array]:
+    """Negative log-likelihood, Brier score, and what the calibration error is made of.
+
+    Of several right labels each is wanted with the same share. Bin i of `BINS` holds the
+    examples whose largest probability is in (i / BINS, (i + 1) / BINS] (arXiv 1706.04599).
+    """
+    share = wanted / jnp.maximum(wanted.sum(-1, keepdims=True), 1e-9)
+    nll = optax.softmax_cross_entropy(logits, share)
+    probability = jax.nn.softmax(logits)
+    brier = jnp.square(probability - share).sum(-1)
+    sure = probability.max(-1)
+    place = jnp.clip(jnp.ceil(sure * BINS) - 1, 0, BINS - 1)
+    real = mask[:, None] * (place[:, None] == jnp.arange(BINS)[None])
+    return {
+        'nll': jnp.where(mask > 0, nll, 0).sum(),
+        'brier': jnp.where(mask > 0, brier, 0).sum(),
+        'bin_sure': jnp.where(real > 0, sure[:, None], 0).sum(0),
+        'bin_right': (real * hit[:, None]).sum(0),
+    }
+
+
+def class_sums(
+    logits: Float[Array, 'batch classes'],
+    wanted: Float[Array, 'batch classes'],
+    mask: Float[Array, ' batch'],
+    hit: Bool[Array, ' batch'],
+) -> dict[str, Array]:
+    """Examples of each class, and hits; one of several classes counts in each."""
+    of_class = (wanted > 0) * mask[:, None]
+    return {'class_count': of_class.sum(0), 'class_right': (of_class * hit[:, None]).sum(0)}
 
 
 def run(
-    eval_step: Callable[[Any, Any], dict[str, jax.Array]], params: Any, batches: Iterable[Any]
+    eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[Any],
+    names: Sequence[str] = (),
 ) -> dict[str, float]:
-    """{'loss', 'top1', 'top5', 'count'}: means over the real examples, and how many they are."""
+    """{'loss', 'top1', 'top5', 'count'}: means over the real examples, and how many they are.
+
+    With `calibration` of `sums` also {'ece', 'nll', 'brier'}; with `per_class`
+    {'mean_per_class'}, and 'top1/NAME' for each of `names` that has an example.
+
+    Args:
+      names: of the classes that compete, in order.
+    """
     parts: list[dict[str, jax.Array]] = []
     for batch in batches:
         parts.append(eval_step(params, batch))
         if len(parts) > 2:  # Waiting two behind bounds the batches that wait on the devices.
             jax.block_until_ready(parts[-3])
     fetched = jax.device_get(parts)
-    sums = {name: sum(float(part[name]) for part in fetched) for name in fetched[0]}
-    count = sums.pop('count')
-    return {**{name: value / count for name, value in sums.items()}, 'count': count}
+    total = {name: sum(part[name].astype(np.float64) for part in fetched) for name in fetched[0]}
+    count = float(total.pop('count'))
+    found: dict[str, float] = {}
+    if 'bin_sure' in total:
+        gap = np.abs(total.pop('bin_sure') - total.pop('bin_right')).sum()
+        found['ece'] = float(gap) / count if count else np.nan
+    if 'class_count' in total:
+        many, right = total.pop('class_count'), total.pop('class_right')
+        there = many > 0
+        share = right[there] / many[there]
+        found['mean_per_class'] = float(share.mean()) if there.any() else np.nan
+        if names:
+            own = [name for name, occurs in zip(names, there, strict=True) if occurs]
+            found |= {f'top1/{name}': float(x) for name, x in zip(own, share, strict=True)}
+    first = ('loss', 'top1', 'top5')
+    names_ = (*first, *(name for name in total if name not in first))
+    means = {name: float(total[name]) / count if count else np.nan for name in names_}
+    return {**means, **found, 'count': count}

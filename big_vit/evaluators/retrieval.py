@@ -1,0 +1,136 @@
+"""Recall at k and mean average precision between two sets of embeddings, both ways.
+
+Two embeddings match where their labels are equal. Of what is searched, the most similar (by the
+cosine) comes first; of equals, the first of its split. Queries without any match do not count.
+Queries lie over all devices, in blocks of a fixed size, so that any mesh gives the same ranks.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float32, Float64, Int
+
+from big_vit import sharding
+from big_vit.errors import UserError
+from big_vit.evaluators.features import PRECISION, Features
+from big_vit.evaluators.knn import unit
+
+_QUERIES = 32
+
+
+@functools.cache
+def _rank(mesh: Mesh, blocks: int):
+    """The jitted ranking of (queries, their labels and own places, gallery, its labels)."""
+    ways = PartitionSpec(sharding.AXES)
+
+    def local(queries: Array, labels: Array, own: Array, gallery: Array, keys: Array):
+        def one(block: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            rows, wanted, places = block
+            near = jnp.matmul(rows, gallery.T, precision=PRECISION)
+            itself = places[:, None] == jnp.arange(len(gallery))[None]
+            order = jnp.argsort(jnp.where(itself, -jnp.inf, near), axis=1, descending=True)
+            match = (wanted[:, None] == keys[None]) & ~itself
+            hit = jnp.take_along_axis(match, order, axis=1)
+            rank = jnp.arange(1, len(gallery) + 1)[None]
+            precision = jnp.cumsum(hit, axis=1) / rank
+            count = hit.sum(1)
+            found = jnp.where(hit, precision, 0).sum(1) / jnp.maximum(count, 1)
+            return jnp.argmax(hit, axis=1), found, count
+
+        split = (x.reshape(blocks, -1, *x.shape[1:]) for x in (queries, labels, own))
+        return jax.tree.map(lambda x: x.reshape(-1), jax.lax.map(one, tuple(split)))
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(ways, ways, ways, PartitionSpec(), PartitionSpec()),
+        out_specs=(ways, ways, ways),
+    )
+    return jax.jit(mapped, out_shardings=sharding.replicated(mesh))
+
+
+def ranks(
+    queries: Float32[np.ndarray, 'queries width'],
+    labels: Int[np.ndarray, ' queries'],
+    gallery: Float32[np.ndarray, 'gallery width'],
+    keys: Int[np.ndarray, ' gallery'],
+    mesh: Mesh,
+    *,
+    same: bool = False,
+) -> tuple[
+    Int[np.ndarray, ' queries'], Float64[np.ndarray, ' queries'], Int[np.ndarray, ' queries']
+]:
+    """Of each query the place of its first match (from 0), its average precision, its matches.
+
+    Where there is no match, the first two say nothing.
+
+    Args:
+      keys: the labels of the gallery.
+      same: both are the same examples, of which none is a match of itself.
+    """
+    queries, gallery = unit(queries), unit(gallery)
+    blocks = max(1, math.ceil(len(queries) / (_QUERIES * mesh.size)))
+    padding = blocks * _QUERIES * mesh.size - len(queries)
+    own = np.arange(len(queries)) if same else np.full(len(queries), -1)
+    split = jax.NamedSharding(mesh, PartitionSpec(sharding.AXES))
+    whole = sharding.replicated(mesh)
+    columns = (
+        np.pad(queries, ((0, padding), (0, 0))),
+        np.pad(labels.astype(np.int32), (0, padding)),
+        np.pad(own.astype(np.int32), (0, padding)),
+    )
+    first, average, count = jax.device_get(
+        _rank(mesh, blocks)(
+            *(sharding.place(column, split) for column in columns),
+            sharding.place(gallery, whole),
+            sharding.place(keys.astype(np.int32), whole),
+        )
+    )
+    real = slice(0, len(queries))
+    return first[real], average[real].astype(np.float64), count[real]
+
+
+def one_way(
+    queries: Features,
+    gallery: Features,
+    mesh: Mesh,
+    wanted: tuple[int, ...],
+    *,
+    same: bool = False,
+) -> dict[str, float]:
+    """{'recall@1': share of queries with a match among the first 1, ..., 'map', 'count'}.
+
+    Raises:
+      UserError: no query has a match.
+    """
+    first, average, count = ranks(
+        queries.values, queries.labels, gallery.values, gallery.labels, mesh, same=same
+    )
+    there = count > 0
+    if not there.any():
+        raise UserError(
+            'retrieval: no example of one split has a label of the other, so nothing matches; set '
+            'split and gallery_split to splits that share labels'
+        )
+    recalls = {f'recall@{k}': float((first[there] < k).mean()) for k in wanted}
+    return {**recalls, 'map': float(average[there].mean()), 'count': float(there.sum())}
+
+
+def scores(
+    gallery: Features,
+    queries: Features,
+    *,
+    mesh: Mesh,
+    ranks: tuple[int, ...] = (1, 5, 10),
+    same: bool = False,
+) -> dict[str, float]:
+    """`one_way`, and under 'back/' the other way; within one split there is only one way."""
+    found = one_way(queries, gallery, mesh, ranks, same=same)
+    if same:
+        return found
+    back = one_way(gallery, queries, mesh, ranks)
+    return {**found, **{f'back/{name}': value for name, value in back.items()}}

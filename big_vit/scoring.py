@@ -1,0 +1,280 @@
+"""From the evaluations of a config to functions of the parameters."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vit import build
+from big_vit.config import Config
+from big_vit.data import opening
+from big_vit.errors import UserError
+from big_vit.evaluators import (
+    classification,
+    features,
+    fewshot,
+    heldout,
+    knn,
+    linear_grid,
+    linear_probe,
+    retrieval,
+    robustness,
+)
+from big_vit.evaluators.features import Features
+from big_vit.models import vit
+from big_vit.schema import EVALUATORS
+
+# Features that evaluations of the same parameters share, by what they are of.
+Shared = dict[Any, Features]
+Evaluator = Callable[[Any, Shared], dict[str, float]]
+
+# Functions of two splits' features; their arguments by keyword are keys of the config.
+_OF_FEATURES: dict[str, Callable[..., dict[str, float]]] = {
+    'fewshot': fewshot.scores,
+    'knn': knn.scores,
+    'linear_probe': linear_probe.scores,
+    'linear_grid': linear_grid.scores,
+    'retrieval': retrieval.scores,
+}
+# Arguments that are the run's, not the evaluation's.
+_OF_THE_RUN = ('seed', 'same', 'mesh', 'joined', 'tokens')
+
+
+def keys(kind: str) -> dict[str, Any]:
+    """The keys that a type of evaluation reads beside those of its data, with their defaults."""
+    if kind == 'classification':
+        return {'calibration': False, 'per_class': 'none', 'subset': None, 'skip_unlabelled': False}
+    function = robustness.scores if kind == 'robustness' else _OF_FEATURES[kind]
+    own = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY and name not in _OF_THE_RUN
+    }
+    if kind == 'robustness':
+        return own
+    split = {'gallery_split' if kind == 'retrieval' else 'train_split': None}
+    return split | ({} if kind == 'linear_grid' else {'blocks': None, 'pool': None}) | own
+
+
+@functools.cache
+def _all_keys() -> frozenset[str]:
+    """Those of the schema that only some types read."""
+    return frozenset(key for kind in EVALUATORS for key in keys(kind))
+
+
+def _settings(config: Config, name: str, kind: str) -> dict[str, Any]:
+    """The values of the keys of a type, given or its own defaults.
+
+    Raises:
+      UserError: a key is set that this type does not read.
+    """
+    section, own = config.evals[name], keys(kind)
+    for key in sorted(_all_keys() - set(own)):
+        if section.peek(key) is not None:
+            users = ' or '.join(repr(other) for other in EVALUATORS if key in keys(other))
+            raise UserError(
+                f'config: evals.{name}.{key} is read by type {users}, but evals.{name}.type is '
+                f'{kind!r}: remove it, or set that type'
+            )
+    return {key: default if section[key] is None else section[key] for key, default in own.items()}
+
+
+def evaluators(config: Config, parts: build.Experiment) -> dict[str, Evaluator]:
+    """A function of (parameters, `Shared`) for each evaluation of the config, that gives floats.
+
+    Those with the same `Shared` compute the features of a split once. On several hosts all have
+    to call it.
+
+    Raises:
+      UserError: a key does not fit the type of its evaluation, or the data does not; before
+        anything is computed where that can be known.
+    """
+    heads, embedders = build.eval_steps(config, parts), _Embedders(parts)
+    made: dict[str, Evaluator] = {}
+    for name in parts.evals:
+        section = build.complete(config, 'evals', name)
+        settings = _settings(config, name, section.type)
+        if section.type == 'classification':
+            made[name] = _classification(parts, name, heads[name], settings)
+        elif section.type == 'robustness':
+            made[name] = _robustness(parts, name, heads[name], settings, config.seed)
+        else:
+            made[name] = _of_features(config, parts, name, section.type, settings, embedders)
+    return made
+
+
+def _class_names(found: build.Data) -> tuple[str, ...]:
+    return found.source.class_names or tuple(map(str, range(found.source.num_classes)))
+
+
+def _classification(
+    parts: build.Experiment, name: str, step: Any, settings: dict[str, Any]
+) -> Evaluator:
+    names: tuple[str, ...] = ()
+    if settings['per_class'] == 'all':
+        names = _class_names(parts.data)
+        if settings['subset'] is not None:
+            chosen = build.subset_of(
+                settings['subset'], parts.evals[name], parts.data, f'evals.{name}'
+            )
+            names = tuple(names[number] for number in chosen)
+
+    def run(params: Any, shared: Shared) -> dict[str, float]:
+        return classification.run(step, params, build.eval_batches(parts, name), names)
+
+    return run
+
+
+def _robustness(
+    parts: build.Experiment, name: str, step: Any, settings: dict[str, Any], seed: int
+) -> Evaluator:
+    key, found = f'evals.{name}', parts.evals[name]
+    shape, dtype = found.looks.parts.get('image', ((), None))
+    if found.reads != ('image',) or len(shape) != 3:
+        raise UserError(f'config: {key}: robustness is of images, the model takes {found.reads}')
+    if dtype != np.uint8:
+        raise UserError(
+            f'config: {key}.transform makes {dtype} of images before they are corrupted: put '
+            'to_device before value_range or normalize'
+        )
+    channels = shape[-1]
+    chosen = robustness.chosen(settings['corruptions'], channels, key)
+    corrupt = robustness.make_corrupt(parts.mesh, seed)
+
+    def run(params: Any, shared: Shared) -> dict[str, float]:
+        with jax.transfer_guard('allow'):
+            return robustness.scores(
+                step,
+                params,
+                build.eval_batches(parts, name),
+                corrupt,
+                corruptions=chosen,
+                severities=settings['severities'],
+            )
+
+    return run
+
+
+class _Embedders:
+    """The steps that make features, one for all evaluations that make them alike."""
+
+    def __init__(self, parts: build.Experiment):
+        self._parts = parts
+        self._steps: dict[Any, Any] = {}
+
+    def compute(
+        self,
+        found: build.Data,
+        chosen: tuple[tuple[int, ...], str] | None,
+        params: Any,
+        shared: Shared,
+        key: str,
+    ) -> Features:
+        """The features of a split, by blocks and pooling or, with None, before the head."""
+        alike = found.device, chosen
+        if alike not in self._steps:
+            model = self._parts.model
+            embed = features.of_blocks(model, *chosen) if chosen else features.before_head(model)
+            self._steps[alike] = features.make_step(
+                embed, build.prepare_eval(found), self._parts.like, self._parts.mesh
+            )
+        what = _same_split(found), found.skip_bad, alike
+        if what not in shared:
+            batches = build.all_batches(self._parts, found)
+            shared[what] = features.gather(self._steps[alike], params, batches, key)
+        return shared[what]
+
+
+def _same_split(found: build.Data) -> opening.Spec:
+    """Equal for equal splits, whichever section of the config they are from."""
+    return dataclasses.replace(found.specs[0], key='')
+
+
+def _pooled_blocks(
+    model: vit.ViT, settings: dict[str, Any], key: str
+) -> tuple[tuple[int, ...], str] | None:
+    """The blocks and the pooling that make the features; None for what the head is given."""
+    if settings['blocks'] is None:
+        if settings['pool'] is not None:
+            raise UserError(f'config: {key}.pool is of {key}.blocks, which is not set')
+        return None
+    numbers = features.block_numbers(settings['blocks'], model.depth, f'{key}.blocks')
+    return numbers, _pool(model, settings['pool'], f'{key}.pool')
+
+
+def _pool(model: vit.ViT, chosen: str | None, key: str) -> str:
+    """How tokens are pooled, checked against what tokens there are."""
+    if model.streams or model.tokenizer in ('ragged', 'words'):
+        raise UserError(
+            f'config: {key.rpartition(".")[0]}: blocks are pooled where all tokens are of one '
+            f'image, video or sound, not for model.tokenizer={model.tokenizer!r} or streams'
+        )
+    own = features.default_pool(model)
+    if chosen is not None and 'cls' in chosen and own == 'gap':
+        raise UserError(f"config: {key}={chosen!r}, but the model has no class token: set 'gap'")
+    return chosen or own
+
+
+def _of_features(
+    config: Config,
+    parts: build.Experiment,
+    name: str,
+    kind: str,
+    settings: dict[str, Any],
+    embedders: _Embedders,
+) -> Evaluator:
+    key, model = f'evals.{name}', parts.model
+    if model.tokenizer == 'ragged' and not model.streams:
+        raise UserError(
+            f'config: {key}.type={kind!r} is of one image an example, not of ragged ones'
+        )
+    found, reference = parts.evals[name], parts.references[name]
+    function, more = _OF_FEATURES[kind], {}
+    if kind == 'linear_grid':
+        settings['last_blocks'] = linear_grid.depths(settings['last_blocks'], model.depth, key)
+        pool = _pool(model, None, key)
+        blocks = tuple(range(model.depth - max(settings['last_blocks']), model.depth))
+        chosen: Any = blocks, 'cls_gap' if pool == 'cls' else 'gap'
+        more = {'tokens': 1 + (pool == 'cls'), 'joined': len(blocks)}
+    else:
+        chosen = _pooled_blocks(model, settings, key)
+    own = {n: x for n, x in settings.items() if n not in ('train_split', 'blocks', 'pool')}
+    own.pop('gallery_split', None)
+    if kind == 'retrieval':
+        more = {'same': _same_split(found) == _same_split(reference)}
+    if kind in ('linear_probe', 'linear_grid'):
+        more |= {'seed': config.seed}
+    if kind != 'fewshot':
+        function = functools.partial(function, mesh=parts.mesh)
+
+    def check(labels: np.ndarray) -> None:
+        if kind == 'knn':
+            knn.check(len(labels), key, **own)
+        if kind == 'retrieval':
+            return
+        if len(np.unique(labels)) < 2:
+            raise UserError(
+                f'config: {key}.train_split has examples of class {labels[0]} alone: there is '
+                'nothing to tell apart; set a train_split with two classes'
+            )
+        if kind == 'fewshot':
+            fewshot.check(labels, own['shots'], reference.source.class_names, key)
+        if kind in ('linear_probe', 'linear_grid'):
+            heldout.check(len(labels), own['held_out'], key)
+
+    listed = reference.source.labels
+    if listed is not None:
+        check(listed())
+
+    def run(params: Any, shared: Shared) -> dict[str, float]:
+        with jax.transfer_guard('allow'):
+            learnt = embedders.compute(reference, chosen, params, shared, key)
+            check(learnt.labels)
+            seen = embedders.compute(found, chosen, params, shared, key)
+            return function(learnt, seen, **own, **more)
+
+    return run
