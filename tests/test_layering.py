@@ -26,6 +26,7 @@ LAYERS = [
         'train',
         'transfer',
         'sweep',
+        'average',
         'evaluate',
         'explore',
         'plan',
