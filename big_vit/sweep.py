@@ -156,7 +156,7 @@ class Stopped(Exception):
     """A signal ended a trial, which the same command resumes."""
 
 
-def _group(
+def train_all(
     config: Config,
     seeds: Sequence[int],
     rates: Sequence[float],
@@ -188,7 +188,7 @@ def _group(
         halves = [(seeds, rates[:middle]), (seeds, rates[middle:])]
     found: dict[Trial, dict[str, float]] = {}
     for some_seeds, some_rates in halves:
-        found |= _group(config, some_seeds, some_rates, folder, label, at_once)
+        found |= train_all(config, some_seeds, some_rates, folder, label, at_once)
     return found
 
 
@@ -246,7 +246,7 @@ def run(
                 seeds_ = list(dict.fromkeys(t.seed for t in of_group))
                 rates_ = list(dict.fromkeys(t.lr for t in of_group))
                 try:
-                    ended = _group(of_this, seeds_, rates_, folder, label, at_once)
+                    ended = train_all(of_this, seeds_, rates_, folder, label, at_once)
                 except Stopped:
                     return None
                 seconds = (time.perf_counter() - began) / len(of_group)

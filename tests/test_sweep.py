@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_parted(pretrained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trials, 'run', small)
     monkeypatch.setattr(sweep, '_alone', lambda own, trial, folder, label: seen.append(trial) or {})
-    found = sweep._group(load(pretrained), [0, 1], [0.1, 0.2, 0.3], lambda t: tmp_path, '', None)
+    found = sweep.train_all(load(pretrained), [0, 1], [0.1, 0.2, 0.3], lambda t: tmp_path, '', None)
     assert set(found) == {Trial(rate, seed) for seed in (0, 1) for rate in (0.1, 0.2, 0.3)}
     assert all(isinstance(one, Trial) or len(one[0]) * len(one[1]) == 2 for one in seen)
 
