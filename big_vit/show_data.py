@@ -69,7 +69,7 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
             [title(found, label) for label in mixed['label'][:count]],
         ),
     ]
-    plots.picture_rows(rows, path)
+    plots.picture_rows(rows).save(path)
 
 
 def main(argv: list[str]) -> None:

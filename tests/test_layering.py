@@ -16,16 +16,18 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors', 'schema', 'storage'},
-    {'runtime', 'config', 'trees', 'cluster', 'hosts'},
+    {'runtime', 'config', 'trees', 'cluster', 'hosts', 'tracking'},
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
-    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop'},
+    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop', 'anatomy'},
     {'steps', 'evaluators'},
     {'build', 'ledger', 'adapt', 'origin', 'explain', 'plots', 'switch'},
+    {'sample', 'specimen', 'history', 'pages', 'looks'},
     {
         'train',
         'transfer',
         'evaluate',
         'explore',
+        'report',
         'plan',
         'export',
         'prepare',
@@ -47,6 +49,8 @@ WITHIN_A_LAYER = {
     ('explain', 'ledger'),
     ('ledger', 'build'),
     ('hosts', 'cluster'),
+    ('looks', 'sample'),
+    ('looks', 'specimen'),
     ('transfer', 'train'),  # Both runs of a transfer are runs of train.
 }
 NOT_IN = {
@@ -77,7 +81,7 @@ DEPENDENCIES = {
     'jax', 'jaxlib', 'jaxtyping', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'scipy', 'sklearn',
     'matplotlib', 'PIL', 'cv2', 'etils', 'rich', 'wandb', 'tensorboardX', 'tensorflow',
     'tensorflow_datasets', 'ml_collections', 'beartype', 'pytest', 'torch', 'timm', 'transformers',
-    'chex', 'safetensors',
+    'chex', 'safetensors', 'nbclient', 'nbformat', 'pdoc', 'tensorboard',
 }  # fmt: skip
 
 
