@@ -123,15 +123,29 @@ def as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
     ]
 
 
+def stretched(
+    components: Float[np.ndarray, 'count rows columns channels'],
+) -> list[np.ndarray]:
+    """Components as bytes, each for itself: their signs and lengths mean nothing."""
+    low = components.min((1, 2, 3), keepdims=True)
+    high = components.max((1, 2, 3), keepdims=True)
+    even = (components - low) / np.maximum(high - low, 1e-12)
+    return list(np.rint(255 * even).astype(np.uint8))
+
+
+def signed(values: Float[np.ndarray, 'rows columns']) -> UInt8[np.ndarray, 'rows columns 3']:
+    """Values from -1 (blue) over 0 (white) to 1 (red) as colours."""
+    from matplotlib import colormaps
+
+    colours = colormaps['RdBu_r']((np.clip(values, -1, 1) + 1) / 2)[..., :3]
+    return np.rint(255 * colours).astype(np.uint8)
+
+
 def components(kernel: Float[np.ndarray, '...']) -> Picture:
     """The principal components of a patch embedding, in rows of seven."""
-    found = anatomy.components(kernel)
-    # Each is stretched for itself: signs and lengths of components mean nothing.
-    low, high = found.min((1, 2, 3), keepdims=True), found.max((1, 2, 3), keepdims=True)
-    stretched = np.rint(255 * (found - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)
+    each = stretched(anatomy.components(kernel))
     rows = [
-        ('', list(stretched[i : i + 7]), [str(i + k + 1) for k in range(7)])
-        for i in range(0, len(stretched), 7)
+        ('', each[i : i + 7], [str(i + k + 1) for k in range(7)]) for i in range(0, len(each), 7)
     ]
     return picture_rows(rows)
 

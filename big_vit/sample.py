@@ -15,6 +15,8 @@ def batch(config: Config, count: int) -> tuple[build.Data, dict[str, np.ndarray]
     Raises:
       UserError: the dataset is not here, or does not fit.
     """
+    if config.data.cache in ('auto', 'decoded'):  # A few examples are decoded when they are read.
+        config = config.replacing({'data.cache': 'none'})
     found = build.train_data(config)
     assert found.order is not None
     size = max(1, count // found.order.repeats) * found.order.repeats
@@ -30,8 +32,17 @@ def pictures(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
     return plots.as_bytes(list(batch['image'])) if 'image' in batch else []
 
 
-def class_name(found: build.Data, label: np.ndarray) -> str:
-    """The class of a label, or the likeliest one; by its number where classes have no names."""
-    number = int(label) if np.ndim(label) == 0 else int(np.argmax(label))
+def title(found: build.Data, label: np.ndarray) -> str:
+    """A label in words: its class, or the classes of a mixture with their shares."""
+    label = np.asarray(label)
+    if label.ndim == 0:
+        return _name(found, int(label))
+    largest = [int(c) for c in np.argsort(-label, kind='stable')[:2] if label[c] > 0]
+    if len(largest) == 1 and label[largest[0]] == 1:
+        return _name(found, largest[0])
+    return '\n'.join(f'{label[c]:.2f} {_name(found, c)}' for c in largest)
+
+
+def _name(found: build.Data, number: int) -> str:
     names = found.source.class_names
     return names[number] if names else str(number)
