@@ -10,6 +10,7 @@ or folder of another codebase's weights.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from big_vit import (
     anatomy,
+    build,
     interop,
     looks,
     metrics,
@@ -174,9 +176,21 @@ def norms(params: dict[str, Any]) -> Picture:
     return plots.lines({'root mean square': anatomy.sizes(params), 'stable rank': ranks})
 
 
+def as_trained(found: Specimen) -> Specimen:
+    """The same, with the size of its images from the data where that is here.
+
+    Spectrograms have another than the config says.
+    """
+    try:
+        shape = build.train_data(found.config).shapes.get('image') if found.config else None
+    except UserError:
+        return found
+    return dataclasses.replace(found, shape=shape)
+
+
 def overview(found: list[Specimen]) -> dict[str, Callable[[], Picture | None]]:
     """What can be drawn of some checkpoints, and of the first of them; by the name of the file."""
-    first = found[0]
+    first = as_trained(found[0])
     runs = {
         (each.run[0].name if len(found) > 1 else ''): metrics.read(each.run[0])
         for each in found

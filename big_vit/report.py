@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -29,6 +30,7 @@ from big_vit import (
     plots,
     runtime,
     sample,
+    sharding,
     specimen,
     storage,
 )
@@ -305,11 +307,17 @@ def memory(run: Run) -> str:
 def operations(run: Run) -> str:
     found, config = run.found, run.found.config
     assert config is not None and found.run is not None
-    cost = costs.cost(found.model, {'image': (*found.image_size, found.channels)})
+    if list(config.streams) or build.reads(config) != ('image',):
+        here = build.train_data(config)  # Only the data knows the shapes of other inputs.
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        model = build.model(config, here.source.num_classes, here.shapes, mesh)
+        cost = costs.cost(model, here.shapes)
+    else:
+        cost = costs.cost(found.model, {'image': (*found.image_size, found.channels)})
     seen = found.run[1] * config.batch_size
     return pages.paragraph(
-        f'An image is {cost.tokens:,} tokens and takes {cost.flops / 1e9:,.3f} GFLOP forward; '
-        f'{found.run[1]:,} steps of {config.batch_size:,} images have taken '
+        f'An example is {cost.tokens:,} tokens and takes {cost.flops / 1e9:,.3f} GFLOP forward; '
+        f'{found.run[1]:,} steps of {config.batch_size:,} examples have taken '
         f'{3 * cost.flops * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
         'parameters in float32.',
         'soft',

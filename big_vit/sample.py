@@ -21,8 +21,9 @@ def batch(config: Config, count: int) -> tuple[build.Data, dict[str, np.ndarray]
     assert found.order is not None
     size = max(1, count // found.order.repeats) * found.order.repeats
     order = dataclasses.replace(found.order, batch_size=size)
-    batches = pipeline.train_batches(found.source, found.transform, order)
+    batches = pipeline.train_batches(found.source, found.transform, order, skip_bad=found.skip_bad)
     first = next(batches)
+    first.pop('replaced', None)
     batches.close()  # type: ignore[attr-defined]
     return found, first
 

@@ -12,13 +12,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from big_vit import adapt, build, checkpoint, interop, origin, sharding, state, trees
+from big_vit import build, checkpoint, interop, origin, sharding, state, trees
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data import decode
 from big_vit.errors import UserError
 from big_vit.interop import Weights
-from big_vit.models import positions, tokenizers
+from big_vit.models import tokenizers
 from big_vit.models.vit import ViT
 
 # A photograph has 50 million pixels, a file of one 20 MB; beyond lie mistakes and bombs.
@@ -130,13 +130,15 @@ class Specimen:
         Raises:
           UserError: it has no such grid.
         """
-        if self.config is None:
-            found: positions.Grid | None = tokenizers.grid_of(self.model.stream(), self.image_size)
-        else:
-            found = adapt.grid_of(self.config, {'image': (*self.image_size, self.channels)})
-        if found is None or len(found) != 2:
-            raise UserError(f'{self.where}: its tokens do not lie on one grid of an image')
-        return found[0], found[1]
+        streams = (self.model.stream(),) if self.config is None else build.inputs(self.config)
+        if len(streams) > 1 or streams[0].reads != 'image':
+            reads = ', '.join(stream.reads for stream in streams)
+            raise UserError(f'{self.where}: its model reads {reads}, not one image')
+        try:
+            rows, columns = tokenizers.grid_of(streams[0], (*self.image_size, self.channels))
+        except ValueError as error:
+            raise UserError(f'{self.where}: {error}') from None
+        return rows, columns
 
     def positions(self) -> Float[np.ndarray, 'tokens width'] | None:
         """The learned positions of its patches; None where there are none."""
@@ -247,6 +249,8 @@ def load(path: str, which: str | None = None) -> Specimen:
     """
     weights = interop.load_init(path)
     if weights is not None:
+        if which is not None:
+            raise UserError(f'{path}: --which is for checkpoints of ours; this has one set only')
         return Specimen(path, weights.params, weights=weights)
     workdir, step = checkpoint.locate(path, 'WORKDIR')
     sidecar = checkpoint.read_sidecar(workdir, step)

@@ -152,3 +152,8 @@ def test_a_config_of_another_version_hides_nothing_but_the_model(places, capsys)
     assert 'a_key_of_tomorrow = 3' in capsys.readouterr().out
     with pytest.raises(UserError, match='a_key_of_tomorrow'):
         _ = found.model
+
+
+def test_which_parameters_is_a_question_to_ours_only(places):
+    with pytest.raises(UserError, match='--which is for checkpoints of ours'):
+        specimen.load(str(places / 'timm'), 'ema')

@@ -238,3 +238,12 @@ def test_a_browser_shows_it_within_its_width(width, workdir, tmp_path):
     ).stdout
     wide = int(re.search(r'<title>(\d+)</title>', dump)[1])
     assert wide <= max(width, 500)  # Chromium's windows are at least 500 pixels wide.
+
+
+@pytest.mark.slow
+def test_a_model_of_words_has_all_but_pictures(tmp_path):
+    settings = config.load('configs/sequences.py:task=phrases', overrides(RUN, evals=('test',)))
+    train.run(settings, tmp_path / 'w')
+    page = Page(report.document(str(tmp_path / 'w')))
+    assert 'Examples are no pictures: tokens [64]' in page.text
+    assert 'An example is 64 tokens' in page.text and 'its model reads tokens' in page.text
