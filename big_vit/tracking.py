@@ -58,7 +58,12 @@ class TensorBoard:
     def __init__(self, workdir: epath.Path, start_step: int, config: dict[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step)
+        # Files are named by the second: without the step, a quick restart would replace the first.
+        self._events = SummaryWriter(
+            str(workdir / 'tensorboard'),
+            purge_step=start_step,
+            filename_suffix=f'.{start_step}',
+        )
         self._config = config
         text = json.dumps(config, indent=4)
         self._events.add_text('config', '\n'.join('    ' + line for line in text.splitlines()))
