@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PRETRAINED := $(RUNS)/demo/pretrain
 TRANSFERRED := $(RUNS)/demo/transfer
 
-.PHONY: install demo test test-all lint golden clean
+.PHONY: install demo test test-all lint golden reference clean
 
 install: $(VENV)/installed
 
@@ -23,9 +23,12 @@ demo: install
 	$(BIN)/python -m big_vit.explore $(PRETRAINED) --png $(RUNS)/demo
 	$(BIN)/python -m big_vit.explore $(TRANSFERRED)/pretrained $(TRANSFERRED)/control \
 		--png $(RUNS)/demo/transfer
+	$(BIN)/python -m big_vit.report $(PRETRAINED)
+	$(BIN)/python -m big_vit.report $(TRANSFERRED)
 	@echo
 	@echo "pictures     $(RUNS)/demo/curves.png  $(RUNS)/demo/images.png"
 	@echo "             $(TRANSFERRED)/curves.png  $(TRANSFERRED)/images.png"
+	@echo "reports      $(PRETRAINED)/report.html  $(TRANSFERRED)/report.html"
 	@echo "checkpoint   $(PRETRAINED)/checkpoints"
 	@echo "next         $(BIN)/python -m big_vit.explore $(TRANSFERRED)/pretrained"
 	@echo "             $(BIN)/python -m big_vit.evaluate --checkpoint $(PRETRAINED)"
@@ -45,6 +48,10 @@ lint: install
 # Rewrites tests/golden/ from the code; look at the difference before committing it.
 golden: install
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_golden.py tests/test_docs.py
+
+# Rewrites docs/reference.md from the docstrings.
+reference: install
+	$(BIN)/python docs/make_reference.py
 
 clean:
 	rm -rf $(VENV) $(RUNS) .cache .pytest_cache .ruff_cache .mypy_cache build *.egg-info

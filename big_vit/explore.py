@@ -1,17 +1,39 @@
-"""Explore: `python -m big_vit.explore WORKDIR` shows parameters, config and history of a run."""
+"""Explore: `python -m big_vit.explore PATH` shows what is in any checkpoint.
+
+    python -m big_vit.explore runs/fashion                     parameters, config and history
+    python -m big_vit.explore runs/fashion --compare runs/b    how another one differs
+    python -m big_vit.explore runs/fashion --spectra           norms and spectra, block by block
+    python -m big_vit.explore runs/fashion --image FILE        what it looks at
+
+With `--png FOLDER` the same is drawn. PATH is a workdir, one of its checkpoints/STEP, or a file
+or folder of another codebase's weights.
+"""
 
 import argparse
 import dataclasses
-import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from big_vit import adapt, build, checkpoint, metrics, plots, runtime, sharding, trees
+from big_vit import (
+    anatomy,
+    build,
+    interop,
+    looks,
+    metrics,
+    plots,
+    runtime,
+    sample,
+    specimen,
+    trees,
+)
 from big_vit import config as config_lib
-from big_vit.data import pipeline
+from big_vit.errors import UserError
+from big_vit.plots import Picture
+from big_vit.specimen import Specimen
 
 
 def parameter_table(params: dict[str, Any]) -> str:
@@ -45,113 +67,239 @@ def history_table(rows: list[dict[str, Any]], most: int = 20) -> str:
     return metrics.table(('step', *columns), body) if body else 'no metrics yet'
 
 
-def _batch(config: config_lib.Config, count: int) -> tuple[build.Data, dict[str, np.ndarray]]:
-    """The data of a config, and about `count` examples as they are trained on."""
-    found = build.train_data(config)
-    order = found.order
-    assert order is not None
-    order = dataclasses.replace(order, batch_size=count // order.repeats * order.repeats)
-    batches = pipeline.train_batches(found.source, found.transform, order)
-    batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    return found, batch
+def comparison_table(found: anatomy.Comparison) -> str:
+    """A line for each array of both, what has no counterpart, and the whole."""
+    rows = [
+        (name, f'{each.relative:.3e}', f'{each.cosine:.6f}', f'{each.largest:.3e}')
+        for name, each in found.both.items()
+    ]
+    rows.append(('all of these', *_shown(found.overall)))
+    lines = [metrics.table(('parameter', 'relative change', 'cosine', 'largest'), rows)]
+    lines += [f'only in the first    {name}' for name in found.only_first]
+    lines += [f'only in the second   {name}' for name in found.only_second]
+    for name, shapes in found.other_shape.items():
+        first, second = ('x'.join(map(str, shape)) for shape in shapes)
+        lines.append(f'of another shape     {name}: {first} and {second}')
+    return '\n'.join(lines)
 
 
-def draw_model(
-    config: config_lib.Config,
-    params: dict[str, Any],
-    found: build.Data,
-    batch: dict[str, np.ndarray],
-    folder: Path,
-) -> list[Path]:
-    """Writes embedding.png, positions.png and attention.png of what of these a model has."""
-    flat, written = trees.flatten(params), []
+def _shown(each: anatomy.Difference) -> tuple[str, str, str]:
+    return f'{each.relative:.3e}', f'{each.cosine:.6f}', f'{each.largest:.3e}'
 
-    def path(name: str) -> Path:
-        written.append(folder / name)
-        return written[-1]
 
-    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    model = build.model(config, found.source.num_classes, found.shapes, mesh)
-    grid = adapt.grid_of(config, found.shapes)
-    kernel = flat.get('embedding/kernel')
-    if kernel is not None and min(kernel.shape[-4:-2]) > 1:
-        plots.embedding(kernel.astype(np.float32), path('embedding.png'))
-    if grid is None or len(grid) != 2:
-        return written
-    rows, columns = grid
-    if 'pos_embedding' in flat:
-        table = flat['pos_embedding'][0, model.posemb_prefix :].astype(np.float32)
-        plots.similarity(table, (rows, columns), path('positions.png'))
-    if found.reads == ('image',):
-        few = {name: value[:6] for name, value in batch.items()}
-        seen = build.seen(config.replacing({'mixup': 0.0, 'cutmix': 0.0}), found, few, 0)
-        apply = jax.jit(functools.partial(model.apply, capture=('attention',)))
-        _, extra = apply({'params': params}, seen['image'])
-        weights = np.asarray(extra['attention'], np.float32)
-        images = np.stack(plots.as_bytes(list(few['image'])))
-        plots.attention(images, weights, (rows, columns), model.prefix(), path('attention.png'))
+def spectra_table(params: dict[str, Any]) -> str:
+    """For each kernel of each block its size, its largest singular value and its stable rank.
+
+    Raises:
+      UserError: there are no blocks.
+    """
+    sizes, values = anatomy.sizes(params), _spectra(params)
+    rows = []
+    for part, each in values.items():
+        ranks = anatomy.stable_rank(each)
+        for block in range(len(each)):
+            rows.append(
+                (
+                    part,
+                    block + 1,
+                    f'{sizes[part][block]:.4f}',
+                    f'{each[block, 0]:.3f}',
+                    f'{each[block, len(each[block]) // 2]:.3f}',
+                    f'{ranks[block]:.1f}',
+                    each.shape[1],
+                )
+            )
+    header = ('kernel', 'block', 'rms', 'largest', 'median', 'stable rank', 'of')
+    return metrics.table(header, rows)
+
+
+def _spectra(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    found = anatomy.spectra(params)
+    if not found:
+        raise UserError('--spectra: these parameters have no blocks of a transformer')
+    return found
+
+
+def look_table(found: looks.Look) -> str:
+    """The mean attention distance of each head, and where the rollout ends."""
+    values = found.distances
+    rows = [
+        (block + 1, f'{each.mean():.1f}', *(f'{value:.1f}' for value in each))
+        for block, each in enumerate(values)
+    ]
+    header = ('block', 'mean', *(f'head {i + 1}' for i in range(values.shape[1])))
+    share, top = found.rollout, []
+    for at in np.argsort(-share, axis=None, kind='stable')[:5]:
+        row, column = np.unravel_index(at, share.shape)
+        top.append(f'row {row + 1} column {column + 1} ({share[row, column]:.1%})')
+    rows_, columns = share.shape
+    return (
+        f'mean attention distance in pixels\n{metrics.table(header, rows)}\n'
+        f'rollout over {rows_}x{columns} patches, most at: {", ".join(top)}'
+    )
+
+
+def images(found: Specimen, count: int = 50) -> Picture | None:
+    """A grid of training images with their labels; None where a batch has no images.
+
+    Raises:
+      UserError: the data is not here.
+    """
+    assert found.config is not None
+    _, batch = sample.batch(found.config, count)
+    labels = batch['label'] if batch['label'].ndim == 1 else batch['label'].argmax(axis=1)
+    pictures = sample.pictures(batch)
+    return plots.grid(np.stack(pictures), list(map(str, labels))) if pictures else None
+
+
+def embedding(found: Specimen) -> Picture | None:
+    """The principal components of the patch embedding; None where patches are no pictures."""
+    kernel = found.embedding()
+    return None if kernel is None else plots.components(kernel)
+
+
+def positions(found: Specimen) -> Picture | None:
+    """How alike learned positions are; None where there are none."""
+    table = found.positions()
+    if table is None:
+        return None
+    return plots.similarity(anatomy.position_similarity(table, found.grid))
+
+
+def attention(seen: list[looks.Look]) -> Picture:
+    """Images beside what some blocks look at, and the rollout."""
+    return plots.attention([one.titled() for one in seen])
+
+
+def norms(params: dict[str, Any]) -> Picture:
+    """The size and the stable rank of the kernels, block by block."""
+    ranks = {part: anatomy.stable_rank(each) for part, each in _spectra(params).items()}
+    return plots.lines({'root mean square': anatomy.sizes(params), 'stable rank': ranks})
+
+
+def as_trained(found: Specimen) -> Specimen:
+    """The same, with the size of its images from the data where that is here.
+
+    Spectrograms have another than the config says.
+    """
+    try:
+        shape = build.train_data(found.config).shapes.get('image') if found.config else None
+    except UserError:
+        return found
+    return dataclasses.replace(found, shape=shape)
+
+
+def overview(found: list[Specimen]) -> dict[str, Callable[[], Picture | None]]:
+    """What can be drawn of some checkpoints, and of the first of them; by the name of the file."""
+    first = as_trained(found[0])
+    runs = {
+        (each.run[0].name if len(found) > 1 else ''): metrics.read(each.run[0])
+        for each in found
+        if each.run is not None
+    }
+    drawn: dict[str, Callable[[], Picture | None]] = {}
+    if any(runs.values()):
+        drawn['curves'] = lambda: plots.curves(runs)
+    if first.config is not None:
+        drawn['images'] = lambda: images(first)
+    drawn |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
+    if first.config is not None:
+        drawn['attention'] = lambda: attention(looks.of_training(first))
+    return drawn
+
+
+def save(drawn: dict[str, Callable[[], Picture | None]], folder: Path) -> list[Path]:
+    """Writes FOLDER/NAME.png of what can be drawn, and tells why the rest cannot.
+
+    Raises:
+      UserError: nothing can, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--png {folder}: {error.strerror}; name a folder') from None
+    written, problems = [], []
+    for name, draw in drawn.items():
+        try:
+            picture = draw()
+        except UserError as error:
+            problems.append(f'{name}.png is left out: {error}')
+            continue
+        if picture is not None:
+            written.append(folder / f'{name}.png')
+            picture.save(written[-1])
+    if problems and not written:
+        raise UserError('; '.join(problems))
+    for problem in problems:
+        print(f'WARNING: {problem}', file=sys.stderr)
     return written
 
 
-def draw(workdirs: list[Path], step: int, config: config_lib.Config, folder: Path) -> list[Path]:
-    """Writes curves.png of all runs, and what the first was trained on and what it looks at."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / 'curves.png']
-    names = [path.name if len(workdirs) > 1 else '' for path in workdirs]
-    plots.curves(
-        {name: metrics.read(path) for name, path in zip(names, workdirs, strict=True)}, written[0]
-    )
-    found, batch = _batch(config, 50)
-    labels = batch['label']
-    if 'image' in batch:
-        written.append(folder / 'images.png')
-        plots.grid(
-            np.stack(plots.as_bytes(list(batch['image']))),
-            labels if labels.ndim == 1 else labels.argmax(axis=1),
-            written[-1],
-        )
-    params, _ = checkpoint.load_params(workdirs[0], step)
-    return written + draw_model(config, params, found, batch, folder)
-
-
-def show(workdir: Path, step: int) -> None:
-    """Prints the parameter table, the config and the history."""
-    params, sidecar = checkpoint.load_params(workdir, step)
-    config = config_lib.from_json(sidecar['config'])
-    print(f'{workdir}/checkpoints/{step}')
-    print(', '.join(f'{name} {version}' for name, version in sidecar['versions'].items()))
-    print(f'\n{parameter_table(params)}\n\nconfig\n------')
-    for key, value in config_lib.flatten(config.to_dict()).items():
-        if config.sets(key):
-            print(f'{key} = {value!r}')
-    print(f'\n{history_table(metrics.read(workdir))}')
+def show(found: Specimen) -> None:
+    """Prints the parameter table and, of one of ours, the config and the history."""
+    print(found.where)
+    if found.weights is not None:
+        print(f'{interop.describe(found.weights)}\n\n{parameter_table(found.params)}')
+        return
+    assert found.run is not None and found.sidecar is not None
+    versions = found.sidecar['versions'].items()
+    print(', '.join(f'{name} {version}' for name, version in versions))
+    averaged = ' (averaged ones)' if found.which == 'ema' else ''
+    print(f'\nparameters{averaged}\n{parameter_table(found.params)}\n\nconfig\n------')
+    for key, value in found.settings().items():
+        print(f'{key} = {value!r}')
+    print(f'\n{history_table(metrics.read(found.run[0]))}')
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m big_vit.explore',
-        description='Show the parameters, the config and the history of a run.',
+        description='Show what is in any checkpoint: parameters, history, spectra, attention.',
         allow_abbrev=False,
     )
     parser.add_argument(
-        'workdir', nargs='+', help='a workdir (its newest), or a checkpoints/STEP folder'
+        'path',
+        nargs='+',
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
     )
+    parser.add_argument('--compare', metavar='OTHER', help='how this checkpoint differs from it')
     parser.add_argument(
-        '--png',
-        metavar='FOLDER',
-        help='draw curves of the runs, a training batch, and what the model looks at instead',
+        '--spectra', action='store_true', help='norms and singular values of kernels, by block'
     )
-    args = parser.parse_args(argv)
-    found = [checkpoint.locate(path, 'WORKDIR') for path in args.workdir]
+    parser.add_argument('--image', metavar='FILE', help='what the model looks at in a picture')
+    parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
+    parser.add_argument('--png', metavar='FOLDER', help='draw into this folder instead of printing')
+    args, _ = config_lib.parse_command_line(parser, argv)
+    asked = [flag for flag in ('compare', 'spectra', 'image') if getattr(args, flag)]
+    if asked and len(args.path) > 1:
+        raise UserError(f'--{asked[0]} looks at one checkpoint; there are {len(args.path)}')
+    runtime.start()
+    found = [specimen.load(path, args.which) for path in args.path]
+    first = found[0]
+    texts: list[Callable[[], str]] = []
+    drawn: dict[str, Callable[[], Picture | None]] = {}
+    if args.compare:
+        other = specimen.load(args.compare, args.which)
+        compared = anatomy.compare(first.params, other.params, (first.where, other.where))
+        texts.append(lambda: f'{first.where}\n{other.where}\n{comparison_table(compared)}')
+        drawn['comparison'] = lambda: plots.comparison(compared)
+    if args.spectra:
+        texts.append(lambda: f'{first.where}\n{spectra_table(first.params)}')
+        drawn['spectra'] = lambda: plots.spectra(_spectra(first.params))
+        drawn['norms'] = lambda: norms(first.params)
+    if args.image:
+        seen = looks.of_file(first, args.image)
+        texts.append(lambda: f'{first.where}: {args.image}\n{look_table(seen)}')
+        drawn['attention'] = lambda: attention([seen])
+        drawn['distances'] = lambda: plots.distances(seen.distances)
     if args.png:
-        sidecar = checkpoint.read_sidecar(*found[0])
-        config = config_lib.from_json(sidecar['config'])
-        paths = draw([workdir for workdir, _ in found], found[0][1], config, Path(args.png))
-        print('drew ' + ', '.join(map(str, paths)))
-        return
-    for workdir, step in found:
-        show(workdir, step)
+        written = save(drawn or overview(found), Path(args.png))
+        print('drew ' + ', '.join(map(str, written)))
+    elif texts:
+        print('\n\n'.join(text() for text in texts))
+    else:
+        for each in found:
+            show(each)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from big_vit import storage
+import numpy as np
+
+from big_vit import storage, tracking
 from big_vit.errors import UserError
 
 FILE = 'metrics.jsonl'
@@ -24,19 +26,38 @@ _NUMBERS = ('count', 'iterations', 'l2', 'rate', 'last_blocks', 'mean_joined')
 _MOST_SHOWN = 8
 # An object store has no appending: the file is written anew, and not at every row.
 REWRITE_EVERY_S = 30
+# In the first row after a resume: the step that it started from.
+RESUMED = TIMING + 'resumed_from'
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run, oldest first; a last row that was cut off while written is left out."""
+    """The rows of a run, oldest first; a last row that was cut off while written is left out.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     path = storage.place(workdir) / FILE
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    rows, damaged = _parse(path.read_text() if path.exists() else '')
+    if damaged:
+        raise UserError(
+            f'{path}, line {damaged[0]}: is not a row of metrics; delete that line, or resume the '
+            'run, which leaves damaged rows out'
+        )
     return rows
+
+
+def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """(Rows, numbers of the damaged lines but for a last one that was cut off)."""
+    rows, damaged = [], []
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = {n: math.nan if v is None else v + 0 for n, v in json.loads(line).items()}
+            rows.append({'step': row.pop('step'), **row})
+        except (ValueError, TypeError, AttributeError, KeyError):
+            if number < len(lines) or text.endswith('\n'):
+                damaged.append(number)
+    return rows, damaged
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -91,7 +112,7 @@ class Writer:
       active: whether this process writes (process 0 does).
       tensorboard: also write event files to WORKDIR/tensorboard.
       wandb: also log to this Weights & Biases project.
-      config: dump of the config, for Weights & Biases.
+      config: dump of the config, for both.
 
     Raises:
       UserError: the file cannot be written, also after some tries.
@@ -107,38 +128,47 @@ class Writer:
         wandb: str | None = None,
         config: dict[str, Any] | None = None,
     ):
-        self._file = self._events = self._wandb = None
+        self._file = None
+        self._trackers: list[tracking.Tracker] = []
         self._active = active
         self.latest: dict[str, float] = {}
         if not active:
             return
         folder = storage.place(workdir)
-        if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError(
-                    "config: log.wandb needs `pip install wandb`, or big_vit's extra of that name"
-                ) from None
-            self._wandb = client.init(
-                project=wandb, name=folder.name, config=config, resume='allow'
-            )
         self._path = folder / FILE
-        rows = [row for row in read(folder) if row['step'] <= start_step]
+        there, _ = _parse(self._path.read_text() if self._path.exists() else '')
+        rows = [row for row in there if row['step'] <= start_step]
+        self._mark = {RESUMED: float(start_step)} if there and start_step else {}
         self.latest = latest(rows)
+        if wandb:
+            self._trackers.append(tracking.WeightsAndBiases(folder, wandb, config or {}, rows))
+        if tensorboard:
+            self._trackers.append(tracking.TensorBoard(folder, start_step, config or {}))
         self._lines = list(map(_line, rows))
         self._rewrite()
-        if tensorboard:
-            from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step)
+    @property
+    def tracked(self) -> bool:
+        """Whether pictures have somewhere to go."""
+        return bool(self._trackers)
+
+    def pictures(self, step: int, name: str, pictures: list[np.ndarray]) -> None:
+        """Gives trackers pictures of one size, uint8 [height, width, channels], as a grid."""
+        for tracker in self._trackers if pictures else []:
+            tracker.picture(step, name, montage(pictures))
+
+    def checkpoint(self, path: os.PathLike[str], step: int) -> None:
+        """Tells the trackers where the newest checkpoint is; nothing of it is copied."""
+        for tracker in self._trackers:
+            tracker.checkpoint(path, step, self.latest)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one row; values are plain numbers."""
         self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
         if not self._active:
             return
-        self._lines.append(_line({'step': step, **values}))
+        row, self._mark = {'step': step, **values, **self._mark}, {}
+        self._lines.append(_line(row))
         if self._file is not None:
             try:
                 self._file.write(self._lines[-1])
@@ -147,11 +177,8 @@ class Writer:
                 self._rewrite()
         elif time.monotonic() - self._written_at >= REWRITE_EVERY_S:
             self._rewrite()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
 
     def flush(self) -> None:
         """Returns when all rows are stored; call it before a checkpoint that promises them."""
@@ -176,16 +203,23 @@ class Writer:
         self.flush()
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close(self.latest)
 
     def __enter__(self) -> 'Writer':
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def montage(pictures: list[np.ndarray], columns: int = 8) -> np.ndarray:
+    """Pictures of one size side by side as one, uint8 [height, width, 3]."""
+    shown = [np.repeat(p[..., :1], 3, 2) if p.shape[-1] < 3 else p[..., :3] for p in pictures]
+    columns = min(columns, len(shown))
+    shown += [np.zeros_like(shown[0])] * (-len(shown) % columns)
+    rows = [np.concatenate(shown[i : i + columns], 1) for i in range(0, len(shown), columns)]
+    return np.concatenate(rows)
 
 
 class Clock:

@@ -16,22 +16,7 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data import opening, transforms
 from big_vit.data.operations import decoded
-
-
-def _name(found: build.Data, number: int) -> str:
-    names = found.source.class_names
-    return names[number] if names else str(number)
-
-
-def title(found: build.Data, label: np.ndarray) -> str:
-    """A label in words: its class, or the classes of a mixture with their shares."""
-    label = np.asarray(label)
-    if label.ndim == 0:
-        return _name(found, int(label))
-    largest = [int(c) for c in np.argsort(-label, kind='stable')[:2] if label[c] > 0]
-    if len(largest) == 1 and label[largest[0]] == 1:
-        return _name(found, largest[0])
-    return '\n'.join(f'{label[c]:.2f} {_name(found, c)}' for c in largest)
+from big_vit.sample import title
 
 
 def originals(found: build.Data, index: np.ndarray) -> list[np.ndarray]:
@@ -69,7 +54,7 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
             [title(found, label) for label in mixed['label'][:count]],
         ),
     ]
-    plots.picture_rows(rows, path)
+    plots.picture_rows(rows).save(path)
 
 
 def main(argv: list[str]) -> None:

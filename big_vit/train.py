@@ -25,6 +25,7 @@ from big_vit import (
     metrics,
     origin,
     runtime,
+    sample,
     scoring,
     state,
     steps,
@@ -272,6 +273,9 @@ def run(
                 console.say(f'resume  from step {start} of {workdir}')
             elif came_from:
                 console.say(f'switch  from step {start} of {came_from}')
+            if writer.tracked:
+                _, few = sample.batch(config, 32)
+                writer.pictures(start, 'train/images', sample.pictures(few))
             if start < total:
                 compiling = time.perf_counter()
                 # Compiled ahead, the step cannot compile again later: another shape is an error.
@@ -338,6 +342,7 @@ def run(
             with clock.bucket('save'):
                 manager.wait()
             end = int(jax.device_get(now['step']))
+            writer.checkpoint(workdir / 'checkpoints' / str(end), end)
             console.say(f'time    {clock.summary()}')
             if stopped:
                 last = f'stopped by a signal: saved step {end} of {total}; '

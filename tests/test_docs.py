@@ -1,5 +1,6 @@
-"""docs/config.md is the schema in words; `make golden` rewrites it."""
+"""docs/config.md is the schema in words and docs/reference.md the docstrings: see `make golden`."""
 
+import importlib.util
 import os
 import re
 
@@ -9,6 +10,7 @@ from big_vit import augment, schema
 from big_vit.data import transforms
 from big_vit.optim import factory
 
+REFERENCE = ROOT / 'docs' / 'make_reference.py'
 HEAD = """# Config keys
 
 Made from `big_vit/schema.py` by `make golden`. Any key can be set in a config file or on
@@ -47,6 +49,36 @@ def test_the_list_of_config_keys_is_up_to_date():
     if os.environ.get('UPDATE_GOLDEN'):
         path.write_text(page())
     assert path.read_text() == page(), 'docs/config.md is out of date: run `make golden`'
+
+
+def reference():
+    spec = importlib.util.spec_from_file_location('make_reference', REFERENCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_up_to_date():
+    path, text = ROOT / 'docs' / 'reference.md', reference().page()
+    if os.environ.get('UPDATE_GOLDEN'):
+        path.write_text(text)
+    assert path.read_text() == text, 'docs/reference.md is out of date: run `make reference`'
+
+
+def test_the_reference_has_signatures_and_what_docstrings_say():
+    text = reference().page()
+    for words in (
+        '## big_vit.checkpoint\n',
+        "which: str='params'",
+        '- `UserError`: the checkpoint has no such part.',
+        'Writer(\n    workdir: str | os.PathLike[str],\n',
+    ):
+        assert words in text, words
+    assert '_hash_device' not in text and '### main' not in text
+    # Every example of code is closed, and no text is taken for a tag.
+    assert text.count('```') % 2 == 0
+    outside = re.sub(r'```.*?```|`[^`\n]*`|^    .*$', '', text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r'<\w', outside)
 
 
 def test_every_transform_is_documented():

@@ -16,12 +16,22 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors', 'schema', 'storage'},
-    {'runtime', 'config', 'trees', 'cluster', 'hosts'},
+    {'runtime', 'config', 'trees', 'cluster', 'hosts', 'tracking'},
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology'},
-    {'objectives', 'augment', 'mixing', 'state', 'checkpoint', 'metrics', 'interop', 'plots'},
+    {
+        'objectives',
+        'augment',
+        'mixing',
+        'state',
+        'checkpoint',
+        'metrics',
+        'interop',
+        'anatomy',
+        'plots',
+    },
     {'steps', 'evaluators'},
     {'build', 'ledger', 'adapt', 'origin', 'explain', 'switch', 'scoring', 'study'},
-    {'trials'},
+    {'trials', 'sample', 'specimen', 'history', 'pages', 'looks'},
     {
         'train',
         'transfer',
@@ -29,6 +39,7 @@ LAYERS = [
         'average',
         'evaluate',
         'explore',
+        'report',
         'plan',
         'export',
         'prepare',
@@ -55,6 +66,10 @@ WITHIN_A_LAYER = {
     ('transfer', 'sweep'),
     ('sweep', 'train'),
     ('sweep', 'evaluate'),  # What validation chose is scored as any checkpoint is.
+    ('looks', 'sample'),
+    ('plots', 'anatomy'),
+    ('plots', 'metrics'),
+    ('looks', 'specimen'),
 }
 NOT_IN = {
     'models': {'data', 'sharding', 'config'},
@@ -84,7 +99,7 @@ DEPENDENCIES = {
     'jax', 'jaxlib', 'jaxtyping', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'scipy', 'sklearn',
     'matplotlib', 'PIL', 'cv2', 'etils', 'rich', 'wandb', 'tensorboardX', 'tensorflow',
     'tensorflow_datasets', 'ml_collections', 'beartype', 'pytest', 'torch', 'timm', 'transformers',
-    'chex', 'safetensors',
+    'chex', 'safetensors', 'nbclient', 'nbformat', 'pdoc', 'tensorboard',
 }  # fmt: skip
 
 

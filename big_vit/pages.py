@@ -1,0 +1,336 @@
+"""Pieces of one HTML page that needs nothing else: text, tables, charts as SVG, images in it.
+
+Every function takes plain text and gives HTML in which it is escaped.
+"""
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Points = Sequence[tuple[float, float]]
+
+# Colours of lines, told apart also by those who do not see all; each has a dash of its own.
+_LIGHT = ('#0b62c4', '#b3460b', '#1a7a4c', '#8a3ffc', '#a2191f', '#6b5f00')
+_DARK = ('#6cb2ff', '#ff9e5e', '#5fd39a', '#c8a6ff', '#ff8a8f', '#dcc84a')
+_DASHES = ('', '7 3', '2 3', '9 3 2 3', '4 4', '1 2')
+_WIDTH, _HEIGHT = 380, 246
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 12, 40
+
+_COLOURS = ''.join(f'--line{i}:{c};' for i, c in enumerate(_LIGHT))
+_COLOURS_DARK = ''.join(f'--line{i}:{c};' for i, c in enumerate(_DARK))
+_LINES = ''.join(
+    f'.l{i}{{stroke:var(--line{i});stroke-dasharray:{dash.replace(" ", ",") or "none"}}}'
+    f'.m{i}{{fill:var(--line{i})}}'
+    for i, dash in enumerate(_DASHES)
+)
+STYLE = f"""
+:root{{color-scheme:light dark;--paper:#fbfbfa;--card:#fff;--ink:#1c2024;--soft:#5a6169;
+--rule:#dfe2e6;--accent:#0b62c4;--warn:#fff4e0;--warnrule:#c77700;{_COLOURS}}}
+@media (prefers-color-scheme:dark){{:root{{--paper:#14171a;--card:#1c2024;--ink:#e8eaed;
+--soft:#a4abb3;--rule:#353b42;--accent:#6cb2ff;--warn:#33270f;--warnrule:#e0a030;{_COLOURS_DARK}}}}}
+*{{box-sizing:border-box}}
+body{{margin:0;background:var(--paper);color:var(--ink);line-height:1.55;
+font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
+header,main,footer{{max-width:76rem;margin:0 auto;padding:0 1.25rem}}
+header{{padding-top:2.5rem}}
+h1{{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:0;overflow-wrap:anywhere}}
+h2{{font-size:1.3rem;margin:2.75rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--rule)}}
+h3{{font-size:1rem;margin:1.5rem 0 .5rem}}
+p{{max-width:46rem;margin:.5rem 0}}
+.soft,figcaption,caption{{color:var(--soft)}}
+.lead{{font-size:1.1rem;max-width:none}}
+nav ul{{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;list-style:none;padding:0;margin:1rem 0}}
+a{{color:var(--accent)}}
+a:focus-visible,summary:focus-visible,.wide:focus-visible{{outline:2px solid var(--accent)}}
+.facts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem;
+margin:1.25rem 0}}
+.facts div,.card{{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;
+padding:.7rem .9rem}}
+.facts dt{{color:var(--soft);font-size:.82rem}}
+.facts dd{{margin:0;font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums;
+overflow-wrap:anywhere}}
+.charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem;
+margin:.75rem 0}}
+figure{{margin:0}}
+.card figcaption{{font-weight:600;color:var(--ink);font-size:.95rem}}
+svg{{display:block;width:100%;height:auto}}
+svg text{{fill:var(--soft);font-size:12px}}
+.axis{{stroke:var(--rule)}}
+.line{{fill:none;stroke-width:2;stroke-linejoin:round}}
+{_LINES}
+.key{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.2rem 0 0;padding:0;
+font-size:.85rem;color:var(--soft)}}
+.key svg{{display:inline-block;width:1.8rem;height:.7rem;margin-right:.35rem}}
+.wide{{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:.6rem;
+max-width:100%}}
+table{{border-collapse:collapse;width:100%;font-size:.92rem}}
+th,td{{text-align:left;padding:.4rem .8rem;border-bottom:1px solid var(--rule);
+vertical-align:top}}
+tr:last-child td,tr:last-child th{{border-bottom:0}}
+thead th{{color:var(--soft);font-weight:600;white-space:nowrap}}
+tbody th{{font-weight:500}}
+.n{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+code,pre{{font-family:ui-monospace,SFMono-Regular,Menlo,"Liberation Mono",monospace;
+font-size:.88em}}
+td code{{overflow-wrap:anywhere}}
+pre{{margin:0;padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere}}
+details{{margin:.75rem 0}}
+summary{{cursor:pointer;color:var(--accent)}}
+.pictures{{display:grid;gap:.6rem;margin:.6rem 0;
+grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr))}}
+.pictures.small{{gap:.35rem;grid-template-columns:repeat(auto-fill,minmax(3.4rem,1fr))}}
+.pictures img{{width:100%;display:block;border-radius:.3rem;image-rendering:pixelated}}
+.pictures img.photo{{image-rendering:auto}}
+.pictures figcaption{{font-size:.78rem;line-height:1.25;margin-top:.15rem;white-space:pre-line;
+overflow-wrap:anywhere}}
+.notice{{background:var(--warn);border-left:.3rem solid var(--warnrule);padding:.6rem .9rem;
+border-radius:.3rem;max-width:none;overflow-wrap:anywhere}}
+ul.notice{{padding-left:2rem}}
+footer{{margin-top:3rem;padding-bottom:2.5rem;color:var(--soft);font-size:.88rem}}
+@media print{{.charts,.card,tr{{break-inside:avoid}}}}
+"""
+
+
+def text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def page(title: str, header: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
+    """A whole document; sections are (heading, HTML), those without HTML are left out."""
+    kept = [(name, body) for name, body in sections if body]
+    links = ''.join(f'<li><a href="#{_anchor(n)}">{text(n)}</a></li>' for n, _ in kept)
+    bodies = ''.join(
+        f'<section aria-labelledby="{_anchor(n)}"><h2 id="{_anchor(n)}">{text(n)}</h2>\n{b}'
+        '</section>\n'
+        for n, b in kept
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
+        f'<header>\n{header}\n<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
+        f'<main>\n{bodies}</main>\n<footer><p>{text(footer)}</p></footer>\n</body>\n</html>\n'
+    )
+
+
+def _anchor(name: str) -> str:
+    return ''.join(c if c.isalnum() else '-' for c in name.lower())
+
+
+def heading(name: str) -> str:
+    return f'<h3>{text(name)}</h3>\n'
+
+
+def paragraph(words: str, kind: str = '') -> str:
+    return f'<p class="{kind}">{text(words)}</p>\n' if kind else f'<p>{text(words)}</p>\n'
+
+
+def notice(words: str) -> str:
+    return f'<p class="notice">{text(words)}</p>\n'
+
+
+def notices(lines: Sequence[str]) -> str:
+    items = ''.join(f'<li>{text(line)}</li>' for line in lines)
+    return f'<ul class="notice">{items}</ul>\n' if lines else ''
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Short names with large values."""
+    each = ''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in pairs)
+    return f'<dl class="facts">{each}</dl>\n'
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in rows, the first cell a heading; a column of numbers lies to the right."""
+    numbers = [
+        bool(rows) and all(r[i][:1].isdigit() or r[i][:1] in '-+−–' for r in rows)
+        for i in range(len(header))
+    ]
+    kind = [' class="n"' if number else '' for number in numbers]
+    head = ''.join(f'<th scope="col"{k}>{text(c)}</th>' for k, c in zip(kind, header, strict=True))
+    body = ''
+    for first, *rest in rows:
+        cells = ''.join(f'<td{k}>{text(c)}</td>' for k, c in zip(kind[1:], rest, strict=True))
+        body += f'<tr><th scope="row">{text(first)}</th>{cells}</tr>\n'
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
+        f'<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+    )
+
+
+def details(summary: str, preformatted: str) -> str:
+    return (
+        f'<details class="card"><summary>{text(summary)}</summary>'
+        f'<pre>{text(preformatted)}</pre></details>\n'
+    )
+
+
+# Pictures.
+
+
+def data_uri(picture: np.ndarray) -> str:
+    """A picture, uint8 [height, width, 1 or 3], as PNG if it is small and as JPEG if not."""
+    import cv2
+
+    shown = picture[..., 0] if picture.shape[-1] < 3 else picture[..., 2::-1]
+    small = max(picture.shape[:2]) <= 96
+    kind, options = ('png', []) if small else ('jpeg', [cv2.IMWRITE_JPEG_QUALITY, 88])
+    _, encoded = cv2.imencode('.png' if small else '.jpg', np.ascontiguousarray(shown), options)
+    return f'data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}'
+
+
+def pictures(
+    each: Iterable[tuple[np.ndarray, str, str]], kind: str = '', columns: int | None = None
+) -> str:
+    """(Picture, caption, words for those who do not see it) side by side.
+
+    Args:
+      columns: so many in a row, however narrow the page is.
+    """
+    found = ''
+    for picture, caption, alt in each:
+        photo = ' class="photo"' if max(picture.shape[:2]) > 96 else ''
+        below = f'<figcaption>{text(caption)}</figcaption>' if caption else ''
+        found += (
+            f'<figure><img{photo} src="{data_uri(picture)}" alt="{text(alt)}">{below}</figure>\n'
+        )
+    rows = f' style="grid-template-columns:repeat({columns},minmax(0,8rem))"' if columns else ''
+    return f'<div class="pictures {kind}"{rows}>{found}</div>\n'
+
+
+# Charts.
+
+
+class Line(NamedTuple):
+    """A line of a chart; `marked` shows each point, for those that are few.
+
+    `look` numbers its colour and dashes, where the order in its chart shall not.
+    """
+
+    name: str
+    points: Points
+    marked: bool = False
+    joined: bool = True
+    look: int | None = None
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from low to high."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / most
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A short form: 1,500; 0.001; 2.5e-06."""
+    if value == 0:
+        return '0'
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        mantissa, _, exponent = f'{value:.3e}'.partition('e')
+        return f'{float(mantissa):g}e{int(exponent)}'
+    return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
+
+
+def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = False) -> str:
+    """A card with lines over a common axis; '' where there is nothing to draw.
+
+    Args:
+      below: name of the horizontal axis.
+      zero: the vertical axis begins at 0.
+    """
+    lines = [
+        line._replace(points=[point for point in line.points if math.isfinite(point[1])])
+        for line in lines
+    ]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ''
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    left, right = min(xs), max(xs)
+    low, high = min(ys), max(ys)
+    low = min(low, 0.0) if zero else low
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high = (low if zero and low == 0 else low - margin), high + margin
+    across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = (x - left) / (right - left) if right > left else 0.5
+        return _LEFT + across * share, _TOP + down * (high - y) / (high - low)
+
+    drawn = []
+    for y in ticks(low, high):
+        _, place = at(left, y)
+        drawn.append(
+            f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place:.1f}" '
+            f'y2="{place:.1f}"/><text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">'
+            f'{text(number(y))}</text>'
+        )
+    for x in ticks(left, right):
+        place, _ = at(x, low)
+        drawn.append(
+            f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
+            f'{text(number(x))}</text>'
+        )
+    drawn.append(
+        f'<text x="{_LEFT + across / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
+        f'{text(below)}</text>'
+    )
+    for i, line in enumerate(lines):
+        places = [at(*point) for point in _thinned(line.points)]
+        n = _look(line, i)
+        if line.joined and len(places) > 1:
+            path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in places)
+            drawn.append(f'<polyline class="line l{n}" points="{path}"/>')
+        if line.marked or len(places) == 1:
+            drawn += [
+                f'<circle class="m{n}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in places
+            ]
+    said = '; '.join(
+        f'{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}'
+        for line in lines
+    )
+    return (
+        f'<figure class="card"><figcaption>{text(title)}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{text(title)}: {text(said)}">'
+        f'{"".join(drawn)}</svg>{_key(lines) if len(lines) > 1 else ""}</figure>\n'
+    )
+
+
+def _look(line: Line, place: int) -> int:
+    return (place if line.look is None else line.look) % len(_DASHES)
+
+
+def _key(lines: Sequence[Line]) -> str:
+    items = ''
+    for i, line in enumerate(lines):
+        n = _look(line, i)
+        stroke = f'<line class="line l{n}" x1="0" x2="36" y1="7" y2="7"/>' if line.joined else ''
+        dot = f'<circle class="m{n}" cx="18" cy="7" r="4"/>' if line.marked else ''
+        items += (
+            f'<li><svg viewBox="0 0 36 14" aria-hidden="true">{stroke}{dot}</svg>'
+            f'{text(line.name)}</li>'
+        )
+    return f'<ul class="key">{items}</ul>'
+
+
+def _thinned(points: Points, most: int = 600) -> Points:
+    """At most about so many points, the last one among them: more than a line has pixels."""
+    every = -(-len(points) // most)
+    return [*points[:-1:every], points[-1]]
+
+
+def charts(each: Iterable[str]) -> str:
+    found = ''.join(each)
+    return f'<div class="charts">{found}</div>\n' if found else ''

@@ -1,0 +1,557 @@
+"""Report: `python -m big_vit.report WORKDIR` writes a run's story as one HTML file.
+
+The file needs no network and no scripts: pictures and charts are in it. Of a transfer the two
+runs are shown side by side. Where the dataset is gone, that is said, and the rest is written.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from big_vit import (
+    anatomy,
+    build,
+    checkpoint,
+    history,
+    ledger,
+    looks,
+    metrics,
+    pages,
+    plots,
+    runtime,
+    sample,
+    sharding,
+    specimen,
+    storage,
+)
+from big_vit import config as config_lib
+from big_vit.errors import UserError
+from big_vit.models import costs
+from big_vit.pages import Line
+from big_vit.specimen import Specimen
+
+# More runs than these in one folder are no transfer, and no chart that can be read.
+MOST_RUNS = 6
+# Eigenvalues of wider kernels take minutes.
+WIDEST = 2048
+EXAMPLES, LOOKED_AT = 24, 4
+
+
+class Run(NamedTuple):
+    """A run, its newest checkpoint and its metrics; `name` is '' where it is the only one."""
+
+    name: str
+    workdir: epath.Path
+    found: Specimen
+    rows: history.Rows
+
+
+def open_runs(path: str) -> list[Run]:
+    """The run of a workdir (or of one of its checkpoints), or those in the folders of a transfer.
+
+    Raises:
+      UserError: there is none, or there are too many.
+    """
+    folder = storage.place(path)
+    if not checkpoint.steps(folder) and folder.is_dir():
+        names = sorted(
+            (each.name for each in folder.iterdir() if checkpoint.steps(each)),
+            key=lambda name: (name != 'pretrained', name),
+        )
+        if len(names) > MOST_RUNS:
+            raise UserError(f'{path}: holds {len(names)} runs; name one of them: {path}/{names[0]}')
+        if names:
+            return [_open(str(folder / name), name) for name in names]
+    return [_open(path, '')]
+
+
+def _open(path: str, name: str) -> Run:
+    workdir, step = checkpoint.locate(path, 'WORKDIR')
+    found = specimen.load(f'{workdir}/checkpoints/{step}')
+    rows = [row for row in metrics.read(workdir) if row['step'] <= step]
+    return Run(name, workdir, found, rows)
+
+
+def guarded(draw: Callable[[], str], what: str) -> str:
+    """A part of the page, or a line in its place that says why it is not there."""
+    try:
+        return draw()
+    except (UserError, OSError) as error:
+        return pages.notice(f'{what}: {error}')
+
+
+def titled(run: Run, body: str) -> str:
+    """The part of one of several runs, under its name."""
+    return pages.heading(run.name) + body if run.name and body else body
+
+
+def each(runs: list[Run], draw: Callable[[Run], str], what: str) -> str:
+    return ''.join(titled(run, guarded(functools.partial(draw, run), what)) for run in runs)
+
+
+# Header.
+
+
+def when(path: epath.Path) -> str:
+    """When a file was last written."""
+    moment = datetime.datetime.fromtimestamp(path.stat().mtime, datetime.UTC)
+    return moment.strftime('%Y-%m-%d %H:%M UTC')
+
+
+def header(runs: list[Run], path: str) -> str:
+    first = runs[0]
+    name = storage.place(path).name if first.name else first.workdir.name
+    if name.isdigit():
+        name = first.workdir.name
+    settings = first.found.settings()
+    data = settings.get('data.tfds_name') or settings.get('data.name') or 'a mixture of datasets'
+    model = settings.get('model.variant', '')
+    assert first.found.run is not None
+    written = when(first.workdir / 'checkpoints' / str(first.found.run[1]))
+    kind = f'Runs {" and ".join(run.name for run in runs)}' if first.name else 'A run'
+    lead = f'{kind} of ViT-{model} on {data}; last checkpoint of {written}.'
+    return (
+        f'<h1>{pages.text(name)}</h1>\n'
+        + pages.paragraph(lead, 'lead')
+        + ''.join(titled(run, pages.facts(facts(run))) for run in runs)
+    )
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The few numbers that people ask for first."""
+    assert run.found.run is not None
+    step, settings = run.found.run[1], run.found.settings()
+    total = settings.get('total_steps') or 0
+    at = f'{step:,} of {total:,.0f}' if total >= step else f'{step:,}'
+    found = [('Step', at)]
+    for split, scores in history.scores(run.rows).items():
+        main = next((s for s in scores if s.name == 'top1'), scores[0])
+        found.append((f'{split} {_word(main.name)}', _shown(main, main.last)))
+    found = found[:4]
+    parameters = sum(np.asarray(leaf).size for leaf in anatomy.unrolled(run.found.params).values())
+    found.append(('Parameters', f'{parameters / 1e6:,.2f} M'))
+    for name, what, shape in (
+        ('examples_per_s', 'Examples a second', '{:,.0f}'),
+        ('mfu', 'MFU', '{:.0%}'),
+    ):
+        values = _timing(run, name)
+        if values:
+            found.append((what, shape.format(statistics.median(values))))
+    return found
+
+
+def _word(name: str) -> str:
+    return {'top1': 'top-1', 'top5': 'top-5'}.get(name, name.replace('_', ' '))
+
+
+def _shown(score: history.Score, value: float) -> str:
+    is_share = history.standard_error(score) is not None
+    return f'{value:.2%}' if is_share else pages.number(value)
+
+
+def _timing(run: Run, name: str) -> list[float]:
+    points = history.series(run.rows, metrics.TIMING + name)
+    return [value for _, value in points if math.isfinite(value)]
+
+
+# Results.
+
+
+def versus(runs: list[Run], path: str) -> str:
+    """The runs of a transfer side by side: the last scores, each with its standard error."""
+    if len(runs) < 2:
+        return ''
+    scores = [
+        {(split, s.name): s for split, found in history.scores(run.rows).items() for s in found}
+        for run in runs
+    ]
+    names = {'pretrained': 'from the checkpoint', 'control': 'from random'}
+    heads = ['evaluation', 'score', *(names.get(run.name, run.name) for run in runs)]
+    if len(runs) == 2:
+        heads.append('difference')
+    rows = []
+    for key in dict.fromkeys(key for found in scores for key in found):
+        cells = [found.get(key) for found in scores]
+        row = [key[0], _word(key[1]), *(_with_error(score) for score in cells)]
+        if len(runs) == 2:
+            row.append(_difference(*cells))
+        rows.append(row)
+    there = (storage.place(path) / 'transfer.json').exists()
+    return (
+        ('' if there else pages.notice('transfer.json is not there: not every run has ended'))
+        + pages.table('Results side by side', heads, rows)
+        + pages.paragraph(
+            '± is the standard error that the size of the test alone gives; seeds add to it, so a '
+            'difference of a few ± from one seed shows nothing.',
+            'soft',
+        )
+    )
+
+
+def _with_error(score: history.Score | None) -> str:
+    if score is None:
+        return '–'
+    error = history.standard_error(score)
+    if error is None:
+        return pages.number(score.last)
+    return f'{score.last:.2%} ± {error:.2%}'
+
+
+def _difference(a: history.Score | None, b: history.Score | None) -> str:
+    if a is None or b is None:
+        return '–'
+    errors = history.standard_error(a), history.standard_error(b)
+    if errors[0] is None or errors[1] is None:
+        return f'{a.last - b.last:+.4g}'
+    return f'{a.last - b.last:+.2%} ± {math.hypot(errors[0], errors[1]):.2%}'
+
+
+def evaluations(run: Run) -> str:
+    rows = [
+        [
+            split,
+            _word(score.name),
+            _with_error(score),
+            f'{score.last_step:,}',
+            _shown(score, score.best),
+            f'{score.best_step:,}',
+            '–' if score.examples is None else f'{score.examples:,.0f}',
+        ]
+        for split, scores in history.scores(run.rows).items()
+        for score in scores
+    ]
+    if not rows:
+        return pages.paragraph('No evaluation has been made.', 'soft')
+    header = ['evaluation', 'score', 'last', 'at step', 'best', 'at step', 'examples']
+    return pages.table('All evaluations', header, rows)
+
+
+def curves(runs: list[Run]) -> str:
+    """Each kind of metric over the steps, all runs and splits in one chart."""
+    order: dict[str, int] = {}  # A run and split looks the same in all charts.
+
+    def lines(*wanted: str) -> list[Line]:
+        found = []
+        for run in runs:
+            for name in history.names(run.rows):
+                split, _, key = name.rpartition('/')
+                if key not in wanted or name.startswith(metrics.TIMING):
+                    continue
+                shown = f'{run.name} {split}'.strip()
+                look = order.setdefault(shown, len(order))
+                points = history.series(run.rows, name)
+                found.append(Line(shown, points, marked=split != 'train', look=look))
+        return found
+
+    found = pages.charts(
+        [
+            pages.chart('Loss', lines('loss')),
+            pages.chart('Accuracy', lines('accuracy', 'top1')),
+            pages.chart('Learning rate', lines('lr'), zero=True),
+            pages.chart('Gradient norm', lines('grad_norm'), zero=True),
+        ]
+    )
+    return found or pages.paragraph('There are no metrics yet.', 'soft')
+
+
+def warnings(run: Run) -> str:
+    lines = history.warnings(run.rows)
+    damaged = run.workdir / 'damaged'
+    names = sorted(path.name for path in damaged.iterdir()) if damaged.is_dir() else []
+    if names:
+        lines.append(f'damaged checkpoints were set aside: {", ".join(names)}')
+    return pages.notices(lines) or pages.paragraph('None.', 'soft')
+
+
+# Cost.
+
+
+def memory(run: Run) -> str:
+    """Parameters, operations, and the bytes of all that the checkpoint keeps, by use."""
+    assert run.found.sidecar is not None
+    leaves = run.found.sidecar['leaves']
+    params = {name.split('/')[1] for name in leaves if name.startswith('params/')}
+    held: dict[str, list[int]] = {}
+    for name, leaf in leaves.items():
+        part, _, rest = name.partition('/')
+        use = {'params': 'parameters', 'ema': 'averaged parameters'}.get(part, 'counters')
+        if part == 'opt':
+            use = f'optimizer: {ledger.use_of(rest, len(leaf["shape"]), params)}'
+        count = math.prod(leaf['shape'])
+        so_far = held.setdefault(use, [0, 0, 0])
+        so_far[0] += 1
+        so_far[1] += count
+        so_far[2] += count * jnp.dtype(leaf['dtype']).itemsize
+    total = [sum(use[i] for use in held.values()) for i in range(3)]
+    unit = held['parameters'][2]
+    rows = [
+        [use, f'{a:,}', f'{count:,}', ledger.amount(size), f'{size / unit:.2f}']
+        for use, (a, count, size) in [*sorted(held.items(), key=lambda x: -x[1][2]), ('all', total)]
+    ]
+    head = ['kept', 'arrays', 'numbers', 'bytes', 'of the parameters']
+    return pages.table('What the checkpoint keeps', head, rows) + guarded(
+        lambda: operations(run), 'Operations cannot be counted'
+    )
+
+
+def operations(run: Run) -> str:
+    found, config = run.found, run.found.config
+    assert config is not None and found.run is not None
+    if list(config.streams) or build.reads(config) != ('image',):
+        here = build.train_data(config)  # Only the data knows the shapes of other inputs.
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        model = build.model(config, here.source.num_classes, here.shapes, mesh)
+        cost = costs.cost(model, here.shapes)
+    else:
+        cost = costs.cost(found.model, {'image': (*found.image_size, found.channels)})
+    seen = found.run[1] * config.batch_size
+    return pages.paragraph(
+        f'An example is {cost.tokens:,} tokens and takes {cost.flops / 1e9:,.3f} GFLOP forward; '
+        f'{found.run[1]:,} steps of {config.batch_size:,} examples have taken '
+        f'{3 * cost.flops * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
+        'parameters in float32.',
+        'soft',
+    )
+
+
+def times(run: Run) -> str:
+    """Rates over the steps, and all timings that were written."""
+    names = [n for n in history.names(run.rows) if n.startswith(metrics.TIMING)]
+    names = [n for n in names if n not in (metrics.RESUMED, metrics.TIMING + 'eta_s')]
+    rows = []
+    for name in names:
+        key = name.removeprefix(metrics.TIMING)
+        values = _timing(run, key)
+        if values:
+            middle = statistics.median(values)
+            rows.append(
+                [key, *(pages.number(v) for v in (values[-1], middle, min(values), max(values)))]
+            )
+    if not rows:
+        return pages.paragraph('No timings were written.', 'soft')
+
+    def line(key: str) -> list[Line]:
+        return [Line(key, history.series(run.rows, metrics.TIMING + key))]
+
+    return pages.charts(
+        [
+            pages.chart('Examples a second', line('examples_per_s'), zero=True),
+            pages.chart('Share of the peak (MFU)', line('mfu'), zero=True),
+            pages.chart('Share of time spent waiting for data', line('data_wait'), zero=True),
+        ]
+    ) + pages.table('Timings', ['timing', 'last', 'median', 'least', 'most'], rows)
+
+
+# What it sees.
+
+
+def data(run: Run) -> str:
+    """A training batch as the model sees it."""
+    assert run.found.config is not None
+    config = run.found.config
+    found, batch = sample.batch(config, min(EXAMPLES, config.batch_size))
+    source = found.source
+    words = (
+        f'{source.name} {source.split}: {source.length:,} examples of {source.num_classes:,} '
+        'classes. '
+    )
+    if 'image' not in batch:
+        parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
+        return pages.paragraph(f'{words}Examples are no pictures: {parts}.')
+    seen = build.seen(config, found, batch, 0)
+    titles = [sample.title(found, np.asarray(label)) for label in seen['label']]
+    shown = plots.as_bytes([np.asarray(image, np.float32) for image in seen['image']])
+    mixed = ', mixed among themselves' if config.mixup or config.cutmix else ''
+    return pages.paragraph(
+        f'{words}The first of the run, after all that is done to them{mixed}.'
+    ) + pages.pictures(
+        (image, title, f'Training example of class {title}')
+        for image, title in zip(shown, titles, strict=True)
+    )
+
+
+def attention(run: Run) -> str:
+    """What the model looks at in some training images."""
+    seen = looks.of_training(run.found, LOOKED_AT)
+    rows = ''.join(
+        pages.pictures(
+            [
+                (picture, title, f'Training image {i + 1}: {title}' + _map(title))
+                for title, picture in one.titled()
+            ],
+            columns=len(one.titled()),
+        )
+        for i, one in enumerate(seen)
+    )
+    apart = np.mean([one.distances for one in seen], axis=0)
+    heads = [(i + 1, float(value)) for i, block in enumerate(apart) for value in block]
+    mean = [(i + 1, float(block.mean())) for i, block in enumerate(apart)]
+    chart = pages.chart(
+        'How far heads look, in pixels',
+        [Line('a head', heads, marked=True, joined=False), Line('mean of the heads', mean)],
+        below='block',
+        zero=True,
+    )
+    words = (
+        'Each map is stretched from its least (dark) to its largest share (yellow): what the class '
+        'token, or all patches on average, attend to in a block, the mean of its heads; and the '
+        'rollout of attention through all blocks (arXiv 2005.00928).'
+    )
+    return pages.paragraph(words, 'soft') + rows + pages.charts([chart])
+
+
+def _map(title: str) -> str:
+    return '' if title == 'image' else ', map of attention'
+
+
+def weights(run: Run) -> str:
+    """Sizes and stable ranks of kernels by block, the patch embedding, the positions."""
+    params = run.found.params
+    charts = [_by_block('Root mean square of kernels', anatomy.sizes(params))]
+    widest = max((min(m[0].shape) for m in anatomy.matrices(params).values()), default=0)
+    if widest <= WIDEST:
+        ranks = {p: anatomy.stable_rank(v) for p, v in anatomy.spectra(params).items()}
+        charts.append(_by_block('Stable rank of kernels', ranks))
+    return (
+        pages.charts(charts)
+        + guarded(lambda: embedding(run.found), 'The patch embedding cannot be drawn')
+        + guarded(lambda: positions(run.found), 'Positions cannot be drawn')
+    )
+
+
+def _by_block(title: str, values: dict[str, np.ndarray]) -> str:
+    lines = [
+        Line(part, [(i + 1, float(v)) for i, v in enumerate(row)]) for part, row in values.items()
+    ]
+    return pages.chart(title, lines, below='block', zero=True)
+
+
+def embedding(found: Specimen) -> str:
+    kernel = found.embedding()
+    if kernel is None:
+        return ''
+    each = plots.stretched(anatomy.components(kernel))
+    return (
+        pages.heading('Patch embedding')
+        + pages.paragraph('Its principal components, the largest first.', 'soft')
+        + pages.pictures(
+            ((picture, '', f'Component {i + 1}') for i, picture in enumerate(each)), 'small'
+        )
+    )
+
+
+def positions(found: Specimen) -> str:
+    table = found.positions()
+    if table is None:
+        return ''
+    cosine = anatomy.position_similarity(table, found.grid)
+    rows, columns = (plots.some_of(n, 5) for n in cosine.shape[:2])
+    return (
+        pages.heading('Positions')
+        + pages.paragraph(
+            'The cosine of some positions with all: red is alike, blue is opposite.', 'soft'
+        )
+        + pages.pictures(
+            (
+                (
+                    plots.signed(cosine[row, column]),
+                    '',
+                    f'Cosine of the position in row {row + 1}, column {column + 1} with all',
+                )
+                for row in rows
+                for column in columns
+            ),
+            'small',
+            len(columns),
+        )
+    )
+
+
+# What made it.
+
+
+def settings(run: Run) -> str:
+    assert run.found.sidecar is not None
+    rows = [[key, _plain(value)] for key, value in run.found.settings().items()]
+    return pages.table('What the config sets', ['key', 'value'], rows) + pages.details(
+        'The whole config', json.dumps(run.found.sidecar['config'], indent=2)
+    )
+
+
+def _plain(value: Any) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return f'{value:,.0f}' if whole else value if isinstance(value, str) else repr(value)
+
+
+def changes(runs: list[Run]) -> str:
+    """The config of the first run, and in what the others differ from it."""
+    found = settings(runs[0])
+    for run in runs[1:]:
+        first, other = (r.found.sidecar['config'] for r in (runs[0], run) if r.found.sidecar)
+        lines = config_lib.difference(first, other)
+        said = f'{run.name} differs: ' + '; '.join(lines) if lines else f'{run.name} has the same.'
+        found += pages.paragraph(said)
+    return found
+
+
+def versions(run: Run) -> str:
+    sidecar: dict[str, Any] = run.found.sidecar or {}
+    rows = [*map(list, sidecar['versions'].items())]
+    rows.append(['hash of the contents', sidecar['content_hash'][:16]])
+    return pages.table('Versions', ['of', 'is'], rows)
+
+
+def document(path: str) -> str:
+    """The whole page.
+
+    Raises:
+      UserError: there is no run, or its metrics are damaged.
+    """
+    runs = open_runs(path)
+    gone = 'The training data cannot be read here'
+    sections = [
+        ('Transfer', versus(runs, path)),
+        ('Curves', curves(runs)),
+        ('Evaluations', each(runs, evaluations, 'Evaluations')),
+        ('Warnings', each(runs, warnings, 'Warnings')),
+        ('Training data', guarded(lambda: data(runs[0]), gone)),
+        ('Attention', each(runs, attention, 'Attention cannot be shown')),
+        ('Weights', each(runs, weights, 'Weights')),
+        ('Memory and operations', guarded(lambda: memory(runs[0]), 'Memory')),
+        ('Time', each(runs, times, 'Time')),
+        ('Config', changes(runs)),
+        ('Versions', versions(runs[0])),
+    ]
+    where = ', '.join(run.found.where for run in runs)
+    name = storage.place(path).name
+    return pages.page(f'{name} – big_vit', header(runs, path), sections, f'Made of {where}')
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vit.report',
+        description="Write a run's results, curves, pictures and costs as one HTML file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument('workdir', help='of a training run, or of a transfer')
+    parser.add_argument('--out', metavar='FILE', help='by default WORKDIR/report.html')
+    args, _ = config_lib.parse_command_line(parser, argv)
+    runtime.start()
+    text = document(args.workdir)
+    out = storage.place(args.out or f'{args.workdir.rstrip("/")}/report.html')
+    storage.write_text(out, text)
+    print(f'wrote   {out} ({len(text.encode()) / 1e6:.1f} MB)')
+
+
+if __name__ == '__main__':
+    runtime.command(main)

@@ -1,0 +1,249 @@
+"""The report of a run: whole, escaped, on its own, and written also where its data is gone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import cv2
+import pytest
+from commands import error_line, run
+from tiny import MODEL, RUN, overrides, write_folder
+
+from big_vit import config, history, pages, report, train
+from big_vit.errors import UserError
+
+VOID = {'meta', 'img', 'line', 'circle', 'polyline', 'br'}
+NAME = '<script>alert(1)</script>&"\''.replace('/', '')
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; keeps attributes by tag, headings and all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.headings = [], {}, [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        assert len(attributes) == len(attrs), f'{tag} has an attribute twice'
+        self.tags.setdefault(tag, []).append(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if 'style' not in self.open:
+            self.words.append(data)
+        if self.open[-1:] == ['h2']:
+            self.headings.append(data)
+
+    @property
+    def text(self):
+        return ' '.join(' '.join(self.words).split())
+
+
+def check_alone(page, text):
+    """Nothing comes from elsewhere, nothing runs, and everything has words."""
+    assert 'script' not in page.tags and 'link' not in page.tags and 'iframe' not in page.tags
+    assert not re.search(r'https?:|url\(|@import|\bon\w+="', text)
+    assert page.tags['html'] == [{'lang': 'en'}]
+    assert all(a['href'].startswith('#') for a in page.tags['a'])
+    anchors = {attributes['id'] for attributes in page.tags['h2']}
+    assert {a['href'][1:] for a in page.tags['a']} == anchors
+    for image in page.tags['img']:
+        assert image['src'].startswith('data:image/') and image['alt']
+    for svg in page.tags['svg']:
+        assert svg.get('aria-label') or svg.get('aria-hidden') == 'true'
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('report')
+    photos = write_folder(folder / 'photos')
+    (photos / 'class0').rename(photos / NAME)
+    settings = config.load(
+        f'configs/own_images.py:path={photos}',
+        overrides(
+            MODEL,
+            RUN,
+            {'image_size': '16', 'model.variant': 'mu/8', 'evals.test.split': 'train[:20]'},
+            {'model.posemb': 'learned', 'mixup': '0.0', 'cutmix': '0.0'},
+        ),
+    )
+    train.run(settings, folder / 'w')
+    return folder / 'w'
+
+
+def test_a_run_has_all_of_its_story(workdir):
+    text = report.document(str(workdir))
+    page = Page(text)
+    check_alone(page, text)
+    assert page.headings == [
+        'Curves', 'Evaluations', 'Warnings', 'Training data', 'Attention', 'Weights',
+        'Memory and operations', 'Time', 'Config', 'Versions',
+    ]  # fmt: skip
+    for words in ('3 of 3', 'top-1', 'optimizer: first moment', 'examples_per_s', 'GFLOP forward'):
+        assert words in page.text, words
+    assert NAME in page.text and NAME not in text
+    labels = [s['aria-label'] for s in page.tags['svg'] if 'aria-label' in s]
+    for title in ('Loss', 'Accuracy', 'Learning rate', 'Stable rank of kernels'):
+        assert any(label.startswith(title) for label in labels), title
+    alts = [image['alt'] for image in page.tags['img']]
+    assert f'Training example of class {NAME}' in alts
+    assert 'Training image 1: rollout, map of attention' in alts
+
+
+def test_the_command_writes_where_it_is_told(workdir, tmp_path, capsys):
+    report.main([str(workdir), '--out', str(tmp_path / 'a.html')])
+    assert f'wrote   {tmp_path}/a.html' in capsys.readouterr().out
+    report.main([str(workdir / 'checkpoints' / '3'), '--out', str(tmp_path / 'b.html')])
+    one, two = ((tmp_path / n).read_text() for n in ('a.html', 'b.html'))
+    assert one.replace('<title>w ', '<title>3 ') == two
+
+
+def test_two_runs_of_a_transfer_are_side_by_side(workdir, tmp_path):
+    for name in ('pretrained', 'control'):
+        shutil.copytree(workdir, tmp_path / 't' / name)
+    text = report.document(str(tmp_path / 't'))
+    assert 'transfer.json is not there' in text
+    (tmp_path / 't' / 'transfer.json').write_text('{}')
+    text = report.document(str(tmp_path / 't'))
+    page = Page(text)
+    check_alone(page, text)
+    assert page.headings[0] == 'Transfer' and 'transfer.json is not there' not in text
+    assert 'from the checkpoint' in page.text and 'from random' in page.text
+    assert re.search(r'\+0\.00% ± \d', page.text)
+    assert 'pretrained test' in page.text and 'control has the same' in page.text
+
+
+def test_without_its_data_the_rest_is_written(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / 'w')
+    for path in (tmp_path / 'w').rglob('metadata'):
+        sidecar = json.loads(path.read_text())
+        sidecar['config']['data']['path'] = str(tmp_path / 'gone')
+        path.write_text(json.dumps(sidecar))
+    page = Page(report.document(str(tmp_path / 'w')))
+    assert re.search('The training data cannot be read here: .*/gone', page.text), page.text
+    assert 'Attention cannot be shown' in page.text
+    assert 'Weights' in page.headings and 'GFLOP forward' in page.text
+
+
+def test_what_went_wrong_is_told(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / 'w')
+    file = tmp_path / 'w' / 'metrics.jsonl'
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0] |= {'train/skipped': 1.0, 'time/resumed_from': 2.0, 'train/loss': None}
+    file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (tmp_path / 'w' / 'damaged' / '2-0').mkdir(parents=True)
+    text = Page(report.document(str(tmp_path / 'w'))).text
+    assert 'resumed 1 time(s), from step 2' in text
+    assert 'train/loss is not a finite number at 1 step(s), first 1' in text
+    assert 'damaged checkpoints were set aside: 2-0' in text
+    file.write_text('no json\n' + file.read_text())
+    with pytest.raises(UserError, match=r'metrics\.jsonl, line 1: .* delete that line'):
+        report.document(str(tmp_path / 'w'))
+
+
+def test_where_there_is_no_run_one_line_says_so(tmp_path):
+    line = error_line(run('report', tmp_path / 'nowhere'))
+    assert 'no such folder; give the --workdir of a training run' in line
+
+
+def test_a_folder_of_many_runs_is_no_transfer(tmp_path, monkeypatch):
+    for i in range(7):
+        (tmp_path / f'run{i}').mkdir()
+    monkeypatch.setattr(report.checkpoint, 'steps', lambda path: [3] if path != tmp_path else [])
+    with pytest.raises(UserError, match=r'holds 7 runs; name one of them: .*/run0'):
+        report.open_runs(str(tmp_path))
+
+
+def test_scores_are_the_last_and_the_best_of_what_was_evaluated():
+    rows = [
+        {'step': 10, 'train/loss': 3.0, 'time/mfu': 0.5},
+        {'step': 10, 'test/loss': 2.0, 'test/top1': 0.5, 'test/count': 100},
+        {'step': 20, 'test/loss': 2.5, 'test/top1': 0.75, 'test/count': 100, 'knn/near/top1': 0.1},
+    ]
+    found = history.scores(rows)
+    assert list(found) == ['test', 'knn/near']
+    loss, top1 = found['test']
+    assert (loss.last, loss.best, loss.best_step, loss.last_step) == (2.5, 2.0, 10, 20)
+    assert (top1.last, top1.best, top1.best_step) == (0.75, 0.75, 20)
+    assert history.standard_error(top1) == pytest.approx((0.75 * 0.25 / 100) ** 0.5)
+    assert history.standard_error(loss) is None
+    assert history.warnings(rows) == []
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'expected'),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (0.13, 0.37, [0.15, 0.2, 0.25, 0.3, 0.35]), (5, 5, [5])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert pages.ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ('value', 'shown'),
+    [
+        (0, '0'),
+        (1500, '1,500'),
+        (0.00025, '2.5e-4'),
+        (0.5, '0.5'),
+        (123456, '123,456'),
+        (2e9, '2e9'),
+    ],
+)
+def test_numbers_are_short(value, shown):
+    assert pages.number(value) == shown
+
+
+def test_a_chart_of_one_point_or_none():
+    assert pages.chart('t', [pages.Line('a', []), pages.Line('b', [(1, float('nan'))])]) == ''
+    one = Page(pages.chart('a < b', [pages.Line('a', [(3, 2.0)])]))
+    assert len(one.tags['circle']) == 1 and 'polyline' not in one.tags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width', [1200, 420])
+def test_a_browser_shows_it_within_its_width(width, workdir, tmp_path):
+    browser = next(
+        filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))), None
+    )
+    if browser is None:
+        pytest.skip('there is no Chromium')
+    page, picture = tmp_path / 'report.html', tmp_path / 'report.png'
+    report.main([str(workdir), '--out', str(page)])
+    # The page writes into its title how wide it would like to be, which --dump-dom then prints.
+    probe = page.read_text().replace(
+        '</body>', '<script>document.title = document.documentElement.scrollWidth</script></body>'
+    )
+    (tmp_path / 'probe.html').write_text(probe)
+    flags = [
+        '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
+        f'--user-data-dir={tmp_path / "profile"}', f'--window-size={width},3000',
+    ]  # fmt: skip
+    more = dict(capture_output=True, text=True, timeout=120, check=True)
+    subprocess.run([browser, *flags, f'--screenshot={picture}', page.as_uri()], **more)
+    shown = cv2.imread(str(picture))
+    assert shown.shape[1] >= width and shown.std() > 10
+    dump = subprocess.run(
+        [browser, *flags, '--dump-dom', (tmp_path / 'probe.html').as_uri()], **more
+    ).stdout
+    wide = int(re.search(r'<title>(\d+)</title>', dump)[1])
+    assert wide <= max(width, 500)  # Chromium's windows are at least 500 pixels wide.
+
+
+@pytest.mark.slow
+def test_a_model_of_words_has_all_but_pictures(tmp_path):
+    settings = config.load('configs/sequences.py:task=phrases', overrides(RUN, evals=('test',)))
+    train.run(settings, tmp_path / 'w')
+    page = Page(report.document(str(tmp_path / 'w')))
+    assert 'Examples are no pictures' in page.text
+    assert 'An example is 64 tokens' in page.text and 'its model reads tokens' in page.text
