@@ -33,6 +33,7 @@ from big_vit import (
     sharding,
     specimen,
     storage,
+    study,
 )
 from big_vit import config as config_lib
 from big_vit.errors import UserError
@@ -59,10 +60,14 @@ class Run(NamedTuple):
 def open_runs(path: str) -> list[Run]:
     """The run of a workdir (or of one of its checkpoints), or those in the folders of a transfer.
 
+    Of a sweep it is the first seed of what each start chose.
+
     Raises:
       UserError: there is none, or there are too many.
     """
     folder = storage.place(path)
+    if tested := study.tested(folder):
+        return [_open(str(folder / one['trials'][0]), name) for name, one in tested.items()]
     if not checkpoint.steps(folder) and folder.is_dir():
         names = sorted(
             (each.name for each in folder.iterdir() if checkpoint.steps(each)),
@@ -169,7 +174,7 @@ def _timing(run: Run, name: str) -> list[float]:
 
 def versus(runs: list[Run], path: str) -> str:
     """The runs of a transfer side by side: the last scores, each with its standard error."""
-    if len(runs) < 2:
+    if len(runs) < 2 or study.tested(storage.place(path)):
         return ''
     scores = [
         {(split, s.name): s for split, found in history.scores(run.rows).items() for s in found}
@@ -195,6 +200,32 @@ def versus(runs: list[Run], path: str) -> str:
             'difference of a few ± from one seed shows nothing.',
             'soft',
         )
+    )
+
+
+def swept(path: str) -> str:
+    """What validation said of every setting of a sweep, and the test of what it chose."""
+    folder = storage.place(path)
+    results, rows = study.tested(folder), study.read(folder)
+    if not results:
+        return ''
+    named = {start: study.STARTS[start] for start in results}
+    metric = next((key for key in rows[0] if key.endswith('/top1')), None)
+    found = pages.heading('Test, scored once')
+    found += pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
+    if metric and all(row.get(metric) is not None for row in rows):
+        heads = ('start', 'setting', '', metric, '±', 'seeds')
+        # A line's heading is the start, also where the text table leaves it out.
+        lines, start = [], ''
+        for line in study.lines(rows, metric, named):
+            start = line[0] or start
+            lines.append([start, *line[1:]])
+        found += pages.heading('Validation, * is what it chose')
+        found += pages.table('Validation, * is what it chose', heads, lines)
+    return found + pages.paragraph(
+        '± seeds is the standard error of the mean over seeds, ± size that which the size of the '
+        'test alone gives. What follows shows the first seed of what each start chose.',
+        'soft',
     )
 
 
@@ -521,6 +552,7 @@ def document(path: str) -> str:
     gone = 'The training data cannot be read here'
     sections = [
         ('Transfer', versus(runs, path)),
+        ('Sweep', guarded(lambda: swept(path), 'Sweep')),
         ('Curves', curves(runs)),
         ('Evaluations', each(runs, evaluations, 'Evaluations')),
         ('Warnings', each(runs, warnings, 'Warnings')),
@@ -543,7 +575,7 @@ def main(argv: list[str]) -> None:
         description="Write a run's results, curves, pictures and costs as one HTML file.",
         allow_abbrev=False,
     )
-    parser.add_argument('workdir', help='of a training run, or of a transfer')
+    parser.add_argument('workdir', help='of a training run, a transfer or a sweep')
     parser.add_argument('--out', metavar='FILE', help='by default WORKDIR/report.html')
     args, _ = config_lib.parse_command_line(parser, argv)
     runtime.start()

@@ -14,10 +14,16 @@ from typing import Any
 
 from etils import epath
 
-from big_vit import metrics, plots, storage
+from big_vit import plots, storage
 from big_vit.errors import UserError
 
 ROWS, TEST = 'trials.jsonl', 'test.json'
+TEST_HEADS = ('start', 'chosen', 'test top-1', '± seeds', '± size', 'loss', 'seeds', 'examples')
+STARTS = {
+    'pretrained': 'from the checkpoint',
+    'control': 'control: same recipe from random',
+    'features': 'control: head on random features',
+}
 Row = dict[str, Any]
 
 
@@ -37,6 +43,19 @@ def read(folder: epath.Path) -> list[Row]:
                 f'{file}: line {number} is not JSON; delete it, and its trial runs again'
             ) from None
     return rows
+
+
+def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
+    """By start what was chosen and how it scored; {} where the test was not scored yet.
+
+    Raises:
+      UserError: the file is not JSON.
+    """
+    file = folder / TEST
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f'{file}: is not JSON; delete it, and the test is scored again') from None
 
 
 def write(folder: epath.Path, rows: Sequence[Row]) -> None:
@@ -87,9 +106,9 @@ def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
     return max(groups, key=score) if len(groups) > 1 else next(iter(groups))
 
 
-def table(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> str:
+def lines(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> list[list[str]]:
     """Mean and standard error over seeds of each setting of each start; * is what was chosen."""
-    body = []
+    body: list[list[str]] = []
     for start, name in starts.items():
         groups = by_setting(rows, start)
         chosen = choose(rows, start, metric)
@@ -97,9 +116,27 @@ def table(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> str:
             mean, error = mean_and_error([row[metric] for row in group])
             star = '*' if group is chosen or group == chosen else ''
             about = f'{error:.2%}' if math.isfinite(error) else '-'
-            body.append((name, label(group[0]['setting']), star, f'{mean:.2%}', about, len(group)))
+            setting = label(group[0]['setting']) or '-'
+            body.append([name, setting, star, f'{mean:.2%}', about, str(len(group))])
             name = ''
-    return metrics.table(('start', 'setting', '', metric, '±', 'seeds'), body)
+    return body
+
+
+def test_lines(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The test of what was chosen, a line for each start, under the heads of `TEST_HEADS`."""
+    return [
+        [
+            STARTS[start],
+            label(one['setting']) or '-',
+            f'{one["mean"]:.2%}',
+            '-' if one['error'] is None else f'{one["error"]:.2%}',
+            f'{one["sampling_error"]:.2%}',
+            f'{one["loss"]:.4f}',
+            str(len(one['tests'])),
+            f'{one["count"]:.0f}',
+        ]
+        for start, one in results.items()
+    ]
 
 
 def draw(

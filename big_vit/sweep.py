@@ -34,11 +34,6 @@ from big_vit.data import opening
 from big_vit.errors import UserError
 from big_vit.trials import Trial
 
-STARTS = {
-    'pretrained': 'from the checkpoint',
-    'control': 'control: same recipe from random',
-    'features': 'control: head on random features',
-}
 # Rules for `optim.lr_rules` by transfer.train; what none of them names is frozen.
 TRAINED: dict[str, tuple[str, ...]] = {
     'head': (),
@@ -337,7 +332,7 @@ def _tested(
 ) -> dict[str, dict[str, Any]]:
     """Scores what validation chooses on the test split, or gives the scores that there are."""
     file = workdir / study.TEST
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = study.tested(workdir)
     results: dict[str, dict[str, Any]] = {}
     for start in dict.fromkeys(row['start'] for row in rows):
         scored = [{**row, **_finite(row)} for row in rows if row['start'] == start]
@@ -391,28 +386,13 @@ def _score(config: Config, workdir: epath.Path, test: str) -> dict[str, float]:
 
 def report(rows: Sequence[study.Row], results: Mapping[str, Any], config: Config) -> str:
     """The table of validation, and that of the test."""
-    named = {start: STARTS[start] for start in results}
+    named = {start: study.STARTS[start] for start in results}
     parts = []
     validation = f'{config.transfer.validation}/top1'
     if all(validation in row for row in rows):
-        parts.append(study.table(rows, validation, named))
-    body = []
-    for start, one in results.items():
-        error = '-' if one['error'] is None else f'{one["error"]:.2%}'
-        body.append(
-            (
-                named[start],
-                study.label(one['setting']) or '-',
-                f'{one["mean"]:.2%}',
-                error,
-                f'{one["sampling_error"]:.2%}',
-                f'{one["loss"]:.4f}',
-                len(one['tests']),
-                f'{one["count"]:.0f}',
-            )
-        )
-    header = ('start', 'chosen', 'test top-1', '± seeds', '± size', 'loss', 'seeds', 'examples')
-    parts.append(metrics.table(header, body))
+        heads = ('start', 'setting', '', validation, '±', 'seeds')
+        parts.append(metrics.table(heads, study.lines(rows, validation, named)))
+    parts.append(metrics.table(study.TEST_HEADS, study.test_lines(results)))
     return '\n\n'.join(parts)
 
 
@@ -422,5 +402,5 @@ def draw(config: Config, workdir: epath.Path, results: Mapping[str, Any]) -> Pat
     if not storage.is_local(workdir) or not all(metric in row for row in rows):
         return None
     path = Path(workdir) / 'sweep.png'
-    study.draw(rows, metric, results, {start: STARTS[start] for start in results}, path)
+    study.draw(rows, metric, results, {start: study.STARTS[start] for start in results}, path)
     return path

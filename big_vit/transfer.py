@@ -90,7 +90,7 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     classified = [name for name in evals if {f'{name}/{m}' for m in _TABLED} <= set(first)]
     rows = [
         (
-            sweep.STARTS[label],
+            study.STARTS[label],
             name,
             f'{found[f"{name}/top1"]:.2%}',
             f'{_standard_error(found, name):.2%}',
@@ -113,7 +113,7 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     ]
     texts = [metrics.table(header, rows)] if rows else []
     if more:
-        starts = [sweep.STARTS[label] for label in results]
+        starts = [study.STARTS[label] for label in results]
         texts.append(metrics.table(('evaluation', 'metric', *starts), more))
     return '\n\n'.join(texts)
 

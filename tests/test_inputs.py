@@ -43,7 +43,9 @@ def test_each_task_reads_its_parts_and_leaves_no_key_unread(task):
     assert parts.data.reads == TASKS[task]
 
 
-@pytest.mark.parametrize('task', ['orbit', 'quiz,fusion=cross'])
+@pytest.mark.parametrize(
+    'task', [pytest.param('orbit', marks=pytest.mark.slow), 'quiz,fusion=cross']
+)
 def test_they_train_and_are_scored(task, tmp_path):
     train.run(load(task), tmp_path / 'w')
     rows = metrics.read(tmp_path / 'w')

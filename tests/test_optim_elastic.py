@@ -78,6 +78,7 @@ def test_a_run_goes_on_on_fewer_devices_from_between_two_refreshes(name, tmp_pat
         assert int(found['opt'].health['refused']) == int(wanted['opt'].health['refused'])
 
 
+@pytest.mark.slow
 def test_other_groups_go_on_from_the_same_checkpoint(tmp_path):
     mesh, made, like = on(8, 'shampoo')
     with jax.set_mesh(mesh):
@@ -201,6 +202,7 @@ def test_what_does_not_go_together_is_one_line(of_adamw, tmp_path, changes, mess
         train.run(load(source, changes), tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_sgd_has_no_moments_to_hand_over(tmp_path):
     train.run(load({'optim.name': 'sgd', 'total_steps': '2'}), tmp_path / 'sgd')
     with pytest.raises(UserError, match=r'switch: .*has not both moments of every parameter'):

@@ -95,6 +95,7 @@ def test_sam_takes_the_gradient_of_the_same_mixtures_uphill(sharp):
         np.testing.assert_allclose(after[n], wanted, rtol=1e-5, atol=1e-6, err_msg=n)
 
 
+@pytest.mark.slow
 def test_sam_does_not_depend_on_how_a_step_is_computed(sharp):
     wanted, last = sharp.train(3)
     rows, now = Run(8, (2, 2, 2), mixup=0.5, accumulation=2, **SAM).train(3)
@@ -104,6 +105,7 @@ def test_sam_does_not_depend_on_how_a_step_is_computed(sharp):
         np.testing.assert_allclose(value, unrolled(last['params'])[n], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_asam_composes_with_the_rest():
     """bfloat16, dropout, Adam, a skipped update; and one compilation."""
     run = Run(sam_rho=1.0, sam_adaptive=True, dropout=0.2, dtype=jnp.bfloat16, skip_sigmas=6.0)
@@ -165,6 +167,7 @@ def together(scan):
     return Run(law=law, rate=rate, agc=0.1, scan=scan)
 
 
+@pytest.mark.slow
 def test_groups_in_a_real_model_do_not_depend_on_scanning():
     (rows, now), (others, other) = together(True).train(4), together(False).train(4)
     for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):

@@ -11,7 +11,18 @@ import pytest
 from commands import ROOT, environment, error_line, run
 from tiny import MODEL, RUN, flags, overrides
 
-from big_vit import checkpoint, config, metrics, study, sweep, train, transfer, trees, trials
+from big_vit import (
+    checkpoint,
+    config,
+    metrics,
+    report,
+    study,
+    sweep,
+    train,
+    transfer,
+    trees,
+    trials,
+)
 from big_vit.errors import UserError
 from big_vit.trials import Trial
 
@@ -147,6 +158,16 @@ def test_validation_chooses_and_the_test_is_scored_once(swept):
     assert again.returncode == 0 and 'trials  ' not in again.stdout
     assert before == ((workdir / study.ROWS).read_bytes(), (workdir / study.TEST).read_bytes())
     assert again.stdout[-600:] == result.stdout[-600:]
+
+
+def test_the_report_has_the_sweep_and_what_it_chose(swept):
+    workdir, _, _ = swept
+    page = report.document(str(workdir))
+    written = json.loads((workdir / study.TEST).read_text())
+    for found in written.values():
+        assert f'{found["mean"]:.2%}' in page and f'{found["error"]:.2%}' in page
+    assert page.count('lr=0.01') >= 2 and 'control: same recipe from random' in page
+    assert 'transfer.json' not in page and '<h3>pretrained</h3>' in page
 
 
 def test_choosing_again_after_the_test_is_refused(swept, monkeypatch, tmp_path):
