@@ -344,10 +344,19 @@ def load(
 
 def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     """A config with `--config.key=text` overrides applied."""
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, text in overrides:
+        values.pop(key, None)  # The last of two counts, also over what came between.
+        values[key] = _field(key).default if text == 'default' else _parsed(key, text)
+    return with_values(config, values)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A checked copy with dotted keys set, of which durations replace those in other units."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
         flat.update(dict.fromkeys(_siblings(key)))
-        flat[key] = _field(key).default if text == 'default' else _parsed(key, text)
+        flat[key] = value
     return config.replacing(flat)
 
 

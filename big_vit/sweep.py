@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -138,17 +139,21 @@ def _params(config: Config) -> Callable[[build.Experiment], Any] | None:
     return origin.starting(config, keep_head=False) if config.init else None
 
 
+class Stopped(Exception):
+    """A signal ended a trial, which the same command resumes."""
+
+
 def _alone(config: Config, trial: Trial, workdir: epath.Path, label: str) -> dict[str, float]:
     """One trial by `train.run`, which resumes it; {} where it diverged."""
     own = config.replacing({'lr': trial.lr, 'seed': trial.seed})
-    ended = train.run(own, workdir, params=_params(own), label=label)
+    try:
+        ended = train.run(own, workdir, params=_params(own), label=label)
+    except train.Diverged as error:
+        print(f'WARNING {label} lr {trial.lr:g} seed {trial.seed}: {error}', file=sys.stderr)
+        return {}
     if ended.stopped:
         raise Stopped
     return ended.metrics
-
-
-class Stopped(Exception):
-    """A signal ended a trial, which the same command resumes."""
 
 
 def train_all(
@@ -216,50 +221,57 @@ def run(
     if validation not in config.evals:
         validation = None
     check_splits(build.experiment(config), validation, test)
-    metric = f'{validation}/top1'
-    rows = study.read(workdir)
-    wanted: list[study.Row] = []
+    rows, wanted = study.read(workdir), []
     for start, base in starts(config, f'evals.{test}.').items():
-        others: dict[str, dict[str, Any]] = {}
-        for setting in each:
-            other = {k: v for k, v in setting.items() if k != 'lr'}
-            others.setdefault(json.dumps(other), other)
-        for other in others.values():
-            of_this = base.replacing(other)
-            rates = [s['lr'] for s in each if {**s, **other} == s] if 'lr' in each[0] else []
-            own = _trials(
-                of_this, start, other, rates or [of_this.peek('lr')], bool(rates), seeds, rows
-            )
-            missing = [row for row in own if 'seconds' not in row]
-            for group in _alike(missing):
-                began, of_group = time.perf_counter(), {Trial(r['lr'], r['seed']): r for r in group}
-
-                def folder(trial: Trial, rows_: Any = of_group) -> epath.Path:
-                    return workdir / rows_[trial]['workdir']
-
-                label = f'{start} {study.label(other)}'.strip()
-                seeds_ = list(dict.fromkeys(t.seed for t in of_group))
-                rates_ = list(dict.fromkeys(t.lr for t in of_group))
+        for other in _others(each):
+            own = config_lib.with_values(base, other)
+            rates = [one['lr'] for one in each if 'lr' in one and {**one, **other} == one]
+            of_this = _trials(own, start, other, rates, seeds, rows)
+            wanted += of_this
+            missing = [row for row in of_this if 'seconds' not in row]
+            for group in [[row] for row in missing] if at_once == 1 else _alike(missing):
                 try:
-                    ended = train_all(of_this, seeds_, rates_, folder, label, at_once)
+                    _train(own, workdir, group, validation, at_once)
                 except Stopped:
                     return None
-                seconds = (time.perf_counter() - began) / len(of_group)
-                for trial, found in ended.items():
-                    if validation:
-                        of_group[trial][metric] = found[metric]
-                        of_group[trial][f'{validation}/loss'] = found[f'{validation}/loss']
-                    of_group[trial] |= {'train/loss': found['train/loss'], 'seconds': seconds}
-                    # NaN is no JSON.
-                    of_group[trial] |= {
-                        k: None
-                        for k, v in of_group[trial].items()
-                        if isinstance(v, float) and not math.isfinite(v)
-                    }
-                rows = [*rows, *of_group.values()]
+                rows += group
                 hosts.lead(functools.partial(study.write, workdir, rows))
-            wanted += own
     return _tested(config, workdir, wanted, validation, test, force)
+
+
+def _others(each: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What settings have beside the rate, each once."""
+    found = [{key: value for key, value in one.items() if key != 'lr'} for one in each]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def _train(
+    config: Config,
+    workdir: epath.Path,
+    group: list[study.Row],
+    validation: str | None,
+    at_once: int | None,
+) -> None:
+    """Trains a group of trials and writes into their rows what came out.
+
+    Raises:
+      Stopped: a signal ended it.
+    """
+    began, rows = time.perf_counter(), {Trial(row['lr'], row['seed']): row for row in group}
+    seeds, rates = (
+        list(dict.fromkeys(column)) for column in zip(*((t.seed, t.lr) for t in rows), strict=True)
+    )
+    setting = {key: value for key, value in group[0]['setting'].items() if key != 'lr'}
+    label = f'{group[0]["start"]} {study.label(setting)}'.strip()
+    ended = train_all(
+        config, seeds, rates, lambda trial: workdir / rows[trial]['workdir'], label, at_once
+    )
+    names = ['train/loss', *(f'{validation}/{n}' for n in ('top1', 'loss') if validation)]
+    for trial, found in ended.items():
+        values = {name: found.get(name, math.nan) for name in names}
+        # NaN is no JSON.
+        rows[trial] |= {n: value if math.isfinite(value) else None for n, value in values.items()}
+        rows[trial]['seconds'] = (time.perf_counter() - began) / len(group)
 
 
 def _check_evals(config: Config, validation: str | None, test: str, settings_: int) -> None:
@@ -283,15 +295,18 @@ def _trials(
     start: str,
     other: Mapping[str, Any],
     rates: Sequence[float],
-    named: bool,
     seeds: int,
     rows: Sequence[study.Row],
 ) -> list[study.Row]:
-    """A row for each rate and seed: that of the study where it is done already."""
-    found = []
-    for seed in range(config.peek('seed'), config.peek('seed') + seeds):
-        for rate in rates:
-            setting = {'lr': rate, **other} if named else dict(other)
+    """A row for each rate and seed: that of the study where it is done already.
+
+    Args:
+      rates: none where the rate is not swept, but the config's.
+    """
+    found, first = [], config.peek('seed')
+    for seed in range(first, first + seeds):
+        for rate in rates or [config.peek('lr')]:
+            setting = {'lr': rate, **other} if rates else dict(other)
             digest = config_lib.digest(config.replacing({'lr': rate, 'seed': seed}))
             done = [r for r in rows if (r['start'], r['config']) == (start, digest)]
             name = f'{study.label(setting)}, seed={seed}'.removeprefix(', ')
@@ -337,6 +352,10 @@ def _tested(
     for start in dict.fromkeys(row['start'] for row in rows):
         scored = [{**row, **_finite(row)} for row in rows if row['start'] == start]
         chosen = study.choose(scored, start, f'{validation}/top1') if validation else scored
+        if not all(checkpoint.steps(workdir / row['workdir']) for row in chosen):
+            print(f'WARNING {start}: every setting diverged with some seed: lower the rates',
+                  file=sys.stderr)  # fmt: skip
+            continue
         trials_ = [row['workdir'] for row in chosen]
         if start in before and before[start]['trials'] != trials_ and not force:
             old = before[start]
@@ -364,6 +383,8 @@ def _tested(
             'loss': float(np.mean([one['loss'] for one in found])),
             'count': count,
         }
+    if not results:
+        raise UserError('--sweep: every trial diverged: lower the rates')
     text = json.dumps(results, indent=1) + '\n'
     hosts.lead(lambda: storage.write_text(file, text))
     return results

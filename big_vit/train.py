@@ -45,6 +45,10 @@ MAX_SKIPPED_IN_A_ROW = 20
 LEAST_EXAMPLES_FOR_A_RATE = 1000
 
 
+class Diverged(UserError):
+    """The updates of a run are skipped for good."""
+
+
 class Damage:
     """How many damaged examples were replaced since this process started, of how many."""
 
@@ -182,7 +186,7 @@ def report(
     if skipped_in_a_row:
         examples = ', '.join(map(str, build.example_indices(parts, step - 1)[:16]))
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
+            raise Diverged(
                 f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '
                 f'or the gradient is not finite; lower lr, or look at the examples {examples}, ...'
             )

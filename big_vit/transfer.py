@@ -171,7 +171,10 @@ def main(argv: list[str]) -> None:
     if study_asked:
         print(f'\n{sweep.report(study.read(place), results, config)}\n')
         picture = sweep.draw(config, place, results)
-        done, look = f'{workdir}/{study.TEST}', f'{workdir}/{results["pretrained"]["trials"][0]}'
+        done, look = (
+            f'{workdir}/{study.TEST}',
+            f'{workdir}/{next(iter(results.values()))["trials"][0]}',
+        )
     else:
         print(f'\n{result_table(results, list(config.evals))}\n')
         picture = None

@@ -266,6 +266,22 @@ def test_what_does_not_fit_is_parted(pretrained, tmp_path, monkeypatch):
     assert all(isinstance(one, Trial) or len(one[0]) * len(one[1]) == 2 for one in seen)
 
 
+def test_a_trial_that_diverges_does_not_end_the_others(pretrained, tmp_path, capsys):
+    more = {'total_steps': '25', 'optim.clip': '0', 'skip_sigmas': '0'}
+    settings = load(pretrained, NO_CONTROLS, more)
+    found = sweep.run(settings, tmp_path, ['lr=0.01,1e30'], at_once=1)
+    assert found['pretrained']['setting'] == {'lr': 0.01}
+    assert 'WARNING pretrained lr 1e+30 seed 0: the last 20 updates' in capsys.readouterr().err
+    assert [row['val/top1'] is None for row in rows_of(tmp_path)] == [False, True]
+
+
+def test_a_duration_is_swept_in_another_unit_than_the_configs(pretrained, tmp_path):
+    settings = load(pretrained, NO_CONTROLS, {'transfer.train': 'head'})
+    each = sweep.settings(settings, ['total_epochs=0.1,0.2'])
+    own = [config.with_values(settings, one) for one in each]
+    assert [(one.total_epochs, one.total_steps) for one in own] == [(0.1, None), (0.2, None)]
+
+
 def test_a_mean_of_one_has_no_error_and_nan_loses():
     assert np.isnan(study.mean_and_error([0.5])[1])
     mean, error = study.mean_and_error([0.1, 0.2, 0.6])
