@@ -376,6 +376,12 @@ WRONG = {
     'below one': ['x', True, 1, 1.5, -0.1, float('nan')],
     'positive': ['x', True, 0, 1.5, -0.1, float('nan')],
     'negative': ['x', True, 0, 0.25, -1.5, float('nan')],
+    'ints': ['x', 0, -1, 1.5, True, (), (1, 0), (1, 'x'), float('nan')],
+    'numbers': ['x', -1, True, (), (1.0, -1.0), ('x',), float('nan')],
+    'choices': ['x', 1, True, (), ('x',)],
+    'blocks': ['x', 1.5, True, (), (1.5,), ('x',)],
+    'subset': [1.5, True, (), (1.5,), (True,), (None,)],
+    'severities': ['x', 0, 6, 1.5, True, (), (1, 6)],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
     'classes': [1.5, True, (), (1.5,), (True,), (None,)],
     'rules': ['x', 5, ('.*', 1.0), (('.*',),), ((1, 1.0),), (('.*', 'x'),), (('.*', True),)],
@@ -419,7 +425,13 @@ GROUPS = {
     'model.queries': 'str', 'model.latents': 'int', 'part': 'str', 'patch': 'size',
     'streams.*.depth': 'int', 'streams.some.depth': 'int', 'model.lora': 'int',
     'transfer.train': 'choice', 'transfer.random_features': 'bool', 'transfer.validation': 'str',
-    'transfer.test': 'str', 'transfer.published': 'str',
+    'transfer.test': 'str', 'transfer.published': 'str', 'type': 'choice', 'train_split': 'str',
+    'gallery_split': 'str', 'blocks': 'blocks', 'pool': 'choice', 'calibration': 'bool',
+    'per_class': 'choice', 'subset': 'subset', 'skip_unlabelled': 'bool', 'shots': 'ints',
+    'seeds': 'int', 'whiten': 'bool', 'bias': 'number', 'l2': 'numbers', 'k': 'ints',
+    'metric': 'choice', 'vote': 'choice', 'temperature': 'number', 'held_out': 'below one',
+    'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'updates': 'int',
+    'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
 }  # fmt: skip
 
 
