@@ -167,8 +167,8 @@ def main(argv: list[str]) -> None:
         return
     if unread := unread_splits(config):
         print(
-            f'note    {config.data.peek("path")} has folders {", ".join(unread)}, which no split of '
-            'this run reads (configs/transfer.py:own has folders=true for that)'
+            f'note    {config.data.peek("path")} has folders {", ".join(unread)}, which no split '
+            'of this run reads (configs/transfer.py:own has folders=true for that)'
         )
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
     same = {'config': config_lib.digest(config), 'workdir': workdir}

@@ -37,7 +37,7 @@ def small(words: list[str], data) -> list[str]:
             more += flags({'data.path': data})
     elif command == 'transfer':
         more = flags(RUN, {'evals.test.split': 'test[:20]'})
-        if any('own' in word for word in words):  # Its warmup is longer than a run of a test.
+        if any(':own' in word for word in words):  # Its warmup is longer than a run of a test.
             more = flags(RUN, {'schedule.warmup_steps': 1})
     elif command == 'plan':
         more = flags(MODEL)

@@ -5,10 +5,11 @@ import runpy
 
 import numpy as np
 import pytest
-from commands import error_line, run
+from commands import ROOT, error_line, run
+from etils import epath
 from tiny import MODEL, flags, overrides, png, write_features, write_folder
 
-from big_vit import build, config, interop, sweep, transfer, trees
+from big_vit import build, config, interop, study, sweep, transfer, trees
 from big_vit.data import sources
 from big_vit.data.sources import base
 from big_vit.errors import UserError
@@ -194,6 +195,32 @@ def test_every_recipe_builds(dataset, tfds_folder):
     )
 
 
+# Whether images are cut and mirrored, in the words of the guide.
+AUGMENT = {'both': (True, True), 'crop': (True, False), 'flip': (False, True), '': (False, False)}
+
+
+def test_the_guide_has_every_recipe_as_it_is():
+    named, vtab = {}, {}
+    for line in (ROOT / 'docs' / 'transfer.md').read_text().splitlines():
+        name, *cells = (cell.strip().strip('`') for cell in line.strip('|').split('|'))
+        if line.startswith('| `') and len(cells) == 5:
+            (named if cells[0][0].isdigit() else vtab)[name] = cells
+    del vtab['vtab_']  # The head of the table.
+    assert set(named) == {*NAMED, 'vtab_NAME', 'own'} and set(vtab) == set(RECIPES['VTAB'])
+    for name in NAMED:
+        loaded, (steps, rates, crop, parts, published) = load(name), named[name]
+        assert steps == f'{loaded.total_steps:,.0f}, {loaded.schedule.warmup_steps:.0f}'
+        assert f'{loaded.lr:g}' in rates.split(',') and loaded.data.transform.startswith(crop)
+        assert parts == '` / `'.join(splits(loaded)[k] for k in ('train', 'val', 'test'))
+        assert loaded.transfer.published.startswith(f'{published} %')
+    for name, (dataset, chosen_by, test, augment, _) in vtab.items():
+        loaded = load(f'vtab_{name}')
+        assert loaded.data.tfds_name == dataset
+        assert splits(loaded) == {'train': 'train[:800]', 'val': chosen_by, 'test': test}
+        text = loaded.data.transform
+        assert AUGMENT[augment] == ('random_crop' in text, 'flip_lr' in text)
+
+
 def test_other_crops_and_sizes():
     for crop, text in (
         ('inception', 'inception_crop(size) | flip_lr'),
@@ -232,6 +259,23 @@ def test_a_recipe_is_swept_by_the_command(start, tfds_folder, tmp_path):
     assert 'published   78.29 %' in result.stdout
     tested = json.loads((tmp_path / 'w' / 'test.json').read_text())
     assert tested['pretrained']['count'] == 14 and 0 <= tested['pretrained']['mean'] <= 1
+
+
+@pytest.mark.slow
+def test_the_final_training_of_vtab_has_seeds_and_no_validation(start, tfds_folder, tmp_path):
+    short = {'total_steps': '2', 'schedule.warmup_steps': '1', 'init': str(start)}
+    short |= small(load('vtab_clevr_count,final'), tfds_folder)
+    short |= {'data.split': 'train[:8]+train[8:12]'}
+    short |= {'transfer.control': 'false', 'transfer.random_features': 'false'}
+    command = ('transfer', '--config', f'{FILE}:vtab_clevr_count,size=16,final', *flags(short))
+    result = run(*command, '--workdir', tmp_path / 'w', '--seeds', '2')
+    assert result.returncode == 0, result.stdout + result.stderr
+    tested = json.loads((tmp_path / 'w' / 'test.json').read_text())
+    assert len(tested['pretrained']['tests']) == 2
+    assert not any('val/top1' in row for row in study.read(epath.Path(tmp_path / 'w')))
+    # Of several settings none can be chosen.
+    result = run(*command, '--workdir', tmp_path / 'x', '--sweep', 'lr=0.01,0.03')
+    assert 'a sweep chooses by evals.val, which is not there' in error_line(result)
 
 
 def test_own_images_with_folders_of_their_own_or_without(tmp_path):
