@@ -668,6 +668,12 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
     train = train_data(config, absent=planning)
     classes = train.source.num_classes
+    if classes < 2 and config.loss == 'softmax':
+        named = f' ({train.source.class_names[0]})' if train.source.class_names else ''
+        raise UserError(
+            f'config: data: {train.source.name} {train.source.split} has one class{named}, so '
+            'there is nothing to tell apart: add a second one'
+        )
     held_out, references = {}, {}
     for name in () if planning else config.evals:
         held_out[name] = eval_data(config, name, train)

@@ -2,7 +2,8 @@
 
 A config file defines `get_config(**arguments)` and returns a
 `ml_collections.ConfigDict` with the keys that differ from the schema's
-defaults. `load` merges schema, file and `--config.x=y` overrides into a frozen
+defaults; where an argument is one of some names, `CHOICES = {argument: names}` says
+so. `load` merges schema, file and `--config.x=y` overrides into a frozen
 `Config`, which remembers what has been read: `audit` turns a key that was set
 but that this run never reads into an error.
 """
@@ -17,7 +18,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,9 @@ def _parsed(key: str, text: str) -> Any:
         return text
 
 
-def _call_get_config(function: Callable[..., Any], text: str, path: Path) -> Any:
+def _call_get_config(
+    function: Callable[..., Any], text: str, path: Path, choices: Mapping[str, Collection[str]]
+) -> Any:
     """Calls `get_config` with the `arg=value,flag` text behind the file's colon."""
     parameters = inspect.signature(function).parameters
     arguments: dict[str, Any] = {}
@@ -278,6 +281,14 @@ def _call_get_config(function: Callable[..., Any], text: str, path: Path) -> Any
                 raise UserError(f'{path}: argument {name} must be {kind}, got {word!r}') from None
         else:
             arguments[name] = word
+        if name in choices and word not in choices[name]:
+            close = difflib.get_close_matches(word, choices[name], n=3, cutoff=0.5)
+            hint = (
+                f'did you mean {" or ".join(close)}?'
+                if close
+                else f'there are {", ".join(filter(None, choices[name]))}'
+            )
+            raise UserError(f'{path}: there is no {name} {word!r}; {hint}')
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f'{path}: argument {name} must be given: --config {path}:{name}=...')
@@ -319,7 +330,8 @@ def load(
         sys.dont_write_bytecode = dont_write
     if not hasattr(module, 'get_config'):
         raise UserError(f'--config: {path} defines no get_config()')
-    config = _call_get_config(module.get_config, arguments, path)
+    choices = getattr(module, 'CHOICES', {})
+    config = _call_get_config(module.get_config, arguments, path, choices)
     explicit = dict(base or {})
 
     def put(key: str, value: Any) -> None:

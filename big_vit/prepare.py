@@ -90,7 +90,9 @@ def main(argv: list[str]) -> None:
         prepare(args.name, data_dir, args.format, args.download_dir)
         builder = _builder(args.name, data_dir, None)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    first = prepared.tfds(next(iter(sizes)), args.name, data_dir)
+    label = prepared.default_label(builder.info)
+    first = prepared.tfds(next(iter(sizes)), args.name, data_dir, label_column=label)
+    more = f' --config.data.label_column={label}' if label else ''
     kept = builder.info.file_format.value
     print(
         f'there   {builder.data_path}: {kept} files, which are read as they are'
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> None:
     print(f'classes {first.num_classes}')
     print(
         f'use     --config.data.name=tfds --config.data.tfds_name={args.name} '
-        f'--config.data.path={data_dir}'
+        f'--config.data.path={data_dir}{more}'
     )
 
 

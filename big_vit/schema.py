@@ -214,7 +214,7 @@ _SOURCE = {
     'label_column': Field(
         check_text,
         None,
-        "Column of labels (table, parquet, arrays, tar). Own default: 'label'; tar 'cls'.",
+        "Column of labels (table, parquet, arrays, tar, tfds). Own default: 'label'; tar 'cls'.",
     ),
     'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
     'num_examples': Field(

@@ -18,6 +18,8 @@ import jax
 from big_vit import config as config_lib
 from big_vit import explain, hosts, metrics, origin, runtime, storage, study, sweep, train
 from big_vit.config import Config
+from big_vit.data import files
+from big_vit.data.sources import base, folder
 from big_vit.errors import UserError
 
 
@@ -44,6 +46,17 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     if trained == 'lora' and not config.model.peek('lora'):
         more['model.lora'] = 8
     return config.replacing(more)
+
+
+def unread_splits(config: Config) -> list[str]:
+    """Folders of splits, such as test, that a folder of images has and no split here names."""
+    data = config.data
+    if data.peek('name') != 'folder' or not data.peek('path'):
+        return []
+    texts = [data.peek('split'), *(config.evals[name].peek('split') for name in config.evals)]
+    read = {base.split_name(part) for text in texts for part in (text or 'test').split('+')}
+    there = folder.split_folders(files.place(data.peek('path'), 'data.path'))
+    return [name for name in there if name not in read]
 
 
 def run(
@@ -152,6 +165,11 @@ def main(argv: list[str]) -> None:
     if args.explain:
         print(explain.page(config))
         return
+    if unread := unread_splits(config):
+        print(
+            f'note    {config.data.peek("path")} has folders {", ".join(unread)}, which no split '
+            'of this run reads (configs/transfer.py:own has folders=true for that)'
+        )
     workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     same |= {'sweep': f'{args.sweep} x {args.seeds}'}

@@ -37,6 +37,8 @@ def small(words: list[str], data) -> list[str]:
             more += flags({'data.path': data})
     elif command == 'transfer':
         more = flags(RUN, {'evals.test.split': 'test[:20]'})
+        if any(':own' in word for word in words):  # Its warmup is longer than a run of a test.
+            more = flags(RUN, {'schedule.warmup_steps': 1})
     elif command == 'evaluate' and any('near' in word for word in words):
         more = flags({'evals.near.split': 'test[:20]', 'evals.near.train_split': 'train[:40]'})
     elif command == 'plan':

@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +67,44 @@ def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> 
     import tensorflow_datasets as tfds
     from PIL import Image
 
+    features = {
+        'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+        'label': tfds.features.ClassLabel(num_classes=classes),
+    }
+
+    def example(i: int, rng: np.random.Generator) -> dict:
+        coarse = rng.integers(0, 256, (5, 4 + i % 3, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((60 + 20 * (i % 3), 75)).save(file, 'JPEG')
+        file.seek(0)
+        return {'image': file, 'label': i % classes}
+
+    return write_features(folder, name, features, sizes, example)
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    """The file of an image [H, W, 1 or 3]; from an array, TFDS makes one by TensorFlow alone."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, 'PNG')
+    file.seek(0)
+    return file
+
+
+def write_features(
+    folder: Path, name: str, features: dict, sizes: dict[str, int], example: Callable
+) -> Path:
+    """A data_dir with a dataset of any features; `example(i, rng)` makes an example.
+
+    'name/config' lies where TFDS keeps a dataset of several configs.
+    """
+    import tensorflow_datasets as tfds
+
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version('1.0.0')
 
         def _info(self):
-            features = {
-                'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-                'label': tfds.features.ClassLabel(num_classes=classes),
-            }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
             )
@@ -84,12 +115,8 @@ def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> 
         def _generate_examples(self, split):
             rng = np.random.default_rng(len(split))
             for i in range(sizes[split]):
-                coarse = rng.integers(0, 256, (5, 4 + i % 3, 3), dtype=np.uint8)
-                file = io.BytesIO()
-                Image.fromarray(coarse).resize((60 + 20 * (i % 3), 75)).save(file, 'JPEG')
-                file.seek(0)
-                yield i, {'image': file, 'label': i % classes}
+                yield i, example(i, rng)
 
-    Tiny.name = name
-    Tiny(data_dir=folder, file_format='array_record').download_and_prepare()
+    *parents, Tiny.name = name.split('/')
+    Tiny(data_dir=folder.joinpath(*parents), file_format='array_record').download_and_prepare()
     return folder

@@ -31,7 +31,7 @@ KEYS = {
     'table': ('path', 'image_column', 'label_column'),
     'tar': ('path', 'label_column'),
     'parquet': ('path', 'image_column', 'label_column'),
-    'tfds': ('path', 'tfds_name'),
+    'tfds': ('path', 'tfds_name', 'label_column'),
     'records': ('path',),
 }
 # What is kept decoded in memory without being asked for.
@@ -186,7 +186,9 @@ def _open(spec: Spec) -> Source:
     if spec.name == 'tfds':
         if spec.tfds_name is None:
             raise UserError(f"config: {key}.tfds_name must be set for {key}.name='tfds'")
-        return prepared.tfds(split, spec.tfds_name, spec.path or '', classes, key=key)
+        return prepared.tfds(
+            split, spec.tfds_name, spec.path or '', classes, spec.label_column, key=key
+        )
     if spec.path is None:
         raise UserError(f'config: {key}.path must be set for {key}.name={spec.name!r}')
     if spec.name == 'records':
@@ -235,6 +237,7 @@ def _transformed(source: Source, transform: Transform) -> Source:
 def _resized(source: Source, spec: Spec) -> Source:
     """The copy of a source with smaller images on this machine's disk, made if need be."""
     config = [spec.name, spec.path, spec.tfds_name, spec.split, spec.label_map, spec.classes]
+    config += [spec.image_column, spec.label_column]
     found = [source.name, source.length, source.num_classes, spec.cache_side]
     made_of = json.dumps([*config, *found])
     mark = hashlib.sha256(made_of.encode()).hexdigest()[:24]

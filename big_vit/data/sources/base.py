@@ -142,7 +142,10 @@ def _parse_range(piece: str, text: str, sizes: dict[str, int], key: str) -> list
         found = [(bound(bounds[1], 0), bound(bounds[2], size)) if bounds else (0, size)]
     found = [(start, stop) for start, stop in found if start < stop]
     if not found:
-        raise UserError(f'{key}: {piece.strip()!r} holds no example (of the {size} in {name})')
+        raise UserError(
+            f'{key}: {piece.strip()!r} holds no example (of the {size} in {name}): '
+            'write a wider range'
+        )
     return [(name, start, stop) for start, stop in found]
 
 

@@ -151,6 +151,34 @@ def loader(kind: str, read: Callable[[int], bytes]) -> Callable[[list[int]], lis
     return lambda indices: [read(i).decode('utf-8', 'replace') for i in indices]
 
 
+def split_folders(root: files.Place, key: str = 'data') -> list[str]:
+    """The folders of splits in a dataset's folder; none where its folders are classes.
+
+    Raises:
+      UserError: no such folder, nothing in it, or splits beside other folders.
+    """
+    if not files.is_folder(root):
+        raise UserError(f'{key}.path: {root} is not a folder: it must hold one per class')
+    below = _folders(root, key)
+    if not below:
+        raise UserError(
+            f'{key}.path: {root} has no folders: put the files of each class into one of its own, '
+            "or use name='table' with a file of labels"
+        )
+    splits = [name for name in below if _SPLIT.fullmatch(name)]
+    if len(splits) < len(below):
+        # A class may be called train, but then it has pictures and not folders of classes.
+        odd = next((name for name in splits if _folders(root / name, key)), None)
+        if odd is not None:
+            other = next(name for name in below if name not in splits)
+            raise UserError(
+                f'{key}.path: {root} has folders of splits ({odd}) and others ({other}): '
+                'move the others away, or rename a class that is called so'
+            )
+        return []
+    return splits
+
+
 def folder(split: str, path: str, num_classes: int | None = None, key: str = 'data') -> Source:
     """Media files in PATH/SPLIT/CLASS/..., or in PATH/CLASS/... with one split named `train`.
 
@@ -171,25 +199,7 @@ def folder(split: str, path: str, num_classes: int | None = None, key: str = 'da
         folders, a class without files, or one that the split `train` has not.
     """
     root = files.place(path, f'{key}.path')
-    if not files.is_folder(root):
-        raise UserError(f'{key}.path: {root} is not a folder: it must hold one per class')
-    below = _folders(root, key)
-    if not below:
-        raise UserError(
-            f'{key}.path: {root} has no folders: put the files of each class into one of its own, '
-            "or use name='table' with a file of labels"
-        )
-    splits = [name for name in below if _SPLIT.fullmatch(name)]
-    if len(splits) < len(below):
-        # A class may be called train, but then it has pictures and not folders of classes.
-        odd = next((name for name in splits if _folders(root / name, key)), None)
-        if odd is not None:
-            other = next(name for name in below if name not in splits)
-            raise UserError(
-                f'{key}.path: {root} has folders of splits ({odd}) and others ({other}): '
-                'move the others away, or rename a class that is called so'
-            )
-        splits = []
+    splits = split_folders(root, key)
     places = {name: root / name for name in splits} or {'train': root}
     first = min(places, key=lambda n: (n != 'train', not n.lower().startswith('train'), n))
 

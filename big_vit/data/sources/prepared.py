@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.data import files
+from big_vit.data.sources import labels as labels_lib
 from big_vit.data.sources import tfrecord
 from big_vit.data.sources.base import Columns, Source, cut
 from big_vit.errors import UserError
@@ -51,21 +52,67 @@ def _find_tfds(tfds_name: str, path: str, key: str):
     raise UserError(f'{key}.path: {tfds_name} is not prepared in {root}{there}: {prepare}')
 
 
-def _parts(features: Any, info: Any, tfds_name: str, key: str) -> tuple[str, str]:
-    """Names of the image (or video) and of the label of a dataset."""
-    supervised = info.supervised_keys or ('image', 'label')
-    names = []
-    for wanted, given in zip(('image', 'label'), supervised[:2], strict=True):
-        found = wanted if wanted in features else given
-        if wanted == 'image' and found not in features and 'video' in features:
-            found = 'video'
-        if not isinstance(found, str) or found not in features:
-            raise UserError(
-                f'{key}.tfds_name: {tfds_name} has no feature {wanted!r} (only '
-                f'{", ".join(sorted(features))}): choose a dataset of labelled images'
-            )
-        names.append(found)
-    return names[0], names[1]
+def _has(features: Any, path: str) -> bool:
+    """Whether there is a feature; 'objects/location' is a part of a sequence of objects."""
+    name, _, part = path.partition('/')
+    return name in features and (not part or part in getattr(features[name], 'feature', ()))
+
+
+def label_columns(features: Any) -> list[str]:
+    """What `label_column` may be: features of whole numbers, and labels made of others."""
+    plain = []
+    for name, feature in features.items():
+        one = getattr(feature, 'feature', feature)
+        kind = getattr(one, 'np_dtype', None)
+        whole = isinstance(kind, type | np.dtype) and np.issubdtype(kind, np.integer)
+        if whole and not getattr(one, 'shape', None):
+            plain.append(name)
+    made = [
+        name
+        for name, derived in labels_lib.DERIVED.items()
+        if all(_has(features, path) for path in derived.needs)
+    ]
+    return sorted(plain) + made
+
+
+def _image_name(features: Any, info: Any, tfds_name: str, key: str) -> str:
+    """The name of the image (or video) of a dataset."""
+    given = (info.supervised_keys or ('image',))[0]
+    for name in ('image', given, 'video'):
+        if isinstance(name, str) and name in features:
+            return name
+    raise UserError(
+        f"{key}.tfds_name: {tfds_name} has no feature 'image' (only "
+        f'{", ".join(sorted(features))}): choose a dataset of labelled images'
+    )
+
+
+def _label_name(features: Any, info: Any, asked: str | None, tfds_name: str, key: str) -> str:
+    """The name of the label: of a feature, or of `labels.DERIVED`."""
+    there = label_columns(features)
+    choices = 'choose a dataset of labelled images'
+    if there:
+        choices = f'set {key}.label_column to one of {", ".join(there)}'
+    if asked is not None:
+        if asked in there:
+            return asked
+        raise UserError(f'{key}.label_column: {tfds_name} has no label {asked!r}: {choices}')
+    given = (info.supervised_keys or ('', 'label'))[1]
+    for name in ('label', given):
+        if isinstance(name, str) and name in features:
+            return name
+    raise UserError(
+        f"{key}.tfds_name: {tfds_name} has no feature 'label' (only "
+        f'{", ".join(sorted(features))}): {choices}'
+    )
+
+
+def default_label(info: Any) -> str | None:
+    """None where a dataset has a label without being told which, else the first there is."""
+    given = (info.supervised_keys or ('', 'label'))[1]
+    if 'label' in info.features or (isinstance(given, str) and given in info.features):
+        return None
+    return next(iter(label_columns(info.features)), None)
 
 
 def _class_names(label: Any) -> tuple[str, ...] | None:
@@ -79,6 +126,7 @@ def tfds(
     tfds_name: str,
     path: str = '',
     num_classes: int | None = None,
+    label_column: str | None = None,
     key: str = 'data',
 ) -> Source:
     """A classification dataset prepared by TensorFlow Datasets, in files of any of its formats.
@@ -91,6 +139,8 @@ def tfds(
       path: the data directory, local or gs://; empty for $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
       num_classes: None for the number in the dataset.
+      label_column: name of a feature, or of `labels.DERIVED`; None for 'label', or what the
+        dataset names as its label.
       key: prefix of the config keys in messages.
 
     Raises:
@@ -120,8 +170,9 @@ def tfds(
             f'{key}.path: {directory} holds {file_format} files, which cannot be read '
             'at random: prepare it again with --format array_record'
         )
-    image_name, label_name = _parts(features, info, tfds_name, key)
-    image, label = features[image_name], features[label_name]
+    image_name = _image_name(features, info, tfds_name, key)
+    label_name = _label_name(features, info, label_column, tfds_name, key)
+    image = features[image_name]
     column = 'video' if image_name == 'video' or len(image.shape or ()) == 4 else 'image'
     if image.np_dtype not in (np.uint8, np.uint16, np.float32):
         raise UserError(
@@ -133,14 +184,16 @@ def tfds(
             f'{key}.tfds_name: the images of {tfds_name} have shape {image.shape}, not height, '
             'width and channels: choose another dataset'
         )
+    derived = None if label_name in features else labels_lib.DERIVED[label_name]
+    label: Any = None if derived else features[label_name]
     several = hasattr(label, 'feature')
     one = label.feature if several else label
-    if not np.issubdtype(one.np_dtype, np.integer):
+    if not derived and not np.issubdtype(one.np_dtype, np.integer):
         raise UserError(
             f'{key}.tfds_name: labels of {tfds_name} ({label_name}) are {one.np_dtype}, not whole '
             'numbers: choose another dataset'
         )
-    found_classes = getattr(one, 'num_classes', None)
+    found_classes = derived.classes if derived else getattr(one, 'num_classes', None)
     classes = num_classes if num_classes is not None else found_classes
     if classes is None:
         raise UserError(
@@ -175,6 +228,7 @@ def tfds(
         else:
             read = builder.as_data_source(name, decoders=skip).__getitems__
         ends = np.cumsum(lengths)
+        label_of = derived.of if derived else lambda example: example[label_name]
 
         def where(index: int) -> str:
             shard = int(np.searchsorted(ends, index, side='right'))
@@ -200,7 +254,7 @@ def tfds(
                     f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
                     f'({reason}): copy the dataset again'
                 ) from error
-            every = [example[label_name] for example in examples]
+            every = [label_of(example) for example in examples]
             if several:
                 label: Any = [np.asarray(x, np.int32) for x in every]
             else:
@@ -214,7 +268,7 @@ def tfds(
         def labels() -> np.ndarray:
             size, step = info.splits[name].num_examples, 1000
             parts = [
-                [example[label_name] for example in read(list(range(i, min(i + step, size))))]
+                [label_of(example) for example in read(list(range(i, min(i + step, size))))]
                 for i in range(0, size, step)
             ]
             flat = np.array([value for part in parts for value in part], np.int32)
