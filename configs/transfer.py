@@ -101,9 +101,10 @@ def get_config(
         middle = crops['none']
         data |= {'tfds_name': name, 'label_column': label}
     flip = ' | flip_lr' if 'flip' in augment else ''
-    evals = {'test': {'split': test, 'transform': before + middle}}
+    # The test is looked at once, at the end.
+    evals = {'test': {'split': test, 'transform': before + middle, 'every_percent': 100}}
     if not final:
-        evals['val'] = {**evals['test'], 'split': val}
+        evals['val'] = {'split': val, 'transform': before + middle}
     return ConfigDict(
         {
             'total_steps': steps,
