@@ -192,7 +192,7 @@ TRANSFORM = (
 )
 BATCH, TEMPERATURE, IDENTITY_GRID, CATEGORY_WEIGHT = 256, 0.1, 2, 0.5
 EXAMPLES = {'fdsl': 30_000, 'google': 64_000, 'google+categories': 64_000}
-STARTS = ('pixels', 'random', 'fdsl', 'google', 'google+categories')
+STARTS = ('pixels', 'random', 'google', 'fdsl', 'google+categories')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
 # A category needs so many pictures for each that is learnt from.
 ENOUGH = 1.5
