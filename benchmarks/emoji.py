@@ -190,9 +190,9 @@ TRANSFORM = (
     'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
     'random_grayscale(0.05)'
 )
-BATCH, TEMPERATURE, IDENTITY_GRID, CATEGORY_WEIGHT = 256, 0.1, 2, 0.5
-EXAMPLES = {'fdsl': 30_000, 'google': 64_000, 'google+categories': 64_000}
-STARTS = ('pixels', 'random', 'google', 'fdsl', 'google+categories')
+BATCH, TEMPERATURE, GRID = 256, 0.1, 2
+EXAMPLES = {'fdsl': 30_000, 'google': 64_000}
+STARTS = ('pixels', 'random', 'google', 'fdsl')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
 # A category needs so many pictures for each that is learnt from.
 ENOUGH = 1.5
@@ -227,38 +227,26 @@ def grid_means(tokens: Any, grid: int) -> Any:
     return cells.mean((2, 4)).reshape(count, -1)
 
 
-def alike(values: Any, same: Any, other: Any) -> Any:
-    """Mean cross-entropy of finding, for each row, those that are the same among the others."""
-    unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
-    near = jnp.where(same | other, unit @ unit.T / TEMPERATURE, -jnp.inf)
-    logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
-    count = same.sum(1)
-    each = -logs.sum(1) / jnp.maximum(count, 1)
-    return each.sum() / jnp.maximum((count > 0).sum(), 1)
+def objective(apply: Any) -> Any:
+    """Views of one identity are to be found among all others of a batch (arXiv 2004.11362).
 
-
-def objective(apply: Any, categories: np.ndarray | None) -> Any:
-    """Views of one identity are to be alike (arXiv 2002.05709, 2004.11362), a batch at a time.
-
-    Args:
-      categories: of each identity; then the last tokens of a category are to be alike as well,
-        and identities are told apart by the first block.
+    Of tokens averaged to a grid: what tells emoji apart is also where in the picture it is.
     """
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
         rngs = {} if rng is None else {'dropout': rng}
         given, train = objectives.inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
+        values = grid_means(extra['blocks'][-1], GRID)
+        unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
         label = batch['label']
-        same = (label[:, None] == label[None]) & ~jnp.eye(len(label), dtype=bool)
-        other = label[:, None] != label[None]
-        tokens = extra['blocks'][-1 if categories is None else 0]
-        value = alike(grid_means(tokens, IDENTITY_GRID), same, other)
-        if categories is not None:
-            kind = jnp.asarray(categories)[label]
-            kin = (kind[:, None] == kind[None]) & other
-            value += CATEGORY_WEIGHT * alike(extra['pre_logits'], kin, other & ~kin)
-        return value, {}
+        itself = jnp.eye(len(label), dtype=bool)
+        same = (label[:, None] == label[None]) & ~itself
+        near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
+        logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
+        count = same.sum(1)
+        each = -logs.sum(1) / jnp.maximum(count, 1)
+        return each.sum() / jnp.maximum((count > 0).sum(), 1), {}
 
     return loss
 
@@ -283,14 +271,14 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
     return base.replacing(changes)
 
 
-def train(config: Config, categories: np.ndarray | None) -> tuple[build.Experiment, Any, float]:
+def train(config: Config) -> tuple[build.Experiment, Any, float]:
     """The parts, the averaged parameters and the seconds of the steps."""
     parts = build.experiment(config)
     if config.data.name == 'fdsl':
         step = build.train_step(config, parts)
     else:
         update = steps.update(
-            objective(parts.model.apply, categories),
+            objective(parts.model.apply),
             parts.optimizer,
             parts.schedule,
             parts.mesh,
@@ -497,9 +485,7 @@ class Study:
         if config is None:
             (parts, params), seconds = random_network(run.seed), 0.0
         else:
-            known = self._emoji.categories[self._learnt]
-            named = known if run.start == 'google+categories' else None
-            parts, params, seconds = train(config, named)
+            parts, params, seconds = train(config)
         body = {name: leaf for name, leaf in params.items() if name != 'head'}
         about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
         return Seen(parts, params, self._emoji), about
@@ -609,7 +595,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axis.bar(at, 100 * one['mean'][name], 0.7, color=f'C{at}', alpha=0.75)
             dots = [100 * score for score in one['scores'][name]]
             axis.plot([at] * len(dots), dots, 'k.', ms=4)
-        labels = [one['start'].replace('+', '\n+ ') for one in results]
+        labels = [one['start'] for one in results]
         axis.set_xticks(range(len(results)), labels, fontsize=8)
         axis.set_ylabel('%')
         axis.set_title(title, fontsize=10)
