@@ -1,0 +1,643 @@
+"""Transfer from one style of emoji to another: `python -m benchmarks.emoji --data FOLDER`.
+
+A small model learns to tell apart the pictures of Google's emoji, an identity a class, or formula
+images, or nothing; its frozen features are then asked about other emoji, which it never saw. Which
+picture of Twitter's is the same emoji as one of Google's, and which category does a picture of
+Twitter's have, from 20 pictures of each? Started again it goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from benchmarks.checkpoint import cpu
+from big_vit import (
+    build,
+    metrics,
+    objectives,
+    plots,
+    runtime,
+    sharding,
+    state,
+    steps,
+    storage,
+)
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.data.decode import DecodeError, Encoded
+from big_vit.errors import UserError
+from big_vit.evaluators import fewshot, retrieval
+from big_vit.evaluators.features import Features
+from big_vit.train import MAX_SKIPPED_IN_A_ROW
+
+RESULTS = Path(__file__).parent / 'results'
+SETS = ('google', 'twitter')
+INSTALL = (
+    'npm install --prefix FOLDER --ignore-scripts emoji-datasource-google emoji-datasource-twitter'
+)
+SIDE, BACKGROUND = 64, 255
+HELD_OUT, VALIDATION = 0.4, 0.12  # Of all emoji.
+
+# People are drawn as a man, a woman and neither; the joined sequences of the first two are left
+# out. A sign that stands alone is a symbol of its own.
+_JOINER, _GENDERS = '200D', {'2640', '2642', '1F468', '1F469'}
+# Of a name, what tells variants of one thing apart: they stay on one side of the split.
+_VARIANT = re.compile(
+    r'\b(MAN|WOMAN|MEN|WOMEN|MALE|FEMALE|BOY|GIRL|PERSON|ADULT|CHILD|OLDER|LEFT|RIGHT|LEFTWARDS|'
+    r'RIGHTWARDS|UPWARDS|DOWNWARDS|UP|DOWN|NORTH|SOUTH|EAST|WEST|LIGHT|HEAVY|LARGE|MEDIUM|SMALL|'
+    r'BLACK|WHITE|RED|ORANGE|YELLOW|GREEN|BLUE|PURPLE|BROWN|PINK|GREY)\b'
+)
+
+
+class Emoji(NamedTuple):
+    """Those that are kept, in the order of the file; `group` says what is split together."""
+
+    names: tuple[str, ...]
+    categories: np.ndarray
+    category_names: tuple[str, ...]
+    groups: tuple[str, ...]
+    images: dict[str, np.ndarray]
+
+
+def is_variant(unified: str) -> bool:
+    """Whether a sequence of code points is one of a pair of genders."""
+    points = unified.split('-')
+    return _JOINER in points and not _GENDERS.isdisjoint(points)
+
+
+def group_of(name: str) -> str:
+    """What variants of one thing have in common."""
+    name = name.upper()
+    for family in ('CLOCK FACE', 'FAMILY', 'KEYCAP'):
+        if name.startswith(family):
+            return family
+    # A name of nothing but such words, such as WOMAN, is of a person.
+    return ' '.join(re.findall(r"[\w']+", _VARIANT.sub('', name))) or 'PERSON'
+
+
+def _folder(data: Path, name: str) -> Path:
+    """Of a set: FOLDER may be npm's prefix or its node_modules."""
+    package = f'emoji-datasource-{name}'
+    for found in (data / 'node_modules' / package, data / package):
+        if (found / 'img' / name / '64').is_dir():
+            return found
+    raise UserError(f'--data: {data} has no {package}/img/{name}/64: fill a folder with {INSTALL}')
+
+
+def _picture(path: Path) -> np.ndarray:
+    """RGB bytes [64, 64, 3] over white."""
+    try:
+        encoded = Encoded(path.read_bytes(), channels=4)
+        if encoded.shape[:2] != (SIDE, SIDE):
+            raise DecodeError(f'it has {encoded.shape[0]}x{encoded.shape[1]} pixels, not 64x64')
+        pixels = encoded.pixels()
+    except (OSError, DecodeError) as error:
+        raise UserError(f'--data: {path}: {error}; install it again: {INSTALL}') from error
+    alpha = pixels[..., 3:].astype(np.float32) / 255
+    return np.rint(pixels[..., :3] * alpha + BACKGROUND * (1 - alpha)).astype(np.uint8)
+
+
+def read(data: Path) -> Emoji:
+    """All that both sets have, without skin tones, genders and pictures that come twice.
+
+    Raises:
+      UserError: a folder or a picture is missing, damaged, or not what npm installs.
+    """
+    folders = {name: _folder(data, name) for name in SETS}
+    table = folders['google'] / 'emoji.json'
+    try:
+        entries = json.loads(table.read_text())
+        kept = [
+            (one['name'] or one['short_name'], one['category'], one['image'])
+            for one in entries
+            if all(one[f'has_img_{name}'] for name in SETS)
+            and one['category'] != 'Component'  # Patches of skin.
+            and not is_variant(one['unified'])
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'--data: {table} is not the list of emoji ({error!r}); install it again: {INSTALL}'
+        ) from error
+    rows, seen = [], set()
+    for name, category, image in kept:
+        if Path(image).name != image:
+            raise UserError(f'--data: {table}: {image!r} is no name of a file')
+        both = [_picture(folders[one] / 'img' / one / '64' / image) for one in SETS]
+        keys = {(one, picture.tobytes()) for one, picture in zip(SETS, both, strict=True)}
+        # Of flags that look the same only the first can be found, or belongs to one side.
+        if seen.isdisjoint(keys):
+            rows.append((name, category, both))
+        seen |= keys
+    names, categories, pictures = zip(*rows, strict=True)
+    known = tuple(sorted(set(categories)))
+    return Emoji(
+        names,
+        np.array([known.index(one) for one in categories], np.int32),
+        known,
+        tuple(map(group_of, names)),
+        {name: np.stack([both[i] for both in pictures]) for i, name in enumerate(SETS)},
+    )
+
+
+def divide(groups: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """{'fit', 'val', 'test'}: which emoji; groups are whole, in an order that is always the same.
+
+    `fit` and `val` are the 60 % that anything is learnt or chosen on, `test` the rest.
+    """
+    names = sorted(set(groups))
+    place = dict(zip(names, np.random.default_rng(0).permutation(len(names)), strict=True))
+    order = np.argsort([place[group] for group in groups], kind='stable')
+    ranks = np.array([place[groups[i]] for i in order])
+    total = len(order)
+    # A group that lies across a border belongs to the side before it.
+    borders = [
+        int(np.searchsorted(ranks, ranks[round(total * share) - 1], side='right'))
+        for share in (1 - HELD_OUT - VALIDATION, 1 - HELD_OUT)
+    ]
+    return dict(zip(('fit', 'val', 'test'), np.split(order, borders), strict=True))
+
+
+# All starts have this network. Chosen, as all that follows, by trials on `val` alone.
+SHARED: dict[str, Any] = {
+    'image_size': 32,
+    'model.variant': 'mu/8',
+    'model.tokenizer': 'conv',
+    'model.width': 128,
+    'model.depth': 2,
+    'model.num_heads': 4,
+    'model.mlp_dim': 256,
+    'lr': 3e-3,
+    'ema': 0.99,
+    'data.transform': 'resize(size) | rgb',
+    'evals.test.transform': 'resize(size) | rgb',
+    'optim.weight_decay': 0.05,
+}
+# Mild: crops and colours that leave what both sets share, the layout and roughly the colours.
+TRANSFORM = (
+    'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
+    'random_grayscale(0.05)'
+)
+BATCH, TEMPERATURE, GRID = 256, 0.1, 2
+EXAMPLES = {'fdsl': 30_000, 'google': 64_000}
+STARTS = ('pixels', 'random', 'google', 'fdsl')
+SEEDS, DRAWS, SHOTS = 3, 10, 20
+# A category needs so many pictures for each that is learnt from.
+ENOUGH = 1.5
+VAL_SHOTS = 8
+FLAGS = 'Flags'
+# How features are read: the block and the grid that its tokens are averaged to (or the side that
+# pixels are averaged to), and how far they are whitened; 0 only centres.
+POWERS = (0.0, 0.25)
+RIDGE = 0.1
+
+
+class Readout(NamedTuple):
+    block: int
+    grid: int
+    power: float
+
+
+def readouts(start: str) -> list[Readout]:
+    last = SHARED['model.depth'] - 1
+    places = [(0, 4), (0, 8), (0, 16)]
+    if start != 'pixels':
+        places = [(0, 2), (0, 4), (last, 1), (last, 4)]
+    return [Readout(*place, power) for place in places for power in POWERS]
+
+
+def grid_means(tokens: Any, grid: int) -> Any:
+    """Tokens [N, side * side, width] averaged to [N, grid * grid * width]."""
+    count, length, width = tokens.shape
+    side = math.isqrt(length)
+    each = side // grid
+    cells = tokens.reshape(count, grid, each, grid, each, width)
+    return cells.mean((2, 4)).reshape(count, -1)
+
+
+def objective(apply: Any) -> Any:
+    """Views of one identity are to be found among all others of a batch (arXiv 2004.11362).
+
+    Of tokens averaged to a grid: what tells emoji apart is also where in the picture it is.
+    """
+
+    def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
+        rngs = {} if rng is None else {'dropout': rng}
+        given, train = objectives.inputs(batch), rng is not None
+        _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
+        values = grid_means(extra['blocks'][-1], GRID)
+        unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
+        label = batch['label']
+        itself = jnp.eye(len(label), dtype=bool)
+        same = (label[:, None] == label[None]) & ~itself
+        near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
+        logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
+        count = same.sum(1)
+        each = -logs.sum(1) / jnp.maximum(count, 1)
+        return each.sum() / jnp.maximum((count > 0).sum(), 1), {}
+
+    return loss
+
+
+def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Config:
+    """Of a start that is trained; seed 0 sees no validation identity."""
+    base = config_lib.load('configs/pretrain_fdsl.py', []).replacing(SHARED)
+    size = BATCH if start != 'fdsl' else 64
+    count = EXAMPLES[start] // size // (100 if quick else 1)
+    changes: dict[str, Any] = {'seed': seed, 'batch_size': size, 'total_steps': max(count, 2)}
+    if start != 'fdsl':
+        changes |= {
+            'data.name': 'arrays',
+            'data.num_classes': None,
+            'data.path': str(arrays),
+            'data.split': 'train' if seed else f'train[:{fit}]',
+            'data.transform': TRANSFORM,
+            'evals.test.transform': 'resize(size)',
+            'evals.test.split': 'train',  # Of formulas there is a test split; neither is scored.
+            'data.repeats': 2,  # Two views of each identity, to be found in one another.
+        }
+    return base.replacing(changes)
+
+
+def train(config: Config) -> tuple[build.Experiment, Any, float]:
+    """The parts, the averaged parameters and the seconds of the steps."""
+    parts = build.experiment(config)
+    if config.data.name == 'fdsl':
+        step = build.train_step(config, parts)
+    else:
+        update = steps.update(
+            objective(parts.model.apply),
+            parts.optimizer,
+            parts.schedule,
+            parts.mesh,
+            prepare=build.prepare(parts.data),
+            seed=config.seed,
+            ema=config.ema,
+        )
+        step = steps.make_train_step(update, parts.like, parts.mesh)
+    with jax.set_mesh(parts.mesh):
+        shape = parts.data.inputs
+        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like)
+        began = time.perf_counter()
+        with build.train_batches(config, parts, 0) as batches:
+            for _ in range(parts.total_steps):
+                now, values = step(now, next(batches))
+                jax.block_until_ready(values)
+    # A spike or two are left out, as in any run; many in a row would have ended it.
+    if int(values['skipped_in_a_row']) >= MAX_SKIPPED_IN_A_ROW:
+        raise UserError(f'{config.data.name}: the updates are no longer finite: lower the rate')
+    return parts, now['ema'], time.perf_counter() - began
+
+
+def random_network(seed: int) -> tuple[build.Experiment, Any]:
+    """The network as it begins."""
+    base = config_lib.load('configs/pretrain_fdsl.py', []).replacing({**SHARED, 'seed': seed})
+    parts = build.experiment(base)
+    with jax.set_mesh(parts.mesh):
+        made = state.create(parts.model, parts.data.inputs, parts.optimizer, seed, parts.like)
+    return parts, made['params']
+
+
+def shrunk(images: np.ndarray, side: int) -> np.ndarray:
+    count, size, _, channels = images.shape
+    each = size // side
+    cells = images.reshape(count, side, each, side, each, channels).astype(np.float32)
+    return cells.mean((2, 4))
+
+
+class Seen:
+    """What a start makes of pictures, by readout; `parts` is None for pixels."""
+
+    def __init__(self, parts: build.Experiment | None, params: Any, emoji: Emoji):
+        self._emoji, self._tokens = emoji, {}
+        views = {name: emoji.images[name] for name in SETS}
+        views['mirrored'] = emoji.images['twitter'][:, :, ::-1]
+        small = {name: shrunk(images, SHARED['image_size']) for name, images in views.items()}
+        if parts is None:
+            flat = {name: x.reshape(len(x), -1, x.shape[-1]) for name, x in small.items()}
+            self._tokens = {name: [x / 255] for name, x in flat.items()}
+            return
+
+        @jax.jit
+        def blocks(params: Any, images: Any) -> Any:
+            given = images * (2 / 255) - 1
+            _, extra = parts.model.apply({'params': params}, given, capture=('blocks',))
+            return list(extra['blocks'])
+
+        # A round number, so that one program does all.
+        size = 64
+        for name, images in small.items():
+            padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
+            found = [
+                jax.device_get(blocks(params, padded[i : i + size]))
+                for i in range(0, len(padded), size)
+            ]
+            self._tokens[name] = [
+                np.concatenate(one)[: len(images)] for one in zip(*found, strict=True)
+            ]
+
+    def values(self, how: Readout, bank: np.ndarray) -> dict[str, np.ndarray]:
+        """Features of all pictures, by set, centred and whitened by Google's `bank` alone."""
+        plain = {name: grid_means(x[how.block], how.grid) for name, x in self._tokens.items()}
+        centre, matrix = whitening(plain['google'][bank], how.power)
+        if matrix is None:
+            return {name: x - centre for name, x in plain.items()}
+        return {name: (x - centre) @ matrix for name, x in plain.items()}
+
+
+def whitening(
+    known: np.ndarray, power: float, ridge: float = RIDGE
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The centre of what is known, and what divides its principal axes by variance^power."""
+    centre = known.mean(0)
+    if not power:
+        return centre, None
+    rows = (known - centre).astype(np.float64)
+    wide = rows.shape[1] > len(rows)
+    # Of the two Gram matrices the smaller one has all axes.
+    variances, axes = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows) / len(rows))
+    there = variances > 1e-9 * variances.max()
+    variances, axes = variances[there], axes[:, there]
+    if wide:
+        axes = rows.T @ (axes / np.sqrt(variances * len(rows)))
+    scale = (variances + ridge * variances.sum() / rows.shape[1]) ** -power
+    return centre, (axes * scale).astype(known.dtype)
+
+
+def recall(values: dict[str, np.ndarray], chosen: np.ndarray, both: bool = False) -> float:
+    """How often the nearest of Twitter's chosen pictures is the same emoji; `both`: and back."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    sides = [Features(x[chosen].astype(np.float32), chosen) for x in map(values.get, SETS)]
+    ways = [retrieval.one_way(*sides, mesh, (1,))['recall@1']]
+    if both:
+        ways.append(retrieval.one_way(*sides[::-1], mesh, (1,))['recall@1'])
+    return statistics.mean(ways)
+
+
+def categorised(
+    values: dict[str, np.ndarray],
+    categories: np.ndarray,
+    chosen: np.ndarray,
+    shots: int,
+    draws: int = DRAWS,
+) -> float:
+    """Accuracy on the chosen pictures that are not among the shots, mean of the draws.
+
+    Categories of too few pictures are left out. The shots and what is scored are seen in the
+    mirror as well.
+    """
+    kinds, counts = np.unique(categories[chosen], return_counts=True)
+    kinds = kinds[counts >= ENOUGH * shots]
+    chosen = chosen[np.isin(categories[chosen], kinds)]
+    labels = np.searchsorted(kinds, categories[chosen])
+    plain, other = values['twitter'][chosen], values['mirrored'][chosen]
+    each = []
+    for seed in range(draws):
+        rows = fewshot.draw(labels, shots, seed)
+        rest = np.setdiff1d(np.arange(len(labels)), rows)
+        learnt, known = np.concatenate([plain[rows], other[rows]]), np.tile(labels[rows], 2)
+        scored = np.concatenate([plain[rest], other[rest]])
+        answers = fewshot.scores_of(learnt, known, scored, len(kinds), l2=1024.0)
+        answers = answers.reshape(2, len(rest), -1).sum(0).argmax(1)
+        each.append(float((answers == labels[rest]).mean()))
+    return statistics.mean(each)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One start from one seed; 0 is the one by which readouts are chosen."""
+
+    start: str
+    seed: int
+
+
+class Study:
+    """The runs that there are, and those that are done, in WORKDIR/runs.jsonl."""
+
+    def __init__(self, emoji: Emoji, workdir: Path, quick: bool = False):
+        self._emoji, self._quick = emoji, quick
+        self._sides = divide(emoji.groups)
+        self._learnt = np.concatenate([self._sides['fit'], self._sides['val']])
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._arrays = workdir / 'google.npz'
+        np.savez(
+            self._arrays,
+            train_images=emoji.images['google'][self._learnt],
+            train_labels=np.arange(len(self._learnt)),
+        )
+        self._file = epath.Path(workdir) / 'runs.jsonl'
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._rows = [json.loads(text) for text in lines]
+
+    def config(self, run: Run) -> Config | None:
+        """None where nothing is trained."""
+        if run.start not in EXAMPLES:
+            return None
+        fit = len(self._sides['fit'])
+        return config_of(run.start, run.seed, self._arrays, fit, self._quick)
+
+    def done(self, run: Run) -> dict[str, Any] | None:
+        """The row of a run, if it is finished and its config still the same."""
+        config = self.config(run)
+        digest = config_lib.digest(config) if config else None
+        for row in self._rows:
+            if (row['start'], row['seed'], row['config']) == (run.start, run.seed, digest):
+                return row
+        return None
+
+    def seeds(self, start: str) -> list[int]:
+        """After 0: pixels have no seed."""
+        return [1] if start == 'pixels' or self._quick else list(range(1, SEEDS + 1))
+
+    def all(self) -> None:
+        """Does what is not done yet, a line each; of each start first the choice, by seed 0."""
+        for run in (Run(start, seed) for start in STARTS for seed in (0, *self.seeds(start))):
+            if self.done(run):
+                continue
+            began = time.perf_counter()
+            row = self._run(run)
+            jax.clear_caches()
+            self._rows.append(row)
+            storage.write_text(self._file, ''.join(json.dumps(one) + '\n' for one in self._rows))
+            if run.seed:
+                found = row['test']
+                told = f'retrieval {found["retrieval"]:.3f}  category {found["category"]:.3f}'
+            else:
+                told = f'chosen: {row["retrieval"]} and {row["category"]}'
+            spent = metrics.duration(time.perf_counter() - began)
+            print(f'{run.start:<18} seed {run.seed}  {told}  {spent}', flush=True)
+
+    def _seen(self, run: Run) -> tuple[Seen, dict[str, Any]]:
+        config = self.config(run)
+        if run.start == 'pixels':
+            return Seen(None, None, self._emoji), {'params': 0, 'seconds': 0.0}
+        if config is None:
+            (parts, params), seconds = random_network(run.seed), 0.0
+        else:
+            parts, params, seconds = train(config)
+        body = {name: leaf for name, leaf in params.items() if name != 'head'}
+        about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
+        return Seen(parts, params, self._emoji), about
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        config = self.config(run)
+        row = {**dataclasses.asdict(run), 'config': config_lib.digest(config) if config else None}
+        seen, about = self._seen(run)
+        row |= about
+        if run.seed == 0:
+            return row | self._choose(run.start, seen)
+        choice = self.done(Run(run.start, 0))
+        assert choice is not None
+        return row | {'test': self._test(seen, choice)}
+
+    def _choose(self, start: str, seen: Seen) -> dict[str, Any]:
+        """The best readout for either question on validation identities, both ways."""
+        bank, val, kinds = self._sides['fit'], self._sides['val'], self._emoji.categories
+        tried = []
+        for how in readouts(start):
+            values = seen.values(how, bank)
+            found = recall(values, val, both=True)
+            category = categorised(values, kinds, val, VAL_SHOTS)
+            tried.append({'how': how, 'retrieval': found, 'category': category})
+        best = {
+            name: list(max(tried, key=lambda one: one[name])['how'])
+            for name in ('retrieval', 'category')
+        }
+        return {**best, 'tried': tried}
+
+    def _test(self, seen: Seen, choice: dict[str, Any]) -> dict[str, float]:
+        """On the identities that were held out, with flags and without."""
+        bank, held, kinds = self._learnt, self._sides['test'], self._emoji.categories
+        plain = held[kinds[held] != self._emoji.category_names.index(FLAGS)]
+        values = seen.values(Readout(*choice['retrieval']), bank)
+        found = {
+            'retrieval': recall(values, held),
+            'retrieval_no_flags': recall(values, plain),
+        }
+        values = seen.values(Readout(*choice['category']), bank)
+        for name, chosen in (('category', held), ('category_no_flags', plain)):
+            found[name] = categorised(values, kinds, chosen, SHOTS)
+        return found
+
+    def results(self) -> list[dict[str, Any]]:
+        """Of each start, from the seeds that are done."""
+        found = []
+        for start in STARTS:
+            choice = self.done(Run(start, 0))
+            rows = [row for seed in self.seeds(start) if (row := self.done(Run(start, seed)))]
+            if choice is None or not rows:
+                continue
+            scores = {name: [row['test'][name] for row in rows] for name in rows[0]['test']}
+            found.append(
+                {
+                    'start': start,
+                    'seeds': len(rows),
+                    'readouts': {name: choice[name] for name in ('retrieval', 'category')},
+                    'validation': choice['tried'],
+                    'scores': scores,
+                    'mean': {name: statistics.mean(each) for name, each in scores.items()},
+                    'error': {name: standard_error(each) for name, each in scores.items()},
+                    'params': rows[0]['params'],
+                    'seconds': statistics.mean(row['seconds'] for row in rows),
+                }
+            )
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        held, kinds = self._sides['test'], self._emoji.categories
+        flags = kinds[held] == self._emoji.category_names.index(FLAGS)
+        counts = {name: len(rows) for name, rows in self._sides.items()}
+        return {**counts, 'test_no_flags': int((~flags).sum())}
+
+
+def standard_error(each: list[float]) -> float | None:
+    """Of a mean of seeds; None of one."""
+    return statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a line for each start."""
+    header = (
+        'start | retrieval, % | the same without flags | category, % | the same without flags | '
+        'seeds | parameters | seconds'
+    )
+    lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
+    for one in results:
+        cells = [one['start']]
+        for name, mean in one['mean'].items():
+            error = one['error'][name]
+            cells.append(f'{100 * mean:.1f}' + ('' if error is None else f' ± {100 * error:.1f}'))
+        cells += [str(one['seeds']), f'{one["params"]:,}', f'{one["seconds"]:.0f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """A bar for each start, and a dot for each seed."""
+    figure, axes = plots.canvas(2, 1, 4.8, 3.8)
+    titles = {
+        'retrieval': "Google's emoji among Twitter's, top-1",
+        'category': f"category of Twitter's, {SHOTS} shots",
+    }
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+        for at, one in enumerate(results):
+            axis.bar(at, 100 * one['mean'][name], 0.7, color=f'C{at}', alpha=0.75)
+            dots = [100 * score for score in one['scores'][name]]
+            axis.plot([at] * len(dots), dots, 'k.', ms=4)
+        labels = [one['start'] for one in results]
+        axis.set_xticks(range(len(results)), labels, fontsize=8)
+        axis.set_ylabel('%')
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis='y', alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.emoji',
+        epilog=f'The pictures: {INSTALL}',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--data', metavar='FOLDER', required=True, help="npm's prefix, see below")
+    parser.add_argument('--workdir', default='runs/emoji', help='where runs are kept')
+    parser.add_argument('--quick', action='store_true', help='a 100th of the steps, one seed')
+    parser.add_argument('--report', action='store_true', help='only of what is done already')
+    args = parser.parse_args(argv)
+    runtime.start()
+    workdir = Path(args.workdir) / ('quick' if args.quick else '')
+    study = Study(read(Path(args.data)), workdir, args.quick)
+    print(f'emoji: {study.sizes()}')
+    if not args.report:
+        study.all()
+    results = study.results()
+    # What is not the whole study does not replace its results.
+    folder = workdir if args.quick or args.report else RESULTS
+    about = {
+        'cpu': f'{os.cpu_count()} x {cpu()}',
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
+        'emoji': study.sizes(),
+    }
+    text = json.dumps({'about': about, 'results': results}, indent=1)
+    (folder / 'emoji.json').write_text(text + '\n')
+    (folder / 'emoji.md').write_text(table(results) + '\n')
+    draw(results, folder / 'emoji.png')
+    print(table(results))
+
+
+if __name__ == '__main__':
+    runtime.command(main)
