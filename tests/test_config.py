@@ -378,6 +378,11 @@ WRONG = {
     'negative': ['x', True, 0, 0.25, -1.5, float('nan')],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
     'classes': [1.5, True, (), (1.5,), (True,), (None,)],
+    'ints': ['x', 1.5, True, (), (1, 1), (1, 'x'), (1.5,), float('nan')],
+    'counts': ['x', 0, -1, 1.5, True, (), (1, 1), (1, 0), float('nan')],
+    'severities': ['x', 0, 6, (1, 6), (), (2, 2)],
+    'numbers': ['x', -1, True, (), (1, 1.0), (1, 'x'), (1, -1), float('nan')],
+    'choices': ['x', 1, True, (), ('haze', 'x'), ('haze', 'haze')],
     'rules': ['x', 5, ('.*', 1.0), (('.*',),), ((1, 1.0),), (('.*', 'x'),), (('.*', True),)],
 }
 GROUPS = {
@@ -417,6 +422,13 @@ GROUPS = {
     'model.drop_path': 'below one', 'model.patch_dropout': 'below one',
     'model.representation': 'int', 'model.head_bias': 'bool', 'model.fusion': 'choice',
     'model.queries': 'str', 'model.latents': 'int', 'part': 'str', 'patch': 'size',
+    'type': 'choice', 'train_split': 'str', 'gallery_split': 'str', 'blocks': 'ints',
+    'pool': 'choice', 'calibration': 'bool', 'per_class': 'choice', 'subset': 'classes',
+    'skip_unlabelled': 'bool', 'shots': 'counts', 'seeds': 'int', 'whiten': 'bool',
+    'bias': 'number', 'l2': 'numbers', 'k': 'counts', 'metric': 'choice', 'vote': 'choice',
+    'temperature': 'number', 'held_out': 'below one', 'iterations': 'int', 'rates': 'numbers',
+    'last_blocks': 'counts', 'probe_updates': 'int', 'probe_batch': 'int', 'ranks': 'counts',
+    'corruptions': 'choices', 'severities': 'severities',
     'streams.*.depth': 'int', 'streams.some.depth': 'int',
 }  # fmt: skip
 
