@@ -366,7 +366,7 @@ _EVALUATION = {
         None,
         'How many last blocks are joined (linear_grid). Own default: (1, 4).',
     ),
-    'updates': Field(_int(1), None, 'Steps of SGD (linear_grid). Own default: 12500.'),
+    'probe_updates': Field(_int(1), None, 'Updates by SGD (linear_grid). Own default: 12500.'),
     'probe_batch': Field(_int(1), None, 'Examples a step (linear_grid). Own default: 1024.'),
     'ranks': Field(
         _several(_int(1), 'whole number'),

@@ -138,8 +138,8 @@ def _robustness(
         raise UserError(f'config: {key}: robustness is of images, the model takes {found.reads}')
     if dtype != np.uint8:
         raise UserError(
-            f'config: {key}.transform makes {dtype} of images before they are corrupted: put '
-            'to_device before value_range or normalize'
+            f'config: {key}: robustness corrupts images of bytes (uint8), these are {dtype}; what '
+            'makes floats of them belongs behind to_device'
         )
     channels = shape[-1]
     chosen = robustness.chosen(settings['corruptions'], channels, key)

@@ -430,7 +430,7 @@ GROUPS = {
     'per_class': 'choice', 'subset': 'subset', 'skip_unlabelled': 'bool', 'shots': 'ints',
     'seeds': 'int', 'whiten': 'bool', 'bias': 'number', 'l2': 'numbers', 'k': 'ints',
     'metric': 'choice', 'vote': 'choice', 'temperature': 'number', 'held_out': 'below one',
-    'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'updates': 'int',
+    'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'probe_updates': 'int',
     'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import re
 
 from commands import ROOT
 
-from big_vit import augment, schema
+from big_vit import augment, schema, scoring
 from big_vit.data import transforms
 from big_vit.optim import factory
 
@@ -95,3 +95,14 @@ def test_every_optimizer_is_documented_with_the_keys_that_it_reads():
         if line.startswith('| `') and len(cells) == 5:
             rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[3]))
     assert rows == {name: set(factory.defaults(name)) for name in factory.LAWS}
+
+
+def test_every_evaluator_is_documented_with_the_keys_that_it_reads():
+    rows = {}
+    for line in (ROOT / 'docs' / 'evaluators.md').read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == 3:
+            rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[2]))
+    assert rows == {kind: set(scoring.keys(kind)) for kind in schema.EVALUATORS}
+    for name in schema.CORRUPTIONS:
+        assert f'`{name}`' in (ROOT / 'docs' / 'evaluators.md').read_text()

@@ -252,7 +252,7 @@ def test_the_grid_joins_last_blocks_and_picks_the_best_on_held_out_examples():
     np.testing.assert_array_equal(inputs[1, True], values[:, 6:12])
     np.testing.assert_array_equal(inputs[2, True], values[:, [0, 1, 2, *range(6, 12)]])
     found = linear_grid.scores(
-        TRAIN, TEST, mesh=MANY, rates=(1e-6, 0.3), last_blocks=(1, 2), updates=80,
+        TRAIN, TEST, mesh=MANY, rates=(1e-6, 0.3), last_blocks=(1, 2), probe_updates=80,
         probe_batch=128, joined=2, tokens=2,
     )  # fmt: skip
     assert found['rate'] == 0.3 and found['last_blocks'] == 2 and found['mean_joined'] == 1

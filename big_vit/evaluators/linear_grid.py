@@ -166,7 +166,7 @@ def scores(
     mesh: Mesh,
     rates: tuple[float, ...] = RATES,
     last_blocks: tuple[int, ...] | None = None,
-    updates: int = 12_500,
+    probe_updates: int = 12_500,
     probe_batch: int = 1024,
     held_out: float = 0.1,
     seed: int = 0,
@@ -191,7 +191,7 @@ def scores(
         classes,
         rates,
         mesh=mesh,
-        steps=updates,
+        steps=probe_updates,
         batch=probe_batch,
         seed=seed,
     )
