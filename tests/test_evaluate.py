@@ -219,7 +219,7 @@ def test_reports_cope_with_evaluations_without_top1(trained, tmp_path, capsys):
     assert {'few/1shot', 'test/loss', 'train/lr'} <= set(table[0].split())
     only = [row for row in rows if not any(n.startswith('test/') for n in row)]
     assert len(history_table(only).splitlines()) == 3  # The last step, the one with evaluations.
-    plots.curves({'': only}, tmp_path / 'curves.png')
+    plots.curves({'': only}).save(tmp_path / 'curves.png')
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
     last = metrics.latest(rows)
     shown = transfer.result_table({'pretrained': last, 'control': last}, ['test', 'near'])
