@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from big_vit import checkpoint, runtime, trees
@@ -91,11 +90,6 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
 
     The config is that of the last one, so that `evaluate`, `export` and `init` work on it.
     """
-    workdir = Path(out).expanduser()
-    if checkpoint.steps(workdir):
-        raise UserError(
-            f'--out {workdir}: there are checkpoints in it already; name another folder'
-        )
     every, sidecar = [], {}
     for path in paths:
         source, step = checkpoint.locate(path, 'CHECKPOINT')
@@ -104,13 +98,7 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
     mean = average(every, weights, paths)
     config = config_lib.from_json(sidecar['config']).without('model.lora', 'ema')
     config = config.replacing({'model.scan': False})
-    state = {
-        'params': trees.unflatten({n: jnp.asarray(x) for n, x in trees.flatten(mean).items()}),
-        'step': jnp.asarray(step, jnp.int32),
-    }
-    with checkpoint.Manager(workdir, keep_last=1) as manager:
-        manager.save(state, config.to_dict(), {})
-    return workdir, step
+    return Path(checkpoint.save_params(out, mean, step, config.to_dict())), step
 
 
 def main(argv: list[str]) -> None:

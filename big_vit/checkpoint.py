@@ -506,6 +506,25 @@ def scored_part(sidecar: dict[str, Any]) -> str:
     return 'ema' if averaged else 'params'
 
 
+def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> epath.Path:
+    """Makes a workdir whose only checkpoint has these parameters, in float32, and no optimizer.
+
+    Raises:
+      UserError: there is a run in that folder already, or it cannot be written.
+    """
+    workdir = storage.place(out)
+    if storage.is_local(workdir):
+        workdir = workdir.expanduser()
+    if steps(workdir):
+        raise UserError(
+            f'--out {workdir}: there are checkpoints in it already; name another folder'
+        )
+    wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
+    with Manager(workdir, keep_last=1) as manager:
+        manager.save({'params': wide, 'step': jnp.asarray(step, jnp.int32)}, config, {})
+    return workdir
+
+
 def load_params(
     workdir: Place, step: int, which: str = 'params'
 ) -> tuple[dict[str, Any], dict[str, Any]]:

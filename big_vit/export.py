@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from big_vit import build, checkpoint, interop, origin, runtime, sharding, storage, trees
 from big_vit import config as config_lib
@@ -92,17 +90,9 @@ def to_checkpoint(
     Raises:
       UserError: there is a run in that folder already, or it cannot be written.
     """
-    workdir = Path(out).expanduser()
-    if checkpoint.steps(workdir):
-        raise UserError(
-            f'--out {workdir}: there are checkpoints in it already; name another folder'
-        )
     config = origin.config_of(weights, overrides)
     params = stack_blocks(weights.params) if config.model.scan else weights.params
-    wide = {n: jnp.asarray(np.asarray(x, np.float32)) for n, x in trees.flatten(params).items()}
-    state = {'params': trees.unflatten(wide), 'step': jnp.zeros((), jnp.int32)}
-    with checkpoint.Manager(workdir, keep_last=1) as manager:
-        manager.save(state, config.to_dict(), {})
+    workdir = Path(checkpoint.save_params(out, params, 0, config.to_dict()))
     storage.write_text(storage.place(workdir) / ORIGIN, json.dumps(weights.meta, indent=2) + '\n')
     return workdir, config
 
