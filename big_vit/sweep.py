@@ -166,7 +166,9 @@ def train_all(
 ) -> dict[Trial, dict[str, float]]:
     """Trains rates x seeds, as many at once as fit and are asked for."""
     many = len(seeds) * len(rates)
-    if config.optim.peek('name') in trials.ONE_BY_ONE or config.optim.peek('group_rules'):
+    # How many damaged examples were replaced is watched in `train.run` alone.
+    skips, rules_ = config.data.peek('on_error') == 'skip', config.optim.peek('group_rules')
+    if config.optim.peek('name') in trials.ONE_BY_ONE or rules_ or skips:
         at_once = 1
     if many == 1 or at_once == 1:
         return {
@@ -175,7 +177,7 @@ def train_all(
         }
     if at_once is None or many <= at_once:
         try:
-            return trials.run(config, seeds, rates, folder, params=_params(config), label=label)
+            return trials.run(config, seeds, rates, folder, start=_params, label=label)
         except trials.DoNotFit:
             at_once = many // 2
     # Rates of a seed share their batches, so seeds are parted first.
@@ -286,6 +288,14 @@ def _check_evals(config: Config, validation: str | None, test: str, settings_: i
             f"of the training data, as in --config.data.split='train[:90%]' "
             f"--config.evals.{validation}.split='train[90%:]'"
         )
+    for name in (validation, test):
+        if name in config.evals and config.evals[name].type not in (None, 'classification'):
+            raise UserError(
+                f'config: evals.{name}.type must be classification: a sweep chooses and reports by '
+                'the top-1 of the head; give evaluations of other types another name'
+            )
+    if config.switch is not None:
+        raise UserError('config: switch goes on with a run of train; a transfer starts from init')
     if validation == test:
         raise UserError('config: transfer.validation and transfer.test must not be the same')
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from big_vit import build, checkpoint, metrics, scoring, sharding, state, storage, trees
+from big_vit import build, checkpoint, hosts, metrics, scoring, sharding, state, storage, trees
 from big_vit.config import Config
 from big_vit.optim import factory
 
@@ -179,21 +179,19 @@ class Batched:
         outer = jax.vmap(inner, in_axes=(0, self._seeds, None))
         return jax.jit(outer, out_shardings=sharding.replicated(self.parts.mesh))
 
-    def one(self, now: Any, frozen: Any, seed: int, rate: int) -> state.State:
-        """The state of one trial, as `train.run` would have it."""
+    @functools.cached_property
+    def one(self) -> Callable[[Any, Any, int, int], state.State]:
+        """(states, frozen, place of the seed, of the rate) -> the state that `train.run` has."""
 
-        def take(now: Any, frozen: Any) -> state.State:
+        def take(now: Any, frozen: Any, seed: Array, rate: Array) -> state.State:
             own = jax.tree.map(lambda leaf: leaf[seed, rate], now)
             rest = frozen if self._seeds is None else jax.tree.map(lambda leaf: leaf[seed], frozen)
-            return {
-                **own,
-                **{n: self._whole(own[n], rest) for n in WEIGHTS if n in own},
-            }
+            return {**own, **{n: self._whole(own[n], rest) for n in WEIGHTS if n in own}}
 
-        return jax.jit(take, out_shardings=state.shardings(self.parts.like))(now, frozen)
+        return jax.jit(take, out_shardings=state.shardings(self.parts.like))
 
 
-class _Scribe:
+class _Journal:
     """The metrics of all trials, each in its own workdir, and one line for all on the console."""
 
     def __init__(
@@ -203,6 +201,8 @@ class _Scribe:
         total: int,
         label: str,
         stack: contextlib.ExitStack,
+        dumps: dict[Trial, dict[str, Any]],
+        targets: dict[str, Any],
     ):
         active = jax.process_index() == 0
         self.grid = grid
@@ -210,7 +210,7 @@ class _Scribe:
         self.writers = {}
         for trial in (trial for row in grid for trial in row):
             storage.place(folder(trial)).mkdir(parents=True, exist_ok=True)
-            writer = metrics.Writer(folder(trial), 0, active=active)
+            writer = metrics.Writer(folder(trial), 0, active=active, config=dumps[trial], **targets)
             self.writers[trial] = stack.enter_context(writer)
 
     def write(self, step: int, prefix: str, found: dict[str, np.ndarray]) -> None:
@@ -255,13 +255,16 @@ def _scores(step: Any, moving: Any, frozen: Any, batches: Any) -> dict[str, np.n
 
 
 def _evaluators(
-    config: Config, parts: build.Experiment, batched: Batched, sizes: tuple[int, int]
+    config: Config,
+    parts: build.Experiment,
+    batched: Batched,
+    alone: dict[str, scoring.Evaluator],
+    sizes: tuple[int, int],
 ) -> dict[str, Callable[[Any, Any], dict[str, np.ndarray]]]:
     """Functions of (states, frozen) that give arrays [seeds, rates].
 
     A plain classification scores all trials at once, whatever else is asked for one by one.
     """
-    alone = scoring.evaluators(config, parts)
 
     def at_once(name: str) -> Callable[[Any, Any], dict[str, np.ndarray]]:
         step = batched.eval_step(name)
@@ -297,7 +300,7 @@ def run(
     rates: Sequence[float],
     folder: Callable[[Trial], Place],
     *,
-    params: Callable[[build.Experiment], Any] | None = None,
+    start: Callable[[Config], Callable[[build.Experiment], Any] | None],
     label: str = 'trials',
 ) -> dict[Trial, dict[str, float]]:
     """Trains every rate with every seed at once; each leaves metrics and its last state.
@@ -307,7 +310,7 @@ def run(
     Args:
       config: of all trials, but for `lr` and `seed`.
       folder: the workdir of each.
-      params: what gives the NumPy parameters to start from instead of random ones.
+      start: by the config, what gives the NumPy parameters to start from; None for random ones.
 
     Returns:
       The last metrics of each trial.
@@ -318,8 +321,17 @@ def run(
     configs = [config.replacing({'seed': seed}) for seed in seeds]
     every = [build.experiment(one) for one in configs]
     parts, total, due = every[0], every[0].total_steps, every[0].due
-    first = None if params is None else params(parts)
+    given = start(configs[0])
+    first = None if given is None else given(parts)
+    build.train_step(configs[0], parts)  # Reads what the step of each trial will.
+    alone, targets = scoring.evaluators(configs[0], parts), build.log_targets(configs[0])
+    configs[0].audit()
     grid = [[Trial(rate, seed) for rate in rates] for seed in seeds]
+    dumps = {
+        trial: config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
+        for row in grid
+        for trial in row
+    }
     clock = metrics.Clock()
 
     def timings(step: int) -> dict[str, float]:
@@ -340,9 +352,9 @@ def run(
         bytes_ = needed(step)
         if len(seeds) * len(rates) > 1 and bytes_ > memory_limit():
             raise DoNotFit
-        evaluators = _evaluators(configs[0], parts, batched, (len(seeds), len(rates)))
-        scribe = _Scribe(grid, folder, total, label, stack)
-        scribe.console.say(
+        evaluators = _evaluators(configs[0], parts, batched, alone, (len(seeds), len(rates)))
+        journal = _Journal(grid, folder, total, label, stack, dumps, targets)
+        journal.console.say(
             f'trials  {len(seeds) * len(rates)} at once, {bytes_ / 1e6:,.0f} MB: '
             f'lr {", ".join(f"{rate:g}" for rate in rates)}; seed {", ".join(map(str, seeds))}',
             f'compile {time.perf_counter() - began:.1f}s',
@@ -364,24 +376,25 @@ def run(
                 now, values = step(now, frozen, batches, *numbers)
                 if before is not None:  # One step in flight, as in a run.
                     jax.block_until_ready(before)
+                    hosts.progress(number)
             before = values
             clock.count_step()
-            scribe.console.step(number)
+            journal.console.step(number)
             if build.is_due(due.log, number, total):
                 with clock.bucket('step'):
                     jax.block_until_ready(values)
-                scribe.training(number, values, functools.partial(timings, number))
+                journal.training(number, values, functools.partial(timings, number))
             for name in (n for n, k in due.evals.items() if build.is_due(k, number, total)):
                 with clock.bucket('eval'):
                     found = evaluators[name](now, frozen)
-                scribe.evaluation(number, name, found)
+                journal.evaluation(number, name, found)
+                hosts.progress(number)
         with clock.bucket('save'):
             for i, row in enumerate(grid):
                 for j, trial in enumerate(row):
-                    own, latest = batched.one(now, frozen, i, j), scribe.writers[trial].latest
-                    dump = config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
-                    scribe.writers[trial].flush()
+                    own, latest = batched.one(now, frozen, i, j), journal.writers[trial].latest
+                    journal.writers[trial].flush()
                     with checkpoint.Manager(folder(trial), 1) as manager:
-                        manager.save(own, dump, latest)
-        scribe.console.say(f'time    {clock.summary()}')
-        return {trial: dict(writer.latest) for trial, writer in scribe.writers.items()}
+                        manager.save(own, dumps[trial], latest)
+        journal.console.say(f'time    {clock.summary()}')
+        return {trial: dict(writer.latest) for trial, writer in journal.writers.items()}

@@ -78,12 +78,11 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
     """Also of a random start, whose frozen parts differ from seed to seed."""
     settings = load(pretrained, more, {'transfer.random_features': 'false'})
     for start, own in sweep.starts(settings, 'evals.test.').items():
-        params = sweep._params(own)
 
         def folder(trial, start=start):
             return tmp_path / start / f'{trial.lr}-{trial.seed}'
 
-        found = trials.run(own, [3, 4], [0.02, 0.1], folder, params=params)
+        found = trials.run(own, [3, 4], [0.02, 0.1], folder, start=sweep._params)
         assert len(found) == 4
         for trial in (Trial(0.1, 3), Trial(0.02, 4)):
             alone = tmp_path / start / f'alone-{trial.lr}-{trial.seed}'
@@ -241,6 +240,8 @@ def test_values_of_a_sweep(text, key, found):
         ('lr=0.1,1', {'evals.val.split': 'train[30%:50%]'}, r'have 144 examples in common'),
         ('lr=0.1,1', {'evals.val.split': 'test[50:]'}, r'evals.test.split=.* have 50 examples'),
         ('lr=0.1,1', {'evals.val.split': 'train[99%:99%]'}, 'holds no example'),
+        ('lr=0.1,1', {'evals.val.type': 'knn'}, 'evals.val.type must be classification'),
+        ('lr=0.1,1', {'switch': 'runs/a'}, 'switch goes on with a run of train'),
         ('lr=0.1,1', {'transfer.train': 'head', 'optim.lr_rules': '((".*", 1.0),)'}, 'set one'),
     ],
 )  # fmt: skip
@@ -273,6 +274,30 @@ def test_a_trial_that_diverges_does_not_end_the_others(pretrained, tmp_path, cap
     assert found['pretrained']['setting'] == {'lr': 0.01}
     assert 'WARNING pretrained lr 1e+30 seed 0: the last 20 updates' in capsys.readouterr().err
     assert [row['val/top1'] is None for row in rows_of(tmp_path)] == [False, True]
+
+
+def test_a_key_without_effect_is_refused_at_once_as_it_is_alone(pretrained, tmp_path):
+    settings = load(pretrained, NO_CONTROLS, {'optim.b2': '0.9'})
+    for at_once in (None, 1):
+        with pytest.raises(UserError, match=r'optim\.b2 is set, but this run never reads it'):
+            sweep.run(settings, tmp_path / str(at_once), ['lr=0.1,1'], at_once=at_once)
+
+
+def test_trials_at_once_have_event_files_and_evaluations_of_all_types(pretrained, tmp_path):
+    more = {
+        'log.tensorboard': 'true',
+        'transfer.train': 'head',
+        'evals.near.type': 'knn',
+        'evals.near.k': '3',
+        'evals.near.split': 'train[40%:60%]',
+        'evals.near.train_split': 'train[:20%]',
+    }
+    sweep.run(load(pretrained, NO_CONTROLS, more), tmp_path, ['lr=0.1,1'])
+    for row in rows_of(tmp_path):
+        folder = tmp_path / row['workdir']
+        assert list((folder / 'tensorboard').iterdir())
+        # Frozen features: the same neighbours whatever the head learned.
+        assert metrics.latest(metrics.read(folder))['near/3nn'] > 0.2
 
 
 def test_a_duration_is_swept_in_another_unit_than_the_configs(pretrained, tmp_path):
