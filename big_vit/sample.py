@@ -18,14 +18,19 @@ def batch(config: Config, count: int) -> tuple[build.Data, dict[str, np.ndarray]
     if config.data.cache in ('auto', 'decoded'):  # A few examples are decoded when they are read.
         config = config.replacing({'data.cache': 'none'})
     found = build.train_data(config)
+    return found, first(found, count)
+
+
+def first(found: build.Data, count: int) -> dict[str, np.ndarray]:
+    """About `count` examples of data that is open, the first that are trained on."""
     assert found.order is not None
     size = max(1, count // found.order.repeats) * found.order.repeats
     order = dataclasses.replace(found.order, batch_size=size)
     batches = pipeline.train_batches(found.source, found.transform, order, skip_bad=found.skip_bad)
-    first = next(batches)
-    first.pop('replaced', None)
+    examples = next(batches)
+    examples.pop('replaced', None)
     batches.close()  # type: ignore[attr-defined]
-    return found, first
+    return examples
 
 
 def pictures(batch: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -278,7 +278,7 @@ def run(
             elif came_from:
                 console.say(f'switch  from step {start} of {came_from}')
             if writer.tracked:
-                _, few = sample.batch(config, 32)
+                few = sample.first(parts.data, 32)
                 writer.pictures(start, 'train/images', sample.pictures(few))
             if start < total:
                 compiling = time.perf_counter()

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from big_vit import build, checkpoint, hosts, metrics, scoring, sharding, state, storage, trees
 from big_vit.config import Config
+from big_vit.evaluators import classification
 from big_vit.optim import factory
 
 Place = str | os.PathLike[str]
@@ -238,22 +239,6 @@ class _Journal:
         self.console.evaluation(step, f'{name}, best of all (lr {self.grid[i][j].lr:g})', best)
 
 
-def _scores(step: Any, moving: Any, frozen: Any, batches: Any) -> dict[str, np.ndarray]:
-    """The means [seeds, rates] over a split, and how many examples it has."""
-    parts: list[dict[str, Array]] = []
-    for batch in batches:
-        parts.append(step(moving, frozen, batch))
-        if len(parts) > 2:  # As `evaluators.classification.run`.
-            jax.block_until_ready(parts[-3])
-    fetched = jax.device_get(parts)
-    sums: dict[str, np.ndarray] = {
-        name: np.sum([np.asarray(part[name], np.float64) for part in fetched], axis=0)
-        for name in fetched[0]
-    }
-    count = sums.pop('count')
-    return {**{name: value / count for name, value in sums.items()}, 'count': count}
-
-
 def _evaluators(
     config: Config,
     parts: build.Experiment,
@@ -271,7 +256,10 @@ def _evaluators(
 
         def scores(now: Any, frozen: Any) -> dict[str, np.ndarray]:
             weights = now.get('ema', now['params'])
-            return _scores(step, weights, frozen, build.eval_batches(parts, name))
+            batches = build.eval_batches(parts, name)
+            sums = classification.totals(step(weights, frozen, batch) for batch in batches)
+            count = sums.pop('count')
+            return {**{name: value / count for name, value in sums.items()}, 'count': count}
 
         return scores
 

@@ -86,6 +86,17 @@ def class_sums(
     return {'class_count': of_class.sum(0), 'class_right': (of_class * hit[:, None]).sum(0)}
 
 
+def totals(parts: Iterable[dict[str, jax.Array]]) -> dict[str, Any]:
+    """The sums of all batches added up, in float64, of any shapes."""
+    every: list[dict[str, jax.Array]] = []
+    for part in parts:
+        every.append(part)
+        if len(every) > 2:  # Waiting two behind bounds the batches that wait on the devices.
+            jax.block_until_ready(every[-3])
+    fetched = jax.device_get(every)
+    return {name: sum(part[name].astype(np.float64) for part in fetched) for name in fetched[0]}
+
+
 def run(
     eval_step: Callable[[Any, Any], dict[str, jax.Array]],
     params: Any,
@@ -100,13 +111,7 @@ def run(
     Args:
       names: of the classes that compete, in order.
     """
-    parts: list[dict[str, jax.Array]] = []
-    for batch in batches:
-        parts.append(eval_step(params, batch))
-        if len(parts) > 2:  # Waiting two behind bounds the batches that wait on the devices.
-            jax.block_until_ready(parts[-3])
-    fetched = jax.device_get(parts)
-    total = {name: sum(part[name].astype(np.float64) for part in fetched) for name in fetched[0]}
+    total = totals(eval_step(params, batch) for batch in batches)
     count = float(total.pop('count'))
     found: dict[str, float] = {}
     if 'bin_sure' in total:
