@@ -701,7 +701,7 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         schedule=schedule,
         like=like,
         total_steps=total,
-        flops_per_example=3 * costs.cost(vit, train.shapes).flops,
+        flops_per_example=training_flops(costs.cost(vit, train.shapes).flops, shapes, made.rate),
         decay_factors=made.decay,
         lr_factors=made.rate,
         groups=made.group,
@@ -709,6 +709,20 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         batch_size=config.batch_size,
         due=_duties(config, train.source, total),
     )
+
+
+def training_flops(forward: int, shapes: Any, rates: dict[str, layers.Factor]) -> int:
+    """Operations of a training step for one example: three times the forward pass, less the frozen.
+
+    Back through the model go the gradients of activations, unless the head alone is trained, and
+    those of the parameters that are. Where lower blocks are frozen and upper ones are not, the
+    former count as passed, so it is an upper bound there.
+    """
+    still, flat = factory.frozen(rates), trees.flatten(shapes)
+    moving = {name: leaf for name, leaf in flat.items() if name not in still}
+    through = any(not name.startswith(('head/', 'head_dist/')) for name in moving)
+    share = trees.count(list(moving.values())) / trees.count(shapes)
+    return round(forward * (1 + through + share))
 
 
 def in_steps(

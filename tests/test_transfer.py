@@ -9,6 +9,7 @@ from commands import run
 from tiny import MODEL, RUN, flags, overrides
 
 from big_vit import (
+    build,
     checkpoint,
     config,
     evaluate,
@@ -307,3 +308,17 @@ def test_weights_that_load_but_answer_otherwise_are_refused(pretrained, tmp_path
         'configs/transfer_digits.py', overrides(RUN, {'init': str(tmp_path / 'run')})
     )
     assert loaded.model.norm_eps == 1e-3 and loaded.model.posemb == 'learned'
+
+
+def test_what_is_frozen_is_not_counted_as_computed(pretrained):
+    """Else a head alone would run at more than the machine's peak."""
+
+    def count(trained):
+        settings = small_transfer(pretrained, {'transfer.train': trained})
+        parts = build.experiment(settings)
+        return parts.flops_per_example / build.costs.cost(parts.model, parts.data.shapes).flops
+
+    assert count('all') == 3
+    assert 1 < count('head') < 1.05
+    assert 2 < count('norm') < 2.1
+    assert count('norm') < count('attention') < 3
