@@ -689,7 +689,9 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = optimizer(config, shapes, schedule, mesh)
     averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
-    like = state.abstract(vit, train.inputs, made.transform, averaged, mesh, m.min_shard_size)
+    like = state.abstract(
+        vit, train.inputs, made.transform, averaged, mesh, m.min_shard_size, shapes
+    )
     sharding.check_spread(like, state.shardings(like), mesh, m.min_shard_size, m.max_replicated)
     return Experiment(
         mesh=mesh,

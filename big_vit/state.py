@@ -61,9 +61,15 @@ def abstract(
     ema: bool,
     mesh: Mesh,
     min_shard_size: int = 0,
+    params: Any = None,
 ) -> State:
-    """The state as ShapeDtypeStructs that carry their shardings."""
-    shapes = jax.eval_shape(lambda: from_params(_init_params(model, inputs, 0), optimizer, ema))
+    """The state as ShapeDtypeStructs that carry their shardings.
+
+    Args:
+      params: what `abstract_params` gave, where it is known: a deep model takes seconds to trace.
+    """
+    params = abstract_params(model, inputs) if params is None else params
+    shapes = jax.eval_shape(lambda p: from_params(p, optimizer, ema), params)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
