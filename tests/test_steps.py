@@ -156,7 +156,7 @@ def single():
         dict(devices=8, sizes=(8, 1, 1)),
         dict(devices=8, sizes=(1, 8, 1)),
         dict(devices=8, sizes=(2, 2, 2)),
-        dict(devices=8, sizes=(1, 4, 2)),
+        pytest.param(dict(devices=8, sizes=(1, 4, 2)), marks=pytest.mark.slow),
         dict(devices=8, sizes=(2, 2, 2), accumulation=4),
         dict(devices=8, sizes=(2, 2, 2), sequence=True),
         dict(accumulation=4),
@@ -293,10 +293,10 @@ def mixing_run():
 @pytest.mark.parametrize(
     'run',
     [
-        dict(devices=8, sizes=(8, 1, 1)),
-        dict(devices=8, sizes=(1, 8, 1)),
+        pytest.param(dict(devices=8, sizes=(8, 1, 1)), marks=pytest.mark.slow),
+        pytest.param(dict(devices=8, sizes=(1, 8, 1)), marks=pytest.mark.slow),
         dict(devices=8, sizes=(1, 8, 1), accumulation=4),
-        dict(accumulation=4),
+        pytest.param(dict(accumulation=4), marks=pytest.mark.slow),
     ],
     ids=['DP', 'FSDP', 'FSDP accumulated', 'accumulated'],
 )
@@ -384,9 +384,9 @@ def all_at_once():
 @pytest.mark.parametrize(
     'run',
     [
-        dict(devices=8, sizes=(8, 1, 1)),
+        pytest.param(dict(devices=8, sizes=(8, 1, 1)), marks=pytest.mark.slow),
         dict(devices=8, sizes=(2, 2, 2), accumulation=4),
-        dict(accumulation=4),
+        pytest.param(dict(accumulation=4), marks=pytest.mark.slow),
     ],
     ids=['DP', '2x2x2 accumulated', 'accumulated'],
 )
@@ -461,7 +461,9 @@ def test_preparing_depends_on_the_seed_and_the_step():
     assert losses(1)[0] != first
 
 
-@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    'sizes', [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_a_step_never_brings_the_images_of_all_devices_together(sizes):
     run = run_of_all(devices=8, sizes=sizes, accumulation=2)
     where = sharding.batch_sharding(run.mesh)

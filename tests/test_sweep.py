@@ -267,6 +267,7 @@ def test_what_does_not_fit_is_parted(pretrained, tmp_path, monkeypatch):
     assert all(isinstance(one, Trial) or len(one[0]) * len(one[1]) == 2 for one in seen)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_does_not_end_the_others(pretrained, tmp_path, capsys):
     more = {'total_steps': '25', 'optim.clip': '0', 'skip_sigmas': '0'}
     settings = load(pretrained, NO_CONTROLS, more)
