@@ -24,14 +24,7 @@ MODELS: dict[str, dict] = {
     'cct': {'tokenizer': 'cct', 'pool': 'seq', 'depth': 2},
     'spt': {'tokenizer': 'spt', 'lsa': True},
     'hybrid': {'variant': 'R+mu/4'},
-    'best': {
-        'tokenizer': 'cct',
-        'pool': 'seq',
-        'width': 96,
-        'depth': 3,
-        'mlp_dim': 192,
-        'drop_path': 0.05,
-    },
+    'best': {'variant': 'R+mu/4', 'width': 96, 'depth': 2, 'mlp_dim': 192},
 }
 
 
