@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from big_vit import sharding, trees
+from big_vit import compiler, sharding, trees
 from big_vit.mixing import Mix
 from big_vit.objectives import Batch, Loss
 from big_vit.optim import factory, sam, schedule_free
@@ -193,6 +193,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(where, sharding.batch_sharding(mesh)),
         out_shardings=(where, sharding.replicated(mesh)),
+        compiler_options=compiler.options(mesh),
     )
 
 
@@ -204,4 +205,5 @@ def make_eval_step(
         sums,
         in_shardings=(shardings(like)['params'], sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
+        compiler_options=compiler.options(mesh),
     )

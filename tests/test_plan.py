@@ -4,11 +4,12 @@ import importlib.util
 import json
 import re
 
+import jax
 import pytest
 from commands import error_line, run
 from tiny import MODEL, flags
 
-from big_vit import plan, topology
+from big_vit import compiler, plan, sharding, topology
 from big_vit.errors import UserError
 
 needs_compiler = pytest.mark.skipif(
@@ -48,6 +49,16 @@ def test_topologies(name, slices, devices, chips, hosts):
     found = topology.load(name, slices)
     assert (len(found.devices), found.chips, found.hosts) == (devices, chips, hosts)
     assert found.devices_per_chip == devices // chips
+
+
+def test_compiler_options_of_a_chip_unless_the_user_gave_them(monkeypatch):
+    (device,) = topology.load('v5e:1x1').devices
+    mesh = sharding.make_mesh(1, 1, 1, [device])
+    name = 'xla_tpu_scoped_vmem_limit_kib'
+    assert compiler.options(mesh) == {name: '28672'}
+    monkeypatch.setenv('LIBTPU_INIT_ARGS', f'--{name}=20000')
+    assert compiler.options(mesh) == {}
+    assert compiler.options(sharding.make_mesh(1, 1, 1, jax.devices()[:1])) == {}
 
 
 @pytest.mark.parametrize('name', ['v5:4x4', 'v5e', 'v5e:4x', 'v5e:0x4', 'gpux:8', 'cpu:0', 'x'])

@@ -198,7 +198,13 @@ def layer_norm(
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype):
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
+    if x.dtype == jnp.bfloat16:
+        # Both sums in one pass: what cancels is far below what rounding to bfloat16 took from x.
+        variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)
+        variance = jnp.maximum(variance, 0)
+    else:
+        variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
     y = (wide - mean) * inverse * _last(scale, x.ndim) + _last(bias, x.ndim)
     return y.astype(dtype), (x, mean[..., 0], inverse[..., 0], scale)
 
