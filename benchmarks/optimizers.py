@@ -220,7 +220,7 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
     waits: dict[str, float] = {}
     for one in module.collectives:
         if not one.overlapped:
-            seconds = plan._link_seconds(one, place)
+            seconds = plan.link_seconds(one, place)
             waits[one.branch] = waits.get(one.branch, 0.0) + seconds * place.chip.clock
     cycles = module.cycles_by_branch
     where = {op.branch: op.source for op in module.ops if 'branch_' in op.source}

@@ -389,7 +389,10 @@ def from_json(tree: dict[str, Any]) -> Config:
 
 
 # What may change when a run is resumed: no result depends on it.
-RESUMABLE = ('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers')
+RESUMABLE = (
+    *('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers'),
+    'profile',
+)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ def _memory(compiled: Any, parts: build.Experiment, batch: Any) -> dict[str, flo
     return known
 
 
-def _link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
+def link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
     """The least time of a collective, every link of a chip in use, over all its executions."""
     assert place.chip is not None
     speed = place.chip.network if one.network else place.chip.links
@@ -129,7 +129,7 @@ def _collectives(module: hlo.Module, place: topology.Topology) -> list[dict[str,
             'overlapped': overlapped,
             'count': sum(one.times for one in found),
             'bytes': sum(one.nbytes * one.times for one in found),
-            'seconds': sum(_link_seconds(one, place) for one in found) if place.chip else None,
+            'seconds': sum(link_seconds(one, place) for one in found) if place.chip else None,
         }
         for (kind, group, network, overlapped), found in sorted(groups.items())
     ]
@@ -201,7 +201,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
             name = part_of(op.source)
             seconds[name] = seconds.get(name, 0.0) + op.cycles * op.times / place.chip.clock
         waiting = [one for one in module.collectives if not one.overlapped]
-        seconds['collectives not overlapped'] = sum(_link_seconds(one, place) for one in waiting)
+        seconds['collectives not overlapped'] = sum(link_seconds(one, place) for one in waiting)
         speed = config.batch_size / sum(seconds.values())
     peak = place.chips * place.chip.peak_flops if place.chip else 0.0
     mesh = parts.mesh.shape

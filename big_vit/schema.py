@@ -688,6 +688,9 @@ SCHEMA: dict[str, Field] = {
     **_durations('checkpoint.every', 'Save this often, and at the end'),
     'checkpoint.keep_last': Field(_int(1), 2, 'How many of the newest checkpoints stay.'),
     **_durations('checkpoint.keep_every', 'Never delete the checkpoints at multiples of this'),
+    'profile': Field(
+        _int(0), 0, 'Trace so many steps into WORKDIR/trace, from the tenth of this start on.'
+    ),
     **_durations('log.every', 'Write training metrics this often'),
     'log.tensorboard': Field(_bool, False, 'Also write TensorBoard event files.'),
     'log.wandb': Field(check_text, None, 'Also log to this Weights & Biases project.'),

@@ -31,6 +31,7 @@ from big_vit import (
     steps,
     storage,
     switch,
+    tracing,
 )
 from big_vit import config as config_lib
 from big_vit.config import Config
@@ -239,7 +240,7 @@ def run(
     began = time.perf_counter()
     parts = build.experiment(config)
     train_step, evaluators = build.train_step(config, parts), scoring.evaluators(config, parts)
-    log_targets, came_from = build.log_targets(config), config.switch
+    log_targets, came_from, traced = build.log_targets(config), config.switch, config.profile
     damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
     config.audit()
     fresh = params is not None and not checkpoint.steps(storage.place(path))
@@ -268,6 +269,7 @@ def run(
             metrics.Console(total, start, label=label, active=active) as console,
             runtime.stop_signals() as stop,
             build.train_batches(config, parts, start) as batches,
+            tracing.tracer(workdir / 'trace', start, traced, console.say) as trace,
         ):
             peak, peak_source = runtime.device_peak_flops()
             peak *= parts.mesh.size
@@ -329,11 +331,12 @@ def run(
                                 manager.save(now, dump, writer.latest)
                         if stopped:
                             break
+                    trace(step, [values for _, values in pending])
                     if step == total:
                         break
                     with clock.bucket('data'):
                         batch = next(batches)
-                    with clock.bucket('step'):
+                    with clock.bucket('step'), tracing.step(step):
                         now, values = train_step(now, batch)
                         if pending:  # One step in flight: the devices never wait for the host.
                             jax.block_until_ready(pending[0][1])

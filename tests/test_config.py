@@ -432,6 +432,7 @@ GROUPS = {
     'metric': 'choice', 'vote': 'choice', 'temperature': 'number', 'held_out': 'below one',
     'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'probe_updates': 'int',
     'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
+    'profile': 'int',
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def damaged(tmp_path, numbers, examples=60):
     return root
 
 
+@pytest.mark.slow
 def test_every_part_of_the_pipeline_in_one_run(photos, tmp_path):
     loaded = load(
         photos,

@@ -29,7 +29,13 @@ def test_a_short_run_learns_and_the_next_stage_starts_from_it(tmp_path):
     assert metrics.latest(rows)['test/top1'] > 0.5  # chance is 0.1
     waits = [row['time/data_wait'] for row in rows if 'time/data_wait' in row]
     assert len(waits) == 3
-    on_digits = {'init': str(tmp_path / 'w'), 'image_size': '28', 'total_steps': '5'}
+    on_digits = {
+        'init': str(tmp_path / 'w'),
+        'image_size': '28',
+        'total_steps': '5',
+        'transfer.control': 'false',
+        'transfer.random_features': 'false',
+    }
     second = run(
         'transfer',
         *('--config', 'configs/transfer_digits.py', '--workdir', tmp_path / 't'),

@@ -257,6 +257,7 @@ def test_another_config_on_one_host_stops_all_at_once(tmp_path, command):
     assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_stops_all(tmp_path, command):
     folders = [tmp_path / 'a', tmp_path / 'b']
     for folder in folders:

@@ -573,6 +573,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_babysit_brings_a_killed_run_to_the_end_of_an_uninterrupted_one(tmp_path):
     (tmp_path / 'tiny.py').write_text(CONFIG)
     ends = {}

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 LAYERS = [
     {'errors', 'schema', 'storage'},
     {'runtime', 'config', 'trees', 'cluster', 'hosts', 'tracking'},
-    {'models', 'optim', 'data', 'sharding', 'hlo', 'topology', 'compiler'},
+    {'models', 'optim', 'data', 'sharding', 'hlo', 'topology', 'compiler', 'tracing'},
     {
         'objectives',
         'augment',

@@ -143,6 +143,7 @@ def losses(path):
     return {row['step']: row['train/loss'] for row in metrics.read(path) if 'train/loss' in row}
 
 
+@pytest.mark.slow
 def test_shampoo_goes_on_from_adamw(of_adamw, tmp_path):
     settings = load(SHAMPOO, {'switch': str(of_adamw / 'checkpoints' / '3')})
     assert train.run(settings, tmp_path / 'w').step == 6

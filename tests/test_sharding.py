@@ -313,7 +313,11 @@ def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():
 # Each way to lay out devices and each way to run blocks; test_steps.py has more of both.
 @pytest.mark.parametrize(
     'sizes, scan, remat',
-    [((1, 8, 1), False, 'none'), ((2, 4, 1), True, 'full'), ((2, 2, 2), True, 'none')],
+    [
+        pytest.param((1, 8, 1), False, 'none', marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), True, 'full', marks=pytest.mark.slow),
+        ((2, 2, 2), True, 'none'),
+    ],
 )
 def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     mesh = sharding.make_mesh(*sizes)

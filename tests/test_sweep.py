@@ -200,6 +200,7 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_missing(pretrained, tmp_pat
     assert len(rows_of(tmp_path / 'w')) == 4
 
 
+@pytest.mark.slow
 def test_more_rates_are_added_to_what_is_there(pretrained, tmp_path):
     settings = load(pretrained, NO_CONTROLS, {'transfer.train': 'head'})
     sweep.run(settings, tmp_path, ['lr=0.01,0.1'])

@@ -254,6 +254,7 @@ def test_batch_must_divide_by_devices(tmp_path):
         train.run(config.resolve({**TINY, 'batch_size': 20}), tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_meshes_and_accumulation_give_the_same_losses(tmp_path, finished):
     """End to end, data included: the per-step equivalences are in test_steps.py."""
     want = [row['train/loss'] for row in metrics.read(finished[0]) if 'train/loss' in row]

@@ -178,6 +178,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         transfer.load_config('configs/transfer_digits.py', [])
 
 
+@pytest.mark.slow
 def test_pretraining_helps_on_what_it_was_pretrained_on(tmp_path):
     """Digits onto digits: the strongest form of the claim that parameters really travel."""
     (tmp_path / 'empty.py').write_text(

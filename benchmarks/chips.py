@@ -1,0 +1,174 @@
+"""The whole train step on TPUs, ours beside a plain one, by the TPU compiler: no TPU is needed.
+
+    python -m benchmarks chips [--only v5e/B/16,...] [--again]
+
+Each row is compiled by a process of its own, two to ten minutes on two cores, and stored at once;
+started again, what is missing is made. Cycles are the compiler's estimates (docs/planning.md) and
+the same on every machine.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import baseline
+from big_vit import hlo, plan, sharding, topology
+from big_vit.errors import UserError
+from big_vit.models import costs, variants
+from big_vit.models.vit import ViT
+
+FILE = Path(__file__).parent / 'results' / 'chips.json'
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """A model on one kind of slice; `batch` is a chip's."""
+
+    variant: str
+    topology: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f'{self.topology.partition(":")[0]}/{self.variant}'
+
+
+ROWS = (
+    Row('S/16', 'v5e:4x4', 64),
+    Row('B/16', 'v5e:4x4', 64),
+    Row('L/16', 'v5e:4x4', 64),
+    Row('H/14', 'v5e:4x4', 16),
+    Row('B/16', 'v6e:4x4', 64),
+    Row('L/16', 'v6e:4x4', 64),
+    Row('B/16', 'v5p:2x2x4', 64),
+    Row('L/16', 'v5p:2x2x4', 64),
+    Row('g/14', 'v5p:2x2x4', 32),
+)
+SIDES = ('plain', 'big_vit')
+
+
+def ours(row: Row) -> dict[str, Any]:
+    """What `python -m big_vit.plan` says; parameters, moments and gradients split over 16 chips."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'plan.json'
+        command = [
+            *(sys.executable, '-m', 'big_vit.plan', '--config', 'configs/vit_b16_i1k.py'),
+            *('--config.mixup=0', f'--config.model.variant={row.variant}'),
+            *('--topology', row.topology, '--mesh', 'fsdp=16', '--json', str(file)),
+            *('--config.mesh.min_shard_size=100000', f'--config.batch_size={16 * row.batch}'),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and not file.exists():
+            raise UserError(f'{row.name}: {done.stderr.strip()[-300:]}')
+        found = json.loads(file.read_text())
+    return {
+        name: found[name]
+        for name in ('fits', 'cycles', 'step_seconds', 'mfu', 'hbm_peak', 'problem')
+    }
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """The same of `baseline`, split over the batch alone."""
+    place = topology.load(row.topology)
+    assert place.chip is not None
+    mesh = sharding.make_mesh(16, 1, 1, place.devices)
+    lowered = baseline.lower(row.variant, mesh, 16 * row.batch)
+    empty = {'cycles': 0, 'step_seconds': 0.0, 'mfu': 0.0, 'hbm_peak': 0.0}
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        needed = plan.out_of_memory(str(error))
+        if needed is None:
+            raise
+        return {**empty, 'fits': False, 'problem': f'needs {needed[0] / GIB:.1f} GiB'}
+    module = hlo.read(compiled.as_text(), len(place.devices))
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.generated_code_size_in_bytes
+    waiting = [one for one in module.collectives if not one.overlapped]
+    seconds = module.cycles / place.chip.clock
+    seconds += sum(plan.link_seconds(one, place) for one in waiting)
+    model = ViT(num_classes=baseline.CLASSES, **variants.parse(row.variant))
+    flops = 3 * costs.cost(model, {'image': (224, 224, 3)}).flops * row.batch
+    return {
+        'fits': True,
+        'cycles': module.cycles,
+        'step_seconds': seconds,
+        'mfu': flops / seconds / place.chip.peak_flops,
+        'hbm_peak': peak,
+        'problem': '',
+    }
+
+
+def stored() -> dict[str, Any]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {'rows': {}}
+
+
+def make(row: Row, side: str) -> None:
+    """Compiles one side of a row here and stores it."""
+    result = {'plain': plain, 'big_vit': ours}[side](row)
+    all_ = stored()
+    versions = {name: metadata.version(name) for name in ('jax', 'libtpu', 'flax')}
+    all_['rows'].setdefault(row.name, {**row._asdict()})[side] = {**result, 'versions': versions}
+    FILE.write_text(json.dumps(all_, indent=2) + '\n')
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown; a ratio below 1 is in our favour."""
+    header = (
+        'model | slice | images a chip | M cycles, plain | M cycles, big_vit | ratio | '
+        'step ms, plain | step ms, big_vit | MFU, plain | MFU, big_vit | HBM GiB, plain | '
+        'HBM GiB, big_vit'
+    )
+    lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
+    for row in rows.values():
+        if not all(side in row for side in SIDES):
+            continue
+        a, b = (row[side] for side in SIDES)
+
+        def both(name: str, scale: float, form: str, a: Any = a, b: Any = b) -> list[str]:
+            return [
+                format(one[name] * scale, form) if one['fits'] else one['problem'] for one in (a, b)
+            ]
+
+        fit = a['fits'] and b['fits']
+        cells = [
+            *(row['variant'], row['topology'], str(row['batch']), *both('cycles', 1e-6, ',.1f')),
+            f'{b["cycles"] / a["cycles"]:.2f}' if fit else '-',
+            *(*both('step_seconds', 1e3, '.1f'), *both('mfu', 100, '.1f')),
+            *both('hbm_peak', 1 / GIB, '.2f'),
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks chips', allow_abbrev=False)
+    parser.add_argument('--only', help='rows, such as v5e/B/16,v6e/L/16')
+    parser.add_argument('--again', action='store_true', help='also those that are stored')
+    parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    names = [row.name for row in ROWS]
+    chosen = args.only.split(',') if args.only else names
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise UserError(f'--only: there is no {unknown[0]!r}; there are {", ".join(names)}')
+    topology.check_libtpu()
+    rows = [row for row in ROWS if row.name in chosen]
+    if args.side:
+        make(rows[0], args.side)
+        return
+    for row in rows:
+        for side in SIDES:
+            if side in stored()['rows'].get(row.name, {}) and not args.again:
+                continue
+            command = [sys.executable, '-m', 'benchmarks', 'chips', '--only', row.name]
+            done = subprocess.run([*command, '--side', side], capture_output=True, text=True)
+            said = done.stderr.strip().splitlines()[-1:] if done.returncode else ['done']
+            print(f'{row.name} {side}: {said[0] if said else done.returncode}', flush=True)
+    print(table(stored()['rows']))

@@ -1,0 +1,229 @@
+"""The train step on this machine, ours beside timm in PyTorch: `python -m benchmarks step`.
+
+Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that lies on the
+device already. On a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eager and
+through `torch.compile`, and the better counts. Rounds of some steps alternate in one process.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.checkpoint import cpu
+from big_vit import build, runtime, sharding, state
+from big_vit import config as config_lib
+from big_vit.errors import UserError
+from big_vit.models import variants
+
+RESULTS = Path(__file__).parent / 'results'
+
+
+class Size(NamedTuple):
+    """What is trained; `changes` are to the fields of the variant."""
+
+    variant: str
+    side: int
+    batch: int
+    changes: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        changed = ''.join(f' {name} {value}' for name, value in self.changes)
+        return f'{self.variant}{changed}, {self.side} px, batch {self.batch}'
+
+
+SMALL = (('width', 96), ('depth', 4), ('num_heads', 3), ('mlp_dim', 384))
+SIZES = {
+    'cpu': (
+        Size('mu/4', 32, 64, SMALL),
+        Size('Ti/16', 224, 8),
+        Size('S/16', 224, 8),
+    ),
+    'gpu': (
+        Size('S/16', 224, 256),
+        Size('B/16', 224, 256),
+        Size('L/16', 224, 128),
+        Size('H/14', 224, 64),
+    ),
+}
+Step = Callable[[], Any]  # Starts a step; what it gives can be waited for.
+
+
+def ours(size: Size, device: str, optimizer: str, scan: bool) -> tuple[Step, int]:
+    """A step of big_vit on random images, and its floating-point operations."""
+    overrides = {
+        'mixup': '0',
+        'batch_size': str(size.batch),
+        'image_size': str(size.side),
+        'optim.name': optimizer,
+        'model.variant': size.variant,
+        'model.scan': str(scan),
+        'model.dtype': 'bfloat16' if device == 'gpu' else 'float32',
+        **{f'model.{name}': str(value) for name, value in size.changes},
+    }
+    config = config_lib.load('configs/vit_b16_i1k.py', list(overrides.items()))
+    parts = build.experiment(config, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.integers(0, 2 if leaf.dtype == np.int32 else 256, leaf.shape)
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    batch = jax.tree.map(drawn, build.abstract_batch(parts))
+    now = state.create(parts.model, parts.data.inputs, parts.optimizer, 0, parts.like)
+    step = build.train_step(config, parts).lower(now, batch).compile()
+
+    def once() -> Any:
+        nonlocal now
+        now, values = step(now, batch)
+        return values['loss']
+
+    return once, parts.flops_per_example * size.batch
+
+
+def timm(size: Size, device: str, compiled: bool) -> Step:
+    """A step of timm's model of the same shape, mean-pooled and without class token."""
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    fields: dict[str, Any] = {**variants.parse(size.variant), **dict(size.changes)}
+    place = 'cuda' if device == 'gpu' else 'cpu'
+    model = VisionTransformer(
+        img_size=size.side,
+        patch_size=fields['patch_size'][0],
+        embed_dim=fields['width'],
+        depth=fields['depth'],
+        num_heads=fields['num_heads'],
+        mlp_ratio=fields['mlp_dim'] / fields['width'],
+        class_token=False,
+        global_pool='avg',
+        fc_norm=False,
+    ).to(place)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, fused=True)
+    images = torch.randn(size.batch, 3, size.side, size.side, device=place)
+    labels = torch.randint(0, 1000, (size.batch,), device=place)
+
+    def loss() -> Any:
+        with torch.autocast(place, torch.bfloat16, enabled=device == 'gpu'):
+            return torch.nn.functional.cross_entropy(model(images), labels)
+
+    forward = torch.compile(loss) if compiled else loss
+
+    def once() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        value = forward()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return value
+
+    return once
+
+
+def wait(value: Any) -> float:
+    """The loss, once it is there."""
+    return float(value)
+
+
+def seconds(step: Step, count: int) -> float:
+    """Of a step, over `count` in a row."""
+    began = time.perf_counter()
+    for _ in range(count):
+        value = step()
+    wait(value)
+    return (time.perf_counter() - began) / count
+
+
+def sides(size: Size, device: str, with_shampoo: bool) -> tuple[dict[str, Step], int]:
+    made: dict[str, Step] = {}
+    made['big_vit'], flops = ours(size, device, 'adamw', scan=False)
+    if with_shampoo:
+        made['big_vit, shampoo'], _ = ours(size, device, 'shampoo', scan=True)
+    made['timm'] = timm(size, device, compiled=False)
+    made['timm, compiled'] = timm(size, device, compiled=True)
+    return made, flops
+
+
+def measure(size: Size, device: str, rounds: int, with_shampoo: bool) -> dict[str, Any]:
+    made, flops = sides(size, device, with_shampoo)
+    counts, failed = {}, {}
+    for name, step in list(made.items()):
+        try:
+            # The first compiles, the second warms up; a round takes about two seconds.
+            wait(step())
+            counts[name] = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
+        except Exception as error:
+            if name != 'timm, compiled':
+                raise
+            failed[name] = str(error).splitlines()[0]
+            del made[name]
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for name, step in made.items():
+            times[name].append(seconds(step, counts[name]))
+    return {'name': size.name, 'batch': size.batch, 'flops': flops, 'times': times, 'left': failed}
+
+
+def table(rows: list[dict[str, Any]], peak: float) -> str:
+    header = 'model | framework | images/s | spread | MFU | beside the best of timm'
+    lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
+    for row in rows:
+        middle = {name: statistics.median(all_) for name, all_ in row['times'].items()}
+        peer = min(time for name, time in middle.items() if name.startswith('timm'))
+        for name, time_ in middle.items():
+            all_ = row['times'][name]
+            spread = f'{row["batch"] / max(all_):,.1f} to {row["batch"] / min(all_):,.1f}'
+            mfu = row['flops'] / time_ / peak
+            cells = [row['name'], name, f'{row["batch"] / time_:,.1f}', spread, f'{mfu:.1%}']
+            lines.append('| ' + ' | '.join([*cells, f'{peer / time_:.2f}']) + ' |')
+    return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks step', allow_abbrev=False)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--only', type=int, help='the first so many sizes')
+    parser.add_argument('--shampoo', action='store_true', help='also its overhead')
+    args = parser.parse_args(argv)
+    missing = [name for name in ('torch', 'timm') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'benchmarks step: {" and ".join(missing)} must be installed beside big_vit: '
+            'pip install torch, and pip install --no-deps torchvision timm'
+        )
+    import torch
+
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = 'gpu' if jax.default_backend() == 'gpu' else 'cpu'
+    peak, source = runtime.device_peak_flops()
+    rows = []
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+        for size in SIZES[device][: args.only]:
+            rows.append(measure(size, device, args.rounds, args.shampoo))
+            print(table(rows[-1:], peak), flush=True)
+    about = {
+        'device': jax.devices()[0].device_kind
+        if device == 'gpu'
+        else f'{os.cpu_count()} x {cpu()}',
+        'peak': f'{peak / 1e12:.2f} TFLOP/s ({source})',
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'torch', 'timm')},
+    }
+    (RESULTS / f'step_{device}.json').write_text(
+        json.dumps({'about': about, 'rows': rows}, indent=1) + '\n'
+    )
+    print(f'\n{table(rows, peak)}\n\n{about}')

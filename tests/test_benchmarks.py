@@ -1,0 +1,101 @@
+"""What the benchmarks of speed measure, and what they say where they cannot."""
+
+import importlib.util
+import math
+import subprocess
+import sys
+
+import jax
+import pytest
+from commands import ROOT, environment
+
+from benchmarks import baseline, chips, growth, startup, step
+from big_vit import sharding
+from big_vit.errors import UserError
+from big_vit.models import costs, variants
+from big_vit.models.vit import ViT
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'benchmarks', *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_the_parts_and_a_wrong_one_is_named():
+    assert 'growth' in run('--help').stdout
+    done = run('speed')
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: there is no part 'speed'; there are chips, step, startup, growth\n"
+    )
+
+
+@pytest.mark.parametrize('part', [chips, growth])
+def test_a_wrong_row_is_named(part):
+    with pytest.raises(UserError, match="--only: there is no 'x'"):
+        part.main(['--only', 'x'])
+
+
+def test_the_plain_model_is_the_same_model():
+    """As many parameters; only what a class token would add is nowhere."""
+    fields = variants.parse('S/16')
+    plain = baseline.PlainViT(**fields)
+    made = jax.eval_shape(plain.init, jax.random.key(0), jax.numpy.zeros((1, 64, 64, 3)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made))
+    assert count == costs.count_params(ViT(num_classes=baseline.CLASSES, **fields), (64, 64, 3))
+
+
+def test_the_plain_step_compiles_for_a_mesh():
+    mesh = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
+    text = baseline.lower('mu/16', mesh, 4, 32).compile().as_text()
+    assert 'all-reduce' in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec('torch') is not None, reason='torch is installed')
+def test_without_peers_it_says_what_to_install():
+    with pytest.raises(UserError, match=r'torch and timm must be installed .* pip install torch'):
+        step.main([])
+
+
+def test_our_step_trains_and_its_operations_are_counted():
+    size = step.Size('mu/4', 16, 4, (('depth', 1),))
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+        once, flops = step.ours(size, 'cpu', 'adamw', scan=False)
+        losses = [step.wait(once()) for _ in range(3)]
+    assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
+    assert losses[2] < losses[0]
+    model = ViT(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
+    assert flops == 3 * 4 * costs.cost(model, {'image': (16, 16, 3)}).flops
+
+
+def test_rounds_of_several_sides_become_a_table():
+    times = {'big_vit': [0.1, 0.1, 0.2], 'timm': [0.3, 0.2, 0.2], 'timm, compiled': [0.4, 0.4, 0.4]}
+    row = {'name': 'x', 'batch': 10, 'flops': 1e9, 'times': times}
+    ours, eager, _ = step.table([row], 1e11).splitlines()[2:]
+    assert ours == '| x | big_vit | 100.0 | 50.0 to 100.0 | 10.0% | 2.00 |'
+    assert eager.endswith('| 1.00 |')
+
+
+def test_a_row_that_does_not_fit_has_no_ratio():
+    fits = {'fits': True, 'cycles': 5_000_000, 'step_seconds': 0.01, 'mfu': 0.5, 'hbm_peak': 2**30}
+    row = {**chips.Row('B/16', 'v5e:4x4', 64)._asdict(), 'big_vit': {**fits, 'problem': ''}}
+    whole = {**row, 'plain': {**fits, 'cycles': 10_000_000, 'problem': ''}}
+    too_much = {**row, 'plain': {**fits, 'fits': False, 'problem': 'needs 20.0 GiB'}}
+    first, second = chips.table({'a': whole, 'b': too_much, 'c': row}).splitlines()[2:]
+    assert '| 10.0 | 5.0 | 0.50 |' in first
+    assert '| needs 20.0 GiB | 5.0 | - |' in second
+
+
+def test_chips_of_a_topology():
+    assert growth.chips('v5p:16x16x16') == 4096
+
+
+def test_a_command_that_fails_is_told():
+    with pytest.raises(UserError, match='ModuleNotFoundError'):
+        startup.seconds(['-c', 'import nothing_of_this_name'])
