@@ -27,11 +27,12 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """A model on one kind of slice; `batch` is a chip's."""
+    """A model on one kind of slice; `batch` is a chip's, `mesh` that of big_vit."""
 
     variant: str
     topology: str
     batch: int
+    mesh: str = 'fsdp=16'
 
     @property
     def name(self) -> str:
@@ -39,7 +40,7 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row('S/16', 'v5e:4x4', 64),
+    Row('S/16', 'v5e:4x4', 64, 'replica=16'),
     Row('B/16', 'v5e:4x4', 64),
     Row('L/16', 'v5e:4x4', 64),
     Row('H/14', 'v5e:4x4', 16),
@@ -53,14 +54,14 @@ SIDES = ('plain', 'big_vit')
 
 
 def ours(row: Row) -> dict[str, Any]:
-    """What `python -m big_vit.plan` says; parameters, moments and gradients split over 16 chips."""
+    """What `python -m big_vit.plan` says, of what a chip has of parameters and moments too."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'plan.json'
         command = [
             *(sys.executable, '-m', 'big_vit.plan', '--config', 'configs/vit_b16_i1k.py'),
             *('--config.mixup=0', f'--config.model.variant={row.variant}'),
-            *('--topology', row.topology, '--mesh', 'fsdp=16', '--json', str(file)),
-            *('--config.mesh.min_shard_size=100000', f'--config.batch_size={16 * row.batch}'),
+            *('--topology', row.topology, '--mesh', row.mesh, '--json', str(file)),
+            f'--config.batch_size={16 * row.batch}',
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode and not file.exists():
@@ -114,7 +115,8 @@ def make(row: Row, side: str) -> None:
     result = {'plain': plain, 'big_vit': ours}[side](row)
     all_ = stored()
     versions = {name: metadata.version(name) for name in ('jax', 'libtpu', 'flax')}
-    all_['rows'].setdefault(row.name, {**row._asdict()})[side] = {**result, 'versions': versions}
+    all_['rows'].setdefault(row.name, {}).update(row._asdict())
+    all_['rows'][row.name][side] = {**result, 'versions': versions}
     FILE.write_text(json.dumps(all_, indent=2) + '\n')
 
 

@@ -40,6 +40,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'(head|head_dist|pre_logits)/kernel', ('fsdp', 'tensor')),
     (r'.*', ()),
 )
+# Of a mesh without a `tensor` axis these come first: parts are brought together, and gradients
+# are summed, in the layout that the products have them in (docs/performance.md).
+WITHOUT_TENSOR: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r'(query|key|value)/kernel', (None, 'fsdp', None)),
+    (r'out/kernel', ('fsdp', None, None)),
+    (r'Dense_1/kernel', ('fsdp', None)),
+)
 
 
 def make_mesh(
@@ -97,22 +104,17 @@ def spec_for(
 
     A mesh axis that does not divide its dimension moves to the largest free
     dimension that it divides, else it is dropped; an array of fewer than
-    `min_shard_size` scalars is not split at all. Without a `tensor` axis, `fsdp`
-    takes its dimension where that comes first.
+    `min_shard_size` scalars is not split at all.
     """
     if STACKS.search(name):
         return PartitionSpec(AXES)
     if math.prod(shape) < min_shard_size:
         return PartitionSpec()
-    trailing = next(axes for pattern, axes in RULES if re.search(f'(^|/)({pattern})$', name))
+    rules = RULES if mesh.shape['tensor'] > 1 else WITHOUT_TENSOR + RULES
+    trailing = next(axes for pattern, axes in rules if re.search(f'(^|/)({pattern})$', name))
     if len(trailing) > len(shape):
         return PartitionSpec()
     lead = len(shape) - len(trailing)
-    if mesh.shape['tensor'] == 1 and {'fsdp', 'tensor'} <= set(trailing):
-        # Parts of the first dimension are brought together without a change of layout.
-        first, second = trailing.index('tensor'), trailing.index('fsdp')
-        if first < second and shape[lead + first] % mesh.shape['fsdp'] == 0:
-            trailing = tuple({'fsdp': None, 'tensor': 'fsdp'}.get(a or '', a) for a in trailing)
     axes: list[str | None] = [*(None for _ in range(lead)), *trailing]
     for i, axis in enumerate(axes.copy()):
         if axis is None or shape[i] % mesh.shape[axis] == 0:

@@ -142,6 +142,21 @@ def test_an_axis_that_does_not_divide_moves_to_another_dimension_or_goes(name, s
     assert spec(name, shape, mesh) == wanted
 
 
+@pytest.mark.parametrize(
+    'name, shape, wanted',
+    [
+        (f'{QUERY}/kernel', (12, 64, 8, 16), (None, None, 'fsdp')),
+        # 3 heads on fsdp=8: the inputs are the largest dimension that is left.
+        (f'{QUERY}/kernel', (12, 64, 3, 16), (None, 'fsdp')),
+        (QUERY.replace('query', 'out/kernel'), (12, 8, 16, 64), (None, 'fsdp')),
+        (KERNEL, (12, 64, 256), (None, 'fsdp', 'tensor')),
+        (KERNEL.replace('0/kernel', '1/kernel'), (12, 256, 64), (None, 'fsdp')),
+    ],
+)
+def test_without_a_tensor_axis_kernels_lie_as_their_gradients_come(name, shape, wanted):
+    assert spec(name, shape, (1, 8, 1)) == wanted
+
+
 def test_arrays_below_the_smallest_size_are_not_split():
     assert spec(KERNEL, (64, 256), min_shard_size=64 * 256) == ('fsdp', 'tensor')
     assert spec(KERNEL, (64, 256), min_shard_size=64 * 256 + 1) == ()
