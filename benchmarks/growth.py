@@ -74,7 +74,7 @@ def stored() -> dict[str, Any]:
 
 
 def table(line: str, points: dict[str, Any]) -> str:
-    """Markdown; 'per' is of one image, or of one token, block or chip, beside the first row."""
+    """Markdown, a row for each point of a line that is there."""
     header = (
         f'{line} | M cycles a chip | step, ms | images/s a chip | HBM, GiB | moved, MB a chip | '
         'waiting for others | MFU'

@@ -1,0 +1,98 @@
+"""Whether what makes a step faster changes what it learns: `python -m benchmarks.precision`.
+
+The same model on the same batches of Fashion-MNIST, from the same seeds: in float32, in bfloat16
+as it is (norms read their input once, derivatives written out), and in bfloat16 with norms
+by the formula, in two passes and differentiated automatically. Loss curves must agree
+within what seeds differ by.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_vit import build, metrics, runtime, state
+from big_vit import config as config_lib
+from big_vit.evaluators import classification
+from big_vit.models import layers
+
+FILE = Path(__file__).parent / 'results' / 'precision.json'
+KINDS = ('float32', 'bfloat16', 'bfloat16, norms in two passes')
+SEEDS, LAST = 3, 50
+CHANGES: dict[str, Any] = {
+    'model.width': 64,
+    'model.depth': 2,
+    'model.num_heads': 4,
+    'model.mlp_dim': 256,
+    'batch_size': 128,
+    'total_epochs': None,
+    'schedule.warmup_percent': 10,
+    'evals.test.every_epochs': None,
+    'evals.test.every_steps': 10_000,
+}
+
+
+def two_passes(x: Any, scale: Any, bias: Any, epsilon: float, dtype: Any) -> Any:
+    """Layer normalisation by the formula, in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    lead = (1,) * (x.ndim - 1)
+    return (unit * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)).astype(dtype)
+
+
+def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
+    """The loss of each step, and the accuracy on the test images after the last."""
+    changes = {**CHANGES, 'seed': seed, 'total_steps': steps, 'model.dtype': kind.partition(',')[0]}
+    config = config_lib.load('configs/fashion_mnist.py', []).replacing(changes)
+    norm = two_passes if 'two passes' in kind else layers.layer_norm
+    with mock.patch.object(layers, 'layer_norm', norm):
+        parts = build.experiment(config)
+        with jax.set_mesh(parts.mesh):
+            step, scorers = build.train_step(config, parts), build.eval_steps(config, parts)
+            now = state.create(parts.model, parts.data.inputs, parts.optimizer, seed, parts.like)
+            losses = []
+            with build.train_batches(config, parts, 0) as batches:
+                for _ in range(steps):
+                    now, values = step(now, next(batches))
+                    losses.append(float(values['loss']))
+            batches_ = build.eval_batches(parts, 'test')
+            top1 = classification.run(scorers['test'], now['params'], batches_)['top1']
+    jax.clear_caches()
+    return {'losses': losses, 'top1': top1}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.precision', allow_abbrev=False)
+    parser.add_argument('--steps', type=int, default=400)
+    args = parser.parse_args(argv)
+    found = {
+        kind: [curve(kind, seed, args.steps) for seed in range(1, SEEDS + 1)] for kind in KINDS
+    }
+    FILE.write_text(json.dumps({'steps': args.steps, 'curves': found}) + '\n')
+    rows = []
+    exact = np.array([one['losses'] for one in found['float32']])
+    for kind, runs in found.items():
+        losses = np.array([one['losses'] for one in runs])
+        last = losses[:, -LAST:].mean(1)
+        apart = np.abs((losses - exact)[:, -LAST:].mean(1))
+        rows.append(
+            (
+                kind,
+                f'{last.mean():.4f} ± {last.std(ddof=1):.4f}',
+                f'{apart.mean():.4f}',
+                f'{statistics.mean(one["top1"] for one in runs):.2%}',
+            )
+        )
+    header = ('computed in', f'loss of the last {LAST} steps', 'apart from float32', 'test')
+    print(metrics.table(header, rows))
+
+
+if __name__ == '__main__':
+    runtime.command(main)

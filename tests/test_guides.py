@@ -1,0 +1,42 @@
+"""Every command and program of docs/guides.md is run, with overrides that make it small."""
+
+import re
+import shlex
+
+import pytest
+from commands import ROOT, script
+from test_readme import check_run
+from tiny import write_folder, write_idx
+
+GUIDES = (ROOT / 'docs' / 'guides.md').read_text()
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', GUIDES, flags=re.DOTALL)
+COMMANDS = [text.strip() for kind, text in BLOCKS if kind == 'bash']
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('guides')
+    write_folder(folder / 'photos')
+    return folder / 'runs', write_idx(folder / 'idx')
+
+
+# What the README has too is run there.
+@pytest.mark.parametrize(
+    'line',
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * ('plan' in line or 'muon' in line))
+        for line in COMMANDS
+    ],
+    ids=lambda line: ' '.join(line.split()[2:5]),
+)
+def test_the_commands_run_in_their_order(line, places):
+    check_run(shlex.split(line), *places)
+
+
+def test_the_objective_trains():
+    (text,) = (text for kind, text in BLOCKS if kind == 'python')
+    result = script(text)
+    assert result.returncode == 0, result.stdout + result.stderr
+    loss, pairs = map(float, result.stdout.split())
+    # Of 64 pictures that are all alike, each is found among 63 others by chance.
+    assert 0 < loss < 4.14 and pairs > 0
