@@ -191,7 +191,7 @@ TRANSFORM = (
     'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
     'random_grayscale(0.05)'
 )
-BATCH, TEMPERATURE, GRID, CATEGORY = 256, 0.1, 2, 0.3
+BATCH, TEMPERATURE, GRID = 256, 0.1, 2
 EXAMPLES = {'fdsl': 30_000, 'google': 64_000}
 STARTS = ('pixels', 'random', 'google', 'fdsl')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
@@ -228,36 +228,26 @@ def grid_means(tokens: Any, grid: int) -> Any:
     return cells.mean((2, 4)).reshape(count, -1)
 
 
-def found_again(values: Any, label: Any) -> Any:
-    """How hard those of the same label are to find among all others (arXiv 2004.11362)."""
-    unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
-    itself = jnp.eye(len(label), dtype=bool)
-    same = (label[:, None] == label[None]) & ~itself
-    near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
-    logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
-    count = same.sum(1)
-    each = -logs.sum(1) / jnp.maximum(count, 1)
-    return each.sum() / jnp.maximum((count > 0).sum(), 1)
+def objective(apply: Any) -> Any:
+    """Views of one identity are to be found among all others of a batch (arXiv 2004.11362).
 
-
-def objective(apply: Any, categories: np.ndarray) -> Any:
-    """Views of one identity are to be found in one another, and pictures of one category.
-
-    The first by tokens averaged to a grid, as what tells emoji apart is also where in the picture
-    it is; the second by the mean of all.
-
-    Args:
-      categories: of each identity.
+    Of tokens averaged to a grid: what tells emoji apart is also where in the picture it is.
     """
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
         rngs = {} if rng is None else {'dropout': rng}
         given, train = objectives.inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
-        tokens, label = extra['blocks'][-1], batch['label']
-        identity = found_again(grid_means(tokens, GRID), label)
-        category = found_again(grid_means(tokens, 1), jnp.asarray(categories)[label])
-        return identity + CATEGORY * category, {'identity': identity, 'category': category}
+        values = grid_means(extra['blocks'][-1], GRID)
+        unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
+        label = batch['label']
+        itself = jnp.eye(len(label), dtype=bool)
+        same = (label[:, None] == label[None]) & ~itself
+        near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
+        logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
+        count = same.sum(1)
+        each = -logs.sum(1) / jnp.maximum(count, 1)
+        return each.sum() / jnp.maximum((count > 0).sum(), 1), {}
 
     return loss
 
@@ -282,18 +272,14 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
     return base.replacing(changes)
 
 
-def train(config: Config, categories: np.ndarray) -> tuple[build.Experiment, Any, float]:
-    """The parts, the averaged parameters and the seconds of the steps.
-
-    Args:
-      categories: of the identities that are learnt.
-    """
+def train(config: Config) -> tuple[build.Experiment, Any, float]:
+    """The parts, the averaged parameters and the seconds of the steps."""
     parts = build.experiment(config)
     if config.data.name == 'fdsl':
         step = build.train_step(config, parts)
     else:
         update = steps.update(
-            objective(parts.model.apply, categories),
+            objective(parts.model.apply),
             parts.optimizer,
             parts.schedule,
             parts.mesh,
@@ -501,7 +487,7 @@ class Study:
         if config is None:
             (parts, params), seconds = random_network(run.seed), 0.0
         else:
-            parts, params, seconds = train(config, self._emoji.categories[self._learnt])
+            parts, params, seconds = train(config)
         body = {name: leaf for name, leaf in params.items() if name != 'head'}
         about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
         return Seen(parts, params, self._emoji), about
