@@ -70,7 +70,7 @@ def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.precision', allow_abbrev=False)
-    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--steps', type=int, default=300)
     args = parser.parse_args(argv)
     found = {
         kind: [curve(kind, seed, args.steps) for seed in range(1, SEEDS + 1)] for kind in KINDS
