@@ -58,6 +58,7 @@ def sharp():
     return Run(mixup=0.5, **SAM)
 
 
+@pytest.mark.slow
 def test_sam_takes_the_gradient_of_the_same_mixtures_uphill(sharp):
     """Plain SGD of the second gradient, which is that of JAX at the point that NumPy finds."""
     with jax.set_mesh(sharp.mesh):

@@ -243,7 +243,9 @@ def intact(workdir, step):
     [
         ('eio', 'Input/output error'),
         ('readonly', 'Read-only file system'),
-        ('hang', 'it is still being written after 0.0333 minutes'),
+        pytest.param(
+            *('hang', 'it is still being written after 0.0333 minutes'), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_failed_or_hanging_save_ends_the_run_and_keeps_the_last_good_one(

@@ -264,6 +264,7 @@ def test_meshes_and_accumulation_give_the_same_losses(tmp_path, finished):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh_continues_the_same_losses(tmp_path, finished):
     want = [row['train/loss'] for row in metrics.read(finished[0]) if 'train/loss' in row]
     workdir = tmp_path / 'w'
