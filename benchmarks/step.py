@@ -93,10 +93,28 @@ def ours(size: Size, device: str, optimizer: str, scan: bool) -> tuple[Step, int
     return once, parts.flops_per_example * size.batch
 
 
+def _timm_model() -> Any:
+    """timm's class; the PyPI torchvision that timm imports is not made for a torch without CUDA."""
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except RuntimeError as error:
+        if 'torchvision::nms' not in str(error):
+            raise
+        import torch
+
+        # What it declares operators for and does not have; nobody calls them here.
+        library = torch.library.Library('torchvision', 'DEF')
+        for name in ('nms', 'qnms'):
+            library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        from timm.models.vision_transformer import VisionTransformer
+    return VisionTransformer
+
+
 def timm(size: Size, device: str, compiled: bool) -> Step:
     """A step of timm's model of the same shape, mean-pooled and without class token."""
     import torch
-    from timm.models.vision_transformer import VisionTransformer
+
+    VisionTransformer = _timm_model()
 
     fields: dict[str, Any] = {**variants.parse(size.variant), **dict(size.changes)}
     place = 'cuda' if device == 'gpu' else 'cpu'
