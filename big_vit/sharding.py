@@ -18,6 +18,9 @@ BATCH = PartitionSpec(('replica', 'fsdp'))
 # What an optimizer keeps of blocks (optim/blocks.py): the first axis lies over all devices.
 STACKS = re.compile(r'(^|/)stacks/\d+x\d+/')
 
+# The two vectors of a factored second moment have not its parameter's axes, and are small.
+FACTORED = re.compile(r'(^|/)v_(row|col)/')
+
 # Scalars of an array that is not worth splitting, whatever the config says.
 SMALL = 2**16
 
@@ -25,8 +28,6 @@ SMALL = 2**16
 # Dimensions in front of those named, such as that of scanned layers, are not split.
 # Optimizer state and averages follow their parameter: their paths end like its path.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # The two vectors of a factored second moment have not its parameter's axes, and are small.
-    (r'v_(row|col)/.*', ()),
     (r'(query|key|value)/kernel', ('fsdp', 'tensor', None)),
     (r'(query|key|value)/bias', ('tensor', None)),
     (r'out/kernel', ('tensor', None, 'fsdp')),
@@ -108,7 +109,7 @@ def spec_for(
     """
     if STACKS.search(name):
         return PartitionSpec(AXES)
-    if math.prod(shape) < min_shard_size:
+    if FACTORED.search(name) or math.prod(shape) < min_shard_size:
         return PartitionSpec()
     rules = RULES if mesh.shape['tensor'] > 1 else WITHOUT_TENSOR + RULES
     trailing = next(axes for pattern, axes in rules if re.search(f'(^|/)({pattern})$', name))

@@ -115,6 +115,15 @@ def test_what_belongs_to_a_parameter_lies_like_it(prefix):
     assert spec(prefix + KERNEL, (12, 64, 256)) == spec(KERNEL, (12, 64, 256)) != ()
 
 
+@pytest.mark.parametrize('mesh', [(1, 4, 2), (1, 4, 1)])
+@pytest.mark.parametrize('which', ['v_row', 'v_col'])
+def test_the_vectors_of_a_factored_moment_are_not_split(which, mesh):
+    """They have as many axes as some kernel of theirs, but not its axes: the first are layers."""
+    second = KERNEL.replace('0/kernel', '1/kernel')
+    assert spec(f'opt/1/{which}/{second}', (12, 256), mesh) == ()
+    assert spec(f'opt/1/{which}/{QUERY}/kernel', (12, 16, 64), mesh) == ()
+
+
 def test_names_must_match_whole_words():
     assert spec('ahead/kernel', (64, 64)) == ()
     assert spec('MyDense_0/kernel', (64, 64)) == ()
