@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from big_vit import storage
+
 # Until here caches fill: of programs, of the loader, of the file system.
 WARMUP_STEPS = 10
 
@@ -21,11 +23,11 @@ def tracer(
     that may not be over yet, which the trace waits for.
 
     Args:
-      folder: where the trace comes, one of each host; any place that TensorFlow-free JAX writes.
+      folder: where the trace comes, one of each host; in an object store without Perfetto's file.
       start: the step at which this process began.
-      say: told when the trace is there.
+      say: told when the trace is there, or that the run was too short for one.
     """
-    first, running = start + WARMUP_STEPS, False
+    first, running, started = start + WARMUP_STEPS, False, False
 
     def end() -> None:
         nonlocal running
@@ -34,21 +36,24 @@ def tracer(
         say(f'trace   from step {first} on: {folder}')
 
     def before(step: int, pending: Any) -> None:
-        nonlocal running
+        nonlocal running, started
         if not count or step not in (first, first + count):
             return
         jax.block_until_ready(pending)
-        if running:
+        if step == first:
+            local = storage.is_local(folder)  # JAX makes Perfetto's file of one that it can open.
+            jax.profiler.start_trace(str(folder), create_perfetto_trace=local)
+            running = started = True
+        else:
             end()
-        elif step == first:
-            jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
-            running = True
 
     try:
         yield before
     finally:
         if running:
             end()
+        elif count and not started:
+            say(f'trace   none: this start ended before step {first + 1}, which would be its first')
 
 
 def step(number: int) -> contextlib.AbstractContextManager[Any]:

@@ -331,9 +331,9 @@ def run(
                                 manager.save(now, dump, writer.latest)
                         if stopped:
                             break
-                    trace(step, [values for _, values in pending])
                     if step == total:
                         break
+                    trace(step, [values for _, values in pending])
                     with clock.bucket('data'):
                         batch = next(batches)
                     with clock.bucket('step'), tracing.step(step):

@@ -42,6 +42,11 @@ def test_a_run_without_it_leaves_none_and_a_resumed_one_may_ask_for_it(tmp_path)
     assert line.startswith(config_lib.RESUMABLE)
 
 
+def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
+    train.run(config_lib.resolve({**RUN, 'total_steps': 10, 'profile': 5}), tmp_path)
+    assert 'trace   none: this start ended before step 11' in capsys.readouterr().out
+
+
 def test_a_wrong_number_is_named(tmp_path):
     config = ('--config', 'configs/fashion_mnist.py', *flags({'profile': '-1'}))
     said = error_line(run('train', *config, '--workdir', tmp_path))
