@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from big_vit import sharding
 from big_vit.models import positions, variants
 
 CLASSES = 1000
-AXES = ('replica', 'fsdp', 'tensor')
 
 
 class Block(nn.Module):
@@ -84,8 +84,7 @@ def lower(variant: str, mesh: Mesh, batch_size: int, size: int = 224) -> Any:
         updates, opt = optimizer.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), value
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(AXES))
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)

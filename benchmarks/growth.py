@@ -10,13 +10,11 @@ compiler does not run beside other work, over all links of a chip.
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chips import planned
 from big_vit import topology
 from big_vit.errors import UserError
 
@@ -48,21 +46,13 @@ def chips(name: str) -> int:
 def plan(point: dict[str, Any]) -> dict[str, Any]:
     """The figures of one point."""
     devices = chips(point['topology'])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / 'plan.json'
-        command = [
-            *(sys.executable, '-m', 'big_vit.plan', '--config', 'configs/vit_b16_i1k.py'),
-            *('--topology', point['topology'], '--json', str(file)),
-            *('--mesh', f'replica={devices // point["fsdp"]},fsdp={point["fsdp"]}'),
-            *('--config.mixup=0', '--config.mesh.min_shard_size=100000'),
-            f'--config.batch_size={devices * point["batch"]}',
-            f'--config.image_size={point["size"]}',
-            f'--config.model.depth={point["depth"]}',
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not file.exists():
-            raise UserError(f'benchmarks growth: {point}: {done.stderr.strip()[-300:]}')
-        found = json.loads(file.read_text())
+    found = planned(
+        *('--topology', point['topology']),
+        *('--mesh', f'replica={devices // point["fsdp"]},fsdp={point["fsdp"]}'),
+        f'--config.batch_size={devices * point["batch"]}',
+        f'--config.image_size={point["size"]}',
+        f'--config.model.depth={point["depth"]}',
+    )
     moved = sum(one['bytes'] for one in found['collectives'])
     waiting = found['seconds'].get('collectives not overlapped', 0.0)
     names = ('fits', 'cycles', 'step_seconds', 'hbm_peak', 'mfu', 'examples_per_second')
@@ -91,6 +81,9 @@ def table(line: str, points: dict[str, Any]) -> str:
             'depth': f'{point["depth"]} blocks',
             'chips': f'{chips(point["topology"]):,} chips',
         }[line]
+        if not found['fits']:
+            lines.append(f'| {label} | does not fit |' + ' |' * (header.count('|') - 1))
+            continue
         rate = found['examples_per_second'] / chips(point['topology'])
         cells = [
             *(label, f'{found["cycles"] / 1e6:,.1f}', f'{found["step_seconds"] * 1e3:,.2f}'),

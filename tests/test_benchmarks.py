@@ -1,18 +1,21 @@
 """What the benchmarks of speed measure, and what they say where they cannot."""
 
 import importlib.util
+import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 from commands import ROOT, environment
 
-from benchmarks import baseline, chips, growth, startup, step
+from benchmarks import baseline, chips, growth, precision, startup, step
 from big_vit import sharding
 from big_vit.errors import UserError
-from big_vit.models import costs, variants
+from big_vit.models import costs, layers, variants
 from big_vit.models.vit import ViT
 
 
@@ -99,3 +102,31 @@ def test_chips_of_a_topology():
 def test_a_command_that_fails_is_told():
     with pytest.raises(UserError, match='ModuleNotFoundError'):
         startup.seconds(['-c', 'import nothing_of_this_name'])
+
+
+def test_growth_has_a_row_for_each_point_that_is_there_also_if_it_does_not_fit():
+    fits = {'fits': True, 'cycles': 5_000_000, 'step_seconds': 0.01, 'hbm_peak': 2**30, 'mfu': 0.5}
+    fits |= {'examples_per_second': 16_000, 'moved': 3e6, 'waiting': 0.001}
+    points = {
+        json.dumps({**growth.SHARED, 'batch': 8}): fits,
+        json.dumps({**growth.SHARED, 'batch': 128}): {**fits, 'fits': False, 'step_seconds': 0.0},
+    }
+    first, last = growth.table('batch', points).splitlines()[2:]
+    assert first == '| 8 images | 5.0 | 10.00 | 1,000 | 1.00 | 3 | 10.0% | 50.0% |'
+    assert last.startswith('| 128 images | does not fit |') and last.count('|') == first.count('|')
+
+
+def test_norms_in_two_passes_are_what_the_model_computes_where_that_is_asked():
+    x = jax.random.normal(jax.random.key(0), (3, 16))
+    layer = layers.LayerNorm()
+    params = layer.init(jax.random.key(1), x)
+    seen = []
+
+    def norm(*args):
+        seen.append(args)
+        return precision.two_passes(*args)
+
+    with mock.patch.object(layers, 'layer_norm', norm):
+        found = layer.apply(params, x)
+    assert len(seen) == 1
+    np.testing.assert_allclose(found, layer.apply(params, x), atol=1e-6)
