@@ -377,11 +377,25 @@ def norm(x, scale, bias):
     return layers.layer_norm(x, scale, bias, 1e-6, x.dtype)
 
 
+def plain_product(x, kernel):
+    return jnp.einsum('btc,chd->bthd', x, kernel)
+
+
+def plain_product_of_heads(x, kernel):
+    return jnp.einsum('bthd,hdc->btc', x, kernel)
+
+
 HEADS = ((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))
 WRITTEN_OUT = {
     'norm': (norm, plain_norm, ((2, 5, 16), (16,), (16,))),
     'attention': (layers.attend, plain_attention, HEADS),
     'gelu': (layers.gelu, plain_gelu, ((4, 33),)),
+    'product': (lambda x, k: layers.multiply(x, k, 1), plain_product, ((2, 5, 6), (6, 3, 4))),
+    'product_of_heads': (
+        lambda x, k: layers.multiply(x, k, 2),
+        plain_product_of_heads,
+        ((2, 5, 3, 4), (3, 4, 6)),
+    ),
 }
 
 
@@ -408,6 +422,24 @@ def test_derivatives_are_those_of_the_plain_formula(name):
 def test_derivatives_are_those_of_finite_differences(name):
     f, _, shapes = WRITTEN_OUT[name]
     check_grads(jax.jit(f), drawn(shapes, 1.0), order=1, modes=['rev'], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    'found', [layers.kernel_gradient_of_matrices, layers.kernel_gradient_turned]
+)
+@pytest.mark.parametrize(
+    'x, g, in_axes, law',
+    [
+        ((2, 5, 6), (2, 5, 3, 4), 1, 'btc,bthd->chd'),
+        ((2, 5, 3, 4), (2, 5, 6), 2, 'bthd,btc->hdc'),
+        ((7, 6), (7, 4), 1, 'nc,nd->cd'),
+    ],
+)
+def test_both_orders_of_the_kernels_gradient_sum_over_rows(found, x, g, in_axes, law):
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal(x), rng.standard_normal(g)
+    have = found(jnp.asarray(x), jnp.asarray(g), in_axes)
+    np.testing.assert_allclose(have, np.einsum(law, x, g), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', WRITTEN_OUT)
