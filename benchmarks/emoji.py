@@ -1,9 +1,10 @@
 """Transfer from one style of emoji to another: `python -m benchmarks.emoji --data FOLDER`.
 
-A small model learns to tell apart the pictures of Google's emoji, an identity a class, or formula
-images, or nothing; its frozen features are then asked about other emoji, which it never saw. Which
-picture of Twitter's is the same emoji as one of Google's, and which category does a picture of
-Twitter's have, from 20 pictures of each? Started again it goes on where it was.
+A small model learns to find views of the same of Google's emoji among others, and pictures of the
+same category, or to tell formula images apart, or nothing; its frozen features are then asked about
+other emoji, which it never saw. Which picture of Twitter's is the same emoji as one of Google's,
+and which category does a picture of Twitter's have, from 20 pictures of each? Started again it
+goes on where it was.
 """
 
 import argparse
@@ -191,8 +192,8 @@ TRANSFORM = (
     'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
     'random_grayscale(0.05)'
 )
-BATCH, TEMPERATURE, GRID = 256, 0.1, 2
-EXAMPLES = {'fdsl': 30_000, 'google': 64_000}
+BATCH, TEMPERATURE, GRID, BY_CATEGORY = 256, 0.1, 2, 0.5
+EXAMPLES = {'fdsl': 30_000, 'google': 400_000}
 STARTS = ('pixels', 'random', 'google', 'fdsl')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
 # A category needs so many pictures for each that is learnt from.
@@ -201,7 +202,7 @@ VAL_SHOTS = 8
 FLAGS = 'Flags'
 # How features are read: the block and the grid that its tokens are averaged to (or the side that
 # pixels are averaged to), and how far they are whitened; 0 only centres.
-POWERS = (0.0, 0.25)
+POWERS = (0.0, 0.25, 0.5)
 RIDGE = 0.1
 
 
@@ -228,26 +229,31 @@ def grid_means(tokens: Any, grid: int) -> Any:
     return cells.mean((2, 4)).reshape(count, -1)
 
 
-def objective(apply: Any) -> Any:
-    """Views of one identity are to be found among all others of a batch (arXiv 2004.11362).
+def contrast(features: Any, label: Any) -> Any:
+    """Each is to find those of its own label among all others of a batch (arXiv 2004.11362)."""
+    unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+    itself = jnp.eye(len(label), dtype=bool)
+    same = (label[:, None] == label[None]) & ~itself
+    near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
+    logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
+    count = same.sum(1)
+    each = -logs.sum(1) / jnp.maximum(count, 1)
+    return each.sum() / jnp.maximum((count > 0).sum(), 1)
 
-    Of tokens averaged to a grid: what tells emoji apart is also where in the picture it is.
+
+def objective(apply: Any, categories: Any) -> Any:
+    """Views of one identity are to be found by tokens averaged to a grid, as what tells emoji
+    apart is also where in the picture it is; pictures of one category by the mean of all tokens.
     """
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
         rngs = {} if rng is None else {'dropout': rng}
         given, train = objectives.inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
-        values = grid_means(extra['blocks'][-1], GRID)
-        unit = values / jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-6)
-        label = batch['label']
-        itself = jnp.eye(len(label), dtype=bool)
-        same = (label[:, None] == label[None]) & ~itself
-        near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
-        logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
-        count = same.sum(1)
-        each = -logs.sum(1) / jnp.maximum(count, 1)
-        return each.sum() / jnp.maximum((count > 0).sum(), 1), {}
+        tokens, label = extra['blocks'][-1], batch['label']
+        by_identity = contrast(grid_means(tokens, GRID), label)
+        by_category = contrast(tokens.mean(1), jnp.asarray(categories)[label])
+        return by_identity + BY_CATEGORY * by_category, {}
 
     return loss
 
@@ -267,19 +273,25 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
             'data.transform': TRANSFORM,
             'evals.test.transform': 'resize(size)',
             'evals.test.split': 'train',  # Of formulas there is a test split; neither is scored.
+            'optim.name': 'muon',
+            'lr': 0.01,
             'data.repeats': 2,  # Two views of each identity, to be found in one another.
         }
     return base.replacing(changes)
 
 
-def train(config: Config) -> tuple[build.Experiment, Any, float]:
-    """The parts, the averaged parameters and the seconds of the steps."""
+def train(config: Config, categories: np.ndarray) -> tuple[build.Experiment, Any, float]:
+    """The parts, the averaged parameters and the seconds of the steps.
+
+    Args:
+      categories: of the identities that may be learnt from.
+    """
     parts = build.experiment(config)
     if config.data.name == 'fdsl':
         step = build.train_step(config, parts)
     else:
         update = steps.update(
-            objective(parts.model.apply),
+            objective(parts.model.apply, categories),
             parts.optimizer,
             parts.schedule,
             parts.mesh,
@@ -487,7 +499,7 @@ class Study:
         if config is None:
             (parts, params), seconds = random_network(run.seed), 0.0
         else:
-            parts, params, seconds = train(config)
+            parts, params, seconds = train(config, self._emoji.categories[self._learnt])
         body = {name: leaf for name, leaf in params.items() if name != 'head'}
         about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
         return Seen(parts, params, self._emoji), about

@@ -168,23 +168,25 @@ def test_retrieval_and_category_by_hand():
     assert study.categorised(noise, kinds, np.arange(44), 10) < 0.75
 
 
-def test_the_objective_wants_views_of_one_identity_alike():
+def test_the_objective_wants_views_of_one_identity_and_pictures_of_one_category_alike():
     # The first two pictures are alike, and so are the last two.
     rows = jnp.eye(8)[jnp.array([0, 0, 1, 1])]
     tokens = jnp.broadcast_to(rows[:, None], (4, 16, 8))
 
     def apply(variables, images, **more):
-        extra = {'blocks': [tokens, tokens], 'pre_logits': tokens.mean(1)}
-        return None, extra
+        return None, {'blocks': [tokens, tokens]}
 
-    def loss(label):
+    def loss(label, categories):
         batch = {'image': jnp.zeros((4, 8, 8, 3), jnp.uint8), 'label': jnp.array(label)}
-        return float(study.objective(apply)({}, batch, None)[0])
+        return float(study.objective(apply, np.array(categories))({}, batch, None)[0])
 
-    assert loss([0, 0, 1, 1]) == pytest.approx(
-        math.log(1 + 2 * math.exp(-1 / study.TEMPERATURE)), abs=1e-5
-    )
-    assert loss([0, 1, 0, 1]) > 5
+    sharp, weight = 1 / study.TEMPERATURE, study.BY_CATEGORY
+    found = math.log(1 + 2 * math.exp(-sharp))
+    assert loss([0, 0, 1, 1], [5, 6]) == pytest.approx((1 + weight) * found, abs=1e-5)
+    # All of one category: of the three others one is near, and the two that are far count as well.
+    spread = math.log(math.exp(sharp) + 2) - sharp / 3
+    assert loss([0, 0, 1, 1], [5, 5]) == pytest.approx(found + weight * spread, abs=1e-4)
+    assert loss([0, 1, 0, 1], [5, 6]) > 5
 
 
 def test_bad_folders_are_one_line_with_the_fix(tmp_path, make):
