@@ -2,7 +2,8 @@
 
 Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that lies on the
 device already. On a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eager and
-through `torch.compile`, and the better counts. Rounds of some steps alternate in one process.
+through `torch.compile`, and the better counts. Each has a process of its own, or threads of one
+would be in the way of the other; they take turns, a round of about two seconds each.
 
 On Linux without a GPU, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives both large pages.
 """
@@ -14,6 +15,8 @@ import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -167,33 +170,86 @@ def seconds(step: Step, count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def sides(size: Size, device: str, with_shampoo: bool) -> tuple[dict[str, Step], int]:
-    made: dict[str, Step] = {}
-    made['big_vit'], flops = ours(size, device, 'adamw', scan=False)
-    if with_shampoo:
-        made['big_vit, shampoo'], _ = ours(size, device, 'shampoo', scan=True)
-    made['timm'] = timm(size, device, compiled=False)
-    made['timm, compiled'] = timm(size, device, compiled=True)
-    return made, flops
+SIDES = ('big_vit', 'big_vit, shampoo', 'timm', 'timm, compiled')
 
 
-def measure(size: Size, device: str, rounds: int, with_shampoo: bool) -> dict[str, Any]:
-    made, flops = sides(size, device, with_shampoo)
-    counts, failed = {}, {}
-    for name, step in list(made.items()):
-        try:
-            # The first compiles, the second warms up; a round takes about two seconds.
-            wait(step())
-            counts[name] = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
-        except Exception as error:
-            if name != 'timm, compiled':
-                raise
-            failed[name] = str(error).splitlines()[0]
-            del made[name]
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(rounds):
-        for name, step in made.items():
-            times[name].append(seconds(step, counts[name]))
+def made(side: str, size: Size, device: str) -> tuple[Step, int]:
+    """The step of a side, and its floating-point operations where they are known."""
+    if side.startswith('timm'):
+        return timm(size, device, compiled=side.endswith('compiled')), 0
+    shampoo = side.endswith('shampoo')
+    return ours(size, device, 'shampoo' if shampoo else 'adamw', scan=shampoo)
+
+
+def work(side: str, size: Size, device: str) -> None:
+    """A process of one side: says that it is ready, and times a round for each line it is given."""
+    if side.startswith('timm'):
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+        step, flops = made(side, size, device)
+        # The first compiles, the second warms up.
+        wait(step())
+        count = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
+        print(json.dumps({'flops': flops}), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps({'seconds': seconds(step, count)}), flush=True)
+
+
+class Side:
+    """The process of a side; it waits between its rounds."""
+
+    def __init__(self, side: str, number: int):
+        command = ['-m', 'benchmarks', 'step', '--side', side, '--size', str(number)]
+        self._process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def told(self) -> dict[str, Any]:
+        """What it says next; raises UserError with its last words where it has ended."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith('{'):
+                return json.loads(line)
+        _, said = self._process.communicate()
+        raise UserError(f'it ended: {said.strip()[-300:]}')
+
+    def round(self) -> float:
+        """Seconds of a step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write('go\n')
+        self._process.stdin.flush()
+        return self.told()['seconds']
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str, Any]:
+    flops, failed, running = 0, {}, {}
+    times: dict[str, list[float]] = {}
+    try:
+        for name in names:
+            running[name] = Side(name, number)
+            try:
+                flops = running[name].told()['flops'] or flops
+                times[name] = []
+            except UserError as error:
+                if name != 'timm, compiled':
+                    raise UserError(f'benchmarks step: {name}, {size.name}: {error}') from error
+                failed[name] = str(error)
+        for _ in range(rounds):
+            for name in times:
+                times[name].append(running[name].round())
+    finally:
+        for side in running.values():
+            side.end()
     return {'name': size.name, 'batch': size.batch, 'flops': flops, 'times': times, 'left': failed}
 
 
@@ -217,24 +273,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--only', type=int, help='the first so many sizes')
     parser.add_argument('--shampoo', action='store_true', help='also its overhead')
+    parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument('--size', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    device = 'gpu' if jax.default_backend() == 'gpu' else 'cpu'
+    if args.side:
+        work(args.side, SIZES[device][args.size], device)
+        return
     missing = [name for name in ('torch', 'timm') if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f'benchmarks step: {" and ".join(missing)} must be installed beside big_vit: '
             'pip install torch, and pip install --no-deps torchvision timm'
         )
-    import torch
-
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    torch.set_num_threads(os.cpu_count() or 1)
-    device = 'gpu' if jax.default_backend() == 'gpu' else 'cpu'
     peak, source = runtime.device_peak_flops()
+    names = [name for name in SIDES if args.shampoo or not name.endswith('shampoo')]
     rows = []
-    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
-        for size in SIZES[device][: args.only]:
-            rows.append(measure(size, device, args.rounds, args.shampoo))
-            print(table(rows[-1:], peak), flush=True)
+    for number, size in enumerate(SIZES[device][: args.only]):
+        rows.append(measure(size, number, args.rounds, names))
+        print(table(rows[-1:], peak), flush=True)
     about = {
         'device': jax.devices()[0].device_kind
         if device == 'gpu'

@@ -77,6 +77,23 @@ def test_our_step_trains_and_its_operations_are_counted():
     assert flops == 3 * 4 * costs.cost(model, {'image': (16, 16, 3)}).flops
 
 
+@pytest.mark.slow
+def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
+    side = step.Side('big_vit', 0)
+    try:
+        assert side.told()['flops'] > 1e9
+        assert 0 < side.round() < 60
+        assert side.round() > 0
+    finally:
+        side.end()
+
+
+def test_a_side_that_ends_leaves_its_last_words():
+    side = step.Side('lightning', 0)
+    with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
+        side.told()
+
+
 def test_rounds_of_several_sides_become_a_table():
     times = {'big_vit': [0.1, 0.1, 0.2], 'timm': [0.3, 0.2, 0.2], 'timm, compiled': [0.4, 0.4, 0.4]}
     row = {'name': 'x', 'batch': 10, 'flops': 1e9, 'times': times}

@@ -80,14 +80,24 @@ def test_examples_of_imagenet_are_counted_right(path):
             assert section.num_examples in (None, length(section.split, sizes, 'data'))
 
 
-# Their parts are also those of the smaller ones.
-LARGE = ('vit_s16_i1k', 'vit_b16_i1k', 'vit_l16_i21k', 'vit_h14', 'vit_g14', 'vit_22b')
+# Their parts are also those of the smaller ones, or they are trained from by test_readme.
+SLOW = (
+    'fashion_mnist',
+    'own_images',
+    'pretrain_fdsl',
+    'vit_s16_i1k',
+    'vit_b16_i1k',
+    'vit_l16_i21k',
+    'vit_h14',
+    'vit_g14',
+    'vit_22b',
+)
 
 
 @pytest.mark.parametrize(
     'path',
     [
-        pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in LARGE else ())
+        pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in SLOW else ())
         for p in PRETRAIN
     ],
 )

@@ -52,6 +52,7 @@ def test_every_part_of_the_pipeline_in_one_run(photos, tmp_path):
     assert rows[-1]['test/count'] == 6
 
 
+@pytest.mark.slow
 def test_worker_processes_train_the_same_and_the_order_can_be_kept(photos, tmp_path):
     losses = []
     for number, changes in enumerate(({}, {'data.workers': '2'}, {'data.shuffle': 'false'})):
@@ -149,6 +150,7 @@ def test_a_damaged_file_stops_the_run_and_is_named(tmp_path):
         train.run(load(root, total_steps='20'), tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_damaged_files_are_replaced_and_counted_up_to_a_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'LEAST_EXAMPLES_FOR_A_RATE', 60)
     root = damaged(tmp_path, {7, 8})

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 CONFIG = ('--config', 'configs/fashion_mnist.py')
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_and_the_next_stage_starts_from_it(tmp_path):
     short = {
         'total_steps': '150',

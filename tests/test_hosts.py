@@ -150,7 +150,8 @@ def test_ctrl_c_on_one_saves_on_all(tmp_path, command):
     assert f'stopped by a signal: saved step {checkpoint.steps(workdir)[-1]} of' in first.stdout
 
 
-@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
 def test_kill_9_of_one_ends_the_other_and_the_same_command_goes_on(tmp_path, command, pair, victim):
     workdir = tmp_path / 'w'
     with Processes(*command, workdir) as processes:

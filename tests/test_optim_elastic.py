@@ -51,10 +51,8 @@ def follow(mesh, made, now, start, stop):
     return now
 
 
-@pytest.mark.parametrize(
-    'name',
-    [pytest.param(n, marks=() if n == 'shampoo' else pytest.mark.slow) for n in OPTIONS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OPTIONS)
 def test_a_run_goes_on_on_fewer_devices_from_between_two_refreshes(name, tmp_path):
     mesh, made, like = on(8, name)
     with jax.set_mesh(mesh):

@@ -99,15 +99,8 @@ def worst(a, b):
     return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
 
 
-@pytest.mark.parametrize(
-    'sizes',
-    [
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_the_mesh_does_not_matter(params, plain, sizes):
     mesh = sharding.make_mesh(*sizes)
     grads = [gradients(params, i) for i in range(STEPS)]

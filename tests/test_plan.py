@@ -209,6 +209,7 @@ def test_collectives_of_data_parallel_and_fully_sharded_steps(data_parallel, ful
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_estimate_grows_with_the_layers():
     """Layers are scanned: only the rounds of their loops tell how many there are."""
     args = ('--topology', 'v5e:2x2', *SMALL)

@@ -247,6 +247,7 @@ def start(tmp_path_factory):
     return interop.write(tmp_path_factory.mktemp('start') / 'x.npz', 'augreg', weights)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_swept_by_the_command(start, tfds_folder, tmp_path):
     short = {'total_steps': '2', 'schedule.warmup_steps': '1', 'init': str(start)}
     short |= small(load('vtab_kitti_distance'), tfds_folder)

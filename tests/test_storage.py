@@ -427,6 +427,7 @@ def saved_by_two(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_one_or_two_restore(saved_by_two, tmp_path):
     sidecar = checkpoint.read_sidecar(saved_by_two, 7)
     assert sidecar['metrics'] == {'test/top1': 0.25}

@@ -68,12 +68,13 @@ def last(folder):
     'more',
     [
         {'transfer.train': 'head'},
-        pytest.param({'ema': '0.5', 'model.dropout': '0.2'}, marks=pytest.mark.slow),
-        pytest.param(ADAMW, marks=pytest.mark.slow),
-        pytest.param({'transfer.train': 'lora'}, marks=pytest.mark.slow),
+        {'ema': '0.5', 'model.dropout': '0.2'},
+        ADAMW,
+        {'transfer.train': 'lora'},
     ],
     ids=['head', 'all', 'adamw', 'lora'],
-)  # fmt: skip
+)
+@pytest.mark.slow
 def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
     """Also of a random start, whose frozen parts differ from seed to seed."""
     settings = load(pretrained, more, {'transfer.random_features': 'false'})

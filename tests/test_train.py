@@ -218,6 +218,7 @@ def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
         assert [int(n) for n in examples.split(', ')] == expected
 
 
+@pytest.mark.slow
 def test_keep_last_and_keep_every(tmp_path):
     keep = {'checkpoint.keep_last': 1, 'checkpoint.keep_every_steps': 6}
     train.run(config.resolve({**TINY, **keep, 'total_steps': 10}), tmp_path / 'w')
