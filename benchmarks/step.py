@@ -217,7 +217,7 @@ class Side:
             if line.startswith('{'):
                 return json.loads(line)
         _, said = self._process.communicate()
-        raise UserError(f'it ended: {said.strip()[-300:]}')
+        raise UserError(f'it ended: {(said.strip().splitlines() or ["without a word"])[-1][-300:]}')
 
     def round(self) -> float:
         """Seconds of a step."""

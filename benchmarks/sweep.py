@@ -53,45 +53,61 @@ def seconds(config: Config, folder: Path, at_once: int | None) -> tuple[float, d
     return time.perf_counter() - began, found
 
 
+KINDS = ('head', 'lora', 'all')
+
+
+def measure(init: Path, trained: str, steps: int, rounds: int, place: Path) -> dict[str, Any]:
+    """Seconds of all trials both ways, and how far their losses are apart."""
+    config = recipe(init, trained, steps)
+    times: dict[str, list[float]] = {'at once': [], 'in turn': []}
+    apart = 0.0
+    for turn in range(rounds):
+        results = []
+        for way, most in (('at once', None), ('in turn', 1)):
+            spent, found = seconds(config, place / f'{trained}-{turn}-{most}', most)
+            times[way].append(spent)
+            results.append({trial.lr: row['val/loss'] for trial, row in found.items()})
+        apart = max(apart, *(abs(results[0][rate] - results[1][rate]) for rate in RATES))
+    middle = {way: statistics.median(every) for way, every in times.items()}
+    ratio = middle['in turn'] / middle['at once']
+    return {
+        'trained': trained,
+        'steps': steps,
+        'times': times,
+        'ratio': ratio,
+        'largest difference of losses': apart,
+    }
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.sweep', allow_abbrev=False)
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--steps', type=int, default=100)
+    parser.add_argument('--only', choices=KINDS, help='what is trained; the others stay as stored')
     args = parser.parse_args(argv)
     runtime.start()
     jax.config.update('jax_enable_compilation_cache', False)
-    rows = []
+    file = RESULTS / 'sweep.json'
+    rows = json.loads(file.read_text())['rows'] if file.exists() else {}
+    about = {'cpu': f'{os.cpu_count()} x {cpu()}', 'python': platform.python_version()}
+    about |= {'jax': jax.__version__, 'trials': len(RATES)}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         pretrain(place / 'init')
-        for trained in ('head', 'lora', 'all'):
-            config = recipe(place / 'init', trained, args.steps)
-            times: dict[str, list[float]] = {'at once': [], 'in turn': []}
-            for turn in range(args.rounds):
-                results = []
-                for way, most in (('at once', None), ('in turn', 1)):
-                    folder = place / f'{trained}-{turn}-{most}'
-                    spent, found = seconds(config, folder, most)
-                    times[way].append(spent)
-                    results.append({trial.lr: row['val/loss'] for trial, row in found.items()})
-                apart = max(abs(results[0][rate] - results[1][rate]) for rate in RATES)
-            middle = {way: statistics.median(every) for way, every in times.items()}
-            rows.append({'trained': trained, 'times': times, 'largest difference of losses': apart})
-            rows[-1]['ratio'] = middle['in turn'] / middle['at once']
-    about = {'cpu': f'{os.cpu_count()} x {cpu()}', 'python': platform.python_version()}
-    about |= {'jax': jax.__version__, 'steps': args.steps, 'trials': len(RATES)}
-    text = json.dumps({'about': about, 'rows': rows}, indent=1)
-    (RESULTS / 'sweep.json').write_text(text + '\n')
+        for trained in (args.only,) if args.only else KINDS:
+            rows[trained] = measure(place / 'init', trained, args.steps, args.rounds, place)
+            file.write_text(json.dumps({'about': about, 'rows': rows}, indent=1) + '\n')
     print(
         metrics.table(
-            ('trained', 'at once, s', 'in turn, s', 'ratio'),
+            ('trained', 'steps', 'at once, s', 'in turn, s', 'ratio'),
             [
                 (
                     row['trained'],
-                    *(f'{statistics.median(row["times"][way]):.1f}' for way in times),
+                    str(row['steps']),
+                    *(f'{statistics.median(times):.1f}' for times in row['times'].values()),
                     f'{row["ratio"]:.2f}',
                 )
-                for row in rows
+                for row in rows.values()
             ],
         )
     )
