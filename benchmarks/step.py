@@ -2,8 +2,9 @@
 
 Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that lies on the
 device already. On a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eager and
-through `torch.compile`, and the better counts. Each has a process of its own, or threads of one
-would be in the way of the other; they take turns, a round of about two seconds each.
+through `torch.compile`, and the better counts. Each has a process of its own, so that threads,
+memory and settings of one do not touch the other; they take turns, a round of about two seconds
+each.
 
 On Linux without a GPU, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives both large pages.
 """
@@ -17,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -202,11 +204,13 @@ class Side:
 
     def __init__(self, side: str, number: int):
         command = ['-m', 'benchmarks', 'step', '--side', side, '--size', str(number)]
+        # No pipe, which nobody empties while it works: compilers say more than one holds.
+        self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115 - `end` closes it.
         self._process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
 
@@ -216,8 +220,9 @@ class Side:
         for line in self._process.stdout:
             if line.startswith('{'):
                 return json.loads(line)
-        _, said = self._process.communicate()
-        raise UserError(f'it ended: {(said.strip().splitlines() or ["without a word"])[-1][-300:]}')
+        self._said.seek(0)
+        said = self._said.read().strip().splitlines() or ['without a word']
+        raise UserError(f'it ended: {said[-1][-300:]}')
 
     def round(self) -> float:
         """Seconds of a step."""
@@ -229,6 +234,7 @@ class Side:
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._said.close()
 
 
 def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str, Any]:

