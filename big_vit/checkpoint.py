@@ -309,7 +309,14 @@ class Manager:
 
             self._ocp = ocp
             self._writer = ocp.AsyncCheckpointer(
-                ocp.CompositeCheckpointHandler(),
+                ocp.CompositeCheckpointHandler(
+                    # Without a limit on what is written at once, Orbax writes all in one
+                    # transaction: one data file a process instead of 5 to 12, as they fall.
+                    state=ocp.PyTreeCheckpointHandler(
+                        handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=None)
+                    ),
+                    sidecar=ocp.JsonCheckpointHandler(),
+                ),
                 async_options=ocp.AsyncOptions(
                     timeout_secs=TIMEOUT_S,
                     # Made in the background, a folder that cannot be made is waited for.
@@ -342,7 +349,7 @@ class Manager:
             raise self._failure(step, problem)
         sidecar = describe(state, config, metrics)
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
+            state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )
         try:
             with _quiet():

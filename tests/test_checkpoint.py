@@ -194,7 +194,10 @@ def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
     with checkpoint.Manager(tmp_path, keep_last=1) as manager:
         manager.save(full, {}, {})
     files = [path for path in (tmp_path / 'checkpoints' / '3').rglob('*') if path.is_file()]
-    assert len(files) <= 20, sorted(str(path.relative_to(tmp_path)) for path in files)
+    names = sorted(str(path.relative_to(tmp_path)) for path in files)
+    assert len(files) <= 20, names
+    # With several, how many there are depends on timing.
+    assert sum('ocdbt.process_0/d/' in name for name in names) == 1, names
 
 
 DISK_FULL = """
