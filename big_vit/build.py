@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from big_vit import augment, mixing, objectives, sharding, state, steps, trees
 from big_vit import config as config_lib
 from big_vit.config import Config
-from big_vit.data import opening, order, pipeline, sources, transforms
+from big_vit.data import opening, order, pipeline, sources, text, transforms
 from big_vit.errors import UserError
 from big_vit.evaluators import classification
 from big_vit.models import costs, positions, tokenizers, variants
@@ -137,9 +137,16 @@ def _check_length(section: Config, key: str, source: sources.Source) -> None:
         )
 
 
-def _check_fit(found: Data, key: str) -> None:
-    """Refuses labels that the loss cannot take, and a part for the devices that fails."""
+def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
+    """Refuses labels that the loss cannot take, and a part for the devices that fails.
+
+    Args:
+      labelled: whether labels are needed.
+    """
     classes = found.source.num_classes
+    if not labelled:
+        _check_device(found, key)
+        return
     if 'label' not in found.looks.parts:
         has = ', '.join(sorted(found.looks.parts))
         raise UserError(f'config: {key} gives {has} but no label')
@@ -229,7 +236,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
     )
     skip = whole.on_error == 'skip'
     found = Data(source, host, looks, transform.device, specs, skip, kept, whole.workers, taken)
-    _check_fit(found, 'data')
+    _check_fit(found, 'data', labelled=not is_apart(config))
     return found
 
 
@@ -257,6 +264,8 @@ def complete(config: Config, kind: str, name: str) -> Config:
 
 # The evaluations that are of the model's own classes; those of features have their own.
 OF_THE_HEAD = ('classification', 'robustness')
+# Those of streams apart, which learn from no split and search in no other.
+OF_PAIRS = ('zero_shot', 'matching')
 
 
 def eval_data(config: Config, name: str, train: Data) -> Data:
@@ -275,7 +284,7 @@ def reference_data(config: Config, name: str, train: Data) -> Data | None:
       UserError: something is missing or does not fit.
     """
     section = complete(config, 'evals', name)
-    if section.type in OF_THE_HEAD:
+    if section.type in OF_THE_HEAD + OF_PAIRS:
         return None
     which = 'gallery_split' if section.type == 'retrieval' else 'train_split'
     key, whole = f'evals.{name}', config.data
@@ -292,6 +301,21 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     key, of_head = f'evals.{name}', section.type in OF_THE_HEAD
     if section.name is None:
         raise UserError(f'config: {key}.name must be set')
+    apart = is_apart(config)
+    if of_head and apart:
+        raise UserError(
+            f"config: {key}.type={section.type!r} is of a head, which model.fusion='apart' has "
+            "not: set it to 'zero_shot', 'matching' or one of features, such as 'knn'"
+        )
+    if section.type in OF_PAIRS and not apart:
+        raise UserError(
+            f'config: {key}.type={section.type!r} compares two streams, which need '
+            "model.fusion='apart'"
+        )
+    # Only the words of its prompts are read.
+    taken = train.reads
+    if section.type == 'zero_shot':
+        taken = tuple(s.reads for s in inputs(config) if s.tokenizer != 'words')
     own_world = not of_head and section.name != config.data.peek('name')
     classes = None if own_world else train.source.num_classes
     transform = transforms.parse(
@@ -301,8 +325,8 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     spec = _spec(section, key, config, classes, transform.host_text)
     source, host = opening.open_spec(spec)
     _check_length(section, key, source)
-    looks = transforms.check(host, source, config.image_size, train.reads)
-    _check_same_parts(looks, train, key)
+    looks = transforms.check(host, source, config.image_size, taken)
+    _check_same_parts(looks, train, taken, key)
     if of_head and classes is not None and source.num_classes > classes:
         raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
     ours, theirs = train.source.class_names, source.class_names
@@ -316,9 +340,9 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     # What is not said about numbers is as in training, or the model sees another world.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     skip = section.on_error == 'skip'
-    found = Data(source, host, looks, transform.device or fixed, (spec,), skip, reads=train.reads)
-    _check_fit(found, key)
-    if not of_head and looks.parts['label'][0]:
+    found = Data(source, host, looks, transform.device or fixed, (spec,), skip, reads=taken)
+    _check_fit(found, key, labelled=section.type != 'matching')
+    if not of_head and section.type != 'matching' and looks.parts['label'][0]:
         raise UserError(
             f'config: {key}.transform gives vectors as labels, {section.type} takes numbers: '
             'leave out onehot or multihot'
@@ -326,9 +350,11 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     return found
 
 
-def _check_same_parts(looks: transforms.Looks, train: Data, key: str) -> None:
+def _check_same_parts(
+    looks: transforms.Looks, train: Data, taken: tuple[str, ...], key: str
+) -> None:
     """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
-    for part in train.reads:
+    for part in taken:
         found, wanted = looks.parts[part][0], train.looks.parts[part][0]
         if part == 'image' and found[2] != wanted[2]:
             raise UserError(
@@ -341,6 +367,11 @@ def _check_same_parts(looks: transforms.Looks, train: Data, key: str) -> None:
                 f'config: {key}.transform gives {part} of another shape than data.transform '
                 f'({shown})'
             )
+
+
+def is_apart(config: Config) -> bool:
+    """Whether two streams are compared, in place of classes learned."""
+    return bool(list(config.streams)) and config.model.fusion == 'apart'
 
 
 def inputs(config: Config) -> tuple[Stream, ...]:
@@ -445,6 +476,9 @@ def model(config: Config, num_classes: int, shapes: dict[str, tuple[int, ...]], 
         fields |= {'streams': streams, 'fusion': m.fusion, 'posemb': 'none'}
         if m.fusion == 'latents':
             fields['latents'] = m.latents
+        if m.fusion == 'apart':
+            fields |= {'shared': m.shared, **_LOGITS[config.loss]}
+            num_classes = 0
     else:
         (only,) = streams
         fields |= {name: getattr(only, name) for name in _STREAM_FIELDS}
@@ -456,7 +490,16 @@ def model(config: Config, num_classes: int, shapes: dict[str, tuple[int, ...]], 
         **fields,
     )
     _check_prefix(vit)
+    if vit.fusion == 'apart':
+        _check_apart(vit)
     return vit
+
+
+# How logits of pairs start: as CLIP's and as SigLIP's.
+_LOGITS: dict[str, dict[str, Any]] = {
+    'softmax': {'logit_scale': 1 / 0.07},
+    'sigmoid': {'logit_scale': 10.0, 'logit_bias': -10.0},
+}
 
 
 # Fields of the one `Stream` that a `ViT` has under the same name.
@@ -557,6 +600,31 @@ def _check_prefix(vit: ViT) -> None:
         )
     if vit.pool == 'cls_dist' and not vit.registers:
         raise UserError("config: model.pool='cls_dist' needs model.registers=1, its second token")
+
+
+_NOT_APART = (
+    'class_token',
+    'registers',
+    'pre_norm',
+    'patch_dropout',
+    'norm_after_pool',
+    'representation',
+)
+
+
+def _check_apart(vit: ViT) -> None:
+    """Raises UserError where streams that stay apart cannot have what is asked for."""
+    if len(vit.streams) != 2:
+        raise UserError(
+            f"config: model.fusion='apart' compares two streams, and there are {len(vit.streams)}"
+        )
+    if vit.pool not in ('gap', 'map'):
+        raise UserError(
+            f"config: model.pool={vit.pool!r}, but of streams apart only 'gap' and 'map' are made"
+        )
+    for name in _NOT_APART:
+        if getattr(vit, name):
+            raise UserError(f"config: model.{name} is not of model.fusion='apart': remove it")
 
 
 class Optimizer(NamedTuple):
@@ -668,12 +736,6 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
     train = train_data(config, absent=planning)
     classes = train.source.num_classes
-    if classes < 2 and config.loss == 'softmax':
-        named = f' ({train.source.class_names[0]})' if train.source.class_names else ''
-        raise UserError(
-            f'config: data: {train.source.name} {train.source.split} has one class{named}, so '
-            'there is nothing to tell apart: add a second one'
-        )
     held_out, references = {}, {}
     for name in () if planning else config.evals:
         held_out[name] = eval_data(config, name, train)
@@ -681,6 +743,12 @@ def experiment(config: Config, devices: list[jax.Device] | None = None) -> Exper
         if reference is not None:
             references[name] = reference
     vit = model(config, classes, train.shapes, mesh)
+    if classes < 2 and config.loss == 'softmax' and vit.fusion != 'apart':
+        named = f' ({train.source.class_names[0]})' if train.source.class_names else ''
+        raise UserError(
+            f'config: data: {train.source.name} {train.source.split} has one class{named}, so '
+            'there is nothing to tell apart: add a second one'
+        )
     total = in_steps(config, 'total', config, train.source)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
@@ -819,6 +887,36 @@ def all_batches(parts: Experiment, found: Data) -> Iterator[dict[str, jax.Array]
         yield from on_device
 
 
+def sentences(config: Config, train: Data, texts: list[str], key: str) -> Data:
+    """Sentences as the words of a training example, made by the same operations.
+
+    Raises:
+      UserError: training makes no words of text.
+    """
+    size, host = config.image_size, train.transform.host_text
+    whole = transforms.parse(host, size=size, key='data')
+    pairs = zip(whole.names, whole.operations, strict=True)
+    chosen = [pair for pair in pairs if pair[0] in text.OPERATIONS]
+    if not chosen:
+        raise UserError(
+            f'config: {key} needs sentences as numbers, but data.transform makes none of text: add '
+            "byte_tokens(LENGTH) or tokenize('FILE', LENGTH) to it"
+        )
+    names, operations = zip(*chosen, strict=True)
+    made = replace(whole, names=names, operations=operations, device=(), random_operations=())
+
+    def load(indices: np.ndarray) -> dict[str, Any]:
+        return {'text': [texts[i] for i in indices], 'label': indices.astype(np.int32)}
+
+    source = sources.Source(key, '', len(texts), len(texts), None, load, in_memory=True)
+    reads = tuple(part for part in train.reads if part not in tokenizers.PICTURES)
+    looks = transforms.check(made, source, size, reads)
+    spec = opening.Spec(key='', name='prompts', split='', transform=host, image_size=size)
+    return Data(
+        source, made, looks, (), (replace(spec, classes=tuple(texts)),), skip_bad=False, reads=reads
+    )
+
+
 def prepare(found: Data) -> Any:
     """What the devices do to a batch before anything else, (batch, rng) -> batch; or None."""
     return augment.compose([function for _, function in found.device]) if found.device else None
@@ -851,6 +949,18 @@ def train_step(config: Config, parts: Experiment) -> Any:
     return steps.make_train_step(step, parts.like, parts.mesh)
 
 
+def objective(config: Config, model: ViT) -> objectives.Loss:
+    """What is trained: classes, or which examples of two streams belong together."""
+    if model.fusion != 'apart':
+        return objectives.classification(model.apply, config.label_smoothing, config.loss)
+    return objectives.contrastive(model.apply, config.loss, words_of(model))
+
+
+def words_of(model: ViT) -> str | None:
+    """The part of a batch that a stream of words reads; None without one."""
+    return next((s.reads for s in model.streams if s.tokenizer == 'words'), None)
+
+
 def update(
     config: Config,
     parts: Experiment,
@@ -860,7 +970,7 @@ def update(
 ) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
     """The same, not jitted, with another rate or seed than the config's, which may be traced."""
     return steps.update(
-        objectives.classification(parts.model.apply, config.label_smoothing, config.loss),
+        objective(config, parts.model),
         optimizer,
         schedule,
         parts.mesh,

@@ -39,14 +39,19 @@ class Origin(NamedTuple):
     normalised: tuple[Sequence[float], Sequence[float]] | None = None
 
 
-def read(init: str) -> Origin:
+def read(init: str, tower: str | None = None) -> Origin:
     """What `config.init` names: a checkpoint of ours, or weights of another codebase.
 
+    Args:
+      tower: of a checkpoint with streams apart, the one that is wanted, as a plain model.
+
     Raises:
-      UserError: neither is there, or it cannot be read.
+      UserError: neither is there, it cannot be read, or it has no such tower.
     """
     weights = interop.load_init(init)
     if weights is not None:
+        if tower is not None:
+            raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
         return Origin(weights.params, config_of(weights), init, known)
@@ -54,16 +59,87 @@ def read(init: str) -> Origin:
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
     saved = config_lib.from_json(sidecar['config']).without('model.lora')
-    return Origin(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
+    found = Origin(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
+    return found if tower is None else _tower(found, tower)
 
 
-def model_keys(init: str) -> dict[str, Any]:
-    """The keys of `model` that a config takes from where it starts, if it does not say itself."""
+def _tower_config(config: Config, name: str, where: str) -> Config:
+    """That of a plain model for one of the streams apart.
+
+    Raises:
+      UserError: there is none, or it is no plain model.
+    """
+    if not build.is_apart(config):
+        raise UserError(
+            f"config: init_tower={name!r} is of checkpoints with model.fusion='apart', and {where} "
+            'is none: remove it'
+        )
+    if name not in list(config.streams):
+        raise UserError(
+            f'config: init_tower={name!r}: {where} has no such tower: it has '
+            f'{", ".join(sorted(config.streams))}'
+        )
+    stream = next(stream for stream in build.inputs(config) if stream.name == name)
+    if stream.depth:
+        raise UserError(
+            f'config: init_tower={name!r}: in {where} it has blocks of its own before those that '
+            f'both share (streams.{name}.depth={stream.depth}), which no model of one input has'
+        )
+    flat = {
+        key: value
+        for key, value in config_lib.flatten(config.to_dict()).items()
+        if not key.startswith('streams.') and key not in ('model.fusion', 'model.shared')
+    }
+    own = config.streams[name]
+    for key in ('tokenizer', 'stride', 'tubelet', 'vocab', 'posemb'):
+        value = own.peek(key)
+        if value != SCHEMA[f'streams.*.{key}'].default:
+            flat[f'model.{key}'] = value
+    size = config.model.variant.partition('/')[0]
+    flat['model.variant'] = f'{size}/{"x".join(map(str, dict.fromkeys(stream.patch_size)))}'
+    return config_lib.resolve({key: value for key, value in flat.items() if value is not None})
+
+
+def _tower(found: Origin, name: str) -> Origin:
+    """A plain model's parameters; what marked the stream's tokens becomes part of positions."""
+    config = _tower_config(found.config, name, found.where)
+    own = dict(found.params[name])
+    kind = np.asarray(own.pop('kind'))
+    if 'pos_embedding' in own:
+        own['pos_embedding'] = own['pos_embedding'] + kind
+    elif 'word_embedding' in own:
+        own['word_embedding'] = own['word_embedding'] + kind[0]
+    elif 'bias' in own.get('embedding', {}):
+        embedding = own['embedding']
+        own['embedding'] = {**embedding, 'bias': embedding['bias'] + kind[0, 0]}
+    else:
+        raise UserError(
+            f'config: init_tower={name!r}: in {found.where} its tokens are marked by a vector that '
+            'no other parameter can take up'
+        )
+    shared = {key: found.params[key] for key in ('Transformer', 'MAPHead_0') if key in found.params}
+    return Origin({**own, **shared}, config, f'{found.where} ({name})')
+
+
+def model_keys(init: str, tower: str | None = None) -> dict[str, Any]:
+    """The keys of `model` that a config takes from where it starts, if it does not say itself.
+
+    Raises:
+      UserError: as `read`; or streams are apart and none was chosen.
+    """
     if interop.load_init(init) is not None:
-        config = read(init).config
+        config = read(init, tower).config
     else:
         source, step = checkpoint.locate(init, 'config: init')
         config = config_lib.from_json(checkpoint.read_sidecar(source, step)['config'])
+        where = f'{source}/checkpoints/{step}'
+        if tower is not None:
+            config = _tower_config(config, tower, where)
+        elif build.is_apart(config):
+            raise UserError(
+                f'config: init_tower must say which tower of {where} goes on: '
+                f'{" or ".join(sorted(config.streams))}'
+            )
     flat = config_lib.flatten(config.to_dict())
     return {
         key: value
@@ -86,10 +162,10 @@ def starting(config: Config, keep_head: bool) -> Callable[[build.Experiment], di
       keep_head: whether a head of the same shape is kept, or all heads start at zero.
     """
     init, channels = config.init, config.init_channels
-    video, resize = config.init_video, config.init_resize
+    video, resize, tower = config.init_video, config.init_resize, config.init_tower
 
     def load(parts: build.Experiment) -> dict[str, Any]:
-        found = read(init)
+        found = read(init, tower)
         _check_unseen(config, parts.model, found)
         _tell_normalisation(config, found)
         return adapt.adapt(

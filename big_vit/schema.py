@@ -192,6 +192,7 @@ SOURCES = (
     'phrases',
     'pairs',
     'quiz',
+    'captions',
     'digits',
     'idx',
     'arrays',
@@ -251,6 +252,8 @@ EVALUATORS = (
     'linear_grid',
     'retrieval',
     'robustness',
+    'zero_shot',
+    'matching',
 )
 CORRUPTIONS = (
     'gaussian_noise',
@@ -361,6 +364,11 @@ _EVALUATION = {
         None,
         'Learning rates for 256 examples (linear_grid). Own default: 13 from 1e-5 to 0.1.',
     ),
+    'prompts': Field(
+        _several(check_text, 'sentence with {} for the name of a class'),
+        None,
+        "Sentences that stand for a class, as 'a photo of a {}' (zero_shot). Own default: '{}'.",
+    ),
     'last_blocks': Field(
         _several(_int(1), 'whole number'),
         None,
@@ -371,7 +379,7 @@ _EVALUATION = {
     'ranks': Field(
         _several(_int(1), 'whole number'),
         None,
-        'k of the recalls at k (retrieval). Own default: (1, 5, 10).',
+        'k of the recalls at k (retrieval, matching). Own default: (1, 5, 10).',
     ),
     'corruptions': Field(
         _several(_choice(*CORRUPTIONS), 'one of ' + ', '.join(CORRUPTIONS)),
@@ -393,6 +401,11 @@ SCHEMA: dict[str, Field] = {
     'image_size': Field(_size, None, 'Pixels: a side, or (height, width).'),
     'lr': Field(_number(0), None, 'Peak learning rate.'),
     'init': Field(check_text, None, 'Workdir or checkpoint whose parameters to start from.'),
+    'init_tower': Field(
+        check_text,
+        None,
+        'Of an `init` with streams apart: the stream that goes on, as a model of one input.',
+    ),
     'init_channels': Field(
         _choice('mean', 'sum', 'repeat'),
         None,
@@ -421,7 +434,10 @@ SCHEMA: dict[str, Field] = {
     ),
     'label_smoothing': Field(_number(0, 1), 0.0, 'Share of the target spread over all classes.'),
     'loss': Field(
-        _choice('softmax', 'sigmoid'), 'softmax', 'Cross-entropy over classes, or of each class.'
+        _choice('softmax', 'sigmoid'),
+        'softmax',
+        "Cross-entropy over classes, or of each class; of streams 'apart' over the pairs of a "
+        "batch (CLIP's), or of each pair (SigLIP's).",
     ),
     'mixup': Field(
         _number(0), 0.0, 'Blend pairs of examples, with shares of Beta(mixup, mixup); 0 is off.'
@@ -498,12 +514,16 @@ SCHEMA: dict[str, Field] = {
     ),
     'model.head_bias': Field(_bool, True, 'Whether the head has a bias.'),
     'model.fusion': Field(
-        _choice('concat', 'cross', 'latents'),
+        _choice('concat', 'cross', 'latents', 'apart'),
         'concat',
-        'How several streams meet: in one sequence, by cross-attention, or in latents.',
+        'How several streams meet: in one sequence, by cross-attention, in latents, or only in '
+        'what is made of each (apart: contrastive learning).',
     ),
     'model.queries': Field(check_text, None, "The stream that attends to the others ('cross')."),
     'model.latents': Field(_int(1), 64, "Learned vectors that attend to all ('latents')."),
+    'model.shared': Field(
+        _int(1), 512, "Numbers of the vectors that two streams are compared by ('apart')."
+    ),
     'streams.*.tokenizer': Field(
         _choice('patches', 'conv', 'resnet', 'cct', 'spt', 'tubelets', 'words'),
         'patches',

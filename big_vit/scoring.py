@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from big_vit import build
+from big_vit import build, objectives
 from big_vit.config import Config
 from big_vit.data import opening
 from big_vit.errors import UserError
@@ -21,8 +22,10 @@ from big_vit.evaluators import (
     knn,
     linear_grid,
     linear_probe,
+    matching,
     retrieval,
     robustness,
+    zero_shot,
 )
 from big_vit.evaluators.features import Features
 from big_vit.models import vit
@@ -46,6 +49,10 @@ _OF_THE_RUN = ('seed', 'same', 'mesh', 'joined', 'tokens')
 
 def keys(kind: str) -> dict[str, Any]:
     """The keys that a type of evaluation reads beside those of its data, with their defaults."""
+    if kind == 'zero_shot':
+        return {'prompts': ('{}',)}
+    if kind == 'matching':
+        return {'ranks': (1, 5, 10)}
     if kind == 'classification':
         return {'calibration': False, 'per_class': 'none', 'subset': None, 'skip_unlabelled': False}
     function = robustness.scores if kind == 'robustness' else _OF_FEATURES[kind]
@@ -102,6 +109,10 @@ def evaluators(config: Config, parts: build.Experiment) -> dict[str, Evaluator]:
             made[name] = _classification(parts, name, heads[name], settings)
         elif section.type == 'robustness':
             made[name] = _robustness(parts, name, heads[name], settings, config.seed)
+        elif section.type == 'zero_shot':
+            made[name] = _zero_shot(config, parts, name, settings, embedders)
+        elif section.type == 'matching':
+            made[name] = _matching(parts, name, settings, embedders)
         else:
             made[name] = _of_features(config, parts, name, section.type, settings, embedders)
     return made
@@ -159,6 +170,52 @@ def _robustness(
     return run
 
 
+def _zero_shot(
+    config: Config,
+    parts: build.Experiment,
+    name: str,
+    settings: dict[str, Any],
+    embedders: '_Embedders',
+) -> Evaluator:
+    key, found, model = f'evals.{name}', parts.evals[name], parts.model
+    kinds = [stream.tokenizer == 'words' for stream in model.streams]
+    if sorted(kinds) != [False, True]:
+        raise UserError(
+            f'config: {key}.type=zero_shot needs one stream of words and one of something else'
+        )
+    words, other = model.streams[kinds.index(True)].name, model.streams[kinds.index(False)].name
+    names = found.source.class_names
+    if not names:
+        raise UserError(
+            f'config: {key}: the classes of {found.source.name} have no names, so there are no '
+            'sentences for them: give the data classes with names'
+        )
+    prompts = settings['prompts']
+    texts = build.sentences(config, parts.data, zero_shot.sentences(names, prompts, key), key)
+
+    def run(params: Any, shared: Shared) -> dict[str, float]:
+        with jax.transfer_guard('allow'):
+            said = embedders.vectors(texts, (words,), params, shared, key)
+            seen = embedders.vectors(found, (other,), params, shared, key)
+        classes = said.values.reshape(len(names), len(prompts), -1)
+        return zero_shot.scores(seen.values, seen.labels, zero_shot.ensemble(classes))
+
+    return run
+
+
+def _matching(
+    parts: build.Experiment, name: str, settings: dict[str, Any], embedders: '_Embedders'
+) -> Evaluator:
+    both = tuple(stream.name for stream in parts.model.streams)
+
+    def run(params: Any, shared: Shared) -> dict[str, float]:
+        with jax.transfer_guard('allow'):
+            pairs = embedders.vectors(parts.evals[name], both, params, shared, f'evals.{name}')
+            return matching.scores(pairs, parts.mesh, settings['ranks'])
+
+    return run
+
+
 class _Embedders:
     """The steps that make features, one for all evaluations that make them alike."""
 
@@ -175,18 +232,56 @@ class _Embedders:
         key: str,
     ) -> Features:
         """The features of a split, by blocks and pooling or, with None, before the head."""
+
+        def make(model: vit.ViT) -> features.Embed:
+            return features.of_blocks(model, *chosen) if chosen else features.before_head(model)
+
+        return self._gathered(found, chosen, make, params, shared, key)
+
+    def vectors(
+        self, found: build.Data, streams: tuple[str, ...], params: Any, shared: Shared, key: str
+    ) -> Features:
+        """The vectors of streams apart; of two, labels say which examples are the same."""
+        words, label = build.words_of(self._parts.model), features.LABEL
+        if len(streams) > 1:
+            label = functools.partial(_same_words, words)
+
+        def make(model: vit.ViT) -> features.Embed:
+            return features.of_streams(model, streams)
+
+        return self._gathered(found, streams, make, params, shared, key, label)
+
+    def _gathered(
+        self,
+        found: build.Data,
+        chosen: Any,
+        make: Callable[[vit.ViT], features.Embed],
+        params: Any,
+        shared: Shared,
+        key: str,
+        label: Any = features.LABEL,
+    ) -> Features:
         alike = found.device, chosen
         if alike not in self._steps:
-            model = self._parts.model
-            embed = features.of_blocks(model, *chosen) if chosen else features.before_head(model)
             self._steps[alike] = features.make_step(
-                embed, build.prepare_eval(found), self._parts.like, self._parts.mesh
+                make(self._parts.model),
+                build.prepare_eval(found),
+                self._parts.like,
+                self._parts.mesh,
+                label,
             )
         what = _same_split(found), found.skip_bad, alike
         if what not in shared:
             batches = build.all_batches(self._parts, found)
             shared[what] = features.gather(self._steps[alike], params, batches, key)
         return shared[what]
+
+
+def _same_words(words: str | None, batch: dict[str, jax.Array]) -> jax.Array:
+    """Rows that are equal where examples match: by their words, or each only itself."""
+    if words is not None:
+        return objectives.identity(batch[words])
+    return jnp.broadcast_to(jnp.zeros((), jnp.uint32), (len(batch['mask']), 2))
 
 
 def _same_split(found: build.Data) -> opening.Spec:

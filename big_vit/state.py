@@ -6,6 +6,7 @@ skipped, skipped_in_a_row    of these, updates that were not made
 recent                       loss and gradient norm of the last steps, to tell a spike
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from big_vit import sharding
+from big_vit.models.encoder import identity
+from big_vit.models.layers import ungathered
 from big_vit.models.tokenizers import PICTURES
 
 State = dict[str, Any]
@@ -50,8 +53,22 @@ def _init_params(model: Any, inputs: Inputs, seed: int) -> Any:
 
 
 def abstract_params(model: Any, inputs: Inputs) -> Any:
-    """Shapes and types of the parameters, without computing any."""
-    return jax.eval_shape(lambda: _init_params(model, inputs, 0))
+    """Shapes and types of the parameters, without computing any.
+
+    They are kept: a deep model takes seconds to trace. Where a mesh splits parameters or tokens
+    makes no difference to them.
+    """
+    plain = model.clone(constrain=identity, gather=ungathered)
+    frozen = inputs if isinstance(inputs, tuple) else tuple(sorted(inputs.items()))
+    # A copy, for what is kept must not change.
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(plain, frozen))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: Any, inputs: tuple[Any, ...]) -> Any:
+    named = bool(inputs) and isinstance(inputs[0], tuple)
+    given: Inputs = dict(inputs) if named else inputs
+    return jax.eval_shape(lambda: _init_params(model, given, 0))
 
 
 def abstract(

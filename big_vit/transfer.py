@@ -33,7 +33,7 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    config = config_lib.load(spec, overrides, base=origin.model_keys(first.init))
+    config = config_lib.load(spec, overrides, base=origin.model_keys(first.init, first.init_tower))
     trained = config.transfer.train
     if trained == 'all':
         return config

@@ -8,8 +8,14 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
-# Tests compile much and compute little: without LLVM's optimisations they take two thirds.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+# Tests compile much and compute little: without LLVM's optimisations, by the older emitters and
+# in one piece a program is compiled in a third of the time.
+FLAGS = (
+    'xla_backend_optimization_level=0',
+    'xla_cpu_use_fusion_emitters=false',
+    'xla_cpu_parallel_codegen_split_count=1',
+)
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(f'--{f}' for f in FLAGS)])
 
 import jax  # noqa: E402
 

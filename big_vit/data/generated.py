@@ -49,6 +49,7 @@ def _source(
     image_shape: tuple[int, int, int] | None,
     chunk: int,
     load: Callable[[int, np.ndarray], Columns],
+    shown: int | None = None,
 ) -> Source:
     """The ranges of `split` of a source made of groups of examples that balance each other.
 
@@ -58,11 +59,13 @@ def _source(
       image_shape: of what the model will see, or None.
       chunk: how many examples are computed at once.
       load: (number of the split, int64 [B]) -> columns without the label.
+      shown: `train` has examples of only so many classes, the first.
     """
     sizes = {'train': _TRAIN // group * group, 'test': _TEST // group * group}
-    classes = len(class_names)
 
     def whole(part: str) -> Source:
+        classes = shown if shown and part == 'train' else len(class_names)
+
         def columns(indices: np.ndarray) -> Columns:
             indices = np.asarray(indices, np.int64)
             parts = [
@@ -83,7 +86,7 @@ def _source(
             name=name,
             split=part,
             length=sizes[part],
-            num_classes=classes,
+            num_classes=len(class_names),
             image_shape=image_shape,
             load=columns,
             in_memory=True,
@@ -624,3 +627,71 @@ def quiz(split: str, image_size: int | tuple[int, int], seed: int = 0, key: str 
 
     chunk = max(1, _CHUNK_BYTES // (height * width * 3))
     return _source('quiz', 4, split, key, _COLOURS, (height, width, 3), chunk, load)
+
+
+# --- Captions --------------------------------------------------------------------------
+
+_HUES = ('red', 'green', 'blue', 'yellow', 'magenta', 'cyan')
+_HUES_RGB = np.concatenate([_RGB, np.array([(1, 0, 1), (0, 1, 1)], np.float32)])
+_CAPTIONS = (
+    'a {hue} {shape}',
+    'a picture of a {hue} {shape}',
+    'one {shape}, and it is {hue}',
+    'here is something {hue}: a {shape}',
+)
+# Each shape and each hue once among the six pairs that training never shows.
+_SEEN = [(h, s) for h in range(6) for s in range(6) if (h + s) % 6]
+_UNSEEN = [(h, (6 - h) % 6) for h in range(6)]
+_BOTH = np.array(_SEEN + _UNSEEN)
+
+
+def captions(
+    split: str, image_size: int | tuple[int, int], seed: int = 0, key: str = 'data'
+) -> Source:
+    """A source of pictures of one coloured shape, each with a sentence that says what it is.
+
+    There are six shapes in six colours, but `train` shows 30 of the 36: every shape and every
+    colour, never a red square, a green diamond and four others. `test` has all 36, so what is
+    right on the last six classes has understood the words one by one.
+
+    Args:
+      split: of `train` and `test`, see `parse_split`.
+      image_size: pixels, one number or (height, width).
+      seed: of everything.
+      key: prefix of the config keys in messages.
+
+    Returns:
+      Columns 'image' uint8 [B, H, W, 3], 'text', B strings of ASCII of less than 48 characters,
+      and 'label' int32 [B], whose classes are named as in 'red circle'.
+
+    Raises:
+      UserError: a size that is too small, or no such split.
+    """
+    height, width = _size(image_size, (12, 12), key)
+    names = tuple(f'{_HUES[hue]} {_SHAPES[shape]}' for hue, shape in _BOTH)
+
+    def load(part: int, indices: np.ndarray) -> Columns:
+        known = len(_SEEN) if part == _SPLITS['train'] else len(_BOTH)
+        hues, shapes = _BOTH[indices % known].T
+        keys = order.example_keys(seed, 8 + part, indices)
+        batch, side = len(keys), max(7, round(min(height, width) * 0.45))
+        y, x, light, ground, form = _draws(keys, 0, 5).T
+        image = (_noise(keys, height * width * 3) >> 3).reshape(batch, -1, 3)
+        image += (48 * ground).astype(np.uint8)[:, None, None]
+        rows, columns = (
+            ((pixels - side + 1) * at).astype(np.int64) for pixels, at in ((height, y), (width, x))
+        )
+        inside = np.arange(side)
+        at = (rows[:, None] + inside)[:, :, None] * width + (columns[:, None] + inside)[:, None]
+        at += np.arange(batch)[:, None, None] * (height * width)
+        colour = (_HUES_RGB[hues] * (96 + 80 * light)[:, None]).astype(np.uint8)
+        image.reshape(-1, 3)[at] += _sprites(side)[shapes][..., None] * colour[:, None, None]
+        texts = [
+            _CAPTIONS[int(form * len(_CAPTIONS))].format(hue=_HUES[hue], shape=_SHAPES[shape])
+            for hue, shape, form in zip(hues, shapes, form, strict=True)
+        ]
+        return {'image': image.reshape(batch, height, width, 3), 'text': texts}
+
+    chunk = max(1, _CHUNK_BYTES // (height * width * 3))
+    shape = height, width, 3
+    return _source('captions', 180, split, key, names, shape, chunk, load, len(_SEEN))

@@ -24,6 +24,7 @@ KEYS = {
     'phrases': (),
     'pairs': (),
     'quiz': (),
+    'captions': (),
     'digits': (),
     'idx': ('path',),
     'arrays': ('path', 'image_column', 'label_column'),
@@ -178,6 +179,7 @@ def _open(spec: Spec) -> Source:
         'tones': generated.tones,
         'pairs': generated.pairs,
         'quiz': generated.quiz,
+        'captions': generated.captions,
     }
     if spec.name in made:
         return made[spec.name](split, spec.image_size, spec.seed, key=key)

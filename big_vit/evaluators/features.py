@@ -1,5 +1,6 @@
 """The frozen features of a split: each example once, in its order, on every host."""
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from big_vit.state import State, shardings
 
 # Products of features decide ties and ranks, so accelerators must not round them to bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
+
+
+# A function of (params, inputs) that gives a vector for each example.
+Embed = Callable[[Any, Any], Float[Array, 'batch width']]
+LABEL = operator.itemgetter('label')
 
 
 class Features(NamedTuple):
@@ -86,19 +92,36 @@ def before_head(model: vit.ViT) -> Callable[[Any, Any], Float[Array, 'batch widt
     return embed
 
 
+def of_streams(
+    model: vit.ViT, names: tuple[str, ...]
+) -> Callable[[Any, Any], Float[Array, 'batch width']]:
+    """A function of (params, inputs): vectors of streams apart, one after the other."""
+
+    def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
+        _, extra = model.apply({'params': params}, given)
+        return jnp.concatenate([extra[name] for name in names], axis=-1)
+
+    return embed
+
+
 def make_step(
     embed: Callable[[Any, Any], Float[Array, 'batch width']],
     prepare: Callable[[Batch], Batch],
     like: State,
     mesh: Mesh,
+    label: Callable[[Batch], Array] = LABEL,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """The jitted step (params, batch) -> {'values', 'label', 'mask'}, whole on every device."""
+    """The jitted step (params, batch) -> {'values', 'label', 'mask'}, whole on every device.
+
+    Args:
+      label: what is known of each example, [batch] or [batch, numbers].
+    """
 
     def step(params: Any, batch: Batch) -> dict[str, Array]:
         values = embed(params, inputs(prepare(batch)))
         return {
             'values': values.astype(jnp.float32),
-            'label': batch['label'],
+            'label': label(batch),
             'mask': batch['mask'],
         }
 

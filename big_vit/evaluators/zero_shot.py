@@ -7,6 +7,8 @@ prompts, normalised again; an image is of the class with the largest cosine.
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
+from big_vit.errors import UserError
+
 Embeddings = Float[np.ndarray, '*items width']
 
 
@@ -15,6 +17,21 @@ def normalised(vectors: Embeddings) -> Float64[np.ndarray, '*items width']:
     wide = vectors.astype(np.float64)
     length = np.linalg.norm(wide, axis=-1, keepdims=True)
     return wide / np.where(length > 0, length, 1)
+
+
+def sentences(names: tuple[str, ...], prompts: tuple[str, ...], key: str) -> list[str]:
+    """Every prompt with the name of every class, all of a class together.
+
+    Raises:
+      UserError: a prompt has no place for the name.
+    """
+    for prompt in prompts:
+        if '{}' not in prompt:
+            raise UserError(
+                f"config: {key}.prompts: {prompt!r} has no {{}} for the name of a class, as in 'a "
+                "photo of a {}'"
+            )
+    return [prompt.replace('{}', name.replace('_', ' ')) for name in names for prompt in prompts]
 
 
 def ensemble(

@@ -54,6 +54,8 @@ def cost(net: ViT, shapes: Shapes) -> Cost:
         total += own.plus(params=net.width * several)
         if several and stream.depth:
             total += _encoder(net, stream.depth, own.tokens)
+    if several and net.fusion == 'apart':
+        return _apart(net, total, each)
     context = 0
     if several and net.fusion == 'cross':
         context = sum(own.tokens for own in each[1:])
@@ -80,6 +82,18 @@ def cost(net: ViT, shapes: Shapes) -> Cost:
     images = parts['images'][0] if 'images' in parts else 0
     total += _head(net, tokens, images)
     return total._replace(tokens=tokens)
+
+
+def _apart(net: ViT, total: Cost, each: list[Cost]) -> Cost:
+    """Of streams that go through the one encoder alone; not of what compares them."""
+    total = total.plus(params=1 + (net.logit_bias is not None))
+    for i, own in enumerate(each):
+        encoder = _encoder(net, net.depth, own.tokens)
+        encoder += _head(net, own.tokens, 0)
+        # The parameters are there once.
+        total += encoder._replace(params=encoder.params * (i == 0))
+        total = total.plus((net.width + 1) * net.shared, 2 * net.width * net.shared)
+    return total._replace(tokens=sum(own.tokens for own in each))
 
 
 def _norm(net: ViT, width: int) -> int:

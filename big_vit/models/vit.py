@@ -4,6 +4,7 @@ Names of parameters are those of google-research's checkpoints; those of the blo
 `Transformer`, in one of the two forms that `encoder` has.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,12 @@ class ViT(nn.Module):
       tokenizer: a key of `tokenizers.PARTS`, which says which part of a batch it reads; the next
         fields are those of `tokenizers.Stream`.
       streams: several inputs at once, in place of the tokenizer above: `fusion` says whether
-        their tokens are one sequence ('concat'), the first attends to the others ('cross'), or
-        `latents` learned vectors attend to all ('latents', arXiv 2103.03206).
+        their tokens are one sequence ('concat'), the first attends to the others ('cross'),
+        `latents` learned vectors attend to all ('latents', arXiv 2103.03206), or each of two goes
+        alone through the one encoder into a space of `shared` numbers ('apart'), as the towers of
+        CLIP (arXiv 2103.00020) do; the logits are then how alike each pair of the batch is.
+      logit_scale: what it starts as, of 'apart': cosines times it are the logits, plus
+        `logit_bias` where that is not None (SigLIP, arXiv 2303.15343).
       class_token: a learned token in front, which pools of the class token imply.
       registers: learned tokens behind it that nothing is read from (arXiv 2309.16588).
       pre_norm: a norm before the first block (CLIP).
@@ -113,6 +118,9 @@ class ViT(nn.Module):
     streams: tuple[Stream, ...] = ()
     fusion: str = 'concat'
     latents: int = 0
+    shared: int = 0
+    logit_scale: float = 10.0
+    logit_bias: float | None = None
     class_token: bool = False
     registers: int = 0
     patch_dropout: float = 0.0
@@ -204,7 +212,8 @@ class ViT(nn.Module):
 
         Args:
           inputs: an image [batch, height, width, channels] (or what else the tokenizer reads), or
-            the parts of a batch by name.
+            the parts of a batch by name. Streams apart may be given one alone: then there are its
+            vectors [batch, shared] in place of logits, and they are under its name either way.
           capture: 'blocks' adds the tokens after each block, [depth, batch, tokens, width];
             'attention' the weights, [depth, batch, heads, tokens, tokens].
 
@@ -214,6 +223,8 @@ class ViT(nn.Module):
         style = self.style()
         head_dim = self.head_dim or self.width // self.num_heads
         parts = inputs if isinstance(inputs, dict) else {self.stream().reads: inputs}
+        if self.streams and self.fusion == 'apart':
+            return self._apart(style, head_dim, parts, not train)
         if self.streams:
             found, places = self._fused(style, head_dim, parts, not train)
         else:
@@ -317,6 +328,48 @@ class ViT(nn.Module):
             Places(mask=mask),
         )
         return Tokens(latents + y), NOWHERE
+
+    def _apart(
+        self, style: Style, head_dim: int, parts: dict[str, Array], deterministic: bool
+    ) -> tuple[Float[Array, '...'], dict[str, Array]]:
+        """Logits [batch, batch], of the first stream's examples by the second's, and vectors.
+
+        'tokens' and 'pre_logits' are of the first stream that is there.
+        """
+        encoder = Encoder(self.depth, **self._encoder(style), name='Transformer')
+        pool = None
+        if self.pool == 'map':
+            pool = heads.MapPool(self.num_heads, self.mlp_dim, style, name='MAPHead_0')
+        extra: dict[str, Array] = {}
+        vectors = []
+        for stream in self.streams:
+            if stream.reads not in parts:
+                continue
+            found = StreamTokens(
+                stream, self.width, head_dim, style, self._encoder(style), name=stream.name
+            )(parts, deterministic)
+            mask = None if found.mask is None else found.mask[:, None, None]
+            x = self.constrain(nn.Dropout(self.dropout)(found.x, deterministic))
+            x, _ = encoder(x, deterministic, Places(rotation=found.rotation, mask=mask))
+            if pool is None:
+                pooled = heads.mean_pool(x, found.mask)
+            else:
+                pooled = pool(x, mask)[:, 0].astype(jnp.float32)
+            dense = Dense(
+                (self.shared,), dtype=jnp.float32, gather=self.gather, name=f'shared_{stream.name}'
+            )
+            vector = dense(pooled)
+            length = jnp.sqrt(jnp.square(vector).sum(-1, keepdims=True) + 1e-12)
+            vectors.append(vector / length)
+            extra = {'tokens': x, 'pre_logits': pooled, **extra, stream.name: vectors[-1]}
+        scale = self.param('logit_scale', nn.initializers.constant(math.log(self.logit_scale)), ())
+        bias = jnp.zeros(())
+        if self.logit_bias is not None:
+            start = nn.initializers.constant(self.logit_bias)
+            bias = jnp.asarray(self.param('logit_bias', start, ()))
+        if len(vectors) < len(self.streams):
+            return vectors[0], extra
+        return jnp.exp(jnp.asarray(scale)) * (vectors[0] @ vectors[1].T) + bias, extra
 
     def _pooled(
         self,

@@ -1,0 +1,369 @@
+"""Two streams apart: losses and scores against loops in float64, towers alone, on any mesh."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import error_line, run
+from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
+from tiny import flags, overrides
+
+from big_vit import (
+    build,
+    checkpoint,
+    config,
+    metrics,
+    objectives,
+    origin,
+    scoring,
+    sharding,
+    state,
+    train,
+    trees,
+)
+from big_vit.data import generated
+from big_vit.errors import UserError
+from big_vit.models import costs
+from big_vit.models.tokenizers import Stream
+from big_vit.models.vit import ViT
+
+BOTH = {**PICTURE, **INPUTS['words'][1]}
+STREAMS = (
+    Stream('look', patch_size=(4, 4)),
+    Stream('read', tokenizer='words', vocab=11, posemb='learned', depth=1),
+)
+TINY = {
+    'model.width': '24',
+    'model.depth': '1',
+    'model.mlp_dim': '24',
+    'model.num_heads': '2',
+    'model.shared': '8',
+    'batch_size': '16',
+    'total_steps': '4',
+    'log.every_steps': '1',
+    'evals.all.split': 'test[:100]',
+    'evals.unseen.split': 'test[:360]',
+    'evals.pairs.split': 'test[:50]',
+}
+
+
+def model(**changes):
+    fields = dict(patch_size=(4, 4), width=24, depth=2, mlp_dim=20, num_heads=2, num_classes=0)
+    more = dict(dtype=jnp.float32, scan=False, streams=STREAMS, fusion='apart', shared=6)
+    return ViT(**{**fields, **more, **changes})
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(9) < rng.integers(2, 10, (size, 1))).astype(np.uint8)
+    return {
+        'image': rng.standard_normal((size, 16, 16, 3)).astype(np.float32),
+        'tokens': rng.integers(0, 11, (size, 9)).astype(np.int32) * mask,
+        'text_mask': mask,
+    }
+
+
+def call(net, params, given):
+    params, given = jax.tree.map(jnp.asarray, (params, given))
+    return net.apply({'params': params}, given)
+
+
+@pytest.fixture(scope='module', params=['gap', 'map'])
+def tower_pair(request):
+    net = model(pool=request.param, logit_bias=-3.0)
+    return net, random_like(state.abstract_params(net, BOTH))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def full_precision():
+    with jax.default_matmul_precision('highest'):
+        yield
+
+
+# The model.
+
+
+def test_a_tower_alone_says_what_it_says_beside_the_other(tower_pair):
+    net, params = tower_pair
+    batch = batch_of(5)
+    logits, both = call(net, params, batch)
+    picture, _ = call(net, params, batch['image'])
+    words = {name: batch[name] for name in ('tokens', 'text_mask')}
+    text, _ = call(net, params, words)
+    np.testing.assert_allclose(picture, both['look'], atol=1e-6)
+    np.testing.assert_allclose(text, both['read'], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(picture, axis=1), 1, atol=1e-6)
+    scale, bias = float(np.exp(params['logit_scale'])), float(params['logit_bias'])
+    wide = scale * np.asarray(picture, float) @ np.asarray(text, float).T + bias
+    np.testing.assert_allclose(logits, wide, atol=1e-5)
+    # Neither knows of the other, nor of what is no word.
+    other = {**batch_of(5, seed=1), 'image': batch['image']}
+    _, changed = call(net, params, other)
+    np.testing.assert_array_equal(changed['look'], both['look'])
+    assert np.abs(changed['read'] - both['read']).max() > 0.01
+    padded = np.where(batch['text_mask'], batch['tokens'], 7)
+    _, same = call(net, params, {**batch, 'tokens': padded})
+    np.testing.assert_allclose(same['read'], both['read'], atol=1e-6)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_costs_are_those_of_the_tree_and_of_the_trace(tower_pair, scan):
+    net = tower_pair[0].clone(scan=scan)
+    params = state.abstract_params(net, BOTH)
+    found = costs.cost(net, {part: shape for part, (shape, _) in BOTH.items()})
+    assert found.params == trees.count(params)
+    traced = jax.make_jaxpr(lambda p, x: net.apply({'params': p}, x)[0])(params, example(BOTH))
+    # Less the one pair of a batch of one.
+    assert found.flops == operations(traced) - 2 * net.shared
+
+
+def test_the_shared_encoder_is_there_once():
+    net = model()
+    params = state.abstract_params(net, BOTH)
+    assert set(params) == {
+        *('Transformer', 'look', 'read', 'shared_look', 'shared_read', 'logit_scale')
+    }
+    assert 'Transformer' in params['read'] and 'Transformer' not in params['look']
+
+
+# The losses.
+
+
+def wanted_loss(logits, together, kind):
+    """Both losses as the papers write them, in loops."""
+    size, total = len(logits), 0.0
+    if kind == 'sigmoid':
+        for i in range(size):
+            for j in range(size):
+                sign = 1 if together[i, j] else -1
+                total += np.log1p(np.exp(-sign * logits[i, j]))
+        return total / size
+    for way, pairs in ((logits, together), (logits.T, together.T)):
+        for i in range(size):
+            log_sum = np.log(np.exp(way[i]).sum())
+            own = [way[i, j] - log_sum for j in range(size) if pairs[i, j]]
+            total -= sum(own) / len(own)
+    return total / (2 * size)
+
+
+@pytest.mark.parametrize('kind', ['softmax', 'sigmoid'])
+@pytest.mark.parametrize('repeated', [False, True])
+def test_losses_against_loops(kind, repeated):
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((7, 7)).astype(np.float32) * 3
+    tokens = np.arange(7 * 4).reshape(7, 4)
+    if repeated:
+        tokens[4], tokens[6] = tokens[1], tokens[1]
+    together = (tokens[:, None] == tokens[None]).all(-1)
+
+    def apply(variables, given, train, rngs):
+        return logits, {}
+
+    loss = objectives.contrastive(apply, kind, 'tokens')
+    found, aux = loss({}, {'tokens': jnp.asarray(tokens)}, None)
+    wide = wanted_loss(logits.astype(float), together, kind)
+    assert float(found) == pytest.approx(wide, rel=1e-6)
+    hits = [together[i, logits[i].argmax()] for i in range(7)]
+    assert float(aux['accuracy']) == pytest.approx(np.mean(hits))
+    # Without words only the diagonal belongs together.
+    alone, _ = objectives.contrastive(apply, kind)({}, {'tokens': jnp.asarray(tokens)}, None)
+    assert float(alone) == pytest.approx(wanted_loss(logits.astype(float), np.eye(7), kind))
+
+
+def test_identity_tells_any_two_rows_apart():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, (4000, 6)).astype(np.int32)
+    numbers = np.asarray(objectives.identity(jnp.asarray(rows)))
+    assert len(np.unique(numbers, axis=0)) == len(np.unique(rows, axis=0)) < 4000
+    swapped = objectives.identity(jnp.asarray([[1, 2, 0], [2, 1, 0], [1, 2, 0]]))
+    assert (swapped[0] == swapped[2]).all() and (swapped[0] != swapped[1]).all()
+
+
+def load(*parts, loss='sigmoid'):
+    return config.load(f'configs/contrastive.py:loss={loss}', overrides(TINY, *parts))
+
+
+@pytest.mark.parametrize('loss', ['softmax', 'sigmoid'])
+def test_the_loss_is_of_the_whole_batch_on_any_mesh(loss):
+    found = {}
+    for devices in (1, 8):
+        settings = load(loss=loss)
+        parts = build.experiment(settings, jax.devices()[:devices])
+        with jax.set_mesh(parts.mesh):
+            now = state.create(parts.model, parts.data.inputs, parts.optimizer, 0, parts.like)
+            step = build.train_step(settings, parts)
+            batch = next(build.host_batches(parts.data, 0, slice(None)))
+            placed = jax.device_put(batch, sharding.batch_sharding(parts.mesh))
+            params = jax.device_get(now['params'])
+            _, values = step(now, placed)
+        given = objectives.inputs(jax.tree.map(jnp.asarray, batch))
+        logits, _ = call(parts.model, params, given)
+        words = batch['tokens']
+        together = (words[:, None] == words[None]).all(-1)
+        wide = wanted_loss(np.asarray(logits, float), together, loss)
+        found[devices] = float(values['loss'])
+        assert found[devices] == pytest.approx(wide, rel=1e-5)
+    assert found[1] == pytest.approx(found[8], rel=1e-5)
+
+
+# The data.
+
+
+def test_captions_say_what_is_seen():
+    source = generated.captions('test', 32)
+    columns = source.load(np.arange(360))
+    for image, text, label in zip(*(columns[n] for n in ('image', 'text', 'label')), strict=True):
+        hue, shape = source.class_names[label].split()
+        assert hue in text and shape in text
+        # The noise is grey; what is brighter by far than its channel's median is the shape.
+        high = image.reshape(-1, 3).astype(int) - np.median(image.reshape(-1, 3), axis=0)
+        on = tuple(bool(n) for n in np.percentile(high, 97, axis=0) > 60)
+        assert on == tuple(bool(n) for n in generated._HUES_RGB[generated._HUES.index(hue)]), text
+
+
+def test_training_never_shows_six_pairs_but_all_their_words():
+    train_, test = (generated.captions(split, 16) for split in ('train', 'test'))
+    assert train_.class_names == test.class_names and len(set(test.class_names)) == 36
+    assert train_.num_classes == test.num_classes == 36
+    shown = {train_.class_names[n] for n in np.unique(train_.labels())}
+    unseen = set(test.class_names) - shown
+    assert len(unseen) == 6
+    for side in (0, 1):
+        assert len({name.split()[side] for name in unseen}) == 6
+        assert len({name.split()[side] for name in shown}) == 6
+    texts = train_.load(np.arange(2000))['text']
+    assert not any(all(word in text for word in name.split()) for name in unseen for text in texts)
+
+
+# From the command to the scores.
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('contrastive') / 'w'
+    settings = load()
+    train.run(settings, workdir)
+    return workdir
+
+
+def test_it_trains_and_is_scored(trained):
+    rows = metrics.read(trained)
+    assert len([row for row in rows if 'train/loss' in row]) == 4
+    scored = {name: value for row in rows for name, value in row.items()}
+    assert scored['all/count'] == 100 and scored['unseen/count'] == 60
+    assert scored['pairs/count'] == scored['pairs/back/count'] == 50
+
+
+def test_scores_of_the_command_are_those_of_loops_on_any_mesh(trained):
+    everything = [
+        json.loads(run('evaluate', '--checkpoint', trained, '--json', devices=n).stdout)
+        for n in (1, 3)
+    ]
+    for name in ('all', 'unseen', 'pairs'):
+        assert everything[0][name] == everything[1][name]
+    step = checkpoint.steps(trained)[-1]
+    params, _ = checkpoint.load_params(trained, step, 'params')
+    parts = build.experiment(load(), jax.devices()[:1])
+    # Zero-shot: the mean of what two sentences say, against 100 pictures.
+    source = generated.captions('test', 32)
+    columns = source.load(np.arange(100))
+    kinds = []
+    for name in source.class_names:
+        said = []
+        for text in (f'a {name}', f'a picture of a {name}'):
+            numbers = [byte + 3 for byte in text.encode()] + [1]
+            row = np.zeros((1, 40), np.int32)
+            row[0, : len(numbers)] = numbers
+            mask = (np.arange(40) < len(numbers)).astype(np.uint8)[None]
+            vector, _ = call(parts.model, params, {'tokens': row, 'text_mask': mask})
+            said.append(np.asarray(vector[0], float))
+        mean = sum(vector / np.linalg.norm(vector) for vector in said)
+        kinds.append(mean / np.linalg.norm(mean))
+    image = columns['image'].astype(np.float32) * (2 / 255) - 1
+    seen, _ = call(parts.model, params, image)
+    best = (np.asarray(seen, float) @ np.array(kinds).T).argmax(1)
+    right = float((best == columns['label']).mean())
+    assert everything[0]['all']['top1'] == pytest.approx(right, abs=0.011)
+    # Matching: the first place of a caption with the same words.
+    few = next(
+        iter(
+            build.all_batches(
+                parts._replace(batch_size=50), build.experiment(load()).evals['pairs']
+            )
+        )
+    )
+    given = {n: jnp.asarray(np.asarray(few[n])) for n in ('image', 'tokens', 'text_mask')}
+    _, both = call(parts.model, params, objectives.inputs(given))
+    near = np.asarray(both['image'], float) @ np.asarray(both['text'], float).T
+    same = (given['tokens'][:, None] == given['tokens'][None]).all(-1)
+    for way, pairs, prefix in ((near, same, ''), (near.T, same.T, 'back/')):
+        place = [
+            min(np.flatnonzero(row[np.argsort(-line, kind='stable')]))
+            for line, row in zip(way, pairs, strict=True)
+        ]
+        for k in (1, 5, 10):
+            got = everything[0]['pairs'][f'{prefix}recall@{k}']
+            assert got == pytest.approx(np.mean(np.array(place) < k), abs=0.021)
+
+
+def test_a_tower_goes_on_as_a_model_of_one_input(trained):
+    found = origin.read(str(trained), 'image')
+    assert set(found.params) == {'Transformer', 'embedding', 'pos_embedding'}
+    parts = build.experiment(load(), jax.devices()[:1])
+    both = parts.model
+    params, _ = checkpoint.load_params(trained, checkpoint.steps(trained)[-1], 'params')
+    image = batch_of(3)['image']
+    image = np.concatenate([np.concatenate([image, image], 1)] * 2, 2)
+    _, wanted = call(both, params, image)
+    plain = build.model(
+        found.config.replacing({'total_steps': 1}), 0, {'image': (32, 32, 3)}, parts.mesh
+    )
+    _, got = call(plain, found.params, image)
+    np.testing.assert_allclose(got['pre_logits'], wanted['pre_logits'], atol=1e-5)
+
+
+# What is refused.
+
+
+WRONG = [
+    ({'model.pool': 'cls'}, ("'gap' and 'map'",)),
+    ({'model.registers': '2'}, ('model.registers', 'apart')),
+    ({'mixup': '0.2'}, ('mix images', 'image, tokens')),
+    ({'label_smoothing': '0.1'}, ('label_smoothing', 'never reads')),
+    ({'model.latents': '4'}, ('model.latents', 'never reads')),
+    ({'evals.all.type': 'classification'}, ('evals.all.type', "'zero_shot', 'matching'")),
+    ({'evals.all.prompts': "('a photo',)"}, ('evals.all.prompts', 'has no {}')),
+    ({'evals.pairs.prompts': "('a {}',)"}, ("read by type 'zero_shot'",)),
+    ({'model.fusion': 'concat'}, ('compares two streams', "model.fusion='apart'")),
+    ({'streams.more.tokenizer': 'patches'}, ('two streams, and there are 3',)),
+    ({'data.transform': "keep('image', 'label')"}, ('but no tokens',)),
+]
+
+
+@pytest.mark.parametrize('change, parts', WRONG, ids=lambda x: next(iter(x)))
+def test_bad_configs_say_what_is_wrong(change, parts):
+    with pytest.raises(UserError) as caught:
+        settings = load(change)
+        made = build.experiment(settings)
+        build.train_step(settings, made)
+        scoring.evaluators(settings, made)
+        build.log_targets(settings)
+        _ = settings.init, settings.switch, settings.data.max_error_rate
+        settings.audit()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_tower_that_is_not_there_is_named(trained, tmp_path):
+    command = ['transfer', '--config', 'configs/transfer_digits.py', '--workdir', tmp_path / 'w']
+    for tower, parts in (
+        (None, ('init_tower must say', 'image or text')),
+        ('sound', ("init_tower='sound'", 'image, text')),
+        ('text', ('blocks of its own', 'streams.text.depth=1')),
+    ):
+        more = {'init': str(trained), **({'init_tower': tower} if tower else {})}
+        line = error_line(run(*command, *flags(more)))
+        for part in parts:
+            assert part in line
