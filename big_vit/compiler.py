@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 # and leave less of it for whole arrays that stay there between operations.
 OPTIONS: dict[str, dict[str, str]] = {
     'TPU v5 lite': {'xla_tpu_scoped_vmem_limit_kib': '28672'},
+    'TPU v5': {'xla_tpu_scoped_vmem_limit_kib': '28672'},
+    'TPU v6 lite': {'xla_tpu_scoped_vmem_limit_kib': '40960'},
 }
 
 

@@ -117,7 +117,9 @@ def _tower(found: Origin, name: str) -> Origin:
             f'config: init_tower={name!r}: in {found.where} its tokens are marked by a vector that '
             'no other parameter can take up'
         )
-    shared = {key: found.params[key] for key in ('Transformer', 'MAPHead_0') if key in found.params}
+    shared: dict[str, Any] = {
+        key: found.params[key] for key in ('Transformer', 'MAPHead_0') if key in found.params
+    }
     return Origin({**own, **shared}, config, f'{found.where} ({name})')
 
 

@@ -1,6 +1,7 @@
 """What must happen around JAX: start, compile cache, stop signals, what the devices can do."""
 
 import contextlib
+import glob
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,16 @@ PEAK_FLOPS = {
 }
 
 
+# Device files of TPUs, of NVIDIA's and AMD's GPUs, and of GPUs under Windows.
+_ACCELERATORS = ('/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/kfd', '/dev/dxg')
+
+
 def start() -> None:
     """Settings that every command shares. Call before the first computation."""
+    chosen = os.environ.get('JAX_PLATFORMS') or entry_points(group='jax_plugins')
+    if sys.platform == 'linux' and not chosen and not any(map(glob.glob, _ACCELERATORS)):
+        # Else libtpu, which is here to plan with, says in five lines that there is no TPU.
+        jax.config.update('jax_platforms', 'cpu')
     if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'big_vit' / 'xla'
         with contextlib.suppress(OSError):

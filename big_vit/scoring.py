@@ -242,9 +242,9 @@ class _Embedders:
         self, found: build.Data, streams: tuple[str, ...], params: Any, shared: Shared, key: str
     ) -> Features:
         """The vectors of streams apart; of two, labels say which examples are the same."""
-        words, label = build.words_of(self._parts.model), features.LABEL
+        label: Callable[[Any], jax.Array] = features.LABEL
         if len(streams) > 1:
-            label = functools.partial(_same_words, words)
+            label = functools.partial(_same_words, build.words_of(self._parts.model))
 
         def make(model: vit.ViT) -> features.Embed:
             return features.of_streams(model, streams)

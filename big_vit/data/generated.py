@@ -18,7 +18,7 @@ from big_vit.data.sources.base import Columns, Source, cut
 from big_vit.errors import UserError
 
 _TRAIN, _TEST = 1_000_000, 2_000
-_SPLITS = {'train': 0, 'test': 1}
+_SPLITS = {'train': 0, 'test': 1, 'unseen': 2}
 # Of the pixels of one chunk, so that what is computed on them stays in the caches.
 _CHUNK_BYTES = 1 << 18
 # The draws of the noise come behind all others of the same key.
@@ -49,7 +49,7 @@ def _source(
     image_shape: tuple[int, int, int] | None,
     chunk: int,
     load: Callable[[int, np.ndarray], Columns],
-    shown: int | None = None,
+    shown: dict[str, tuple[int, int]] | None = None,
 ) -> Source:
     """The ranges of `split` of a source made of groups of examples that balance each other.
 
@@ -59,12 +59,14 @@ def _source(
       image_shape: of what the model will see, or None.
       chunk: how many examples are computed at once.
       load: (number of the split, int64 [B]) -> columns without the label.
-      shown: `train` has examples of only so many classes, the first.
+      shown: splits with examples of only some classes, as (the first, how many).
     """
+    shown = shown or {}
     sizes = {'train': _TRAIN // group * group, 'test': _TEST // group * group}
+    sizes |= {part: sizes['test'] for part in shown if part != 'train'}
 
     def whole(part: str) -> Source:
-        classes = shown if shown and part == 'train' else len(class_names)
+        first, classes = shown.get(part, (0, len(class_names)))
 
         def columns(indices: np.ndarray) -> Columns:
             indices = np.asarray(indices, np.int64)
@@ -80,7 +82,7 @@ def _source(
                     if isinstance(values, np.ndarray)
                     else list(itertools.chain.from_iterable(every))
                 )
-            return {**found, 'label': (indices % classes).astype(np.int32)}
+            return {**found, 'label': (first + indices % classes).astype(np.int32)}
 
         return Source(
             name=name,
@@ -92,7 +94,7 @@ def _source(
             in_memory=True,
             channels=image_shape[2] if image_shape else 3,
             class_names=class_names,
-            labels=lambda: (np.arange(sizes[part]) % classes).astype(np.int32),
+            labels=lambda: (first + np.arange(sizes[part]) % classes).astype(np.int32),
         )
 
     return cut(name, sizes, whole, split, key)
@@ -651,11 +653,11 @@ def captions(
     """A source of pictures of one coloured shape, each with a sentence that says what it is.
 
     There are six shapes in six colours, but `train` shows 30 of the 36: every shape and every
-    colour, never a red square, a green diamond and four others. `test` has all 36, so what is
-    right on the last six classes has understood the words one by one.
+    colour, never a red square, a green diamond and four others. `test` has all 36, `unseen` those
+    six alone: what is right there has understood the words one by one.
 
     Args:
-      split: of `train` and `test`, see `parse_split`.
+      split: of `train`, `test` and `unseen`, see `parse_split`.
       image_size: pixels, one number or (height, width).
       seed: of everything.
       key: prefix of the config keys in messages.
@@ -669,10 +671,12 @@ def captions(
     """
     height, width = _size(image_size, (12, 12), key)
     names = tuple(f'{_HUES[hue]} {_SHAPES[shape]}' for hue, shape in _BOTH)
+    shown = {'train': (0, len(_SEEN)), 'unseen': (len(_SEEN), len(_UNSEEN))}
+    parts = {number: part for part, number in _SPLITS.items()}
 
     def load(part: int, indices: np.ndarray) -> Columns:
-        known = len(_SEEN) if part == _SPLITS['train'] else len(_BOTH)
-        hues, shapes = _BOTH[indices % known].T
+        first, count = shown.get(parts[part], (0, len(_BOTH)))
+        hues, shapes = _BOTH[first + indices % count].T
         keys = order.example_keys(seed, 8 + part, indices)
         batch, side = len(keys), max(7, round(min(height, width) * 0.45))
         y, x, light, ground, form = _draws(keys, 0, 5).T
@@ -694,4 +698,4 @@ def captions(
 
     chunk = max(1, _CHUNK_BYTES // (height * width * 3))
     shape = height, width, 3
-    return _source('captions', 180, split, key, names, shape, chunk, load, len(_SEEN))
+    return _source('captions', 180, split, key, names, shape, chunk, load, shown)
