@@ -256,7 +256,7 @@ def complete(config: Config, kind: str, name: str) -> Config:
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
     take = whole.__getitem__ if kind == 'mixture' else whole.peek
     if own.name is None or own.name == whole.peek('name'):
-        where = ('name', 'path', 'tfds_name', 'image_column', 'label_column')
+        where = ('name', 'path', 'tfds_name', 'image_column', 'label_column', 'text_column')
         what = ('num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
     return own.completed(defaults)

@@ -217,6 +217,11 @@ _SOURCE = {
         None,
         "Column of labels (table, parquet, arrays, tar, tfds). Own default: 'label'; tar 'cls'.",
     ),
+    'text_column': Field(
+        check_text,
+        None,
+        "Ending of the members with the words of each image, such as 'txt' (tar).",
+    ),
     'num_classes': Field(_int(1), None, "Classes; by default the source's own count."),
     'num_examples': Field(
         _int(1), None, 'Examples the split must have; with num_classes, `plan` needs no data.'

@@ -3,7 +3,8 @@
     python -m big_vit.train --config configs/contrastive.py --workdir runs/contrastive
 
 Pictures of a coloured shape and their captions (docs/data.md), by CLIP's loss (loss=sigmoid is
-SigLIP's). Zero-shot classification among 36 kinds: of all, and of the six that training never shows.
+SigLIP's). Zero-shot classification among 36 kinds: of all, and of the six that training never
+shows.
 """
 
 from ml_collections import ConfigDict

@@ -380,6 +380,7 @@ WRONG = {
     'numbers': ['x', -1, True, (), (1.0, -1.0), ('x',), float('nan')],
     'choices': ['x', 1, True, (), ('x',)],
     'blocks': ['x', 1.5, True, (), (1.5,), ('x',)],
+    'texts': [1, 1.5, True, (), ('a', 1), ('a', 'a')],
     'subset': [1.5, True, (), (1.5,), (True,), (None,)],
     'severities': ['x', 0, 6, 1.5, True, (), (1, 6)],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
@@ -432,7 +433,8 @@ GROUPS = {
     'metric': 'choice', 'vote': 'choice', 'temperature': 'number', 'held_out': 'below one',
     'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'probe_updates': 'int',
     'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
-    'profile': 'int',
+    'profile': 'int', 'init_tower': 'str', 'text_column': 'str', 'prompts': 'texts',
+    'model.shared': 'int',
 }  # fmt: skip
 
 

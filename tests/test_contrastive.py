@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from commands import error_line, run
 from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
-from tiny import flags, overrides
+from tiny import flags, overrides, write_captioned
 
 from big_vit import (
     build,
@@ -367,3 +367,23 @@ def test_a_tower_that_is_not_there_is_named(trained, tmp_path):
         line = error_line(run(*command, *flags(more)))
         for part in parts:
             assert part in line
+
+
+def test_shards_of_pictures_and_captions_train_without_labels(tmp_path):
+    write_captioned(tmp_path)
+    columns = generated.captions('train', 32).load(np.arange(32))
+    own = {'data.name': 'tar', 'data.path': str(tmp_path), 'data.text_column': 'txt'}
+    pairs = {'evals.pairs.split': 'train[:20]', 'evals.pairs.transform': 'decode | byte_tokens(40)'}
+    # Zero-shot is of another dataset than that of training.
+    others = {'evals.all.name': 'captions', 'evals.unseen.name': 'captions'}
+    settings = load(own, pairs, others, {'data.transform': 'decode | byte_tokens(40)'})
+    parts = build.experiment(settings)
+    batch = next(build.host_batches(parts.data, 0, slice(None)))
+    index = build.example_indices(parts, 0)
+    np.testing.assert_array_equal(batch['image'], columns['image'][index])
+    wanted = as_bytes([columns['text'][i] for i in index])
+    np.testing.assert_array_equal(batch['tokens'], wanted['tokens'])
+    train.run(settings, tmp_path / 'w')
+    rows = metrics.read(tmp_path / 'w')
+    assert any(row.get('pairs/count') == 20 for row in rows)
+    assert any(row.get('all/count') == 100 for row in rows)

@@ -328,6 +328,33 @@ def archive_of(path, members, kind=tarfile.USTAR_FORMAT):
     return path
 
 
+def test_shards_of_pictures_and_captions(tmp_path):
+    pairs = [
+        pair
+        for i in range(5)
+        for pair in (
+            (f'{i:05d}.json', b'{"caption": "x"}'),
+            (f'{i:05d}.jpg', png(i)),
+            (f'{i:05d}.txt', f'picture {i} – Bär\n'.encode()),
+        )
+    ]
+    shard = archive_of(tmp_path / '00000.tar', pairs)
+    source = tar.tar('train', str(shard), text_column='TXT')
+    assert (source.length, source.num_classes) == (5, 1)
+    columns = source.load(np.array([3, 0]))
+    assert [text.strip() for text in columns['text']] == ['picture 3 – Bär', 'picture 0 – Bär']
+    assert columns['image'] == [png(3), png(0)] and columns['label'].tolist() == [0, 0]
+    # Labels that there are stay; without text_column the words are no part of an example.
+    whole = [*members([0]), ('0.txt', b'a'), *members([1]), ('1.txt', b'b')]
+    named = archive_of(tmp_path / 'named.tar', whole)
+    assert 'text' not in tar.tar('train', str(named)).load(np.arange(2))
+    source = tar.tar('train', str(named), text_column='txt')
+    assert source.labels().tolist() == [0, 1] and source.load(np.array([1]))['text'] == ['b']
+    short = archive_of(tmp_path / 'short.tar', whole[:-1])
+    with pytest.raises(UserError, match=r'sample 1 has no \.txt'):
+        tar.tar('train', str(short), text_column='txt')
+
+
 def members(numbers, prefix=''):
     return [
         pair
@@ -396,7 +423,7 @@ def test_mistakes_with_shards(tmp_path):
 def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
     count = 10_000_000
     shard = archive_of(tmp_path / 'x.tar', members(range(3)))
-    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls', 2)
+    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls\0', 3)
 
     def made():
         return {
@@ -405,6 +432,7 @@ def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
             'size': np.full(count, len(png(0)), np.uint32),
             'kind': np.zeros(count, np.uint8),
             'label': np.zeros(count, np.int32),
+            'words': np.zeros((0, 2), np.uint64),
             'values': np.frombuffer(b'0\n1\n2', np.uint8),
         }
 

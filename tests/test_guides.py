@@ -6,17 +6,18 @@ import shlex
 import pytest
 from commands import ROOT, script
 from test_readme import check_run
-from tiny import write_folder, write_idx
+from tiny import write_captioned, write_folder, write_idx
 
 GUIDES = (ROOT / 'docs' / 'guides.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', GUIDES, flags=re.DOTALL)
-COMMANDS = [text.strip() for kind, text in BLOCKS if kind == 'bash']
+COMMANDS = [text.strip().replace('\\\n', ' ') for kind, text in BLOCKS if kind == 'bash']
 
 
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp('guides')
     write_folder(folder / 'photos')
+    write_captioned(folder / 'shards')
     return folder / 'runs', write_idx(folder / 'idx')
 
 

@@ -32,7 +32,11 @@ def small(words: list[str], data) -> list[str]:
     more = []
     if command == 'train':
         test = 'train[:20]' if any('own_images' in word for word in words) else 'test[:20]'
-        more = flags(MODEL, RUN, {'evals.test.split': test})
+        splits = {'evals.test.split': test}
+        if any('contrastive' in word for word in words):
+            splits = {'evals.all.split': 'test[:20]', 'evals.unseen.split': 'unseen[:20]'}
+            splits['evals.pairs.split'] = 'train[:20]'
+        more = flags(MODEL, RUN, splits)
         if any('fashion' in word for word in words):
             more += flags({'data.path': data})
     elif command == 'transfer':
@@ -45,8 +49,9 @@ def small(words: list[str], data) -> list[str]:
         more = flags(MODEL)
     elif command == 'bench_data':
         more = ['--seconds', '0.3']
-    photos = str(data.parent / 'photos')
-    return [*(word.replace('PHOTOS', photos) for word in words), *more]
+    for name in ('photos', 'shards'):
+        words = [word.replace(name.upper(), str(data.parent / name)) for word in words]
+    return [*words, *more]
 
 
 def check_run(words: list[str], folder, data) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,24 @@ def write_folder(folder: Path, examples: int = 60, classes: int = 3, splits=None
             path = folder / split / f'class{i % classes}' / f'{i:04d}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cv2.imencode('.jpg', image)[1].tobytes())
+    return folder
+
+
+def write_captioned(folder: Path, examples: int = 32) -> Path:
+    """A shard of webdataset of the first training examples of `captions`: NAME.png, NAME.txt."""
+    import cv2
+
+    from big_vit.data import generated
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = generated.captions('train', 32).load(np.arange(examples))
+    with tarfile.open(folder / 'train-000.tar', 'w') as archive:
+        for i, (image, text) in enumerate(zip(columns['image'], columns['text'], strict=True)):
+            encoded = cv2.imencode('.png', image[..., ::-1])[1].tobytes()
+            for ending, data in (('png', encoded), ('txt', text.encode())):
+                info = tarfile.TarInfo(f'{i:05d}.{ending}')
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
     return folder
 
 

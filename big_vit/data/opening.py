@@ -30,7 +30,7 @@ KEYS = {
     'arrays': ('path', 'image_column', 'label_column'),
     'folder': ('path',),
     'table': ('path', 'image_column', 'label_column'),
-    'tar': ('path', 'label_column'),
+    'tar': ('path', 'label_column', 'text_column'),
     'parquet': ('path', 'image_column', 'label_column'),
     'tfds': ('path', 'tfds_name', 'label_column'),
     'records': ('path',),
@@ -67,6 +67,7 @@ class Spec:
     num_classes: int | None = None
     image_column: str | None = None
     label_column: str | None = None
+    text_column: str | None = None
     classes: tuple[str | int, ...] | None = None
     label_map: str | None = None
     cache: str = 'auto'
@@ -164,6 +165,7 @@ def _open(spec: Spec) -> Source:
         for name, value in (
             ('image_column', spec.image_column),
             ('label_column', spec.label_column),
+            ('text_column', spec.text_column),
         )
         if value is not None
     }
@@ -237,7 +239,15 @@ def _transformed(source: Source, transform: Transform) -> Source:
 
 
 def _resized(source: Source, spec: Spec) -> Source:
-    """The copy of a source with smaller images on this machine's disk, made if need be."""
+    """The copy of a source with smaller images on this machine's disk, made if need be.
+
+    Raises:
+      UserError: of images with words, which such a copy has no place for.
+    """
+    if spec.text_column is not None:
+        raise UserError(
+            f"config: {spec.key}.cache='resized' keeps no words (text_column): set it to 'auto'"
+        )
     config = [spec.name, spec.path, spec.tfds_name, spec.split, spec.label_map, spec.classes]
     config += [spec.image_column, spec.label_column]
     found = [source.name, source.length, source.num_classes, spec.cache_side]

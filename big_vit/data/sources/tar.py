@@ -182,12 +182,14 @@ def _samples(
             yield f'{folder}{slash}{stem}', extension.lower(), offset, size
 
 
-def _index(shard: files.Place, label_column: str) -> dict[str, np.ndarray]:
+def _index(shard: files.Place, label_column: str, text_column: str | None) -> dict[str, np.ndarray]:
     """The samples of a shard: members that share a name up to the first dot of its last part."""
     offsets, sizes, kinds, labels = [], [], [], []
+    words: list[tuple[int, int]] = []
     number: dict[int | str, int] = {}
     take = files.forward(shard)
     column = label_column.lower()
+    spoken = None if text_column is None else text_column.lower()
     for name, group in itertools.groupby(_samples(shard, take), lambda member: member[0]):
         parts: dict[str, tuple[int, int]] = {}
         texts: dict[str, str] = {}
@@ -201,11 +203,20 @@ def _index(shard: files.Place, label_column: str) -> dict[str, np.ndarray]:
         media = [
             (kind == 'text', '.' in extension, kind, place)
             for extension, place in parts.items()
-            if extension != column and (kind := kind_of(f'x.{extension}')) is not None
+            if extension not in (column, spoken) and (kind := kind_of(f'x.{extension}')) is not None
         ]
         if not media:
             continue
         label = _label(f'{shard}: {name}', texts, label_column)
+        if spoken is not None:
+            # Pictures with captions have no classes, unless they say some.
+            label = 0 if label is None else label
+            if spoken not in parts:
+                raise UserError(
+                    f'{shard}: sample {name} has no .{spoken} (it has {", ".join(sorted(parts))}): '
+                    'set text_column to the member with its words'
+                )
+            words.append(parts[spoken])
         if label is None:
             has = ', '.join(sorted(parts))
             raise UserError(
@@ -224,6 +235,7 @@ def _index(shard: files.Place, label_column: str) -> dict[str, np.ndarray]:
         'size': np.array(sizes, np.uint32),
         'kind': np.array(kinds, np.uint8),
         'label': np.array(labels, np.int32),
+        'words': np.array(words, np.uint64).reshape(len(words), 2),
         'values': _packed(list(number)),
     }
 
@@ -267,25 +279,30 @@ def _joined(indices: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     shards = [np.full(len(index['size']), i, np.uint32) for i, index in enumerate(indices)]
     return {
         'shard': np.concatenate(shards),
-        **{n: np.concatenate([i[n] for i in indices]) for n in ('offset', 'size', 'kind')},
+        **{n: np.concatenate([i[n] for i in indices]) for n in ('offset', 'size', 'kind', 'words')},
         'label': np.concatenate(labels),
         'values': _packed(values),
     }
 
 
-def indexed(shards: list[files.Place], label_column: str) -> dict[str, np.ndarray]:
+def indexed(
+    shards: list[files.Place], label_column: str, text_column: str | None = None
+) -> dict[str, np.ndarray]:
     """Where each sample of some shards lies, made once and mapped into memory after that.
 
     Returns:
-      {'shard', 'offset', 'size', 'kind', 'label'}: arrays [samples]; 'values' the JSON texts
-      of the labels, one a line.
+      {'shard', 'offset', 'size', 'kind', 'label'}: arrays [samples]; 'words' where the member
+      `text_column` of each lies, [samples, 2], or none; 'values' the JSON texts of the labels,
+      one a line.
     """
 
     def make() -> dict[str, np.ndarray]:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            return _joined(list(pool.map(lambda shard: _index(shard, label_column), shards)))
+            each = pool.map(lambda shard: _index(shard, label_column, text_column), shards)
+            return _joined(list(each))
 
-    return files.kept_arrays('tar', files.fingerprint(shards, label_column, 2), make)
+    told = files.fingerprint(shards, f'{label_column}\0{text_column or ""}', 3)
+    return files.kept_arrays('tar', told, make)
 
 
 def tar(
@@ -294,21 +311,25 @@ def tar(
     label_column: str = 'cls',
     num_classes: int | None = None,
     key: str = 'data',
+    text_column: str | None = None,
 ) -> Source:
     """Webdataset shards: an image (or video, sound, text) and a label under one name.
 
     Splits are the words train, val, validation, test in the names of the shards, if all have
     one; else all are `train`. Labels are the member NAME.cls (a number or the name of a class), or
-    what a member NAME.json has under `label_column`.
+    what a member NAME.json has under `label_column`. With `text_column` the words that go with
+    each image are the member NAME of that ending, as img2dataset writes them, and a sample without
+    a label is of class 0.
 
     Args:
       split: see `base.parse_split`.
       path: a shard, a folder of shards, a glob, or a range such as train-{0000..0146}.tar.
       num_classes: None for those that occur in the split `train` (or in all).
       key: prefix of the config keys in messages.
+      text_column: such as 'txt'.
 
     Raises:
-      UserError: no shards, a damaged one, or samples without a label.
+      UserError: no shards, a damaged one, or samples without a label or words.
     """
     splits = _shards(path, key)
     title = f'tar:{files.place(path, key).name}'
@@ -316,7 +337,7 @@ def tar(
 
     def index_of(name: str) -> dict[str, np.ndarray]:
         if name not in found:
-            found[name] = indexed(splits[name], label_column)
+            found[name] = indexed(splits[name], label_column, text_column)
             if not len(found[name]['size']):
                 raise UserError(
                     f'{key}.path: no sample with an image, video, sound or text in {path}'
@@ -351,8 +372,14 @@ def tar(
             kind, lambda i: files.read_range(shards[shard[i]], int(offset[i]), int(size[i]))
         )
 
+        words = index['words']
+        say = loader(
+            'text', lambda i: files.read_range(shards[shard[i]], *(int(n) for n in words[i]))
+        )
+
         def load(indices: np.ndarray) -> Columns:
-            return {kind: read(indices.tolist()), 'label': labels[indices]}
+            found = {kind: read(indices.tolist()), 'label': labels[indices]}
+            return found if text_column is None else {**found, 'text': say(indices.tolist())}
 
         return Source(
             name=title,
