@@ -1,6 +1,11 @@
 """What surrounds JAX: errors as a user sees them, and what devices can do."""
 
+import glob
+import subprocess
+import sys
+
 import pytest
+from commands import environment
 
 from big_vit import runtime, topology
 from big_vit.errors import UserError
@@ -32,6 +37,17 @@ def test_mistakes_are_status_2_and_bugs_are_not_hidden(capsys):
     assert ended(capsys, UserError('no such file')) == (2, 'error: no such file\n')
     with pytest.raises(RuntimeError, match='a bug'):
         runtime.command(lambda argv: (_ for _ in ()).throw(RuntimeError('a bug')))
+
+
+@pytest.mark.skipif(
+    sys.platform != 'linux' or any(map(glob.glob, runtime._ACCELERATORS)),
+    reason='only where Linux shows no accelerator',
+)
+def test_a_machine_without_accelerator_is_not_told_so_by_libtpu():
+    text = 'from big_vit import runtime; runtime.start(); import jax; print(jax.devices())'
+    plain = {k: v for k, v in environment().items() if k != 'JAX_PLATFORMS'}
+    done = subprocess.run([sys.executable, '-c', text], env=plain, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '') and 'CpuDevice' in done.stdout
 
 
 @pytest.mark.parametrize(
