@@ -36,6 +36,8 @@ FORMAT = 1
 COMMITTED = 'commit_success.txt'
 # Between a save and the folder or object that makes it count, more than this is a hang.
 TIMEOUT_S = 30 * 60
+# Bytes of an array that are worth a device of their own to save them.
+LEAST_SHARE = 1 << 20
 
 Place = str | os.PathLike[str]
 
@@ -292,6 +294,14 @@ def _quiet():
             logger.setLevel(level)
 
 
+def _array_handler(ocp: Any) -> Any:
+    """Saves arrays, of which each device that has a copy writes its share if that is large.
+
+    Orbax alone cuts the smallest arrays too, and compiles a program for each cut.
+    """
+    return ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE)
+
+
 class Manager:
     """Saves a run's checkpoints; a context manager that ends only when all are stored.
 
@@ -313,7 +323,12 @@ class Manager:
                     # Without a limit on what is written at once, Orbax writes all in one
                     # transaction: one data file a process instead of 5 to 12, as they fall.
                     state=ocp.PyTreeCheckpointHandler(
-                        handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=None)
+                        handler_impl=ocp.BasePyTreeCheckpointHandler(
+                            save_concurrent_bytes=None,
+                            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                                (jax.Array, _array_handler(ocp))
+                            ),
+                        )
                     ),
                     sidecar=ocp.JsonCheckpointHandler(),
                 ),

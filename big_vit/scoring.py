@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vit import build, objectives
+from big_vit import build
 from big_vit.config import Config
 from big_vit.data import opening
 from big_vit.errors import UserError
@@ -29,6 +29,7 @@ from big_vit.evaluators import (
 )
 from big_vit.evaluators.features import Features
 from big_vit.models import vit
+from big_vit.objectives import identity
 from big_vit.schema import EVALUATORS
 
 # Features that evaluations of the same parameters share, by what they are of.
@@ -207,10 +208,17 @@ def _matching(
     parts: build.Experiment, name: str, settings: dict[str, Any], embedders: '_Embedders'
 ) -> Evaluator:
     both = tuple(stream.name for stream in parts.model.streams)
+    words = build.words_of(parts.model)
+
+    def which(batch: dict[str, jax.Array]) -> jax.Array:
+        return jnp.zeros((len(batch['mask']), 0)) if words is None else identity(batch[words])
 
     def run(params: Any, shared: Shared) -> dict[str, float]:
         with jax.transfer_guard('allow'):
-            pairs = embedders.vectors(parts.evals[name], both, params, shared, f'evals.{name}')
+            key = f'evals.{name}'
+            pairs = embedders.vectors(parts.evals[name], both, params, shared, key, which)
+            if words is None:  # Nothing says that two examples are the same.
+                pairs = pairs._replace(labels=np.arange(len(pairs.labels))[:, None])
             return matching.scores(pairs, parts.mesh, settings['ranks'])
 
     return run
@@ -239,12 +247,15 @@ class _Embedders:
         return self._gathered(found, chosen, make, params, shared, key)
 
     def vectors(
-        self, found: build.Data, streams: tuple[str, ...], params: Any, shared: Shared, key: str
+        self,
+        found: build.Data,
+        streams: tuple[str, ...],
+        params: Any,
+        shared: Shared,
+        key: str,
+        label: Callable[[Any], jax.Array] = features.LABEL,
     ) -> Features:
-        """The vectors of streams apart; of two, labels say which examples are the same."""
-        label: Callable[[Any], jax.Array] = features.LABEL
-        if len(streams) > 1:
-            label = functools.partial(_same_words, build.words_of(self._parts.model))
+        """The vectors of streams apart, one after the other; `label` as in `features.make_step`."""
 
         def make(model: vit.ViT) -> features.Embed:
             return features.of_streams(model, streams)
@@ -275,13 +286,6 @@ class _Embedders:
             batches = build.all_batches(self._parts, found)
             shared[what] = features.gather(self._steps[alike], params, batches, key)
         return shared[what]
-
-
-def _same_words(words: str | None, batch: dict[str, jax.Array]) -> jax.Array:
-    """Rows that are equal where examples match: by their words, or each only itself."""
-    if words is not None:
-        return objectives.identity(batch[words])
-    return jnp.broadcast_to(jnp.zeros((), jnp.uint32), (len(batch['mask']), 2))
 
 
 def _same_split(found: build.Data) -> opening.Spec:

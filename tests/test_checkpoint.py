@@ -200,6 +200,29 @@ def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
     assert sum('ocdbt.process_0/d/' in name for name in names) == 1, names
 
 
+def test_no_program_is_compiled_for_each_array_that_is_saved(tmp_path):
+    everywhere = sharding.replicated(sharding.make_mesh())
+    arrays = {str(n): np.arange(8 * n, dtype=np.float32) for n in range(1, 13)}
+    full = jax.device_put({'params': arrays, 'step': np.int32(3)}, everywhere)
+    compiled = []
+
+    def listen(event, seconds, **more):
+        if event == '/jax/core/compile/backend_compile_duration':
+            compiled.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with checkpoint.Manager(tmp_path, keep_last=1) as manager:
+            manager.save(full, {}, {})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # The hashes are one.
+    assert len(compiled) <= 2, compiled
+    params, _ = checkpoint.load_params(tmp_path, 3, 'params')
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(params[name], array)
+
+
 DISK_FULL = """
 import sys
 sys.path.insert(0, 'tests')

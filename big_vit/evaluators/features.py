@@ -19,7 +19,6 @@ from big_vit.state import State, shardings
 # Products of features decide ties and ranks, so accelerators must not round them to bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
 
-
 # A function of (params, inputs) that gives a vector for each example.
 Embed = Callable[[Any, Any], Float[Array, 'batch width']]
 LABEL = operator.itemgetter('label')
@@ -52,9 +51,7 @@ def default_pool(model: vit.ViT) -> str:
     return 'cls' if model.class_token or model.pool in vit.OF_CLASS_TOKEN else 'gap'
 
 
-def of_blocks(
-    model: vit.ViT, blocks: tuple[int, ...], pool: str
-) -> Callable[[Any, Any], Float[Array, 'batch width']]:
+def of_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embed:
     """A function of (params, inputs): tokens after some blocks, pooled, one after the other.
 
     The last norm of the model is applied to the tokens of each block, as DINOv2 does.
@@ -82,7 +79,7 @@ def of_blocks(
     return embed
 
 
-def before_head(model: vit.ViT) -> Callable[[Any, Any], Float[Array, 'batch width']]:
+def before_head(model: vit.ViT) -> Embed:
     """A function of (params, inputs): the pooled vector; of two tokens, one after the other."""
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
@@ -92,9 +89,7 @@ def before_head(model: vit.ViT) -> Callable[[Any, Any], Float[Array, 'batch widt
     return embed
 
 
-def of_streams(
-    model: vit.ViT, names: tuple[str, ...]
-) -> Callable[[Any, Any], Float[Array, 'batch width']]:
+def of_streams(model: vit.ViT, names: tuple[str, ...]) -> Embed:
     """A function of (params, inputs): vectors of streams apart, one after the other."""
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
@@ -105,7 +100,7 @@ def of_streams(
 
 
 def make_step(
-    embed: Callable[[Any, Any], Float[Array, 'batch width']],
+    embed: Embed,
     prepare: Callable[[Batch], Batch],
     like: State,
     mesh: Mesh,

@@ -28,6 +28,9 @@ from big_vit.models.layers import (
 )
 from big_vit.models.tokenizers import Stream, Tokens
 
+# What CLIP lets the scale of its logits be at most.
+MOST_SCALE = 100.0
+
 # Those whose vector is made of a class token.
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
 
@@ -74,7 +77,8 @@ class ViT(nn.Module):
         alone through the one encoder into a space of `shared` numbers ('apart'), as the towers of
         CLIP (arXiv 2103.00020) do; the logits are then how alike each pair of the batch is.
       logit_scale: what it starts as, of 'apart': cosines times it are the logits, plus
-        `logit_bias` where that is not None (SigLIP, arXiv 2303.15343).
+        `logit_bias` where that is not None (SigLIP, arXiv 2303.15343); without one it stays below
+        `MOST_SCALE`.
       class_token: a learned token in front, which pools of the class token imply.
       registers: learned tokens behind it that nothing is read from (arXiv 2309.16588).
       pre_norm: a norm before the first block (CLIP).
@@ -362,14 +366,16 @@ class ViT(nn.Module):
             length = jnp.sqrt(jnp.square(vector).sum(-1, keepdims=True) + 1e-12)
             vectors.append(vector / length)
             extra = {'tokens': x, 'pre_logits': pooled, **extra, stream.name: vectors[-1]}
-        scale = self.param('logit_scale', nn.initializers.constant(math.log(self.logit_scale)), ())
-        bias = jnp.zeros(())
-        if self.logit_bias is not None:
+        start = nn.initializers.constant(math.log(self.logit_scale))
+        scale, bias = jnp.asarray(self.param('logit_scale', start, ())), jnp.zeros(())
+        if self.logit_bias is None:
+            scale = jnp.minimum(scale, math.log(MOST_SCALE))
+        else:
             start = nn.initializers.constant(self.logit_bias)
             bias = jnp.asarray(self.param('logit_bias', start, ()))
         if len(vectors) < len(self.streams):
             return vectors[0], extra
-        return jnp.exp(jnp.asarray(scale)) * (vectors[0] @ vectors[1].T) + bias, extra
+        return jnp.exp(scale) * (vectors[0] @ vectors[1].T) + bias, extra
 
     def _pooled(
         self,
