@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from tiny import overrides
+from tiny import audited, overrides
 
-from big_vit import build, config, metrics, train
+from big_vit import config, metrics, train
 from big_vit.errors import UserError
 
 SMALL = {'model.width': '24', 'model.depth': '1', 'model.mlp_dim': '24', 'model.num_heads': '2'}
@@ -33,13 +33,7 @@ def load(task, *parts):
 
 @pytest.mark.parametrize('task', TASKS)
 def test_each_task_reads_its_parts_and_leaves_no_key_unread(task):
-    settings = load(task)
-    parts = build.experiment(settings)
-    build.train_step(settings, parts)
-    build.eval_steps(settings, parts)
-    build.log_targets(settings)
-    _ = settings.init, settings.switch, settings.data.max_error_rate
-    settings.audit()
+    parts = audited(load(task))
     assert parts.data.reads == TASKS[task]
 
 
@@ -130,12 +124,6 @@ WRONG = [
 @pytest.mark.parametrize('task, change, parts', WRONG)
 def test_what_does_not_fit_is_refused_in_a_line(task, change, parts):
     with pytest.raises(UserError) as caught:
-        settings = load(task, change)
-        experiment = build.experiment(settings)
-        build.train_step(settings, experiment)
-        build.eval_steps(settings, experiment)
-        build.log_targets(settings)
-        _ = settings.init, settings.switch, settings.data.max_error_rate
-        settings.audit()
+        audited(load(task, change))
     for part in parts:
         assert part in str(caught.value)

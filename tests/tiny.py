@@ -32,6 +32,19 @@ def flags(*parts: dict[str, str]) -> list[str]:
     return [f'--config.{key}={value}' for part in parts for key, value in part.items()]
 
 
+def audited(settings):
+    """The experiment of a config, after all that a run would read of it; refuses unread keys."""
+    from big_vit import build, scoring
+
+    parts = build.experiment(settings)
+    build.train_step(settings, parts)
+    scoring.evaluators(settings, parts)
+    build.log_targets(settings)
+    _ = settings.init, settings.switch, settings.data.max_error_rate
+    settings.audit()
+    return parts
+
+
 def write_idx(folder: Path, examples: int = 64, size: int = 28) -> Path:
     """A folder with the four gzipped files of MNIST: class c is a bright column at 2c + 2."""
     folder.mkdir(parents=True, exist_ok=True)

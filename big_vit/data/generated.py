@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt64
+from jaxtyping import Float32, Float64, Int64, UInt8, UInt64
 
 from big_vit.data import order
 from big_vit.data.sources.base import Columns, Source, cut
@@ -516,6 +516,21 @@ _QUESTIONS = (
 _PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
+def _paint(
+    image: UInt8[np.ndarray, 'b pixels 3'],
+    size: tuple[int, int],
+    rows: Int64[np.ndarray, ' b'],
+    columns: Int64[np.ndarray, ' b'],
+    sprites: UInt8[np.ndarray, 'b side side'],
+    colours: Float64[np.ndarray, 'b 3'],
+) -> None:
+    """Adds a sprite to each image, of its colour, with its first corner at this row and column."""
+    inside = np.arange(sprites.shape[1])
+    at = (rows[:, None] + inside)[:, :, None] * size[1] + (columns[:, None] + inside)[:, None]
+    at += np.arange(len(image))[:, None, None] * (size[0] * size[1])
+    image.reshape(-1, 3)[at] += sprites[..., None] * colours.astype(np.uint8)[:, None, None]
+
+
 def _squares(
     keys: UInt64[np.ndarray, ' b'],
     colours: Int64[np.ndarray, 'b 4'],
@@ -529,18 +544,13 @@ def _squares(
     draws = _draws(keys, 0, 13)
     image = (_noise(keys, size[0] * size[1] * 3) >> 3).reshape(batch, -1, 3)
     image += (48 * draws[:, 12]).astype(np.uint8)[:, None, None]
-    inside = np.arange(side)
     for place in range(4):
         y, x, light = draws[:, 3 * place : 3 * place + 3].T
         row, column = divmod(place, 2)
         rows = row * height + ((height - side + 1) * y).astype(np.int64)
         columns = column * width + ((width - side + 1) * x).astype(np.int64)
-        at = (rows[:, None] + inside)[:, :, None] * size[1] + (columns[:, None] + inside)[:, None]
-        at += np.arange(batch)[:, None, None] * (size[0] * size[1])
-        mask = _sprites(side)[shapes[:, place]]
         colour = _RGB[colours[:, place]] * (96 + 80 * light)[:, None]
-        flat = image.reshape(-1, 3)
-        flat[at] += mask[..., None] * colour.astype(np.uint8)[:, None, None]
+        _paint(image, size, rows, columns, _sprites(side)[shapes[:, place]], colour)
     return image.reshape(batch, *size, 3)
 
 
@@ -672,10 +682,9 @@ def captions(
     height, width = _size(image_size, (12, 12), key)
     names = tuple(f'{_HUES[hue]} {_SHAPES[shape]}' for hue, shape in _BOTH)
     shown = {'train': (0, len(_SEEN)), 'unseen': (len(_SEEN), len(_UNSEEN))}
-    parts = {number: part for part, number in _SPLITS.items()}
 
     def load(part: int, indices: np.ndarray) -> Columns:
-        first, count = shown.get(parts[part], (0, len(_BOTH)))
+        first, count = shown.get(tuple(_SPLITS)[part], (0, len(_BOTH)))
         hues, shapes = _BOTH[first + indices % count].T
         keys = order.example_keys(seed, 8 + part, indices)
         batch, side = len(keys), max(7, round(min(height, width) * 0.45))
@@ -685,11 +694,8 @@ def captions(
         rows, columns = (
             ((pixels - side + 1) * at).astype(np.int64) for pixels, at in ((height, y), (width, x))
         )
-        inside = np.arange(side)
-        at = (rows[:, None] + inside)[:, :, None] * width + (columns[:, None] + inside)[:, None]
-        at += np.arange(batch)[:, None, None] * (height * width)
-        colour = (_HUES_RGB[hues] * (96 + 80 * light)[:, None]).astype(np.uint8)
-        image.reshape(-1, 3)[at] += _sprites(side)[shapes][..., None] * colour[:, None, None]
+        colour = _HUES_RGB[hues] * (96 + 80 * light)[:, None]
+        _paint(image, (height, width), rows, columns, _sprites(side)[shapes], colour)
         texts = [
             _CAPTIONS[int(form * len(_CAPTIONS))].format(hue=_HUES[hue], shape=_SHAPES[shape])
             for hue, shape, form in zip(hues, shapes, form, strict=True)
