@@ -312,9 +312,9 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
             f'config: {key}.type={section.type!r} compares two streams, which need '
             "model.fusion='apart'"
         )
-    # Only the words of its prompts are read.
+    # What is seen of streams apart needs no words of its own; those of prompts are made.
     taken = train.reads
-    if section.type == 'zero_shot':
+    if apart and section.type != 'matching':
         taken = tuple(s.reads for s in inputs(config) if s.tokenizer != 'words')
     own_world = not of_head and section.name != config.data.peek('name')
     classes = None if own_world else train.source.num_classes
@@ -388,6 +388,8 @@ def inputs(config: Config) -> tuple[Stream, ...]:
             )
         names.remove(m.queries)
         names = [m.queries, *names]
+    if m.fusion == 'apart':  # Features are of the first, which shall be what is seen.
+        names.sort(key=lambda name: config.streams[name].tokenizer == 'words')
     if len(names) < 2 and m.fusion == 'cross':
         raise UserError("config: model.fusion='cross' needs two streams")
     return tuple(
@@ -887,7 +889,7 @@ def all_batches(parts: Experiment, found: Data) -> Iterator[dict[str, jax.Array]
         yield from on_device
 
 
-def sentences(config: Config, train: Data, texts: list[str], key: str) -> Data:
+def text_data(config: Config, train: Data, texts: list[str], key: str) -> Data:
     """Sentences as the words of a training example, made by the same operations.
 
     Raises:

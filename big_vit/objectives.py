@@ -80,7 +80,7 @@ def classification(
     return loss
 
 
-def identity(words: Int[Array, 'batch length']) -> UInt[Array, 'batch 2']:
+def row_hashes(words: Int[Array, 'batch length']) -> UInt[Array, 'batch 2']:
     """Two numbers that rows have in common where they are equal (and by chance of 2**-64)."""
     place = jnp.arange(1, words.shape[1] + 1, dtype=jnp.uint32)[None]
     value = words.astype(jnp.uint32)
@@ -114,7 +114,7 @@ def contrastive(apply: Callable[..., Any], kind: str, words: str | None = None) 
         logits, _ = apply({'params': params}, inputs(batch), train=rng is not None, rngs=rngs)
         together = jnp.eye(len(logits), dtype=bool)
         if words is not None:
-            one = identity(batch[words])
+            one = row_hashes(batch[words])
             together |= (one[:, None] == one[None]).all(-1)
         best = jnp.take_along_axis(together, logits.argmax(-1)[:, None], axis=-1)
         aux = {'accuracy': best.mean()}

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from big_vit import build
@@ -29,7 +28,7 @@ from big_vit.evaluators import (
 )
 from big_vit.evaluators.features import Features
 from big_vit.models import vit
-from big_vit.objectives import identity
+from big_vit.objectives import row_hashes
 from big_vit.schema import EVALUATORS
 
 # Features that evaluations of the same parameters share, by what they are of.
@@ -192,7 +191,7 @@ def _zero_shot(
             'sentences for them: give the data classes with names'
         )
     prompts = settings['prompts']
-    texts = build.sentences(config, parts.data, zero_shot.sentences(names, prompts, key), key)
+    texts = build.text_data(config, parts.data, zero_shot.sentences(names, prompts, key), key)
 
     def run(params: Any, shared: Shared) -> dict[str, float]:
         with jax.transfer_guard('allow'):
@@ -211,7 +210,7 @@ def _matching(
     words = build.words_of(parts.model)
 
     def which(batch: dict[str, jax.Array]) -> jax.Array:
-        return jnp.zeros((len(batch['mask']), 0)) if words is None else identity(batch[words])
+        return batch['mask'] if words is None else row_hashes(batch[words])
 
     def run(params: Any, shared: Shared) -> dict[str, float]:
         with jax.transfer_guard('allow'):

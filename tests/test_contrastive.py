@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from commands import error_line, run
 from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
-from tiny import flags, overrides, write_captioned
+from tiny import audited, flags, overrides, write_captioned
 
 from big_vit import (
     build,
@@ -172,12 +172,12 @@ def test_losses_against_loops(kind, repeated):
     assert float(alone) == pytest.approx(wanted_loss(logits.astype(float), np.eye(7), kind))
 
 
-def test_identity_tells_any_two_rows_apart():
+def test_hashes_tell_any_two_rows_apart():
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 4, (4000, 6)).astype(np.int32)
-    numbers = np.asarray(objectives.identity(jnp.asarray(rows)))
+    numbers = np.asarray(objectives.row_hashes(jnp.asarray(rows)))
     assert len(np.unique(numbers, axis=0)) == len(np.unique(rows, axis=0)) < 4000
-    swapped = objectives.identity(jnp.asarray([[1, 2, 0], [2, 1, 0], [1, 2, 0]]))
+    swapped = objectives.row_hashes(jnp.asarray([[1, 2, 0], [2, 1, 0], [1, 2, 0]]))
     assert (swapped[0] == swapped[2]).all() and (swapped[0] != swapped[1]).all()
 
 
@@ -350,6 +350,34 @@ def test_without_words_each_example_matches_only_itself():
         scoring.evaluators(wrong, build.experiment(wrong))
 
 
+def test_features_are_of_what_is_seen_whatever_streams_are_called():
+    flat = config.flatten(load().to_dict())
+    kept = ('model.', 'data.', 'batch_size', 'image_size', 'lr', 'loss')
+    given = {k: v for k, v in flat.items() if k.startswith(kept) and v is not None}
+    settings = config.resolve(
+        {
+            **given,
+            'total_steps': 1,
+            'streams.caption.tokenizer': 'words',
+            'streams.picture.tokenizer': 'patches',
+            # Pictures alone, without words.
+            'evals.near.type': 'knn',
+            'evals.near.name': 'captions',
+            'evals.near.transform': "keep('image', 'label')",
+        }
+    )
+    assert [stream.name for stream in build.inputs(settings)] == ['picture', 'caption']
+    parts = build.experiment(settings)
+    assert parts.evals['near'].reads == ('image',)
+    scoring.evaluators(settings, parts)
+    params = random_like(state.abstract_params(parts.model, parts.data.inputs))
+    net = build.experiment(settings, jax.devices()[:1]).model
+    image = np.zeros((2, 32, 32, 3), np.float32)
+    _, alone = call(net, params, image)
+    _, both = call(net, params, {'image': image, **as_bytes(['a', 'b'])})
+    np.testing.assert_allclose(both['pre_logits'], alone['pre_logits'], atol=1e-6)
+
+
 def test_the_scale_of_clip_ends_at_100_and_that_of_siglip_does_not():
     batch = batch_of(4)
     for bias, most in ((None, 100.0), (-1.0, np.exp(6.0))):
@@ -399,13 +427,7 @@ WRONG = [
 @pytest.mark.parametrize('change, parts', WRONG, ids=lambda x: next(iter(x)))
 def test_bad_configs_say_what_is_wrong(change, parts):
     with pytest.raises(UserError) as caught:
-        settings = load(change)
-        made = build.experiment(settings)
-        build.train_step(settings, made)
-        scoring.evaluators(settings, made)
-        build.log_targets(settings)
-        _ = settings.init, settings.switch, settings.data.max_error_rate
-        settings.audit()
+        audited(load(change))
     for part in parts:
         assert part in str(caught.value)
 
