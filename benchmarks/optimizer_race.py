@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from benchmarks.checkpoint import cpu
-from big_vit import build, ledger, metrics, plots, runtime, state, storage, train
+from big_vit import build, command_line, ledger, metrics, plots, runtime, state, storage, train
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--only', default='', help='some of ' + ','.join(SETTINGS))
     parser.add_argument('--workdir', default='runs/race', help='where finished trials are kept')
     parser.add_argument('--quick', action='store_true', help='150 steps, 3 rates, 2 seeds: a try')
-    args, overrides = config_lib.parse_command_line(parser, argv)
+    args, overrides = command_line.parse(parser, argv)
     names = [name for name in args.only.split(',') if name] or list(SETTINGS)
     for name in names:
         if name not in SETTINGS:

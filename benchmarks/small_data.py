@@ -23,7 +23,7 @@ from etils import epath
 
 from benchmarks.checkpoint import cpu
 from benchmarks.optimizer_race import trial
-from big_vit import build, metrics, plots, runtime, sharding, storage
+from big_vit import build, command_line, metrics, plots, runtime, sharding, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--quick', action='store_true', help='a 50th of the budget: a try')
     parser.add_argument('--only', metavar='MODEL,...', help=f'of {", ".join(MODELS)}')
     parser.add_argument('--report', action='store_true', help='only of what is done already')
-    args, overrides = config_lib.parse_command_line(parser, argv)
+    args, overrides = command_line.parse(parser, argv)
     runtime.start()
     workdir = Path(args.workdir) / ('quick' if args.quick else '')
     models = tuple(args.only.split(',')) if args.only else MODELS

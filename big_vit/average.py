@@ -5,7 +5,11 @@ fine-tuned from it, WiSE-FT (arXiv 2109.01903); of the last checkpoints of one r
 over the end of its training.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.average())
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,23 +106,8 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.average',
-        description='Mix the weights of checkpoints into a new one, with the config of the last.',
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        'checkpoint', nargs='+', help='a workdir (its newest), or a checkpoints/STEP folder'
-    )
-    parser.add_argument('--out', help='the workdir of the result')
-    parser.add_argument(
-        '--weights', metavar='W,W', help='of each, with a sum of 1; by default equal'
-    )
-    parser.add_argument(
-        '--last', type=int, metavar='N', help='of one run: its last N checkpoints, equally'
-    )
-    args = parser.parse_args(argv)
-    out = config_lib.require_flag(args.out, '--out', 'runs/mean')
+    args = command_line.average().parse_args(argv)
+    out = command_line.require_flag(args.out, '--out', 'runs/mean')
     paths = args.checkpoint
     if args.last is not None:
         if len(paths) > 1 or args.weights:

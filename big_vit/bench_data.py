@@ -3,7 +3,11 @@
 Whole batches first, as training loads them; then one thread, to say what each operation costs.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.bench_data())
+
 import json
 import time
 from typing import Any
@@ -74,17 +78,8 @@ def by_operation(found: build.Data) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.bench_data',
-        description='Measure the loader of a config alone, and name the slowest operation.',
-        epilog='Any key of the config can be set: --config.data.workers=4.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--seconds', type=float, default=10.0, help='how long to load')
-    parser.add_argument('--json', action='store_true', help='print one JSON object')
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    args, overrides = command_line.parse(command_line.bench_data(), argv)
+    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
     config = config_lib.load(spec, overrides)
     runtime.start()
     found = build.train_data(config)

@@ -8,7 +8,6 @@ so. `load` merges schema, file and `--config.x=y` overrides into a frozen
 but that this run never reads into an error.
 """
 
-import argparse
 import ast
 import contextlib
 import difflib
@@ -436,62 +435,3 @@ def steps(
             steps_ = int(value * factor + 1e-9)
             return max(1, steps_) if value else 0
     return None
-
-
-def experiment_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The flags of the commands that train."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, allow_abbrev=False
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
-    parser.add_argument('--force', action='store_true', help='accept a changed config')
-    parser.add_argument(
-        '--explain', action='store_true', help='print what the config means, and stop'
-    )
-    add_distributed(parser)
-    return parser
-
-
-def add_distributed(parser: argparse.ArgumentParser) -> None:
-    """The flag of the commands that can run as several processes."""
-    parser.add_argument(
-        '--distributed',
-        choices=('auto', 'on', 'off'),
-        default='auto',
-        help='one of several processes: if the environment says so (auto), certainly, or not',
-    )
-
-
-def parse_command_line(
-    parser: argparse.ArgumentParser, argv: list[str]
-) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """The parser's own flags, and the `--config.key=value` overrides as (key, text) pairs.
-
-    Raises:
-      UserError: an unknown flag, or an override without a value.
-    """
-    overrides, rest, words = [], [], iter(argv)
-    for word in words:
-        if not word.startswith('--config.'):
-            rest.append(word)
-            continue
-        key, equals, text = word.removeprefix('--config.').partition('=')
-        value = text if equals else next(words, '--')
-        if not equals and value.startswith('--'):
-            raise UserError(f'{word} needs a value: --config.{key}=VALUE')
-        overrides.append((key, value))
-    args, unknown = parser.parse_known_args(rest)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition('=')[0], flags, n=1)
-        hint = f'; did you mean {near[0]}?' if near else '; see --help'
-        raise UserError(f'unknown argument {unknown[0]}{hint}')
-    return args, overrides
-
-
-def require_flag(value: str | None, flag: str, example: str) -> str:
-    """Raises UserError with an example where a flag is missing."""
-    if not value:
-        raise UserError(f'{flag} is missing, for example {flag} {example}')
-    return value

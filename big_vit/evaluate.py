@@ -3,7 +3,11 @@
 Exact on the whole split, on any number of devices.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.evaluate())
+
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -137,21 +141,8 @@ def tables(scores: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.evaluate',
-        description='Score a checkpoint by the evaluations of its config, over whole splits.',
-        epilog="Keys of the checkpoint's config can be set, as in --config.evals.val.split=test, "
-        'and evaluations added, as in --config.evals.near.type=knn; docs/evaluators.md has them.',
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        '--checkpoint',
-        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase',
-    )
-    parser.add_argument('--json', action='store_true', help='print one JSON object')
-    config_lib.add_distributed(parser)
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    path = config_lib.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
+    args, overrides = command_line.parse(command_line.evaluate(), argv)
+    path = command_line.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
     foreign = interop.load_init(path) is not None
     workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, '--checkpoint')
     where = path if foreign else f'{workdir}/checkpoints/{step}'

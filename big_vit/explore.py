@@ -9,7 +9,11 @@ With `--png FOLDER` the same is drawn. PATH is a workdir, one of its checkpoints
 or folder of another codebase's weights.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.explore())
+
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -30,7 +34,6 @@ from big_vit import (
     specimen,
     trees,
 )
-from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.plots import Picture
 from big_vit.specimen import Specimen
@@ -252,24 +255,7 @@ def show(found: Specimen) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.explore',
-        description='Show what is in any checkpoint: parameters, history, spectra, attention.',
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        'path',
-        nargs='+',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
-    )
-    parser.add_argument('--compare', metavar='OTHER', help='how this checkpoint differs from it')
-    parser.add_argument(
-        '--spectra', action='store_true', help='norms and singular values of kernels, by block'
-    )
-    parser.add_argument('--image', metavar='FILE', help='what the model looks at in a picture')
-    parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
-    parser.add_argument('--png', metavar='FOLDER', help='draw into this folder instead of printing')
-    args, _ = config_lib.parse_command_line(parser, argv)
+    args, _ = command_line.parse(command_line.explore(), argv)
     asked = [flag for flag in ('compare', 'spectra', 'image') if getattr(args, flag)]
     if asked and len(args.path) > 1:
         raise UserError(f'--{asked[0]} looks at one checkpoint; there are {len(args.path)}')

@@ -4,7 +4,11 @@
 --from PATH --out RUN                     a checkpoint of ours from another codebase's weights
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.export())
+
 import ast
 import json
 from collections.abc import Sequence
@@ -97,37 +101,10 @@ def to_checkpoint(
     return workdir, config
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.export',
-        description="Write a checkpoint for another codebase, or make one of another's weights.",
-        epilog='With --from, keys of the config can be set, as in --config.data.path=photos.',
-        allow_abbrev=False,
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
-    source.add_argument(
-        '--from', dest='source', metavar='PATH', help='a file or folder of weights; FILE.npz:img'
-    )
-    parser.add_argument('--to', help=f'one of {", ".join(interop.WRITE)}')
-    parser.add_argument('--out', help='where the result goes: a folder, a .npz file, a workdir')
-    parser.add_argument('--format', help='what --from is; recognised by default')
-    parser.add_argument(
-        '--drop', action='append', default=[], metavar='REGEX', help='names to leave out'
-    )
-    parser.add_argument(
-        '--set', action='append', default=[], metavar='NAME=VALUE', help='a setting to correct'
-    )
-    parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
-    parser.add_argument('--architecture', help='of open_clip: the timm model of the tower')
-    parser.add_argument('--licence', help='of the weights, as in apache-2.0')
-    return parser
-
-
 def main(argv: list[str]) -> None:
-    args, overrides = config_lib.parse_command_line(_parser(), argv)
+    args, overrides = command_line.parse(command_line.export(), argv)
     given = settings_from_text(args.set)
-    out = config_lib.require_flag(args.out, '--out', 'exported/')
+    out = command_line.require_flag(args.out, '--out', 'exported/')
     if not args.source and not args.checkpoint:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
     if args.source and not args.to:

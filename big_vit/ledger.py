@@ -7,7 +7,11 @@ allocated. What a step takes besides, activations above all, only a compiler kno
 `big_vit.plan`.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.ledger())
+
 import itertools
 import math
 import re
@@ -303,20 +307,8 @@ def _names(text: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.ledger',
-        description='What a config keeps in memory with each optimizer, without allocating it.',
-        epilog='Keys of the config can be set as for training: --config.optim.name=sgd.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--topology', help='such as v5e:16x16 (needs the TPU compiler), cpu:8')
-    parser.add_argument('--devices', type=int, help='so many devices, of any kind; 1 by default')
-    parser.add_argument('--variants', default='', help='a table of models, as B/16,L/16,22B/14')
-    parser.add_argument('--optimizers', default='', help='these instead of all, as adamw,sgd')
-    parser.add_argument('--json', metavar='FILE', help='also write the figures there; - prints it')
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    spec = config_lib.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
+    args, overrides = command_line.parse(command_line.ledger(), argv)
+    spec = command_line.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
     if args.topology and args.devices is not None:
         raise UserError('--topology and --devices are both given; give one')
     if args.devices is not None and args.devices < 1:

@@ -6,7 +6,11 @@ Compiles the train step of a config for TPUs that are not here, with their real 
 says whether it fits, how fast it would be and what it would cost.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.plan())
+
 import itertools
 import math
 import re
@@ -422,26 +426,9 @@ def parse_mesh(text: str) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.plan',
-        description='Compile the train step of a config for TPUs that are not here: does it fit, '
-        'how fast, how much.',
-        epilog='Keys of the config can be set as for training: --config.batch_size=8192.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--topology', help='such as v5e:16x16, v5p:8x8x8, v6e:16x16, cpu:8')
-    parser.add_argument('--slices', type=int, default=1, help='TPU slices of that shape')
-    parser.add_argument('--mesh', help='replica=1,fsdp=512,tensor=1, instead of the mesh.* keys')
-    parser.add_argument('--search', action='store_true', help='find the fastest that fits')
-    parser.add_argument(
-        '--per-device', default='', metavar='N,N', help='batches a device to search, for batch_size'
-    )
-    parser.add_argument('--ops', type=int, default=0, metavar='N', help='show the N costliest')
-    parser.add_argument('--json', metavar='FILE', help='also write the figures there; - prints it')
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    spec = config_lib.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
-    name = config_lib.require_flag(args.topology, '--topology', 'v5e:16x16')
+    args, overrides = command_line.parse(command_line.plan(), argv)
+    spec = command_line.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
+    name = command_line.require_flag(args.topology, '--topology', 'v5e:16x16')
     if args.slices < 1:
         raise UserError(f'--slices must be at least 1, not {args.slices}')
     if not re.fullmatch(r'(\d+(,\d+)*)?', args.per_device):

@@ -4,11 +4,14 @@ Downloads and writes it once, in files that can be read at random. This is the o
 may need TensorFlow (`pip install -e '.[prepare]'`): many datasets are written by its code.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.prepare())
+
 from pathlib import Path
 from typing import Any
 
-from big_vit import config as config_lib
 from big_vit import runtime
 from big_vit.data.sources import prepared
 from big_vit.errors import UserError
@@ -72,17 +75,8 @@ def prepare(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.prepare',
-        description='Download a dataset of TensorFlow Datasets and write it for training.',
-        allow_abbrev=False,
-    )
-    parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')
-    parser.add_argument('--data_dir', help='where datasets are kept')
-    parser.add_argument('--format', default='array_record', choices=('array_record', 'tfrecord'))
-    parser.add_argument('--download_dir', help='where downloaded files are, or are put')
-    args = parser.parse_args(argv)
-    data_dir = config_lib.require_flag(args.data_dir, '--data_dir', '~/tensorflow_datasets')
+    args = command_line.prepare().parse_args(argv)
+    data_dir = command_line.require_flag(args.data_dir, '--data_dir', '~/tensorflow_datasets')
     data_dir = str(Path(data_dir).expanduser())
     builder = _builder(args.name, data_dir, None)
     there = (Path(builder.data_path) / 'dataset_info.json').exists()

@@ -4,7 +4,11 @@ The file needs no network and no scripts: pictures and charts are in it. Of a tr
 runs are shown side by side. Where the dataset is gone, that is said, and the rest is written.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.report())
+
 import datetime
 import functools
 import json
@@ -570,14 +574,7 @@ def document(path: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.report',
-        description="Write a run's results, curves, pictures and costs as one HTML file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument('workdir', help='of a training run, a transfer or a sweep')
-    parser.add_argument('--out', metavar='FILE', help='by default WORKDIR/report.html')
-    args, _ = config_lib.parse_command_line(parser, argv)
+    args, _ = command_line.parse(command_line.report(), argv)
     runtime.start()
     text = document(args.workdir)
     out = storage.place(args.out or f'{args.workdir.rstrip("/")}/report.html')

@@ -4,7 +4,11 @@ Three rows of pictures: as they are in the dataset, after the host's part of the
 after the devices' part with what is mixed, as the train step makes it.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.show_data())
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,19 +62,9 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vit.show_data',
-        description='Draw training examples before and after what is done to them, as a PNG.',
-        epilog='Any key of the config can be set: --config.data.transform=... .',
-        allow_abbrev=False,
-    )
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
-    parser.add_argument('--png', metavar='FILE', help='where to draw')
-    parser.add_argument('--step', type=int, default=0, help='of which step the batch is, from 0')
-    parser.add_argument('--count', type=int, default=8, help='how many examples')
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
-    path = Path(config_lib.require_flag(args.png, '--png', 'data.png'))
+    args, overrides = command_line.parse(command_line.show_data(), argv)
+    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    path = Path(command_line.require_flag(args.png, '--png', 'data.png'))
     config = config_lib.load(spec, overrides)
     runtime.start()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,11 @@
 Started again on the same workdir it resumes, with the same batches.
 """
 
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.train())
+
 import contextlib
 import json
 import os
@@ -362,20 +367,14 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = config_lib.experiment_parser(
-        'python -m big_vit.train',
-        'Pretrain a Vision Transformer; started again on its workdir it resumes.',
-        'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
-        'docs/config.md lists them all.',
-    )
-    args, overrides = config_lib.parse_command_line(parser, argv)
-    spec = config_lib.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
+    args, overrides = command_line.parse(command_line.train(), argv)
+    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
     config = config_lib.load(spec, overrides)
     runtime.start()
     if args.explain:
         print(explain.page(config))
         return
-    workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/first')
+    workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/first')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     with hosts.session(args.distributed, same):
         params = origin.starting(config, keep_head=True) if config.init else None

@@ -7,7 +7,11 @@ Only parameters come from the checkpoint; the head is new, positions are
 resized to the new grid. Training itself is `train.run`, the same path.
 """
 
-import argparse
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.transfer())
+
 import json
 import math
 import os
@@ -131,35 +135,12 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     return '\n\n'.join(texts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = config_lib.experiment_parser(
-        'python -m big_vit.transfer',
-        'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
-        '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
-        'weights of timm, Hugging Face, open_clip or big_vision.',
-    )
-    parser.add_argument(
-        '--sweep',
-        action='append',
-        default=[],
-        metavar='KEY=VALUE,VALUE',
-        help='train each value, choose by evals.val, score evals.test once; may be repeated',
-    )
-    parser.add_argument(
-        '--seeds', type=int, metavar='N', help='seeds of each setting, for the error of the mean'
-    )
-    parser.add_argument(
-        '--at-once', type=int, metavar='N', help='most trials in one program (default: what fits)'
-    )
-    return parser
-
-
 def main(argv: list[str]) -> None:
-    args, overrides = config_lib.parse_command_line(_parser(), argv)
+    args, overrides = command_line.parse(command_line.transfer(), argv)
     for flag, value in (('--seeds', args.seeds), ('--at-once', args.at_once)):
         if value is not None and value < 1:
             raise UserError(f'{flag} must be at least 1, got {value}')
-    spec = config_lib.require_flag(args.config, '--config', 'configs/transfer_digits.py')
+    spec = command_line.require_flag(args.config, '--config', 'configs/transfer_digits.py')
     config = load_config(spec, overrides)
     runtime.start()
     if args.explain:
@@ -170,7 +151,7 @@ def main(argv: list[str]) -> None:
             f'note    {config.data.peek("path")} has folders {", ".join(unread)}, which no split '
             'of this run reads (configs/transfer.py:own has folders=true for that)'
         )
-    workdir = config_lib.require_flag(args.workdir, '--workdir', 'runs/digits')
+    workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/digits')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     same |= {'sweep': f'{args.sweep} x {args.seeds}'}
     study_asked = bool(args.sweep or args.seeds)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from big_vit import config, schema
+from big_vit import command_line, config, schema
 from big_vit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,12 +64,12 @@ def refused(call, *parts):
         assert part in str(caught.value), f'{part!r} is not in {caught.value}'
 
 
-def command_line(*argv):
+def parsed(*argv):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument('--config')
     parser.add_argument('--workdir')
     parser.add_argument('--force', action='store_true')
-    return config.parse_command_line(parser, list(argv))
+    return command_line.parse(parser, list(argv))
 
 
 # Files and their arguments.
@@ -161,7 +161,7 @@ def test_an_evaluation_that_takes_everything_from_data_is_not_lost(tmp_path):
 
 
 def test_overrides_with_an_equals_sign_or_a_space():
-    args, overrides = command_line(
+    args, overrides = parsed(
         '--config', 'x.py:a=1', '--config.lr=1e-3', '--force', '--config.model.depth', '2',
         '--config.optim.weight_decay_rules', "(('.*', 1.0),)", '--config.data.split=train[:90%]',
     )  # fmt: skip
@@ -175,24 +175,24 @@ def test_overrides_with_an_equals_sign_or_a_space():
 
 
 def test_a_value_may_hold_an_equals_sign_and_a_minus():
-    _, overrides = command_line('--config.data.path=/a=b', '--config.mesh.fsdp', '-1')
+    _, overrides = parsed('--config.data.path=/a=b', '--config.mesh.fsdp', '-1')
     assert overrides == [('data.path', '/a=b'), ('mesh.fsdp', '-1')]
 
 
 @pytest.mark.parametrize('argv', [('--config.lr',), ('--config.lr', '--force')])
 def test_an_override_without_a_value_is_refused(argv):
-    refused(lambda: command_line(*argv), '--config.lr=VALUE')
+    refused(lambda: parsed(*argv), '--config.lr=VALUE')
 
 
 @pytest.mark.parametrize(
     'word, near', [('--wordir', '--workdir'), ('--forse', '--force'), ('--conf=x.py', '--config')]
 )
 def test_an_unknown_flag_names_the_nearest(word, near):
-    refused(lambda: command_line(word), f'unknown argument {word}', f'did you mean {near}?')
+    refused(lambda: parsed(word), f'unknown argument {word}', f'did you mean {near}?')
 
 
 def test_an_unknown_word_points_to_help():
-    refused(lambda: command_line('zzzz'), 'unknown argument zzzz', '--help')
+    refused(lambda: parsed('zzzz'), 'unknown argument zzzz', '--help')
 
 
 def test_overrides_change_the_file_and_are_typed(file):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from big_vit import interop
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'big_vit'
 FILES = sorted(PACKAGE.rglob('*.py'))
@@ -16,7 +18,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors', 'schema', 'storage'},
-    {'runtime', 'config', 'trees', 'cluster', 'hosts', 'tracking'},
+    {'runtime', 'config', 'command_line', 'trees', 'cluster', 'hosts', 'tracking'},
     {'models', 'optim', 'data', 'sharding', 'hlo', 'topology', 'compiler', 'tracing'},
     {
         'objectives',
@@ -224,6 +226,34 @@ def test_importing_the_package_imports_nothing_else():
     loaded = in_a_process(code + 'print(json.dumps(sorted(set(sys.modules) - old)))')
     assert not {name.partition('.')[0] for name in loaded} & DEPENDENCIES
     assert [name for name in loaded if name.startswith('big_vit.')] == []
+
+
+HELP = """
+import contextlib, inspect, io, json, runpy, sys
+from big_vit import command_line
+names = [
+    name for name, made in inspect.getmembers(command_line, inspect.isfunction)
+    if not name.startswith('_') and not inspect.signature(made).parameters
+]
+helps = {}
+for name in names:
+    sys.argv, out = [name, '--help'], io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        runpy.run_module(f'big_vit.{name}', run_name='__main__')
+    helps[name] = out.getvalue()
+print(json.dumps([helps, sorted(sys.modules)]))
+"""
+
+
+def test_help_of_a_command_is_there_before_jax_would_be():
+    helps, loaded = in_a_process(HELP)
+    commands = {path.stem for path in FILES if 'runtime.command(main)' in path.read_text()}
+    assert set(helps) == commands
+    for name, text in helps.items():
+        assert text.startswith(f'usage: python -m big_vit.{name} [-h]')
+    assert not {'jax', 'numpy', 'flax'} & set(loaded)
+    written = ' '.join(helps['export'].split())
+    assert f'one of {", ".join(interop.WRITE)}' in written.replace('- ', '-')
 
 
 # CPU seconds rather than those of a clock, for other work may share the machine; and VmHWM,
