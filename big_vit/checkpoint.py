@@ -38,6 +38,8 @@ COMMITTED = 'commit_success.txt'
 TIMEOUT_S = 30 * 60
 # Bytes of an array that are worth a device of their own to save them.
 LEAST_SHARE = 1 << 20
+# Bytes of a state that are hashed on the host sooner than a program for it is compiled.
+SMALL_STATE = 8 << 20
 
 Place = str | os.PathLike[str]
 
@@ -91,6 +93,9 @@ def _hash_leaves(mesh: Any) -> Any:
 def _hashes(state: Any) -> dict[str, str]:
     # Sorted, or a restored state would be compiled for once more: Orbax sorts its keys.
     flat = dict(sorted(trees.flatten(state).items()))
+    here = all(getattr(leaf, 'is_fully_addressable', True) for leaf in flat.values())
+    if here and sum(leaf.nbytes for leaf in flat.values()) <= SMALL_STATE:
+        return {name: hash_array(jax.device_get(leaf)) for name, leaf in flat.items()}
     shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
     meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
     values = jax.device_get(_hash_leaves(meshes.pop() if meshes else None)(list(flat.values())))

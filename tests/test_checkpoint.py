@@ -96,6 +96,13 @@ def test_hashes_do_not_depend_on_the_sharding_and_see_every_bit(saved):
     assert checkpoint.hash_array(swapped.reshape(host.shape)) != on_devices
 
 
+def test_a_state_has_the_same_hashes_on_the_host_and_on_devices(saved, monkeypatch):
+    on_the_host = checkpoint._hashes(saved[1])
+    monkeypatch.setattr(checkpoint, 'SMALL_STATE', 0)
+    assert checkpoint._hashes(saved[1]) == on_the_host
+    assert len(set(on_the_host.values())) > len(on_the_host) / 2
+
+
 @pytest.fixture
 def copy(saved, tmp_path):
     import shutil
