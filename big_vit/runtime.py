@@ -1,6 +1,7 @@
 """What must happen around JAX: start, compile cache, stop signals, what the devices can do."""
 
 import contextlib
+import functools
 import glob
 import itertools
 import json
@@ -104,6 +105,7 @@ def preflight() -> str:
     )
 
 
+@functools.cache
 def device_peak_flops() -> tuple[float, str]:
     """(peak floating-point operations per second of one device, where that figure is from).
 

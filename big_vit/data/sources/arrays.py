@@ -110,6 +110,14 @@ def _open_idx(path: Path, ndim: int) -> Iterator[tuple[BinaryIO, tuple[int, ...]
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """uint8 of `ndim` dimensions; UserError as `_open_idx`, or when its length is wrong."""
+    about = path.stat() if path.exists() else None
+    return _kept_idx(path, ndim, about and (about.st_mtime_ns, about.st_size))
+
+
+# The files of one dataset: a transfer opens them for each evaluation of each of its runs.
+@functools.lru_cache(maxsize=4)
+def _kept_idx(path: Path, ndim: int, version: tuple[int, int] | None) -> np.ndarray:
+    del version  # A file that was changed is read again.
     with _open_idx(path, ndim) as (file, shape):
         size = math.prod(shape)
         # One byte more than needed, and never more: it shows trailing data, makes gzip check
