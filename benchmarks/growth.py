@@ -1,21 +1,29 @@
 """How cost grows with batch, tokens, depth and chips, by the TPU compiler: no TPU is needed.
 
-    python -m benchmarks growth [--only batch,tokens,depth,chips]
+    python -m benchmarks growth [--only batch,tokens,depth,chips,devices]
 
-Each point is a plan of ViT-B/16 of two blocks (the others change one thing), compiled by a process
-of its own in one to three minutes and stored at once; started again, what is missing is made. The
-share of a step that many chips wait for each other is the least time of collectives that the
-compiler does not run beside other work, over all links of a chip.
+`devices` is measured: steps of one small model and batch, split over fake CPU devices that share
+the machine, so that what grows is what splitting costs. Each other point is a plan of ViT-B/16 of
+two blocks (the others change one thing), compiled by a process of its own in one to three minutes
+and stored at once; started again, what is missing is made. The share of a step that many chips wait
+for each other is the least time of collectives that the compiler does not run beside other work,
+over all links of a chip.
 """
 
 import argparse
 import json
+import os
+import statistics
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from benchmarks import step
+from benchmarks.checkpoint import cpu
 from benchmarks.chips import planned
-from big_vit import topology
+from big_vit import sharding, topology
 from big_vit.errors import UserError
 
 FILE = Path(__file__).parent / 'results' / 'growth.json'
@@ -34,6 +42,8 @@ LINES: dict[str, list[dict[str, Any]]] = {
         {'topology': 'v5p:16x16x16', 'fsdp': 16},
     ],
 }
+
+DEVICES, ROUNDS = (1, 2, 4, 8), 5
 
 
 def chips(name: str) -> int:
@@ -94,15 +104,69 @@ def table(line: str, points: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def split(count: int) -> None:
+    """The process that steps on so many fake devices."""
+    devices = jax.devices()
+    assert len(devices) == count, f'{len(devices)} devices, not {count}'
+    with jax.set_mesh(sharding.make_mesh(1, count, 1, devices)):
+        step.serve(*step.ours(step.SIZES['cpu'][0], 'cpu', 'adamw', scan=False, devices=count))
+
+
+def measured() -> dict[str, Any]:
+    """Seconds of a step on so many fake devices, which take turns."""
+    running: dict[int, step.Side] = {}
+    times: dict[str, list[float]] = {str(count): [] for count in DEVICES}
+    try:
+        for count in DEVICES:
+            environment = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(count)}
+            running[count] = step.Side('growth', '--split', str(count), environment=environment)
+            running[count].told()
+        for _ in range(ROUNDS):
+            for count, side in running.items():
+                times[str(count)].append(side.round())
+    finally:
+        for side in running.values():
+            side.end()
+    size = step.SIZES['cpu'][0]
+    about = {'cpu': f'{os.cpu_count()} x {cpu()}', 'jax': metadata.version('jax')}
+    return {'model': size.name, 'batch': size.batch, 'seconds': times, **about}
+
+
+def table_of_devices(found: dict[str, Any]) -> str:
+    """Markdown, a row for each number of devices."""
+    header = 'fake devices | images/s | spread | beside one device'
+    lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
+    middle = {count: statistics.median(all_) for count, all_ in found['seconds'].items()}
+    for count, all_ in found['seconds'].items():
+        rate, least, most = (
+            f'{found["batch"] / t:,.0f}' for t in (middle[count], max(all_), min(all_))
+        )
+        ratio = f'{middle["1"] / middle[count]:.2f}'
+        lines.append(f'| {count} | {rate} | {least} to {most} | {ratio} |')
+    return '\n'.join(lines)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks growth', allow_abbrev=False)
-    parser.add_argument('--only', default=','.join(LINES), help='some of ' + ', '.join(LINES))
+    known = (*LINES, 'devices')
+    parser.add_argument('--only', default=','.join(known), help='some of ' + ', '.join(known))
+    parser.add_argument('--split', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    unknown = [name for name in args.only.split(',') if name not in LINES]
+    if args.split:
+        split(args.split)
+        return
+    asked = args.only.split(',')
+    unknown = [name for name in asked if name not in known]
     if unknown:
-        raise UserError(f'--only: there is no {unknown[0]!r}; there are {", ".join(LINES)}')
-    topology.check_libtpu()
-    for line in args.only.split(','):
+        raise UserError(f'--only: there is no {unknown[0]!r}; there are {", ".join(known)}')
+    if set(asked) & set(LINES):
+        topology.check_libtpu()
+    for line in asked:
+        if line == 'devices':
+            all_ = {**stored(), 'devices': measured()}
+            FILE.write_text(json.dumps(all_, indent=1) + '\n')
+            print(f'\n{table_of_devices(all_["devices"])}\n')
+            continue
         for change in LINES[line]:
             key = json.dumps({**SHARED, **change})
             if key in stored()['points']:

@@ -68,7 +68,7 @@ SIZES = {
 Step = Callable[[], Any]  # Starts a step; what it gives can be waited for.
 
 
-def ours(size: Size, device: str, optimizer: str, scan: bool) -> tuple[Step, int]:
+def ours(size: Size, device: str, optimizer: str, scan: bool, devices: int = 1) -> tuple[Step, int]:
     """A step of big_vit on random images, and its floating-point operations."""
     overrides = {
         'mixup': '0',
@@ -81,7 +81,7 @@ def ours(size: Size, device: str, optimizer: str, scan: bool) -> tuple[Step, int
         **{f'model.{name}': str(value) for name, value in size.changes},
     }
     config = config_lib.load('configs/vit_b16_i1k.py', list(overrides.items()))
-    parts = build.experiment(config, jax.devices()[:1])
+    parts = build.experiment(config, jax.devices()[:devices])
     rng = np.random.default_rng(0)
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -184,30 +184,34 @@ def made(side: str, size: Size, device: str) -> tuple[Step, int]:
 
 
 def work(side: str, size: Size, device: str) -> None:
-    """A process of one side: says that it is ready, and times a round for each line it is given."""
+    """The process of one side."""
     if side.startswith('timm'):
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
-        step, flops = made(side, size, device)
-        # The first compiles, the second warms up.
-        wait(step())
-        count = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
-        print(json.dumps({'flops': flops}), flush=True)
-        for _ in sys.stdin:
-            print(json.dumps({'seconds': seconds(step, count)}), flush=True)
+        serve(*made(side, size, device))
+
+
+def serve(step: Step, flops: int) -> None:
+    """Says that a step is ready, and times a round of it for each line it is given."""
+    # The first compiles, the second warms up.
+    wait(step())
+    count = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
+    print(json.dumps({'flops': flops}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({'seconds': seconds(step, count)}), flush=True)
 
 
 class Side:
-    """The process of a side; it waits between its rounds."""
+    """The process of a side, which calls `serve`; it waits between its rounds."""
 
-    def __init__(self, side: str, number: int):
-        command = ['-m', 'benchmarks', 'step', '--side', side, '--size', str(number)]
+    def __init__(self, *command: str, environment: dict[str, str] | None = None):
         # No pipe, which nobody empties while it works: compilers say more than one holds.
         self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115 - `end` closes it.
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, '-m', 'benchmarks', *command],
+            env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -242,7 +246,7 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
     times: dict[str, list[float]] = {}
     try:
         for name in names:
-            running[name] = Side(name, number)
+            running[name] = Side('step', '--side', name, '--size', str(number))
             try:
                 flops = running[name].told()['flops'] or flops
                 times[name] = []

@@ -68,8 +68,8 @@ def test_without_peers_it_says_what_to_install():
 
 def test_our_step_trains_and_its_operations_are_counted():
     size = step.Size('mu/4', 16, 4, (('depth', 1),))
-    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
-        once, flops = step.ours(size, 'cpu', 'adamw', scan=False)
+    with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):
+        once, flops = step.ours(size, 'cpu', 'adamw', scan=False, devices=2)
         losses = [step.wait(once()) for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
     assert losses[2] < losses[0]
@@ -79,7 +79,7 @@ def test_our_step_trains_and_its_operations_are_counted():
 
 @pytest.mark.slow
 def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
-    side = step.Side('big_vit', 0)
+    side = step.Side('step', '--side', 'big_vit', '--size', '0')
     try:
         assert side.told()['flops'] > 1e9
         assert side.round() > 0
@@ -89,7 +89,7 @@ def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
 
 
 def test_a_side_that_ends_leaves_its_last_words():
-    side = step.Side('lightning', 0)
+    side = step.Side('step', '--side', 'lightning')
     with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
         side.told()
     side.end()
@@ -132,6 +132,13 @@ def test_growth_has_a_row_for_each_point_that_is_there_also_if_it_does_not_fit()
     first, last = growth.table('batch', points).splitlines()[2:]
     assert first == '| 8 images | 5.0 | 10.00 | 1,000 | 1.00 | 3 | 10.0% | 50.0% |'
     assert last.startswith('| 128 images | does not fit |') and last.count('|') == first.count('|')
+
+
+def test_growth_over_fake_devices_is_told_beside_one():
+    found = {'batch': 64, 'seconds': {'1': [0.1, 0.2, 0.1], '2': [0.2, 0.2, 0.4]}}
+    one, two = growth.table_of_devices(found).splitlines()[2:]
+    assert one == '| 1 | 640 | 320 to 640 | 1.00 |'
+    assert two == '| 2 | 320 | 160 to 320 | 0.50 |'
 
 
 def test_norms_in_two_passes_are_what_the_model_computes_where_that_is_asked():
