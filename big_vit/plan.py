@@ -440,6 +440,9 @@ def main(argv: list[str]) -> None:
         # The accelerators of this machine are not needed, and may be busy.
         jax.config.update('jax_platforms', 'cpu')
     place = topology.load(name, args.slices)
+    if place.chip:
+        # A program for chips that are not here could be stored, but not read again.
+        jax.config.update('jax_enable_compilation_cache', False)
     if args.mesh:
         config = config_lib.override(config, parse_mesh(args.mesh))
     runtime.start()
