@@ -62,6 +62,7 @@ def plan(point: dict[str, Any]) -> dict[str, Any]:
         f'--config.batch_size={devices * point["batch"]}',
         f'--config.image_size={point["size"]}',
         f'--config.model.depth={point["depth"]}',
+        '--config.schedule.warmup_steps=0',  # Of large batches there are few steps.
     )
     moved = sum(one['bytes'] for one in found['collectives'])
     waiting = found['seconds'].get('collectives not overlapped', 0.0)

@@ -352,8 +352,9 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
     """Compiles what may be fastest of (batch per device x mesh x remat x accumulation).
 
     For each mesh whose state fits: the least rematerialisation that fits, without and with
-    accumulation. Tensor parallelism, which only costs where memory allows to do without it,
-    is tried when nothing fits before.
+    accumulation, as long as smaller parts are faster: they save recomputation, and more of them
+    stays in a chip's fast memory (docs/performance.md). Tensor parallelism, which only costs where
+    memory allows to do without it, is tried when nothing fits before.
     """
     if place.chip is None:
         raise UserError(f'--search: there are no time estimates for {place.name}')
@@ -367,6 +368,7 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
             batch = size * len(place.devices) if size else config.batch_size
             if batch % ways:
                 continue
+            fastest = 0.0
             for accumulation in (1, 2, 4):
                 if batch % (ways * accumulation):
                     continue
@@ -388,8 +390,9 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
                     if found.fits:
                         fitting += 1
                         break
-                if found.fits and remat == 'none':
-                    break  # Smaller parts could not save any recomputation.
+                if found.fits and remat == 'none' and found.examples_per_second <= fastest:
+                    break
+                fastest = max(fastest, found.examples_per_second)
 
 
 def search_row(plan: Plan) -> str:

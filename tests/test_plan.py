@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import re
+import types
 
 import jax
 import pytest
 from commands import error_line, run
 from tiny import MODEL, flags
 
-from big_vit import compiler, plan, sharding, topology
+from big_vit import compiler, config, plan, sharding, topology
 from big_vit.errors import UserError
 
 needs_compiler = pytest.mark.skipif(
@@ -237,6 +238,30 @@ def test_search_prints_what_it_tries_and_the_fastest():
     best = max(float(speed.replace(',', '')) for _, speed in tried)
     shown = re.search(r'([\d,]+) examples/s', result.stdout.partition('\nfastest\n')[2])
     assert float(shown[1].replace(',', '')) == best
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    'speeds, expected',
+    [
+        ({1: 9.0, 2: 9.5, 4: 9.2}, [1, 2, 4]),
+        ({1: 9.0, 2: 8.0}, [1, 2]),
+        ({1: 0.0, 2: 0.0, 4: 9.0}, [1, 1, 1, 2, 2, 2, 4]),  # 0: it does not fit.
+    ],
+)
+def test_a_search_takes_smaller_parts_as_long_as_they_are_faster(monkeypatch, speeds, expected):
+    def made(tried, place):
+        speed = speeds[tried.accumulation]
+        return types.SimpleNamespace(
+            fits=speed > 0, examples_per_second=speed, settings=tried.accumulation
+        )
+
+    monkeypatch.setattr(plan, 'make', made)
+    monkeypatch.setattr(plan, 'meshes', lambda *_: [{'replica': 1, 'fsdp': 4, 'tensor': 1}])
+    small = [word.removeprefix('--config.').partition('=')[::2] for word in SMALL]
+    loaded = config.load(CONFIG, [*small, ('batch_size', '64')])
+    tried = list(plan.search(loaded, topology.load('v5e:2x2'), []))
+    assert [one.settings for one in tried] == expected
 
 
 def test_a_dry_run_on_fake_cpus_tells_memory_and_collectives():
