@@ -1,10 +1,10 @@
 """Transfer from one style of emoji to another: `python -m benchmarks.emoji --data FOLDER`.
 
 A small model learns to find views of the same of Google's emoji among others, and pictures of the
-same category, or to tell formula images apart, or nothing; its frozen features are then asked about
-other emoji, which it never saw. Which picture of Twitter's is the same emoji as one of Google's,
-and which category does a picture of Twitter's have, from 20 pictures of each? Started again it
-goes on where it was.
+same category and subcategory, or to tell formula images apart, or nothing; its frozen features are
+then asked about other emoji, which it never saw. Which picture of Twitter's is the same emoji as
+one of Google's, and which category does a picture of Twitter's have, from 20 pictures of each?
+Started again it goes on where it was.
 """
 
 import argparse
@@ -69,6 +69,7 @@ class Emoji(NamedTuple):
 
     names: tuple[str, ...]
     categories: np.ndarray
+    subcategories: np.ndarray
     category_names: tuple[str, ...]
     groups: tuple[str, ...]
     images: dict[str, np.ndarray]
@@ -123,7 +124,7 @@ def read(data: Path) -> Emoji:
     try:
         entries = json.loads(table.read_text())
         kept = [
-            (one['name'] or one['short_name'], one['category'], one['image'])
+            (one['name'] or one['short_name'], one['category'], one['subcategory'], one['image'])
             for one in entries
             if all(one[f'has_img_{name}'] for name in SETS)
             and one['category'] != 'Component'  # Patches of skin.
@@ -134,20 +135,22 @@ def read(data: Path) -> Emoji:
             f'--data: {table} is not the list of emoji ({error!r}); install it again: {INSTALL}'
         ) from error
     rows, seen = [], set()
-    for name, category, image in kept:
+    for name, category, subcategory, image in kept:
         if Path(image).name != image:
             raise UserError(f'--data: {table}: {image!r} is no name of a file')
         both = [_picture(folders[one] / 'img' / one / '64' / image) for one in SETS]
         keys = {(one, picture.tobytes()) for one, picture in zip(SETS, both, strict=True)}
         # Of flags that look the same only the first can be found, or belongs to one side.
         if seen.isdisjoint(keys):
-            rows.append((name, category, both))
+            rows.append((name, category, subcategory, both))
         seen |= keys
-    names, categories, pictures = zip(*rows, strict=True)
+    names, categories, subcategories, pictures = zip(*rows, strict=True)
     known = tuple(sorted(set(categories)))
+    parts = sorted(set(zip(categories, subcategories, strict=True)))
     return Emoji(
         names,
         np.array([known.index(one) for one in categories], np.int32),
+        np.array([parts.index(pair) for pair in zip(categories, subcategories, strict=True)]),
         known,
         tuple(map(group_of, names)),
         {name: np.stack([both[i] for both in pictures]) for i, name in enumerate(SETS)},
@@ -192,7 +195,7 @@ TRANSFORM = (
     'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
     'random_grayscale(0.05)'
 )
-BATCH, TEMPERATURE, GRID, BY_CATEGORY = 256, 0.1, 2, 0.5
+BATCH, TEMPERATURE, GRID, BY_KIND = 256, 0.1, 2, 0.5
 EXAMPLES = {'fdsl': 30_000, 'google': 400_000}
 STARTS = ('pixels', 'random', 'google', 'fdsl')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
@@ -241,9 +244,12 @@ def contrast(features: Any, label: Any) -> Any:
     return each.sum() / jnp.maximum((count > 0).sum(), 1)
 
 
-def objective(apply: Any, categories: Any) -> Any:
+def objective(apply: Any, kinds: np.ndarray) -> Any:
     """Views of one identity are to be found by tokens averaged to a grid, as what tells emoji
-    apart is also where in the picture it is; pictures of one category by the mean of all tokens.
+    apart is also where in the picture it is; pictures of one kind by the mean of all tokens.
+
+    Args:
+      kinds: of the identities, [identities, ways to sort them].
     """
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
@@ -251,9 +257,10 @@ def objective(apply: Any, categories: Any) -> Any:
         given, train = objectives.inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
         tokens, label = extra['blocks'][-1], batch['label']
-        by_identity = contrast(grid_means(tokens, GRID), label)
-        by_category = contrast(tokens.mean(1), jnp.asarray(categories)[label])
-        return by_identity + BY_CATEGORY * by_category, {}
+        found = contrast(grid_means(tokens, GRID), label)
+        for way in jnp.asarray(kinds)[label].T:
+            found += BY_KIND * contrast(tokens.mean(1), way)
+        return found, {}
 
     return loss
 
@@ -280,18 +287,18 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
     return base.replacing(changes)
 
 
-def train(config: Config, categories: np.ndarray) -> tuple[build.Experiment, Any, float]:
+def train(config: Config, kinds: np.ndarray) -> tuple[build.Experiment, Any, float]:
     """The parts, the averaged parameters and the seconds of the steps.
 
     Args:
-      categories: of the identities that may be learnt from.
+      kinds: of the identities that may be learnt from, see `objective`.
     """
     parts = build.experiment(config)
     if config.data.name == 'fdsl':
         step = build.train_step(config, parts)
     else:
         update = steps.update(
-            objective(parts.model.apply, categories),
+            objective(parts.model.apply, kinds),
             parts.optimizer,
             parts.schedule,
             parts.mesh,
@@ -499,7 +506,9 @@ class Study:
         if config is None:
             (parts, params), seconds = random_network(run.seed), 0.0
         else:
-            parts, params, seconds = train(config, self._emoji.categories[self._learnt])
+            emoji, learnt = self._emoji, self._learnt
+            kinds = np.stack([emoji.categories, emoji.subcategories], 1)[learnt]
+            parts, params, seconds = train(config, kinds)
         body = {name: leaf for name, leaf in params.items() if name != 'head'}
         about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
         return Seen(parts, params, self._emoji), about

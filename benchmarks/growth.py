@@ -31,7 +31,10 @@ GIB = 2**30
 # Overrides of the point that all share: one 4x4 slice, 16 images of 196 tokens a chip, two blocks.
 SHARED = {'topology': 'v5e:4x4', 'batch': 16, 'size': 224, 'depth': 2, 'fsdp': 16}
 LINES: dict[str, list[dict[str, Any]]] = {
-    'batch': [{'batch': n} for n in (8, 16, 32, 64, 128)],
+    'batch': [
+        *({'batch': n} for n in (8, 16, 32, 64, 128)),
+        *({'batch': n, 'accumulation': parts} for n, parts in ((64, 2), (128, 2), (128, 4))),
+    ],
     'tokens': [{'size': n, 'batch': 4} for n in (224, 512, 1024)],
     'depth': [{'depth': n} for n in (2, 4, 8)],
     'chips': [
@@ -62,6 +65,7 @@ def plan(point: dict[str, Any]) -> dict[str, Any]:
         f'--config.batch_size={devices * point["batch"]}',
         f'--config.image_size={point["size"]}',
         f'--config.model.depth={point["depth"]}',
+        f'--config.accumulation={point.get("accumulation", 1)}',
         '--config.schedule.warmup_steps=0',  # Of large batches there are few steps.
     )
     moved = sum(one['bytes'] for one in found['collectives'])
@@ -87,7 +91,8 @@ def table(line: str, points: dict[str, Any]) -> str:
         if found is None:
             continue
         label = {
-            'batch': f'{point["batch"]} images',
+            'batch': f'{point["batch"]} images'
+            + (f' in {point["accumulation"]} parts' if 'accumulation' in point else ''),
             'tokens': f'{(point["size"] // 16) ** 2:,} tokens',
             'depth': f'{point["depth"]} blocks',
             'chips': f'{chips(point["topology"]):,} chips',

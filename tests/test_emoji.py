@@ -30,6 +30,7 @@ def entry(name, unified, category, image):
         'short_name': name.lower(),
         'unified': unified,
         'category': category,
+        'subcategory': name.lower(),
         'image': image,
         'has_img_google': True,
         'has_img_twitter': True,
@@ -73,6 +74,7 @@ def test_genders_skin_and_pictures_that_come_twice_are_left_out(make):
     (folder / 'f.png').write_bytes((folder / 'e.png').read_bytes())
     found = study.read(data)
     assert found.names == ('FARMER', 'FEMALE SIGN', 'Norway Flag')
+    assert found.subcategories.tolist() == [1, 2, 0]
     assert [found.category_names[i] for i in found.categories] == [
         'People & Body',
         'Symbols',
@@ -127,6 +129,7 @@ def test_what_chooses_never_sees_what_it_chooses_on_or_what_is_held_out(tmp_path
     emoji = study.Emoji(
         tuple(map(str, range(count))),
         np.zeros(count, np.int32),
+        np.zeros(count, np.int32),
         (study.FLAGS,),
         tuple(map(str, range(count))),
         {'google': pictures, 'twitter': 255 - pictures},
@@ -168,7 +171,7 @@ def test_retrieval_and_category_by_hand():
     assert study.categorised(noise, kinds, np.arange(44), 10) < 0.75
 
 
-def test_the_objective_wants_views_of_one_identity_and_pictures_of_one_category_alike():
+def test_the_objective_wants_views_of_one_identity_and_pictures_of_one_kind_alike():
     # The first two pictures are alike, and so are the last two.
     rows = jnp.eye(8)[jnp.array([0, 0, 1, 1])]
     tokens = jnp.broadcast_to(rows[:, None], (4, 16, 8))
@@ -176,16 +179,18 @@ def test_the_objective_wants_views_of_one_identity_and_pictures_of_one_category_
     def apply(variables, images, **more):
         return None, {'blocks': [tokens, tokens]}
 
-    def loss(label, categories):
+    def loss(label, *kinds):
         batch = {'image': jnp.zeros((4, 8, 8, 3), jnp.uint8), 'label': jnp.array(label)}
-        return float(study.objective(apply, np.array(categories))({}, batch, None)[0])
+        return float(study.objective(apply, np.array(kinds).T)({}, batch, None)[0])
 
-    sharp, weight = 1 / study.TEMPERATURE, study.BY_CATEGORY
+    sharp, weight = 1 / study.TEMPERATURE, study.BY_KIND
     found = math.log(1 + 2 * math.exp(-sharp))
     assert loss([0, 0, 1, 1], [5, 6]) == pytest.approx((1 + weight) * found, abs=1e-5)
-    # All of one category: of the three others one is near, and the two that are far count as well.
+    # All of one kind: of the three others one is near, and the two that are far count as well.
     spread = math.log(math.exp(sharp) + 2) - sharp / 3
     assert loss([0, 0, 1, 1], [5, 5]) == pytest.approx(found + weight * spread, abs=1e-4)
+    both = loss([0, 0, 1, 1], [5, 5], [5, 6])
+    assert both == pytest.approx((1 + weight) * found + weight * spread, abs=1e-4)
     assert loss([0, 1, 0, 1], [5, 6]) > 5
 
 
@@ -230,7 +235,9 @@ def test_a_finished_run_of_another_config_does_not_count(tmp_path):
     pictures = np.zeros((30, 64, 64, 3), np.uint8)
     names = tuple(map(str, range(30)))
     images = dict.fromkeys(study.SETS, pictures)
-    emoji = study.Emoji(names, np.zeros(30, np.int32), (study.FLAGS,), names, images)
+    emoji = study.Emoji(
+        names, np.zeros(30, np.int32), np.zeros(30, np.int32), (study.FLAGS,), names, images
+    )
     begun = study.Study(emoji, tmp_path)
     digest = study.config_lib.digest(begun.config(Run('google', 1)))
     row = {'start': 'google', 'seed': 1, 'config': digest}
