@@ -45,7 +45,7 @@ class Row(NamedTuple):
 ROWS = (
     Row('S/16', 'v5e:4x4', 64, 'replica=16'),
     Row('B/16', 'v5e:4x4', 64, accumulation=2),
-    Row('L/16', 'v5e:4x4', 64),
+    Row('L/16', 'v5e:4x4', 64, accumulation=2),
     Row('H/14', 'v5e:4x4', 16),
     Row('g/14', 'v5e:4x4', 16),
     Row('S/16', 'v6e:4x4', 64, 'replica=16'),
