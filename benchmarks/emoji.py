@@ -146,11 +146,12 @@ def read(data: Path) -> Emoji:
         seen |= keys
     names, categories, subcategories, pictures = zip(*rows, strict=True)
     known = tuple(sorted(set(categories)))
-    parts = sorted(set(zip(categories, subcategories, strict=True)))
+    pairs = list(zip(categories, subcategories, strict=True))
+    known_pairs = sorted(set(pairs))
     return Emoji(
         names,
         np.array([known.index(one) for one in categories], np.int32),
-        np.array([parts.index(pair) for pair in zip(categories, subcategories, strict=True)]),
+        np.array([known_pairs.index(pair) for pair in pairs], np.int32),
         known,
         tuple(map(group_of, names)),
         {name: np.stack([both[i] for both in pictures]) for i, name in enumerate(SETS)},

@@ -95,7 +95,7 @@ def _hashes(state: Any) -> dict[str, str]:
     flat = dict(sorted(trees.flatten(state).items()))
     here = all(getattr(leaf, 'is_fully_addressable', True) for leaf in flat.values())
     if here and sum(leaf.nbytes for leaf in flat.values()) <= SMALL_STATE:
-        return {name: hash_array(jax.device_get(leaf)) for name, leaf in flat.items()}
+        return {name: hash_array(leaf) for name, leaf in jax.device_get(flat).items()}
     shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
     meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
     values = jax.device_get(_hash_leaves(meshes.pop() if meshes else None)(list(flat.values())))
