@@ -126,12 +126,19 @@ def stored() -> dict[str, Any]:
     return json.loads(FILE.read_text()) if FILE.exists() else {'rows': {}}
 
 
+def stored_sides(row: Row, all_: dict[str, Any]) -> dict[str, Any]:
+    """The sides of a row that are stored; none where they were made for other settings."""
+    found = all_['rows'].get(row.name, {})
+    same = row._asdict().items() <= {k: v for k, v in found.items() if k not in SIDES}.items()
+    return {side: found[side] for side in SIDES if same and side in found}
+
+
 def make(row: Row, side: str) -> None:
     """Compiles one side of a row here and stores it."""
     result = {'plain': plain, 'big_vit': ours}[side](row)
     all_ = stored()
     versions = {name: metadata.version(name) for name in ('jax', 'libtpu', 'flax')}
-    all_['rows'].setdefault(row.name, {}).update(row._asdict())
+    all_['rows'][row.name] = {**row._asdict(), **stored_sides(row, all_)}
     all_['rows'][row.name][side] = {**result, 'versions': versions}
     FILE.write_text(json.dumps(all_, indent=2) + '\n')
 
@@ -157,7 +164,7 @@ def table(rows: dict[str, Any]) -> str:
         fit = a['fits'] and b['fits']
         cells = [
             *(row['variant'], row['topology'], str(row['batch'])),
-            *(str(row.get('accumulation', 1)), *both('cycles', 1e-6, ',.1f')),
+            *(str(row['accumulation']), *both('cycles', 1e-6, ',.1f')),
             f'{b["cycles"] / a["cycles"]:.2f}' if fit else '-',
             *(*both('step_seconds', 1e3, '.1f'), *both('mfu', 100, '.1f')),
             *both('hbm_peak', 1 / GIB, '.2f'),
@@ -185,7 +192,7 @@ def main(argv: list[str]) -> None:
     failed = []
     for row in rows:
         for side in SIDES:
-            if side in stored()['rows'].get(row.name, {}) and not args.again:
+            if side in stored_sides(row, stored()) and not args.again:
                 continue
             command = [sys.executable, '-m', 'benchmarks', 'chips', '--only', row.name]
             done = subprocess.run([*command, '--side', side], capture_output=True, text=True)

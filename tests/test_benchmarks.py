@@ -113,6 +113,20 @@ def test_a_row_that_does_not_fit_has_no_ratio():
     assert '| needs 20.0 GiB | 5.0 | - |' in second
 
 
+def test_sides_that_were_made_for_other_settings_do_not_count():
+    row = chips.Row('B/16', 'v5e:4x4', 64)
+    all_ = {'rows': {row.name: {**row._asdict(), 'plain': 1, 'big_vit': 2}}}
+    assert chips.stored_sides(row, all_) == {'plain': 1, 'big_vit': 2}
+    assert chips.stored_sides(row._replace(accumulation=2), all_) == {}
+    assert chips.stored_sides(row._replace(variant='L/16'), all_) == {}
+
+
+def test_the_stored_rows_are_those_that_are_compared():
+    all_ = chips.stored()
+    made = [row.name for row in chips.ROWS if chips.stored_sides(row, all_)]
+    assert sorted(made) == sorted(all_['rows'])
+
+
 def test_chips_of_a_topology():
     assert growth.chips('v5p:16x16x16') == 4096
 

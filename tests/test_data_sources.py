@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import socket
@@ -231,6 +232,18 @@ def test_idx_reads_what_was_written(tmp_path, zipped):
         assert loaded['label'].dtype == np.int32
     part = sources.idx('train[50%:]', str(tmp_path)).load(np.array([0]))
     np.testing.assert_array_equal(part['image'][0, ..., 0], written['train'][0][10])
+
+
+def test_idx_files_that_were_changed_are_read_again(tmp_path):
+    write_idx(tmp_path)
+    first = sources.idx('train', str(tmp_path)).load(np.array([0]))['image']
+    images = tmp_path / 'train-images-idx3-ubyte'
+    before = images.stat()
+    images.write_bytes(images.read_bytes()[:16] + bytes(before.st_size - 16))
+    os.utime(images, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert (
+        first.any() and not sources.idx('train', str(tmp_path)).load(np.array([0]))['image'].any()
+    )
 
 
 def test_idx_finds_the_names_of_emnist_and_dots(tmp_path):

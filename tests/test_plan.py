@@ -148,8 +148,14 @@ def planned(*args, devices=1):
 
 
 @pytest.fixture(scope='module')
-def data_parallel():
-    return planned('--topology', 'v5e:2x2', '--mesh', 'replica=4', *SMALL)
+def data_parallel(tmp_path_factory):
+    # A program for chips that are not here could not be read again, so none is kept.
+    cache = tmp_path_factory.mktemp('cache')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache))
+        found = planned('--topology', 'v5e:2x2', '--mesh', 'replica=4', *SMALL)
+    assert not list(cache.iterdir())
+    return found
 
 
 @pytest.fixture(scope='module')
