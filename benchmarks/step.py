@@ -181,17 +181,21 @@ def seconds(step: Step, count: int) -> float:
 
 
 SIDES = ('big_vit', 'big_vit, shampoo', 'timm', 'timm, compiled')
-PARTS = ' in 2 parts'
+PARTS, DEVICES = ' in 2 parts', ' on 2 devices'
+ON_TWO = 'big_vit' + PARTS + DEVICES
 
 
 def made(side: str, size: Size, device: str) -> tuple[Step, int]:
     """The step of a side, and its floating-point operations where they are known."""
+    devices = 2 if side.endswith(DEVICES) else 1
+    side = side.removesuffix(DEVICES)
     parts = 2 if side.endswith(PARTS) else 1
     side = side.removesuffix(PARTS)
     if side.startswith('timm'):
         return timm(size, device, side.endswith('compiled'), parts), 0
     shampoo = side.endswith('shampoo')
-    return ours(size, device, 'shampoo' if shampoo else 'adamw', scan=shampoo, parts=parts)
+    optimizer = 'shampoo' if shampoo else 'adamw'
+    return ours(size, device, optimizer, scan=shampoo, devices=devices, parts=parts)
 
 
 def work(side: str, size: Size, device: str) -> None:
@@ -200,7 +204,8 @@ def work(side: str, size: Size, device: str) -> None:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+    devices = 2 if side.endswith(DEVICES) else 1
+    with jax.set_mesh(sharding.make_mesh(1, devices, 1, jax.devices()[:devices])):
         serve(*made(side, size, device))
 
 
@@ -259,7 +264,9 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
     times: dict[str, list[float]] = {}
     try:
         for name in names:
-            running[name] = Side('step', '--side', name, '--size', str(number))
+            environment = {'JAX_NUM_CPU_DEVICES': '2'} if name.endswith(DEVICES) else None
+            command = ('step', '--side', name, '--size', str(number))
+            running[name] = Side(*command, environment=environment)
             try:
                 flops = running[name].told()['flops'] or flops
                 times[name] = []
@@ -297,7 +304,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--only', type=int, help='the first so many sizes')
     parser.add_argument('--shampoo', action='store_true', help='also its overhead')
     parser.add_argument(
-        '--side', choices=[*SIDES, *(side + PARTS for side in SIDES)], help=argparse.SUPPRESS
+        '--side',
+        choices=[*SIDES, *(side + PARTS for side in SIDES), ON_TWO],
+        help=argparse.SUPPRESS,
     )
     parser.add_argument('--size', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -315,7 +324,7 @@ def main(argv: list[str]) -> None:
     peak, source = runtime.device_peak_flops()
     names = [name for name in SIDES if args.shampoo or not name.endswith('shampoo')]
     if device == 'cpu':
-        names += [name + PARTS for name in names]
+        names = [*names, *(name + PARTS for name in names), ON_TWO]
     rows = []
     for number, size in enumerate(SIZES[device][: args.only]):
         rows.append(measure(size, number, args.rounds, names))

@@ -195,13 +195,21 @@ def _multiply_forward(x: Array, kernel: Array, in_axes: int):
     return _dot(x, kernel, in_axes), (x, kernel)
 
 
+def _sum_of_rows(a: Array, b: Array) -> Array:
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
 def _multiply_backward(in_axes: int, saved: tuple[Array, Array], g: Array):
     x, kernel = saved
 
     def of_matrices(x: Array, g: Array) -> Array:
         inputs = _product(kernel.shape[:in_axes])
         rows = x.reshape(-1, inputs), g.reshape(-1, kernel.size // inputs)
-        return jax.lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(kernel.shape)
+        if inputs <= kernel.size // inputs:
+            return _sum_of_rows(*rows).reshape(kernel.shape)
+        # Long rows are quicker to make; the barrier keeps XLA from turning the product back.
+        turned = jax.lax.optimization_barrier(_sum_of_rows(*reversed(rows)))
+        return turned.T.reshape(kernel.shape)
 
     def transposed(x: Array, g: Array) -> Array:
         return jax.linear_transpose(lambda kernel: _dot(x, kernel, in_axes), kernel)(g)[0]
