@@ -151,7 +151,7 @@ def table(rows: dict[str, Any]) -> str:
         'HBM GiB, big_vit'
     )
     lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
-    for row in rows.values():
+    for row in (rows[one.name] for one in ROWS if one.name in rows):
         if not all(side in row for side in SIDES):
             continue
         a, b = (row[side] for side in SIDES)
