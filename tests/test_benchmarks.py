@@ -103,12 +103,14 @@ def test_rounds_of_several_sides_become_a_table():
     assert eager.endswith('| 1.00 |')
 
 
-def test_a_row_that_does_not_fit_has_no_ratio():
+def test_a_row_that_does_not_fit_has_no_ratio_and_rows_come_in_the_order_of_the_list():
     fits = {'fits': True, 'cycles': 5_000_000, 'step_seconds': 0.01, 'mfu': 0.5, 'hbm_peak': 2**30}
     row = {**chips.Row('B/16', 'v5e:4x4', 64)._asdict(), 'big_vit': {**fits, 'problem': ''}}
     whole = {**row, 'plain': {**fits, 'cycles': 10_000_000, 'problem': ''}}
     too_much = {**row, 'plain': {**fits, 'fits': False, 'problem': 'needs 20.0 GiB'}}
-    first, second = chips.table({'a': whole, 'b': too_much, 'c': row}).splitlines()[2:]
+    names = [row.name for row in chips.ROWS[:3]]
+    rows = dict(zip(names, (whole, too_much, row), strict=True))
+    first, second = chips.table(dict(reversed(rows.items()))).splitlines()[2:]
     assert '| 10.0 | 5.0 | 0.50 |' in first
     assert '| needs 20.0 GiB | 5.0 | - |' in second
 
