@@ -69,7 +69,13 @@ Step = Callable[[], Any]  # Starts a step; what it gives can be waited for.
 
 
 def ours(
-    size: Size, device: str, optimizer: str, scan: bool, devices: int = 1, parts: int = 1
+    size: Size,
+    device: str,
+    optimizer: str = 'adamw',
+    scan: bool = False,
+    attention: str = 'fused',
+    devices: int = 1,
+    parts: int = 1,
 ) -> tuple[Step, int]:
     """A step of big_vit on random images, and its floating-point operations."""
     overrides = {
@@ -80,6 +86,7 @@ def ours(
         'optim.name': optimizer,
         'model.variant': size.variant,
         'model.scan': str(scan),
+        'model.attention': attention,
         'model.dtype': 'bfloat16' if device == 'gpu' else 'float32',
         **{f'model.{name}': str(value) for name, value in size.changes},
     }
@@ -180,7 +187,7 @@ def seconds(step: Step, count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-SIDES = ('big_vit', 'big_vit, shampoo', 'timm', 'timm, compiled')
+SIDES = ('big_vit', 'big_vit, cudnn', 'big_vit, shampoo', 'timm', 'timm, compiled')
 PARTS, DEVICES = ' in 2 parts', ' on 2 devices'
 ON_TWO = 'big_vit' + PARTS + DEVICES
 
@@ -193,9 +200,12 @@ def made(side: str, size: Size, device: str) -> tuple[Step, int]:
     side = side.removesuffix(PARTS)
     if side.startswith('timm'):
         return timm(size, device, side.endswith('compiled'), parts), 0
-    shampoo = side.endswith('shampoo')
-    optimizer = 'shampoo' if shampoo else 'adamw'
-    return ours(size, device, optimizer, scan=shampoo, devices=devices, parts=parts)
+    changes = {
+        'big_vit': {},
+        'big_vit, cudnn': {'attention': 'cudnn'},
+        'big_vit, shampoo': {'optimizer': 'shampoo', 'scan': True},
+    }
+    return ours(size, device, devices=devices, parts=parts, **changes[side])
 
 
 def work(side: str, size: Size, device: str) -> None:
@@ -206,15 +216,24 @@ def work(side: str, size: Size, device: str) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
     devices = 2 if side.endswith(DEVICES) else 1
     with jax.set_mesh(sharding.make_mesh(1, devices, 1, jax.devices()[:devices])):
-        serve(*made(side, size, device))
+        serve(*made(side, size, device), lambda: gpu_memory(side) if device == 'gpu' else 0)
 
 
-def serve(step: Step, flops: int) -> None:
+def gpu_memory(side: str) -> int:
+    """Bytes that arrays took at most on this process's GPU."""
+    if side.startswith('timm'):
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
+
+
+def serve(step: Step, flops: int, memory: Callable[[], int] = lambda: 0) -> None:
     """Says that a step is ready, and times a round of it for each line it is given."""
     # The first compiles, the second warms up.
     wait(step())
     count = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
-    print(json.dumps({'flops': flops}), flush=True)
+    print(json.dumps({'flops': flops, 'memory': memory()}), flush=True)
     for _ in sys.stdin:
         # A virtual machine takes back what was free while this side waited: one step gets it again.
         wait(step())
@@ -262,16 +281,19 @@ class Side:
 def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str, Any]:
     flops, failed, running = 0, {}, {}
     times: dict[str, list[float]] = {}
+    memory: dict[str, int] = {}
     try:
         for name in names:
             environment = {'JAX_NUM_CPU_DEVICES': '2'} if name.endswith(DEVICES) else None
             command = ('step', '--side', name, '--size', str(number))
             running[name] = Side(*command, environment=environment)
             try:
-                flops = running[name].told()['flops'] or flops
+                said = running[name].told()
+                flops, memory[name] = said['flops'] or flops, said['memory']
                 times[name] = []
             except UserError as error:
-                if not name.startswith('timm, compiled'):
+                # What a machine may lack, Triton or cuDNN, only leaves its side out.
+                if name.partition(PARTS)[0] in ('big_vit', 'timm'):
                     raise UserError(f'benchmarks step: {name}, {size.name}: {error}') from error
                 failed[name] = str(error)
         for _ in range(rounds):
@@ -280,11 +302,14 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
     finally:
         for side in running.values():
             side.end()
-    return {'name': size.name, 'batch': size.batch, 'flops': flops, 'times': times, 'left': failed}
+    about = {'name': size.name, 'batch': size.batch, 'flops': flops, 'left': failed}
+    return {**about, 'times': times, 'memory': memory}
 
 
 def table(rows: list[dict[str, Any]], peak: float) -> str:
-    header = 'model | framework | images/s | spread | MFU | beside the best of timm'
+    header = (
+        'model | framework | images/s | spread | MFU | GPU memory, GiB | beside the best of timm'
+    )
     lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
     for row in rows:
         middle = {name: statistics.median(all_) for name, all_ in row['times'].items()}
@@ -293,8 +318,10 @@ def table(rows: list[dict[str, Any]], peak: float) -> str:
             all_ = row['times'][name]
             spread = f'{row["batch"] / max(all_):,.1f} to {row["batch"] / min(all_):,.1f}'
             mfu = row['flops'] / time_ / peak
+            taken = row['memory'][name]
             cells = [row['name'], name, f'{row["batch"] / time_:,.1f}', spread, f'{mfu:.1%}']
-            lines.append('| ' + ' | '.join([*cells, f'{peer / time_:.2f}']) + ' |')
+            cells += [f'{taken / 2**30:.2f}' if taken else '-', f'{peer / time_:.2f}']
+            lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -322,13 +349,16 @@ def main(argv: list[str]) -> None:
             'pip install torch, and pip install --no-deps torchvision timm'
         )
     peak, source = runtime.device_peak_flops()
-    names = [name for name in SIDES if args.shampoo or not name.endswith('shampoo')]
+    left = {'cudnn': device == 'cpu', 'shampoo': not args.shampoo}
+    names = [name for name in SIDES if not left.get(name.partition(', ')[2])]
     if device == 'cpu':
         names = [*names, *(name + PARTS for name in names), ON_TWO]
     rows = []
     for number, size in enumerate(SIZES[device][: args.only]):
         rows.append(measure(size, number, args.rounds, names))
         print(table(rows[-1:], peak), flush=True)
+        for name, why in rows[-1]['left'].items():
+            print(f'left out: {name}: {why}', flush=True)
     about = {
         'device': jax.devices()[0].device_kind
         if device == 'gpu'

@@ -88,6 +88,34 @@ def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
         side.end()
 
 
+def test_a_side_that_a_machine_cannot_run_is_left_out_and_the_plain_ones_must_run(monkeypatch):
+    class Broken:
+        def __init__(self, *command, environment=None):
+            self.name = command[2]
+
+        def told(self):
+            if self.name in broken:
+                raise UserError('it ended: no such library')
+            return {'flops': 5, 'memory': 7}
+
+        def round(self):
+            return 0.25
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(step, 'Side', Broken)
+    broken = {'big_vit, cudnn', 'timm, compiled in 2 parts'}
+    names = ['big_vit', 'timm', *sorted(broken)]
+    row = step.measure(step.SIZES['cpu'][0], 0, 2, names)
+    assert row['times'] == {'big_vit': [0.25, 0.25], 'timm': [0.25, 0.25]}
+    assert row['memory'] == {'big_vit': 7, 'timm': 7}
+    assert set(row['left']) == broken
+    broken = {'big_vit in 2 parts'}
+    with pytest.raises(UserError, match=r'big_vit in 2 parts, mu/4 .*: it ended: no such library'):
+        step.measure(step.SIZES['cpu'][0], 0, 2, ['big_vit', *broken])
+
+
 def test_a_side_that_ends_leaves_its_last_words():
     side = step.Side('step', '--side', 'lightning')
     with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
@@ -97,9 +125,10 @@ def test_a_side_that_ends_leaves_its_last_words():
 
 def test_rounds_of_several_sides_become_a_table():
     times = {'big_vit': [0.1, 0.1, 0.2], 'timm': [0.3, 0.2, 0.2], 'timm, compiled': [0.4, 0.4, 0.4]}
-    row = {'name': 'x', 'batch': 10, 'flops': 1e9, 'times': times}
+    memory = {'big_vit': 3 * 2**29, 'timm': 0, 'timm, compiled': 0}
+    row = {'name': 'x', 'batch': 10, 'flops': 1e9, 'times': times, 'memory': memory}
     ours, eager, _ = step.table([row], 1e11).splitlines()[2:]
-    assert ours == '| x | big_vit | 100.0 | 50.0 to 100.0 | 10.0% | 2.00 |'
+    assert ours == '| x | big_vit | 100.0 | 50.0 to 100.0 | 10.0% | 1.50 | 2.00 |'
     assert eager.endswith('| 1.00 |')
 
 
