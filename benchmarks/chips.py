@@ -50,7 +50,7 @@ ROWS = (
     Row('g/14', 'v5e:4x4', 16),
     Row('S/16', 'v6e:4x4', 64, 'replica=16'),
     Row('B/16', 'v6e:4x4', 64, accumulation=2),
-    Row('L/16', 'v6e:4x4', 64),
+    Row('L/16', 'v6e:4x4', 64, accumulation=2),
     Row('H/14', 'v6e:4x4', 32),
     Row('g/14', 'v6e:4x4', 32),
     Row('S/16', 'v5p:2x2x4', 64, 'replica=16'),
