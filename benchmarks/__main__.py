@@ -1,6 +1,7 @@
 """How fast it is: `python -m benchmarks [PART ...]`, what this machine can measure of
 
     chips     the train step on TPUs, by their compiler, beside a plain one
+    products  what a block's matrix products reach alone on TPUs, by their compiler
     step      the train step on this machine, beside timm in PyTorch
     startup   seconds until help is shown and until the first step is done
     growth    how cost grows with batch, tokens, depth and chips
@@ -15,7 +16,7 @@ import sys
 from big_vit import runtime
 from big_vit.errors import UserError
 
-PARTS = ('chips', 'step', 'startup', 'growth')
+PARTS = ('chips', 'products', 'step', 'startup', 'growth')
 
 
 def main(argv: list[str]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from commands import ROOT, environment
 
-from benchmarks import baseline, chips, growth, precision, startup, step
-from big_vit import sharding
+from benchmarks import baseline, chips, growth, precision, products, startup, step
+from big_vit import sharding, topology
 from big_vit.errors import UserError
 from big_vit.models import costs, layers, variants
 from big_vit.models.vit import ViT
@@ -35,7 +35,7 @@ def test_help_lists_the_parts_and_a_wrong_one_is_named():
     done = run('speed')
     assert done.returncode == 2
     assert done.stderr == (
-        "error: there is no part 'speed'; there are chips, step, startup, growth\n"
+        "error: there is no part 'speed'; there are chips, products, step, startup, growth\n"
     )
 
 
@@ -200,3 +200,27 @@ def test_norms_in_two_passes_are_what_the_model_computes_where_that_is_asked():
         found = layer.apply(params, x)
     assert len(seen) == 1
     np.testing.assert_allclose(found, layer.apply(params, x), atol=1e-6)
+
+
+def test_the_products_of_a_block_are_three_times_those_of_its_forward_pass():
+    tokens, width, hidden = 6, 10, 40
+    found = products.shapes(tokens, width, hidden)
+    assert set(found) == set(products.COUNTS)
+    counted = sum(products.COUNTS[name] * math.prod(shape) for name, shape in found.items())
+    assert counted == 3 * tokens * (4 * width**2 + 2 * width * hidden)
+    # One that is infinitely quick leaves the time of the others; equal shares stay what they are.
+    assert products.of_block(dict.fromkeys(found, 0.4), found) == pytest.approx(0.4)
+    some = {name: 0.5 if 'kernel' in name else math.inf for name in found}
+    assert products.of_block(some, found) == pytest.approx(1.5)  # A third of the work at a half.
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='no libtpu')
+def test_a_product_that_fills_a_chip_is_near_its_peak_and_a_thin_one_is_not():
+    place = topology.load('v5e:1x1')
+    share = {}
+    for columns in (128, 2048):
+        shape = (2048, 1024, columns)
+        taken = products.cycles(shape, columns == 2048, place.devices[0])
+        share[columns] = products.share_of_peak(shape, taken, place.chip)
+    assert 0.8 < share[2048] <= 1
+    assert 0 < share[128] < 0.6

@@ -1,0 +1,105 @@
+"""What a block's matrix products reach alone, by the TPU compiler: `python -m benchmarks products`.
+
+Each product is compiled by itself, in bfloat16 and at the size that it has in a row of
+`benchmarks chips`, and its estimated cycles are set beside the chip's peak. It bounds what a whole
+step can reach: attention's own products, norms, the optimizer and collectives come on top.
+"""
+
+import argparse
+import json
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import chips
+from big_vit import compiler, hlo, topology
+from big_vit.models import variants
+
+FILE = chips.FILE.parent / 'products.json'
+# How often a block multiplies, forward and for the gradients of inputs and of kernels.
+COUNTS = {'projection': 8, 'up': 2, 'down': 2, 'projection kernel': 4, 'mlp kernel': 2}
+
+
+def shapes(tokens: int, width: int, hidden: int) -> dict[str, tuple[int, int, int]]:
+    """Of each product, (rows, what is summed over, columns)."""
+    return {
+        'projection': (tokens, width, width),
+        'up': (tokens, width, hidden),
+        'down': (tokens, hidden, width),
+        'projection kernel': (width, tokens, width),
+        'mlp kernel': (width, tokens, hidden),
+    }
+
+
+def cycles(shape: tuple[int, int, int], transposed: bool, device: Any) -> int:
+    """Of [rows, summed] @ [summed, columns] on one chip, the first kept transposed or not."""
+    rows, summed, columns = shape
+    place = NamedSharding(Mesh(np.array([device]), ('chip',)), PartitionSpec())
+    first = (summed, rows) if transposed else (rows, summed)
+    operands = [
+        jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=place)
+        for size in (first, (summed, columns))
+    ]
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a.T if transposed else a) @ b
+
+    lowered = jax.jit(product, out_shardings=place).lower(*operands)
+    # Options that speak of collectives are none of one chip's.
+    options = compiler.OPTIONS.get(device.device_kind, {})
+    options = {name: value for name, value in options.items() if 'vmem' in name}
+    return hlo.read(lowered.compile(compiler_options=options).as_text(), 1).cycles
+
+
+def share_of_peak(shape: tuple[int, int, int], cycles: int, chip: topology.Chip) -> float:
+    return 2 * np.prod(shape, dtype=float) / (cycles / chip.clock * chip.peak_flops)
+
+
+def of_block(shares: dict[str, float], shape: dict[str, tuple[int, int, int]]) -> float:
+    """What all products of a block together reach, forward and backward."""
+    work = {name: COUNTS[name] * float(np.prod(shape[name], dtype=float)) for name in COUNTS}
+    return sum(work.values()) / sum(work[name] / shares[name] for name in COUNTS)
+
+
+def measure(row: chips.Row) -> dict[str, Any]:
+    place = topology.load(row.topology)
+    assert place.chip is not None
+    fields = variants.parse(row.variant)
+    patches = (224 // fields['patch_size'][0]) ** 2
+    tokens = row.batch // row.accumulation * patches
+    sizes = shapes(tokens, fields['width'], fields['mlp_dim'])
+    found = {}
+    for name, shape in sizes.items():
+        taken = cycles(shape, name.endswith('kernel'), place.devices[0])
+        found[name] = share_of_peak(shape, taken, place.chip)
+    return {'tokens': tokens, 'shares': found, 'block': of_block(found, sizes)}
+
+
+def table(rows: dict[str, Any], steps: dict[str, Any]) -> str:
+    header = ['model', 'slice', 'tokens', *COUNTS, 'all of a block', 'the step, big_vit']
+    lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
+    for row in chips.ROWS:
+        found = rows[row.name]
+        step = steps.get(row.name, {}).get('big_vit')
+        shares = [*found['shares'].values(), found['block']]
+        cells = [row.variant, row.topology, f'{found["tokens"]:,}', *(f'{x:.0%}' for x in shares)]
+        cells.append(f'{step["mfu"]:.0%}' if step else '-')
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog='python -m benchmarks products', allow_abbrev=False).parse_args(
+        argv
+    )
+    topology.check_libtpu()
+    # What is read from the cache would be the same, but warns of each program.
+    jax.config.update('jax_enable_compilation_cache', False)
+    rows = {row.name: measure(row) for row in chips.ROWS}
+    versions = {name: metadata.version(name) for name in ('jax', 'libtpu')}
+    FILE.write_text(json.dumps({'versions': versions, 'rows': rows}, indent=1) + '\n')
+    print(table(rows, chips.stored()['rows']))
