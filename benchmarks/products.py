@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         argv
     )
     topology.check_libtpu()
-    # What is read from the cache would be the same, but warns of each program.
+    # A program for a chip that is not here could be stored in the cache, but not read again.
     jax.config.update('jax_enable_compilation_cache', False)
     rows = {row.name: measure(row) for row in chips.ROWS}
     versions = {name: metadata.version(name) for name in ('jax', 'libtpu')}

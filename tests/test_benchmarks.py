@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, environment
 
 from benchmarks import baseline, chips, growth, precision, products, startup, step
-from big_vit import sharding, topology
+from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.models import costs, layers, variants
 from big_vit.models.vit import ViT
@@ -214,13 +214,26 @@ def test_the_products_of_a_block_are_three_times_those_of_its_forward_pass():
     assert products.of_block(some, found) == pytest.approx(1.5)  # A third of the work at a half.
 
 
+# In a process of its own: the cache of programs cannot be left out once it was used.
+SHARES = """
+import jax
+from benchmarks import products
+from big_vit import topology
+
+jax.config.update('jax_enable_compilation_cache', False)
+place = topology.load('v5e:1x1')
+for shape, transposed in (((2048, 1024, 128), False), ((2048, 8192, 2048), True)):
+    taken = products.cycles(shape, transposed, place.devices[0])
+    print('share', products.share_of_peak(shape, taken, place.chip))
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='no libtpu')
 def test_a_product_that_fills_a_chip_is_near_its_peak_and_a_thin_one_is_not():
-    place = topology.load('v5e:1x1')
-    share = {}
-    for columns in (128, 2048):
-        shape = (2048, 1024, columns)
-        taken = products.cycles(shape, columns == 2048, place.devices[0])
-        share[columns] = products.share_of_peak(shape, taken, place.chip)
-    assert 0.8 < share[2048] <= 1
-    assert 0 < share[128] < 0.6
+    command = [sys.executable, '-c', SHARES]
+    text = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    thin, full = (
+        float(line.split()[1]) for line in text.stdout.splitlines() if line[:5] == 'share'
+    )
+    assert 0 < thin < 0.6
+    assert 0.8 < full <= 1
