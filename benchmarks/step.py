@@ -192,12 +192,16 @@ PARTS, DEVICES = ' in 2 parts', ' on 2 devices'
 ON_TWO = 'big_vit' + PARTS + DEVICES
 
 
+def told_apart(side: str) -> tuple[str, int, int]:
+    """The entry of `SIDES`, the parts of a batch, and devices."""
+    on_one = side.removesuffix(DEVICES)
+    whole = on_one.removesuffix(PARTS)
+    return whole, 1 if whole == on_one else 2, 1 if on_one == side else 2
+
+
 def made(side: str, size: Size, device: str) -> tuple[Step, int]:
     """The step of a side, and its floating-point operations where they are known."""
-    devices = 2 if side.endswith(DEVICES) else 1
-    side = side.removesuffix(DEVICES)
-    parts = 2 if side.endswith(PARTS) else 1
-    side = side.removesuffix(PARTS)
+    side, parts, devices = told_apart(side)
     if side.startswith('timm'):
         return timm(size, device, side.endswith('compiled'), parts), 0
     changes = {
@@ -214,7 +218,7 @@ def work(side: str, size: Size, device: str) -> None:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-    devices = 2 if side.endswith(DEVICES) else 1
+    _, _, devices = told_apart(side)
     with jax.set_mesh(sharding.make_mesh(1, devices, 1, jax.devices()[:devices])):
         serve(*made(side, size, device), lambda: gpu_memory(side) if device == 'gpu' else 0)
 
@@ -284,7 +288,8 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
     memory: dict[str, int] = {}
     try:
         for name in names:
-            environment = {'JAX_NUM_CPU_DEVICES': '2'} if name.endswith(DEVICES) else None
+            side, _, devices = told_apart(name)
+            environment = {'JAX_NUM_CPU_DEVICES': str(devices)} if devices > 1 else None
             command = ('step', '--side', name, '--size', str(number))
             running[name] = Side(*command, environment=environment)
             try:
@@ -293,15 +298,15 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
                 times[name] = []
             except UserError as error:
                 # What a machine may lack, Triton or cuDNN, only leaves its side out.
-                if name.partition(PARTS)[0] in ('big_vit', 'timm'):
+                if side in ('big_vit', 'timm'):
                     raise UserError(f'benchmarks step: {name}, {size.name}: {error}') from error
                 failed[name] = str(error)
         for _ in range(rounds):
             for name in times:
                 times[name].append(running[name].round())
     finally:
-        for side in running.values():
-            side.end()
+        for process in running.values():
+            process.end()
     about = {'name': size.name, 'batch': size.batch, 'flops': flops, 'left': failed}
     return {**about, 'times': times, 'memory': memory}
 

@@ -237,3 +237,9 @@ def test_a_product_that_fills_a_chip_is_near_its_peak_and_a_thin_one_is_not():
     )
     assert 0 < thin < 0.6
     assert 0.8 < full <= 1
+
+
+def test_the_name_of_a_side_says_its_parts_and_devices():
+    assert step.told_apart('timm, compiled') == ('timm, compiled', 1, 1)
+    assert step.told_apart('timm, compiled in 2 parts') == ('timm, compiled', 2, 1)
+    assert step.told_apart(step.ON_TWO) == ('big_vit', 2, 2)
