@@ -89,10 +89,10 @@ def lower(variant: str, mesh: Mesh, batch_size: int, size: int = 224) -> Any:
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    like = jax.tree.map(placed, jax.eval_shape(init, jax.random.key(0)))
+    abstract_state = jax.tree.map(placed, jax.eval_shape(init, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32, sharding=split)
     labels = jax.ShapeDtypeStruct((batch_size, CLASSES), jnp.float32, sharding=split)
     with jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=(whole, whole)).lower(
-            like, images, labels
+            abstract_state, images, labels
         )

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from big_vit import checkpoint, metrics, sharding, state, trees
+from big_vit.checkpoint_hashes import hashes_of
 from big_vit.models import variants
 from big_vit.models.vit import ViT
 
@@ -75,10 +76,10 @@ def one_round(full: Any, arrays: list[np.ndarray], folder: Path, number: int) ->
                 np.fromfile(file, array.dtype, array.size)
 
     def restore() -> None:
-        like = jax.tree.map(
+        abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), full
         )
-        jax.block_until_ready(checkpoint.restore(folder, 1, like))
+        jax.block_until_ready(checkpoint.restore(folder, 1, abstract_state))
 
     found['NumPy write and fsync'] = timed(write)
     forget(folder)
@@ -94,12 +95,12 @@ def one_round(full: Any, arrays: list[np.ndarray], folder: Path, number: int) ->
     for checked in (True, False) if number % 2 else (False, True):
         forget(folder)
         name = 'restore' if checked else 'restore, hashes not checked'
-        hashes, compare = checkpoint._hashes, checkpoint._check_hashes
+        hashes, compare = checkpoint.hashes_of, checkpoint._check_hashes
         if not checked:
-            checkpoint._hashes, checkpoint._check_hashes = lambda _: {}, lambda *_: None
+            checkpoint.hashes_of, checkpoint._check_hashes = lambda _: {}, lambda *_: None
         found[name] = timed(restore)
-        checkpoint._hashes, checkpoint._check_hashes = hashes, compare
-    found['hashes alone'] = timed(lambda: checkpoint._hashes(full))
+        checkpoint.hashes_of, checkpoint._check_hashes = hashes, compare
+    found['hashes alone'] = timed(lambda: hashes_of(full))
     files = [path for path in (folder / 'checkpoints').rglob('*') if path.is_file()]
     found['bytes on disk'] = sum(path.stat().st_size for path in files)
     shutil.rmtree(folder / 'checkpoints')
@@ -109,7 +110,7 @@ def one_round(full: Any, arrays: list[np.ndarray], folder: Path, number: int) ->
 def measure(variant: str, devices: int, rounds: int, folder: Path) -> dict[str, Any]:
     full = random_state(variant, devices)
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(full)]
-    checkpoint._hashes(full)  # Compiled once in a run; it is not what is measured here.
+    hashes_of(full)  # Compiled once in a run; it is not what is measured here.
     found = [one_round(full, arrays, folder, number) for number in range(rounds)]
     medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
     return {'variant': variant, 'bytes': trees.nbytes(full), 'median': medians, 'rounds': found}

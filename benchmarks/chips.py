@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import baseline
-from big_vit import hlo, plan, sharding, topology
+from big_vit import plan, sharding
 from big_vit.errors import UserError
-from big_vit.models import costs, variants
+from big_vit.models import flops, variants
 from big_vit.models.vit import ViT
+from big_vit.planning import hlo, topology
 
 FILE = Path(__file__).parent / 'results' / 'chips.json'
 GIB = 2**30
@@ -111,12 +112,12 @@ def plain(row: Row) -> dict[str, Any]:
     seconds = module.cycles / place.chip.clock
     seconds += sum(plan.link_seconds(one, place) for one in waiting)
     model = ViT(num_classes=baseline.CLASSES, **variants.parse(row.variant))
-    flops = 3 * costs.cost(model, {'image': (224, 224, 3)}).flops * row.batch
+    operations = 3 * flops.cost(model, {'image': (224, 224, 3)}).flops * row.batch
     return {
         'fits': True,
         'cycles': module.cycles,
         'step_seconds': seconds,
-        'mfu': flops / seconds / place.chip.peak_flops,
+        'mfu': operations / seconds / place.chip.peak_flops,
         'hbm_peak': peak,
         'problem': '',
     }

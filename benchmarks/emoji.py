@@ -26,23 +26,18 @@ import numpy as np
 from etils import epath
 
 from benchmarks.checkpoint import cpu
-from big_vit import (
-    build,
-    metrics,
-    objectives,
-    plots,
-    runtime,
-    sharding,
-    state,
-    steps,
-    storage,
-)
 from big_vit import config as config_lib
+from big_vit import metrics, runtime, sharding, state, steps, storage
+from big_vit.build.data import device_operations
+from big_vit.build.experiment import Experiment, build_experiment, train_batches
+from big_vit.build.steps import build_train_step
 from big_vit.config import Config
 from big_vit.data.decode import DecodeError, Encoded
 from big_vit.errors import UserError
 from big_vit.evaluators import fewshot, retrieval
 from big_vit.evaluators.features import Features
+from big_vit.inspection import plots
+from big_vit.tasks.batch import model_inputs
 from big_vit.train import MAX_SKIPPED_IN_A_ROW
 
 RESULTS = Path(__file__).parent / 'results'
@@ -255,7 +250,7 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
         rngs = {} if rng is None else {'dropout': rng}
-        given, train = objectives.inputs(batch), rng is not None
+        given, train = model_inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
         tokens, label = extra['blocks'][-1], batch['label']
         found = contrast(grid_means(tokens, GRID), label)
@@ -288,31 +283,31 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
     return base.replacing(changes)
 
 
-def train(config: Config, kinds: np.ndarray) -> tuple[build.Experiment, Any, float]:
+def train(config: Config, kinds: np.ndarray) -> tuple[Experiment, Any, float]:
     """The parts, the averaged parameters and the seconds of the steps.
 
     Args:
       kinds: of the identities that may be learnt from, see `objective`.
     """
-    parts = build.experiment(config)
+    parts = build_experiment(config)
     if config.data.name == 'fdsl':
-        step = build.train_step(config, parts)
+        step = build_train_step(config, parts)
     else:
         update = steps.update(
             objective(parts.model.apply, kinds),
             parts.optimizer,
             parts.schedule,
             parts.mesh,
-            prepare=build.prepare(parts.data),
+            prepare=device_operations(parts.data),
             seed=config.seed,
             ema=config.ema,
         )
-        step = steps.make_train_step(update, parts.like, parts.mesh)
+        step = steps.make_train_step(update, parts.abstract_state, parts.mesh)
     with jax.set_mesh(parts.mesh):
         shape = parts.data.inputs
-        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like)
+        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
         began = time.perf_counter()
-        with build.train_batches(config, parts, 0) as batches:
+        with train_batches(config, parts, 0) as batches:
             for _ in range(parts.total_steps):
                 now, values = step(now, next(batches))
                 jax.block_until_ready(values)
@@ -322,12 +317,14 @@ def train(config: Config, kinds: np.ndarray) -> tuple[build.Experiment, Any, flo
     return parts, now['ema'], time.perf_counter() - began
 
 
-def random_network(seed: int) -> tuple[build.Experiment, Any]:
+def random_network(seed: int) -> tuple[Experiment, Any]:
     """The network as it begins."""
     base = config_lib.load('configs/pretrain_fdsl.py', []).replacing({**SHARED, 'seed': seed})
-    parts = build.experiment(base)
+    parts = build_experiment(base)
     with jax.set_mesh(parts.mesh):
-        made = state.create(parts.model, parts.data.inputs, parts.optimizer, seed, parts.like)
+        made = state.create(
+            parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state
+        )
     return parts, made['params']
 
 
@@ -341,7 +338,7 @@ def shrunk(images: np.ndarray, side: int) -> np.ndarray:
 class Seen:
     """What a start makes of pictures, by readout; `parts` is None for pixels."""
 
-    def __init__(self, parts: build.Experiment | None, params: Any, emoji: Emoji):
+    def __init__(self, parts: Experiment | None, params: Any, emoji: Emoji):
         self._emoji, self._tokens = emoji, {}
         views = {name: emoji.images[name] for name in SETS}
         views['mirrored'] = emoji.images['twitter'][:, :, ::-1]

@@ -23,8 +23,9 @@ import jax
 from benchmarks import step
 from benchmarks.checkpoint import cpu
 from benchmarks.chips import planned
-from big_vit import sharding, topology
+from big_vit import sharding
 from big_vit.errors import UserError
+from big_vit.planning import topology
 
 FILE = Path(__file__).parent / 'results' / 'growth.json'
 GIB = 2**30

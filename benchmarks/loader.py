@@ -77,9 +77,9 @@ def files_of(folder: Path) -> list[str]:
 
 
 def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
-    from big_vit.data import opening, pipeline
+    from big_vit.data import dataset, pipeline
 
-    spec = opening.Spec(
+    spec = dataset.Spec(
         key='data',
         name='folder',
         split='train',
@@ -88,7 +88,7 @@ def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
         path=str(folder),
         cache=cache,
     )
-    source, rest = opening.open_examples((spec,))
+    source, rest = dataset.open_examples((spec,))
     order = pipeline.Order(batch_size=BATCH, seed=0)
     for batch in pipeline.train_batches(source, rest, order, num_threads=cores):
         yield batch['image']

@@ -21,12 +21,21 @@ import jax
 from etils import epath
 
 from benchmarks.checkpoint import cpu
-from big_vit import build, command_line, ledger, metrics, plots, runtime, state, storage, train
+from big_vit import command_line, ledger, metrics, runtime, state, storage, train
 from big_vit import config as config_lib
+from big_vit.build.experiment import (
+    abstract_batch,
+    build_experiment,
+    eval_batches,
+    is_due,
+    train_batches,
+)
+from big_vit.build.steps import build_eval_steps, build_train_step
 from big_vit.config import Config
+from big_vit.config.schema import SCHEMA
 from big_vit.errors import UserError
 from big_vit.evaluators import classification
-from big_vit.schema import SCHEMA
+from big_vit.inspection import plots
 
 RESULTS = Path(__file__).parent / 'results'
 CONFIG = 'configs/fashion_mnist.py'
@@ -107,15 +116,15 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
     Args:
       final: also score on the test images.
     """
-    parts = build.experiment(config)
-    step, scorers = build.train_step(config, parts), build.eval_steps(config, parts)
+    parts = build_experiment(config)
+    step, scorers = build_train_step(config, parts), build_eval_steps(config, parts)
     config.audit()
-    counted = ledger.measure(parts.like)
+    counted = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):
         shape, every = parts.data.inputs, parts.due.evals['often']
-        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.like)
+        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
         held_out = {
-            name: list(build.eval_batches(parts, name))
+            name: list(eval_batches(parts, name))
             for name in ('often', 'val', *(['test'] if final else []))
         }
 
@@ -125,16 +134,16 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
 
         accuracy('often')  # Compiles.
         began = time.perf_counter()
-        step = step.lower(now, build.abstract_batch(parts)).compile()
+        step = step.lower(now, abstract_batch(parts)).compile()
         compiling, seconds, curve, lost, values = time.perf_counter() - began, 0.0, [], False, None
-        with build.train_batches(config, parts, 0) as batches:
+        with train_batches(config, parts, 0) as batches:
             began = time.perf_counter()
             for number in range(1, parts.total_steps + 1):
                 batch, before = next(batches), values
                 now, values = step(now, batch)
                 if before is not None:  # One step in flight, as in a run.
                     jax.block_until_ready(before)
-                if build.is_due(every, number, parts.total_steps):
+                if is_due(every, number, parts.total_steps):
                     jax.block_until_ready(values)
                     seconds += time.perf_counter() - began
                     curve.append((number, accuracy('often')))

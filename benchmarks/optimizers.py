@@ -29,12 +29,15 @@ import numpy as np
 import optax
 
 from benchmarks.checkpoint import cpu
-from big_vit import build, hlo, ledger, plan, sharding, state, topology, trees
 from big_vit import config as config_lib
+from big_vit import ledger, plan, sharding, state, trees
+from big_vit.build.experiment import abstract_batch, build_experiment
+from big_vit.build.steps import build_train_step
 from big_vit.models import variants
 from big_vit.models.vit import ViT
 from big_vit.optim import blocks, factory, matrices, roots
 from big_vit.optim.factory import Rules
+from big_vit.planning import hlo, topology
 
 RESULTS = Path(__file__).parent / 'results'
 TOPOLOGY, BATCH = 'v5e:8x8', 4096
@@ -205,17 +208,20 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
     changes = {'batch_size': BATCH, 'mixup': 0, 'model.scan': True}
     changes |= {f'optim.{key}': value for key, value in OWN[name].items()}
     config = config_lib.load('configs/vit_b16_i1k.py').replacing(changes)
-    parts = build.experiment(config, place.devices)
-    step, batch = build.train_step(config, parts), build.abstract_batch(parts)
-    counted = ledger.measure(parts.like)
+    parts = build_experiment(config, place.devices)
+    step, batch = build_train_step(config, parts), abstract_batch(parts)
+    counted = ledger.measure(parts.abstract_state)
     say(
         flops=parts.flops_per_example * BATCH,
-        **{f'operations_{key}': n for key, n in operations(name, parts.like['params']).items()},
+        **{
+            f'operations_{key}': n
+            for key, n in operations(name, parts.abstract_state['params']).items()
+        },
         words=counted.own.scalars / counted.params.scalars,
         state_on_device=counted.own.on_device,
     )
     with jax.set_mesh(parts.mesh):
-        program = compiled(lambda: step.lower(parts.like, batch))
+        program = compiled(lambda: step.lower(parts.abstract_state, batch))
     module = hlo.read(program.as_text(), len(place.devices))
     waits: dict[str, float] = {}
     for one in module.collectives:
@@ -249,8 +255,10 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
     for others, devices in ((8, 'v5e:2x4'), (64, 'v5e:8x8'), (512, 'v5p:8x8x8')):
         # Parameters are split over 64 devices at most: their rows are too few for more.
         axes = {'mesh.fsdp': min(others, 64), 'mesh.replica': max(others // 64, 1)}
-        like = build.experiment(config.replacing(axes), topology.load(devices).devices).like
-        say(**{f'state_on_{others}': ledger.measure(like).own.on_device})
+        abstract_state = build_experiment(
+            config.replacing(axes), topology.load(devices).devices
+        ).abstract_state
+        say(**{f'state_on_{others}': ledger.measure(abstract_state).own.on_device})
 
 
 def on_devices(name: str, variant: str) -> None:
@@ -262,20 +270,20 @@ def on_devices(name: str, variant: str) -> None:
     same = sharding.replicated(mesh)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), params)
     with jax.set_mesh(mesh):
-        like = jax.eval_shape(optimizer.init, params)
-        where = sharding.shardings_for(like, mesh, 2**62)
-        like = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, where
+        abstract_state = jax.eval_shape(optimizer.init, params)
+        where = sharding.shardings_for(abstract_state, mesh, 2**62)
+        abstract_state = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, where
         )
-        numbers, count = trees.count(like), trees.count(params)
-        say(words=numbers / count, bytes=trees.nbytes(like), params=count)
-        say(state_on_device=sharding.device_bytes(like, where))
+        numbers, count = trees.count(abstract_state), trees.count(params)
+        say(words=numbers / count, bytes=trees.nbytes(abstract_state), params=count)
+        say(state_on_device=sharding.device_bytes(abstract_state, where))
 
         def update(grads: Any, old: Any, params: Any) -> Any:
             return optimizer.update(grads, old, params, step=jnp.int32(100))
 
         jitted = jax.jit(update, donate_argnums=1, out_shardings=(same, where))
-        program = compiled(lambda: jitted.lower(params, like, params))
+        program = compiled(lambda: jitted.lower(params, abstract_state, params))
     module = hlo.read(program.as_text(), 8)
     kinds: dict[str, int] = {}
     for one in module.collectives:
@@ -298,13 +306,13 @@ def in_time(name: str, variant: str) -> None:
 
     weights, grads = noise(0.02), [noise(1e-3), noise(1e-3)]
     now = jax.jit(optimizer.init)(weights)
-    like, step = jax.eval_shape(lambda x: x, now), jnp.int32(0)
+    abstract_state, step = jax.eval_shape(lambda x: x, now), jnp.int32(0)
 
     def update(grads: Any, old: Any, params: Any, step: Any) -> Any:
         return optimizer.update(grads, old, params, step=step)
 
     jitted = jax.jit(update, donate_argnums=1)
-    program = compiled(lambda: jitted.lower(grads[0], like, weights, step))
+    program = compiled(lambda: jitted.lower(grads[0], abstract_state, weights, step))
     for number in range(1, 2 * max(every(name), 20) + 3):
         began = time.perf_counter()
         _, now = jax.block_until_ready(program(grads[number % 2], now, weights, step))

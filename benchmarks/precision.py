@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vit import build, metrics, runtime, state
 from big_vit import config as config_lib
+from big_vit import metrics, runtime, state
+from big_vit.build.experiment import build_experiment, eval_batches, train_batches
+from big_vit.build.steps import build_eval_steps, build_train_step
 from big_vit.evaluators import classification
 from big_vit.models import layers
 
@@ -53,16 +55,18 @@ def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
     config = config_lib.load('configs/fashion_mnist.py', []).replacing(changes)
     norm = two_passes if 'two passes' in kind else layers.layer_norm
     with mock.patch.object(layers, 'layer_norm', norm):
-        parts = build.experiment(config)
+        parts = build_experiment(config)
         with jax.set_mesh(parts.mesh):
-            step, scorers = build.train_step(config, parts), build.eval_steps(config, parts)
-            now = state.create(parts.model, parts.data.inputs, parts.optimizer, seed, parts.like)
+            step, scorers = build_train_step(config, parts), build_eval_steps(config, parts)
+            now = state.create(
+                parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state
+            )
             losses = []
-            with build.train_batches(config, parts, 0) as batches:
+            with train_batches(config, parts, 0) as batches:
                 for _ in range(steps):
                     now, values = step(now, next(batches))
                     losses.append(float(values['loss']))
-            batches_ = build.eval_batches(parts, 'test')
+            batches_ = eval_batches(parts, 'test')
             top1 = classification.run(scorers['test'], now['params'], batches_)['top1']
     jax.clear_caches()
     return {'losses': losses, 'top1': top1}

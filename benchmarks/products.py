@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import chips
-from big_vit import compiler, hlo, topology
+from big_vit import compiler
 from big_vit.models import variants
+from big_vit.planning import hlo, topology
 
 FILE = chips.FILE.parent / 'products.json'
 # How often a block multiplies, forward and for the gradients of inputs and of kernels.

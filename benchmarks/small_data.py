@@ -23,11 +23,13 @@ from etils import epath
 
 from benchmarks.checkpoint import cpu
 from benchmarks.optimizer_race import trial
-from big_vit import build, command_line, metrics, plots, runtime, sharding, storage
+from big_vit import command_line, metrics, runtime, sharding, storage
 from big_vit import config as config_lib
+from big_vit.build.model import build_model
 from big_vit.config import Config
 from big_vit.errors import UserError
-from big_vit.models import costs
+from big_vit.inspection import plots
+from big_vit.models import flops
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ('vit', 'conv', 'cct', 'spt', 'hybrid')
@@ -47,10 +49,10 @@ class Run:
     seed: int
 
 
-def cost_of(config: Config) -> costs.Cost:
+def cost_of(config: Config) -> flops.Cost:
     """Of the model of a config, without its data."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    return costs.cost(build.model(config, 10, SHAPE, mesh), SHAPE)
+    return flops.cost(build_model(config, 10, SHAPE, mesh), SHAPE)
 
 
 def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config:

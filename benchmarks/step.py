@@ -29,8 +29,10 @@ import jax
 import numpy as np
 
 from benchmarks.checkpoint import cpu
-from big_vit import build, runtime, sharding, state
 from big_vit import config as config_lib
+from big_vit import runtime, sharding, state
+from big_vit.build.experiment import abstract_batch, build_experiment
+from big_vit.build.steps import build_train_step
 from big_vit.errors import UserError
 from big_vit.models import variants
 
@@ -91,18 +93,18 @@ def ours(
         **{f'model.{name}': str(value) for name, value in size.changes},
     }
     config = config_lib.load('configs/vit_b16_i1k.py', list(overrides.items()))
-    experiment = build.experiment(config, jax.devices()[:devices])
+    experiment = build_experiment(config, jax.devices()[:devices])
     rng = np.random.default_rng(0)
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.integers(0, 2 if leaf.dtype == np.int32 else 256, leaf.shape)
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-    batch = jax.tree.map(drawn, build.abstract_batch(experiment))
+    batch = jax.tree.map(drawn, abstract_batch(experiment))
     now = state.create(
-        experiment.model, experiment.data.inputs, experiment.optimizer, 0, experiment.like
+        experiment.model, experiment.data.inputs, experiment.optimizer, 0, experiment.abstract_state
     )
-    step = build.train_step(config, experiment).lower(now, batch).compile()
+    step = build_train_step(config, experiment).lower(now, batch).compile()
 
     def once() -> Any:
         nonlocal now

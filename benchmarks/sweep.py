@@ -19,9 +19,10 @@ import jax
 
 from benchmarks.checkpoint import cpu
 from big_vit import config as config_lib
-from big_vit import metrics, runtime, sweep, train, transfer
+from big_vit import metrics, runtime, train, transfer
 from big_vit.config import Config
-from big_vit.trials import Trial
+from big_vit.sweeps import sweep
+from big_vit.sweeps.vmapped_trials import Trial
 
 RESULTS = Path(__file__).parent / 'results'
 RATES = tuple(0.003 * 2**i for i in range(8))

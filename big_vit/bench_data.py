@@ -3,7 +3,11 @@
 Whole batches first, as training loads them; then one thread, to say what each operation costs.
 """
 
-from big_vit import command_line
+from big_vit import command_line, metrics, runtime
+from big_vit import config as config_lib
+from big_vit.build.data import Data, host_batches, train_data
+from big_vit.data import order, pipeline, transforms
+from big_vit.data.transforms import operations
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.bench_data())
@@ -14,20 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from big_vit import build, metrics, runtime
-from big_vit import config as config_lib
-from big_vit.data import operations, order, pipeline, transforms
-
 # Of the part that tells the operations apart.
 _SAMPLE, _TOGETHER = 256, 16
 
 
-def whole(found: build.Data, seconds: float) -> dict[str, float]:
+def whole(found: Data, seconds: float) -> dict[str, float]:
     """Rates of the loader as training runs it: {'examples_per_s', 'per_core', 'host_memory_mb'}.
 
     The first batches, which open files and start threads, are not counted.
     """
-    batches = build.host_batches(found, 0, slice(None))
+    batches = host_batches(found, 0, slice(None))
     try:
         for _ in range(2):
             next(batches)
@@ -46,7 +46,7 @@ def whole(found: build.Data, seconds: float) -> dict[str, float]:
     return result if memory is None else {**result, 'host_memory_mb': memory}
 
 
-def by_operation(found: build.Data) -> dict[str, float]:
+def by_operation(found: Data) -> dict[str, float]:
     """Microseconds an example of reading and of each operation, in one thread.
 
     An image is decoded by the first operation that needs its pixels, which that one pays for.
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
     config = config_lib.load(spec, overrides)
     runtime.start()
-    found = build.train_data(config)
+    found = train_data(config)
     cost = by_operation(found)
     rates = whole(found, args.seconds)
     if args.json:

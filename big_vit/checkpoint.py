@@ -9,7 +9,6 @@ bits that does not depend on the sharding, so damage is found when it is read.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from jax.experimental import multihost_utils
 
 import big_vit
 from big_vit import sharding, storage, trees
+from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.state import State
 
@@ -38,68 +38,13 @@ COMMITTED = 'commit_success.txt'
 TIMEOUT_S = 30 * 60
 # Bytes of an array that are worth a device of their own to save them.
 LEAST_SHARE = 1 << 20
-# Bytes of a state that are hashed on the host sooner than a program for it is compiled.
-SMALL_STATE = 8 << 20
+
 
 Place = str | os.PathLike[str]
 
 
 class CorruptCheckpointError(UserError):
     """A checkpoint whose contents are not what was saved."""
-
-
-def _hash_bits(bits: Any, index: Any, xp: Any) -> Any:
-    """Two 32-bit sums over (bits, position); changing any one value changes both."""
-    totals = []
-    for a, b in ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F)):
-        weight = (index + xp.uint32(b)) * xp.uint32(a)
-        weight = (weight ^ (weight >> xp.uint32(15))) * xp.uint32(0x2C1B3C6D)
-        weight = (weight ^ (weight >> xp.uint32(13))) | xp.uint32(1)
-        totals.append((bits * weight).sum(dtype=xp.uint32))
-    return xp.stack(totals)
-
-
-def _hash_device(leaf: jax.Array) -> jax.Array:
-    """Runs where the leaf lies; sums of integers do not depend on their order."""
-    width = leaf.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f'uint{width}')).astype(jnp.uint32)
-    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        index += along * jnp.uint32(stride % 2**32)
-        stride *= leaf.shape[axis]
-    return _hash_bits(bits, index, jnp)
-
-
-def hash_array(array: np.ndarray) -> str:
-    """The hash of one leaf on the host, equal to the one made on the devices at saving."""
-    bits = np.ascontiguousarray(array).view(f'uint{array.dtype.itemsize * 8}')
-    bits = bits.reshape(-1).astype(np.uint32)
-    index = np.arange(bits.size, dtype=np.uint64).astype(np.uint32)
-    with np.errstate(over='ignore'):
-        return np.asarray(_hash_bits(bits, index, np)).tobytes().hex()
-
-
-@functools.cache
-def _hash_leaves(mesh: Any) -> Any:
-    """Compiled once for a mesh; each process gets all of the result, in one array."""
-    everywhere = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.jit(
-        lambda leaves: jnp.stack([_hash_device(leaf) for leaf in leaves]),
-        out_shardings=everywhere,
-    )
-
-
-def _hashes(state: Any) -> dict[str, str]:
-    # Sorted, or a restored state would be compiled for once more: Orbax sorts its keys.
-    flat = dict(sorted(trees.flatten(state).items()))
-    here = all(getattr(leaf, 'is_fully_addressable', True) for leaf in flat.values())
-    if here and sum(leaf.nbytes for leaf in flat.values()) <= SMALL_STATE:
-        return {name: hash_array(leaf) for name, leaf in jax.device_get(flat).items()}
-    shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
-    meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}
-    values = jax.device_get(_hash_leaves(meshes.pop() if meshes else None)(list(flat.values())))
-    return {name: value.tobytes().hex() for name, value in zip(flat, values, strict=True)}
 
 
 def _anywhere(problem: str) -> str:
@@ -118,7 +63,7 @@ def _anywhere(problem: str) -> str:
 
 def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
     """The sidecar of a state: all that is needed to read, check and understand it."""
-    hashes = _hashes(state)
+    hashes = hashes_of(state)
     leaves = {
         name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'hash': hashes[name]}
         for name, leaf in trees.flatten(state).items()
@@ -233,7 +178,7 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
     return sidecar
 
 
-def check_leaves(sidecar: dict[str, Any], like: Any, where: str) -> None:
+def check_leaves(sidecar: dict[str, Any], abstract_state: Any, where: str) -> None:
     """Compares shapes and types with an abstract tree, before anything is read.
 
     Raises:
@@ -245,7 +190,7 @@ def check_leaves(sidecar: dict[str, Any], like: Any, where: str) -> None:
     }
     wanted = {
         name: (_without_padding(name, x.shape), str(x.dtype))
-        for name, x in trees.flatten(like).items()
+        for name, x in trees.flatten(abstract_state).items()
     }
     _complain_of_difference(saved, wanted, where)
 
@@ -259,11 +204,11 @@ def _without_padding(name: str, shape: Sequence[int]) -> tuple[int | None, ...]:
     return (None, *shape[1:]) if sharding.STACKS.search(name) else tuple(shape)
 
 
-def check_params(params: Any, like: Any, where: str) -> None:
+def check_params(params: Any, abstract_state: Any, where: str) -> None:
     """The same for parameters that are in memory already; only shapes count."""
     saved, wanted = (
         {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}
-        for tree in (params, like)
+        for tree in (params, abstract_state)
     )
     _complain_of_difference(saved, wanted, where)
 
@@ -485,7 +430,7 @@ def _leave_without_waiting() -> None:
     threading._register_atexit(leave)  # type: ignore[attr-defined]
 
 
-def restore(workdir: Place, step: int, like: State) -> State:
+def restore(workdir: Place, step: int, abstract_state: State) -> State:
     """The state of a checkpoint, on the shardings of the abstract state `like`.
 
     Call it on all processes: where one cannot read its part, it fails on all.
@@ -496,7 +441,7 @@ def restore(workdir: Place, step: int, like: State) -> State:
     """
     where = _folder(workdir, step)
     sidecar = _read_sidecar_everywhere(workdir, step)
-    check_leaves(sidecar, like, str(where))
+    check_leaves(sidecar, abstract_state, str(where))
     with _quiet():
         import orbax.checkpoint as ocp
 
@@ -504,14 +449,14 @@ def restore(workdir: Place, step: int, like: State) -> State:
         try:
             # Not through a Checkpointer: at its end all processes wait, also for one that failed.
             state = ocp.StandardCheckpointHandler().restore(
-                where / 'state', args=ocp.args.StandardRestore(like, strict=False)
+                where / 'state', args=ocp.args.StandardRestore(abstract_state, strict=False)
             )
         except Exception as error:
             problem = f'{where}: cannot be read: {storage.reason(error)}'
     problem = _anywhere(problem)
     if problem:
         raise CorruptCheckpointError(problem)
-    _check_hashes(_hashes(state), sidecar, where)
+    _check_hashes(hashes_of(state), sidecar, where)
     return state
 
 

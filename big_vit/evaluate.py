@@ -3,7 +3,12 @@
 Exact on the whole split, on any number of devices.
 """
 
-from big_vit import command_line
+from big_vit import checkpoint, command_line, interop, metrics, runtime, sharding, state
+from big_vit import config as config_lib
+from big_vit.build.evaluations import SharedFeatures, build_evaluators
+from big_vit.build.experiment import Experiment, build_experiment
+from big_vit.distributed import hosts
+from big_vit.pretrained.load import initial_params, read_pretrained
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.evaluate())
@@ -16,19 +21,6 @@ from typing import Any
 
 import jax
 
-from big_vit import (
-    build,
-    checkpoint,
-    hosts,
-    interop,
-    metrics,
-    origin,
-    runtime,
-    scoring,
-    sharding,
-    state,
-)
-from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 
@@ -48,9 +40,11 @@ def run(
     sidecar = checkpoint.read_sidecar(workdir, step)
     config = _here(config_lib.from_json(sidecar['config']), overrides)
 
-    def load(parts: build.Experiment) -> Any:
+    def load(parts: Experiment) -> Any:
         params, _ = checkpoint.load_params(workdir, step, checkpoint.scored_part(sidecar))
-        checkpoint.check_params(params, parts.like['params'], f'{workdir}/checkpoints/{step}')
+        checkpoint.check_params(
+            params, parts.abstract_state['params'], f'{workdir}/checkpoints/{step}'
+        )
         return params
 
     return _scores(config, load)
@@ -63,15 +57,15 @@ def run_weights(
 
     Evaluations that say no transform have that of the weights.
     """
-    found = origin.read(path)
+    found = read_pretrained(path)
     config = _here(found.config, [*overrides, ('init', path)])
     plain = [name for name in config.evals if config.evals[name].transform is None]
     text = config.data.transform
     config = config.replacing({f'evals.{name}.transform': text for name in plain})
     head = found.params.get('head')
-    load = origin.starting(config, keep_head=True)
+    load = initial_params(config, keep_head=True)
 
-    def checked(parts: build.Experiment) -> Any:
+    def checked(parts: Experiment) -> Any:
         own = 0 if head is None else head['kernel'].shape[-1]
         of_head = [n for n, d in parts.evals.items() if n not in parts.references]
         if of_head and own != parts.data.source.num_classes:
@@ -108,12 +102,14 @@ def _here(saved: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     return config
 
 
-def _scores(config: Config, load: Callable[[build.Experiment], Any]) -> dict[str, dict[str, float]]:
-    parts = build.experiment(config)
-    evaluators = scoring.evaluators(config, parts)
-    params = jax.tree.map(sharding.place, load(parts), state.shardings(parts.like)['params'])
+def _scores(config: Config, load: Callable[[Experiment], Any]) -> dict[str, dict[str, float]]:
+    parts = build_experiment(config)
+    evaluators = build_evaluators(config, parts)
+    params = jax.tree.map(
+        sharding.place, load(parts), state.shardings(parts.abstract_state)['params']
+    )
     with jax.set_mesh(parts.mesh):
-        shared: scoring.Shared = {}
+        shared: SharedFeatures = {}
         return {name: evaluate(params, shared) for name, evaluate in evaluators.items()}
 
 

@@ -5,26 +5,29 @@ import re
 import jax
 import numpy as np
 
-from big_vit import build, config, ledger, metrics, state, trees
-from big_vit.models import costs
-from big_vit.optim import layers
+from big_vit import config, ledger, metrics, state, trees
+from big_vit.build.experiment import Experiment, build_experiment
+from big_vit.models import flops
+from big_vit.optim import per_layer
 
 
-def summary(settings: config.Config, parts: build.Experiment) -> list[str]:
+def summary(settings: config.Config, parts: Experiment) -> list[str]:
     """What is about to be done, in a few lines."""
     data, vit = parts.data, parts.model
-    params, flops, tokens = costs.cost(vit, data.shapes)
+    params, operations, tokens = flops.cost(vit, data.shapes)
     shown = ' + '.join('x'.join(map(str, data.shapes[part])) for part in data.reads)
     each = 'an image' if data.reads == ('image',) else 'an example'
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    held = ledger.line(ledger.measure(parts.like), ', '.join(parts.settings), parts.mesh.size)
+    held = ledger.line(
+        ledger.measure(parts.abstract_state), ', '.join(parts.settings), parts.mesh.size
+    )
     epochs = parts.total_steps * settings.batch_size / data.source.length
     return [
         f'mesh    {mesh}',
         f'state   {held}',
-        *(layout(parts.like) if parts.mesh.size > 1 else []),
+        *(layout(parts.abstract_state) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
-        f'{params / 1e6:,.2f} M parameters, {flops / 1e9:,.3f} GFLOP {each}, {tokens} tokens',
+        f'{params / 1e6:,.2f} M parameters, {operations / 1e9:,.3f} GFLOP {each}, {tokens} tokens',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{data.source.num_classes} classes, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
@@ -40,30 +43,32 @@ def spec_text(leaf: jax.ShapeDtypeStruct) -> str:
     return ', '.join(shown) if any(axes) else 'replicated'
 
 
-def layout(like: state.State) -> list[str]:
+def layout(abstract_state: state.State) -> list[str]:
     """What of an abstract state lies on every device, and how its largest arrays are split."""
-    flat = trees.flatten(like)
+    flat = trees.flatten(abstract_state)
     whole = [leaf for leaf in flat.values() if spec_text(leaf) == 'replicated']
     size = sum(trees.nbytes(leaf) for leaf in whole)
     lines = [
         f'whole   {len(whole)} of {len(flat)} arrays are on every device, {size / 1e6:,.1f} MB '
-        f'({size / trees.nbytes(like):.0%} of the state)'
+        f'({size / trees.nbytes(abstract_state):.0%} of the state)'
     ]
-    params = sorted(trees.flatten(like['params']).items(), key=lambda item: -trees.nbytes(item[1]))
+    params = sorted(
+        trees.flatten(abstract_state['params']).items(), key=lambda item: -trees.nbytes(item[1])
+    )
     for name, leaf in params[:3]:
         shape = 'x'.join(map(str, leaf.shape))
         lines.append(f'split   {name} {shape}: {spec_text(leaf)}')
     return lines
 
 
-def _peak(lr: float, factors: list[layers.Factor]) -> str:
+def _peak(lr: float, factors: list[per_layer.Factor]) -> str:
     """The highest rate, or its range over the layers."""
     each = np.concatenate([np.atleast_1d(factor) for factor in factors])
     ends = sorted({each.min(), each.max()})
     return ' to '.join(f'{lr * end:.2e}' if end else 'frozen' for end in ends)
 
 
-def optimizers(parts: build.Experiment) -> list[str]:
+def optimizers(parts: Experiment) -> list[str]:
     """Each optimizer with what it is made with, given or its own default."""
     return [
         f'{name}: ' + ', '.join(f'{key}={value!r}' for key, value in keys.items())
@@ -73,8 +78,8 @@ def optimizers(parts: build.Experiment) -> list[str]:
 
 def page(settings: config.Config) -> str:
     """The `--explain` page: schedule, duties, and what happens to each group of parameters."""
-    parts = build.experiment(settings)
-    due, total = parts.due, parts.total_steps
+    parts = build_experiment(settings)
+    intervals, total = parts.intervals, parts.total_steps
     points = sorted({0, *(round(total * share / 10) for share in range(11))})
     # The schedule is computed on the host's own device: a few scalars.
     rates = [(step, f'{float(parts.schedule(step)):.3e}') for step in points]
@@ -84,13 +89,13 @@ def page(settings: config.Config) -> str:
         return f'every {every:,} steps ({times:,} times)' if every else 'never'
 
     rows = [
-        ('log', often(due.log)),
-        ('save', often(due.save)),
-        ('keep for ever', often(due.keep)),
-        *((f'evaluate {name}', often(every)) for name, every in due.evals.items()),
+        ('log', often(intervals.log)),
+        ('save', often(intervals.save)),
+        ('keep for ever', often(intervals.keep)),
+        *((f'evaluate {name}', often(every)) for name, every in intervals.evals.items()),
     ]
     groups: dict[tuple, list[str]] = {}
-    flat = trees.flatten(parts.like['params'])
+    flat = trees.flatten(parts.abstract_state['params'])
     for name, leaf in flat.items():
         collapsed = re.sub(r'encoderblock_\d+', 'encoderblock_*', name)
         key = (

@@ -9,7 +9,9 @@ With `--png FOLDER` the same is drawn. PATH is a workdir, one of its checkpoints
 or folder of another codebase's weights.
 """
 
-from big_vit import command_line
+from big_vit import command_line, interop, metrics, runtime, trees
+from big_vit.build.data import train_data
+from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.explore())
@@ -22,21 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from big_vit import (
-    anatomy,
-    build,
-    interop,
-    looks,
-    metrics,
-    plots,
-    runtime,
-    sample,
-    specimen,
-    trees,
-)
 from big_vit.errors import UserError
-from big_vit.plots import Picture
-from big_vit.specimen import Specimen
+from big_vit.inspection.loaded_model import LoadedModel
+from big_vit.inspection.plots import Picture
 
 
 def parameter_table(params: dict[str, Any]) -> str:
@@ -70,7 +60,7 @@ def history_table(rows: list[dict[str, Any]], most: int = 20) -> str:
     return metrics.table(('step', *columns), body) if body else 'no metrics yet'
 
 
-def comparison_table(found: anatomy.Comparison) -> str:
+def comparison_table(found: weight_statistics.Comparison) -> str:
     """A line for each array of both, what has no counterpart, and the whole."""
     rows = [
         (name, f'{each.relative:.3e}', f'{each.cosine:.6f}', f'{each.largest:.3e}')
@@ -86,7 +76,7 @@ def comparison_table(found: anatomy.Comparison) -> str:
     return '\n'.join(lines)
 
 
-def _shown(each: anatomy.Difference) -> tuple[str, str, str]:
+def _shown(each: weight_statistics.Difference) -> tuple[str, str, str]:
     return f'{each.relative:.3e}', f'{each.cosine:.6f}', f'{each.largest:.3e}'
 
 
@@ -96,10 +86,10 @@ def spectra_table(params: dict[str, Any]) -> str:
     Raises:
       UserError: there are no blocks.
     """
-    sizes, values = anatomy.sizes(params), _spectra(params)
+    sizes, values = weight_statistics.sizes(params), _spectra(params)
     rows = []
     for part, each in values.items():
-        ranks = anatomy.stable_rank(each)
+        ranks = weight_statistics.stable_rank(each)
         for block in range(len(each)):
             rows.append(
                 (
@@ -117,13 +107,13 @@ def spectra_table(params: dict[str, Any]) -> str:
 
 
 def _spectra(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    found = anatomy.spectra(params)
+    found = weight_statistics.spectra(params)
     if not found:
         raise UserError('--spectra: these parameters have no blocks of a transformer')
     return found
 
 
-def look_table(found: looks.Look) -> str:
+def look_table(found: attention_maps.Look) -> str:
     """The mean attention distance of each head, and where the rollout ends."""
     values = found.distances
     rows = [
@@ -142,57 +132,57 @@ def look_table(found: looks.Look) -> str:
     )
 
 
-def images(found: Specimen, count: int = 50) -> Picture | None:
+def images(found: LoadedModel, count: int = 50) -> Picture | None:
     """A grid of training images with their labels; None where a batch has no images.
 
     Raises:
       UserError: the data is not here.
     """
     assert found.config is not None
-    _, batch = sample.batch(found.config, count)
+    _, batch = examples.batch(found.config, count)
     labels = batch['label'] if batch['label'].ndim == 1 else batch['label'].argmax(axis=1)
-    pictures = sample.pictures(batch)
+    pictures = examples.pictures(batch)
     return plots.grid(np.stack(pictures), list(map(str, labels))) if pictures else None
 
 
-def embedding(found: Specimen) -> Picture | None:
+def embedding(found: LoadedModel) -> Picture | None:
     """The principal components of the patch embedding; None where patches are no pictures."""
     kernel = found.embedding()
     return None if kernel is None else plots.components(kernel)
 
 
-def positions(found: Specimen) -> Picture | None:
+def positions(found: LoadedModel) -> Picture | None:
     """How alike learned positions are; None where there are none."""
     table = found.positions()
     if table is None:
         return None
-    return plots.similarity(anatomy.position_similarity(table, found.grid))
+    return plots.similarity(weight_statistics.position_similarity(table, found.grid))
 
 
-def attention(seen: list[looks.Look]) -> Picture:
+def attention(seen: list[attention_maps.Look]) -> Picture:
     """Images beside what some blocks look at, and the rollout."""
     return plots.attention([one.titled() for one in seen])
 
 
 def norms(params: dict[str, Any]) -> Picture:
     """The size and the stable rank of the kernels, block by block."""
-    ranks = {part: anatomy.stable_rank(each) for part, each in _spectra(params).items()}
-    return plots.lines({'root mean square': anatomy.sizes(params), 'stable rank': ranks})
+    ranks = {part: weight_statistics.stable_rank(each) for part, each in _spectra(params).items()}
+    return plots.lines({'root mean square': weight_statistics.sizes(params), 'stable rank': ranks})
 
 
-def as_trained(found: Specimen) -> Specimen:
+def as_trained(found: LoadedModel) -> LoadedModel:
     """The same, with the size of its images from the data where that is here.
 
     Spectrograms have another than the config says.
     """
     try:
-        shape = build.train_data(found.config).shapes.get('image') if found.config else None
+        shape = train_data(found.config).shapes.get('image') if found.config else None
     except UserError:
         return found
     return dataclasses.replace(found, shape=shape)
 
 
-def overview(found: list[Specimen]) -> dict[str, Callable[[], Picture | None]]:
+def overview(found: list[LoadedModel]) -> dict[str, Callable[[], Picture | None]]:
     """What can be drawn of some checkpoints, and of the first of them; by the name of the file."""
     first = as_trained(found[0])
     runs = {
@@ -207,7 +197,7 @@ def overview(found: list[Specimen]) -> dict[str, Callable[[], Picture | None]]:
         drawn['images'] = lambda: images(first)
     drawn |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
     if first.config is not None:
-        drawn['attention'] = lambda: attention(looks.of_training(first))
+        drawn['attention'] = lambda: attention(attention_maps.of_training(first))
     return drawn
 
 
@@ -238,7 +228,7 @@ def save(drawn: dict[str, Callable[[], Picture | None]], folder: Path) -> list[P
     return written
 
 
-def show(found: Specimen) -> None:
+def show(found: LoadedModel) -> None:
     """Prints the parameter table and, of one of ours, the config and the history."""
     print(found.where)
     if found.weights is not None:
@@ -260,13 +250,13 @@ def main(argv: list[str]) -> None:
     if asked and len(args.path) > 1:
         raise UserError(f'--{asked[0]} looks at one checkpoint; there are {len(args.path)}')
     runtime.start()
-    found = [specimen.load(path, args.which) for path in args.path]
+    found = [loaded_model.load(path, args.which) for path in args.path]
     first = found[0]
     texts: list[Callable[[], str]] = []
     drawn: dict[str, Callable[[], Picture | None]] = {}
     if args.compare:
-        other = specimen.load(args.compare, args.which)
-        compared = anatomy.compare(first.params, other.params, (first.where, other.where))
+        other = loaded_model.load(args.compare, args.which)
+        compared = weight_statistics.compare(first.params, other.params, (first.where, other.where))
         texts.append(lambda: f'{first.where}\n{other.where}\n{comparison_table(compared)}')
         drawn['comparison'] = lambda: plots.comparison(compared)
     if args.spectra:
@@ -274,7 +264,7 @@ def main(argv: list[str]) -> None:
         drawn['spectra'] = lambda: plots.spectra(_spectra(first.params))
         drawn['norms'] = lambda: norms(first.params)
     if args.image:
-        seen = looks.of_file(first, args.image)
+        seen = attention_maps.of_file(first, args.image)
         texts.append(lambda: f'{first.where}: {args.image}\n{look_table(seen)}')
         drawn['attention'] = lambda: attention([seen])
         drawn['distances'] = lambda: plots.distances(seen.distances)

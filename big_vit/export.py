@@ -4,7 +4,11 @@
 --from PATH --out RUN                     a checkpoint of ours from another codebase's weights
 """
 
-from big_vit import command_line
+from big_vit import checkpoint, command_line, interop, runtime, sharding, storage, trees
+from big_vit import config as config_lib
+from big_vit.build.model import build_model
+from big_vit.interop import fit
+from big_vit.pretrained.load import config_of_weights, image_normalisation
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.export())
@@ -17,11 +21,9 @@ from typing import Any
 
 import jax
 
-from big_vit import build, checkpoint, interop, origin, runtime, sharding, storage, trees
-from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
-from big_vit.interop import Weights, fit
+from big_vit.interop import Weights
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 
 # Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
@@ -76,11 +78,11 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
     channels = int(flat[first].shape[2])
     classes = flat['head/kernel'].shape[1] if 'head/kernel' in flat else 0
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    model = build.model(config, classes, {'image': (*config.image_size, channels)}, mesh)
+    model = build_model(config, classes, {'image': (*config.image_size, channels)}, mesh)
     settings = {name: getattr(model, name) for name in fit.FIELDS}
     known = storage.place(workdir) / ORIGIN
     meta = json.loads(known.read_text()) if known.exists() else {}
-    mean, std = origin.normalisation(config, channels)
+    mean, std = image_normalisation(config, channels)
     meta |= {'image_size': tuple(config.image_size), 'channels': channels}
     meta |= {'mean': mean, 'std': std}
     return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
@@ -94,7 +96,7 @@ def to_checkpoint(
     Raises:
       UserError: there is a run in that folder already, or it cannot be written.
     """
-    config = origin.config_of(weights, overrides)
+    config = config_of_weights(weights, overrides)
     params = stack_blocks(weights.params) if config.model.scan else weights.params
     workdir = Path(checkpoint.save_params(out, params, 0, config.to_dict()))
     storage.write_text(storage.place(workdir) / ORIGIN, json.dumps(weights.meta, indent=2) + '\n')

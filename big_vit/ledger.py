@@ -7,7 +7,11 @@ allocated. What a step takes besides, activations above all, only a compiler kno
 `big_vit.plan`.
 """
 
-from big_vit import command_line
+from big_vit import command_line, metrics, runtime, sharding, state, trees
+from big_vit import config as config_lib
+from big_vit.build.experiment import build_experiment
+from big_vit.models import variants
+from big_vit.planning import topology
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.ledger())
@@ -19,12 +23,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from big_vit import build, metrics, runtime, sharding, state, topology, trees
-from big_vit import config as config_lib
-from big_vit.config import Config
+from big_vit.config import Config, registries
 from big_vit.errors import UserError
-from big_vit.models import variants
-from big_vit.schema import SCHEMA
 
 GIB = 2**30
 # What optimizers call their arrays, where the name says little.
@@ -106,20 +106,20 @@ def use_of(path: str, ndim: int, params: Any) -> str:
     return ' '.join([*kept[:-1], KINDS.get(kept[-1], kept[-1])]) if kept else 'other'
 
 
-def measure(like: state.State) -> Ledger:
+def measure(abstract_state: state.State) -> Ledger:
     """Counts an abstract or a real state."""
     parts: dict[str, list[Any]] = {}
-    for path, leaf in trees.flatten(like['opt']).items():
-        parts.setdefault(use_of(path, leaf.ndim, like['params']), []).append(leaf)
-    rest = [like[name] for name in like if name not in ('params', 'opt', 'ema')]
-    params = held(like['params'])
+    for path, leaf in trees.flatten(abstract_state['opt']).items():
+        parts.setdefault(use_of(path, leaf.ndim, abstract_state['params']), []).append(leaf)
+    rest = [abstract_state[name] for name in abstract_state if name not in ('params', 'opt', 'ema')]
+    params = held(abstract_state['params'])
     by_device = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(like['params'])
+        for leaf in jax.tree.leaves(abstract_state['params'])
     )
     return Ledger(
         params=params,
-        average=held(like.get('ema', {})),
+        average=held(abstract_state.get('ema', {})),
         optimizer={name: held(leaves) for name, leaves in parts.items()},
         counters=held(rest),
         gradients=params._replace(nbytes=4 * params.scalars, on_device=by_device),
@@ -157,7 +157,7 @@ class Row(NamedTuple):
 
 def optimizers() -> list[str]:
     """All that the schema offers."""
-    return (SCHEMA['optim.name'].check.__doc__ or '').split(', ')
+    return list(registries.OPTIMIZERS.entries())
 
 
 def of_optimizer(config: Config, name: str) -> Config:
@@ -173,15 +173,17 @@ def of_optimizer(config: Config, name: str) -> Config:
 def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
     """The ledger of a config with another optimizer; training may still refuse it: `problem`."""
     try:
-        parts = build.experiment(of_optimizer(config, optimizer), devices)
+        parts = build_experiment(of_optimizer(config, optimizer), devices)
     except UserError as error:
         return Row(config.model.variant, optimizer, None, str(error))
-    problem, where, m = '', state.shardings(parts.like), config.mesh
+    problem, where, m = '', state.shardings(parts.abstract_state), config.mesh
     try:
-        sharding.check_spread(parts.like, where, parts.mesh, m.min_shard_size, m.max_replicated)
+        sharding.check_spread(
+            parts.abstract_state, where, parts.mesh, m.min_shard_size, m.max_replicated
+        )
     except UserError as error:
         problem = str(error)
-    return Row(config.model.variant, optimizer, measure(parts.like), problem)
+    return Row(config.model.variant, optimizer, measure(parts.abstract_state), problem)
 
 
 def of_variant(config: Config, variant: str) -> Config:
@@ -336,8 +338,8 @@ def main(argv: list[str]) -> None:
         lines.append('table   GiB on a device of state and gradients, without activations')
         tables = [matrix(rows, capacity)]
     else:
-        parts = build.experiment(config, place.devices)
-        found = measure(parts.like)
+        parts = build_experiment(config, place.devices)
+        found = measure(parts.abstract_state)
         lines += [
             f'model   ViT-{config.model.variant}: {found.params.scalars / 1e6:,.2f} M parameters, '
             f'M = {found.params.nbytes:,} bytes',

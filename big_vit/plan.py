@@ -6,7 +6,11 @@ Compiles the train step of a config for TPUs that are not here, with their real 
 says whether it fits, how fast it would be and what it would cost.
 """
 
-from big_vit import command_line
+from big_vit import command_line, metrics, runtime, sharding, state, trees
+from big_vit import config as config_lib
+from big_vit.build.experiment import Experiment, abstract_batch, build_experiment
+from big_vit.build.steps import build_train_step
+from big_vit.planning import hlo, topology
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.plan())
@@ -22,8 +26,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from big_vit import build, hlo, metrics, runtime, sharding, state, topology, trees
-from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.errors import UserError
 
@@ -89,19 +91,22 @@ def part_of(source: str) -> str:
     return next(name for name, pattern in PARTS if re.search(pattern, source))
 
 
-def _state_bytes(like: state.State) -> dict[str, float]:
+def _state_bytes(abstract_state: state.State) -> dict[str, float]:
     """Bytes of the state on one device, by use."""
-    where = state.shardings(like)
-    sizes = {name: float(sharding.device_bytes(like[name], where[name])) for name in like}
+    where = state.shardings(abstract_state)
+    sizes = {
+        name: float(sharding.device_bytes(abstract_state[name], where[name]))
+        for name in abstract_state
+    }
     rest = sum(size for name, size in sizes.items() if name not in ('params', 'opt', 'ema'))
     named = {'parameters': sizes['params'], 'optimizer': sizes['opt'] + rest}
-    return {**named, 'averaged parameters': sizes['ema']} if 'ema' in like else named
+    return {**named, 'averaged parameters': sizes['ema']} if 'ema' in abstract_state else named
 
 
-def _memory(compiled: Any, parts: build.Experiment, batch: Any) -> dict[str, float]:
+def _memory(compiled: Any, parts: Experiment, batch: Any) -> dict[str, float]:
     """Bytes on one device by use, which add up to the peak."""
     stats = compiled.memory_analysis()
-    known = _state_bytes(parts.like)
+    known = _state_bytes(parts.abstract_state)
     known['batch'] = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(batch)
@@ -178,21 +183,21 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
     Raises:
       UserError: the config does not fit the topology.
     """
-    parts = build.experiment(config, place.devices)
-    step, batch = build.train_step(config, parts), build.abstract_batch(parts)
+    parts = build_experiment(config, place.devices)
+    step, batch = build_train_step(config, parts), abstract_batch(parts)
     began = time.perf_counter()
     memory, problem, module, on_host = {}, '', hlo.Module([], [], 0), 0.0
     capacity = place.chip.hbm / place.devices_per_chip if place.chip else None
     # Nothing may be computed under this mesh: its devices cannot run anything.
     with jax.set_mesh(parts.mesh):
         try:
-            compiled = step.lower(parts.like, batch).compile()
+            compiled = step.lower(parts.abstract_state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
                 raise
             problem = f'needs {needed[0] / GIB:.1f} GiB of {needed[1] / GIB:.2f}'
-            memory = _state_bytes(parts.like)
+            memory = _state_bytes(parts.abstract_state)
             memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
         else:
             memory = _memory(compiled, parts, batch)
@@ -224,7 +229,7 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
         chips=place.chips,
         hosts=place.hosts,
         devices=len(place.devices),
-        params=trees.count(parts.like['params']),
+        params=trees.count(parts.abstract_state['params']),
         batch_size=config.batch_size,
         fits=not problem,
         hbm=memory,
@@ -377,7 +382,7 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
                 tried = config.replacing(changes)
                 try:
                     state_bytes = sum(
-                        _state_bytes(build.experiment(tried, place.devices).like).values()
+                        _state_bytes(build_experiment(tried, place.devices).abstract_state).values()
                     )
                 except UserError as error:
                     print(f'skip    {mesh}: {error}', file=sys.stderr)

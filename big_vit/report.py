@@ -4,7 +4,22 @@ The file needs no network and no scripts: pictures and charts are in it. Of a tr
 runs are shown side by side. Where the dataset is gone, that is said, and the rest is written.
 """
 
-from big_vit import command_line
+from big_vit import checkpoint, command_line, ledger, metrics, runtime, sharding, storage
+from big_vit import config as config_lib
+from big_vit.build.data import train_data
+from big_vit.build.model import build_model, parts_read
+from big_vit.build.steps import batch_seen
+from big_vit.inspection import (
+    attention_maps,
+    examples,
+    history,
+    html_pages,
+    loaded_model,
+    plots,
+    weight_statistics,
+)
+from big_vit.models import flops
+from big_vit.sweeps import study
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.report())
@@ -22,28 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vit import (
-    anatomy,
-    build,
-    checkpoint,
-    history,
-    ledger,
-    looks,
-    metrics,
-    pages,
-    plots,
-    runtime,
-    sample,
-    sharding,
-    specimen,
-    storage,
-    study,
-)
-from big_vit import config as config_lib
 from big_vit.errors import UserError
-from big_vit.models import costs
-from big_vit.pages import Line
-from big_vit.specimen import Specimen
+from big_vit.inspection.html_pages import Line
+from big_vit.inspection.loaded_model import LoadedModel
 
 # More runs than these in one folder are no transfer, and no chart that can be read.
 MOST_RUNS = 6
@@ -57,7 +53,7 @@ class Run(NamedTuple):
 
     name: str
     workdir: epath.Path
-    found: Specimen
+    found: LoadedModel
     rows: history.Rows
 
 
@@ -86,7 +82,7 @@ def open_runs(path: str) -> list[Run]:
 
 def _open(path: str, name: str) -> Run:
     workdir, step = checkpoint.locate(path, 'WORKDIR')
-    found = specimen.load(f'{workdir}/checkpoints/{step}')
+    found = loaded_model.load(f'{workdir}/checkpoints/{step}')
     rows = [row for row in metrics.read(workdir) if row['step'] <= step]
     return Run(name, workdir, found, rows)
 
@@ -96,12 +92,12 @@ def guarded(draw: Callable[[], str], what: str) -> str:
     try:
         return draw()
     except (UserError, OSError) as error:
-        return pages.notice(f'{what}: {error}')
+        return html_pages.notice(f'{what}: {error}')
 
 
 def titled(run: Run, body: str) -> str:
     """The part of one of several runs, under its name."""
-    return pages.heading(run.name) + body if run.name and body else body
+    return html_pages.heading(run.name) + body if run.name and body else body
 
 
 def each(runs: list[Run], draw: Callable[[Run], str], what: str) -> str:
@@ -130,9 +126,9 @@ def header(runs: list[Run], path: str) -> str:
     kind = f'Runs {" and ".join(run.name for run in runs)}' if first.name else 'A run'
     lead = f'{kind} of ViT-{model} on {data}; last checkpoint of {written}.'
     return (
-        f'<h1>{pages.text(name)}</h1>\n'
-        + pages.paragraph(lead, 'lead')
-        + ''.join(titled(run, pages.facts(facts(run))) for run in runs)
+        f'<h1>{html_pages.text(name)}</h1>\n'
+        + html_pages.paragraph(lead, 'lead')
+        + ''.join(titled(run, html_pages.facts(facts(run))) for run in runs)
     )
 
 
@@ -147,7 +143,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         main = next((s for s in scores if s.name == 'top1'), scores[0])
         found.append((f'{split} {_word(main.name)}', _shown(main, main.last)))
     found = found[:4]
-    parameters = sum(np.asarray(leaf).size for leaf in anatomy.unrolled(run.found.params).values())
+    parameters = sum(
+        np.asarray(leaf).size for leaf in weight_statistics.unrolled(run.found.params).values()
+    )
     found.append(('Parameters', f'{parameters / 1e6:,.2f} M'))
     for name, what, shape in (
         ('examples_per_s', 'Examples a second', '{:,.0f}'),
@@ -165,7 +163,7 @@ def _word(name: str) -> str:
 
 def _shown(score: history.Score, value: float) -> str:
     is_share = history.standard_error(score) is not None
-    return f'{value:.2%}' if is_share else pages.number(value)
+    return f'{value:.2%}' if is_share else html_pages.number(value)
 
 
 def _timing(run: Run, name: str) -> list[float]:
@@ -197,9 +195,9 @@ def versus(runs: list[Run], path: str) -> str:
         rows.append(row)
     there = (storage.place(path) / 'transfer.json').exists()
     return (
-        ('' if there else pages.notice('transfer.json is not there: not every run has ended'))
-        + pages.table('Results side by side', heads, rows)
-        + pages.paragraph(
+        ('' if there else html_pages.notice('transfer.json is not there: not every run has ended'))
+        + html_pages.table('Results side by side', heads, rows)
+        + html_pages.paragraph(
             '± is the standard error that the size of the test alone gives; seeds add to it, so a '
             'difference of a few ± from one seed shows nothing.',
             'soft',
@@ -215,8 +213,8 @@ def swept(path: str) -> str:
         return ''
     named = {start: study.STARTS[start] for start in results}
     metric = next((key for key in rows[0] if key.endswith('/top1')), None)
-    found = pages.heading('Test, scored once')
-    found += pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
+    found = html_pages.heading('Test, scored once')
+    found += html_pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
     if metric and all(row.get(metric) is not None for row in rows):
         heads = ('start', 'setting', '', metric, '±', 'seeds')
         # A line's heading is the start, also where the text table leaves it out.
@@ -224,9 +222,9 @@ def swept(path: str) -> str:
         for line in study.lines(rows, metric, named):
             start = line[0] or start
             lines.append([start, *line[1:]])
-        found += pages.heading('Validation, * is what it chose')
-        found += pages.table('Validation, * is what it chose', heads, lines)
-    return found + pages.paragraph(
+        found += html_pages.heading('Validation, * is what it chose')
+        found += html_pages.table('Validation, * is what it chose', heads, lines)
+    return found + html_pages.paragraph(
         '± seeds is the standard error of the mean over seeds, ± size that which the size of the '
         'test alone gives. What follows shows the first seed of what each start chose.',
         'soft',
@@ -238,7 +236,7 @@ def _with_error(score: history.Score | None) -> str:
         return '–'
     error = history.standard_error(score)
     if error is None:
-        return pages.number(score.last)
+        return html_pages.number(score.last)
     return f'{score.last:.2%} ± {error:.2%}'
 
 
@@ -266,9 +264,9 @@ def evaluations(run: Run) -> str:
         for score in scores
     ]
     if not rows:
-        return pages.paragraph('No evaluation has been made.', 'soft')
+        return html_pages.paragraph('No evaluation has been made.', 'soft')
     header = ['evaluation', 'score', 'last', 'at step', 'best', 'at step', 'examples']
-    return pages.table('All evaluations', header, rows)
+    return html_pages.table('All evaluations', header, rows)
 
 
 def curves(runs: list[Run]) -> str:
@@ -288,15 +286,15 @@ def curves(runs: list[Run]) -> str:
                 found.append(Line(shown, points, marked=split != 'train', look=look))
         return found
 
-    found = pages.charts(
+    found = html_pages.charts(
         [
-            pages.chart('Loss', lines('loss')),
-            pages.chart('Accuracy', lines('accuracy', 'top1')),
-            pages.chart('Learning rate', lines('lr'), zero=True),
-            pages.chart('Gradient norm', lines('grad_norm'), zero=True),
+            html_pages.chart('Loss', lines('loss')),
+            html_pages.chart('Accuracy', lines('accuracy', 'top1')),
+            html_pages.chart('Learning rate', lines('lr'), zero=True),
+            html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
         ]
     )
-    return found or pages.paragraph('There are no metrics yet.', 'soft')
+    return found or html_pages.paragraph('There are no metrics yet.', 'soft')
 
 
 def warnings(run: Run) -> str:
@@ -305,7 +303,7 @@ def warnings(run: Run) -> str:
     names = sorted(path.name for path in damaged.iterdir()) if damaged.is_dir() else []
     if names:
         lines.append(f'damaged checkpoints were set aside: {", ".join(names)}')
-    return pages.notices(lines) or pages.paragraph('None.', 'soft')
+    return html_pages.notices(lines) or html_pages.paragraph('None.', 'soft')
 
 
 # Cost.
@@ -334,7 +332,7 @@ def memory(run: Run) -> str:
         for use, (a, count, size) in [*sorted(held.items(), key=lambda x: -x[1][2]), ('all', total)]
     ]
     head = ['kept', 'arrays', 'numbers', 'bytes', 'of the parameters']
-    return pages.table('What the checkpoint keeps', head, rows) + guarded(
+    return html_pages.table('What the checkpoint keeps', head, rows) + guarded(
         lambda: operations(run), 'Operations cannot be counted'
     )
 
@@ -342,15 +340,15 @@ def memory(run: Run) -> str:
 def operations(run: Run) -> str:
     found, config = run.found, run.found.config
     assert config is not None and found.run is not None
-    if list(config.streams) or build.reads(config) != ('image',):
-        here = build.train_data(config)  # Only the data knows the shapes of other inputs.
+    if list(config.streams) or parts_read(config) != ('image',):
+        here = train_data(config)  # Only the data knows the shapes of other inputs.
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-        model = build.model(config, here.source.num_classes, here.shapes, mesh)
-        cost = costs.cost(model, here.shapes)
+        model = build_model(config, here.source.num_classes, here.shapes, mesh)
+        cost = flops.cost(model, here.shapes)
     else:
-        cost = costs.cost(found.model, {'image': (*found.image_size, found.channels)})
+        cost = flops.cost(found.model, {'image': (*found.image_size, found.channels)})
     seen = found.run[1] * config.batch_size
-    return pages.paragraph(
+    return html_pages.paragraph(
         f'An example is {cost.tokens:,} tokens and takes {cost.flops / 1e9:,.3f} GFLOP forward; '
         f'{found.run[1]:,} steps of {config.batch_size:,} examples have taken '
         f'{3 * cost.flops * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
@@ -370,21 +368,24 @@ def times(run: Run) -> str:
         if values:
             middle = statistics.median(values)
             rows.append(
-                [key, *(pages.number(v) for v in (values[-1], middle, min(values), max(values)))]
+                [
+                    key,
+                    *(html_pages.number(v) for v in (values[-1], middle, min(values), max(values))),
+                ]
             )
     if not rows:
-        return pages.paragraph('No timings were written.', 'soft')
+        return html_pages.paragraph('No timings were written.', 'soft')
 
     def line(key: str) -> list[Line]:
         return [Line(key, history.series(run.rows, metrics.TIMING + key))]
 
-    return pages.charts(
+    return html_pages.charts(
         [
-            pages.chart('Examples a second', line('examples_per_s'), zero=True),
-            pages.chart('Share of the peak (MFU)', line('mfu'), zero=True),
-            pages.chart('Share of time spent waiting for data', line('data_wait'), zero=True),
+            html_pages.chart('Examples a second', line('examples_per_s'), zero=True),
+            html_pages.chart('Share of the peak (MFU)', line('mfu'), zero=True),
+            html_pages.chart('Share of time spent waiting for data', line('data_wait'), zero=True),
         ]
-    ) + pages.table('Timings', ['timing', 'last', 'median', 'least', 'most'], rows)
+    ) + html_pages.table('Timings', ['timing', 'last', 'median', 'least', 'most'], rows)
 
 
 # What it sees.
@@ -394,7 +395,7 @@ def data(run: Run) -> str:
     """A training batch as the model sees it."""
     assert run.found.config is not None
     config = run.found.config
-    found, batch = sample.batch(config, min(EXAMPLES, config.batch_size))
+    found, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
     source = found.source
     words = (
         f'{source.name} {source.split}: {source.length:,} examples of {source.num_classes:,} '
@@ -402,14 +403,14 @@ def data(run: Run) -> str:
     )
     if 'image' not in batch:
         parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
-        return pages.paragraph(f'{words}Examples are no pictures: {parts}.')
-    seen = build.seen(config, found, batch, 0)
-    titles = [sample.title(found, np.asarray(label)) for label in seen['label']]
+        return html_pages.paragraph(f'{words}Examples are no pictures: {parts}.')
+    seen = batch_seen(config, found, batch, 0)
+    titles = [examples.title(found, np.asarray(label)) for label in seen['label']]
     shown = plots.as_bytes([np.asarray(image, np.float32) for image in seen['image']])
     mixed = ', mixed among themselves' if config.mixup or config.cutmix else ''
-    return pages.paragraph(
+    return html_pages.paragraph(
         f'{words}The first of the run, after all that is done to them{mixed}.'
-    ) + pages.pictures(
+    ) + html_pages.pictures(
         (image, title, f'Training example of class {title}')
         for image, title in zip(shown, titles, strict=True)
     )
@@ -417,9 +418,9 @@ def data(run: Run) -> str:
 
 def attention(run: Run) -> str:
     """What the model looks at in some training images."""
-    seen = looks.of_training(run.found, LOOKED_AT)
+    seen = attention_maps.of_training(run.found, LOOKED_AT)
     rows = ''.join(
-        pages.pictures(
+        html_pages.pictures(
             [
                 (picture, title, f'Training image {i + 1}: {title}' + _map(title))
                 for title, picture in one.titled()
@@ -431,7 +432,7 @@ def attention(run: Run) -> str:
     apart = np.mean([one.distances for one in seen], axis=0)
     heads = [(i + 1, float(value)) for i, block in enumerate(apart) for value in block]
     mean = [(i + 1, float(block.mean())) for i, block in enumerate(apart)]
-    chart = pages.chart(
+    chart = html_pages.chart(
         'How far heads look, in pixels',
         [Line('a head', heads, marked=True, joined=False), Line('mean of the heads', mean)],
         below='block',
@@ -442,7 +443,7 @@ def attention(run: Run) -> str:
         'token, or all patches on average, attend to in a block, the mean of its heads; and the '
         'rollout of attention through all blocks (arXiv 2005.00928).'
     )
-    return pages.paragraph(words, 'soft') + rows + pages.charts([chart])
+    return html_pages.paragraph(words, 'soft') + rows + html_pages.charts([chart])
 
 
 def _map(title: str) -> str:
@@ -452,13 +453,16 @@ def _map(title: str) -> str:
 def weights(run: Run) -> str:
     """Sizes and stable ranks of kernels by block, the patch embedding, the positions."""
     params = run.found.params
-    charts = [_by_block('Root mean square of kernels', anatomy.sizes(params))]
-    widest = max((min(m[0].shape) for m in anatomy.matrices(params).values()), default=0)
+    charts = [_by_block('Root mean square of kernels', weight_statistics.sizes(params))]
+    widest = max((min(m[0].shape) for m in weight_statistics.matrices(params).values()), default=0)
     if widest <= WIDEST:
-        ranks = {p: anatomy.stable_rank(v) for p, v in anatomy.spectra(params).items()}
+        ranks = {
+            p: weight_statistics.stable_rank(v)
+            for p, v in weight_statistics.spectra(params).items()
+        }
         charts.append(_by_block('Stable rank of kernels', ranks))
     return (
-        pages.charts(charts)
+        html_pages.charts(charts)
         + guarded(lambda: embedding(run.found), 'The patch embedding cannot be drawn')
         + guarded(lambda: positions(run.found), 'Positions cannot be drawn')
     )
@@ -468,35 +472,35 @@ def _by_block(title: str, values: dict[str, np.ndarray]) -> str:
     lines = [
         Line(part, [(i + 1, float(v)) for i, v in enumerate(row)]) for part, row in values.items()
     ]
-    return pages.chart(title, lines, below='block', zero=True)
+    return html_pages.chart(title, lines, below='block', zero=True)
 
 
-def embedding(found: Specimen) -> str:
+def embedding(found: LoadedModel) -> str:
     kernel = found.embedding()
     if kernel is None:
         return ''
-    each = plots.stretched(anatomy.components(kernel))
+    each = plots.stretched(weight_statistics.components(kernel))
     return (
-        pages.heading('Patch embedding')
-        + pages.paragraph('Its principal components, the largest first.', 'soft')
-        + pages.pictures(
+        html_pages.heading('Patch embedding')
+        + html_pages.paragraph('Its principal components, the largest first.', 'soft')
+        + html_pages.pictures(
             ((picture, '', f'Component {i + 1}') for i, picture in enumerate(each)), 'small'
         )
     )
 
 
-def positions(found: Specimen) -> str:
+def positions(found: LoadedModel) -> str:
     table = found.positions()
     if table is None:
         return ''
-    cosine = anatomy.position_similarity(table, found.grid)
+    cosine = weight_statistics.position_similarity(table, found.grid)
     rows, columns = (plots.some_of(n, 5) for n in cosine.shape[:2])
     return (
-        pages.heading('Positions')
-        + pages.paragraph(
+        html_pages.heading('Positions')
+        + html_pages.paragraph(
             'The cosine of some positions with all: red is alike, blue is opposite.', 'soft'
         )
-        + pages.pictures(
+        + html_pages.pictures(
             (
                 (
                     plots.signed(cosine[row, column]),
@@ -518,7 +522,7 @@ def positions(found: Specimen) -> str:
 def settings(run: Run) -> str:
     assert run.found.sidecar is not None
     rows = [[key, _plain(value)] for key, value in run.found.settings().items()]
-    return pages.table('What the config sets', ['key', 'value'], rows) + pages.details(
+    return html_pages.table('What the config sets', ['key', 'value'], rows) + html_pages.details(
         'The whole config', json.dumps(run.found.sidecar['config'], indent=2)
     )
 
@@ -535,7 +539,7 @@ def changes(runs: list[Run]) -> str:
         first, other = (r.found.sidecar['config'] for r in (runs[0], run) if r.found.sidecar)
         lines = config_lib.difference(first, other)
         said = f'{run.name} differs: ' + '; '.join(lines) if lines else f'{run.name} has the same.'
-        found += pages.paragraph(said)
+        found += html_pages.paragraph(said)
     return found
 
 
@@ -543,7 +547,7 @@ def versions(run: Run) -> str:
     sidecar: dict[str, Any] = run.found.sidecar or {}
     rows = [*map(list, sidecar['versions'].items())]
     rows.append(['hash of the contents', sidecar['content_hash'][:16]])
-    return pages.table('Versions', ['of', 'is'], rows)
+    return html_pages.table('Versions', ['of', 'is'], rows)
 
 
 def document(path: str) -> str:
@@ -570,7 +574,7 @@ def document(path: str) -> str:
     ]
     where = ', '.join(run.found.where for run in runs)
     name = storage.place(path).name
-    return pages.page(f'{name} – big_vit', header(runs, path), sections, f'Made of {where}')
+    return html_pages.page(f'{name} – big_vit', header(runs, path), sections, f'Made of {where}')
 
 
 def main(argv: list[str]) -> None:

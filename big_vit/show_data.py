@@ -4,7 +4,12 @@ Three rows of pictures: as they are in the dataset, after the host's part of the
 after the devices' part with what is mixed, as the train step makes it.
 """
 
-from big_vit import command_line
+from big_vit import command_line, runtime
+from big_vit import config as config_lib
+from big_vit.build.data import Data, host_batches, train_data
+from big_vit.build.steps import batch_seen
+from big_vit.data import dataset, transforms
+from big_vit.inspection import plots
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.show_data())
@@ -15,32 +20,29 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from big_vit import build, plots, runtime
-from big_vit import config as config_lib
 from big_vit.config import Config
-from big_vit.data import opening, transforms
-from big_vit.data.operations import decoded
-from big_vit.sample import title
+from big_vit.data.transforms.operations import decoded
+from big_vit.inspection.examples import title
 
 
-def originals(found: build.Data, index: np.ndarray) -> list[np.ndarray]:
+def originals(found: Data, index: np.ndarray) -> list[np.ndarray]:
     """The pictures as they are in the dataset, uint8 [h, w, c] of any size."""
     specs = tuple(replace(spec, transform='', cache='none') for spec in found.specs)
-    source, _ = opening.open_examples(specs)
+    source, _ = dataset.open_examples(specs)
     columns = transforms.opened(source.load(index), source.channels)
     return list(decoded(columns['image'])) if 'image' in columns else []
 
 
 def draw(config: Config, path: Path, step: int, count: int) -> None:
     """Writes the PNG of the first examples of the batch of this step."""
-    found = build.train_data(config)
+    found = train_data(config)
     assert found.order is not None
     index, _ = found.order.indices(step, found.source.length)
     count = min(count, config.batch_size)
-    batches = build.host_batches(found, step, slice(None))
+    batches = host_batches(found, step, slice(None))
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
-    mixed = jax.device_get(build.seen(config, found, batch, step))
+    mixed = jax.device_get(batch_seen(config, found, batch, step))
     rows = [
         (
             'in the dataset',

@@ -104,7 +104,7 @@ def create(
     inputs: Inputs,
     optimizer: optax.GradientTransformation,
     seed: int,
-    like: State,
+    abstract_state: State,
     params: Any = None,
 ) -> State:
     """A fresh state, born sharded like the abstract state `like`.
@@ -112,13 +112,17 @@ def create(
     Args:
       params: NumPy parameters to start from instead of random ones.
     """
-    where = shardings(like)
+    where = shardings(abstract_state)
     if params is None:
         make = jax.jit(
-            lambda: from_params(_init_params(model, inputs, seed), optimizer, 'ema' in like),
+            lambda: from_params(
+                _init_params(model, inputs, seed), optimizer, 'ema' in abstract_state
+            ),
             out_shardings=where,
         )
         return make()
     params = jax.tree.map(sharding.place, params, where['params'])
-    make = jax.jit(lambda p: from_params(p, optimizer, 'ema' in like), out_shardings=where)
+    make = jax.jit(
+        lambda p: from_params(p, optimizer, 'ema' in abstract_state), out_shardings=where
+    )
     return make(params)

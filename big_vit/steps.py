@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from big_vit import compiler, sharding, trees
-from big_vit.mixing import Mix
-from big_vit.objectives import Batch, Loss
+from big_vit.augment import Mix
 from big_vit.optim import factory, sam, schedule_free
 from big_vit.state import WINDOW, State, shardings
+from big_vit.tasks.batch import Batch, Loss
 
 Metrics = dict[str, jax.Array]
 
@@ -179,7 +179,7 @@ def update(
 
 
 def make_train_step(
-    train_step: Callable[[State, Batch], tuple[State, Metrics]], like: State, mesh: Mesh
+    train_step: Callable[[State, Batch], tuple[State, Metrics]], abstract_state: State, mesh: Mesh
 ) -> Any:
     """The jitted step; the state is donated.
 
@@ -187,7 +187,7 @@ def make_train_step(
       train_step: of `update`.
       like: abstract or real state; its shardings are those of the step.
     """
-    where = shardings(like)
+    where = shardings(abstract_state)
     return jax.jit(
         train_step,
         donate_argnums=0,
@@ -198,12 +198,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    sums: Callable[[Any, Batch], Metrics], like: State, mesh: Mesh
+    sums: Callable[[Any, Batch], Metrics], abstract_state: State, mesh: Mesh
 ) -> Callable[[Any, Batch], Metrics]:
     """The jitted step `(params, batch) -> sums over the batch`."""
     return jax.jit(
         sums,
-        in_shardings=(shardings(like)['params'], sharding.batch_sharding(mesh)),
+        in_shardings=(shardings(abstract_state)['params'], sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
         compiler_options=compiler.options(mesh),
     )

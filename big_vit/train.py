@@ -5,42 +5,38 @@
 Started again on the same workdir it resumes, with the same batches.
 """
 
-from big_vit import command_line
+from big_vit import checkpoint, command_line, explain, metrics, runtime, state, steps, storage
+from big_vit import config as config_lib
+from big_vit.build.evaluations import SharedFeatures, build_evaluators
+from big_vit.build.experiment import (
+    Experiment,
+    abstract_batch,
+    build_experiment,
+    example_indices,
+    is_due,
+    tracker_options,
+    train_batches,
+)
+from big_vit.build.steps import build_train_step
+from big_vit.data import pipeline
+from big_vit.distributed import hosts
+from big_vit.inspection import examples
+from big_vit.metrics import profiler
+from big_vit.pretrained import switch_optimizer
+from big_vit.pretrained.load import initial_params
+from big_vit.workdir import open_workdir, restore_newest
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.train())
 
-import contextlib
-import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 
-from big_vit import (
-    build,
-    checkpoint,
-    explain,
-    hosts,
-    metrics,
-    origin,
-    runtime,
-    sample,
-    scoring,
-    state,
-    steps,
-    storage,
-    switch,
-    tracing,
-)
-from big_vit import config as config_lib
 from big_vit.config import Config
-from big_vit.data import pipeline
 from big_vit.errors import UserError
 
 # A run whose updates are all skipped is lost; this many in a row are no accident.
@@ -86,92 +82,11 @@ class Result(NamedTuple):
     stopped: bool
 
 
-def open_workdir(
-    path: str | os.PathLike[str], config: Config, like: state.State, force: bool
-) -> epath.Path:
-    """Creates the workdir, or checks that the one there belongs to this config.
-
-    Every process checks, process 0 writes.
-
-    Args:
-      path: a local folder, or a place in an object store such as gs://bucket/run.
-      like: abstract state, which the checkpoints there must fit.
-      force: accept another config, though not another architecture.
-
-    Raises:
-      UserError: it cannot be reached or written, or holds a run of another config.
-    """
-    try:
-        workdir = storage.place(path)
-    except UserError as error:
-        raise UserError(f'--workdir: {error}') from None
-    file, dump = workdir / 'config.json', config.to_dict()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if storage.is_local(workdir):
-            with tempfile.TemporaryFile(dir=workdir):
-                pass
-        there = file.read_text() if file.exists() else None
-    except Exception as error:  # The errors of object stores have no class in common.
-        if storage.is_local(workdir) and not isinstance(error, OSError):
-            raise
-        raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
-    if there is not None:
-        try:
-            old = json.loads(there)
-        except ValueError as error:
-            raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
-        changes = config_lib.difference(old, dump)
-        refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
-        if refused and not force:
-            raise UserError(
-                f'--workdir: {workdir} holds a run of another config ({"; ".join(refused[:8])}); '
-                'use another --workdir, or --force to go on with the new config'
-            )
-        if changes:
-            print(f'config  changed since the last start: {"; ".join(changes)}', flush=True)
-    for step in checkpoint.steps(workdir)[-1:]:
-        with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
-            sidecar = checkpoint.read_sidecar(workdir, step)
-            checkpoint.check_leaves(sidecar, like, f'{workdir}/checkpoints/{step}')
-    if jax.process_index() == 0:
-        storage.write_text(file, json.dumps(dump, indent=2) + '\n')
-    return workdir
-
-
-def restore_newest(workdir: epath.Path, like: state.State) -> state.State | None:
-    """The newest checkpoint that is intact; None where there is none at all.
-
-    Damaged ones are moved to WORKDIR/damaged, out of the way of the new ones, once a
-    good one is found.
-
-    Raises:
-      UserError: there are checkpoints, but none can be read.
-    """
-    found, damaged = checkpoint.steps(workdir), []
-    for step in reversed(found):
-        try:
-            good = checkpoint.restore(workdir, step, like)
-        except checkpoint.CorruptCheckpointError as error:
-            print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
-            damaged.append(step)
-            continue
-        for bad in damaged:
-            checkpoint.set_aside(workdir, bad)
-        return good
-    if found:
-        raise UserError(
-            f'{workdir}/checkpoints: none of the checkpoints of steps {found} can be read; '
-            'use another --workdir to start afresh'
-        )
-    return None
-
-
 def report(
     step: int,
     values: steps.Metrics,
     config: Config,
-    parts: build.Experiment,
+    parts: Experiment,
     writer: metrics.Writer,
     console: metrics.Console,
     clock: metrics.Clock,
@@ -190,7 +105,7 @@ def report(
         damage.add(int(jax.device_get(values['replaced'])), parts.batch_size)
     skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
     if skipped_in_a_row:
-        examples = ', '.join(map(str, build.example_indices(parts, step - 1)[:16]))
+        examples = ', '.join(map(str, example_indices(parts, step - 1)[:16]))
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise Diverged(
                 f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '
@@ -206,7 +121,7 @@ def report(
             f'WARNING step {step}: update skipped, loss {loss:.4g}, gradient norm {norm:.4g}: '
             f'{" and ".join(spikes) or "not finite"}; its examples: {examples}, ...'
         )
-    if not build.is_due(parts.due.log, step, parts.total_steps):
+    if not is_due(parts.intervals.log, step, parts.total_steps):
         return
     row = {f'train/{name}': float(value) for name, value in jax.device_get(values).items()}
     for name in ('skipped_in_a_row', 'loss_spike', 'grad_norm_spike'):
@@ -228,7 +143,7 @@ def run(
     path: str | os.PathLike[str],
     *,
     force: bool = False,
-    params: Callable[[build.Experiment], Any] | None = None,
+    params: Callable[[Experiment], Any] | None = None,
     label: str = 'train',
 ) -> Result:
     """Trains to the end, or resumes and trains to the end; `transfer` walks the same path.
@@ -243,38 +158,40 @@ def run(
       UserError: whatever the user can fix, before anything is compiled where it can be known.
     """
     began = time.perf_counter()
-    parts = build.experiment(config)
-    train_step, evaluators = build.train_step(config, parts), scoring.evaluators(config, parts)
-    log_targets, came_from, traced = build.log_targets(config), config.switch, config.profile
+    parts = build_experiment(config)
+    train_step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
+    log_targets, came_from, traced = tracker_options(config), config.switch, config.profile
     damage = Damage(config.data.max_error_rate if parts.data.skip_bad else 1.0)
     config.audit()
     fresh = params is not None and not checkpoint.steps(storage.place(path))
     first = params(parts) if fresh and params is not None else None
-    hosts.lead(lambda: str(open_workdir(path, config, parts.like, force)))
+    hosts.lead(lambda: str(open_workdir(path, config, parts.abstract_state, force)))
     workdir = storage.place(path)
     hosts.check_shared(workdir)
     hosts.saves_in(lambda: checkpoint.steps(workdir))
-    due, total, dump = parts.due, parts.total_steps, config.to_dict()
+    intervals, total, dump = parts.intervals, parts.total_steps, config.to_dict()
     active = jax.process_index() == 0
 
     with jax.set_mesh(parts.mesh):
-        now = restored = restore_newest(workdir, parts.like)
+        now = restored = restore_newest(workdir, parts.abstract_state)
         if now is None:
             shape, seed = parts.data.inputs, config.seed
             if came_from:
-                now = switch.state_of(came_from, config, parts)
+                now = switch_optimizer.state_of(came_from, config, parts)
             else:
-                now = state.create(parts.model, shape, parts.optimizer, seed, parts.like, first)
+                now = state.create(
+                    parts.model, shape, parts.optimizer, seed, parts.abstract_state, first
+                )
         start = int(now['step'])
         clock, stopped = metrics.Clock(), False
         pending: list[tuple[int, steps.Metrics]] = []
         with (
-            checkpoint.Manager(workdir, due.keep_last, due.keep) as manager,
+            checkpoint.Manager(workdir, intervals.keep_last, intervals.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **log_targets) as writer,
             metrics.Console(total, start, label=label, active=active) as console,
             runtime.stop_signals() as stop,
-            build.train_batches(config, parts, start) as batches,
-            tracing.tracer(workdir / 'trace', start, traced, console.say) as trace,
+            train_batches(config, parts, start) as batches,
+            profiler.tracer(workdir / 'trace', start, traced, console.say) as trace,
         ):
             peak, peak_source = runtime.device_peak_flops()
             peak *= parts.mesh.size
@@ -285,12 +202,12 @@ def run(
             elif came_from:
                 console.say(f'switch  from step {start} of {came_from}')
             if writer.tracked:
-                few = sample.first(parts.data, 32)
-                writer.pictures(start, 'train/images', sample.pictures(few))
+                few = examples.first(parts.data, 32)
+                writer.pictures(start, 'train/images', examples.pictures(few))
             if start < total:
                 compiling = time.perf_counter()
                 # Compiled ahead, the step cannot compile again later: another shape is an error.
-                train_step = train_step.lower(now, build.abstract_batch(parts)).compile()
+                train_step = train_step.lower(now, abstract_batch(parts)).compile()
                 console.say(f'compile {time.perf_counter() - compiling:.1f}s')
             clock.add('start', time.perf_counter() - began)
 
@@ -317,13 +234,13 @@ def run(
                 for step in range(start, total + 1):
                     if step > start:
                         stopped = stop(step) and step < total
-                        evals = [n for n, k in due.evals.items() if build.is_due(k, step, total)]
-                        save = stopped or step == total or build.is_due(due.save, step, total)
+                        evals = [n for n, k in intervals.evals.items() if is_due(k, step, total)]
+                        save = stopped or step == total or is_due(intervals.save, step, total)
                         if evals or save:
                             with clock.bucket('step'):
                                 jax.block_until_ready([values for _, values in pending])
                             write_pending()
-                        shared: scoring.Shared = {}
+                        shared: SharedFeatures = {}
                         for name in evals:
                             with clock.bucket('eval'):
                                 scores = evaluators[name](now.get('ema', now['params']), shared)
@@ -341,7 +258,7 @@ def run(
                     trace(step, [values for _, values in pending])
                     with clock.bucket('data'):
                         batch = next(batches)
-                    with clock.bucket('step'), tracing.step(step):
+                    with clock.bucket('step'), profiler.step(step):
                         now, values = train_step(now, batch)
                         if pending:  # One step in flight: the devices never wait for the host.
                             jax.block_until_ready(pending[0][1])
@@ -377,7 +294,7 @@ def main(argv: list[str]) -> None:
     workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/first')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     with hosts.session(args.distributed, same):
-        params = origin.starting(config, keep_head=True) if config.init else None
+        params = initial_params(config, keep_head=True) if config.init else None
         run(config, workdir, force=args.force, params=params)
 
 

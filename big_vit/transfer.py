@@ -7,7 +7,13 @@ Only parameters come from the checkpoint; the head is new, positions are
 resized to the new grid. Training itself is `train.run`, the same path.
 """
 
-from big_vit import command_line
+from big_vit import command_line, explain, metrics, runtime, storage, train
+from big_vit import config as config_lib
+from big_vit.data import files
+from big_vit.data.sources import base, folder
+from big_vit.distributed import hosts
+from big_vit.pretrained.load import initial_params, model_keys_of
+from big_vit.sweeps import study, sweep
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.transfer())
@@ -19,11 +25,7 @@ from typing import Any
 
 import jax
 
-from big_vit import config as config_lib
-from big_vit import explain, hosts, metrics, origin, runtime, storage, study, sweep, train
 from big_vit.config import Config
-from big_vit.data import files
-from big_vit.data.sources import base, folder
 from big_vit.errors import UserError
 
 
@@ -37,7 +39,7 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    config = config_lib.load(spec, overrides, base=origin.model_keys(first.init, first.init_tower))
+    config = config_lib.load(spec, overrides, base=model_keys_of(first.init, first.init_tower))
     trained = config.transfer.train
     if trained == 'all':
         return config
@@ -77,7 +79,7 @@ def run(
     workdir = storage.place(path)
     results = {}
     for label, own in sweep.starts(config).items():
-        start = origin.starting(own, keep_head=False) if own.init else None
+        start = initial_params(own, keep_head=False) if own.init else None
         ended = train.run(own, workdir / label, force=force, params=start, label=label)
         if ended.stopped:
             return None

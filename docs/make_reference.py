@@ -14,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What a notebook or a script of one's own needs; commands are told by --help.
 MODULES = (
-    'checkpoint', 'specimen', 'explore', 'looks', 'anatomy', 'plots', 'metrics', 'history',
-    'sample', 'config', 'trees', 'interop', 'origin', 'models.vit', 'models.encoder',
-    'models.costs', 'models.variants', 'ledger', 'errors',
+    'checkpoint', 'inspection.loaded_model', 'explore', 'inspection.attention_maps',
+    'inspection.weight_statistics', 'inspection.plots', 'metrics.writer', 'metrics.console',
+    'inspection.history', 'inspection.examples', 'config.config', 'trees', 'interop',
+    'pretrained.load', 'models.vit', 'models.encoder', 'models.flops', 'models.variants', 'ledger',
+    'errors',
 )  # fmt: skip
 HEAD = """# Reference
 

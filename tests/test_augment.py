@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from big_vit import augment, mixing, objectives, sharding
+from big_vit import augment, sharding
+from big_vit.tasks.batch import normalise
 
 KEY = jax.random.key(3)
 CLASSES = 5
@@ -46,7 +47,7 @@ def test_the_default_is_value_range():
     for kind in (np.uint8, np.uint16):
         image = images_of(kind=kind)
         wanted = apply(augment.value_range(-1, 1), image)
-        np.testing.assert_allclose(objectives.normalise(jnp.asarray(image)), wanted, atol=1e-6)
+        np.testing.assert_allclose(normalise(jnp.asarray(image)), wanted, atol=1e-6)
 
 
 def test_normalize_is_torchvisions():
@@ -210,7 +211,7 @@ def test_nothing_depends_on_the_mesh(sizes):
 
     def make(batch, key, mesh):
         batch = pipeline()(batch, key)
-        return mixing.mix(
+        return augment.mix(
             batch,
             jax.random.fold_in(key, 9),
             mixup=0.8,
@@ -239,7 +240,7 @@ def test_images_do_not_travel_but_for_one_row(sizes):
     batch = {n: jax.ShapeDtypeStruct(s, d, sharding=where) for n, (s, d) in shapes.items()}
 
     def make(b):
-        return mixing.mix(
+        return augment.mix(
             pipeline()(b, KEY),
             KEY,
             mixup=0.8,

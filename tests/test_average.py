@@ -7,8 +7,9 @@ import pytest
 from commands import run
 from tiny import MODEL, RUN, overrides
 
-from big_vit import average, checkpoint, config, evaluate, origin, train, trees
+from big_vit import average, checkpoint, config, evaluate, train, trees
 from big_vit.errors import UserError
+from big_vit.pretrained.load import encoder
 
 
 def trained(workdir, *more):
@@ -32,7 +33,7 @@ def other(tmp_path_factory):
 
 
 def weights(workdir, step=3):
-    return trees.flatten(origin.encoder.unstack_blocks(checkpoint.load_params(workdir, step)[0]))
+    return trees.flatten(encoder.unstack_blocks(checkpoint.load_params(workdir, step)[0]))
 
 
 def test_the_last_checkpoints_of_a_run(run_, tmp_path):
@@ -88,7 +89,7 @@ def test_mistakes_are_one_line(arguments, message, run_, tmp_path):
 
 
 def test_other_architectures_are_named(run_, tmp_path):
-    params = origin.encoder.unstack_blocks(checkpoint.load_params(run_, 3)[0])
+    params = encoder.unstack_blocks(checkpoint.load_params(run_, 3)[0])
     flat = trees.flatten(params)
     for name, leaf in (('embedding/bias', np.zeros(5)), ('embedding/scale', np.ones(3))):
         changed = trees.unflatten({**flat, name: leaf})

@@ -9,7 +9,8 @@ import optax
 import pytest
 from commands import script
 
-from big_vit import checkpoint, sharding, state, trees
+from big_vit import checkpoint, checkpoint_hashes, sharding, state, trees
+from big_vit.checkpoint_hashes import _hash_device, hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.models import variants
 from big_vit.models.vit import ViT
@@ -37,7 +38,7 @@ def abstract(mesh):
 def saved(tmp_path_factory):
     """A state on an FSDP mesh with every leaf random, and a workdir that holds it."""
     mesh = sharding.make_mesh(1, 8, 1)
-    like = abstract(mesh)
+    abstract_state = abstract(mesh)
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -46,7 +47,7 @@ def saved(tmp_path_factory):
         values = rng.normal(size=leaf.shape).astype(leaf.dtype)
         return jax.device_put(values, leaf.sharding)
 
-    full = jax.tree.map(fill, like)
+    full = jax.tree.map(fill, abstract_state)
     workdir = tmp_path_factory.mktemp('saved') / 'w'
     with checkpoint.Manager(workdir, keep_last=2) as manager:
         manager.save(full, {'lr': 0.5}, {'test/top1': 0.25})
@@ -60,10 +61,12 @@ def equal(a, b):
 @pytest.mark.parametrize('shape', [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_restores_the_same_bits_on_any_mesh(saved, shape):
     workdir, full = saved
-    like = abstract(sharding.make_mesh(*shape))
-    restored = checkpoint.restore(workdir, 7, like)
+    abstract_state = abstract(sharding.make_mesh(*shape))
+    restored = checkpoint.restore(workdir, 7, abstract_state)
     equal(restored, full)
-    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail('sharding'), restored, like)
+    jax.tree.map(
+        lambda x, y: x.sharding == y.sharding or pytest.fail('sharding'), restored, abstract_state
+    )
 
 
 def test_restores_on_one_device(saved):
@@ -84,22 +87,22 @@ def test_loads_as_numpy_without_config_or_mesh(saved, which):
 
 def test_hashes_do_not_depend_on_the_sharding_and_see_every_bit(saved):
     kernel = saved[1]['params']['embedding']['kernel']
-    on_devices = np.asarray(jax.jit(checkpoint._hash_device)(kernel)).tobytes().hex()
+    on_devices = np.asarray(jax.jit(_hash_device)(kernel)).tobytes().hex()
     host = np.asarray(kernel).copy()
-    assert checkpoint.hash_array(host) == on_devices
+    assert hash_array(host) == on_devices
     for position in (0, 1, host.size - 1):
         bits = host.copy()
         bits.reshape(-1).view(np.uint32)[position] ^= 1
-        assert checkpoint.hash_array(bits) != on_devices
+        assert hash_array(bits) != on_devices
     swapped = host.copy().reshape(-1)
     swapped[[0, 1]] = swapped[[1, 0]]
-    assert checkpoint.hash_array(swapped.reshape(host.shape)) != on_devices
+    assert hash_array(swapped.reshape(host.shape)) != on_devices
 
 
 def test_a_state_has_the_same_hashes_on_the_host_and_on_devices(saved, monkeypatch):
-    on_the_host = checkpoint._hashes(saved[1])
-    monkeypatch.setattr(checkpoint, 'SMALL_STATE', 0)
-    assert checkpoint._hashes(saved[1]) == on_the_host
+    on_the_host = hashes_of(saved[1])
+    monkeypatch.setattr(checkpoint_hashes, 'SMALL_STATE', 0)
+    assert hashes_of(saved[1]) == on_the_host
     assert len(set(on_the_host.values())) > len(on_the_host) / 2
 
 
@@ -166,9 +169,9 @@ def test_a_damaged_sidecar_is_noticed(copy, damage):
 
 def test_another_architecture_is_refused_with_the_leaves_that_differ(saved):
     model = ViT(num_classes=9, **{**variants.parse('mu/4'), 'depth': 2})
-    like = state.abstract(model, IMAGE, optax.identity(), True, sharding.make_mesh())
+    abstract_state = state.abstract(model, IMAGE, optax.identity(), True, sharding.make_mesh())
     with pytest.raises(UserError, match=r'head/kernel is \(\(32, 8\).*\(\(32, 9\)'):
-        checkpoint.restore(saved[0], 7, like)
+        checkpoint.restore(saved[0], 7, abstract_state)
 
 
 def test_locate_explains_what_is_missing(saved, tmp_path):

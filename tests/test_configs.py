@@ -10,7 +10,9 @@ import jax
 import pytest
 from tiny import MODEL, RUN, overrides, write_folder, write_idx, write_tfds
 
-from big_vit import build, checkpoint, config, metrics, train, transfer
+from big_vit import checkpoint, config, metrics, train, transfer
+from big_vit.build.data import completed_section
+from big_vit.build.experiment import build_experiment
 from big_vit.data import sources
 from big_vit.errors import UserError
 
@@ -64,7 +66,7 @@ def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
         return found + overrides(RUN, evals=tuple(loaded.evals))
     found += [*overrides(RUN), ('data.path', str(tfds_folder(loaded.data)))]
     sections = {'data': loaded.data}
-    sections |= {f'evals.{name}': build.complete(loaded, 'evals', name) for name in loaded.evals}
+    sections |= {f'evals.{name}': completed_section(loaded, 'evals', name) for name in loaded.evals}
     for key, section in sections.items():
         found.append((f'{key}.num_examples', str(length(section.split, TFDS_SIZES, key))))
     return found
@@ -73,7 +75,7 @@ def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
 @pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
 def test_examples_of_imagenet_are_counted_right(path):
     loaded = config.load(str(path), [])
-    sections = [loaded.data, *(build.complete(loaded, 'evals', name) for name in loaded.evals)]
+    sections = [loaded.data, *(completed_section(loaded, 'evals', name) for name in loaded.evals)]
     for section in sections:
         if section.tfds_name == 'imagenet2012':
             sizes = {'train': 1_281_167, 'validation': 50_000}
@@ -120,7 +122,7 @@ def test_pretrain(path, idx_folder, tfds_folder, image_folder, tmp_path):
 
 def test_the_shampoo_of_algoperf_is_what_s16_asks_for():
     loaded = config.load('configs/vit_s16_i1k.py:optimizer=shampoo', [('model.scan', 'true')])
-    parts = build.experiment(loaded, jax.devices())
+    parts = build_experiment(loaded, jax.devices())
     assert list(parts.settings) == ['shampoo'] and parts.total_steps == 112_000
     made = parts.settings['shampoo']
     assert (made['b1'], made['b2'], made['every'], made['start']) == (0.97466, 0.97492, 100, 100)
@@ -136,7 +138,7 @@ def test_the_shampoo_of_algoperf_is_what_s16_asks_for():
 def test_the_small_config_takes_any_optimizer(name, idx_folder):
     settings = [('data.path', str(idx_folder)), ('batch_size', '16')]
     loaded = config.load(f'configs/fashion_mnist.py:optimizer={name}', settings)
-    assert list(build.experiment(loaded).settings) == [name]
+    assert list(build_experiment(loaded).settings) == [name]
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,9 @@ from commands import error_line, run
 from PIL import Image
 from tiny import MODEL, RUN, flags, write_folder
 
-from big_vit import bench_data, build, config, metrics, show_data, train
+from big_vit import bench_data, config, metrics, show_data, train
+from big_vit.build.data import train_data
+from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
 
 SMALL = {**MODEL, **RUN, 'image_size': '16', 'model.variant': 'Ti/8'}
@@ -87,7 +89,7 @@ def test_several_labels_and_the_sigmoid_loss(tmp_path):
     with pytest.raises(
         UserError, match=r'gives labels of shape .* for 5 classes: write onehot\(5\) or multihot'
     ):
-        build.train_data(plain)
+        train_data(plain)
 
 
 def test_a_mixture_is_trained_on(photos, tmp_path):
@@ -96,12 +98,12 @@ def test_a_mixture_is_trained_on(photos, tmp_path):
         'mixture.b.path': str(photos), 'mixture.b.split': 'train[:10]',
     }  # fmt: skip
     loaded = config.load('configs/own_images.py:path=' + str(photos), list(overrides.items()))
-    found = build.train_data(loaded)
+    found = train_data(loaded)
     assert (found.order.lengths, found.order.counts) == ((54, 10), (750, 250))
     assert train.run(loaded, tmp_path / 'w').step == 3
     zero = config.override(loaded, [('mixture.b.weight', '0')])
     with pytest.raises(UserError, match=r'mixture\.b\.weight must be above 0; leave the part out'):
-        build.train_data(zero)
+        train_data(zero)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_mixture_is_trained_on(photos, tmp_path):
 )
 def test_mistakes_are_named_before_anything_starts(photos, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        build.experiment(load(photos, **changes))
+        build_experiment(load(photos, **changes))
     assert '\n' not in str(error.value)
 
 
@@ -132,16 +134,16 @@ def test_an_evaluation_of_other_classes_is_refused(photos, tmp_path):
     (other / 'class1').rename(other / 'zebra')
     changes = {'evals.test.name': 'folder', 'evals.test.path': str(other)}
     with pytest.raises(UserError, match=r"evals\.test has other classes .*'class2' is not class 1"):
-        build.experiment(load(photos, **changes))
+        build_experiment(load(photos, **changes))
 
 
 def test_an_evaluation_sees_the_numbers_that_training_sees(photos):
     loaded = load(photos, **{'data.transform': 'rrc(size) | to_device | flip_lr | normalize'})
-    parts = build.experiment(loaded)
+    parts = build_experiment(loaded)
     assert [name for name, _ in parts.data.device] == ['flip_lr', 'normalize']
     assert [name for name, _ in parts.evals['test'].device] == ['normalize']
     own = load(photos, **{'evals.test.transform': 'resize(size) | value_range(0, 1)'})
-    assert [name for name, _ in build.experiment(own).evals['test'].device] == ['value_range']
+    assert [name for name, _ in build_experiment(own).evals['test'].device] == ['value_range']
 
 
 def test_a_damaged_file_stops_the_run_and_is_named(tmp_path):
@@ -168,7 +170,7 @@ def test_damaged_files_are_replaced_and_counted_up_to_a_rate(tmp_path, monkeypat
 
 def test_bench_data_names_the_slowest_operation(photos):
     loaded = load(photos, **{'data.transform': 'decode | rrc(size) | augmix'})
-    found = build.train_data(loaded)
+    found = train_data(loaded)
     cost = bench_data.by_operation(found)
     assert list(cost) == ['read', '1 decode', '2 rrc', '3 augmix', 'join']
     assert max(cost, key=cost.get) == '3 augmix'
@@ -201,7 +203,7 @@ def test_the_commands(photos, tmp_path):
 
 
 def test_pictures_are_shown_with_their_labels(photos):
-    found = build.train_data(load(photos))
+    found = train_data(load(photos))
     assert show_data.title(found, np.int32(1)) == 'class1'
     assert show_data.title(found, np.array([0.25, 0.0, 0.75])) == '0.75 class2\n0.25 class0'
     pictures = show_data.originals(found, np.array([0, 5]))

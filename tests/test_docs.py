@@ -6,14 +6,16 @@ import re
 
 from commands import ROOT
 
-from big_vit import augment, schema, scoring
+from big_vit import augment
+from big_vit.build.evaluations import evaluation_keys
+from big_vit.config import registries, schema, schema_evals
 from big_vit.data import transforms
 from big_vit.optim import factory
 
 REFERENCE = ROOT / 'docs' / 'make_reference.py'
 HEAD = """# Config keys
 
-Made from `big_vit/schema.py` by `make golden`. Any key can be set in a config file or on
+Made from `big_vit/config/` by `make golden`. Any key can be set in a config file or on
 the command line as `--config.KEY=VALUE`; the value `default` takes back what the file set. A
 duration is set in one unit; in `evals` and `mixture`, `*` is
 any name, and what is not set comes from `data`.
@@ -21,6 +23,34 @@ any name, and what is not set comes from `data`.
 | key | value | default | meaning |
 |---|---|---|---|
 """
+
+
+# Sections whose keys are arguments of registered functions, which have the defaults.
+SECTIONS = ('optim',)
+
+
+def values(check) -> str:
+    """Which values a key takes: the docstring of its check, or the names of a table."""
+    registry = getattr(check, '__self__', None)
+    return ', '.join(registry.entries()) if registry else check.__doc__
+
+
+def shown(value: object) -> str:
+    return 'required' if value is registries.REQUIRED else f'`{value!r}`'
+
+
+def own_defaults(key: str) -> str:
+    """Which entries of the section's table read a key, and their defaults."""
+    section, _, name = key.rpartition('.')
+    if section not in SECTIONS:
+        return ''
+    registry = registries.BY_SECTION[section]
+    readers = registry.readers(name)
+    alike: dict[str, list[str]] = {}
+    for reader, default in readers.items():
+        alike.setdefault(shown(default), []).append(reader)
+    parts = [f'{value} ({", ".join(names)})' for value, names in alike.items()]
+    return '; '.join(parts)
 
 
 def page() -> str:
@@ -35,8 +65,8 @@ def page() -> str:
             doc = field.doc.rpartition(',')[0] + '.'
             rows.append([stem, field.check.__doc__, '', doc])
         else:
-            default = '' if field.default is None else f'`{field.default!r}`'
-            rows.append([key, field.check.__doc__, default, field.doc])
+            default = own_defaults(key) if field.default is None else f'`{field.default!r}`'
+            rows.append([key, values(field.check), default, field.doc])
     for row in rows:
         if row[0] in durations:
             row[0] += '_{' + ','.join(durations[row[0]]) + '}'
@@ -103,6 +133,6 @@ def test_every_evaluator_is_documented_with_the_keys_that_it_reads():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
         if line.startswith('| `') and len(cells) == 3:
             rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[2]))
-    assert rows == {kind: set(scoring.keys(kind)) for kind in schema.EVALUATORS}
-    for name in schema.CORRUPTIONS:
+    assert rows == {kind: set(evaluation_keys(kind)) for kind in schema_evals.EVALUATORS}
+    for name in schema_evals.CORRUPTIONS:
         assert f'`{name}`' in (ROOT / 'docs' / 'evaluators.md').read_text()

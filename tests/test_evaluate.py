@@ -9,21 +9,14 @@ import pytest
 from commands import run_many
 from sklearn.neighbors import KNeighborsClassifier
 
-from big_vit import (
-    build,
-    checkpoint,
-    config,
-    evaluate,
-    export,
-    metrics,
-    plots,
-    scoring,
-    train,
-    transfer,
-)
+from big_vit import checkpoint, config, evaluate, export, metrics, train, transfer
+from big_vit.build import evaluations
+from big_vit.build.evaluations import build_evaluators, features
+from big_vit.build.experiment import all_batches, build_experiment, eval_batches
 from big_vit.errors import UserError
 from big_vit.evaluators import linear_grid
 from big_vit.explore import history_table
+from big_vit.inspection import plots
 
 TINY = {
     'total_steps': 6,
@@ -113,8 +106,8 @@ def test_training_logs_what_evaluate_finds_of_its_checkpoint(trained, scored):
 def alone(trained, overrides):
     """The evaluators of a config, its experiment, and the run's parameters on their devices."""
     settings = config.override(config.resolve(TINY), overrides)
-    parts = build.experiment(settings)
-    made = scoring.evaluators(settings, parts)
+    parts = build_experiment(settings)
+    made = build_evaluators(settings, parts)
     params, _ = checkpoint.load_params(*checkpoint.locate(trained), 'params')
     return made, parts, params
 
@@ -147,13 +140,13 @@ def test_knn_of_the_frozen_model_is_scikit_learns_on_the_same_features(trained):
 def test_features_of_a_split_are_computed_once_for_all_evaluations(trained, monkeypatch):
     chosen = [pair for pair in OVERRIDES if pair[0].split('.')[1] in ('near', 'few', 'block')]
     made, _, params = alone(trained, chosen)
-    read, whole = [], build.all_batches
+    read, whole = [], all_batches
 
     def counted(parts, found):
         read.append((found.source.split, found.source.length))
         return whole(parts, found)
 
-    monkeypatch.setattr(build, 'all_batches', counted)
+    monkeypatch.setattr(evaluations, 'all_batches', counted)
     shared: dict = {}
     for evaluator in made.values():
         evaluator(params, shared)
@@ -163,12 +156,12 @@ def test_features_of_a_split_are_computed_once_for_all_evaluations(trained, monk
 
 def test_features_of_blocks_are_normed_and_pooled(trained):
     _, parts, params = alone(trained, [('evals.x.split', 'test[:16]')])
-    batch = next(build.eval_batches(parts, 'x'))
+    batch = next(eval_batches(parts, 'x'))
     image = jnp.asarray(np.asarray(batch['image'], np.float32) / 127.5 - 1)
-    of_last = scoring.features.of_blocks(parts.model, (1,), 'cls')(params, image)
+    of_last = features.of_blocks(parts.model, (1,), 'cls')(params, image)
     _, extra = parts.model.apply({'params': params}, image, capture=('blocks',))
     np.testing.assert_allclose(of_last, extra['tokens'][:, 0], atol=1e-6)
-    both = scoring.features.of_blocks(parts.model, (0, 1), 'cls_gap')(params, image)
+    both = features.of_blocks(parts.model, (0, 1), 'cls_gap')(params, image)
     assert both.shape == (16, 4 * 32)
     np.testing.assert_allclose(both[:, 96:], extra['tokens'][:, 1:].mean(1), atol=1e-5)
     first = np.asarray(extra['blocks'][0][:, 0], np.float64)
@@ -285,7 +278,7 @@ def test_what_a_user_can_put_wrong_is_said_before_anything_is_computed(changes, 
     overrides = [(f'evals.{key}', value) for key, value in changes.items()]
     with pytest.raises(UserError, match=message):
         settings = config.override(config.resolve(TINY), overrides)
-        scoring.evaluators(settings, build.experiment(settings))
+        build_evaluators(settings, build_experiment(settings))
 
 
 def test_the_grid_takes_what_blocks_there_are():

@@ -6,8 +6,9 @@ import pytest
 from commands import error_line, run
 from test_export import weights_of
 
-from big_vit import anatomy, explore, export, interop, looks, specimen
+from big_vit import explore, export, interop
 from big_vit.errors import UserError
+from big_vit.inspection import attention_maps, loaded_model, weight_statistics
 
 pytest.importorskip('safetensors')
 
@@ -26,13 +27,13 @@ def places(tmp_path_factory):
 
 
 def test_ours_and_a_peers_give_the_same_numbers(places):
-    ours, theirs = (specimen.load(str(places / name)) for name in ('run', 'timm'))
-    found = anatomy.compare(ours.params, theirs.params, ('run', 'timm'))
+    ours, theirs = (loaded_model.load(str(places / name)) for name in ('run', 'timm'))
+    found = weight_statistics.compare(ours.params, theirs.params, ('run', 'timm'))
     assert found.overall.relative == 0 and not found.only_first
     assert ours.grid == theirs.grid == (2, 2) and ours.channels == theirs.channels == 3
     np.testing.assert_array_equal(ours.positions(), theirs.positions())
     assert ours.positions().shape == (4, 48)
-    one, other = (looks.of_file(each, places / 'photo.jpg') for each in (ours, theirs))
+    one, other = (attention_maps.of_file(each, places / 'photo.jpg') for each in (ours, theirs))
     assert one.image.shape == (32, 32, 3)
     np.testing.assert_array_equal(one.image, other.image)
     assert one.weights.shape == (2, 3, 5, 5)
@@ -44,7 +45,7 @@ def test_ours_and_a_peers_give_the_same_numbers(places):
 
 def test_pictures_are_normalised_as_the_weights_have_seen_them(places):
     for name in ('run', 'timm'):
-        found = specimen.load(str(places / name))
+        found = loaded_model.load(str(places / name))
         black = found.normalised(np.zeros((1, 1, 3), np.uint8))[0, 0]
         np.testing.assert_allclose(black, [-0.1 / 0.4, -0.2 / 0.5, -0.3 / 0.6], rtol=1e-6)
 
@@ -53,7 +54,7 @@ def test_the_middle_of_a_picture_is_taken(places):
     wide = np.zeros((64, 256, 3), np.uint8)
     wide[:, 96:160] = 255
     cv2.imwrite(str(places / 'wide.png'), wide)
-    found = specimen.load(str(places / 'timm'))
+    found = loaded_model.load(str(places / 'timm'))
     assert (found.picture(places / 'wide.png') == 255).all()
 
 
@@ -95,7 +96,7 @@ def test_a_model_of_another_width_is_told_from_ours(places, tmp_path):
 
 
 def test_a_file_that_is_no_picture_is_told(places, monkeypatch):
-    found = specimen.load(str(places / 'timm'))
+    found = loaded_model.load(str(places / 'timm'))
     (places / 'text.jpg').write_text('no picture')
     with pytest.raises(UserError, match=r'text\.jpg: not an image .* name a JPEG'):
         found.picture(places / 'text.jpg')
@@ -107,18 +108,18 @@ def test_a_file_that_is_no_picture_is_told(places, monkeypatch):
         found.picture(places / 'nowhere.jpg')
     with pytest.raises(UserError, match='cannot be read: Is a directory'):
         found.picture(places)
-    monkeypatch.setattr(specimen, 'MOST_PIXELS', 1000)
+    monkeypatch.setattr(loaded_model, 'MOST_PIXELS', 1000)
     with pytest.raises(UserError, match='90x120 pixels are more than 1,000; scale it down'):
         found.picture(places / 'photo.jpg')
-    monkeypatch.setattr(specimen, 'MOST_BYTES', 100)
+    monkeypatch.setattr(loaded_model, 'MOST_BYTES', 100)
     with pytest.raises(UserError, match='is larger than'):
         found.picture(places / 'photo.jpg')
 
 
 def test_attention_that_does_not_fit_is_refused(places, monkeypatch):
-    monkeypatch.setattr(specimen, 'MOST_ATTENTION', 100)
+    monkeypatch.setattr(loaded_model, 'MOST_ATTENTION', 100)
     with pytest.raises(UserError, match='look at a smaller model'):
-        looks.of_file(specimen.load(str(places / 'timm')), places / 'photo.jpg')
+        attention_maps.of_file(loaded_model.load(str(places / 'timm')), places / 'photo.jpg')
 
 
 def test_metrics_that_are_damaged_are_told(places, capsys):
@@ -145,7 +146,7 @@ def test_without_a_checkpoint_one_line_says_so(args, message):
 
 
 def test_a_config_of_another_version_hides_nothing_but_the_model(places, capsys):
-    found = specimen.load(str(places / 'run'))
+    found = loaded_model.load(str(places / 'run'))
     found.sidecar['config']['a_key_of_tomorrow'] = 3
     assert found.settings()['a_key_of_tomorrow'] == 3
     explore.show(found)
@@ -156,4 +157,4 @@ def test_a_config_of_another_version_hides_nothing_but_the_model(places, capsys)
 
 def test_which_parameters_is_a_question_to_ours_only(places):
     with pytest.raises(UserError, match='--which is for checkpoints of ours'):
-        specimen.load(str(places / 'timm'), 'ema')
+        loaded_model.load(str(places / 'timm'), 'ema')

@@ -9,11 +9,12 @@ import pytest
 import tiny
 from commands import run
 
-from big_vit import checkpoint, export, interop, origin, trees
+from big_vit import checkpoint, export, interop, trees
 from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit, layout
 from big_vit.models.encoder import stack_blocks
+from big_vit.pretrained.load import config_of_weights
 
 pytest.importorskip('safetensors')
 
@@ -90,13 +91,13 @@ def test_a_workdir_with_checkpoints_is_left_alone(tmp_path):
     ],
 )
 def test_sizes_have_the_name_of_a_variant_where_they_have_one(settings, variant):
-    config = origin.config_of(weights_of(**settings))
+    config = config_of_weights(weights_of(**settings))
     assert config.model.variant == variant
 
 
 def test_settings_that_differ_are_those_of_the_config():
     wanted = dict(registers=2, layer_scale=0.1, norm_eps=1e-5, pre_norm=True, qk_norm=True)
-    config = origin.config_of(weights_of(**wanted))
+    config = config_of_weights(weights_of(**wanted))
     assert {name: config.model[name] for name in wanted} == wanted
 
 
@@ -211,7 +212,7 @@ def test_averaged_parameters_are_what_is_exported_unless_told(tmp_path):
         'ema': jax.tree.map(lambda x: x + 1, wide),
         'step': jnp.zeros((), jnp.int32),
     }
-    config = origin.config_of(mine)
+    config = config_of_weights(mine)
     with checkpoint.Manager(tmp_path / 'run', keep_last=1) as manager:
         manager.save(state, config.to_dict(), {})
     same(export.from_checkpoint(str(tmp_path / 'run'), 'params').params, mine.params)

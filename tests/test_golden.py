@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from big_vit import config, schema, sharding, state, trees
+from big_vit import config, sharding, state, trees
+from big_vit.config import schema
 from big_vit.models import variants
 from big_vit.models.vit import ViT
 

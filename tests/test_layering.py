@@ -17,27 +17,20 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
-    {'errors', 'schema', 'storage'},
-    {'runtime', 'config', 'command_line', 'trees', 'cluster', 'hosts', 'tracking'},
-    {'models', 'optim', 'data', 'sharding', 'hlo', 'topology', 'compiler', 'tracing'},
-    {
-        'objectives',
-        'augment',
-        'mixing',
-        'state',
-        'checkpoint',
-        'metrics',
-        'interop',
-        'anatomy',
-        'plots',
-    },
+    {'errors'},
+    {'storage', 'trees'},
+    {'runtime', 'config', 'command_line', 'distributed'},
+    {'models', 'optim', 'data', 'sharding', 'planning', 'compiler'},
+    {'tasks', 'augment', 'state', 'checkpoint_hashes', 'metrics', 'interop'},
+    {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
-    {'build', 'ledger', 'adapt', 'origin', 'explain', 'switch', 'scoring', 'study'},
-    {'trials', 'sample', 'specimen', 'history', 'pages', 'looks'},
+    {'build'},
+    {'pretrained', 'ledger', 'explain'},
+    {'inspection'},
+    {'sweeps'},
     {
         'train',
         'transfer',
-        'sweep',
         'average',
         'evaluate',
         'explore',
@@ -50,28 +43,12 @@ LAYERS = [
     },
 ]
 WITHIN_A_LAYER = {
-    ('augment', 'objectives'),  # What bytes become where nothing is said.
-    ('mixing', 'augment'),  # A pasted box is an erased one with other pixels.
-    ('mixing', 'objectives'),  # Mixed images are normalised ones, and labels targets.
-    ('checkpoint', 'state'),  # For a type.
-    ('storage', 'errors'),
-    ('explain', 'build'),
-    ('scoring', 'build'),
-    ('adapt', 'build'),
-    ('origin', 'adapt'),
-    ('origin', 'build'),
-    ('switch', 'build'),
+    ('augment', 'tasks'),  # What bytes become where nothing is said, and labels as targets.
     ('explain', 'ledger'),
-    ('ledger', 'build'),
-    ('hosts', 'cluster'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.
-    ('transfer', 'sweep'),
-    ('sweep', 'train'),
-    ('sweep', 'evaluate'),  # What validation chose is scored as any checkpoint is.
-    ('looks', 'sample'),
-    ('plots', 'anatomy'),
-    ('plots', 'metrics'),
-    ('looks', 'specimen'),
+    ('sweeps', 'train'),
+    ('sweeps', 'evaluate'),  # What validation chose is scored as any checkpoint is.
+    ('workdir', 'checkpoint'),
 }
 NOT_IN = {
     'models': {'data', 'sharding', 'config'},
@@ -83,12 +60,12 @@ ONLY_IN = {
     'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
     'array_record': {'data/sources/records.py'},
     'pyarrow': {'data/sources/parquet.py'},
-    'simplejpeg': {'data/decode.py', 'data/colour.py'},
-    'av': {'data/video.py'},
+    'simplejpeg': {'data/decode.py', 'data/transforms/colour.py'},
+    'av': {'data/transforms/video.py'},
     'torch': {'interop/files.py'},
     'safetensors': {'interop/files.py'},
-    'soundfile': {'data/audio.py'},
-    'tokenizers': {'data/text.py'},
+    'soundfile': {'data/transforms/audio.py'},
+    'tokenizers': {'data/transforms/text.py'},
     'fsspec': {'data/files.py', 'storage.py'},
     'tensorflow': set(),
     'pickle': set(),
@@ -146,7 +123,7 @@ def module_files():
 
 def test_there_is_a_package_to_check():
     assert len(module_files()) > 20
-    assert imported_units(PACKAGE / 'transfer.py') >= {'train', 'origin', 'metrics'}
+    assert imported_units(PACKAGE / 'transfer.py') >= {'train', 'pretrained', 'metrics'}
 
 
 @pytest.mark.parametrize('path', module_files(), ids=relative)

@@ -10,9 +10,11 @@ import pytest
 from commands import error_line, run, script
 from tiny import MODEL, RUN, flags
 
-from big_vit import build, config, explain, ledger, state, topology, trees
-from big_vit.models import costs, variants
+from big_vit import config, explain, ledger, state, trees
+from big_vit.build.experiment import build_experiment
+from big_vit.models import flops, variants
 from big_vit.models.vit import ViT
+from big_vit.planning import topology
 
 CONFIG = 'configs/pretrain_fdsl.py'
 SMALL = {**MODEL, **RUN, 'mesh.min_shard_size': '0', 'mesh.max_replicated': '1'}
@@ -45,10 +47,12 @@ def bytes_by_device(tree):
 )
 def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
     settings = tiny(MESHES[mesh], {'ema': '0.9'} if name == 'adamw' else {})
-    parts = build.experiment(ledger.of_optimizer(settings, name))
-    found = ledger.measure(parts.like)
+    parts = build_experiment(ledger.of_optimizer(settings, name))
+    found = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):
-        real = state.create(parts.model, parts.data.inputs, parts.optimizer, 0, parts.like)
+        real = state.create(
+            parts.model, parts.data.inputs, parts.optimizer, 0, parts.abstract_state
+        )
     said = {'params': found.params, 'ema': found.average, 'opt': found.own}
     for part, held in said.items():
         if not held.arrays:
@@ -77,8 +81,8 @@ def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
 )
 def test_closed_forms(optim, times, words):
     settings = tiny({f'optim.{key}': value for key, value in optim.items()})
-    parts = build.experiment(settings, jax.devices()[:1])
-    found, m = ledger.measure(parts.like), 4 * trees.count(parts.like['params'])
+    parts = build_experiment(settings, jax.devices()[:1])
+    found, m = ledger.measure(parts.abstract_state), 4 * trees.count(parts.abstract_state['params'])
     counters = 4 * (3 + 2 * state.WINDOW)
     rest = found.state.nbytes - times * m - counters
     assert rest in (0, 4), 'at most the count of updates'
@@ -87,7 +91,7 @@ def test_closed_forms(optim, times, words):
 
 
 def test_memory_is_told_by_use():
-    found = ledger.measure(build.experiment(tiny()).like)
+    found = ledger.measure(build_experiment(tiny()).abstract_state)
     m = found.params
     assert found.optimizer == {
         'counters': ledger.Held(1, 1, 4, 4),
@@ -131,10 +135,10 @@ def test_what_training_would_refuse_has_its_figures_and_the_reason():
 
 def test_training_starts_with_the_ledger_in_one_line():
     settings = tiny(MESHES['fully sharded'], {'ema': '0.9'})
-    parts = build.experiment(settings)
+    parts = build_experiment(settings)
     lines = explain.summary(settings, parts)
     (said,) = [text for text in lines if text.startswith('state ')]
-    found = ledger.measure(parts.like)
+    found = ledger.measure(parts.abstract_state)
     assert f'params {found.params.on_device / 1e6:.2f} MB (1.00 M)' in said
     assert f'adamw {found.own.on_device / 1e6:.2f} MB (2.00 M) on a device' in said
     assert f'{found.state.nbytes / 1e6:.2f} MB in all' in said
@@ -169,7 +173,7 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert time.monotonic() - began < 60
     assert int(result.stdout.rpartition('grown')[2]) < 500  # Of the 223 GB it tells of.
     net = ViT(21_843, pool='map', **variants.parse('22B/14'))
-    count = costs.count_params(net, (224, 224, 3))
+    count = flops.count_params(net, (224, 224, 3))
     assert f'M = {4 * count:,} bytes' in result.stdout
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from big_vit import mixing, objectives
+from big_vit import augment
+from big_vit.tasks.batch import normalise
 
 CLASSES = 5
 
@@ -19,7 +20,7 @@ def batch_of(size, kind=np.uint8):
 
 def mixed(batch, seed=0, alpha=0.2):
     return jax.device_get(
-        mixing.mix(
+        augment.mix(
             jax.tree.map(jnp.asarray, batch), jax.random.key(seed), mixup=alpha, num_classes=CLASSES
         )
     )
@@ -52,7 +53,7 @@ def test_images_and_labels_are_those_of_numpy(size):
 def test_floats_and_probabilities_are_mixed_as_they_are():
     batch = batch_of(8)
     done = {
-        'image': objectives.normalise(jnp.asarray(batch['image'])),
+        'image': normalise(jnp.asarray(batch['image'])),
         'label': jax.nn.one_hot(batch['label'], CLASSES),
     }
     for name, leaf in mixed(done).items():
@@ -95,7 +96,7 @@ def test_what_is_not_mixed_stays():
 
 def pasted(batch, seed=0, **more):
     return jax.device_get(
-        mixing.mix(
+        augment.mix(
             jax.tree.map(jnp.asarray, batch),
             jax.random.key(seed),
             **{'cutmix': 1.0, 'num_classes': CLASSES, **more},
@@ -144,7 +145,7 @@ def test_boxes_are_those_of_numpy(shape):
     rng = np.random.default_rng(0)
     share = np.concatenate([[0, 0, 1], rng.random(1000)]).astype(np.float32)
     centre = rng.random((len(share), 2)).astype(np.float32)
-    found = np.stack(mixing.boxes(jnp.asarray(share), jnp.asarray(centre), shape), axis=1)
+    found = np.stack(augment.cutmix_boxes(jnp.asarray(share), jnp.asarray(centre), shape), axis=1)
     wanted = np.array([np_box(*each, shape) for each in zip(share, centre, strict=True)])
     np.testing.assert_array_equal(found[:, :4], wanted)
     left = 1 - wanted[:, 2] * wanted[:, 3] / (shape[0] * shape[1])

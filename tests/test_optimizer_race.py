@@ -12,7 +12,7 @@ from tiny import MODEL, flags, write_idx
 
 from benchmarks import optimizer_race as race
 from big_vit import ledger
-from big_vit.schema import SCHEMA
+from big_vit.config.schema import SCHEMA
 
 RUN = {'total_steps': '6', 'batch_size': '16', 'evals.often.every_steps': '2'}
 

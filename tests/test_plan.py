@@ -10,8 +10,9 @@ import pytest
 from commands import error_line, run
 from tiny import MODEL, flags
 
-from big_vit import compiler, config, plan, sharding, topology
+from big_vit import compiler, config, plan, sharding
 from big_vit.errors import UserError
+from big_vit.planning import topology
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="the TPU compiler: pip install -e '.[plan]'"

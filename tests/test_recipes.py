@@ -9,11 +9,13 @@ from commands import ROOT, error_line, run
 from etils import epath
 from tiny import MODEL, flags, overrides, png, write_features, write_folder
 
-from big_vit import build, config, interop, study, sweep, transfer, trees
+from big_vit import config, interop, transfer, trees
+from big_vit.build.experiment import build_experiment
 from big_vit.data import sources
 from big_vit.data.sources import base
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit, layout
+from big_vit.sweeps import study, sweep
 
 FILE = 'configs/transfer.py'
 RECIPES = runpy.run_path(FILE)
@@ -184,7 +186,7 @@ OFTEN = (
 )
 def test_every_recipe_builds(dataset, tfds_folder):
     loaded = load(f'{dataset},size=16', small(load(dataset), tfds_folder))
-    parts = build.experiment(loaded)
+    parts = build_experiment(loaded)
     classes = CLASSES.get(dataset) or CLASSES[dataset.removeprefix('vtab_')]
     assert parts.data.source.num_classes == classes
     assert parts.data.shapes['image'][-3:] == (16, 16, 3)
@@ -284,7 +286,7 @@ def test_own_images_with_folders_of_their_own_or_without(tmp_path):
     found = {}
     for kind, names in (('', None), (',folders', ('train', 'val', 'test'))):
         folder = write_folder(tmp_path / f'photos{kind[1:]}', examples=20, splits=names)
-        parts = build.experiment(load(f'own,path={folder},size=16{kind}', more))
+        parts = build_experiment(load(f'own,path={folder},size=16{kind}', more))
         sweep.check_splits(parts, 'val', 'test')
         found[kind] = [
             s.source.length for s in (parts.data, parts.evals['val'], parts.evals['test'])
@@ -302,7 +304,7 @@ def test_folders_of_splits_that_nothing_reads_are_named(tmp_path):
 
 def problem(arguments, *more):
     with pytest.raises(UserError) as caught:
-        build.experiment(load(arguments, {'image_size': '16', 'batch_size': '8'}, *more))
+        build_experiment(load(arguments, {'image_size': '16', 'batch_size': '8'}, *more))
     (line,) = str(caught.value).splitlines()
     return line
 

@@ -11,8 +11,9 @@ import pytest
 from commands import error_line, run
 from tiny import MODEL, RUN, overrides, write_folder
 
-from big_vit import config, history, pages, report, train
+from big_vit import config, report, train
 from big_vit.errors import UserError
+from big_vit.inspection import history, html_pages
 
 VOID = {'meta', 'img', 'line', 'circle', 'polyline', 'br'}
 NAME = '<script>alert(1)</script>&"\''.replace('/', '')
@@ -186,7 +187,7 @@ def test_scores_are_the_last_and_the_best_of_what_was_evaluated():
     [(0, 10, [0, 2, 4, 6, 8, 10]), (0.13, 0.37, [0.15, 0.2, 0.25, 0.3, 0.35]), (5, 5, [5])],
 )
 def test_ticks_are_round(low, high, expected):
-    assert pages.ticks(low, high) == pytest.approx(expected)
+    assert html_pages.ticks(low, high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +202,15 @@ def test_ticks_are_round(low, high, expected):
     ],
 )
 def test_numbers_are_short(value, shown):
-    assert pages.number(value) == shown
+    assert html_pages.number(value) == shown
 
 
 def test_a_chart_of_one_point_or_none():
-    assert pages.chart('t', [pages.Line('a', []), pages.Line('b', [(1, float('nan'))])]) == ''
-    one = Page(pages.chart('a < b', [pages.Line('a', [(3, 2.0)])]))
+    assert (
+        html_pages.chart('t', [html_pages.Line('a', []), html_pages.Line('b', [(1, float('nan'))])])
+        == ''
+    )
+    one = Page(html_pages.chart('a < b', [html_pages.Line('a', [(3, 2.0)])]))
     assert len(one.tags['circle']) == 1 and 'polyline' not in one.tags
 
 

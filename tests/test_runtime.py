@@ -7,8 +7,9 @@ import sys
 import pytest
 from commands import environment
 
-from big_vit import runtime, topology
+from big_vit import runtime
 from big_vit.errors import UserError
+from big_vit.planning import topology
 
 
 def ended(capsys, error):

@@ -216,10 +216,12 @@ def abstract(net, mesh, min_shard_size=0):
 
 @pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2)])
 def test_optimizer_state_and_average_follow_their_parameter(net, sizes):
-    like = trees.flatten(abstract(net, sharding.make_mesh(*sizes)))
-    params = {n.removeprefix('params/'): x for n, x in like.items() if n.startswith('params/')}
+    abstract_state = trees.flatten(abstract(net, sharding.make_mesh(*sizes)))
+    params = {
+        n.removeprefix('params/'): x for n, x in abstract_state.items() if n.startswith('params/')
+    }
     followers = 0
-    for name, leaf in like.items():
+    for name, leaf in abstract_state.items():
         for own, param in params.items():
             if name.endswith('/' + own) and leaf.shape == param.shape:
                 assert leaf.sharding == param.sharding, name
@@ -230,15 +232,15 @@ def test_optimizer_state_and_average_follow_their_parameter(net, sizes):
 
 @pytest.mark.parametrize('sizes, least', [((1, 8, 1), 0), ((2, 2, 2), 0), ((1, 4, 2), 1000)])
 def test_device_bytes_are_those_of_the_real_arrays(net, sizes, least):
-    like = abstract(net, sharding.make_mesh(*sizes), least)
-    counted = sharding.device_bytes(like, state.shardings(like))
+    abstract_state = abstract(net, sharding.make_mesh(*sizes), least)
+    counted = sharding.device_bytes(abstract_state, state.shardings(abstract_state))
     on_device = dict.fromkeys(jax.devices(), 0)
-    for leaf in jax.tree.leaves(like):
+    for leaf in jax.tree.leaves(abstract_state):
         real = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         for shard in real.addressable_shards:
             on_device[shard.device] += shard.data.nbytes
     assert set(on_device.values()) == {counted}
-    assert counted < trees.nbytes(like)
+    assert counted < trees.nbytes(abstract_state)
 
 
 def test_device_bytes_of_huge_trees_do_not_overflow():
@@ -249,10 +251,10 @@ def test_device_bytes_of_huge_trees_do_not_overflow():
 
 
 def test_a_created_state_is_born_where_the_abstract_one_says(net):
-    like = abstract(net, sharding.make_mesh(2, 2, 2))
-    made = state.create(net, (8, 8, 3), optax.adamw(1e-3), 0, like)
+    abstract_state = abstract(net, sharding.make_mesh(2, 2, 2))
+    made = state.create(net, (8, 8, 3), optax.adamw(1e-3), 0, abstract_state)
     for name, leaf in trees.flatten(made).items():
-        wanted = trees.flatten(like)[name]
+        wanted = trees.flatten(abstract_state)[name]
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), name
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype), name
     for a, b in zip(jax.tree.leaves(made['params']), jax.tree.leaves(made['ema']), strict=True):
@@ -316,12 +318,12 @@ def test_a_state_that_fsdp_fails_to_divide_is_refused_with_a_size_that_divides()
 @pytest.mark.parametrize('size', ['S', 'B', 'L', 'H', 'g', 'G', 'e', '22B'])
 @pytest.mark.parametrize('mesh', [(1, 64, 1), (2, 128, 1), (1, 64, 4)])
 def test_published_sizes_are_spread_on_large_meshes(size, mesh):
-    like = state.abstract_params(
+    abstract_state = state.abstract_params(
         ViT(num_classes=1000, **variants.parse(f'{size}/14')), (224, 224, 3)
     )
     grid, least = mesh_of(*mesh), 2**20
-    where = sharding.shardings_for(like, grid, least)
-    sharding.check_spread(like, where, grid, least, 0.1)
+    where = sharding.shardings_for(abstract_state, grid, least)
+    sharding.check_spread(abstract_state, where, grid, least, 0.1)
 
 
 def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vit import augment, mixing, objectives, sharding, state, steps, trees
+from big_vit import augment, sharding, state, steps, trees
+from big_vit.evaluators import classification
 from big_vit.models import encoder, vit
 from big_vit.optim import factory, schedules
+from big_vit.tasks.batch import normalise, targets
+from big_vit.tasks.classification import classification_loss
 
 IMAGE, CLASSES, BATCH, STEPS = (8, 8, 3), 10, 32, 10
 SIZES = dict(patch_size=(4, 4), width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=CLASSES)
@@ -62,10 +65,10 @@ class Run:
             clip=1.0,
             agc=agc,
         )
-        self.like = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
+        self.abstract_state = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
         self.mix = mixer(self.mesh, mixup, cutmix) if mixup else None
         step = steps.update(
-            objectives.classification(self.net.apply, 0.1),
+            classification_loss(self.net.apply, 0.1),
             self.optimizer,
             SCHEDULE,
             self.mesh,
@@ -79,12 +82,14 @@ class Run:
             sam_rho=sam_rho,
             sam_adaptive=sam_adaptive,
         )
-        self.step = steps.make_train_step(step, self.like, self.mesh)
+        self.step = steps.make_train_step(step, self.abstract_state, self.mesh)
 
     def start(self):
         """Everyone's same parameters, in the form that this model takes."""
         form = encoder.stack_blocks if self.net.scan else encoder.unstack_blocks
-        return state.create(self.net, IMAGE, self.optimizer, 0, self.like, form(parameters()))
+        return state.create(
+            self.net, IMAGE, self.optimizer, 0, self.abstract_state, form(parameters())
+        )
 
     def put(self, batch):
         return jax.device_put(batch, sharding.batch_sharding(self.mesh))
@@ -105,20 +110,20 @@ class Run:
 def mixer(mesh, mixup, cutmix=0.0):
     replicate = sharding.constrain_replicated(mesh)
     return functools.partial(
-        mixing.mix, mixup=mixup, cutmix=cutmix, num_classes=CLASSES, replicate=replicate
+        augment.mix, mixup=mixup, cutmix=cutmix, num_classes=CLASSES, replicate=replicate
     )
 
 
 @functools.cache
 def parameters():
     """Random parameters of all leaves: a zero head would hide the rest of the gradient at first."""
-    like = state.abstract_params(vit.ViT(**(SIZES | TRANSFORMS)), IMAGE)
+    abstract_state = state.abstract_params(vit.ViT(**(SIZES | TRANSFORMS)), IMAGE)
     rng = np.random.default_rng(0)
     return trees.map_with_name(
         lambda name, leaf: np.float32(
             rng.standard_normal(leaf.shape) * 0.1 + name.endswith('scale')
         ),
-        like,
+        abstract_state,
     )
 
 
@@ -218,7 +223,7 @@ def test_the_reported_norms_and_rate_are_those_of_the_arrays(single):
 
 def test_a_step_keeps_shardings_and_shards_what_it_can(accumulating):
     _, now = accumulating.train(2)
-    wanted = trees.flatten(accumulating.like)
+    wanted = trees.flatten(accumulating.abstract_state)
     for name, leaf in trees.flatten(now).items():
         assert leaf.sharding.is_equivalent_to(wanted[name].sharding, leaf.ndim), name
         assert leaf.dtype == wanted[name].dtype, name
@@ -272,7 +277,7 @@ def test_five_steps_compile_once_and_move_nothing_to_or_from_the_host(request, w
 
 def test_microbatches_have_dropout_of_their_own(dropping):
     batch = {name: np.repeat(leaf[:1], BATCH, 0) for name, leaf in batch_of(0).items()}
-    loss = jax.jit(objectives.classification(dropping.net.apply, 0.1))
+    loss = jax.jit(classification_loss(dropping.net.apply, 0.1))
     rng = jax.random.fold_in(jax.random.key(0), 0)
     micro = jax.tree.map(lambda x: jnp.asarray(x[: BATCH // 4]), batch)
     with jax.set_mesh(dropping.mesh):
@@ -471,7 +476,7 @@ def test_a_step_never_brings_the_images_of_all_devices_together(sizes):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), with_replaced(0)
     )
     with jax.set_mesh(run.mesh):
-        text = run.step.lower(run.like, batch).compile().as_text()
+        text = run.step.lower(run.abstract_state, batch).compile().as_text()
     held = {tuple(map(int, dims.split(','))) for dims in re.findall(r'\[([\d,]+),8,8,3\]', text)}
     own = BATCH // (sizes[0] * sizes[1])
     assert max(int(np.prod(lead)) for lead in held) == own
@@ -587,7 +592,7 @@ def test_the_average_follows_its_recurrence(plain):
 
 
 def test_bytes_become_floats_from_minus_one_to_one():
-    found = np.asarray(objectives.normalise(jnp.arange(256, dtype=jnp.uint8)))
+    found = np.asarray(normalise(jnp.arange(256, dtype=jnp.uint8)))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.arange(256) / 127.5 - 1, atol=1e-6)
     assert found[0] == -1 and found[-1] == pytest.approx(1, abs=1e-7)
@@ -596,7 +601,7 @@ def test_bytes_become_floats_from_minus_one_to_one():
 
 def test_floats_are_taken_as_they_are():
     x = jnp.array([[-3.0, 0.5]])
-    np.testing.assert_array_equal(objectives.normalise(x), x)
+    np.testing.assert_array_equal(normalise(x), x)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1, 1.0])
@@ -604,10 +609,10 @@ def test_label_smoothing_spreads_its_share_over_all_classes(smoothing):
     label = np.array([0, 3, 2], np.int32)
     wanted = np.full((3, 4), smoothing / 4)
     wanted[np.arange(3), label] += 1 - smoothing
-    found = objectives.targets(jnp.asarray(label), 4, smoothing)
+    found = targets(jnp.asarray(label), 4, smoothing)
     np.testing.assert_allclose(found, wanted, atol=1e-7)
     mixed = np.array([[0.25, 0.75, 0, 0]], np.float32)
-    found = objectives.targets(jnp.asarray(mixed), 4, smoothing)
+    found = targets(jnp.asarray(mixed), 4, smoothing)
     np.testing.assert_allclose(found, mixed * (1 - smoothing) + smoothing / 4, atol=1e-7)
 
 
@@ -635,7 +640,7 @@ def evaluate(logits, label, mask):
         'label': jnp.asarray(label, jnp.int32),
         'mask': jnp.asarray(mask, jnp.float32),
     }
-    sums = objectives.classification_sums(fixed(np.asarray(logits, np.float32)))
+    sums = classification.classification_sums(fixed(np.asarray(logits, np.float32)))
     return {name: float(value) for name, value in sums({}, batch).items()}
 
 
@@ -692,10 +697,12 @@ def test_the_loss_of_padding_may_be_anything():
 def test_the_evaluation_step_sums_over_all_devices(sizes):
     run = Run(8, sizes)
     batch = batch_of(0) | {'mask': np.float32(np.arange(BATCH) % 3 > 0)}
-    sums = objectives.classification_sums(run.net.apply)
+    sums = classification.classification_sums(run.net.apply)
     with jax.set_mesh(run.mesh):
         now = run.start()
-        found = steps.make_eval_step(sums, run.like, run.mesh)(now['params'], run.put(batch))
+        found = steps.make_eval_step(sums, run.abstract_state, run.mesh)(
+            now['params'], run.put(batch)
+        )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(now))
     wanted = np_sums(np_logits(batch), batch['label'], batch['mask'])
     assert {n: float(x) for n, x in found.items()} == pytest.approx(wanted, rel=1e-5)
@@ -727,7 +734,7 @@ def test_a_spike_changes_nothing_but_the_counters_and_is_remembered(watching, wh
         now = run.start()
         quiet = np.linspace(0.5, 0.6, state.WINDOW) * seen
         recent = {**jax.device_get(now['recent']), which: quiet.astype(np.float32)}
-        where = state.shardings(run.like)['recent']
+        where = state.shardings(run.abstract_state)['recent']
         now = {**now, 'recent': jax.tree.map(jax.device_put, recent, where)}
         before = jax.device_get(now)
         now, metrics = run.step(now, run.put(floats(0)))

@@ -14,8 +14,9 @@ import pytest
 from commands import ROOT, environment, run, script, start
 from fsspec.implementations.memory import MemoryFileSystem
 
-from big_vit import checkpoint, config, metrics, storage, train
+from big_vit import checkpoint, config, metrics, storage
 from big_vit.errors import UserError
+from big_vit.workdir import open_workdir
 
 
 class Store(MemoryFileSystem):
@@ -72,7 +73,7 @@ def test_a_place_that_cannot_be_reached_is_one_line(path, message, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     for command in (
         lambda: checkpoint.locate(path),
-        lambda: train.open_workdir(path, config.resolve(TINY), {}, False),
+        lambda: open_workdir(path, config.resolve(TINY), {}, False),
     ):
         with pytest.raises(UserError, match='--workdir: .*' + message) as caught:
             command()
@@ -127,10 +128,10 @@ def test_metrics_in_a_store_are_rewritten_at_a_bounded_rate_and_when_asked(store
         assert stored() == list(range(1, 100)) and len(store.writes) == opened + 1
         writer.flush()
         assert len(store.writes) == opened + 1, 'nothing was new'
-        monkeypatch.setattr(metrics, 'REWRITE_EVERY_S', 0)
+        monkeypatch.setattr(metrics.writer, 'REWRITE_EVERY_S', 0)
         writer.write(100, {'train/loss': 1.0})
         assert stored()[-1] == 100
-        monkeypatch.setattr(metrics, 'REWRITE_EVERY_S', 1000)
+        monkeypatch.setattr(metrics.writer, 'REWRITE_EVERY_S', 1000)
         writer.write(101, {'train/loss': 1.0})
     assert stored()[-1] == 101, 'closed without the last row'
     with metrics.Writer('gs://bucket/run', 50) as writer:
@@ -148,10 +149,10 @@ def test_a_row_that_the_disk_refuses_once_is_written_again(tmp_path, monkeypatch
 
 
 def test_the_workdir_and_the_checkpoints_of_a_store(store):
-    workdir = train.open_workdir('gs://bucket/run', config.resolve(TINY), {}, False)
+    workdir = open_workdir('gs://bucket/run', config.resolve(TINY), {}, False)
     assert json.loads((workdir / 'config.json').read_text())['lr'] == 1e-2
     with pytest.raises(UserError, match=r'gs://bucket/run holds a run of another config \(lr'):
-        train.open_workdir('gs://bucket/run', config.resolve({**TINY, 'lr': 1.0}), {}, False)
+        open_workdir('gs://bucket/run', config.resolve({**TINY, 'lr': 1.0}), {}, False)
     for step in (3, 6, 9):
         folder = workdir / 'checkpoints' / str(step)
         (folder / 'sidecar' / 'metadata').write_text('{}')

@@ -12,7 +12,8 @@ import pytest
 from commands import error_line, run, start
 from tiny import write_idx
 
-from big_vit import build, checkpoint, config, metrics, train
+from big_vit import checkpoint, config, metrics, train
+from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 
 TINY = {
@@ -212,9 +213,9 @@ def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
         r'WARNING step (\d+): .*not finite; its examples: (.*), ', capsys.readouterr().out
     )
     assert len(told) == train.MAX_SKIPPED_IN_A_ROW - 1
-    parts = build.experiment(broken)
+    parts = build_experiment(broken)
     for step, examples in told:
-        expected = build.example_indices(parts, int(step) - 1)[:16]
+        expected = example_indices(parts, int(step) - 1)[:16]
         assert [int(n) for n in examples.split(', ')] == expected
 
 

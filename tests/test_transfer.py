@@ -8,20 +8,11 @@ import pytest
 from commands import run
 from tiny import MODEL, RUN, flags, overrides
 
-from big_vit import (
-    build,
-    checkpoint,
-    config,
-    evaluate,
-    explore,
-    export,
-    metrics,
-    origin,
-    train,
-    transfer,
-    trees,
-)
+from big_vit import checkpoint, config, evaluate, explore, export, metrics, train, transfer, trees
+from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
+from big_vit.models import flops
+from big_vit.pretrained.load import initial_params, read_pretrained
 
 PRETRAIN = {
     'data.num_classes': '20',
@@ -101,7 +92,7 @@ def test_what_lora_learned_goes_on_and_out_as_plain_kernels(pretrained, tmp_path
     transfer.run(settings, tmp_path / 'w')
     done = tmp_path / 'w' / 'pretrained'
     assert config.from_json(json.loads((done / 'config.json').read_text())).model.lora == 8
-    found = origin.read(str(done))
+    found = read_pretrained(str(done))
     assert not any('lora' in name for name in trees.flatten(found.params))
     again = small_transfer(done, still)
     assert again.model.lora == 0
@@ -109,7 +100,7 @@ def test_what_lora_learned_goes_on_and_out_as_plain_kernels(pretrained, tmp_path
     assert not any('lora' in name for name in trees.flatten(weights.params))
     scored = evaluate.run(done, 3)['test']
     resting = again.without('transfer.').replacing({'total_steps': 1, 'lr': 0.0})
-    train.run(resting, tmp_path / 'merged', params=origin.starting(resting, keep_head=True))
+    train.run(resting, tmp_path / 'merged', params=initial_params(resting, keep_head=True))
     merged = evaluate.run(tmp_path / 'merged', 1)['test']
     assert merged['loss'] == pytest.approx(scored['loss'], rel=1e-4)
 
@@ -282,7 +273,7 @@ def test_training_starts_from_weights_of_others(pretrained, tmp_path):
     settings = config.from_json(sidecar['config']).replacing(
         {'init': str(tmp_path / 'timm'), 'total_steps': 1, 'lr': 0.0}
     )
-    train.run(settings, tmp_path / 'w', params=origin.starting(settings, keep_head=True))
+    train.run(settings, tmp_path / 'w', params=initial_params(settings, keep_head=True))
     found, _ = checkpoint.load_params(tmp_path / 'w', 1)
     flat, wanted = trees.flatten(found), trees.flatten(params)
     assert flat.keys() == wanted.keys()
@@ -302,7 +293,7 @@ def test_weights_that_load_but_answer_otherwise_are_refused(pretrained, tmp_path
     _, sidecar = checkpoint.load_params(pretrained, 3)
     settings = config.from_json(sidecar['config']).replacing({'init': str(tmp_path / 'run')})
     with pytest.raises(UserError, match=r'model\.norm_eps=0\.001 \(here 1e-06\): set the same'):
-        train.run(settings, tmp_path / 'w', params=origin.starting(settings, keep_head=True))
+        train.run(settings, tmp_path / 'w', params=initial_params(settings, keep_head=True))
     assert not (tmp_path / 'w').exists()
     # A transfer takes the model of where it starts.
     loaded = transfer.load_config(
@@ -316,8 +307,8 @@ def test_what_is_frozen_is_not_counted_as_computed(pretrained):
 
     def count(trained):
         settings = small_transfer(pretrained, {'transfer.train': trained})
-        parts = build.experiment(settings)
-        return parts.flops_per_example / build.costs.cost(parts.model, parts.data.shapes).flops
+        parts = build_experiment(settings)
+        return parts.flops_per_example / flops.cost(parts.model, parts.data.shapes).flops
 
     assert count('all') == 3
     assert 1 < count('head') < 1.05

@@ -34,12 +34,14 @@ def flags(*parts: dict[str, str]) -> list[str]:
 
 def audited(settings):
     """The experiment of a config, after all that a run would read of it; refuses unread keys."""
-    from big_vit import build, scoring
+    from big_vit.build.evaluations import build_evaluators
+    from big_vit.build.experiment import build_experiment, tracker_options
+    from big_vit.build.steps import build_train_step
 
-    parts = build.experiment(settings)
-    build.train_step(settings, parts)
-    scoring.evaluators(settings, parts)
-    build.log_targets(settings)
+    parts = build_experiment(settings)
+    build_train_step(settings, parts)
+    build_evaluators(settings, parts)
+    tracker_options(settings)
     _ = settings.init, settings.switch, settings.data.max_error_rate
     settings.audit()
     return parts
@@ -80,10 +82,10 @@ def write_captioned(folder: Path, examples: int = 32) -> Path:
     """A shard of webdataset of the first training examples of `captions`: NAME.png, NAME.txt."""
     import cv2
 
-    from big_vit.data import generated
+    from big_vit.data.sources import synthetic
 
     folder.mkdir(parents=True, exist_ok=True)
-    columns = generated.captions('train', 32).load(np.arange(examples))
+    columns = synthetic.captions('train', 32).load(np.arange(examples))
     with tarfile.open(folder / 'train-000.tar', 'w') as archive:
         for i, (image, text) in enumerate(zip(columns['image'], columns['text'], strict=True)):
             encoded = cv2.imencode('.png', image[..., ::-1])[1].tobytes()

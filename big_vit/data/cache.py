@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from big_vit.data.decode import DecodeError, Encoded
-from big_vit.data.operations import stacked
 from big_vit.data.sources.base import Columns, Source
+from big_vit.data.transforms.operations import stacked
 
 _SAMPLE = 64
 _LARGE = 16 << 10  # Bytes of an image.

@@ -7,21 +7,19 @@ import ctypes
 import functools
 import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int64
 
 from big_vit.data import order
-from big_vit.data.operations import BadExampleError
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import Transform, finished
+from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
 # A few neighbouring rows are loaded together: their random numbers are drawn at once, and the
@@ -101,30 +99,6 @@ class Meter:
 def default_threads() -> int:
     """As many as this process may use processors."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 4)
-
-
-def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.ndarray, ' rows']:
-    """Which rows of the global batch this process has to load, ascending.
-
-    They need not be neighbours: on a pod the devices of a host are a small square of
-    the chips' network, not a run of the mesh.
-
-    Args:
-      sharding: of the batch, over its leading axis.
-      batch_size: examples in the global batch.
-
-    Raises:
-      UserError: the batch cannot be split evenly.
-    """
-    try:
-        parts = sharding.addressable_devices_indices_map((batch_size,)).values()
-    except ValueError as error:
-        raise UserError(
-            f'batch_size={batch_size} cannot be split over {len(sharding.device_set)} devices: '
-            'make it a multiple of the replica and fsdp axes of the mesh'
-        ) from error
-    every = np.arange(batch_size, dtype=np.int64)
-    return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
 
 
 @functools.cache
@@ -462,131 +436,3 @@ def _in_processes(task: _WorkerTask, batch: int, workers: int, meter: Meter) -> 
             yield assembly.columns
     finally:
         iterator.close()
-
-
-class _Failure:
-    """What a worker thread raised."""
-
-    def __init__(self, error: BaseException):
-        self.error = error
-
-
-class DeviceBatches:
-    """Iterator over global arrays, filled by a thread; see `to_device`."""
-
-    def __init__(
-        self,
-        batches: Iterable[dict],
-        sharding: jax.sharding.Sharding,
-        *,
-        batch_size: int,
-        prefetch: int,
-        meter: Meter | None = None,
-    ):
-        self.meter = meter or Meter()
-        self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._fill, args=(batches, sharding, batch_size), name='to_device', daemon=True
-        )
-        self._thread.start()
-
-    def _fill(self, batches: Iterable[dict], sharding, batch_size: int) -> None:
-        def put(item: object) -> bool:
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    pass
-            return False
-
-        rows = local_rows(sharding, batch_size)
-
-        def move(local: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None
-                first, last, _ = index[0].indices(batch_size)
-                start = np.searchsorted(rows, first)
-                return local[start : start + last - first]
-
-            if len(local) != len(rows):
-                raise ValueError(f'{len(local)} rows, but this process holds {len(rows)}')
-            shape = (batch_size, *local.shape[1:])
-            # This transfer is the one that is meant, also under a guard of the whole process.
-            with jax.transfer_guard('allow'):
-                return jax.make_array_from_callback(shape, sharding, part)
-
-        def move_all() -> None:
-            iterator = iter(batches)
-            try:
-                for batch in iterator:
-                    if not put({name: move(local) for name, local in batch.items()}):
-                        return
-            finally:
-                close = getattr(iterator, 'close', None)
-                if close:
-                    close()
-
-        last: _Failure | None = None
-        try:
-            move_all()
-        except BaseException as error:
-            # Whatever it is, the consumer must hear of it, or it waits for ever.
-            last = _Failure(error)
-        put(last)
-
-    def __iter__(self) -> 'DeviceBatches':
-        return self
-
-    def __next__(self) -> dict:
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, dict):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        raise item.error
-
-    def close(self) -> None:
-        """Ends the thread; what was loaded ahead is dropped. May be called again."""
-        self._closed.set()
-        while True:
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                break
-        self._thread.join()
-
-    def __enter__(self) -> 'DeviceBatches':
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def to_device(
-    batches: Iterable[dict],
-    sharding: jax.sharding.Sharding,
-    *,
-    batch_size: int,
-    prefetch: int = 1,
-    meter: Meter | None = None,
-) -> DeviceBatches:
-    """Moves batches to the devices in a thread, ahead of the step that needs them.
-
-    Args:
-      batches: of arrays [rows, ...] with the rows of this process.
-      sharding: of every array, over its leading axis.
-      batch_size: examples in the global batch.
-      prefetch: how many batches may wait on the devices, at least 1.
-      meter: of what makes the batches, for whoever holds the iterator.
-
-    Returns:
-      An iterator over dicts of global arrays [batch_size, ...], to be closed after use (it
-      is a context manager). An exception in the thread is raised by the `next` that comes
-      to it, with its own traceback.
-    """
-    return DeviceBatches(batches, sharding, batch_size=batch_size, prefetch=prefetch, meter=meter)

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from big_vit import objectives
-from big_vit.objectives import Batch
+from big_vit.evaluators import classification
+from big_vit.tasks.batch import Batch, model_inputs, targets
+from big_vit.tasks.classification import cross_entropy
 
 BINS = 15
 
@@ -39,7 +40,7 @@ def sums(
             found |= function(logits, wanted, mask, hit)
         return found
 
-    return objectives.classification_sums(
+    return classification.classification_sums(
         apply,
         prepare,
         kind,
@@ -129,3 +130,55 @@ def run(
     names_ = (*first, *(name for name in total if name not in first))
     means = {name: float(total[name]) / count if count else np.nan for name in names_}
     return {**means, **found, 'count': count}
+
+
+def classification_sums(
+    apply: Callable[..., Any],
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    kind: str = 'softmax',
+    *,
+    subset: tuple[int, ...] = (),
+    skip_unlabelled: bool = False,
+    more: Callable[[Array, Array, Array, Array], dict[str, Array]] | None = None,
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Sums over the real examples of an evaluation batch, to be added up and divided once.
+
+    Args:
+      prepare: what the devices do to the images.
+      kind: of cross-entropy, as in `classification`.
+      subset: the only classes that compete, by their numbers; () are all. An example of none of
+        them is a miss.
+      skip_unlabelled: whether an example without any label counts as padding.
+      more: gives further sums of (logits, labels, mask, whether top-1 is right), labels as
+        probabilities [batch, classes].
+
+    Returns:
+      A function of (params, {'image', 'label' [batch] or [batch, classes], 'mask' [batch]}) that
+      gives the sums {'loss', 'top1', 'top5', 'count'}. An example counts for
+      top-5 when fewer than five classes that it is not have a logit above the highest of those
+      that it is, and ties are taken against it; logits that are not finite never count.
+    """
+
+    def sums(params: Any, batch: Batch) -> dict[str, Array]:
+        logits, _ = apply({'params': params}, model_inputs(prepare(batch)))
+        mask, wanted = batch['mask'], targets(batch['label'], logits.shape[-1], 0.0)
+        if skip_unlabelled:
+            mask = mask * (wanted > 0).any(-1)
+        if subset:
+            chosen = jnp.asarray(subset)
+            logits, wanted = logits[:, chosen], wanted[:, chosen]
+        loss = cross_entropy(logits, wanted, kind)
+        own = jnp.where(wanted > 0, logits, -jnp.inf).max(-1, keepdims=True)
+        # "not below" rather than "above": a collapsed or NaN model must not score.
+        rank = (~(logits < own) & (wanted <= 0)).sum(-1)
+        rank = jnp.where(jnp.isfinite(own[:, 0]), rank, logits.shape[-1])
+        return {
+            # Padding must not count even where the model makes NaN of it.
+            'loss': jnp.where(mask > 0, loss, 0.0).sum(),
+            'top1': ((rank < 1) * mask).sum(),
+            'top5': ((rank < 5) * mask).sum(),
+            'count': mask.sum(),
+            **(more(logits, wanted, mask, rank < 1) if more else {}),
+        }
+
+    return sums

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Float32, Int
 from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.models import heads, layers, vit
-from big_vit.objectives import Batch, inputs
 from big_vit.state import State, shardings
+from big_vit.tasks.batch import Batch, model_inputs
 
 # Products of features decide ties and ranks, so accelerators must not round them to bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -102,7 +102,7 @@ def of_streams(model: vit.ViT, names: tuple[str, ...]) -> Embed:
 def make_step(
     embed: Embed,
     prepare: Callable[[Batch], Batch],
-    like: State,
+    abstract_state: State,
     mesh: Mesh,
     label: Callable[[Batch], Array] = LABEL,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
@@ -113,7 +113,7 @@ def make_step(
     """
 
     def step(params: Any, batch: Batch) -> dict[str, Array]:
-        values = embed(params, inputs(prepare(batch)))
+        values = embed(params, model_inputs(prepare(batch)))
         return {
             'values': values.astype(jnp.float32),
             'label': label(batch),
@@ -122,7 +122,7 @@ def make_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings(like)['params'], sharding.batch_sharding(mesh)),
+        in_shardings=(shardings(abstract_state)['params'], sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
 

@@ -16,15 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from big_vit.models.layers import (
-    NOWHERE,
-    PLAIN,
-    Attention,
-    Mlp,
-    Places,
-    Style,
-    norm,
-)
+from big_vit.models.layers import NO_CONTEXT, PLAIN, Attention, AttentionContext, Mlp, Style, norm
 
 POLICIES = {
     'names': jax.checkpoint_policies.save_only_these_names('qkv', 'attention_out'),
@@ -84,7 +76,7 @@ class Block(nn.Module):
         x: Float[Array, 'batch tokens width'],
         deterministic: bool,
         drop_path: Float[Array, ''] | None = None,
-        places: Places = NOWHERE,
+        context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
         style, branches = self.style, iter(range(3))
 
@@ -107,13 +99,13 @@ class Block(nn.Module):
             name='MultiHeadDotProductAttention_0',
         )
         mlp = Mlp(self.mlp_dim, style, name='MlpBlock_0')
-        z, weights = attention(y, None, places)
+        z, weights = attention(y, None, context)
         x = x + checkpoint_name(branch(z), 'attention_out')
         if self.cross:
             z = norm(style, 'LayerNorm_2')(x)
-            there = Places(mask=places.context_mask)
+            there = AttentionContext(mask=context.memory_mask)
             z, _ = Attention(self.num_heads, style, name='CrossAttention_0')(
-                z, places.context, there
+                z, context.memory, there
             )
             x = x + checkpoint_name(branch(z), 'attention_out')
         y = y if self.parallel else norm(style, 'LayerNorm_1')(x)
@@ -167,7 +159,7 @@ class Encoder(nn.Module):
         self,
         x: Float[Array, 'batch tokens width'],
         deterministic: bool = True,
-        places: Places = NOWHERE,
+        context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
         block: Any = Block
         if self.remat != 'none':
@@ -200,13 +192,13 @@ class Encoder(nn.Module):
                 in_axes=(nn.broadcast, 0, nn.broadcast),
                 length=self.depth,
             )
-            x, seen = stack(name='encoderblock', **fields)(x, deterministic, rates, places)
+            x, seen = stack(name='encoderblock', **fields)(x, deterministic, rates, context)
         else:
             each = []
             for i in range(self.depth):
                 rate = None if rates is None else rates[i]
                 one = block(name=f'encoderblock_{i}', **fields)
-                x, found = one(x, deterministic, rate, places)
+                x, found = one(x, deterministic, rate, context)
                 each.append(found)
             seen = {name: jnp.stack([found[name] for found in each]) for name in self.capture}
         if self.final_norm:

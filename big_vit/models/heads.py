@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 from big_vit.models.layers import (
     PLAIN,
     Attention,
+    AttentionContext,
     Gather,
     Mlp,
-    Places,
     Style,
     norm,
     ungathered,
@@ -36,7 +36,9 @@ class MapPool(nn.Module):
         probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(self.style.dtype), (batch, queries, width))
         name = 'MultiHeadDotProductAttention_0'
-        y, _ = Attention(self.num_heads, self.style, name=name)(probe, x, Places(mask=mask))
+        y, _ = Attention(self.num_heads, self.style, name=name)(
+            probe, x, AttentionContext(mask=mask)
+        )
         z = norm(self.style, 'LayerNorm_0')(y)
         return y + Mlp(self.mlp_dim, self.style, name='MlpBlock_0')(z)
 

@@ -67,7 +67,7 @@ class Style:
 PLAIN = Style()
 
 
-class Places(NamedTuple):
+class AttentionContext(NamedTuple):
     """What attention knows of where tokens are; None where there is none of it.
 
     rotation: sine and cosine of RoPE, float32 [1 or batch, tokens, 1, head_dim].
@@ -80,11 +80,11 @@ class Places(NamedTuple):
     rotation: tuple[Array, Array] | None = None
     mask: Array | None = None
     relative: Array | None = None
-    context: Array | None = None
-    context_mask: Array | None = None
+    memory: Array | None = None
+    memory_mask: Array | None = None
 
 
-NOWHERE = Places()
+NO_CONTEXT = AttentionContext()
 
 
 class Dense(nn.Module):
@@ -416,24 +416,24 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, 'batch queries width'],
-        context: Float[Array, 'batch keys width'] | None = None,
-        places: Places = NOWHERE,
+        memory: Float[Array, 'batch keys width'] | None = None,
+        context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch queries width'], Float[Array, '...'] | None]:
-        style, to_itself = self.style, context is None
-        context = x if context is None else context
+        style, to_itself = self.style, memory is None
+        memory = x if memory is None else memory
         width = x.shape[-1]
         heads = (self.num_heads, style.head_dim or width // self.num_heads)
         dense = partial(Dense, dtype=style.dtype, gather=style.gather, lora=style.lora)
         inward = partial(dense, heads, use_bias=style.qkv_bias)
         query = checkpoint_name(inward(name='query')(x), 'qkv')
         key_bias = style.qkv_bias and style.key_bias
-        key = checkpoint_name(dense(heads, use_bias=key_bias, name='key')(context), 'qkv')
-        value = checkpoint_name(inward(name='value')(context), 'qkv')
+        key = checkpoint_name(dense(heads, use_bias=key_bias, name='key')(memory), 'qkv')
+        value = checkpoint_name(inward(name='value')(memory), 'qkv')
         if style.qk_norm:
             query, key = norm(style, 'query_norm')(query), norm(style, 'key_norm')(key)
-        if places.rotation is not None:
-            query, key = rotate(query, places.rotation), rotate(key, places.rotation)
-        mask, bias = places.mask, None
+        if context.rotation is not None:
+            query, key = rotate(query, context.rotation), rotate(key, context.rotation)
+        mask, bias = context.mask, None
         if style.lsa and to_itself:
             root = heads[1] ** 0.5
             start = nn.initializers.constant(1 / root)
@@ -442,9 +442,9 @@ class Attention(nn.Module):
             others = ~jnp.eye(x.shape[1], dtype=bool)[None, None]
             mask = others if mask is None else mask & others
         if self.relative:
-            assert places.relative is not None
+            assert context.relative is not None
             table = self.param('relative', nn.initializers.zeros, (self.relative, heads[0]))
-            bias = jnp.asarray(table)[places.relative].transpose(2, 0, 1)[None]
+            bias = jnp.asarray(table)[context.relative].transpose(2, 0, 1)[None]
         if style.attention == 'fused' and mask is None and bias is None:
             mixed = attend(query, key, value)
         else:

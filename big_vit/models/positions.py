@@ -59,20 +59,20 @@ def sincos(grid: Grid, width: int, law: str = 'sincos2d') -> Float[np.ndarray, '
 
 
 def sincos_at(
-    places: Float[Array, 'batch tokens axes'], width: int, law: str = 'sincos2d'
+    context: Float[Array, 'batch tokens axes'], width: int, law: str = 'sincos2d'
 ) -> Float[Array, 'batch tokens width']:
     """What `sincos` has at these coordinates."""
-    omega = jnp.asarray(frequencies(width, places.shape[-1], law), jnp.float32)
+    omega = jnp.asarray(frequencies(width, context.shape[-1], law), jnp.float32)
     waves = []
-    for axis in reversed(range(places.shape[-1])):
-        angle = places[..., axis, None] * omega[None, None]
+    for axis in reversed(range(context.shape[-1])):
+        angle = context[..., axis, None] * omega[None, None]
         waves += [jnp.sin(angle), jnp.cos(angle)]
     table = jnp.concatenate(waves, -1)
     return jnp.pad(table, ((0, 0), (0, 0), (0, width - table.shape[-1])))
 
 
 def rotation(
-    places: Float[Array, 'batch tokens axes'], head_dim: int, theta: float
+    context: Float[Array, 'batch tokens axes'], head_dim: int, theta: float
 ) -> tuple[Float[Array, 'batch tokens 1 features'], Float[Array, 'batch tokens 1 features']]:
     """Sine and cosine of RoPE in the form of DINOv3 (arXiv 2508.10104).
 
@@ -85,14 +85,14 @@ def rotation(
     Raises:
       ValueError: head_dim does not divide by two for each axis.
     """
-    axes = places.shape[-1]
+    axes = context.shape[-1]
     if head_dim % (2 * axes):
         raise ValueError(
             f"posemb='rope' needs heads of a width divisible by {2 * axes}, got {head_dim}"
         )
     count = head_dim // (2 * axes)
     omega = jnp.asarray(2 * np.pi * theta ** (-np.arange(count) / count), jnp.float32)
-    angle = (places[..., None] * omega[None, None, None]).reshape(*places.shape[:2], -1)
+    angle = (context[..., None] * omega[None, None, None]).reshape(*context.shape[:2], -1)
     angle = jnp.concatenate([angle, angle], -1)[:, :, None]
     return jnp.sin(angle), jnp.cos(angle)
 
@@ -113,8 +113,8 @@ def relative_index(grid: Grid, prefix: int) -> Int[np.ndarray, 'tokens tokens']:
 
     Prefix tokens have three rows together: as the query, as the key, and as both.
     """
-    places = coordinates(grid).astype(np.int64)
-    distance = places[:, None] - places[None]
+    context = coordinates(grid).astype(np.int64)
+    distance = context[:, None] - context[None]
     index = np.zeros(distance.shape[:2], np.int64)
     for axis, size in enumerate(grid):
         index = index * (2 * size - 1) + distance[..., axis] + size - 1

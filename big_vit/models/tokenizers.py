@@ -327,8 +327,8 @@ def _placed(
         table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
         x = x + table.astype(style.dtype)
     elif stream.posemb == 'rope':
-        places = jnp.asarray(positions.centres(grid))
-        return x, positions.rotation(places, head_dim, stream.rope_theta)
+        context = jnp.asarray(positions.centres(grid))
+        return x, positions.rotation(context, head_dim, stream.rope_theta)
     return x, None
 
 

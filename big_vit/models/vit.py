@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 from big_vit.models import heads, positions, tokenizers
 from big_vit.models.encoder import Encoder, identity
 from big_vit.models.layers import (
-    NOWHERE,
+    NO_CONTEXT,
     Attention,
+    AttentionContext,
     Dense,
     Dtype,
     Gather,
-    Places,
     Style,
     norm,
     ungathered,
@@ -56,9 +56,9 @@ class StreamTokens(nn.Module):
         x = found.x + kind.astype(style.dtype)
         if self.stream.depth:
             mask = None if found.mask is None else found.mask[:, None, None]
-            places = Places(found.rotation, mask)
+            context = AttentionContext(found.rotation, mask)
             stack = Encoder(self.stream.depth, name='Transformer', **self.encoder)
-            x, _ = stack(x, deterministic, places)
+            x, _ = stack(x, deterministic, context)
         return found._replace(x=x)
 
 
@@ -230,10 +230,10 @@ class ViT(nn.Module):
         if self.streams and self.fusion == 'apart':
             return self._apart(style, head_dim, parts, not train)
         if self.streams:
-            found, places = self._fused(style, head_dim, parts, not train)
+            found, context = self._fused(style, head_dim, parts, not train)
         else:
             found = tokenizers.tokenize(self, self.stream(), self.width, head_dim, style, parts)
-            places = NOWHERE
+            context = NO_CONTEXT
         x, mask, turns = found.x, found.mask, found.rotation
         if train and self.patch_dropout:
             x, mask, turns = self._some(x, mask, turns)
@@ -248,10 +248,10 @@ class ViT(nn.Module):
         if self.posemb == 'relative' and found.grid is not None:
             relative = positions.relative_rows(found.grid, prefix)
             index = jnp.asarray(positions.relative_index(found.grid, prefix))
-            places = places._replace(relative=index)
+            context = context._replace(relative=index)
         if turns is not None and prefix:
             turns = tokenizers.padded_rotation(turns, prefix, 0, head_dim)
-        places = places._replace(rotation=turns, mask=_visible(found.segment, mask, prefix))
+        context = context._replace(rotation=turns, mask=_visible(found.segment, mask, prefix))
         cross = self.fusion == 'cross' and bool(self.streams)
         x, seen = Encoder(
             self.depth,
@@ -260,7 +260,7 @@ class ViT(nn.Module):
             cross=cross,
             final_norm=not self.norm_after_pool,
             name='Transformer',
-        )(x, not train, places)
+        )(x, not train, context)
         pooled = self._pooled(style, x, prefix, mask, found.segment, parts)
         if self.norm_after_pool:
             pooled = norm(style, 'encoder_norm')(pooled)
@@ -304,7 +304,7 @@ class ViT(nn.Module):
 
     def _fused(
         self, style: Style, head_dim: int, parts: dict[str, Array], deterministic: bool
-    ) -> tuple[Tokens, Places]:
+    ) -> tuple[Tokens, AttentionContext]:
         """The sequence that the encoder gets from several streams, and what it may look at."""
         each = [
             StreamTokens(
@@ -313,12 +313,12 @@ class ViT(nn.Module):
             for stream in self.streams
         ]
         if self.fusion == 'cross':
-            context = _joined(each[1:], head_dim)
-            mask = None if context.mask is None else context.mask[:, None, None]
-            return each[0], Places(context=context.x, context_mask=mask)
+            memory = _joined(each[1:], head_dim)
+            mask = None if memory.mask is None else memory.mask[:, None, None]
+            return each[0], AttentionContext(memory=memory.x, memory_mask=mask)
         whole = _joined(each, head_dim)
         if self.fusion == 'concat':
-            return whole, NOWHERE
+            return whole, NO_CONTEXT
         start = nn.initializers.normal(0.02)
         latents = jnp.asarray(self.param('latents', start, (1, self.latents, self.width)))
         latents = jnp.broadcast_to(
@@ -329,9 +329,9 @@ class ViT(nn.Module):
         y, _ = Attention(self.num_heads, style, name=name)(
             norm(style, 'LayerNorm_0')(latents),
             norm(style, 'LayerNorm_1')(whole.x),
-            Places(mask=mask),
+            AttentionContext(mask=mask),
         )
-        return Tokens(latents + y), NOWHERE
+        return Tokens(latents + y), NO_CONTEXT
 
     def _apart(
         self, style: Style, head_dim: int, parts: dict[str, Array], deterministic: bool
@@ -354,7 +354,7 @@ class ViT(nn.Module):
             )(parts, deterministic)
             mask = None if found.mask is None else found.mask[:, None, None]
             x = self.constrain(nn.Dropout(self.dropout)(found.x, deterministic))
-            x, _ = encoder(x, deterministic, Places(rotation=found.rotation, mask=mask))
+            x, _ = encoder(x, deterministic, AttentionContext(rotation=found.rotation, mask=mask))
             if pool is None:
                 pooled = heads.mean_pool(x, found.mask)
             else:

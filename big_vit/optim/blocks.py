@@ -26,7 +26,7 @@ from big_vit.optim import matrices
 MatrixOf = Callable[[str, int], matrices.Matrix | None]
 Size = tuple[int, int]
 Stacks = dict[str, Any]
-Told = dict[str, Array]
+HealthStats = dict[str, Array]
 
 
 class Cut(NamedTuple):
@@ -54,7 +54,7 @@ class Cut(NamedTuple):
         return self.layers * self.down * self.across
 
 
-class Stack(NamedTuple):
+class BlockStack(NamedTuple):
     """The size of the blocks of a stack, and how many there are."""
 
     rows: int
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     """A function of names and shapes alone; parameters in no cut are not matrices."""
 
     cuts: dict[str, Cut]
-    stacks: dict[str, Stack]
+    stacks: dict[str, BlockStack]
 
 
 def _rounded(size: int) -> int:
@@ -111,7 +111,7 @@ def plan(
     total = sum(counts.values())
     usual = [size for size, count in counts.items() if count > 1 and 16 * count > total]
     cuts: dict[str, Cut] = {}
-    stacks: dict[str, Stack] = {}
+    stacks: dict[str, BlockStack] = {}
     for name, (layers, rows, columns) in views.items():
         down, across = parts[rows], parts[columns]
         made = sizes[name], -(-rows // down) > -(-columns // across), down, across
@@ -121,7 +121,7 @@ def plan(
         key = f'{size[0]}x{size[1]}'
         first = stacks[key].blocks if key in stacks else 0
         cuts[name] = Cut(layers, rows, columns, down, across, flipped, key, first)
-        stacks[key] = Stack(*size, first + cuts[name].blocks)
+        stacks[key] = BlockStack(*size, first + cuts[name].blocks)
     return Plan(cuts, stacks)
 
 
@@ -189,7 +189,9 @@ def cut(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Float[Array, 'bloc
 
 
 def join(
-    plan: Plan, stacks: Mapping[str, Float[Array, 'blocks r c']], like: Mapping[str, Array]
+    plan: Plan,
+    stacks: Mapping[str, Float[Array, 'blocks r c']],
+    abstract_state: Mapping[str, Array],
 ) -> dict[str, Array]:
     """The inverse of `cut`, in shapes and types of `like`; blocks behind the last are left out."""
     arrays = {}
@@ -200,7 +202,7 @@ def join(
         x = x.reshape(c.layers, c.down, c.across, *x.shape[1:])
         x = x.transpose((0, 1, 4, 2, 3) if c.flipped else (0, 1, 3, 2, 4))
         x = x.reshape(c.layers, rows * c.down, columns * c.across)[:, : c.rows, : c.columns]
-        arrays[name] = x.reshape(like[name].shape).astype(like[name].dtype)
+        arrays[name] = x.reshape(abstract_state[name].shape).astype(abstract_state[name].dtype)
     return arrays
 
 
@@ -318,10 +320,10 @@ class State(NamedTuple):
     mu: Any
     nu: Any
     stacks: Stacks
-    health: Told
+    health: HealthStats
 
 
-def nothing() -> Told:
+def nothing() -> HealthStats:
     """What an optimizer of stacks tells of a step, or in `State.health` of all, at first.
 
     computed, refused    roots or bases that were made, and of them those not good enough
@@ -334,15 +336,15 @@ def nothing() -> Told:
     return {**zeros, 'error': jnp.zeros((), jnp.float32)}
 
 
-def padded_length(stack: Stack, unit: int) -> int:
+def padded_length(stack: BlockStack, unit: int) -> int:
     """Blocks of a stack, with those of zeros that make it divide by `unit`."""
     return -(-stack.blocks // unit) * unit
 
 
 def transformation(
     o: Adam,
-    empty: Callable[[Stack, int], Any],
-    advance: Callable[..., tuple[dict[str, Array], Stacks, Told]],
+    empty: Callable[[BlockStack, int], Any],
+    advance: Callable[..., tuple[dict[str, Array], Stacks, HealthStats]],
     *,
     block: int,
     groups: int = 1,
@@ -441,7 +443,7 @@ def advance_all(
     now: tuple[Array, ...],
     mesh: Mesh | None,
     gather_dtype: Any,
-) -> tuple[dict[str, Array], Stacks, Told]:
+) -> tuple[dict[str, Array], Stacks, HealthStats]:
     """`advance` on each device with its own blocks; directions and what is told of all.
 
     Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from big_vit import trees
-from big_vit.optim import layers
+from big_vit.optim import per_layer
 
 
 def adaptive(limit: float) -> optax.GradientTransformation:
@@ -24,10 +24,10 @@ def adaptive(limit: float) -> optax.GradientTransformation:
             return gradient
 
         def one(g: jax.Array, w: jax.Array) -> jax.Array:
-            g, w, shape = layers.as_matrix(name, g), layers.as_matrix(name, w), g.shape
+            g, w, shape = per_layer.as_matrix(name, g), per_layer.as_matrix(name, w), g.shape
             return inner.update(g, optax.EmptyState(), w)[0].reshape(shape)
 
-        return layers.per_layer(name, one)(gradient, param)
+        return per_layer.per_layer(name, one)(gradient, param)
 
     return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
 

@@ -22,15 +22,15 @@ from big_vit.errors import UserError
 from big_vit.optim import (
     blocks,
     clipping,
-    factored,
-    layers,
+    factored_rms,
+    lars_lamb,
     matrices,
+    per_layer,
     schedule_free,
     shampoo,
     soap,
-    trust,
 )
-from big_vit.optim.layers import Factor
+from big_vit.optim.per_layer import Factor
 from big_vit.optim.schedules import Schedule
 
 
@@ -128,9 +128,9 @@ def adafactor() -> Law:
     """
     return decoupled(
         optax.chain(
-            factored.scale_by_factored_rms(128),
-            layers.alone(optax.clip_by_block_rms(1.0)),
-            layers.alone(optax.scale_by_param_block_rms()),
+            factored_rms.scale_by_factored_rms(128),
+            per_layer.alone(optax.clip_by_block_rms(1.0)),
+            per_layer.alone(optax.scale_by_param_block_rms()),
         )
     )
 
@@ -140,7 +140,7 @@ def adafactor_vit(b1: float = 0.9, b2: float = 0.999, mu_dtype: str = 'bfloat16'
 
     The average of updates is not corrected for its start at 0, as in big_vision.
     """
-    second = factored.scale_by_factored_rms(32, cap=b2)
+    second = factored_rms.scale_by_factored_rms(32, cap=b2)
     first = optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(mu_dtype))
     return decoupled(optax.chain(second, first))
 
@@ -148,7 +148,7 @@ def adafactor_vit(b1: float = 0.9, b2: float = 0.999, mu_dtype: str = 'bfloat16'
 def lars(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32') -> Law:
     """LARS (arXiv 1708.03888): momentum accumulates what the rate has multiplied."""
     last = optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [trust.scale_by_lars_ratio(rules.decay), *_rated(rules), last]
+    return lambda rules: [lars_lamb.scale_by_lars_ratio(rules.decay), *_rated(rules), last]
 
 
 def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 'float32') -> Law:
@@ -157,7 +157,7 @@ def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 
     return lambda rules: [
         scaler,
         add_decayed_weights(rules.decay),
-        trust.scale_by_lamb_ratio(),
+        lars_lamb.scale_by_lamb_ratio(),
         *_rated(rules),
     ]
 

@@ -33,7 +33,7 @@ MAX_FAILURES = 3
 SIDES = ('left', 'right')
 
 
-class Stack(NamedTuple):
+class StackState(NamedTuple):
     """The state of all blocks of one size [rows, columns].
 
     Attributes:
@@ -153,7 +153,7 @@ def _adam(o: Options) -> blocks.Adam:
     return blocks.Adam(o.b1, o.b2, o.eps, o.nesterov, o.mu_dtype, o.stats_dtype)
 
 
-def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
+def _empty(o: Options, stack: blocks.BlockStack, length: int) -> StackState:
     r, c = stack.rows, stack.columns
     real = (jnp.arange(length) < stack.blocks)[:, None, None]
 
@@ -165,7 +165,7 @@ def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
         line = jnp.zeros(length, o.stats_dtype)
         return square, line, (square, square, line)
 
-    return Stack(
+    return StackState(
         mu=jnp.zeros((length, r, c), o.mu_dtype),
         nu=jnp.zeros((length, r, c), o.stats_dtype),
         left=jnp.zeros((length, r, r), o.stats_dtype),
@@ -181,13 +181,13 @@ def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
 def _advance(
     o: Options,
     grads: dict[str, Array],
-    stacks: dict[str, Stack],
+    stacks: dict[str, StackState],
     step: Int[Array, ''],
     age: Int[Array, ''],
-) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
+) -> tuple[dict[str, Array], dict[str, StackState], blocks.HealthStats]:
     """One step of the blocks of one device: statistics, roots where due, directions."""
     averages: dict[str, Array] = {}
-    new: dict[str, Stack] = {}
+    new: dict[str, StackState] = {}
     told = blocks.nothing()
     for name, g in grads.items():
         old = stacks[name]
@@ -219,7 +219,7 @@ def _length(x: Float[Array, 'blocks r c']) -> Float[Array, 'blocks 1 1']:
     return largest * jnp.sqrt(jnp.square(unit).sum((1, 2), keepdims=True))
 
 
-def _precondition(o: Options, stack: Stack, average: Array, plain: Array) -> Array:
+def _precondition(o: Options, stack: StackState, average: Array, plain: Array) -> Array:
     high = jax.lax.Precision.HIGH
     left, right = (x.astype(average.dtype) for x in (stack.left_root, stack.right_root))
     made = jnp.einsum('nij,njk->nik', left, average, precision=high)
@@ -234,7 +234,7 @@ def _ridge(o: Options, failures: Int[Array, ' n']) -> Float[Array, ' n']:
     return o.ridge * 10.0 ** failures.astype(o.stats_dtype)
 
 
-def _sum(a: blocks.Told, b: blocks.Told) -> blocks.Told:
+def _sum(a: blocks.HealthStats, b: blocks.HealthStats) -> blocks.HealthStats:
     return {name: a[name] + b[name] for name in a}
 
 
@@ -253,8 +253,8 @@ def _of_real(tree: Any, root: Float[Array, 'n d d']) -> Any:
 
 
 def _accept(
-    o: Options, stack: Stack, found: dict[str, tuple[Array, Array]], group: Array | None
-) -> tuple[Stack, blocks.Told]:
+    o: Options, stack: StackState, found: dict[str, tuple[Array, Array]], group: Array | None
+) -> tuple[StackState, blocks.HealthStats]:
     """The stack with the (root, error) found for each side, where they are good enough."""
     told, errors, failed = blocks.nothing(), [], []
     fields: dict[str, Array] = {}
@@ -292,11 +292,13 @@ def _accept(
 
 
 def _refresh(
-    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
-) -> tuple[dict[str, Stack], blocks.Told]:
+    o: Options, stacks: dict[str, StackState], age: Int[Array, '']
+) -> tuple[dict[str, StackState], blocks.HealthStats]:
     """The stacks with the roots that are due at this step."""
 
-    def one(stacks: dict[str, Stack], group: Array | None) -> tuple[dict[str, Stack], blocks.Told]:
+    def one(
+        stacks: dict[str, StackState], group: Array | None
+    ) -> tuple[dict[str, StackState], blocks.HealthStats]:
         # All matrices of a size are computed on together, whichever stack and side they are of.
         sizes: dict[int, list[tuple[str, str]]] = {}
         for name, stack in stacks.items():
@@ -346,15 +348,15 @@ def _refresh(
 
 
 def _slices(
-    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
-) -> tuple[dict[str, Stack], blocks.Told]:
+    o: Options, stacks: dict[str, StackState], age: Int[Array, '']
+) -> tuple[dict[str, StackState], blocks.HealthStats]:
     """The stacks a few iterations nearer to their next roots, which are used when all are made."""
     p = roots.whole(o.exponent)
     assert p is not None
     iterations = math.ceil(roots.newton_steps(p, o.ridge) / o.every)
     phase = (age - 1) % o.every
 
-    def begin(stacks: dict[str, Stack]) -> dict[str, Stack]:
+    def begin(stacks: dict[str, StackState]) -> dict[str, StackState]:
         new = {}
         for name, stack in stacks.items():
             work = {}
@@ -366,7 +368,7 @@ def _slices(
             new[name] = stack._replace(work=work)
         return new
 
-    def finish(stacks: dict[str, Stack]) -> tuple[dict[str, Stack], blocks.Told]:
+    def finish(stacks: dict[str, StackState]) -> tuple[dict[str, StackState], blocks.HealthStats]:
         new, told = {}, blocks.nothing()
         for name, stack in stacks.items():
             found = {}

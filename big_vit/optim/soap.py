@@ -23,7 +23,7 @@ SIDES = ('left', 'right')
 _RAMP = 1e-2
 
 
-class Stack(NamedTuple):
+class StackState(NamedTuple):
     """The state of all blocks of one size [rows, columns].
 
     Attributes:
@@ -94,12 +94,12 @@ def scale_by_soap(
     )
 
 
-def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
+def _empty(o: Options, stack: blocks.BlockStack, length: int) -> StackState:
     def zeros(rows: int, columns: int, dtype: Any) -> Array:
         return jnp.zeros((length, rows, columns), dtype)
 
     r, c = stack.rows, stack.columns
-    return Stack(
+    return StackState(
         mu=zeros(r, c, o.mu_dtype),
         nu=zeros(r, c, o.stats_dtype),
         left=zeros(r, r, o.stats_dtype),
@@ -112,13 +112,13 @@ def _empty(o: Options, stack: blocks.Stack, length: int) -> Stack:
 def _advance(
     o: Options,
     grads: dict[str, Array],
-    stacks: dict[str, Stack],
+    stacks: dict[str, StackState],
     step: Int[Array, ''],
     age: Int[Array, ''],
-) -> tuple[dict[str, Array], dict[str, Stack], blocks.Told]:
+) -> tuple[dict[str, Array], dict[str, StackState], blocks.HealthStats]:
     """One step of the blocks of one device: direction, statistics, bases where due."""
     directions: dict[str, Array] = {}
-    new: dict[str, Stack] = {}
+    new: dict[str, StackState] = {}
     told = blocks.nothing()
     b2_stats = o.b2 if o.b2_stats is None else o.b2_stats
     del step  # Averages of squares in these bases are as old as the bases.
@@ -144,7 +144,7 @@ def _advance(
     return directions, new, {name: told[name] + more[name] for name in told}
 
 
-def _turn(stack: Stack, x: Array, back: bool = False) -> Array:
+def _turn(stack: StackState, x: Array, back: bool = False) -> Array:
     """Into the bases, or out of them."""
     high = jax.lax.Precision.HIGH
     p, q = stack.left_basis.astype(x.dtype), stack.right_basis.astype(x.dtype)
@@ -190,11 +190,13 @@ def _next_basis(
 
 
 def _refresh(
-    o: Options, stacks: dict[str, Stack], age: Int[Array, '']
-) -> tuple[dict[str, Stack], blocks.Told]:
+    o: Options, stacks: dict[str, StackState], age: Int[Array, '']
+) -> tuple[dict[str, StackState], blocks.HealthStats]:
     """The stacks with the bases that are due after this step."""
 
-    def begin(stacks: dict[str, Stack], _: Array) -> tuple[dict[str, Stack], blocks.Told]:
+    def begin(
+        stacks: dict[str, StackState], _: Array
+    ) -> tuple[dict[str, StackState], blocks.HealthStats]:
         new = {}
         for name, stack in stacks.items():
             bases = {}
@@ -207,7 +209,9 @@ def _refresh(
             new[name] = stack._replace(**bases)
         return new, blocks.nothing()
 
-    def one(stacks: dict[str, Stack], group: Array) -> tuple[dict[str, Stack], blocks.Told]:
+    def one(
+        stacks: dict[str, StackState], group: Array
+    ) -> tuple[dict[str, StackState], blocks.HealthStats]:
         new, told = {}, blocks.nothing()
         for name, stack in stacks.items():
             fields = {}

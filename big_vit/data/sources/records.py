@@ -31,9 +31,9 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.decode import DecodeError, Encoded
-from big_vit.data.geometry import resized
-from big_vit.data.operations import BadExampleError
 from big_vit.data.sources.base import Columns, Source, cut
+from big_vit.data.transforms.geometry import resized
+from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
 # Its size is a multiple of four, so that pixels of any type lie at an even address.

@@ -1,0 +1,1 @@
+"""From the sections of a config to the objects that they describe."""

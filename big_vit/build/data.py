@@ -1,0 +1,412 @@
+"""The `data`, `mixture` and `evals` sections as datasets that fit the model."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from big_vit import augment, state
+from big_vit.build.model import build_streams, is_apart, parts_read
+from big_vit.config import Config
+from big_vit.data import dataset, order, pipeline, sources, transforms
+from big_vit.data.transforms import text
+from big_vit.errors import UserError
+from big_vit.models import tokenizers
+
+
+class Data(NamedTuple):
+    """A source with what makes its examples fit the model.
+
+    `transform` is done on the host, and gives what `looks` says. `device` is the rest, as
+    (name, function of (batch, rng)). `specs` can be opened by other processes, of which training
+    has `workers`. `order` says which examples come when; an evaluation has none.
+    """
+
+    source: sources.Source
+    transform: transforms.Transform
+    example_spec: transforms.ExampleSpec
+    device: tuple[tuple[str, Any], ...]
+    specs: tuple[dataset.Spec, ...]
+    skip_bad: bool
+    order: pipeline.Order | None = None
+    workers: int = 0
+    reads: tuple[str, ...] = ('image',)
+
+    @property
+    def inputs(self) -> state.Inputs:
+        """What the model is given: shape and type of each part, without the batch."""
+        return {n: p for n, p in self.example_spec.parts.items() if n not in ('label', 'mask')}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self.example_spec.parts.items()}
+
+
+_DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
+
+
+def _spec(section: Config, key: str, config: Config, classes: int | None, host: str) -> Any:
+    """The section as plain values.
+
+    Args:
+      classes: those of the model, where it is known already.
+    """
+    own = section.num_classes
+    if own is None and section.label_map is None and section.classes is None:
+        own = classes
+    # A key that this source does not read stays unread, so that `Config.audit` refuses it.
+    used = {name: section[name] for name in dataset.KEYS[section.name]}
+    return dataset.Spec(
+        key=key,
+        name=section.name,
+        split=section.split,
+        transform=host,
+        image_size=config.image_size,
+        seed=config.seed,
+        num_classes=own,
+        classes=section.classes,
+        label_map=section.label_map,
+        cache=section.cache,
+        cache_side=section.cache_side if section.cache == 'resized' else 0,
+        **used,
+    )
+
+
+def _check_length(section: Config, key: str, source: sources.Source) -> None:
+    examples = section.num_examples
+    if examples and examples != source.length:
+        raise UserError(
+            f'config: {key}.num_examples={examples}, but {source.name} {section.split} has '
+            f'{source.length}: the dataset is another or not complete'
+        )
+
+
+def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
+    """Refuses labels that the loss cannot take, and a part for the devices that fails.
+
+    Args:
+      labelled: whether labels are needed.
+    """
+    classes = found.source.num_classes
+    if not labelled:
+        _check_device(found, key)
+        return
+    if 'label' not in found.example_spec.parts:
+        has = ', '.join(sorted(found.example_spec.parts))
+        raise UserError(f'config: {key} gives {has} but no label')
+    _check_device(found, key)
+    shape, dtype = found.example_spec.parts['label']
+    if shape == (classes,) or (shape == () and np.issubdtype(dtype, np.integer)):
+        return
+    raise UserError(
+        f'config: {key}.transform gives labels of shape {shape} for {classes} classes: write '
+        f'onehot({classes}) or multihot({classes})'
+    )
+
+
+def _check_device(found: Data, key: str) -> None:
+    """UserError where the devices' part cannot be applied to what the host's part gives."""
+    if not found.device:
+        return
+    one = {
+        name: jax.ShapeDtypeStruct((1, *shape), jax.dtypes.canonicalize_dtype(dtype))
+        for name, (shape, dtype) in found.example_spec.parts.items()
+    }
+    try:
+        jax.eval_shape(device_operations(found), one, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f'config: {key}.transform: {error}') from error
+
+
+def train_data(config: Config, absent: bool = False) -> Data:
+    """The training data: `data`, or the parts of `mixture`.
+
+    Args:
+      absent: take the number of examples and classes from the config where it has both,
+        without opening anything.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    sections = {
+        f'mixture.{name}': completed_section(config, 'mixture', name) for name in config.mixture
+    }
+    counts, whole = None, config.data
+    if sections:
+        weights = {key: section.weight for key, section in sections.items()}
+        for key, weight in weights.items():
+            if not weight:
+                raise UserError(f'config: {key}.weight must be above 0; leave the part out instead')
+        counts = order.shares(tuple(weights.values()))
+    else:
+        sections = {'data': whole}
+    for key, section in sections.items():
+        if section.name is None:
+            raise UserError(f'config: {key}.name must be set, or data.name for all parts')
+    transform = transforms.parse(
+        whole.transform, size=config.image_size, key='data', device=_DEVICE_OPERATIONS
+    )
+    specs = tuple(
+        _spec(section, key, config, None, transform.host_text) for key, section in sections.items()
+    )
+    known = [(s.num_examples, s.num_classes) for s in sections.values()]
+    if absent and all(examples and classes for examples, classes in known):
+        name = ' + '.join(section.tfds_name or section.name for section in sections.values())
+        source = sources.declared(
+            name,
+            whole.split if not config.mixture else 'mixture',
+            sum(examples for examples, _ in known),
+            max(classes for _, classes in known),
+            config.image_size,
+        )
+        lengths: tuple[int, ...] = tuple(examples for examples, _ in known)
+        host = transforms.parse(transform.host_text, size=config.image_size, key='data')
+    else:
+        source, host, lengths = dataset.open_mixture(specs)
+        if len(specs) == 1:
+            _check_length(*next((s, k) for k, s in sections.items()), source)
+    taken = parts_read(config)
+    example_spec = transforms.check(host, source, config.image_size, taken)
+    if config.batch_size % whole.repeats:
+        raise UserError(
+            f'config: batch_size={config.batch_size} must be a multiple of '
+            f'data.repeats={whole.repeats}'
+        )
+    kept = pipeline.Order(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=whole.shuffle,
+        repeats=whole.repeats,
+        lengths=lengths,
+        counts=counts,
+    )
+    skip = whole.on_error == 'skip'
+    found = Data(
+        source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
+    )
+    _check_fit(found, 'data', labelled=not is_apart(config))
+    return found
+
+
+def completed_section(config: Config, kind: str, name: str) -> Config:
+    """An evaluation's section, or a mixture's, with what it leaves open taken from `data`.
+
+    What says where a dataset is goes together: a section that names another source inherits
+    none of it.
+    """
+    own, whole = config[kind][name], config.data
+    defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
+    defaults['on_error'] = whole.on_error
+    if kind == 'evals':
+        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': 'classification'}
+    else:
+        defaults['split'] = whole.split
+    # Without data of its own, what `data` says is read by the parts of a mixture alone.
+    take = whole.__getitem__ if kind == 'mixture' else whole.peek
+    if own.name is None or own.name == whole.peek('name'):
+        where = ('name', 'path', 'tfds_name', 'image_column', 'label_column', 'text_column')
+        what = ('num_classes', 'label_map', 'classes')
+        defaults.update({part: take(part) for part in (*where, *what)})
+    return own.completed(defaults)
+
+
+# The evaluations that are of the model's own classes; those of features have their own.
+OF_THE_HEAD = ('classification', 'robustness')
+
+
+# Those of streams apart, which learn from no split and search in no other.
+OF_PAIRS = ('zero_shot', 'matching')
+
+
+def eval_data(config: Config, name: str, train: Data) -> Data:
+    """The data of an evaluation, checked against that of training.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    return _held_out(config, name, completed_section(config, 'evals', name), train)
+
+
+def reference_data(config: Config, name: str, train: Data) -> Data | None:
+    """What an evaluation learns from, or searches: another split of its dataset, seen alike.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    section = completed_section(config, 'evals', name)
+    if section.type in OF_THE_HEAD + OF_PAIRS:
+        return None
+    which = 'gallery_split' if section.type == 'retrieval' else 'train_split'
+    key, whole = f'evals.{name}', config.data
+    same = section.name == whole.peek('name') and section.path == whole.peek('path')
+    split = section[which] or (whole.peek('split') if same else 'train')
+    try:
+        return _held_out(config, name, section.completed({}, split=split), train)
+    except UserError as error:
+        raise UserError(str(error).replace(f'{key}.split', f'{key}.{which}')) from error
+
+
+def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
+    """A split of an evaluation."""
+    key, of_head = f'evals.{name}', section.type in OF_THE_HEAD
+    if section.name is None:
+        raise UserError(f'config: {key}.name must be set')
+    apart = is_apart(config)
+    if of_head and apart:
+        raise UserError(
+            f"config: {key}.type={section.type!r} is of a head, which model.fusion='apart' has "
+            "not: set it to 'zero_shot', 'matching' or one of features, such as 'knn'"
+        )
+    if section.type in OF_PAIRS and not apart:
+        raise UserError(
+            f'config: {key}.type={section.type!r} compares two streams, which need '
+            "model.fusion='apart'"
+        )
+    # What is seen of streams apart needs no words of its own; those of prompts are made.
+    taken = train.reads
+    if apart and section.type != 'matching':
+        taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
+    own_world = not of_head and section.name != config.data.peek('name')
+    classes = None if own_world else train.source.num_classes
+    transform = transforms.parse(
+        section.transform, size=config.image_size, key=key, device=_DEVICE_OPERATIONS
+    )
+    transforms.require_deterministic(transform)
+    spec = _spec(section, key, config, classes, transform.host_text)
+    source, host = dataset.open_spec(spec)
+    _check_length(section, key, source)
+    example_spec = transforms.check(host, source, config.image_size, taken)
+    _check_same_parts(example_spec, train, taken, key)
+    if of_head and classes is not None and source.num_classes > classes:
+        raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
+    ours, theirs = train.source.class_names, source.class_names
+    # A map says the number of each class itself, and may leave most out.
+    if of_head and config.evals[name].label_map is None and ours and theirs and ours != theirs:
+        strange = next((b for a, b in zip(ours, theirs, strict=False) if a != b), theirs[-1])
+        raise UserError(
+            f'config: {key} has other classes than the training data ({strange!r} is not class '
+            f'{theirs.index(strange)} there): give both the same label_map or classes'
+        )
+    # What is not said about numbers is as in training, or the model sees another world.
+    fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
+    skip = section.on_error == 'skip'
+    found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
+    _check_fit(found, key, labelled=section.type != 'matching')
+    if not of_head and section.type != 'matching' and example_spec.parts['label'][0]:
+        raise UserError(
+            f'config: {key}.transform gives vectors as labels, {section.type} takes numbers: '
+            'leave out onehot or multihot'
+        )
+    return found
+
+
+def _check_same_parts(
+    example_spec: transforms.ExampleSpec, train: Data, taken: tuple[str, ...], key: str
+) -> None:
+    """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
+    for part in taken:
+        found, wanted = example_spec.parts[part][0], train.example_spec.parts[part][0]
+        if part == 'image' and found[2] != wanted[2]:
+            raise UserError(
+                f'config: {key}.transform gives images of {found[2]} channel(s), the '
+                f'model takes {wanted[2]}: add rgb or grayscale to it'
+            )
+        if found != wanted:
+            shown = ' and '.join('x'.join(map(str, shape)) for shape in (found, wanted))
+            raise UserError(
+                f'config: {key}.transform gives {part} of another shape than data.transform '
+                f'({shown})'
+            )
+
+
+def host_batches(
+    found: Data, start_step: int, rows: Any, meter: pipeline.Meter | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The training batches from `start_step` on as NumPy arrays, of these rows."""
+    assert found.order is not None
+    return pipeline.train_batches(
+        found.source,
+        found.transform,
+        found.order,
+        start_step=start_step,
+        rows=rows,
+        skip_bad=found.skip_bad,
+        workers=found.workers,
+        opener=functools.partial(dataset.open_examples, found.specs, found.workers),
+        meter=meter,
+    )
+
+
+def text_data(config: Config, train: Data, texts: list[str], key: str) -> Data:
+    """Sentences as the words of a training example, made by the same operations.
+
+    Raises:
+      UserError: training makes no words of text.
+    """
+    size, host = config.image_size, train.transform.host_text
+    whole = transforms.parse(host, size=size, key='data')
+    pairs = zip(whole.names, whole.operations, strict=True)
+    chosen = [pair for pair in pairs if pair[0] in text.OPERATIONS]
+    if not chosen:
+        raise UserError(
+            f'config: {key} needs sentences as numbers, but data.transform makes none of text: add '
+            "byte_tokens(LENGTH) or tokenize('FILE', LENGTH) to it"
+        )
+    names, operations = zip(*chosen, strict=True)
+    made = replace(whole, names=names, operations=operations, device=(), random_operations=())
+
+    def load(indices: np.ndarray) -> dict[str, Any]:
+        return {'text': [texts[i] for i in indices], 'label': indices.astype(np.int32)}
+
+    source = sources.Source(key, '', len(texts), len(texts), None, load, in_memory=True)
+    reads = tuple(part for part in train.reads if part not in tokenizers.PICTURES)
+    example_spec = transforms.check(made, source, size, reads)
+    spec = dataset.Spec(key='', name='prompts', split='', transform=host, image_size=size)
+    return Data(
+        source,
+        made,
+        example_spec,
+        (),
+        (replace(spec, classes=tuple(texts)),),
+        skip_bad=False,
+        reads=reads,
+    )
+
+
+def device_operations(found: Data) -> Any:
+    """What the devices do to a batch before anything else, (batch, rng) -> batch; or None."""
+    return augment.compose([function for _, function in found.device]) if found.device else None
+
+
+def subset_of(chosen: Any, found: Data, train: Data, key: str) -> tuple[int, ...]:
+    """Numbers of the classes that compete, in ascending order."""
+    if chosen == 'present':
+        if found.source.labels is None:
+            raise UserError(
+                f"config: {key}.subset='present': the labels of {found.source.name} cannot be "
+                'listed; name the classes in a tuple'
+            )
+        return tuple(np.unique(found.source.labels()).tolist())
+    names, classes = train.source.class_names, train.source.num_classes
+    numbers = []
+    for one in chosen:
+        number = names.index(one) if names and one in names else one
+        if not isinstance(number, int) or not 0 <= number < classes:
+            known = ', '.join(names[:12]) if names else f'0 to {classes - 1}'
+            raise UserError(f'config: {key}.subset: the model has no class {one!r}; it has {known}')
+        numbers.append(number)
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f'config: {key}.subset names a class twice')
+    return tuple(sorted(numbers))
+
+
+def eval_device_operations(found: Data) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What the devices do to a batch of an evaluation before the model sees it."""
+    apply, key = (
+        device_operations(found),
+        jax.random.key(0),
+    )  # Nothing that an evaluation does draws.
+    return (lambda batch: apply(batch, key)) if apply else lambda batch: batch

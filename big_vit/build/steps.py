@@ -1,0 +1,147 @@
+"""The train step and the evaluation steps of an experiment."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from big_vit import augment, sharding, state, steps
+from big_vit.build.data import (
+    OF_THE_HEAD,
+    Data,
+    completed_section,
+    device_operations,
+    eval_device_operations,
+    subset_of,
+)
+from big_vit.build.experiment import Experiment
+from big_vit.build.model import words_of
+from big_vit.config import Config
+from big_vit.errors import UserError
+from big_vit.evaluators import classification
+from big_vit.models import tokenizers
+from big_vit.models.vit import ViT
+from big_vit.optim import factory, schedules
+from big_vit.tasks.batch import Loss, normalise
+from big_vit.tasks.classification import classification_loss
+from big_vit.tasks.contrastive import contrastive_loss
+
+
+def build_mixing(config: Config, found: Data, mesh: Mesh) -> Any:
+    """What mixes the examples of a batch, (batch, rng) -> batch; or None."""
+    if not config.mixup and not config.cutmix:
+        return None
+    if found.reads != ('image',):
+        raise UserError(
+            f'config: mixup and cutmix mix images, but the model takes {", ".join(found.reads)}: '
+            'set both to 0'
+        )
+    more = {'switch': config.mix_switch} if config.mixup and config.cutmix else {}
+    return functools.partial(
+        augment.mix,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mix_prob,
+        num_classes=found.source.num_classes,
+        replicate=sharding.constrain_replicated(mesh),
+        **more,
+    )
+
+
+def build_train_step(config: Config, parts: Experiment) -> Any:
+    """The one train step, for training, transfer, planning and benchmarks."""
+    step = build_update(config, parts, parts.optimizer, parts.schedule, config.seed)
+    return steps.make_train_step(step, parts.abstract_state, parts.mesh)
+
+
+def build_loss(config: Config, model: ViT) -> Loss:
+    """What is trained: classes, or which examples of two streams belong together."""
+    if model.fusion != 'apart':
+        return classification_loss(model.apply, config.label_smoothing, config.loss)
+    return contrastive_loss(model.apply, config.loss, words_of(model))
+
+
+def build_update(
+    config: Config,
+    parts: Experiment,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: schedules.Schedule,
+    seed: int | jax.Array,
+) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
+    """The same, not jitted, with another rate or seed than the config's, which may be traced."""
+    return steps.update(
+        build_loss(config, parts.model),
+        optimizer,
+        schedule,
+        parts.mesh,
+        prepare=device_operations(parts.data),
+        mix=build_mixing(config, parts.data, parts.mesh),
+        seed=seed,
+        accumulation=config.accumulation,
+        ema=config.ema,
+        skip_sigmas=config.skip_sigmas,
+        frozen=factory.frozen(parts.lr_factors),
+        sam_rho=config.optim.sam_rho,
+        sam_adaptive=bool(config.optim.sam_rho) and config.optim.sam_adaptive,
+    )
+
+
+def batch_seen(config: Config, found: Data, batch: dict[str, Any], step: int) -> dict[str, Any]:
+    """A batch as the model sees it at a step, on one device."""
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    arrays = {name: jnp.asarray(column) for name, column in batch.items()}
+    made = functools.partial(
+        steps.seen,
+        prepare=device_operations(found),
+        mix=build_mixing(config, found, mesh),
+        seed=config.seed,
+    )
+    result = jax.jit(made)(arrays, step=step)
+    return {n: normalise(x) if n in tokenizers.PICTURES else x for n, x in result.items()}
+
+
+def build_eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:
+    """The jitted step of each evaluation of the head; those that prepare images alike share one."""
+    made: dict[Any, Any] = {}
+    steps_ = {}
+    for name, found in parts.evals.items():
+        section = completed_section(config, 'evals', name)
+        if section.type not in OF_THE_HEAD:
+            continue
+        options = head_options(config, parts, name) if section.type == 'classification' else {}
+        key = found.device, tuple(options.items())
+        if key not in made:
+            sums = build_eval_sums(config, parts, found, **options)
+            made[key] = steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
+        steps_[name] = made[key]
+    return steps_
+
+
+def head_options(config: Config, parts: Experiment, name: str) -> dict[str, Any]:
+    """What else is asked of a classification, as arguments of `classification.sums`."""
+    section, key = config.evals[name], f'evals.{name}'
+    options: dict[str, Any] = {}
+    if section.calibration:
+        if config.loss != 'softmax':
+            raise UserError(
+                f"config: {key}.calibration is of probabilities over classes: set loss='softmax'"
+            )
+        options['calibration'] = True
+    if section.per_class not in (None, 'none'):
+        options['per_class'] = True
+    if section.skip_unlabelled:
+        options['skip_unlabelled'] = True
+    if section.subset is not None:
+        options['subset'] = subset_of(section.subset, parts.evals[name], parts.data, key)
+    return options
+
+
+def build_eval_sums(config: Config, parts: Experiment, found: Data, **options: Any) -> Any:
+    """What an evaluation step of the head computes, not jitted."""
+    return classification.sums(
+        parts.model.apply, eval_device_operations(found), config.loss, **options
+    )

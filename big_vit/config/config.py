@@ -1,0 +1,437 @@
+"""Configs: a Python file of choices, checked against one schema before anything runs.
+
+A config file defines `get_config(**arguments)` and returns a
+`ml_collections.ConfigDict` with the keys that differ from the schema's
+defaults; where an argument is one of some names, `CHOICES = {argument: names}` says
+so. `load` merges schema, file and `--config.x=y` overrides into a frozen
+`Config`, which remembers what has been read: `audit` turns a key that was set
+but that this run never reads into an error.
+"""
+
+import ast
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
+from big_vit.errors import UserError
+
+# Sections of which there may be any number, each under a name of the user's.
+STARRED = ('evals', 'mixture', 'streams')
+
+
+class Config:
+    """A frozen tree of settings: `config.model.variant`; what is read is remembered."""
+
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        explicit: frozenset[str] = frozenset(),
+        *,
+        prefix: str = '',
+        reads: set[str] | None = None,
+    ):
+        set_ = object.__setattr__
+        set_(self, '_tree', tree)
+        set_(self, '_explicit', explicit)
+        set_(self, '_prefix', prefix)
+        set_(self, '_reads', set() if reads is None else reads)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_') or name not in self._tree:
+            raise AttributeError(f'the config has no key {self._prefix}{name}')
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        value, key = self._tree[name], self._prefix + name
+        if isinstance(value, dict):
+            return Config(value, self._explicit, prefix=key + '.', reads=self._reads)
+        self._reads.add(key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError(f'a config is frozen: set {self._prefix}{name} by replacing({{...}})')
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tree
+
+    def sets(self, key: str) -> bool:
+        """Whether the file or an override set this dotted key (else it is the default)."""
+        return key in self._explicit
+
+    def peek(self, name: str) -> Any:
+        """A value, without counting as reading it."""
+        return self._tree[name]
+
+    def completed(self, defaults: dict[str, Any], **fixed: Any) -> 'Config':
+        """This section with `defaults` where it has None; reads count as reads of this section.
+
+        `fixed` takes the place of what the section says.
+        """
+        given = {name: value for name, value in self._tree.items() if value is not None}
+        tree = {**self._tree, **defaults, **given, **fixed}
+        return Config(tree, self._explicit, prefix=self._prefix, reads=self._reads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A nested copy for dumping; does not count as reading."""
+        return json.loads(json.dumps(self._tree))
+
+    def replacing(self, flat: dict[str, Any]) -> 'Config':
+        """A checked copy of a whole config with the dotted keys of `flat` set."""
+        return resolve({**self._given(), **flat})
+
+    def without(self, *prefixes: str) -> 'Config':
+        """A checked copy of a whole config that does not set the dotted keys that begin so."""
+        return resolve({k: v for k, v in self._given().items() if not k.startswith(prefixes)})
+
+    def _given(self) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in flatten(self._tree).items()
+            if key in self._explicit or key.partition('.')[0] in STARRED
+        }
+
+    def audit(self) -> None:
+        """Call once everything is built.
+
+        Raises:
+          UserError: the user set a key that this run has not read.
+        """
+        unread = sorted(self._explicit - self._reads)
+        if unread:
+            keys = ', '.join(unread)
+            raise UserError(
+                f'config: {keys} {"is" if len(unread) == 1 else "are"} set, but this run never '
+                f'reads {"it" if len(unread) == 1 else "them"} with the other choices made; '
+                'remove or change what goes with it (--explain shows what is in use)'
+            )
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Nested dictionaries as one dictionary of dotted keys."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f'{prefix}{name}.'))
+            if prefix[:-1] in STARRED and not value:  # One that takes all from `data`.
+                flat[f'{prefix}{name}.split'] = None
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split('.')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _in_schema(key: str) -> str:
+    """The key with the name of a section as the schema has it, a star."""
+    return re.sub(rf'^({"|".join(STARRED)})\.[^.]*\.', r'\1.*.', key)
+
+
+def _field(key: str) -> Field:
+    field = SCHEMA.get(_in_schema(key))
+    if field is None:
+        near = _nearest(key)
+        raise UserError(f'config: unknown key {key}' + (f'; did you mean {near}?' if near else ''))
+    return field
+
+
+def _nearest(key: str) -> str | None:
+    """The key that was probably meant: the right name in another section, else a typo."""
+    last = key.rpartition('.')[2]
+    by_name: dict[str, list[str]] = {}
+    for name in SCHEMA:
+        by_name.setdefault(name.rpartition('.')[2], []).append(name)
+    parts = key.split('.')
+    starred = f'{parts[0]}.*.{last}' if len(parts) == 3 else key
+    near = by_name.get(last, []) or difflib.get_close_matches(starred, SCHEMA, n=1, cutoff=0.6)
+    if not near:
+        near = [
+            name
+            for found in difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
+            for name in by_name[found]
+        ]
+    closest = difflib.get_close_matches(starred, near, n=1, cutoff=0.0)
+    return closest[0].replace('*', parts[1] if len(parts) == 3 else '*') if closest else None
+
+
+def _checked(key: str, value: Any) -> Any:
+    field = _field(key)
+    if value is None and field.default is None:
+        return None
+    if isinstance(value, list):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    try:
+        return field.check(value)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'config: {key} must be {error}, got {value!r}') from None
+
+
+def resolve(explicit: dict[str, Any]) -> Config:
+    """The config that sets the dotted keys of `explicit` and leaves the rest at its default.
+
+    Raises:
+      UserError: an unknown key, a wrong type, a missing key, or two units for
+        one duration.
+    """
+    values = {key: _checked(key, value) for key, value in explicit.items()}
+    mixed = any(key.startswith('mixture.') for key in values)
+    for first, group in REQUIRED.items():
+        if first == 'data.name' and mixed:  # Each part may say its own.
+            continue
+        if all(values.get(key) is None for key in group):
+            options = ' or '.join(group)
+            raise UserError(f'config: {options} must be set, for example --config.{first}=...')
+    flat = {key: field.default for key, field in SCHEMA.items() if '*' not in key}
+    for section in STARRED:
+        names = dict.fromkeys(k.split('.')[1] for k in values if k.startswith(f'{section}.'))
+        for name in names:
+            if not re.fullmatch(r'\w+', name):
+                raise UserError(f'config: {section}.{name}: use letters, digits and _ in the name')
+            flat.update(
+                {
+                    key.replace('*', name): field.default
+                    for key, field in SCHEMA.items()
+                    if key.startswith(f'{section}.*')
+                }
+            )
+    flat.update(values)
+    for key in flat:
+        if key.rpartition('_')[2] in UNITS and flat[key] is not None:
+            others = [k for k in _siblings(key) if flat.get(k) is not None]
+            if others:
+                raise UserError(f'config: {key} and {others[0]} are both set; set one')
+    tree = _unflatten(flat)
+    for section in STARRED:
+        tree.setdefault(section, {})
+    set_keys = frozenset(key for key, value in values.items() if value is not None)
+    return Config(tree, set_keys)
+
+
+def _siblings(key: str) -> list[str]:
+    """The same duration in the other units."""
+    stem, _, unit = key.rpartition('_')
+    others = [f'{stem}_{other}' for other in UNITS if other != unit] if unit in UNITS else []
+    return [other for other in others if _in_schema(other) in SCHEMA]
+
+
+def _parsed(key: str, text: str) -> Any:
+    field = _field(key)
+    if field.check is check_text:
+        return None if text.lower() == 'none' else text
+    words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
+    if text.lower() in words:
+        with contextlib.suppress(ValueError):
+            return field.check(text)  # A choice may be called 'none'.
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _call_get_config(
+    function: Callable[..., Any], text: str, path: Path, choices: Mapping[str, Collection[str]]
+) -> Any:
+    """Calls `get_config` with the `arg=value,flag` text behind the file's colon."""
+    parameters = inspect.signature(function).parameters
+    arguments: dict[str, Any] = {}
+    for i, token in enumerate(filter(None, text.split(','))):
+        name, equals, word = token.partition('=')
+        if not equals:
+            if isinstance(getattr(parameters.get(name), 'default', None), bool):
+                word = 'true'
+            elif i == 0 and parameters:
+                name, word = next(iter(parameters)), name
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            known = ', '.join(parameters) or 'none'
+            hint = f'did you mean {near[0]}?' if near else f'it takes: {known}'
+            raise UserError(f'{path}: get_config has no argument {name!r}; {hint}')
+        default = parameters[name].default
+        if isinstance(default, bool):
+            if word.lower() not in ('true', 'false'):
+                raise UserError(f'{path}: argument {name} must be true or false, got {word!r}')
+            arguments[name] = word.lower() == 'true'
+        elif isinstance(default, int | float):
+            try:
+                arguments[name] = type(default)(word)
+            except ValueError:
+                kind = type(default).__name__
+                raise UserError(f'{path}: argument {name} must be {kind}, got {word!r}') from None
+        else:
+            arguments[name] = word
+        if name in choices and word not in choices[name]:
+            close = difflib.get_close_matches(word, choices[name], n=3, cutoff=0.5)
+            hint = (
+                f'did you mean {" or ".join(close)}?'
+                if close
+                else f'there are {", ".join(filter(None, choices[name]))}'
+            )
+            raise UserError(f'{path}: there is no {name} {word!r}; {hint}')
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in arguments:
+            raise UserError(f'{path}: argument {name} must be given: --config {path}:{name}=...')
+    try:
+        return function(**arguments)
+    except (KeyError, ValueError) as error:
+        shown = ', '.join(f'{name}={value}' for name, value in arguments.items())
+        raise UserError(f'{path}: get_config({shown}) fails: {error!r}') from None
+
+
+def load(
+    spec: str, overrides: Sequence[tuple[str, str]] = (), base: dict[str, Any] | None = None
+) -> Config:
+    """Loads `configs/x.py:arg=v,arg2=v`, then applies `(key, text)` overrides.
+
+    A duration that is overridden in another unit replaces the file's; the
+    text 'default' takes back what the file set.
+    `base` holds values (dotted keys) that file and overrides may replace.
+
+    Raises:
+      UserError: a file that is missing or has no `get_config`, a wrong
+        argument, an unknown key or a wrong value.
+    """
+    name, _, arguments = spec.partition(':')
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], n=1)
+        hint = f'; did you mean {path.parent / near[0]}?' if near else ''
+        raise UserError(f'--config: there is no file {path}{hint}')
+    module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f'--config: {path}, line {error.lineno}: {error.msg}') from None
+    finally:
+        sys.dont_write_bytecode = dont_write
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'--config: {path} defines no get_config()')
+    choices = getattr(module, 'CHOICES', {})
+    config = _call_get_config(module.get_config, arguments, path, choices)
+    explicit = dict(base or {})
+
+    def put(key: str, value: Any) -> None:
+        _field(key)
+        for sibling in _siblings(key):
+            explicit.pop(sibling, None)
+        explicit[key] = value
+
+    from_file = flatten(config.to_dict())
+    for key in from_file:
+        for sibling in _siblings(key):
+            if sibling in from_file:
+                raise UserError(f'config: {key} and {sibling} are both set; set one')
+    for key, value in from_file.items():
+        put(key, value)
+    for key, text in overrides:
+        put(key, _parsed(key, text))
+        if text == 'default':
+            del explicit[key]
+    return resolve(explicit)
+
+
+def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
+    """A config with `--config.key=text` overrides applied."""
+    values: dict[str, Any] = {}
+    for key, text in overrides:
+        values.pop(key, None)  # The last of two counts, also over what came between.
+        values[key] = _field(key).default if text == 'default' else _parsed(key, text)
+    return with_values(config, values)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A checked copy with dotted keys set, of which durations replace those in other units."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(dict.fromkeys(_siblings(key)))
+        flat[key] = value
+    return config.replacing(flat)
+
+
+def from_json(tree: dict[str, Any]) -> Config:
+    """A config from its own dump; keys that differ from the default count as set.
+
+    Raises:
+      UserError: the dump has a key this version does not know.
+    """
+    flat = flatten(tree)
+    return resolve(
+        {
+            key: value
+            for key, value in flat.items()
+            if key.partition('.')[0] in STARRED or _checked(key, value) != _field(key).default
+        }
+    )
+
+
+# What may change when a run is resumed: no result depends on it.
+RESUMABLE = (
+    *('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers'),
+    'profile',
+)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """'key: old -> new' for each dotted key whose value differs between two dumps."""
+    a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
+    return [
+        f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def digest(config: Config) -> str:
+    """Equal for equal configs, to compare hosts with each other."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def steps(
+    section: Config, name: str, *, batch_size: int, examples: int, total: int | None = None
+) -> int | None:
+    """A duration in steps, whichever unit it was given in; None where it is not set.
+
+    Args:
+      section: the part of the config with the keys `{name}_steps`,
+        `{name}_epochs`, `{name}_examples`, `{name}_percent`.
+      examples: examples in an epoch.
+      total: steps of the whole run, which `percent` refers to.
+    """
+    per_unit = {
+        'steps': 1.0,
+        'epochs': examples / batch_size,
+        'examples': 1.0 / batch_size,
+        'percent': None if total is None else total / 100,
+    }
+    for unit, factor in per_unit.items():
+        if f'{name}_{unit}' not in section or factor is None:
+            continue
+        value = section[f'{name}_{unit}']
+        if value is not None:
+            # 1e-9 keeps an exact product such as 0.1 epochs x 10 from losing a step to rounding.
+            steps_ = int(value * factor + 1e-9)
+            return max(1, steps_) if value else 0
+    return None

@@ -1,0 +1,143 @@
+"""Kinds of values that a config key may have, each a function that checks and converts one."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+UNITS = ('steps', 'epochs', 'examples', 'percent')
+
+
+class Field(NamedTuple):
+    """One key of the schema: how its value is checked, its default, what it means.
+
+    The docstring of `check` says which values it takes; docs/config.md is made of it.
+    """
+
+    check: Callable[[Any], Any]
+    default: Any
+    doc: str
+
+
+def number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError('a number')
+        if abs(value) > 1e300:  # Also what 1e999 and inf are.
+            raise ValueError('a finite number')
+        if not lowest <= value <= highest:
+            raise ValueError(f'a number from {lowest:g} to {highest:g}')
+        return float(value)
+
+    check.__doc__ = 'number'
+    return check
+
+
+def below_one(value: Any) -> float:
+    """number"""
+    share = number(0, 1)(value)
+    if share == 1:
+        raise ValueError('a number from 0 to below 1')
+    return share
+
+
+def positive_share(value: Any) -> float:
+    """number"""
+    share = number(0, 1)(value)
+    if share == 0:
+        raise ValueError('a number above 0, to 1')
+    return share
+
+
+def negative_power(value: Any) -> float:
+    """number"""
+    power = number(-1, 0)(value)
+    if power == 0:
+        raise ValueError('a number below 0, such as -0.25')
+    return power
+
+
+def integer(lowest: float = -math.inf) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError('a whole number')
+        if value < lowest:
+            raise ValueError(f'a whole number of at least {lowest}')
+        return value
+
+    check.__doc__ = 'whole number'
+    return check
+
+
+def boolean(value: Any) -> bool:
+    """true, false"""
+    if not isinstance(value, bool):
+        raise ValueError('true or false')
+    return value
+
+
+def check_text(value: Any) -> str:
+    """text"""
+    if not isinstance(value, str):
+        raise ValueError('a text')
+    return value
+
+
+def choice(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise ValueError('one of ' + ', '.join(map(repr, choices)) + hint)
+        return value
+
+    check.__doc__ = ', '.join(choices)
+    return check
+
+
+def size(value: Any) -> tuple[int, int]:
+    """side, or (height, width)"""
+    # Bounded, so that a typo cannot ask for terabytes.
+    pair = value if isinstance(value, tuple) else (value, value)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not whole or not all(1 <= n <= 16384 for n in pair):
+        raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
+    return pair[0], pair[1]
+
+
+def rules(value: Any) -> tuple[tuple[str, float], ...]:
+    """pairs of (regex, factor)"""
+    try:
+        return tuple((check_text(pattern), number()(factor)) for pattern, factor in value)
+    except (TypeError, ValueError):
+        raise ValueError("a tuple of (regex on the parameter's path, factor)") from None
+
+
+def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
+    return {f'{key}_{unit}': Field(number(0), None, f'{doc}, in {unit}.') for unit in units}
+
+
+def classes(value: Any) -> tuple[str | int, ...]:
+    """tuple of names or numbers"""
+    choices = value if isinstance(value, tuple) else (value,)
+    if not choices or not all(type(c) is int or isinstance(c, str) for c in choices):
+        raise ValueError("a tuple of names or numbers of classes, such as ('cat', 'dog')")
+    return choices
+
+
+def several(one: Callable[[Any], Any], what: str) -> Callable[[Any], tuple[Any, ...]]:
+    """One value, or a tuple of different ones."""
+
+    def check(value: Any) -> tuple[Any, ...]:
+        found = value if isinstance(value, tuple) else (value,)
+        if not found:
+            raise ValueError(f'{what}, or a tuple of them')
+        checked = tuple(one(item) for item in found)
+        if len(set(checked)) != len(checked):
+            raise ValueError(f'a tuple of different values ({what})')
+        return checked
+
+    check.__doc__ = f'{what}, or a tuple of them'
+    return check

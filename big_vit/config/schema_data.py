@@ -1,0 +1,68 @@
+"""Keys of `data`, of the parts of `mixture`, and of the datasets of `evals`."""
+
+from big_vit.config.fields import Field, check_text, choice, classes, integer
+
+SOURCES = (
+    'fdsl',
+    'motion',
+    'orbit',
+    'tones',
+    'phrases',
+    'pairs',
+    'quiz',
+    'captions',
+    'digits',
+    'idx',
+    'arrays',
+    'folder',
+    'table',
+    'tar',
+    'parquet',
+    'tfds',
+    'records',
+)
+# None as a default means "not set": the value is required, inherited or absent.
+DATASET = {
+    'name': Field(choice(*SOURCES), None, 'Where examples come from; docs/data.md has them.'),
+    'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
+    'path': Field(check_text, None, 'Folder or files, local or gs://; the data_dir for tfds.'),
+    'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
+    'image_column': Field(
+        check_text, None, "Column of images (table, parquet, arrays). Own default: 'image'."
+    ),
+    'label_column': Field(
+        check_text,
+        None,
+        "Column of labels (table, parquet, arrays, tar, tfds). Own default: 'label'; tar 'cls'.",
+    ),
+    'text_column': Field(
+        check_text,
+        None,
+        "Ending of the members with the words of each image, such as 'txt' (tar).",
+    ),
+    'num_classes': Field(integer(1), None, "Classes; by default the source's own count."),
+    'num_examples': Field(
+        integer(1), None, 'Examples the split must have; with num_classes, `plan` needs no data.'
+    ),
+    'label_map': Field(check_text, None, 'JSON file {"class": number}; null leaves out a class.'),
+    'classes': Field(
+        classes, None, 'Only examples of these classes, which become 0, 1, ...; a tuple.'
+    ),
+    'transform': Field(
+        check_text,
+        'resize(size)',
+        "Operations such as 'resize(size) | flip_lr'; docs/data.md has them.",
+    ),
+    'cache': Field(
+        choice('auto', 'none', 'decoded', 'resized'),
+        'auto',
+        'Keep decoded images in memory (auto: if they take at most 1 GiB), or smaller ones on '
+        'disk.',
+    ),
+    'cache_side': Field(integer(8), 256, "Shorter side of the images of cache='resized'."),
+    'on_error': Field(
+        choice('stop', 'skip'),
+        'stop',
+        'At a damaged example end the run, or take the next one and count.',
+    ),
+}

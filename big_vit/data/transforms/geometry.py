@@ -1,0 +1,438 @@
+"""Operations on where pixels are: sizes, crops, flips. Images of any type and channel count.
+
+Sizes are (height, width), or one number for both. Images that are not decoded yet are decoded
+here, as far as the window that is wanted goes (`decode.Encoded.window`).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from big_vit.data import decode
+from big_vit.data.transforms.operations import (
+    BadExampleError,
+    Draw,
+    Images,
+    Operation,
+    Real,
+    UnfitError,
+    choice,
+    decoded,
+    number,
+    on_images,
+    pair,
+    pixels,
+    sizes,
+    span,
+    stacked,
+    whole,
+)
+
+METHODS = ('area', 'bilinear', 'bicubic', 'nearest')
+_INCEPTION_ATTEMPTS = 16
+_MOST_CHANNELS = 4  # That OpenCV resizes at once.
+_RRC_ATTEMPTS = 10
+
+Rows = Int64[np.ndarray, ' batch']
+
+
+def resized(
+    image: np.ndarray, size: tuple[int, int], method: str, out: np.ndarray | None = None
+) -> np.ndarray:
+    """[H, W, C] resampled to [*size, C], with pixel centres at half numbers.
+
+    `area` averages areas where it shrinks (which is what keeps it from aliasing) and
+    interpolates linearly where it grows. `bilinear` and `bicubic` look at 2x2 and 4x4 pixels
+    whatever the scale, as TensorFlow does.
+
+    Args:
+      out: where to put the result, if it has its shape and type.
+    """
+    import cv2
+
+    channels = image.shape[2]
+    if image.shape[:2] == size:
+        if out is None:
+            return image
+        out[...] = image
+        return out
+    if method == 'area':
+        shrunk = (min(image.shape[0], size[0]), min(image.shape[1], size[1]))
+        steps = [(shrunk, cv2.INTER_AREA), (size, cv2.INTER_LINEAR)]
+    else:
+        kernel = {'bilinear': cv2.INTER_LINEAR, 'bicubic': cv2.INTER_CUBIC}
+        steps = [(size, kernel.get(method, cv2.INTER_NEAREST_EXACT))]
+    for target, how in steps:
+        if image.shape[:2] == target:
+            continue
+        if channels <= _MOST_CHANNELS:
+            last = out if target == size else None
+            image = cv2.resize(image, target[::-1], dst=last, interpolation=how)
+        else:
+            image = np.concatenate(
+                [
+                    cv2.resize(
+                        np.ascontiguousarray(image[..., c : c + _MOST_CHANNELS]),
+                        target[::-1],
+                        interpolation=how,
+                    ).reshape(*target, -1)
+                    for c in range(0, channels, _MOST_CHANNELS)
+                ],
+                axis=2,
+            )
+    return image.reshape(*size, channels)
+
+
+def _cropped(
+    images: Images,
+    boxes: tuple[Rows, Rows, Rows, Rows],
+    size: tuple[int, int],
+    method: str,
+) -> Images:
+    """A window (top, left, height, width) of each image, resized to `size`."""
+    out: np.ndarray | None = None
+    every = []
+    windows = zip(*(sides.tolist() for sides in boxes), strict=True)
+    for row, (top, left, height, width) in enumerate(windows):
+        image = images[row]
+        if isinstance(image, decode.Encoded):
+            try:
+                window = image.window(top, left, height, width, size)
+            except decode.DecodeError as error:
+                raise BadExampleError(row, str(error)) from error
+        else:
+            window = image[top : top + height, left : left + width]
+        if out is None:
+            out = np.empty((len(images), *size, window.shape[2]), window.dtype)
+        if window.shape[2] == out.shape[3] and window.dtype == out.dtype:
+            every.append(resized(window, size, method, out[row]))
+        else:  # A folder may hold images of several kinds.
+            every.append(resized(window, size, method).copy())
+    assert out is not None
+    same = all(image.shape == out.shape[1:] and image.dtype == out.dtype for image in every)
+    if not same:
+        return every
+    for row, image in enumerate(every):
+        if not np.may_share_memory(image, out):
+            out[row] = image
+    return out
+
+
+def _whole_images(images: Images) -> tuple[Rows, Rows, Rows, Rows]:
+    heights, widths = sizes(images)
+    zeros = np.zeros_like(heights)
+    return zeros, zeros, heights, widths
+
+
+def resize(size, method='area') -> Operation:
+    """To exactly this size, whatever that does to the proportions."""
+    size = pair(size)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        if isinstance(images, np.ndarray) and images.shape[1:3] == size:
+            return images
+        return _cropped(images, _whole_images(images), size, method)
+
+    return on_images(apply)
+
+
+def _resize_each(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
+    """Each image to a size of its own."""
+    if len(set(targets)) == 1:
+        return _cropped(images, _whole_images(images), targets[0], method)
+    return [_one(images, i, target, method) for i, target in enumerate(targets)]
+
+
+def _one(images: Images, row: int, size: tuple[int, int], method: str) -> np.ndarray:
+    try:
+        return _cropped([images[row]], _whole_images([images[row]]), size, method)[0]
+    except BadExampleError as error:
+        raise BadExampleError(row, str(error)) from error
+
+
+def _sides(heights: Rows, widths: Rows, scale: np.ndarray, least: int) -> list[tuple[int, int]]:
+    h = np.maximum(least, np.rint(heights * scale)).astype(np.int64)
+    w = np.maximum(least, np.rint(widths * scale)).astype(np.int64)
+    return list(zip(h.tolist(), w.tolist(), strict=True))
+
+
+def resize_small(n, method='area') -> Operation:
+    """The shorter side to n, keeping the proportions."""
+    n = whole('n', n, 1)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        heights, widths = sizes(images)
+        scale = n / np.minimum(heights, widths)
+        return _resize_each(images, _sides(heights, widths, scale, n), method)
+
+    return on_images(apply)
+
+
+def resize_long(n, method='area') -> Operation:
+    """The longer side to n, keeping the proportions."""
+    n = whole('n', n, 1)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        heights, widths = sizes(images)
+        scale = n / np.maximum(heights, widths)
+        return _resize_each(images, _sides(heights, widths, scale, 1), method)
+
+    return on_images(apply)
+
+
+def _slack(images: Images, size: tuple[int, int]) -> tuple[Rows, Rows]:
+    """How far a window of this size can move in each image; UnfitError when it does not fit."""
+    heights, widths = sizes(images)
+    small = np.flatnonzero((heights < size[0]) | (widths < size[1]))
+    if small.size:
+        raise UnfitError(
+            f'cannot cut {size[0]}x{size[1]} from {heights[small[0]]}x{widths[small[0]]} images: '
+            'put resize or resize_small before it'
+        )
+    return heights - size[0], widths - size[1]
+
+
+def _windows(images: Images, tops: Rows, lefts: Rows, size: tuple[int, int]) -> Images:
+    same = np.ones_like(tops)
+    return _cropped(images, (tops, lefts, same * size[0], same * size[1]), size, 'area')
+
+
+def central_crop(size) -> Operation:
+    """The middle of the image."""
+    size = pair(size)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        down, right = _slack(images, size)
+        if isinstance(images, np.ndarray):
+            top, left = int(down[0]) // 2, int(right[0]) // 2
+            return images[:, top : top + size[0], left : left + size[1]]
+        return _windows(images, down // 2, right // 2, size)
+
+    return on_images(apply)
+
+
+def _padded(images: Images, n: int, value: int, mode: str) -> Images:
+    how = {'constant_values': value} if mode == 'constant' else {}
+    border = ((n, n), (n, n), (0, 0))
+    if isinstance(images, np.ndarray):
+        return np.pad(images, ((0, 0), *border), mode, **how)  # type: ignore[call-overload]
+    return [np.pad(pixels(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
+
+
+def pad(n, value=0, mode='constant') -> Operation:
+    """n pixels on each side: of one value, or 'reflect', 'edge' to go on from the image."""
+    n = whole('n', n, 0)
+    choice('mode', mode, 'constant', 'reflect', 'edge')
+    whole('value', value, 0)
+    return on_images(lambda images, draw: _padded(images, n, value, mode))
+
+
+def random_crop(size, pad=0) -> Operation:
+    """A window anywhere in the image, after `pad` black pixels on each side."""
+    size = pair(size)
+    pad = whole('pad', pad, 0)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        images = _padded(images, pad, 0, 'constant') if pad else images
+        down, right = _slack(images, size)
+        tops = (draw(0) * (down + 1)).astype(np.int64)
+        lefts = (draw(1) * (right + 1)).astype(np.int64)
+        return _windows(images, tops, lefts, size)
+
+    return on_images(apply, random=True)
+
+
+def inception_boxes(
+    heights: Rows, widths: Rows, draw: Draw, min_area: Real, max_area: Real
+) -> tuple[Rows, Rows, Rows, Rows]:
+    """(top, left, height, width) by the law of TensorFlow's sample_distorted_bounding_box.
+
+    The proportions width / height are uniform in [0.75, 1.33]; the height is uniform among the
+    whole numbers that keep the area within its bounds and the window inside the image, so that
+    small windows are rarer than if the area were uniform; the window never touches the last
+    row or column unless it fills the side. A draw that rounding puts outside is drawn again, at
+    most 15 times (TensorFlow: 99), and then the whole image is taken.
+
+    Args:
+      draw: gives uniform numbers by stream, float64 [batch].
+      min_area: as a share of the image, as is max_area.
+    """
+    least, most = min_area * heights * widths, max_area * heights * widths
+    tops, lefts = np.zeros_like(heights), np.zeros_like(widths)
+    h, w = heights.copy(), widths.copy()
+    pending = np.ones(len(heights), bool)
+    for attempt in range(_INCEPTION_ATTEMPTS):
+        first = 4 * attempt
+        aspect = 0.75 + (1.33 - 0.75) * draw(first)
+        low = np.rint(np.sqrt(least / aspect)).astype(np.int64)
+        high = np.rint(np.sqrt(most / aspect)).astype(np.int64)
+        wide = np.rint(high * aspect) > widths
+        fitting = ((widths + 0.5 - 1e-7) / aspect).astype(np.int64)
+        fitting -= np.rint(fitting * aspect) > widths
+        high = np.minimum(np.where(wide, fitting, high), heights)
+        low = np.minimum(low, high)
+        tall = low + (draw(first + 1) * (high - low + 1)).astype(np.int64)
+        across = np.rint(tall * aspect).astype(np.int64)
+        tall += tall * across < least
+        across = np.rint(tall * aspect).astype(np.int64)
+        tall -= tall * across > most
+        across = np.rint(tall * aspect).astype(np.int64)
+        area = tall * across
+        fits = (area >= least) & (area <= most) & (tall <= heights) & (across <= widths)
+        take = pending & fits & (tall > 0) & (across > 0)
+        top = (draw(first + 2) * (heights - tall)).astype(np.int64)
+        left = (draw(first + 3) * (widths - across)).astype(np.int64)
+        for chosen, value in ((h, tall), (w, across), (tops, top), (lefts, left)):
+            chosen[take] = value[take]
+        pending &= ~take
+        if not pending.any():
+            break
+    return tops, lefts, h, w
+
+
+def inception_crop(size, min_area=0.05, max_area=1.0, method='bilinear') -> Operation:
+    """A window of random area and proportions, resized: the law of TensorFlow (arXiv 1409.4842)."""
+    size = pair(size)
+    low, high = _areas(min_area, max_area)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        return _cropped(images, inception_boxes(*sizes(images), draw, low, high), size, method)
+
+    return on_images(apply, random=True)
+
+
+def _areas(min_area, max_area) -> tuple[float, float]:
+    low, high = span('(min_area, max_area)', (min_area, max_area), 0, 1)
+    if low == 0:
+        raise UnfitError(f'takes a fraction in (0, 1] for min_area, not {min_area!r}')
+    return low, high
+
+
+def rrc_boxes(
+    heights: Rows,
+    widths: Rows,
+    draw: Draw,
+    scale: tuple[Real, Real],
+    ratio: tuple[Real, Real],
+) -> tuple[Rows, Rows, Rows, Rows]:
+    """(top, left, height, width) by the law of torchvision's RandomResizedCrop.
+
+    The area is uniform in `scale`, as a share of the image, and the logarithm of width /
+    height uniform in that of `ratio`; of ten draws the first that fits is taken, else the
+    largest central window that has allowed proportions.
+
+    Args:
+      draw: gives uniform numbers by stream, float64 [batch].
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    clamped = np.clip(widths / heights, *ratio)
+    h = np.where(widths / heights < ratio[0], np.rint(widths / clamped), heights).astype(np.int64)
+    w = np.where(widths / heights > ratio[1], np.rint(heights * clamped), widths).astype(np.int64)
+    h, w = np.clip(h, 1, heights), np.clip(w, 1, widths)
+    tops, lefts = (heights - h) // 2, (widths - w) // 2
+    pending = np.ones(len(heights), bool)
+    for attempt in range(_RRC_ATTEMPTS):
+        first = 4 * attempt
+        area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draw(first))
+        aspect: Float64[np.ndarray, ' batch'] = np.exp(
+            log_low + (log_high - log_low) * draw(first + 1)
+        )
+        tall = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        across = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        take = pending & (tall > 0) & (across > 0) & (tall <= heights) & (across <= widths)
+        top = (draw(first + 2) * (heights - tall + 1)).astype(np.int64)
+        left = (draw(first + 3) * (widths - across + 1)).astype(np.int64)
+        for chosen, value in ((h, tall), (w, across), (tops, top), (lefts, left)):
+            chosen[take] = value[take]
+        pending &= ~take
+        if not pending.any():
+            break
+    return tops, lefts, h, w
+
+
+def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operation:
+    """A window of random area and proportions, resized: the law of torchvision and timm."""
+    size = pair(size)
+    low, high = span('scale', scale, 0, 1)
+    if low == 0:
+        raise UnfitError(f'takes fractions in (0, 1] for scale, not {scale!r}')
+    narrow, broad = span('ratio', ratio, 1e-3, 1e3)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        boxes = rrc_boxes(*sizes(images), draw, (low, high), (narrow, broad))
+        return _cropped(images, boxes, size, method)
+
+    return on_images(apply, random=True)
+
+
+def resmall_crop(size, small=None, method='area') -> Operation:
+    """The shorter side to `small` (by default 8/7 of the size), then a window anywhere."""
+    size = pair(size)
+    small = round(max(size) * 8 / 7) if small is None else whole('small', small, max(size))
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> Images:
+        heights, widths = sizes(images)
+        # The window is cut from the original, so that no more than it is decoded and resized.
+        scale = np.minimum(heights, widths) / small
+        h = np.clip(np.rint(size[0] * scale), 1, heights).astype(np.int64)
+        w = np.clip(np.rint(size[1] * scale), 1, widths).astype(np.int64)
+        tops = (draw(0) * (heights - h + 1)).astype(np.int64)
+        lefts = (draw(1) * (widths - w + 1)).astype(np.int64)
+        return _cropped(images, (tops, lefts, h, w), size, method)
+
+    return on_images(apply, random=True)
+
+
+def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
+    import cv2
+
+    images = decoded(images)
+    out: Any = np.empty_like(images) if isinstance(images, np.ndarray) else [None] * len(images)
+    for row, (image, turn) in enumerate(zip(images, which.tolist(), strict=True)):
+        if not turn:
+            out[row] = image
+        elif image.shape[2] <= _MOST_CHANNELS:
+            # NumPy's reversed views are copied value by value, in twenty times the time.
+            turned = cv2.flip(image, axis)
+            out[row] = turned.reshape(image.shape)
+        else:
+            out[row] = np.flip(image, axis)
+    return out if isinstance(out, np.ndarray) else stacked(out)
+
+
+def flip_lr(p=0.5) -> Operation:
+    """Mirrored left to right with probability p."""
+    p = number('p', p, 0, 1)
+    return on_images(lambda images, draw: _flipped(images, draw(0) < p, 1), random=0 < p < 1)
+
+
+def flip_ud(p=0.5) -> Operation:
+    """Mirrored top to bottom with probability p."""
+    p = number('p', p, 0, 1)
+    return on_images(lambda images, draw: _flipped(images, draw(0) < p, 0), random=0 < p < 1)
+
+
+OPERATIONS = {
+    operation.__name__: operation
+    for operation in (
+        resize,
+        resize_small,
+        resize_long,
+        central_crop,
+        random_crop,
+        resmall_crop,
+        inception_crop,
+        rrc,
+        flip_lr,
+        flip_ud,
+        pad,
+    )
+}

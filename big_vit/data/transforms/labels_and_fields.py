@@ -1,0 +1,191 @@
+"""Operations on the parts of an example other than its pixels, and on what pixels stand for."""
+
+import numpy as np
+
+from big_vit.data import decode as decode_lib
+from big_vit.data.transforms.operations import (
+    BadExampleError,
+    Columns,
+    Draw,
+    Images,
+    Operation,
+    UnfitError,
+    decoded,
+    need_bytes,
+    need_channels,
+    on_images,
+    stacked,
+    whole,
+)
+
+
+def decode(channels=None) -> Operation:
+    """Files to pixels: 1, 3 or 4 (RGBA) bytes each, or 0 for what the file has.
+
+    Without a number it is what the source says, else 3. The work is done by the operation that
+    follows, which may need a part only. Arrays stay as they are.
+    """
+    if channels not in (None, 0, 1, 3, 4):
+        raise UnfitError(f'takes 0, 1, 3 or 4 for channels, not {channels!r}')
+
+    def apply(images: Images, draw: Draw) -> Images:
+        if isinstance(images, np.ndarray) or channels is None:
+            return images
+        return [_encoded(image, channels, row) for row, image in enumerate(images)]
+
+    return on_images(apply)
+
+
+def _encoded(image, channels: int, row: int):
+    if not isinstance(image, decode_lib.Encoded):
+        return image
+    try:
+        return decode_lib.Encoded(image.data, channels)
+    except decode_lib.DecodeError as error:
+        raise BadExampleError(row, str(error)) from error
+
+
+def _each(images: Images, function) -> Images:
+    images = decoded(images)
+    if isinstance(images, np.ndarray):
+        return function(images)
+    return stacked([function(image) for image in images])
+
+
+def rgb() -> Operation:
+    """Grey to three equal channels; colour images stay as they are."""
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        return image if need_channels(image, 1, 3) == 3 else np.repeat(image, 3, axis=-1)
+
+    return on_images(lambda images, draw: _each(images, convert))
+
+
+def grayscale() -> Operation:
+    """Colour to one channel, weighted as in ITU-R BT.601; grey images stay as they are."""
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        if need_channels(image, 3, 1) == 1:
+            return image
+        grey = image @ np.array([0.299, 0.587, 0.114], np.float32)
+        if image.dtype != np.float32:
+            grey = np.rint(grey)
+        return grey.astype(image.dtype)[..., None]
+
+    return on_images(lambda images, draw: _each(images, convert))
+
+
+def invert() -> Operation:
+    """Black to white and back."""
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        need_bytes(image)
+        return 255 - image
+
+    return on_images(lambda images, draw: _each(images, convert))
+
+
+def channels(*numbers) -> Operation:
+    """Some channels of an image, in this order: channels(3, 2, 1)."""
+    if not numbers:
+        raise UnfitError('takes the numbers of channels, such as 3, 2, 1')
+    chosen = [whole('a channel', n, 0) for n in numbers]
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        if max(chosen) >= image.shape[-1]:
+            raise UnfitError(f'takes channels below {image.shape[-1]}, not {max(chosen)}')
+        return image[..., chosen]
+
+    return on_images(lambda images, draw: _each(images, convert))
+
+
+def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
+    if name not in columns:
+        raise UnfitError(f'needs {name!r}, but these examples have {", ".join(sorted(columns))}')
+    labels = [np.atleast_1d(label) for label in columns[name]]
+    for row, label in enumerate(labels):
+        if label.size and not (label.min() >= 0 and label.max() < num_classes):
+            raise BadExampleError(
+                row,
+                f'label {label.max() if label.min() >= 0 else label.min()} is not one of '
+                f'{num_classes} classes',
+            )
+    return labels
+
+
+def onehot(num_classes, key='label') -> Operation:
+    """A label to probabilities, float32 [num_classes]; several labels share them equally."""
+    num_classes = whole('num_classes', num_classes, 1)
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        labels = _labels(columns, key, num_classes)
+        out = np.zeros((len(labels), num_classes), np.float32)
+        for row, label in enumerate(labels):
+            if not label.size:
+                raise BadExampleError(row, 'has no label: use multihot')
+            out[row, label] = 1 / len(np.unique(label))
+        return {**columns, key: out}
+
+    return Operation(apply)
+
+
+def multihot(num_classes, key='label') -> Operation:
+    """Labels to float32 [num_classes], 1 for each that the example has (for loss='sigmoid')."""
+    num_classes = whole('num_classes', num_classes, 1)
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        labels = _labels(columns, key, num_classes)
+        out = np.zeros((len(labels), num_classes), np.float32)
+        for row, label in enumerate(labels):
+            out[row, label] = 1
+        return {**columns, key: out}
+
+    return Operation(apply)
+
+
+def keep(*names) -> Operation:
+    """Only these parts of an example, by name."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UnfitError("takes names of parts, such as 'image', 'label'")
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        for name in names:
+            _need(columns, name)
+        return {name: columns[name] for name in names}
+
+    return Operation(apply)
+
+
+def rename(**names) -> Operation:
+    """Parts under new names: rename(fine_label='label') calls fine_label label."""
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        raise UnfitError("takes old='new', such as fine_label='label'")
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        for name in names:
+            _need(columns, name)
+        kept = {name: column for name, column in columns.items() if name not in names}
+        return {**kept, **{new: columns[old] for old, new in names.items()}}
+
+    return Operation(apply)
+
+
+def _need(columns: Columns, name: str) -> None:
+    if name not in columns:
+        raise UnfitError(f'needs {name!r}, but these examples have {", ".join(sorted(columns))}')
+
+
+OPERATIONS = {
+    operation.__name__: operation
+    for operation in (
+        decode,
+        rgb,
+        grayscale,
+        invert,
+        channels,
+        onehot,
+        multihot,
+        keep,
+        rename,
+    )
+}

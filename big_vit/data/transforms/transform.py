@@ -1,0 +1,320 @@
+"""Transforms, written as a line of text: 'decode | inception_crop(size) | flip_lr'.
+
+The text is parsed, never evaluated (`grammar`), and its operations come from the modules
+beside this one. What follows `to_device`, or an operation that only devices have, is not done
+here but inside the train step, where the numbers are floats.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt64
+
+from big_vit.data import decode, order
+from big_vit.data.sources.base import Source
+from big_vit.data.transforms import (
+    audio,
+    autoaugment,
+    colour,
+    geometry,
+    grammar,
+    labels_and_fields,
+    naflex,
+    randaug,
+    text,
+    video,
+)
+from big_vit.data.transforms.operations import (
+    STREAMS,
+    BadExampleError,
+    Columns,
+    Operation,
+    UnfitError,
+    decoded,
+)
+from big_vit.errors import UserError
+
+OPERATIONS: dict[str, Callable[..., Operation]] = {
+    name: function
+    for module in (
+        labels_and_fields,
+        geometry,
+        colour,
+        randaug,
+        autoaugment,
+        audio,
+        video,
+        text,
+        naflex,
+    )
+    for name, function in module.OPERATIONS.items()
+}
+# Where the part for the devices begins, if it begins with an operation that both have.
+BOUNDARY = 'to_device'
+
+
+class DeviceOperations(NamedTuple):
+    """What the devices can do: constructors by name, and the names of those that draw."""
+
+    table: Mapping[str, Callable[..., Any]]
+    random: frozenset[str]
+
+
+_NOTHING = DeviceOperations({}, frozenset())
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Operations in a row, from `parse`.
+
+    Attributes:
+      text: as the user wrote it.
+      key: the config key it came from, for messages.
+      names: of the operations on the host.
+      operations: what they do.
+      host_text: what of the text is done on the host.
+      device: what is left for the devices: (name, what its constructor made).
+      random_operations: names of all that need randomness.
+    """
+
+    text: str
+    key: str
+    names: tuple[str, ...]
+    operations: tuple[Operation, ...]
+    host_text: str
+    device: tuple[tuple[str, Any], ...]
+    random_operations: tuple[str, ...]
+
+    @property
+    def is_random(self) -> bool:
+        return bool(self.random_operations)
+
+    def split(self) -> tuple['Transform', 'Transform']:
+        """The operations before the first random one, and the rest, which draws the same."""
+        first = next((i for i, o in enumerate(self.operations) if o.random), len(self.names))
+        before = replace(
+            self,
+            names=self.names[:first],
+            operations=self.operations[:first],
+            device=(),
+            random_operations=(),
+        )
+        done = tuple(_unchanged for _ in range(first))
+        return before, replace(self, operations=done + self.operations[first:])
+
+    def __call__(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
+        """Transforms the columns of some examples, with one key per example.
+
+        Raises:
+          UserError: an operation cannot be applied to such examples.
+          BadExampleError: one of the examples is damaged.
+        """
+        place = 0
+        for name, operation in zip(self.names, self.operations, strict=True):
+            first = place * STREAMS
+            # Whether `decode` is written makes no difference to what comes after it.
+            place += name != 'decode'
+
+            def draw(k: int, first: int = first) -> np.ndarray:
+                return order.uniform(keys, first + k)
+
+            try:
+                columns = operation.apply(columns, draw)
+            except BadExampleError:
+                raise
+            except UnfitError as error:
+                raise UserError(f'{self.key}: {name} {error}') from error
+        return columns
+
+
+_unchanged = Operation(lambda columns, draw: columns)
+
+
+def parse(
+    text: str,
+    *,
+    size: tuple[int, int],
+    key: str = 'data',
+    device: DeviceOperations = _NOTHING,
+) -> Transform:
+    """Reads a transform such as 'resize(size) | flip_lr'; an empty text changes nothing.
+
+    Args:
+      text: operations separated by |, each a name with literal arguments; the name `size`
+        stands for the configured image size.
+      size: (height, width) that `size` stands for.
+      key: prefix of the config key, such as 'data'.
+      device: what may follow for the devices.
+
+    Raises:
+      UserError: not of that form, no such operation, or arguments that it does not take.
+    """
+    key = f'{key}.transform'
+    calls = grammar.parse(text, size=size, key=key)
+    names: list[str] = []
+    operations: list[Operation] = []
+    on_device: list[tuple[str, Any]] = []
+    random: list[str] = []
+    boundary = None
+    for position, call in enumerate(calls):
+        if call.name == BOUNDARY:
+            if boundary is not None or call.args or call.kwargs:
+                raise UserError(f'{key}: {BOUNDARY} comes once, before what devices do')
+            boundary = BOUNDARY
+            continue
+        if boundary is None and call.name in device.table and call.name not in OPERATIONS:
+            boundary = call.name
+        if boundary is not None:
+            if call.name in OPERATIONS and call.name not in device.table:
+                raise UserError(f'{key}: {call.name} is done on the host: put it before {boundary}')
+            on_device.append((call.name, grammar.make(call, device.table, key)))
+            random += [call.name] if call.name in device.random else []
+            continue
+        if call.name == 'decode' and position:
+            raise UserError(f'{key}: decode comes first, where it is written at all')
+        names.append(call.name)
+        operations.append(grammar.make(call, {**device.table, **OPERATIONS}, key))
+        random += [call.name] if operations[-1].random else []
+    host = ' | '.join(call.text for call in calls[: len(names)])
+    return Transform(
+        text, key, tuple(names), tuple(operations), host, tuple(on_device), tuple(random)
+    )
+
+
+def require_deterministic(transform: Transform) -> None:
+    """Raises UserError if a transform draws, which would make an evaluation irreproducible."""
+    if transform.is_random:
+        raise UserError(
+            f'{transform.key}: {transform.random_operations[0]} is random, which an evaluation '
+            'must not be: remove it'
+        )
+
+
+def opened(columns: Columns, channels: int) -> Columns:
+    """The columns with encoded images as `decode.Encoded`, their headers read.
+
+    Raises:
+      BadExampleError: a file is no image.
+    """
+    images = columns.get('image')
+    if not isinstance(images, list) or not any(isinstance(x, bytes) for x in images):
+        return columns
+    found: list[Any] = []
+    for row, image in enumerate(images):
+        try:
+            found.append(decode.Encoded(image, channels) if isinstance(image, bytes) else image)
+        except decode.DecodeError as error:
+            raise BadExampleError(row, str(error)) from error
+    return {**columns, 'image': found}
+
+
+def finished(columns: Columns, transform: Transform) -> Columns:
+    """The columns as arrays [B, ...], decoded and of one shape.
+
+    Raises:
+      UserError: the images differ in shape, or there are parts that no array can hold.
+    """
+    result = {}
+    for name, column in columns.items():
+        column = decoded(column) if name == 'image' else column
+        if isinstance(column, list):
+            try:
+                column = np.stack([np.asarray(value) for value in column])
+            except ValueError:
+                column = None
+            if column is None or column.dtype.kind not in 'biuf':
+                raise UserError(f'{transform.key}: {_ragged(name, columns[name], transform)}')
+        result[name] = column
+    return result
+
+
+def _ragged(name: str, column: Any, transform: Transform) -> str:
+    if name == 'label':
+        return 'examples have several labels: add multihot(CLASSES) or onehot(CLASSES)'
+    if name == 'image':
+        shapes = sorted({x.shape for x in column})[:2]
+        shown = ' and '.join('x'.join(map(str, shape)) for shape in shapes)
+        if {shape[:2] for shape in shapes} == {shapes[0][:2]}:
+            return f'images of {shown} come together: add decode(3), rgb or grayscale'
+        return f'images of {shown} come together: add resize(size) or a crop'
+    if name == 'text':
+        return "text has to become numbers: add byte_tokens(LENGTH) or tokenize('FILE', LENGTH)"
+    if name == 'audio':
+        return 'sounds have to become arrays: add decode_audio(RATE, SECONDS)'
+    if name == 'video':
+        return 'videos have to become arrays of one shape: add decode_video(FRAMES)'
+    return f"{name!r} is no array of one shape: leave it out with keep('image', 'label')"
+
+
+class ExampleSpec(NamedTuple):
+    """What a batch of transformed examples is made of: shape and type of each part."""
+
+    parts: dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+# Which axes of a part are the height and the width that the config says.
+_SIZED = {'image': (3, 0), 'video': (4, 1)}
+
+
+def check(
+    transform: Transform,
+    source: Source,
+    size: tuple[int, int],
+    reads: tuple[str, ...] = ('image',),
+) -> ExampleSpec:
+    """Tries a transform on the first example, before a device is touched.
+
+    Args:
+      transform: from `parse`.
+      source: what it will be applied to.
+      size: (height, width) that the model needs of images and videos.
+      reads: the parts that the model takes.
+
+    Returns:
+      What one example looks like afterwards.
+
+    Raises:
+      UserError: another size comes out, it cannot be applied, or the example is damaged.
+    """
+    index = np.zeros(1, np.int64)
+    try:
+        columns = transform(source.load(index), order.example_keys(0, 0, index))
+        columns = finished(columns, transform)
+    except (BadExampleError, OSError) as error:
+        raise UserError(f'{source.place(0)}: {error}') from error
+    example_spec = ExampleSpec(
+        {name: (column.shape[1:], column.dtype) for name, column in columns.items()}
+    )
+    for part in reads:
+        if part not in example_spec.parts:
+            has = ', '.join(sorted(example_spec.parts)) or 'nothing'
+            raise UserError(
+                f'{transform.key} gives {has} but no {part}, {_NEEDS.get(part, _OTHER)}'
+            )
+        if part in _SIZED:
+            _check_size(transform, part, example_spec.parts[part][0], size)
+    return example_spec
+
+
+_OTHER = 'which is what the model takes'
+_NEEDS = {
+    'image': f'{_OTHER}: docs/data.md says what turns sound and video into images',
+    'video': f'{_OTHER}: add decode_video(FRAMES)',
+    'tokens': f"{_OTHER}: add byte_tokens(LENGTH) or tokenize('FILE', LENGTH)",
+    'patches': f'{_OTHER}: add ragged_patches(PATCH, TOKENS)',
+}
+
+
+def _check_size(
+    transform: Transform, part: str, shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    rank, first = _SIZED[part]
+    if len(shape) != rank or shape[first : first + 2] != tuple(size):
+        found = 'x'.join(map(str, shape[first : first + 2]))
+        fix = 'resize(size)' if part == 'image' else 'resize_video(size)'
+        raise UserError(
+            f'{transform.key} gives {found} {part}s but image_size is '
+            f'{size[0]}x{size[1]}: add {fix}'
+        )

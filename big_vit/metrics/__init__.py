@@ -1,0 +1,36 @@
+"""What a run reports: rows of metrics, the console, trackers and traces."""
+
+from big_vit.metrics.console import Clock, Console, duration, table
+from big_vit.metrics.writer import (
+    FILE,
+    LOSSES,
+    RESUMED,
+    REWRITE_EVERY_S,
+    TIMING,
+    Writer,
+    headlines,
+    host_memory_mb,
+    latest,
+    montage,
+    read,
+    shown,
+)
+
+__all__ = [
+    'FILE',
+    'LOSSES',
+    'RESUMED',
+    'REWRITE_EVERY_S',
+    'TIMING',
+    'Clock',
+    'Console',
+    'Writer',
+    'duration',
+    'headlines',
+    'host_memory_mb',
+    'latest',
+    'montage',
+    'read',
+    'shown',
+    'table',
+]

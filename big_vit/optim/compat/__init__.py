@@ -1,0 +1,1 @@
+"""Optimizers of other packages, number for number, for runs that began there."""

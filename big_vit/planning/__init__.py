@@ -1,0 +1,1 @@
+"""What a compiler says of programs for accelerators that are not here."""

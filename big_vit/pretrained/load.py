@@ -1,0 +1,298 @@
+"""Where a run starts: a checkpoint of ours, or weights of another codebase, and their model."""
+
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from big_vit import checkpoint, interop
+from big_vit import config as config_lib
+from big_vit.build.experiment import Experiment
+from big_vit.build.model import build_streams, is_apart, parts_read
+from big_vit.config import Config
+from big_vit.config.schema import SCHEMA
+from big_vit.errors import UserError
+from big_vit.interop import Weights, fit
+from big_vit.models import encoder, stems, variants, vit
+from big_vit.pretrained import adapt
+
+_SIZES = ('width', 'depth', 'mlp_dim', 'num_heads')
+# Settings that change the answers and that no shape tells.
+_UNSEEN = (
+    'num_heads',
+    'norm_eps',
+    'activation',
+    'rope_theta',
+    'parallel',
+    'norm_after_pool',
+)
+# Arguments of the operations that normalise, and what `normalize` has without any.
+_NUMBERS = ('mean', 'std', 'low', 'high')
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pretrained(NamedTuple):
+    """Parameters, the config of their model, and where they are from."""
+
+    params: dict[str, Any]
+    config: Config
+    where: str
+    normalised: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
+    """What `config.init` names: a checkpoint of ours, or weights of another codebase.
+
+    Args:
+      tower: of a checkpoint with streams apart, the one that is wanted, as a plain model.
+
+    Raises:
+      UserError: neither is there, it cannot be read, or it has no such tower.
+    """
+    weights = interop.load_init(init)
+    if weights is not None:
+        if tower is not None:
+            raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
+        mean, std = weights.meta.get('mean'), weights.meta.get('std')
+        known = (mean, std) if mean and std else None
+        return Pretrained(weights.params, config_of_weights(weights), init, known)
+    source, step = checkpoint.locate(init, 'config: init')
+    sidecar = checkpoint.read_sidecar(source, step)
+    params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
+    saved = config_lib.from_json(sidecar['config']).without('model.lora')
+    found = Pretrained(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
+    return found if tower is None else _tower(found, tower)
+
+
+def _tower_config(config: Config, name: str, where: str) -> Config:
+    """That of a plain model for one of the streams apart.
+
+    Raises:
+      UserError: there is none, or it is no plain model.
+    """
+    if not is_apart(config):
+        raise UserError(
+            f"config: init_tower={name!r} is of checkpoints with model.fusion='apart', and {where} "
+            'is none: remove it'
+        )
+    if name not in list(config.streams):
+        raise UserError(
+            f'config: init_tower={name!r}: {where} has no such tower: it has '
+            f'{", ".join(sorted(config.streams))}'
+        )
+    stream = next(stream for stream in build_streams(config) if stream.name == name)
+    if stream.depth:
+        raise UserError(
+            f'config: init_tower={name!r}: in {where} it has blocks of its own before those that '
+            f'both share (streams.{name}.depth={stream.depth}), which no model of one input has'
+        )
+    flat = {
+        key: value
+        for key, value in config_lib.flatten(config.to_dict()).items()
+        if not key.startswith('streams.') and key not in ('model.fusion', 'model.shared')
+    }
+    own = config.streams[name]
+    for key in ('tokenizer', 'stride', 'tubelet', 'vocab', 'posemb'):
+        value = own.peek(key)
+        if value != SCHEMA[f'streams.*.{key}'].default:
+            flat[f'model.{key}'] = value
+    size = config.model.variant.partition('/')[0]
+    flat['model.variant'] = f'{size}/{"x".join(map(str, dict.fromkeys(stream.patch_size)))}'
+    return config_lib.resolve({key: value for key, value in flat.items() if value is not None})
+
+
+def _tower(found: Pretrained, name: str) -> Pretrained:
+    """A plain model's parameters; what marked the stream's tokens becomes part of positions."""
+    config = _tower_config(found.config, name, found.where)
+    own = dict(found.params[name])
+    kind = np.asarray(own.pop('kind'))
+    if 'pos_embedding' in own:
+        own['pos_embedding'] = own['pos_embedding'] + kind
+    elif 'word_embedding' in own:
+        own['word_embedding'] = own['word_embedding'] + kind[0]
+    elif 'bias' in own.get('embedding', {}):
+        embedding = own['embedding']
+        own['embedding'] = {**embedding, 'bias': embedding['bias'] + kind[0, 0]}
+    else:
+        raise UserError(
+            f'config: init_tower={name!r}: in {found.where} its tokens are marked by a vector that '
+            'no other parameter can take up'
+        )
+    shared: dict[str, Any] = {
+        key: found.params[key] for key in ('Transformer', 'MAPHead_0') if key in found.params
+    }
+    return Pretrained({**own, **shared}, config, f'{found.where} ({name})')
+
+
+def model_keys_of(init: str, tower: str | None = None) -> dict[str, Any]:
+    """The keys of `model` that a config takes from where it starts, if it does not say itself.
+
+    Raises:
+      UserError: as `read`; or streams are apart and none was chosen.
+    """
+    if interop.load_init(init) is not None:
+        config = read_pretrained(init, tower).config
+    else:
+        source, step = checkpoint.locate(init, 'config: init')
+        config = config_lib.from_json(checkpoint.read_sidecar(source, step)['config'])
+        where = f'{source}/checkpoints/{step}'
+        if tower is not None:
+            config = _tower_config(config, tower, where)
+        elif is_apart(config):
+            raise UserError(
+                f'config: init_tower must say which tower of {where} goes on: '
+                f'{" or ".join(sorted(config.streams))}'
+            )
+    flat = config_lib.flatten(config.to_dict())
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.startswith(('model.', 'streams.'))
+        and key != 'model.lora'  # Corrections are added to the kernels when they are read.
+        and value is not None
+        and (key not in SCHEMA or _frozen(value) != SCHEMA[key].default)
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], dict[str, Any]]:
+    """What gives the parameters that `config.init` says, once the experiment is known.
+
+    Args:
+      keep_head: whether a head of the same shape is kept, or all heads start at zero.
+    """
+    init, channels = config.init, config.init_channels
+    video, resize, tower = config.init_video, config.init_resize, config.init_tower
+
+    def load(parts: Experiment) -> dict[str, Any]:
+        found = read_pretrained(init, tower)
+        _check_unseen(config, parts.model, found)
+        _tell_normalisation(config, found)
+        return adapt.adapt(
+            found.params,
+            adapt.saved_grid(found.config),
+            parts.model,
+            adapt.grid_of(config, parts.data.shapes),
+            parts.abstract_state['params'],
+            found.where,
+            channels=channels,
+            video=video,
+            resize=resize,
+            keep_head=keep_head,
+        )
+
+    return load
+
+
+def _check_unseen(config: Config, model: vit.ViT, found: Pretrained) -> None:
+    """Raises UserError where weights would load and answer otherwise, unless it was asked for."""
+    saved, wrong = found.config.model, []
+    for name in _UNSEEN:
+        had = saved.peek(name)
+        if name in _SIZES and had is None:
+            had = variants.parse(saved.variant)[name]
+        if had == getattr(model, name) or config.sets(f'model.{name}'):
+            continue
+        if name == 'rope_theta' and model.posemb != 'rope':
+            continue
+        wrong.append(f'model.{name}={had!r} (here {getattr(model, name)!r})')
+    if wrong:
+        raise UserError(
+            f'{found.where} is of a model with {", ".join(wrong)}: set the same, or say on purpose '
+            'what it shall be'
+        )
+
+
+def _tell_normalisation(config: Config, found: Pretrained) -> None:
+    """A line where images are normalised otherwise than the weights have seen them."""
+    if found.normalised is None or 'image' not in parts_read(config):
+        return
+    wanted = found.normalised
+    here = image_normalisation(config, len(wanted[0]))
+    if not np.allclose(np.array(here), np.array(wanted), atol=2e-3):
+        print(
+            f'WARNING: {found.where} was trained on images normalised with mean {wanted[0]} and '
+            f'deviation {wanted[1]}; end data.transform and that of evals with '
+            f'normalize({tuple(wanted[0])}, {tuple(wanted[1])})',
+            file=sys.stderr,
+        )
+
+
+def image_normalisation(
+    config: Config, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that images have been normalised with, of values from 0 to 1."""
+    last = config.data.transform.split('|')[-1].strip()
+    for name in ('normalize', 'value_range'):
+        if not last.startswith(name + '('):
+            continue
+        call = ast.parse(last, mode='eval').body
+        assert isinstance(call, ast.Call)
+        args = [ast.literal_eval(arg) for arg in call.args]
+        args += [ast.literal_eval(k.value) for k in call.keywords if k.arg in _NUMBERS]
+        if name == 'normalize':
+            mean, std = args if len(args) == 2 else (_MEAN, _STD)
+            return tuple(mean), tuple(std)
+        low, high = args[:2] if len(args) > 1 else (-1, 1)
+        return (-low / (high - low),) * channels, (1 / (high - low),) * channels
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """A config whose model is that of the weights; data and recipe are only a beginning.
+
+    Raises:
+      UserError: the config has no word for a setting, or an override is wrong.
+    """
+    settings, meta = weights.settings, weights.meta
+    sizes = tuple(settings[name] for name in _SIZES)
+    size = next((name for name, known in variants.SIZES.items() if known == sizes), 'mu')
+    patch = 'x'.join(map(str, dict.fromkeys(settings['patch_size'])))
+    hybrid = ''
+    if settings['tokenizer'] == 'resnet':
+        names = [name for name, all_ in stems.RESNETS.items() if settings['resnet'] in all_]
+        if not names:
+            raise UserError(f'model.variant: no hybrid has stages of {settings["resnet"]} units')
+        hybrid = f'{names[0]}+'
+    flat: dict[str, Any] = {
+        'model.variant': f'{hybrid}{size}/{patch}',
+        'image_size': tuple(meta['image_size']),
+        'total_steps': 1,
+        'batch_size': 64,
+        'lr': 0.0,
+        'data.name': 'folder',
+        'data.transform': eval_transform_of(weights),
+    }
+    if size == 'mu':
+        flat |= {f'model.{name}': settings[name] for name in _SIZES}
+    for name in fit.FIELDS:
+        key = f'model.{name}'
+        if name in (*_SIZES, 'patch_size', 'resnet', 'num_classes'):
+            continue
+        if name == 'tokenizer' and hybrid:
+            continue
+        if key not in SCHEMA:
+            if settings[name] != fit.complete({})[name]:
+                raise UserError(f'config: there is no key {key}, which must be {settings[name]!r}')
+        elif settings[name] != SCHEMA[key].default:
+            flat[key] = settings[name]
+    return config_lib.override(config_lib.resolve(flat), overrides)
+
+
+def eval_transform_of(weights: Weights) -> str:
+    """The operations that an evaluation begins with, with the images' normalisation."""
+    meta = weights.meta
+    height, width = meta['image_size']
+    parts = [f'resize({height}, {width})' if height != width else 'resize(size)']
+    crop = meta.get('crop_pct') or 1.0
+    if height == width and crop < 1:
+        parts = [f'resize_small({round(height / crop)})', 'central_crop(size)']
+    mean, std = meta.get('mean'), meta.get('std')
+    if mean and std and {*mean, *std} != {0.5}:
+        parts.append(f'normalize({tuple(mean)}, {tuple(std)})')
+    return ' | '.join(['decode', *parts])

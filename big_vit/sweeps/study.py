@@ -1,0 +1,185 @@
+"""A study: a folder with one row for each trial, what validation chooses, a table, a picture.
+
+STUDY/trials.jsonl    a row each: start, setting, seed, what validation found, its workdir
+STUDY/test.json       the chosen setting of each start and its test scores, made once
+"""
+
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from big_vit import storage
+from big_vit.errors import UserError
+from big_vit.inspection import plots
+
+ROWS, TEST = 'trials.jsonl', 'test.json'
+TEST_HEADS = ('start', 'chosen', 'test top-1', '± seeds', '± size', 'loss', 'seeds', 'examples')
+STARTS = {
+    'pretrained': 'from the checkpoint',
+    'control': 'control: same recipe from random',
+    'features': 'control: head on random features',
+}
+Row = dict[str, Any]
+
+
+def read(folder: epath.Path) -> list[Row]:
+    """The rows of a study; none where there is no study yet.
+
+    Raises:
+      UserError: a line is not JSON.
+    """
+    file = folder / ROWS
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(
+                f'{file}: line {number} is not JSON; delete it, and its trial runs again'
+            ) from None
+    return rows
+
+
+def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
+    """By start what was chosen and how it scored; {} where the test was not scored yet.
+
+    Raises:
+      UserError: the file is not JSON.
+    """
+    file = folder / TEST
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f'{file}: is not JSON; delete it, and the test is scored again') from None
+
+
+def write(folder: epath.Path, rows: Sequence[Row]) -> None:
+    """All rows at once, so that a kill leaves the old file or the new one."""
+    storage.write_text(folder / ROWS, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def label(setting: Mapping[str, Any]) -> str:
+    """'lr=0.01, weight_decay=0.1'."""
+    return ', '.join(
+        f'{key.rpartition(".")[2]}={f"{value:g}" if isinstance(value, float) else value}'
+        for key, value in setting.items()
+    )
+
+
+def _key(setting: Mapping[str, Any]) -> str:
+    return json.dumps(setting, sort_keys=True)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; of one value the error is not known (NaN)."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def by_setting(rows: Sequence[Row], start: str) -> dict[str, list[Row]]:
+    """The rows of a start by setting, in the order in which the settings were first tried."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row['start'] == start:
+            found.setdefault(_key(row['setting']), []).append(row)
+    return found
+
+
+def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
+    """The rows, one a seed, of the setting whose mean of a metric is highest.
+
+    A trial whose score is not finite counts as worse than any other; of equal settings the first
+    tried wins.
+    """
+
+    def score(group: list[Row]) -> float:
+        mean = statistics.fmean(row[metric] for row in group)
+        return mean if math.isfinite(mean) else -math.inf
+
+    groups = by_setting(rows, start).values()
+    return max(groups, key=score) if len(groups) > 1 else next(iter(groups))
+
+
+def lines(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> list[list[str]]:
+    """Mean and standard error over seeds of each setting of each start; * is what was chosen."""
+    body: list[list[str]] = []
+    for start, name in starts.items():
+        groups = by_setting(rows, start)
+        chosen = choose(rows, start, metric)
+        for group in groups.values():
+            mean, error = mean_and_error([row[metric] for row in group])
+            star = '*' if group is chosen or group == chosen else ''
+            about = f'{error:.2%}' if math.isfinite(error) else '-'
+            setting = label(group[0]['setting']) or '-'
+            body.append([name, setting, star, f'{mean:.2%}', about, str(len(group))])
+            name = ''
+    return body
+
+
+def test_lines(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The test of what was chosen, a line for each start, under the heads of `TEST_HEADS`."""
+    return [
+        [
+            STARTS[start],
+            label(one['setting']) or '-',
+            f'{one["mean"]:.2%}',
+            '-' if one['error'] is None else f'{one["error"]:.2%}',
+            f'{one["sampling_error"]:.2%}',
+            f'{one["loss"]:.4f}',
+            str(len(one['tests'])),
+            f'{one["count"]:.0f}',
+        ]
+        for start, one in results.items()
+    ]
+
+
+def draw(
+    rows: Sequence[Row], metric: str, test: Mapping[str, Any], starts: Mapping[str, str], path: Path
+) -> None:
+    """Validation by setting, a line for each start; test of what was chosen, a bar each."""
+    figure, axes = plots.canvas(2 if test else 1, 1, 4.6, 3.6)
+    axis = axes[0][0]
+    rates = all('lr' in row['setting'] for row in rows)
+    settings = list(dict.fromkeys(_key(row['setting']) for row in rows))
+    for i, (start, name) in enumerate(starts.items()):
+        groups = by_setting(rows, start)
+        points = []
+        for key, group in groups.items():
+            mean, error = mean_and_error([row[metric] for row in group])
+            at = group[0]['setting']['lr'] if rates else settings.index(key)
+            points.append((at, 100 * mean, 100 * error if math.isfinite(error) else 0.0))
+        at, mean, error = zip(*sorted(points), strict=True)
+        axis.errorbar(
+            at, mean, error, fmt='o-' if rates else 'o', ms=4, capsize=3, color=f'C{i}', label=name
+        )
+    if rates:
+        axis.set_xscale('log')
+        axis.set_xlabel('learning rate')
+    else:
+        names = [label(json.loads(key)) for key in settings]
+        axis.set_xticks(range(len(names)), names, rotation=30, ha='right', fontsize=7)
+    axis.set_ylabel(f'{metric}, %')
+    axis.set_title('validation, mean ± standard error')
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    if test:
+        axis = axes[0][1]
+        for i, found in enumerate(test.values()):
+            mean, error = found['mean'], found['error']
+            axis.bar(i, 100 * mean, 0.6, color=f'C{i}', alpha=0.75,
+                     yerr=100 * error if error is not None else None, capsize=4)  # fmt: skip
+            axis.text(i, 0.5, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=9)
+        names = [textwrap.fill(starts[name], 16) for name in test]
+        axis.set_xticks(range(len(test)), names, fontsize=8)
+        axis.set_title('test, once, of what was chosen')
+        axis.grid(axis='y', alpha=0.25)
+    for one in axes[0]:
+        one.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path)

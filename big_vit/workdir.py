@@ -1,0 +1,96 @@
+"""The folder of a run: created, checked against the config, and its newest checkpoint restored."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+
+import jax
+from etils import epath
+
+from big_vit import checkpoint, state, storage
+from big_vit import config as config_lib
+from big_vit.config import Config
+from big_vit.errors import UserError
+
+
+def open_workdir(
+    path: str | os.PathLike[str], config: Config, abstract_state: state.State, force: bool
+) -> epath.Path:
+    """Creates the workdir, or checks that the one there belongs to this config.
+
+    Every process checks, process 0 writes.
+
+    Args:
+      path: a local folder, or a place in an object store such as gs://bucket/run.
+      like: abstract state, which the checkpoints there must fit.
+      force: accept another config, though not another architecture.
+
+    Raises:
+      UserError: it cannot be reached or written, or holds a run of another config.
+    """
+    try:
+        workdir = storage.place(path)
+    except UserError as error:
+        raise UserError(f'--workdir: {error}') from None
+    file, dump = workdir / 'config.json', config.to_dict()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if storage.is_local(workdir):
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+        there = file.read_text() if file.exists() else None
+    except Exception as error:  # The errors of object stores have no class in common.
+        if storage.is_local(workdir) and not isinstance(error, OSError):
+            raise
+        raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
+    if there is not None:
+        try:
+            old = json.loads(there)
+        except ValueError as error:
+            raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
+        changes = config_lib.difference(old, dump)
+        refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+        if refused and not force:
+            raise UserError(
+                f'--workdir: {workdir} holds a run of another config ({"; ".join(refused[:8])}); '
+                'use another --workdir, or --force to go on with the new config'
+            )
+        if changes:
+            print(f'config  changed since the last start: {"; ".join(changes)}', flush=True)
+    for step in checkpoint.steps(workdir)[-1:]:
+        with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
+            sidecar = checkpoint.read_sidecar(workdir, step)
+            checkpoint.check_leaves(sidecar, abstract_state, f'{workdir}/checkpoints/{step}')
+    if jax.process_index() == 0:
+        storage.write_text(file, json.dumps(dump, indent=2) + '\n')
+    return workdir
+
+
+def restore_newest(workdir: epath.Path, abstract_state: state.State) -> state.State | None:
+    """The newest checkpoint that is intact; None where there is none at all.
+
+    Damaged ones are moved to WORKDIR/damaged, out of the way of the new ones, once a
+    good one is found.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    found, damaged = checkpoint.steps(workdir), []
+    for step in reversed(found):
+        try:
+            good = checkpoint.restore(workdir, step, abstract_state)
+        except checkpoint.CorruptCheckpointError as error:
+            print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
+            damaged.append(step)
+            continue
+        for bad in damaged:
+            checkpoint.set_aside(workdir, bad)
+        return good
+    if found:
+        raise UserError(
+            f'{workdir}/checkpoints: none of the checkpoints of steps {found} can be read; '
+            'use another --workdir to start afresh'
+        )
+    return None
