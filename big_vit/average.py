@@ -5,8 +5,7 @@ fine-tuned from it, WiSE-FT (arXiv 2109.01903); of the last checkpoints of one r
 over the end of its training.
 """
 
-from big_vit import checkpoint, command_line, runtime, trees
-from big_vit import config as config_lib
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.average())
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from big_vit import checkpoint, runtime, trees
+from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.models.encoder import merge_lora, unstack_blocks
 

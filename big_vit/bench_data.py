@@ -3,11 +3,7 @@
 Whole batches first, as training loads them; then one thread, to say what each operation costs.
 """
 
-from big_vit import command_line, metrics, runtime
-from big_vit import config as config_lib
-from big_vit.build.data import Data, host_batches, train_data
-from big_vit.data import order, pipeline, transforms
-from big_vit.data.transforms import operations
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.bench_data())
@@ -17,6 +13,12 @@ import time
 from typing import Any
 
 import numpy as np
+
+from big_vit import config as config_lib
+from big_vit import metrics, runtime
+from big_vit.build.data import Data, host_batches, train_data
+from big_vit.data import order, pipeline, transforms
+from big_vit.data.transforms import operations
 
 # Of the part that tells the operations apart.
 _SAMPLE, _TOGETHER = 256, 16

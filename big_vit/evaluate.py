@@ -3,12 +3,7 @@
 Exact on the whole split, on any number of devices.
 """
 
-from big_vit import checkpoint, command_line, interop, metrics, runtime, sharding, state
-from big_vit import config as config_lib
-from big_vit.build.evaluations import SharedFeatures, build_evaluators
-from big_vit.build.experiment import Experiment, build_experiment
-from big_vit.distributed import hosts
-from big_vit.pretrained.load import initial_params, read_pretrained
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.evaluate())
@@ -21,8 +16,14 @@ from typing import Any
 
 import jax
 
+from big_vit import checkpoint, interop, metrics, runtime, sharding, state
+from big_vit import config as config_lib
+from big_vit.build.evaluations import SharedFeatures, build_evaluators
+from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
+from big_vit.pretrained.load import initial_params, read_pretrained
 
 HEADERS = {'top1': 'top-1', 'top5': 'top-5', 'count': 'examples'}
 # Of more metrics each has a line.

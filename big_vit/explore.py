@@ -9,9 +9,7 @@ With `--png FOLDER` the same is drawn. PATH is a workdir, one of its checkpoints
 or folder of another codebase's weights.
 """
 
-from big_vit import command_line, interop, metrics, runtime, trees
-from big_vit.build.data import train_data
-from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.explore())
@@ -24,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from big_vit import interop, metrics, runtime, trees
+from big_vit.build.data import train_data
 from big_vit.errors import UserError
+from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.inspection.plots import Picture
 

@@ -4,11 +4,7 @@
 --from PATH --out RUN                     a checkpoint of ours from another codebase's weights
 """
 
-from big_vit import checkpoint, command_line, interop, runtime, sharding, storage, trees
-from big_vit import config as config_lib
-from big_vit.build.model import build_model
-from big_vit.interop import fit
-from big_vit.pretrained.load import config_of_weights, image_normalisation
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.export())
@@ -21,10 +17,14 @@ from typing import Any
 
 import jax
 
+from big_vit import checkpoint, interop, runtime, sharding, storage, trees
+from big_vit import config as config_lib
+from big_vit.build.model import build_model
 from big_vit.config import Config
 from big_vit.errors import UserError
-from big_vit.interop import Weights
+from big_vit.interop import Weights, fit
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
+from big_vit.pretrained.load import config_of_weights, image_normalisation
 
 # Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
 ORIGIN = 'origin.json'

@@ -7,11 +7,7 @@ allocated. What a step takes besides, activations above all, only a compiler kno
 `big_vit.plan`.
 """
 
-from big_vit import command_line, metrics, runtime, sharding, state, trees
-from big_vit import config as config_lib
-from big_vit.build.experiment import build_experiment
-from big_vit.models import variants
-from big_vit.planning import topology
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.ledger())
@@ -23,8 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from big_vit import config as config_lib
+from big_vit import metrics, runtime, sharding, state, trees
+from big_vit.build.experiment import build_experiment
 from big_vit.config import Config, registries
 from big_vit.errors import UserError
+from big_vit.models import variants
+from big_vit.planning import topology
 
 GIB = 2**30
 # What optimizers call their arrays, where the name says little.

@@ -6,11 +6,7 @@ Compiles the train step of a config for TPUs that are not here, with their real 
 says whether it fits, how fast it would be and what it would cost.
 """
 
-from big_vit import command_line, metrics, runtime, sharding, state, trees
-from big_vit import config as config_lib
-from big_vit.build.experiment import Experiment, abstract_batch, build_experiment
-from big_vit.build.steps import build_train_step
-from big_vit.planning import hlo, topology
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.plan())
@@ -26,8 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from big_vit import config as config_lib
+from big_vit import metrics, runtime, sharding, state, trees
+from big_vit.build.experiment import Experiment, abstract_batch, build_experiment
+from big_vit.build.steps import build_train_step
 from big_vit.config import Config
 from big_vit.errors import UserError
+from big_vit.planning import hlo, topology
 
 GIB = 2**30
 # (part, regex on the path of the operation); the first match wins.

@@ -4,8 +4,7 @@ Downloads and writes it once, in files that can be read at random. This is the o
 may need TensorFlow (`pip install -e '.[prepare]'`): many datasets are written by its code.
 """
 
-from big_vit import command_line, runtime
-from big_vit.data.sources import prepared
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.prepare())
@@ -13,6 +12,8 @@ if __name__ == '__main__':  # Before the imports that take their time.
 from pathlib import Path
 from typing import Any
 
+from big_vit import runtime
+from big_vit.data.sources import prepared
 from big_vit.errors import UserError
 
 

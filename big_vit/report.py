@@ -4,22 +4,7 @@ The file needs no network and no scripts: pictures and charts are in it. Of a tr
 runs are shown side by side. Where the dataset is gone, that is said, and the rest is written.
 """
 
-from big_vit import checkpoint, command_line, ledger, metrics, runtime, sharding, storage
-from big_vit import config as config_lib
-from big_vit.build.data import train_data
-from big_vit.build.model import build_model, parts_read
-from big_vit.build.steps import batch_seen
-from big_vit.inspection import (
-    attention_maps,
-    examples,
-    history,
-    html_pages,
-    loaded_model,
-    plots,
-    weight_statistics,
-)
-from big_vit.models import flops
-from big_vit.sweeps import study
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.report())
@@ -37,9 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from big_vit import checkpoint, ledger, metrics, runtime, sharding, storage
+from big_vit import config as config_lib
+from big_vit.build.data import train_data
+from big_vit.build.model import build_model, parts_read
+from big_vit.build.steps import batch_seen
 from big_vit.errors import UserError
+from big_vit.inspection import (
+    attention_maps,
+    examples,
+    history,
+    html_pages,
+    loaded_model,
+    plots,
+    weight_statistics,
+)
 from big_vit.inspection.html_pages import Line
 from big_vit.inspection.loaded_model import LoadedModel
+from big_vit.models import flops
+from big_vit.sweeps import study
 
 # More runs than these in one folder are no transfer, and no chart that can be read.
 MOST_RUNS = 6

@@ -4,12 +4,7 @@ Three rows of pictures: as they are in the dataset, after the host's part of the
 after the devices' part with what is mixed, as the train step makes it.
 """
 
-from big_vit import command_line, runtime
-from big_vit import config as config_lib
-from big_vit.build.data import Data, host_batches, train_data
-from big_vit.build.steps import batch_seen
-from big_vit.data import dataset, transforms
-from big_vit.inspection import plots
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.show_data())
@@ -20,8 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from big_vit import config as config_lib
+from big_vit import runtime
+from big_vit.build.data import Data, host_batches, train_data
+from big_vit.build.steps import batch_seen
 from big_vit.config import Config
+from big_vit.data import dataset, transforms
 from big_vit.data.transforms.operations import decoded
+from big_vit.inspection import plots
 from big_vit.inspection.examples import title
 
 

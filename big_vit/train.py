@@ -5,7 +5,19 @@
 Started again on the same workdir it resumes, with the same batches.
 """
 
-from big_vit import checkpoint, command_line, explain, metrics, runtime, state, steps, storage
+from big_vit import command_line
+
+if __name__ == '__main__':  # Before the imports that take their time.
+    command_line.answer_help(command_line.train())
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from big_vit import checkpoint, explain, metrics, runtime, state, steps, storage
 from big_vit import config as config_lib
 from big_vit.build.evaluations import SharedFeatures, build_evaluators
 from big_vit.build.experiment import (
@@ -18,26 +30,15 @@ from big_vit.build.experiment import (
     train_batches,
 )
 from big_vit.build.steps import build_train_step
+from big_vit.config import Config
 from big_vit.data import pipeline
 from big_vit.distributed import hosts
+from big_vit.errors import UserError
 from big_vit.inspection import examples
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
 from big_vit.workdir import open_workdir, restore_newest
-
-if __name__ == '__main__':  # Before the imports that take their time.
-    command_line.answer_help(command_line.train())
-
-import os
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
-
-from big_vit.config import Config
-from big_vit.errors import UserError
 
 # A run whose updates are all skipped is lost; this many in a row are no accident.
 MAX_SKIPPED_IN_A_ROW = 20

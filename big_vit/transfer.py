@@ -7,13 +7,7 @@ Only parameters come from the checkpoint; the head is new, positions are
 resized to the new grid. Training itself is `train.run`, the same path.
 """
 
-from big_vit import command_line, explain, metrics, runtime, storage, train
-from big_vit import config as config_lib
-from big_vit.data import files
-from big_vit.data.sources import base, folder
-from big_vit.distributed import hosts
-from big_vit.pretrained.load import initial_params, model_keys_of
-from big_vit.sweeps import study, sweep
+from big_vit import command_line
 
 if __name__ == '__main__':  # Before the imports that take their time.
     command_line.answer_help(command_line.transfer())
@@ -25,8 +19,15 @@ from typing import Any
 
 import jax
 
+from big_vit import config as config_lib
+from big_vit import explain, metrics, runtime, storage, train
 from big_vit.config import Config
+from big_vit.data import files
+from big_vit.data.sources import base, folder
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
+from big_vit.pretrained.load import initial_params, model_keys_of
+from big_vit.sweeps import study, sweep
 
 
 def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
