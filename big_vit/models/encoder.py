@@ -7,6 +7,7 @@ With `scan` the blocks' parameters are stacked along a leading axis of length `d
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,46 @@ def identity(x: Array) -> Array:
     return x
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder and the make of its blocks.
+
+    Attributes:
+      width: dimension of the residual stream.
+      depth: number of blocks.
+      mlp_dim: hidden dimension of each MLP.
+      num_heads: attention heads of each block.
+      style: see `layers.Style`.
+      parallel: attention and MLP read the same norm and are added together (ViT-22B, arXiv
+        2302.05442).
+      layer_scale: initial value of a learned factor on each branch's features (CaiT, arXiv
+        2103.17239); 0 has none.
+      drop_path: rate at which the last block is left out; earlier ones less, on a line from 0.
+      scan: stack the blocks' parameters and compile one block.
+      remat: 'none', 'names' (keep projections, recompute the rest), 'offload' (the same, kept
+        in the memory of the host) or 'full'.
+      constrain: applied to the [batch, tokens, width] residual stream after the embedding and
+        after each block; a mesh pins its sharding there.
+    """
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    style: Style = PLAIN
+    parallel: bool = False
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    scan: bool = True
+    remat: str = 'none'
+    constrain: Callable[[Array], Array] = identity
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension of one attention head."""
+        return self.style.head_dim or self.width // self.num_heads
+
+
 class DropPath(nn.Module):
     """Leaves out the whole branch of some examples (stochastic depth, arXiv 1603.09382)."""
 
@@ -51,24 +92,15 @@ class Block(nn.Module):
     """A pre-norm encoder block. Returns (x, what was captured), the form that `nn.scan` asks for.
 
     Attributes:
-      parallel: attention and MLP read the same norm and are added together (ViT-22B, arXiv
-        2302.05442).
-      layer_scale: what a learned factor on each branch's features begins with (CaiT, arXiv
-        2103.17239); 0 has none.
       relative: rows of the table of relative biases.
-      cross: attend to `places.context` between the two branches, as a decoder does.
+      cross: attend to `context.memory` between the two branches, as a decoder does.
       capture: which of `CAPTURES` to return.
     """
 
-    mlp_dim: int
-    num_heads: int
-    style: Style = PLAIN
-    parallel: bool = False
-    layer_scale: float = 0.0
+    config: EncoderConfig
     relative: int = 0
     cross: bool = False
     capture: tuple[str, ...] = ()
-    constrain: Callable[[Array], Array] = identity
 
     @nn.compact
     def __call__(
@@ -78,12 +110,12 @@ class Block(nn.Module):
         drop_path: Float[Array, ''] | None = None,
         context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
-        style, branches = self.style, iter(range(3))
+        config, style, branches = self.config, self.config.style, iter(range(3))
 
         def branch(y: Array) -> Array:
             number = next(branches)
-            if self.layer_scale:
-                scale = LayerScale(self.layer_scale, name=f'LayerScale_{number}')
+            if config.layer_scale:
+                scale = LayerScale(config.layer_scale, name=f'LayerScale_{number}')
                 y = scale(y)
             y = nn.Dropout(style.dropout)(y, deterministic)
             if drop_path is not None and not deterministic:
@@ -92,24 +124,24 @@ class Block(nn.Module):
 
         y = norm(style, 'LayerNorm_0')(x)
         attention = Attention(
-            self.num_heads,
+            config.num_heads,
             style,
             self.relative,
             'attention' in self.capture,
             name='MultiHeadDotProductAttention_0',
         )
-        mlp = Mlp(self.mlp_dim, style, name='MlpBlock_0')
+        mlp = Mlp(config.mlp_dim, style, name='MlpBlock_0')
         z, weights = attention(y, None, context)
         x = x + checkpoint_name(branch(z), 'attention_out')
         if self.cross:
             z = norm(style, 'LayerNorm_2')(x)
             there = AttentionContext(mask=context.memory_mask)
-            z, _ = Attention(self.num_heads, style, name='CrossAttention_0')(
+            z, _ = Attention(config.num_heads, style, name='CrossAttention_0')(
                 z, context.memory, there
             )
             x = x + checkpoint_name(branch(z), 'attention_out')
-        y = y if self.parallel else norm(style, 'LayerNorm_1')(x)
-        x = self.constrain(x + branch(mlp(y, deterministic)))
+        y = y if config.parallel else norm(style, 'LayerNorm_1')(x)
+        x = config.constrain(x + branch(mlp(y, deterministic)))
         seen: dict[str, Array] = {}
         if 'blocks' in self.capture:
             seen['blocks'] = x
@@ -132,27 +164,17 @@ class LayerScale(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` blocks and, with `final_norm`, a norm. Returns (tokens, what was captured).
+    """`config.depth` blocks and, with `final_norm`, a norm. Returns (tokens, what was captured).
 
     Attributes:
-      drop_path: rate of the last block; the first has 0 and those between lie on a line.
-      the others: as `Block` and `ViT` have them.
+      relative, cross, capture: see `Block`.
     """
 
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    style: Style = PLAIN
-    parallel: bool = False
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
+    config: EncoderConfig
     relative: int = 0
     cross: bool = False
     final_norm: bool = True
-    scan: bool = True
-    remat: str = 'none'
     capture: tuple[str, ...] = ()
-    constrain: Callable[[Array], Array] = identity
 
     @nn.compact
     def __call__(
@@ -161,48 +183,41 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
+        config = self.config
         block: Any = Block
-        if self.remat != 'none':
+        if config.remat != 'none':
             # Under scan the loop itself stops the compiler from merging the recomputation back.
             block = nn.remat(
                 Block,
-                prevent_cse=not self.scan,
+                prevent_cse=not config.scan,
                 static_argnums=(2,),
-                policy=POLICIES[self.remat],
+                policy=POLICIES[config.remat],
             )
-        fields = dict(
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            style=self.style,
-            parallel=self.parallel,
-            layer_scale=self.layer_scale,
-            relative=self.relative,
-            cross=self.cross,
-            capture=self.capture,
-            constrain=self.constrain,
+        fields: dict[str, Any] = dict(
+            config=config, relative=self.relative, cross=self.cross, capture=self.capture
         )
         rates = None
-        if self.drop_path and not deterministic:
-            rates = jnp.linspace(0, self.drop_path, self.depth)
-        if self.scan:
+        if config.drop_path and not deterministic:
+            rates = jnp.linspace(0, config.drop_path, config.depth)
+        if config.scan:
             stack = nn.scan(
                 block,
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=(nn.broadcast, 0, nn.broadcast),
-                length=self.depth,
+                length=config.depth,
             )
             x, seen = stack(name='encoderblock', **fields)(x, deterministic, rates, context)
         else:
             each = []
-            for i in range(self.depth):
+            for i in range(config.depth):
                 rate = None if rates is None else rates[i]
                 one = block(name=f'encoderblock_{i}', **fields)
                 x, found = one(x, deterministic, rate, context)
                 each.append(found)
             seen = {name: jnp.stack([found[name] for found in each]) for name in self.capture}
         if self.final_norm:
-            x = norm(self.style, 'encoder_norm')(x)
+            x = norm(config.style, 'encoder_norm')(x)
         return x, seen
 
 

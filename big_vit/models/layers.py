@@ -36,7 +36,7 @@ class Style:
       norm: 'layernorm' or 'rmsnorm' (arXiv 1910.07467).
       norm_eps: added to the variance; the papers and their ports differ, and weights depend on it.
       activation: of the MLP, a name in `ACTIVATIONS`.
-      gated: SwiGLU, silu(a) * b, in place of the activation (arXiv 2002.05202).
+      mlp: 'mlp', or 'swiglu': silu(a) * b in place of the activation (arXiv 2002.05202).
       head_dim: of one head; None divides the width.
       qkv_bias, key_bias: whether queries, keys and values (and of them keys) have a bias.
       qk_norm: normalise queries and keys of each head (arXiv 2302.05442).
@@ -51,7 +51,7 @@ class Style:
     norm: str = 'layernorm'
     norm_eps: float = 1e-6
     activation: str = 'gelu_tanh'
-    gated: bool = False
+    mlp: str = 'mlp'
     head_dim: int | None = None
     qkv_bias: bool = True
     key_bias: bool = True
@@ -476,7 +476,7 @@ class Mlp(nn.Module):
             Dense, bias_init=nn.initializers.normal(1e-6), dtype=style.dtype, gather=style.gather
         )
         hidden = checkpoint_name(dense((self.hidden,), name='Dense_0')(x), 'hidden')
-        if style.gated:
+        if style.mlp == 'swiglu':
             gate = checkpoint_name(dense((self.hidden,), name='Dense_gate')(x), 'hidden')
             hidden = jax.nn.silu(gate) * hidden
         else:

@@ -1,9 +1,10 @@
 """From inputs to tokens: images, videos, spectrograms, words, and images of any shape.
 
-A spectrogram is an image of one channel, [time, frequency, 1] or the other way round, for
+`TOKENIZERS` is the table of them. A spectrogram is an image of one channel, [time, frequency, 1] or the other way round, for
 'patches' that may overlap (AST, arXiv 2104.01778).
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,23 +13,13 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from big_vit.models import positions, stems
+from big_vit.models.encoder import EncoderConfig
 from big_vit.models.layers import PLAIN, LayerNorm, Style
 from big_vit.models.positions import Grid
 
-# Which part of a batch each tokenizer reads.
-PARTS = {
-    'patches': 'image',
-    'conv': 'image',
-    'resnet': 'image',
-    'cct': 'image',
-    'spt': 'image',
-    'tubelets': 'video',
-    'words': 'tokens',
-    'ragged': 'patches',
-}
 # Parts of a batch that are numbers of pixels.
 PICTURES = ('image', 'video', 'patches')
 
@@ -40,7 +31,7 @@ class Stream:
     Attributes:
       name: of its parameters, where there are several streams.
       part: of the batch; by default what the tokenizer reads.
-      tokenizer: a key of `PARTS`.
+      tokenizer: a name in `TOKENIZERS`.
       patch_size: (height, width) in pixels of a patch; of stems that shrink the image, by how
         much they do in all.
       stride: (height, width) between overlapping patches; None is the patch's size.
@@ -72,7 +63,7 @@ class Stream:
 
     @property
     def reads(self) -> str:
-        return self.part or PARTS[self.tokenizer]
+        return self.part or TOKENIZERS[self.tokenizer].reads
 
 
 class Tokens(NamedTuple):
@@ -90,26 +81,63 @@ class Tokens(NamedTuple):
     rotation: tuple[Array, Array] | None = None
 
 
+class Tokenizer(NamedTuple):
+    """One way to make tokens.
+
+    reads: the part of a batch that it takes, unless the stream names another.
+    grid: how many tokens an input gives along each axis, of (stream, shape without the batch);
+      ValueError where the input does not divide, saying which sizes would.
+    tokens: makes `Tokens`, of (scope, inputs) and keyword arguments that are keys of the config
+      with their defaults; parameters go into the scope's module.
+    """
+
+    reads: str
+    grid: Callable[[Stream, tuple[int, ...]], Grid]
+    tokens: Callable[..., Tokens]
+
+
+class Scope(NamedTuple):
+    """Where a tokenizer makes its parameters, and how."""
+
+    module: nn.Module
+    stream: Stream
+    encoder: EncoderConfig
+
+    @property
+    def style(self) -> Style:
+        return self.encoder.style
+
+    @property
+    def width(self) -> int:
+        return self.encoder.width
+
+
 def grid_of(stream: Stream, shape: tuple[int, ...]) -> Grid:
     """How many tokens an input of this shape (without the batch) gives along each axis.
 
     Raises:
       ValueError: the input does not divide into patches; says which sizes would.
     """
-    if stream.tokenizer == 'words':
-        return (shape[0],)
-    if stream.tokenizer == 'ragged':
-        return (shape[0],)
-    if stream.tokenizer == 'tubelets':
-        frames = shape[0]
-        if frames % stream.tubelet:
-            low = frames // stream.tubelet * stream.tubelet
-            raise ValueError(
-                f'{frames} frames do not divide into tubelets of {stream.tubelet}: '
-                f'take {low or stream.tubelet} or {low + stream.tubelet}'
-            )
-        return (frames // stream.tubelet, *_rows(stream, shape[1:3]))
+    return TOKENIZERS[stream.tokenizer].grid(stream, shape)
+
+
+def _sequence_grid(stream: Stream, shape: tuple[int, ...]) -> Grid:
+    return (shape[0],)
+
+
+def _patch_grid(stream: Stream, shape: tuple[int, ...]) -> Grid:
     return _rows(stream, shape[:2])
+
+
+def _tubelet_grid(stream: Stream, shape: tuple[int, ...]) -> Grid:
+    frames = shape[0]
+    if frames % stream.tubelet:
+        low = frames // stream.tubelet * stream.tubelet
+        raise ValueError(
+            f'{frames} frames do not divide into tubelets of {stream.tubelet}: '
+            f'take {low or stream.tubelet} or {low + stream.tubelet}'
+        )
+    return (frames // stream.tubelet, *_rows(stream, shape[1:3]))
 
 
 def _rows(stream: Stream, size: tuple[int, ...]) -> tuple[int, int]:
@@ -263,126 +291,160 @@ class ShiftedPatches(nn.Module):
         return Patches(self.width, (1, 1), self.style, use_bias=self.use_bias, name='projection')(x)
 
 
-def _image_tokens(stream: Stream, width: int, style: Style, image: Array) -> Array:
-    """[batch, rows, columns, width]; called within the scope that the parameters belong to."""
-    patch, bias = stream.patch_size, stream.embedding_bias
-    if stream.tokenizer == 'patches':
-        return Patches(width, patch, style, stream.stride, bias, name='embedding')(image)
-    if stream.tokenizer == 'spt':
-        return ShiftedPatches(width, patch, style, bias, name='embedding')(image)
-    layers = round(math.log2(patch[0]))
-    if stream.tokenizer == 'cct':
-        return stems.CctStem(width, layers, style, name='stem')(image)
-    if stream.tokenizer == 'conv':
-        x = stems.ConvStem(width, layers, style, name='stem')(image)
-        return Patches(width, (1, 1), style, None, bias, name='embedding')(x)
-    x = stems.ResNet(stream.resnet, style, name='stem')(image)
-    left = (
-        patch[0] // stems.resnet_stride(stream.resnet),
-        patch[1] // stems.resnet_stride(stream.resnet),
-    )
-    return Patches(width, left, style, None, bias, name='embedding')(x)
-
-
 def tokenize(
-    module: nn.Module,
-    stream: Stream,
-    width: int,
-    head_dim: int,
-    style: Style,
-    inputs: dict[str, Array],
+    module: nn.Module, stream: Stream, encoder: EncoderConfig, inputs: dict[str, Array]
 ) -> Tokens:
     """The tokens of one stream, with their positions; parameters go into `module`'s scope.
 
     Raises:
       ValueError: the input does not divide into patches.
     """
-    found = inputs[stream.reads]
-    if stream.tokenizer == 'words':
-        return _words(module, stream, width, head_dim, style, found, inputs.get('text_mask'))
-    if stream.tokenizer == 'ragged':
-        return _ragged(module, stream, width, head_dim, style, inputs)
-    grid = grid_of(stream, found.shape[1:])
-    if stream.tokenizer == 'tubelets':
-        box = (stream.tubelet, *stream.patch_size)
-        x = Tubelets(width, box, style, stream.embedding_bias, name='embedding')(found)
-    else:
-        x = _image_tokens(stream, width, style, found)
-    x = x.reshape(x.shape[0], math.prod(grid), width)
-    x, turns = _placed(module, stream, head_dim, style, x, grid)
-    return Tokens(x, grid, rotation=turns)
+    grid_of(stream, inputs[stream.reads].shape[1:])  # Its error says which sizes would do.
+    tokens = TOKENIZERS[stream.tokenizer].tokens
+    keys = list(inspect.signature(tokens).parameters)[2:]
+    options = {key: getattr(stream, key) for key in keys}
+    return tokens(Scope(module, stream, encoder), inputs, **options)
 
 
-def _placed(
-    module: nn.Module, stream: Stream, head_dim: int, style: Style, x: Array, grid: Grid
-) -> tuple[Array, tuple[Array, Array] | None]:
-    """Tokens with the positions of their grid, and the rotation, if that is what they have."""
-    tokens, width = x.shape[1:]
-    if stream.posemb == 'learned':
-        init = nn.initializers.normal(width**-0.5)
-        shape = (1, stream.posemb_prefix + tokens, width)
-        table = jnp.asarray(module.param('pos_embedding', init, shape))
-        x = x + table[:, stream.posemb_prefix :].astype(style.dtype)
-    elif stream.posemb in positions.LAWS:
-        table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
-        x = x + table.astype(style.dtype)
-    elif stream.posemb == 'rope':
-        context = jnp.asarray(positions.centres(grid))
-        return x, positions.rotation(context, head_dim, stream.rope_theta)
-    return x, None
+def _with_positions(scope: Scope, x: Float[Array, 'batch *grid width']) -> Tokens:
+    """Flattens a grid of tokens and adds its positions."""
+    grid = x.shape[1:-1]
+    x = x.reshape(x.shape[0], math.prod(grid), x.shape[-1])
+    x, rotation = _placed(scope, x, grid)
+    return Tokens(x, grid, rotation=rotation)
 
 
-def _words(
-    module: nn.Module,
-    stream: Stream,
-    width: int,
-    head_dim: int,
-    style: Style,
-    tokens: Int[Array, 'batch length'],
-    mask: Array | None,
-) -> Tokens:
-    # As large as learned positions, or these would hide the words at first.
-    init = nn.initializers.normal(width**-0.5)
-    table = jnp.asarray(module.param('word_embedding', init, (stream.vocab, width)))
-    x = jnp.take(table, tokens, axis=0, mode='clip').astype(style.dtype)
-    grid = tokens.shape[1:]
-    x, turns = _placed(module, stream, head_dim, style, x, grid)
-    return Tokens(x, grid, None if mask is None else mask > 0, rotation=turns)
-
-
-def _ragged(
-    module: nn.Module,
-    stream: Stream,
-    width: int,
-    head_dim: int,
-    style: Style,
+def patches(
+    scope: Scope,
     inputs: dict[str, Array],
+    *,
+    stride: tuple[int, int] | None = None,
+    embedding_bias: bool = True,
 ) -> Tokens:
+    """Plain patches (arXiv 2010.11929), which may overlap (AST, arXiv 2104.01778)."""
+    size = scope.stream.patch_size
+    embedding = Patches(scope.width, size, scope.style, stride, embedding_bias, name='embedding')
+    return _with_positions(scope, embedding(inputs[scope.stream.reads]))
+
+
+def spt(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:
+    """Shifted patches (SPT, arXiv 2112.13492)."""
+    size = scope.stream.patch_size
+    embedding = ShiftedPatches(scope.width, size, scope.style, embedding_bias, name='embedding')
+    return _with_positions(scope, embedding(inputs[scope.stream.reads]))
+
+
+def cct(scope: Scope, inputs: dict[str, Array]) -> Tokens:
+    """The convolutional tokenizer of compact transformers (CCT, arXiv 2104.05704)."""
+    layers = _halvings(scope.stream)
+    stem = stems.CctStem(scope.width, layers, scope.style, name='stem')
+    return _with_positions(scope, stem(inputs[scope.stream.reads]))
+
+
+def conv(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:
+    """A convolutional stem (arXiv 2106.14881)."""
+    layers = _halvings(scope.stream)
+    stem = stems.ConvStem(scope.width, layers, scope.style, name='stem')
+    return _after_stem(scope, stem(inputs[scope.stream.reads]), (1, 1), embedding_bias)
+
+
+def resnet(
+    scope: Scope,
+    inputs: dict[str, Array],
+    *,
+    resnet: tuple[int, ...] = (),
+    embedding_bias: bool = True,
+) -> Tokens:
+    """The hybrid: stages of a ResNet, then patches of its features (arXiv 2010.11929)."""
+    shrunk, (height, width) = stems.resnet_stride(resnet), scope.stream.patch_size
+    x = stems.ResNet(resnet, scope.style, name='stem')(inputs[scope.stream.reads])
+    return _after_stem(scope, x, (height // shrunk, width // shrunk), embedding_bias)
+
+
+def _halvings(stream: Stream) -> int:
+    return round(math.log2(stream.patch_size[0]))
+
+
+def _after_stem(scope: Scope, x: Array, patch: tuple[int, int], bias: bool) -> Tokens:
+    embedding = Patches(scope.width, patch, scope.style, None, bias, name='embedding')
+    return _with_positions(scope, embedding(x))
+
+
+def tubelets(
+    scope: Scope, inputs: dict[str, Array], *, tubelet: int = 2, embedding_bias: bool = True
+) -> Tokens:
+    """Boxes of several frames of a video (ViViT, arXiv 2103.15691)."""
+    box = (tubelet, *scope.stream.patch_size)
+    embedding = Tubelets(scope.width, box, scope.style, embedding_bias, name='embedding')
+    return _with_positions(scope, embedding(inputs[scope.stream.reads]))
+
+
+def words(scope: Scope, inputs: dict[str, Array], *, vocab: int = 259) -> Tokens:
+    """Rows of a table of embeddings; `inputs['text_mask']` says which words are real."""
+    indices, mask = inputs[scope.stream.reads], inputs.get('text_mask')
+    # As large as learned positions, or these would hide the words at first.
+    init = nn.initializers.normal(scope.width**-0.5)
+    table = jnp.asarray(scope.module.param('word_embedding', init, (vocab, scope.width)))
+    x = jnp.take(table, indices, axis=0, mode='clip').astype(scope.style.dtype)
+    return _with_positions(scope, x)._replace(mask=None if mask is None else mask > 0)
+
+
+def ragged(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:
     """Patches of images of any shape, several in a row (NaViT, arXiv 2307.06304; NaFlex).
 
     Beside 'patches' [batch, tokens, pixels] the inputs are 'segment' [batch, tokens] (which
     image; 0 is padding), 'place' [batch, tokens, 2] (row and column) and 'grid' [batch, tokens,
     2] (how many of each the token's image has).
     """
-    x = RaggedPatches(width, stream.patch_size, style, stream.embedding_bias, name='embedding')(
-        inputs[stream.reads]
-    )
+    stream, width, style = scope.stream, scope.width, scope.style
+    embedding = RaggedPatches(width, stream.patch_size, style, embedding_bias, name='embedding')
+    x = embedding(inputs[stream.reads])
     segment = inputs['segment'].astype(jnp.int32)
     place = inputs['place'].astype(jnp.float32)
     sizes = jnp.maximum(inputs['grid'].astype(jnp.float32), 1)
-    turns = None
+    rotation = None
     if stream.posemb == 'learned':
         init = nn.initializers.normal(width**-0.5)
         shape = (1, math.prod(stream.posemb_grid), width)
-        table = jnp.asarray(module.param('pos_embedding', init, shape))
+        table = jnp.asarray(scope.module.param('pos_embedding', init, shape))
         share = place / jnp.maximum(sizes - 1, 1)
         x = x + positions.positions_at(table, stream.posemb_grid, share).astype(style.dtype)
     elif stream.posemb in positions.LAWS:
         x = x + positions.sincos_at(place, width, stream.posemb).astype(style.dtype)
     elif stream.posemb == 'rope':
         centre = (place + 0.5) / sizes * 2 - 1
-        turns = positions.rotation(centre, head_dim, stream.rope_theta)
-    return Tokens(x, None, segment > 0, segment, turns)
+        rotation = positions.rotation(centre, scope.encoder.head_dim, stream.rope_theta)
+    return Tokens(x, None, segment > 0, segment, rotation)
+
+
+TOKENIZERS = {
+    'patches': Tokenizer('image', _patch_grid, patches),
+    'conv': Tokenizer('image', _patch_grid, conv),
+    'resnet': Tokenizer('image', _patch_grid, resnet),
+    'cct': Tokenizer('image', _patch_grid, cct),
+    'spt': Tokenizer('image', _patch_grid, spt),
+    'tubelets': Tokenizer('video', _tubelet_grid, tubelets),
+    'words': Tokenizer('tokens', _sequence_grid, words),
+    'ragged': Tokenizer('patches', _sequence_grid, ragged),
+}
+
+
+def _placed(scope: Scope, x: Array, grid: Grid) -> tuple[Array, tuple[Array, Array] | None]:
+    """Tokens with the positions of their grid, and the rotation, if that is what they have."""
+    stream, style = scope.stream, scope.style
+    tokens, width = x.shape[1:]
+    if stream.posemb == 'learned':
+        init = nn.initializers.normal(width**-0.5)
+        shape = (1, stream.posemb_prefix + tokens, width)
+        table = jnp.asarray(scope.module.param('pos_embedding', init, shape))
+        x = x + table[:, stream.posemb_prefix :].astype(style.dtype)
+    elif stream.posemb in positions.LAWS:
+        table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
+        x = x + table.astype(style.dtype)
+    elif stream.posemb == 'rope':
+        centres = jnp.asarray(positions.centres(grid))
+        return x, positions.rotation(centres, scope.encoder.head_dim, stream.rope_theta)
+    return x, None
 
 
 def padded_rotation(

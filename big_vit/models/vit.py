@@ -1,11 +1,11 @@
 """The Vision Transformer (arXiv 2010.11929), as a pure function of its parameters.
 
-Names of parameters are those of google-research's checkpoints; those of the blocks are below
+`embed`, `encode`, `pool` and `classify` are its stages, one module each, whose parameters lie
+side by side at the root: names are those of google-research's checkpoints, blocks are below
 `Transformer`, in one of the two forms that `encoder` has.
 """
 
-import math
-from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import flax.linen as nn
@@ -14,195 +14,281 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vit.models import heads, positions, tokenizers
-from big_vit.models.encoder import Encoder, identity
-from big_vit.models.layers import (
-    NO_CONTEXT,
-    Attention,
-    AttentionContext,
-    Dense,
-    Dtype,
-    Gather,
-    Style,
-    norm,
-    ungathered,
-)
+from big_vit.models.encoder import Encoder, EncoderConfig
+from big_vit.models.fusion import Fusion
+from big_vit.models.layers import NO_CONTEXT, AttentionContext, Dense, Style, norm
 from big_vit.models.tokenizers import Stream, Tokens
 
-# What CLIP lets the scale of its logits be at most.
-MOST_SCALE = 100.0
-
-# Those whose vector is made of a class token.
+# Pools that read the class token.
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
 
 
-class StreamTokens(nn.Module):
-    """The tokens of one of several streams: its tokenizer, positions and own blocks.
-
-    `kind` is added to all of them, so that an encoder knows them from those of other streams.
-    """
-
-    stream: Stream
-    width: int
-    head_dim: int
-    style: Style
-    encoder: dict[str, Any]
-
-    @nn.compact
-    def __call__(self, inputs: dict[str, Array], deterministic: bool) -> Tokens:
-        style, width = self.style, self.width
-        found = tokenizers.tokenize(self, self.stream, width, self.head_dim, style, inputs)
-        start = nn.initializers.normal(0.02)
-        kind = jnp.asarray(self.param('kind', start, (1, 1, width)))
-        x = found.x + kind.astype(style.dtype)
-        if self.stream.depth:
-            mask = None if found.mask is None else found.mask[:, None, None]
-            context = AttentionContext(found.rotation, mask)
-            stack = Encoder(self.stream.depth, name='Transformer', **self.encoder)
-            x, _ = stack(x, deterministic, context)
-        return found._replace(x=x)
-
-
-class ViT(nn.Module):
-    """A classifier of images, videos, sounds or words; `variants.py` names the published sizes.
+@dataclass(frozen=True)
+class Prefix:
+    """Learned tokens before those of the input, and what is done to tokens before the blocks.
 
     Attributes:
-      num_classes: 0 has no head: the pooled vector takes the place of logits.
-      patch_size: (height, width) in pixels; images may be any multiple of it, with any number of
-        channels.
-      tokenizer: a key of `tokenizers.PARTS`, which says which part of a batch it reads; the next
-        fields are those of `tokenizers.Stream`.
-      streams: several inputs at once, in place of the tokenizer above: `fusion` says whether
-        their tokens are one sequence ('concat'), the first attends to the others ('cross'),
-        `latents` learned vectors attend to all ('latents', arXiv 2103.03206), or each of two goes
-        alone through the one encoder into a space of `shared` numbers ('apart'), as the towers of
-        CLIP (arXiv 2103.00020) do; the logits are then how alike each pair of the batch is.
-      logit_scale: what it starts as, of 'apart': cosines times it are the logits, plus
-        `logit_bias` where that is not None (SigLIP, arXiv 2303.15343); without one it stays below
-        `MOST_SCALE`.
-      class_token: a learned token in front, which pools of the class token imply.
+      class_token: a learned token in front; pools that read it imply it.
       registers: learned tokens behind it that nothing is read from (arXiv 2309.16588).
       pre_norm: a norm before the first block (CLIP).
+      patch_dropout: share of the input's tokens left out in training (arXiv 2208.07220).
+    """
+
+    class_token: bool = False
+    registers: int = 0
+    pre_norm: bool = False
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """From encoded tokens to one vector, and from that to logits.
+
+    Attributes:
+      num_classes: 0 has no classifier: the pooled vector takes the place of logits.
       pool: 'gap' (mean of tokens), 'cls' (the class token), 'map' (attention), 'seq' (weighted
         mean), 'cls_gap' (class token and mean, one after the other), 'cls_dist' (mean of the
         heads of the class token and the first register, DeiT's distilled models).
       norm_after_pool: the last norm is of the pooled vector and not of each token.
-      representation: width of a dense layer with tanh before the head; 0 has none.
-      patch_dropout: share of the tokens left out in training (arXiv 2208.07220).
-      the fields of `layers.Style`, of `Block` and of `Encoder`.
-      remat: 'none', 'names' (keep projections, recompute the rest), 'offload' (the same, kept
-        in the memory of the host) or 'full'.
-      constrain: applied to the [batch, tokens, width] residual stream after the
-        embedding and after each block; where a mesh pins its sharding.
-      gather: multiplies with the kernels; where a mesh brings the parts of each together.
+      representation: width of a dense layer with tanh before the classifier; 0 has none.
+      head_bias: whether the classifier has a bias.
     """
 
-    num_classes: int
-    patch_size: tuple[int, int]
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    posemb: str = 'sincos2d'
+    num_classes: int = 0
     pool: str = 'gap'
-    dropout: float = 0.0
-    scan: bool = True
-    remat: str = 'none'
-    dtype: Dtype = jnp.bfloat16
-    constrain: Callable[[Array], Array] = identity
-    gather: Gather = ungathered
-    tokenizer: str = 'patches'
-    stride: tuple[int, int] | None = None
-    tubelet: int = 2
-    vocab: int = 0
-    resnet: tuple[int, ...] = ()
-    embedding_bias: bool = True
-    posemb_prefix: int = 0
-    posemb_grid: tuple[int, int] = (16, 16)
-    rope_theta: float = 100.0
-    streams: tuple[Stream, ...] = ()
-    fusion: str = 'concat'
-    latents: int = 0
-    shared: int = 0
-    logit_scale: float = 10.0
-    logit_bias: float | None = None
-    class_token: bool = False
-    registers: int = 0
-    patch_dropout: float = 0.0
-    pre_norm: bool = False
-    norm: str = 'layernorm'
-    norm_eps: float = 1e-6
-    activation: str = 'gelu_tanh'
-    mlp: str = 'mlp'
-    head_dim: int | None = None
-    qkv_bias: bool = True
-    key_bias: bool = True
-    qk_norm: bool = False
-    lsa: bool = False
-    lora: int = 0
-    attention: str = 'fused'
-    parallel: bool = False
-    layer_scale: float = 0.0
-    drop_path: float = 0.0
     norm_after_pool: bool = False
     representation: int = 0
     head_bias: bool = True
 
-    def style(self) -> Style:
-        return Style(
-            norm=self.norm,
-            norm_eps=self.norm_eps,
-            activation=self.activation,
-            gated=self.mlp == 'swiglu',
-            head_dim=self.head_dim,
-            qkv_bias=self.qkv_bias,
-            key_bias=self.key_bias,
-            qk_norm=self.qk_norm,
-            lsa=self.lsa,
-            lora=self.lora,
-            attention=self.attention,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            gather=self.gather,
-        )
 
-    def stream(self) -> Stream:
-        """The one input, where there are no `streams`."""
-        return Stream(
-            tokenizer=self.tokenizer,
-            patch_size=self.patch_size,
-            stride=self.stride,
-            tubelet=self.tubelet,
-            vocab=self.vocab,
-            resnet=self.resnet,
-            embedding_bias=self.embedding_bias,
-            posemb=self.posemb,
-            posemb_prefix=self.posemb_prefix,
-            posemb_grid=self.posemb_grid,
-            rope_theta=self.rope_theta,
-        )
+class Embedding(nn.Module):
+    """Inputs as tokens with positions, and what else the blocks may attend to."""
 
-    def inputs(self) -> tuple[Stream, ...]:
-        return self.streams or (self.stream(),)
-
-    def prefix(self) -> int:
-        """How many tokens come before those of the input."""
-        return (self.class_token or self.pool in OF_CLASS_TOKEN) + self.registers
-
-    def _encoder(self, style: Style, capture: tuple[str, ...] = ()) -> dict[str, Any]:
-        return dict(
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            style=style,
-            parallel=self.parallel,
-            layer_scale=self.layer_scale,
-            drop_path=self.drop_path,
-            scan=self.scan,
-            remat=self.remat,
-            capture=capture,
-            constrain=self.constrain,
-        )
+    streams: tuple[Stream, ...]
+    encoder: EncoderConfig
+    fusion: str
+    latents: int
 
     @nn.compact
+    def __call__(
+        self, inputs: dict[str, Array], deterministic: bool
+    ) -> tuple[Tokens, AttentionContext]:
+        if not self.streams[0].name:
+            return tokenizers.tokenize(self, self.streams[0], self.encoder, inputs), NO_CONTEXT
+        fused = Fusion(self.streams, self.encoder, self.fusion, self.latents)
+        nn.share_scope(self, fused)
+        return fused(inputs, deterministic)
+
+
+class Body(nn.Module):
+    """Prefix tokens in front, then the blocks and, unless it comes after pooling, the last norm."""
+
+    encoder: EncoderConfig
+    prefix: Prefix
+    head: Head
+    stream: Stream | None  # The one input, where there are not several.
+    cross: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        context: AttentionContext,
+        train: bool,
+        capture: tuple[str, ...],
+    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
+        style, stream = self.encoder.style, self.stream
+        x, mask, rotation = tokens.x, tokens.mask, tokens.rotation
+        before = self._prefix(x.shape[0])
+        length = 0 if before is None else before.shape[1]
+        if before is not None:
+            x = jnp.concatenate([before, x], axis=1)
+        x = self.encoder.constrain(nn.Dropout(style.dropout)(x, not train))
+        if self.prefix.pre_norm:
+            x = norm(style, 'pre_norm')(x)
+        rows = 0
+        if stream is not None and stream.posemb == 'relative' and tokens.grid is not None:
+            rows = positions.relative_rows(tokens.grid, length)
+            index = jnp.asarray(positions.relative_index(tokens.grid, length))
+            context = context._replace(relative=index)
+        if rotation is not None and length:
+            rotation = tokenizers.padded_rotation(rotation, length, 0, self.encoder.head_dim)
+        context = context._replace(rotation=rotation, mask=_visible(tokens.segment, mask, length))
+        return Encoder(
+            self.encoder,
+            relative=rows,
+            cross=self.cross,
+            capture=capture,
+            final_norm=not self.head.norm_after_pool,
+            name='Transformer',
+        )(x, not train, context)
+
+    def _prefix(self, batch: int) -> Float[Array, 'batch prefix width'] | None:
+        """The class token and the registers, with what positions they have."""
+        width, found = self.encoder.width, []
+        if self.prefix.class_token or self.head.pool in OF_CLASS_TOKEN:
+            found.append(self.param('cls', nn.initializers.zeros, (1, 1, width)))
+        if self.prefix.registers:
+            start = nn.initializers.normal(0.02)
+            found.append(self.param('registers', start, (1, self.prefix.registers, width)))
+        if not found:
+            return None
+        x = jnp.concatenate([jnp.asarray(token) for token in found], axis=1)
+        stream = self.stream
+        if stream is not None and stream.posemb == 'learned' and stream.posemb_prefix:
+            table = jnp.asarray(self.get_variable('params', 'pos_embedding'))
+            placed = table[:, : stream.posemb_prefix]
+            x = x + jnp.pad(placed, ((0, 0), (0, x.shape[1] - stream.posemb_prefix), (0, 0)))
+        x = x.astype(self.encoder.style.dtype)
+        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+
+class Pooling(nn.Module):
+    """Encoded tokens as one vector for each example, in float32."""
+
+    encoder: EncoderConfig
+    head: Head
+    prefix: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch tokens width'], tokens: Tokens, images: int
+    ) -> Float[Array, '...']:
+        pooled = self._pooled(x, tokens, images)
+        if self.head.norm_after_pool:
+            pooled = norm(self.encoder.style, 'encoder_norm')(pooled)
+        return pooled
+
+    def _map(self) -> heads.MapPool:
+        encoder = self.encoder
+        return heads.MapPool(encoder.num_heads, encoder.mlp_dim, encoder.style, name='MAPHead_0')
+
+    def _pooled(self, x: Array, tokens: Tokens, images: int) -> Float[Array, '...']:
+        """[batch, width], or of several images in a row [batch, images, width]."""
+        pool, mask, segment = self.head.pool, tokens.mask, tokens.segment
+        if segment is not None and images:
+            if pool == 'gap':
+                return heads.segment_pool(x, segment, images)
+            visible = segment[:, None, None] == 1 + jnp.arange(images).reshape(1, 1, -1, 1)
+            # A query that sees nothing would be NaN; its example does not count.
+            visible = visible | ~visible.any(-1, keepdims=True)
+            return self._map()(x, visible).astype(jnp.float32)
+        of_input = x[:, self.prefix :]
+        if pool == 'gap':
+            return heads.mean_pool(of_input, mask)
+        if pool == 'cls':
+            return x[:, 0].astype(jnp.float32)
+        if pool == 'cls_gap':
+            mean = heads.mean_pool(of_input, mask)
+            return jnp.concatenate([x[:, 0].astype(jnp.float32), mean], axis=-1)
+        if pool == 'cls_dist':
+            return x[:, :2].astype(jnp.float32)
+        if pool == 'seq':
+            return heads.SequencePool(name='pool')(of_input, mask)
+        visible = None
+        if mask is not None:
+            front = jnp.ones((x.shape[0], self.prefix), bool)
+            visible = jnp.concatenate([front, mask], axis=1)[:, None, None]
+        return self._map()(x, visible)[:, 0].astype(jnp.float32)
+
+
+class Classifier(nn.Module):
+    """Logits in float32 of pooled vectors; without classes the vectors themselves."""
+
+    encoder: EncoderConfig
+    head: Head
+
+    @nn.compact
+    def __call__(self, pooled: Float[Array, '...']) -> Float[Array, '...']:
+        if self.head.representation:
+            dense = Dense((self.head.representation,), dtype=jnp.float32, name='pre_logits')
+            pooled = jnp.tanh(dense(pooled))
+        if not self.head.num_classes:
+            return pooled
+
+        def linear(name: str) -> heads.Classifier:
+            gather = self.encoder.style.gather
+            return heads.Classifier(self.head.num_classes, gather, self.head.head_bias, name=name)
+
+        if self.head.pool == 'cls_dist':
+            return (linear('head')(pooled[:, 0]) + linear('head_dist')(pooled[:, 1])) / 2
+        return linear('head')(pooled)
+
+
+class ViT(nn.Module):
+    """An encoder of images, videos, sounds or words; `variants.py` names the published sizes.
+
+    `make_vit` makes one of flat settings. Tasks that need more than logits call its stages:
+    `embed`, `encode`, `pool`, `classify`.
+
+    Attributes:
+      streams: the inputs: one without a name, or several with names, which `fusion` joins.
+      fusion, latents: see `fusion.Fusion`.
+    """
+
+    encoder: EncoderConfig
+    streams: tuple[Stream, ...]
+    prefix: Prefix = Prefix()
+    head: Head = Head()
+    fusion: str = 'concat'
+    latents: int = 0
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.prefix.class_token or self.head.pool in OF_CLASS_TOKEN
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens come before those of the input."""
+        return self.has_class_token + self.prefix.registers
+
+    @property
+    def single(self) -> Stream | None:
+        """The one input; None where there are several."""
+        return None if self.streams[0].name else self.streams[0]
+
+    def setup(self) -> None:
+        self.embedder = Embedding(self.streams, self.encoder, self.fusion, self.latents)
+        cross = self.fusion == 'cross' and self.single is None
+        self.body = Body(self.encoder, self.prefix, self.head, self.single, cross)
+        self.pooling = Pooling(self.encoder, self.head, self.prefix_tokens)
+        self.classifier = Classifier(self.encoder, self.head)
+        # Side by side in one scope, as checkpoints have them.
+        for stage in (self.embedder, self.body, self.pooling, self.classifier):
+            nn.share_scope(self, stage)
+
+    def embed(
+        self, inputs: Float[Array, '...'] | dict[str, Array], *, train: bool = False
+    ) -> tuple[Tokens, AttentionContext]:
+        """Tokens of the input with their positions, and what else blocks attend to.
+
+        Raises:
+          ValueError: the input does not divide into patches.
+        """
+        parts = inputs if isinstance(inputs, dict) else {self.streams[0].reads: inputs}
+        return self.embedder(parts, not train)
+
+    def encode(
+        self,
+        tokens: Tokens,
+        context: AttentionContext = NO_CONTEXT,
+        *,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
+        """Encoded tokens, the `prefix_tokens` in front, and what was captured."""
+        return self.body(tokens, context, train, capture)
+
+    def pool(
+        self, x: Float[Array, 'batch tokens width'], tokens: Tokens, images: int = 0
+    ) -> Float[Array, '...']:
+        """One vector for each example; of ragged sequences one for each of `images` in it."""
+        return self.pooling(x, tokens, images)
+
+    def classify(self, pooled: Float[Array, '...']) -> Float[Array, '...']:
+        """Logits of pooled vectors."""
+        return self.classifier(pooled)
+
     def __call__(
         self,
         inputs: Float[Array, '...'] | dict[str, Array],
@@ -216,232 +302,128 @@ class ViT(nn.Module):
 
         Args:
           inputs: an image [batch, height, width, channels] (or what else the tokenizer reads), or
-            the parts of a batch by name. Streams apart may be given one alone: then there are its
-            vectors [batch, shared] in place of logits, and they are under its name either way.
+            the parts of a batch by name.
           capture: 'blocks' adds the tokens after each block, [depth, batch, tokens, width];
             'attention' the weights, [depth, batch, heads, tokens, tokens].
 
         Raises:
           ValueError: the image does not divide into patches.
         """
-        style = self.style()
-        head_dim = self.head_dim or self.width // self.num_heads
-        parts = inputs if isinstance(inputs, dict) else {self.stream().reads: inputs}
-        if self.streams and self.fusion == 'apart':
-            return self._apart(style, head_dim, parts, not train)
-        if self.streams:
-            found, context = self._fused(style, head_dim, parts, not train)
-        else:
-            found = tokenizers.tokenize(self, self.stream(), self.width, head_dim, style, parts)
-            context = NO_CONTEXT
-        x, mask, turns = found.x, found.mask, found.rotation
-        if train and self.patch_dropout:
-            x, mask, turns = self._some(x, mask, turns)
-        before = self._before(x.shape[0])
-        prefix = 0 if before is None else before.shape[1]
-        if before is not None:
-            x = jnp.concatenate([before, x], axis=1)
-        x = self.constrain(nn.Dropout(self.dropout)(x, not train))
-        if self.pre_norm:
-            x = norm(style, 'pre_norm')(x)
-        relative = 0
-        if self.posemb == 'relative' and found.grid is not None:
-            relative = positions.relative_rows(found.grid, prefix)
-            index = jnp.asarray(positions.relative_index(found.grid, prefix))
-            context = context._replace(relative=index)
-        if turns is not None and prefix:
-            turns = tokenizers.padded_rotation(turns, prefix, 0, head_dim)
-        context = context._replace(rotation=turns, mask=_visible(found.segment, mask, prefix))
-        cross = self.fusion == 'cross' and bool(self.streams)
-        x, seen = Encoder(
-            self.depth,
-            **self._encoder(style, capture),
-            relative=relative,
-            cross=cross,
-            final_norm=not self.norm_after_pool,
-            name='Transformer',
-        )(x, not train, context)
-        pooled = self._pooled(style, x, prefix, mask, found.segment, parts)
-        if self.norm_after_pool:
-            pooled = norm(style, 'encoder_norm')(pooled)
-        extra = {'tokens': x, 'pre_logits': pooled, **seen}
-        return self._logits(style, pooled), extra
+        tokens, context = self.embed(inputs, train=train)
+        if train and self.prefix.patch_dropout:
+            key = self.make_rng('dropout')
+            tokens = drop_tokens(tokens, key, self.prefix.patch_dropout)
+        x, captured = self.encode(tokens, context, train=train, capture=capture)
+        images = 0
+        if isinstance(inputs, dict) and 'images' in inputs:
+            images = inputs['images'].shape[1]
+        pooled = self.pool(x, tokens, images)
+        return self.classify(pooled), {'tokens': x, 'pre_logits': pooled, **captured}
 
-    def _before(self, batch: int) -> Float[Array, 'batch prefix width'] | None:
-        """The class token and the registers, with what positions they have."""
-        found = []
-        if self.class_token or self.pool in OF_CLASS_TOKEN:
-            found.append(self.param('cls', nn.initializers.zeros, (1, 1, self.width)))
-        if self.registers:
-            start = nn.initializers.normal(0.02)
-            found.append(self.param('registers', start, (1, self.registers, self.width)))
-        if not found:
-            return None
-        x = jnp.concatenate([jnp.asarray(token) for token in found], axis=1)
-        if self.posemb == 'learned' and self.posemb_prefix:
-            table = jnp.asarray(self.get_variable('params', 'pos_embedding'))
-            own = table[:, : self.posemb_prefix]
-            x = x + jnp.pad(own, ((0, 0), (0, x.shape[1] - self.posemb_prefix), (0, 0)))
-        x = x.astype(self.dtype)
-        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
-    def _some(self, x: Array, mask: Array | None, turns: tuple[Array, Array] | None):
-        """A random part of the tokens of each example, and what belongs to them."""
-        batch, tokens = x.shape[:2]
-        count = max(1, round(tokens * (1 - self.patch_dropout)))
-        noise = jax.random.uniform(self.make_rng('dropout'), (batch, tokens))
-        kept = jnp.sort(jnp.argsort(noise, axis=1)[:, :count], axis=1)
+def select_tokens(tokens: Tokens, index: Array) -> Tokens:
+    """The tokens of an index [batch, kept], with their masks and rotations; the grid is lost."""
+    batch, count = index.shape
 
-        def take(values: Array) -> Array:
-            values = jnp.broadcast_to(values, (batch, *values.shape[1:]))
-            return jnp.take_along_axis(
-                values, kept.reshape(batch, count, *(1,) * (values.ndim - 2)), axis=1
-            )
-
-        mask = None if mask is None else take(mask)
-        turns = None if turns is None else (take(turns[0]), take(turns[1]))
-        return take(x), mask, turns
-
-    def _fused(
-        self, style: Style, head_dim: int, parts: dict[str, Array], deterministic: bool
-    ) -> tuple[Tokens, AttentionContext]:
-        """The sequence that the encoder gets from several streams, and what it may look at."""
-        each = [
-            StreamTokens(
-                stream, self.width, head_dim, style, self._encoder(style), name=stream.name
-            )(parts, deterministic)
-            for stream in self.streams
-        ]
-        if self.fusion == 'cross':
-            memory = _joined(each[1:], head_dim)
-            mask = None if memory.mask is None else memory.mask[:, None, None]
-            return each[0], AttentionContext(memory=memory.x, memory_mask=mask)
-        whole = _joined(each, head_dim)
-        if self.fusion == 'concat':
-            return whole, NO_CONTEXT
-        start = nn.initializers.normal(0.02)
-        latents = jnp.asarray(self.param('latents', start, (1, self.latents, self.width)))
-        latents = jnp.broadcast_to(
-            latents.astype(style.dtype), (whole.x.shape[0], self.latents, self.width)
+    def take(values: Array) -> Array:
+        values = jnp.broadcast_to(values, (batch, *values.shape[1:]))
+        return jnp.take_along_axis(
+            values, index.reshape(batch, count, *(1,) * (values.ndim - 2)), axis=1
         )
-        mask = None if whole.mask is None else whole.mask[:, None, None]
-        name = 'CrossAttention_0'
-        y, _ = Attention(self.num_heads, style, name=name)(
-            norm(style, 'LayerNorm_0')(latents),
-            norm(style, 'LayerNorm_1')(whole.x),
-            AttentionContext(mask=mask),
-        )
-        return Tokens(latents + y), NO_CONTEXT
 
-    def _apart(
-        self, style: Style, head_dim: int, parts: dict[str, Array], deterministic: bool
-    ) -> tuple[Float[Array, '...'], dict[str, Array]]:
-        """Logits [batch, batch], of the first stream's examples by the second's, and vectors.
+    def maybe(values: Array | None) -> Array | None:
+        return None if values is None else take(values)
 
-        'tokens' and 'pre_logits' are of the first stream that is there.
-        """
-        encoder = Encoder(self.depth, **self._encoder(style), name='Transformer')
-        pool = None
-        if self.pool == 'map':
-            pool = heads.MapPool(self.num_heads, self.mlp_dim, style, name='MAPHead_0')
-        extra: dict[str, Array] = {}
-        vectors = []
-        for stream in self.streams:
-            if stream.reads not in parts:
-                continue
-            found = StreamTokens(
-                stream, self.width, head_dim, style, self._encoder(style), name=stream.name
-            )(parts, deterministic)
-            mask = None if found.mask is None else found.mask[:, None, None]
-            x = self.constrain(nn.Dropout(self.dropout)(found.x, deterministic))
-            x, _ = encoder(x, deterministic, AttentionContext(rotation=found.rotation, mask=mask))
-            if pool is None:
-                pooled = heads.mean_pool(x, found.mask)
-            else:
-                pooled = pool(x, mask)[:, 0].astype(jnp.float32)
-            dense = Dense(
-                (self.shared,), dtype=jnp.float32, gather=self.gather, name=f'shared_{stream.name}'
-            )
-            vector = dense(pooled)
-            length = jnp.sqrt(jnp.square(vector).sum(-1, keepdims=True) + 1e-12)
-            vectors.append(vector / length)
-            extra = {'tokens': x, 'pre_logits': pooled, **extra, stream.name: vectors[-1]}
-        start = nn.initializers.constant(math.log(self.logit_scale))
-        scale, bias = jnp.asarray(self.param('logit_scale', start, ())), jnp.zeros(())
-        if self.logit_bias is None:
-            scale = jnp.minimum(scale, math.log(MOST_SCALE))
-        else:
-            start = nn.initializers.constant(self.logit_bias)
-            bias = jnp.asarray(self.param('logit_bias', start, ()))
-        if len(vectors) < len(self.streams):
-            return vectors[0], extra
-        return jnp.exp(scale) * (vectors[0] @ vectors[1].T) + bias, extra
-
-    def _pooled(
-        self,
-        style: Style,
-        x: Array,
-        prefix: int,
-        mask: Array | None,
-        segment: Array | None,
-        parts: dict[str, Array],
-    ) -> Float[Array, '...']:
-        """In float32 [batch, width], or of several images in a row [batch, images, width]."""
-        if segment is not None and 'images' in parts:
-            images = parts['images'].shape[1]
-            if self.pool == 'gap':
-                return heads.segment_pool(x, segment, images)
-            own = segment[:, None, None] == 1 + jnp.arange(images).reshape(1, 1, -1, 1)
-            # A query that sees nothing would be NaN; its example does not count.
-            own = own | ~own.any(-1, keepdims=True)
-            pool = heads.MapPool(self.num_heads, self.mlp_dim, style, name='MAPHead_0')
-            return pool(x, own).astype(jnp.float32)
-        tokens = x[:, prefix:]
-        if self.pool == 'gap':
-            return heads.mean_pool(tokens, mask)
-        if self.pool == 'cls':
-            return x[:, 0].astype(jnp.float32)
-        if self.pool == 'cls_gap':
-            mean = heads.mean_pool(tokens, mask)
-            return jnp.concatenate([x[:, 0].astype(jnp.float32), mean], axis=-1)
-        if self.pool == 'cls_dist':
-            return x[:, :2].astype(jnp.float32)
-        if self.pool == 'seq':
-            return heads.SequencePool(name='pool')(tokens, mask)
-        pool = heads.MapPool(self.num_heads, self.mlp_dim, style, name='MAPHead_0')
-        seen = None
-        if mask is not None:
-            front = jnp.ones((x.shape[0], prefix), bool)
-            seen = jnp.concatenate([front, mask], axis=1)[:, None, None]
-        return pool(x, seen)[:, 0].astype(jnp.float32)
-
-    def _logits(self, style: Style, pooled: Array) -> Float[Array, '...']:
-        if self.representation:
-            dense = Dense((self.representation,), dtype=jnp.float32, name='pre_logits')
-            pooled = jnp.tanh(dense(pooled))
-        if not self.num_classes:
-            return pooled
-
-        def head(name: str) -> heads.Classifier:
-            return heads.Classifier(self.num_classes, self.gather, self.head_bias, name=name)
-
-        if self.pool == 'cls_dist':
-            return (head('head')(pooled[:, 0]) + head('head_dist')(pooled[:, 1])) / 2
-        return head('head')(pooled)
+    rotation = tokens.rotation
+    return Tokens(
+        take(tokens.x),
+        None,
+        maybe(tokens.mask),
+        maybe(tokens.segment),
+        None if rotation is None else (take(rotation[0]), take(rotation[1])),
+    )
 
 
-def _joined(each: list[Tokens], head_dim: int) -> Tokens:
-    """Several streams as one sequence."""
-    x = jnp.concatenate([tokens.x for tokens in each], axis=1)
-    mask = None
-    if any(tokens.mask is not None for tokens in each):
-        mask = jnp.concatenate([tokenizers.real(t.mask, t.x) for t in each], axis=1)
-    turns = None
-    if any(tokens.rotation is not None for tokens in each):
-        both = [tokenizers.padded_rotation(t.rotation, 0, t.x.shape[1], head_dim) for t in each]
-        sin, cos = (jnp.concatenate(tables, axis=1) for tables in zip(*both, strict=True))
-        turns = sin, cos
-    return Tokens(x, None, mask, None, turns)
+def drop_tokens(tokens: Tokens, key: Array, rate: float) -> Tokens:
+    """A random part of the tokens of each example, in their order."""
+    batch, length = tokens.x.shape[:2]
+    count = max(1, round(length * (1 - rate)))
+    noise = jax.random.uniform(key, (batch, length))
+    return select_tokens(tokens, jnp.sort(jnp.argsort(noise, axis=1)[:, :count], axis=1))
+
+
+# Sections of a model and their settings under flat names, as configs and other codebases have
+# them. `Stream` has those of a model's one input.
+_SECTIONS: dict[type, tuple[str, ...]] = {
+    section: tuple(field.name for field in fields(section))
+    for section in (Style, EncoderConfig, Stream, Prefix, Head)
+}
+_NOT_SETTINGS = ('style', 'name', 'part')
+# Names of all settings of a model with one input.
+SETTINGS = tuple(
+    name for names in _SECTIONS.values() for name in names if name not in _NOT_SETTINGS
+)
+# Settings that a user chooses for speed or training: weights are the same with any.
+RUNTIME_SETTINGS = (
+    *('dropout', 'drop_path', 'patch_dropout', 'scan', 'remat', 'attention', 'dtype'),
+    *('gather', 'constrain', 'lora'),
+)
+
+
+def make_vit(
+    num_classes: int,
+    patch_size: tuple[int, int],
+    width: int,
+    depth: int,
+    mlp_dim: int,
+    num_heads: int,
+    *,
+    streams: tuple[Stream, ...] = (),
+    fusion: str = 'concat',
+    latents: int = 0,
+    **settings: Any,
+) -> ViT:
+    """A `ViT` of flat settings: fields of `Style`, `EncoderConfig`, `Stream`, `Prefix`, `Head`.
+
+    Args:
+      streams: several inputs, in place of the one that the settings describe.
+
+    Raises:
+      TypeError: an unknown setting.
+    """
+    settings = {'dtype': jnp.bfloat16, **settings, 'num_classes': num_classes}
+    settings |= {'width': width, 'depth': depth, 'mlp_dim': mlp_dim, 'num_heads': num_heads}
+    if not streams:
+        settings['patch_size'] = patch_size
+    unknown = [name for name in settings if name not in SETTINGS]
+    if unknown:
+        raise TypeError(f'{unknown[0]} is not a setting of a ViT; these are {", ".join(SETTINGS)}')
+
+    def section(kind: type, **more: Any) -> Any:
+        given = {name: settings[name] for name in _SECTIONS[kind] if name in settings}
+        return kind(**given, **more)
+
+    return ViT(
+        encoder=section(EncoderConfig, style=section(Style)),
+        streams=streams or (section(Stream),),
+        prefix=section(Prefix),
+        head=section(Head),
+        fusion=fusion,
+        latents=latents,
+    )
+
+
+def settings_of(model: ViT) -> dict[str, Any]:
+    """The flat settings of a model with one input, as `make_vit` takes them."""
+    stream = model.single
+    assert stream is not None
+    sections = (model.encoder.style, model.encoder, stream, model.prefix, model.head)
+    return {
+        name: getattr(section, name)
+        for section in sections
+        for name in _SECTIONS[type(section)]
+        if name not in _NOT_SETTINGS
+    }
 
 
 def _visible(segment: Array | None, mask: Array | None, prefix: int) -> Array | None:

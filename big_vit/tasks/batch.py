@@ -1,6 +1,5 @@
 """Parts of a batch: the model's inputs and the targets of a loss."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +12,6 @@ from big_vit.models.tokenizers import PICTURES
 Batch = dict[str, Any]
 
 
-Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ''], dict[str, Array]]]
-
-
 def normalise(
     image: UInt[Array, '*shape'] | Float[Array, '*shape'],
 ) -> Float[Array, '*shape']:
@@ -26,7 +22,7 @@ def normalise(
 
 
 def model_inputs(batch: Batch) -> Any:
-    """What the model is given of a batch: its image, or all of its parts, numbers as floats."""
+    """The image of a batch, or all parts that a model may read, with pixels as floats."""
     given = {
         name: normalise(x) if name in PICTURES else x
         for name, x in batch.items()

@@ -1,49 +1,66 @@
 """Classification: cross-entropy over classes, or over each class alone."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from big_vit.tasks.batch import Batch, Loss, model_inputs, targets
+from big_vit.models.vit import ViT
+from big_vit.tasks.batch import Batch, model_inputs, targets
+from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+
+
+def classification(*, loss: str = 'softmax', label_smoothing: float = 0.0) -> Task:
+    """Learns classes.
+
+    Args:
+      loss: 'softmax' over the classes, or 'sigmoid' for several labels an example.
+      label_smoothing: share of the target spread over all classes (arXiv 1512.00567).
+    """
+
+    def model(trunk: ViT, example: ExampleShape) -> ViT:
+        return trunk.clone(head=replace(trunk.head, num_classes=example.num_classes))
+
+    return Task(
+        name='classification',
+        model=model,
+        loss=lambda model: classification_loss(model, label_smoothing, loss),
+        headline=Headline('accuracy', larger_is_better=True),
+        provides=frozenset({'logits', 'features'}),
+        additions=('head', 'head_dist'),
+        needs_labels=True,
+        least_classes=2 if loss == 'softmax' else 1,
+        mixes_labels=True,
+    )
 
 
 def cross_entropy(
     logits: Float[Array, 'batch classes'], wanted: Float[Array, 'batch classes'], kind: str
 ) -> Float[Array, ' batch']:
-    """Of each example: over the classes (softmax), or summed over one for each (sigmoid)."""
+    """The loss of each example: over the classes (softmax), or summed over each alone (sigmoid)."""
     if kind == 'softmax':
         return optax.softmax_cross_entropy(logits, wanted)
     return optax.sigmoid_binary_cross_entropy(logits, wanted).sum(-1)
 
 
-def classification_loss(
-    apply: Callable[..., Any], label_smoothing: float = 0.0, kind: str = 'softmax'
-) -> Loss:
-    """Cross-entropy, the mean over the batch.
+def classification_loss(model: ViT, label_smoothing: float = 0.0, kind: str = 'softmax') -> Loss:
+    """Mean cross-entropy over a batch {'image', 'label'}.
 
-    Args:
-      apply: `ViT.apply`.
-      label_smoothing: share of the target spread over all classes; with sigmoid each class is
-        wanted with its share, as for softmax.
-      kind: softmax, or sigmoid, which is for several labels an example.
-
-    Returns:
-      A function of (params, {'image', 'label'}, rng) that gives the loss and
-      {'accuracy'}: how often the highest logit is that of the (or a) largest label; with
-      rng=None dropout is off.
+    Its metric 'accuracy' is how often the highest logit is that of the (or a) largest label. With
+    sigmoid and smoothing each class is wanted with its share, as for softmax.
     """
 
-    def loss(params: Any, batch: Batch, rng: Array | None) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
+    ) -> tuple[Array, Aux]:
         rngs = {} if rng is None else {'dropout': rng}
-        given = model_inputs(batch)
-        logits, _ = apply({'params': params}, given, train=rng is not None, rngs=rngs)
+        inputs = model_inputs(batch)
+        logits, _ = model.apply({'params': params}, inputs, train=rng is not None, rngs=rngs)
         plain = targets(batch['label'], logits.shape[-1], 0.0)
         wanted = targets(batch['label'], logits.shape[-1], label_smoothing)
         best = jnp.take_along_axis(plain, logits.argmax(-1)[:, None], axis=-1)[:, 0]
         hit = (best >= plain.max(-1)) & (best > 0)
-        return cross_entropy(logits, wanted, kind).mean(), {'accuracy': hit.mean()}
+        return cross_entropy(logits, wanted, kind).mean(), Aux({'accuracy': hit.mean()})
 
     return loss

@@ -1,13 +1,73 @@
 """Contrastive learning of two streams: CLIP (arXiv 2103.00020) and SigLIP (2303.15343)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt
 
-from big_vit.tasks.batch import Batch, Loss, model_inputs
+from big_vit.errors import UserError
+from big_vit.models.two_towers import TwoTowers
+from big_vit.models.vit import Head, Prefix, ViT
+from big_vit.tasks.batch import Batch, model_inputs
+from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+
+# How the logits of pairs start, as CLIP's and as SigLIP's.
+_LOGITS: dict[str, dict[str, Any]] = {
+    'softmax': {'logit_scale': 1 / 0.07},
+    'sigmoid': {'logit_scale': 10.0, 'logit_bias': -10.0},
+}
+
+
+def contrastive(*, loss: str = 'softmax', embedding_dim: int = 512) -> Task:
+    """Learns which examples of two streams belong together.
+
+    Args:
+      loss: CLIP's 'softmax' over the batch, or SigLIP's 'sigmoid' of each pair.
+      embedding_dim: dimension of the shared embedding.
+    """
+
+    def model(trunk: ViT, example: ExampleShape) -> TwoTowers:
+        _check(trunk)
+        # Features are of the first stream, so the one of words comes last.
+        first, second = sorted(trunk.streams, key=lambda stream: stream.tokenizer == 'words')
+        return TwoTowers(
+            (first, second), trunk.encoder, embedding_dim, trunk.head.pool, **_LOGITS[loss]
+        )
+
+    return Task(
+        name='contrastive',
+        model=model,
+        loss=lambda model: contrastive_loss(model, loss),
+        headline=Headline('accuracy', larger_is_better=True),
+        provides=frozenset({'pairs', 'features'}),
+        streams=2,
+    )
+
+
+def _check(trunk: ViT) -> None:
+    """Refuses settings that two towers have no place for."""
+    if len(trunk.streams) != 2:
+        there = 0 if trunk.single else len(trunk.streams)
+        raise UserError(
+            f"config: task.name='contrastive' compares two streams, and there are {there}: name "
+            'two as streams.NAME.tokenizer'
+        )
+    if trunk.head.pool not in ('gap', 'map'):
+        raise UserError(
+            f"config: model.pool={trunk.head.pool!r}, but task.name='contrastive' pools each "
+            "stream by 'gap' or 'map'"
+        )
+    settings = {**vars(trunk.prefix), **vars(trunk.head)}
+    unused = {**vars(Prefix()), **vars(Head(pool=trunk.head.pool))}
+    for name, value in settings.items():
+        if value and value != unused[name]:
+            raise UserError(f"config: model.{name} is not of task.name='contrastive': remove it")
+
+
+def words_part(model: TwoTowers) -> str | None:
+    """The part of a batch that a stream of words reads; None without one."""
+    return next((s.reads for s in model.streams if s.tokenizer == 'words'), None)
 
 
 def row_hashes(words: Int[Array, 'batch length']) -> UInt[Array, 'batch 2']:
@@ -22,32 +82,31 @@ def row_hashes(words: Int[Array, 'batch length']) -> UInt[Array, 'batch 2']:
     return jnp.stack(sums, axis=1)
 
 
-def contrastive_loss(apply: Callable[..., Any], kind: str, words: str | None = None) -> Loss:
-    """Which of a batch belong together, of a model with two streams apart.
+def contrastive_loss(model: TwoTowers, kind: str) -> Loss:
+    """Which examples of a batch belong together.
 
-    'softmax' is CLIP's loss (arXiv 2103.00020): for each example of one stream a softmax over
-    those of the other, the mean of both ways. 'sigmoid' is SigLIP's (arXiv 2303.15343): yes or no
-    for each pair, summed over the pairs of an example. Unlike there, an equal text is no negative:
-    examples with the same words belong together too, and share what a softmax wants of them.
+    'softmax' is CLIP's loss: for each example of one stream a softmax over those of the other, the
+    mean of both ways. 'sigmoid' is SigLIP's: yes or no for each pair, summed over the pairs of an
+    example. Unlike there, an equal text is no negative: examples with the same words belong
+    together too, and share what a softmax wants of them.
 
-    Args:
-      apply: `ViT.apply`, whose logits are [batch, batch].
-      words: the part of a batch that says which examples are the same; None: no two are.
-
-    Returns:
-      A function of (params, batch, rng) that gives the loss and {'accuracy'}: how often the
-      most alike of the second stream belongs to an example of the first.
+    Its metric 'accuracy' is how often the most alike of the second stream belongs to an example
+    of the first.
     """
+    words = words_part(model)
 
-    def loss(params: Any, batch: Batch, rng: Array | None) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
+    ) -> tuple[Array, Aux]:
         rngs = {} if rng is None else {'dropout': rng}
-        logits, _ = apply({'params': params}, model_inputs(batch), train=rng is not None, rngs=rngs)
+        inputs = model_inputs(batch)
+        logits, _ = model.apply({'params': params}, inputs, train=rng is not None, rngs=rngs)
         together = jnp.eye(len(logits), dtype=bool)
         if words is not None:
-            one = row_hashes(batch[words])
-            together |= (one[:, None] == one[None]).all(-1)
+            hashes = row_hashes(batch[words])
+            together |= (hashes[:, None] == hashes[None]).all(-1)
         best = jnp.take_along_axis(together, logits.argmax(-1)[:, None], axis=-1)
-        aux = {'accuracy': best.mean()}
+        aux = Aux({'accuracy': best.mean()})
         if kind == 'sigmoid':
             return optax.sigmoid_binary_cross_entropy(logits, together).sum(-1).mean(), aux
         # `together` is symmetric, so its rows are the shares both ways.

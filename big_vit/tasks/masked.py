@@ -1,0 +1,222 @@
+"""Masked autoencoding (MAE, arXiv 2111.06377): most patches are hidden, and their pixels asked for.
+
+The encoder sees the visible tokens alone; a small decoder gets them back with mask tokens in
+between and predicts the pixels of each patch.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from big_vit.errors import UserError
+from big_vit.models import positions
+from big_vit.models.encoder import Encoder, EncoderConfig
+from big_vit.models.layers import Dense
+from big_vit.models.tokenizers import grid_of
+from big_vit.models.vit import ViT, select_tokens
+from big_vit.tasks.batch import Batch, model_inputs
+from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+
+
+def masked(
+    *,
+    mask_ratio: float = 0.75,
+    decoder_width: int = 512,
+    decoder_depth: int = 8,
+    decoder_heads: int = 16,
+    normalise_pixels: bool = True,
+) -> Task:
+    """Learns to predict hidden patches.
+
+    Args:
+      mask_ratio: share of the patches that are hidden.
+      decoder_width, decoder_depth, decoder_heads: size of the decoder; its MLPs are four times
+        as wide.
+      normalise_pixels: predict each patch less its mean, by its standard deviation.
+    """
+
+    def model(trunk: ViT, example: ExampleShape) -> MaskedAutoencoder:
+        _check(trunk, example, mask_ratio, decoder_width, decoder_heads)
+        decoder = EncoderConfig(
+            width=decoder_width,
+            depth=decoder_depth,
+            mlp_dim=4 * decoder_width,
+            num_heads=decoder_heads,
+            style=trunk.encoder.style,
+            scan=trunk.encoder.scan,
+            remat=trunk.encoder.remat,
+            constrain=trunk.encoder.constrain,
+        )
+        return MaskedAutoencoder(trunk, decoder, mask_ratio)
+
+    return Task(
+        name='masked',
+        model=model,
+        loss=lambda model: masked_loss(model, normalise_pixels),
+        headline=Headline('loss', larger_is_better=False),
+        provides=frozenset({'features'}),
+        additions=('decoder',),
+        trunk=lambda model: model.trunk,
+        streams=1,
+    )
+
+
+def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: int) -> None:
+    """Refuses what masked autoencoding cannot be done with."""
+    stream = trunk.single
+    if (
+        stream is None
+        or stream.tokenizer != 'patches'
+        or stream.stride
+        not in (
+            None,
+            stream.patch_size,
+        )
+    ):
+        raise UserError(
+            "config: task.name='masked' hides patches of one image, which do not overlap: set "
+            "model.tokenizer='patches', without model.stride and streams"
+        )
+    if stream.posemb == 'relative':
+        raise UserError(
+            "config: model.posemb='relative' needs all tokens of a grid, and task.name='masked' "
+            'hides some: take another'
+        )
+    head = trunk.head
+    if head.pool not in ('gap', 'cls', 'cls_gap') or head.norm_after_pool or head.representation:
+        raise UserError(
+            "config: task.name='masked' trains no pooling: set model.pool to 'gap', 'cls' or "
+            "'cls_gap', without model.norm_after_pool and model.representation"
+        )
+    if trunk.prefix.patch_dropout:
+        raise UserError(
+            "config: task.name='masked' leaves out patches itself: set task.mask_ratio and no "
+            'model.patch_dropout'
+        )
+    rows, columns = grid_of(stream, example.inputs[stream.reads])
+    if not 0 < visible_tokens(rows * columns, ratio) < rows * columns:
+        raise UserError(
+            f'config: task.mask_ratio={ratio:g} of {rows * columns} patches leaves none '
+            f'{"hidden" if ratio < 0.5 else "visible"}'
+        )
+    if width % heads or not positions.divides(width, 2):
+        raise UserError(
+            f'config: task.decoder_width={width} must be divisible by 4 and by '
+            f'task.decoder_heads={heads}'
+        )
+
+
+def visible_tokens(tokens: int, ratio: float) -> int:
+    """How many tokens stay, rounded as MAE does."""
+    return int(tokens * (1 - ratio))
+
+
+class Decoder(nn.Module):
+    """Encoded visible tokens, with mask tokens in between, as predictions of each patch."""
+
+    encoder: EncoderConfig
+    grid: tuple[int, int]
+    outputs: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, 'batch visible width'],
+        prefix: int,
+        restore: Int[Array, 'batch tokens'],
+        deterministic: bool,
+    ) -> Float[Array, 'batch tokens outputs']:
+        width, style = self.encoder.width, self.encoder.style
+        x = Dense((width,), dtype=style.dtype, gather=style.gather, name='embedding')(x)
+        start = nn.initializers.normal(0.02)
+        token = jnp.asarray(self.param('mask_token', start, (1, 1, width))).astype(x.dtype)
+        before, visible = x[:, :prefix], x[:, prefix:]
+        hidden = restore.shape[1] - visible.shape[1]
+        tokens = jnp.concatenate(
+            [visible, jnp.broadcast_to(token, (x.shape[0], hidden, width))], axis=1
+        )
+        tokens = jnp.take_along_axis(tokens, restore[..., None], axis=1)
+        table = jnp.asarray(positions.sincos(self.grid, width, 'sincos2d_mae'))
+        x = jnp.concatenate([before, tokens + table.astype(x.dtype)], axis=1)
+        x, _ = Encoder(self.encoder, name='Transformer')(self.encoder.constrain(x), deterministic)
+        predict = Dense((self.outputs,), dtype=jnp.float32, gather=style.gather, name='prediction')
+        return predict(x[:, prefix:])
+
+
+class MaskedAutoencoder(nn.Module):
+    """A trunk, whose parameters stay at the root, and `decoder` beside it.
+
+    Attributes:
+      decoder_config: sizes of the decoder.
+      mask_ratio: share of the patches that are hidden.
+    """
+
+    trunk: ViT
+    decoder_config: EncoderConfig
+    mask_ratio: float
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.trunk)
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels'], *, train: bool = False
+    ) -> tuple[Float[Array, 'batch tokens pixels'], Float[Array, 'batch tokens']]:
+        """The predicted pixels of each patch, and a mask that is 1 for hidden patches.
+
+        Which are hidden depends on the random stream 'mask'; without it, the last ones are.
+        """
+        stream = self.trunk.single
+        assert stream is not None
+        tokens, context = self.trunk.embed(image, train=train)
+        batch, length = tokens.x.shape[:2]
+        noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
+        if self.has_rng('mask'):
+            noise = jax.random.uniform(self.make_rng('mask'), (batch, length))
+        order = jnp.argsort(noise, axis=1)
+        restore = jnp.argsort(order, axis=1)
+        kept = visible_tokens(length, self.mask_ratio)
+        visible = select_tokens(tokens, order[:, :kept])
+        x, _ = self.trunk.encode(visible, context, train=train)
+        grid = grid_of(stream, image.shape[1:])
+        pixels = stream.patch_size[0] * stream.patch_size[1] * image.shape[-1]
+        decoder = Decoder(self.decoder_config, grid, pixels, name='decoder')
+        predicted = decoder(x, self.trunk.prefix_tokens, restore, not train)
+        return predicted, (restore >= kept).astype(jnp.float32)
+
+
+def patchify(
+    image: Float[Array, 'batch height width channels'], patch: tuple[int, int]
+) -> Float[Array, 'batch tokens pixels']:
+    """The pixels of each patch, by rows, channels last."""
+    batch, height, width, channels = image.shape
+    rows, columns = height // patch[0], width // patch[1]
+    x = image.reshape(batch, rows, patch[0], columns, patch[1], channels).swapaxes(2, 3)
+    return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
+
+
+def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
+    """Mean squared error of the pixels of hidden patches; its metric 'hidden' is their share."""
+    stream = model.trunk.single
+    assert stream is not None
+
+    def loss(
+        params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
+    ) -> tuple[Array, Aux]:
+        image = model_inputs({'image': batch['image']})
+        rngs = {}
+        if rng is not None:
+            dropout, mask = jax.random.split(rng)
+            rngs = {'dropout': dropout, 'mask': mask}
+        predicted, hidden = model.apply({'params': params}, image, train=rng is not None, rngs=rngs)
+        wanted = patchify(image, stream.patch_size)
+        if normalise_pixels:
+            mean = wanted.mean(-1, keepdims=True)
+            # Unbiased, as in the authors' code.
+            variance = wanted.var(-1, keepdims=True, ddof=1)
+            wanted = (wanted - mean) / jnp.sqrt(variance + 1e-6)
+        error = jnp.square(predicted - wanted).mean(-1)
+        return (error * hidden).sum() / hidden.sum(), Aux({'hidden': hidden.mean()})
+
+    return loss

@@ -1,0 +1,12 @@
+"""The table of tasks: a new one is a file beside this one and a line here."""
+
+from collections.abc import Callable
+
+from big_vit.tasks import classification, contrastive, masked
+from big_vit.tasks.task import Task
+
+TASKS: dict[str, Callable[..., Task]] = {
+    'classification': classification.classification,
+    'contrastive': contrastive.contrastive,
+    'masked': masked.masked,
+}
