@@ -21,8 +21,9 @@ import jax
 from etils import epath
 
 from benchmarks.checkpoint import cpu
-from big_vit import command_line, ledger, metrics, runtime, state, storage, train
+from big_vit import command_line, ledger, metrics, runtime, state, steps, storage, train
 from big_vit import config as config_lib
+from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import (
     abstract_batch,
     build_experiment,
@@ -30,11 +31,12 @@ from big_vit.build.experiment import (
     is_due,
     train_batches,
 )
-from big_vit.build.steps import build_eval_steps, build_train_step
+from big_vit.build.steps import build_train_step
 from big_vit.config import Config
 from big_vit.config.schema import SCHEMA
 from big_vit.errors import UserError
 from big_vit.evaluators import classification
+from big_vit.evaluators.evaluation import BatchMeans
 from big_vit.inspection import plots
 
 RESULTS = Path(__file__).parent / 'results'
@@ -117,7 +119,11 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
       final: also score on the test images.
     """
     parts = build_experiment(config)
-    step, scorers = build_train_step(config, parts), build_eval_steps(config, parts)
+    step, scorers = build_train_step(config, parts), {}
+    for name, evaluator in build_evaluators(config, parts).items():
+        assert isinstance(evaluator, BatchMeans)
+        sums = evaluator.sums
+        scorers[name] = steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
     config.audit()
     counted = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):

@@ -19,9 +19,9 @@ import numpy as np
 
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, state
-from big_vit.build.experiment import build_experiment, eval_batches, train_batches
-from big_vit.build.steps import build_eval_steps, build_train_step
-from big_vit.evaluators import classification
+from big_vit.build.evaluations import build_evaluators
+from big_vit.build.experiment import build_experiment, train_batches
+from big_vit.build.steps import build_train_step
 from big_vit.models import layers
 
 FILE = Path(__file__).parent / 'results' / 'precision.json'
@@ -57,7 +57,7 @@ def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
     with mock.patch.object(layers, 'layer_norm', norm):
         parts = build_experiment(config)
         with jax.set_mesh(parts.mesh):
-            step, scorers = build_train_step(config, parts), build_eval_steps(config, parts)
+            step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
             now = state.create(
                 parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state
             )
@@ -66,8 +66,7 @@ def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
                 for _ in range(steps):
                     now, values = step(now, next(batches))
                     losses.append(float(values['loss']))
-            batches_ = eval_batches(parts, 'test')
-            top1 = classification.run(scorers['test'], now['params'], batches_)['top1']
+            top1 = evaluators['test'](now['params'], {})['top1']
     jax.clear_caches()
     return {'losses': losses, 'top1': top1}
 

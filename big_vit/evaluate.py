@@ -18,11 +18,13 @@ import jax
 
 from big_vit import checkpoint, interop, metrics, runtime, sharding, state
 from big_vit import config as config_lib
+from big_vit.build.data import completed_section
 from big_vit.build.evaluations import SharedFeatures, build_evaluators
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
+from big_vit.evaluators.registry import requirements
 from big_vit.pretrained.load import initial_params, read_pretrained
 
 HEADERS = {'top1': 'top-1', 'top5': 'top-5', 'count': 'examples'}
@@ -68,7 +70,11 @@ def run_weights(
 
     def checked(parts: Experiment) -> Any:
         own = 0 if head is None else head['kernel'].shape[-1]
-        of_head = [n for n, d in parts.evals.items() if n not in parts.references]
+        of_head = [
+            name
+            for name in parts.evals
+            if requirements(completed_section(config, 'evals', name).type).output == 'logits'
+        ]
         if of_head and own != parts.data.source.num_classes:
             raise UserError(
                 f'config: evals.{of_head[0]} is of the head, which in {path} has {own} classes, '

@@ -7,7 +7,6 @@ import re
 from commands import ROOT
 
 from big_vit import augment
-from big_vit.build.evaluations import evaluation_keys
 from big_vit.config import registries, schema, schema_evals
 from big_vit.data import transforms
 from big_vit.optim import factory
@@ -26,7 +25,7 @@ any name, and what is not set comes from `data`.
 
 
 # Sections whose keys are arguments of registered functions, which have the defaults.
-SECTIONS = ('optim',)
+SECTIONS = ('optim', 'evals.*')
 
 
 def values(check) -> str:
@@ -133,6 +132,7 @@ def test_every_evaluator_is_documented_with_the_keys_that_it_reads():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
         if line.startswith('| `') and len(cells) == 3:
             rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[2]))
-    assert rows == {kind: set(evaluation_keys(kind)) for kind in schema_evals.EVALUATORS}
+    table = registries.EVALUATORS
+    assert rows == {name: set(table.keys(name)) for name in table.entries()}
     for name in schema_evals.CORRUPTIONS:
         assert f'`{name}`' in (ROOT / 'docs' / 'evaluators.md').read_text()

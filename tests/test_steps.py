@@ -640,7 +640,7 @@ def evaluate(logits, label, mask):
         'label': jnp.asarray(label, jnp.int32),
         'mask': jnp.asarray(mask, jnp.float32),
     }
-    sums = classification.classification_sums(fixed(np.asarray(logits, np.float32)))
+    sums = classification.sums(fixed(np.asarray(logits, np.float32)))
     return {name: float(value) for name, value in sums({}, batch).items()}
 
 
@@ -697,7 +697,7 @@ def test_the_loss_of_padding_may_be_anything():
 def test_the_evaluation_step_sums_over_all_devices(sizes):
     run = Run(8, sizes)
     batch = batch_of(0) | {'mask': np.float32(np.arange(BATCH) % 3 > 0)}
-    sums = classification.classification_sums(run.net.apply)
+    sums = classification.sums(run.net.apply)
     with jax.set_mesh(run.mesh):
         now = run.start()
         found = steps.make_eval_step(sums, run.abstract_state, run.mesh)(

@@ -14,6 +14,7 @@ from big_vit.config import Config
 from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
+from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
 
 
@@ -201,7 +202,7 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
     defaults['on_error'] = whole.on_error
     if kind == 'evals':
-        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': 'classification'}
+        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': DEFAULT}
     else:
         defaults['split'] = whole.split
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
@@ -213,16 +214,31 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     return own.completed(defaults)
 
 
-# The evaluations that are of the model's own classes; those of features have their own.
-OF_THE_HEAD = ('classification', 'robustness')
+def provided(config: Config) -> frozenset[str]:
+    """Return the outputs for evaluators that the task of a config provides."""
+    return frozenset({'pairs' if is_apart(config) else 'logits', 'features'})
 
 
-# Those of streams apart, which learn from no split and search in no other.
-OF_PAIRS = ('zero_shot', 'matching')
+# Why a task does not provide an output.
+_REASONS = {
+    'logits': "is of a head, which model.fusion='apart' has not",
+    'pairs': "compares two streams, which need model.fusion='apart'",
+}
+
+
+def _check_provided(config: Config, key: str, kind: str) -> None:
+    """Raise `UserError` if a type of evaluation needs an output that the task does not provide."""
+    output, outputs = requirements(kind).output, provided(config)
+    if output not in outputs:
+        others = [other for other in EVALUATORS if requirements(other).output in outputs]
+        raise UserError(
+            f'config: {key}.type={kind!r} {_REASONS[output]}: set it to one of '
+            + ', '.join(map(repr, others))
+        )
 
 
 def eval_data(config: Config, name: str, train: Data) -> Data:
-    """The data of an evaluation, checked against that of training.
+    """Open the split of an evaluation, checked against the training data.
 
     Raises:
       UserError: something is missing or does not fit.
@@ -231,15 +247,15 @@ def eval_data(config: Config, name: str, train: Data) -> Data:
 
 
 def reference_data(config: Config, name: str, train: Data) -> Data | None:
-    """What an evaluation learns from, or searches: another split of its dataset, seen alike.
+    """Open the split that an evaluation learns from or searches, with the evaluation's transform.
 
     Raises:
       UserError: something is missing or does not fit.
     """
     section = completed_section(config, 'evals', name)
-    if section.type in OF_THE_HEAD + OF_PAIRS:
+    which = requirements(section.type).reference
+    if which is None:
         return None
-    which = 'gallery_split' if section.type == 'retrieval' else 'train_split'
     key, whole = f'evals.{name}', config.data
     same = section.name == whole.peek('name') and section.path == whole.peek('path')
     split = section[which] or (whole.peek('split') if same else 'train')
@@ -250,24 +266,14 @@ def reference_data(config: Config, name: str, train: Data) -> Data | None:
 
 
 def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
-    """A split of an evaluation."""
-    key, of_head = f'evals.{name}', section.type in OF_THE_HEAD
+    """Open a split of an evaluation."""
+    key, needs = f'evals.{name}', requirements(section.type)
     if section.name is None:
         raise UserError(f'config: {key}.name must be set')
-    apart = is_apart(config)
-    if of_head and apart:
-        raise UserError(
-            f"config: {key}.type={section.type!r} is of a head, which model.fusion='apart' has "
-            "not: set it to 'zero_shot', 'matching' or one of features, such as 'knn'"
-        )
-    if section.type in OF_PAIRS and not apart:
-        raise UserError(
-            f'config: {key}.type={section.type!r} compares two streams, which need '
-            "model.fusion='apart'"
-        )
-    # What is seen of streams apart needs no words of its own; those of prompts are made.
+    _check_provided(config, key, section.type)
+    of_head = needs.output == 'logits'
     taken = train.reads
-    if apart and section.type != 'matching':
+    if is_apart(config) and not needs.all_streams:
         taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
     own_world = not of_head and section.name != config.data.peek('name')
     classes = None if own_world else train.source.num_classes
@@ -283,19 +289,19 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     if of_head and classes is not None and source.num_classes > classes:
         raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
     ours, theirs = train.source.class_names, source.class_names
-    # A map says the number of each class itself, and may leave most out.
+    # A label map gives the numbers of the classes itself, and may leave most out.
     if of_head and config.evals[name].label_map is None and ours and theirs and ours != theirs:
         strange = next((b for a, b in zip(ours, theirs, strict=False) if a != b), theirs[-1])
         raise UserError(
             f'config: {key} has other classes than the training data ({strange!r} is not class '
             f'{theirs.index(strange)} there): give both the same label_map or classes'
         )
-    # What is not said about numbers is as in training, or the model sees another world.
+    # By default devices do as in training, for the model to see numbers of the same range.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     skip = section.on_error == 'skip'
     found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
-    _check_fit(found, key, labelled=section.type != 'matching')
-    if not of_head and section.type != 'matching' and example_spec.parts['label'][0]:
+    _check_fit(found, key, labelled=needs.labels != 'none')
+    if needs.labels == 'numbers' and example_spec.parts['label'][0]:
         raise UserError(
             f'config: {key}.transform gives vectors as labels, {section.type} takes numbers: '
             'leave out onehot or multihot'
@@ -379,28 +385,6 @@ def text_data(config: Config, train: Data, texts: list[str], key: str) -> Data:
 def device_operations(found: Data) -> Any:
     """What the devices do to a batch before anything else, (batch, rng) -> batch; or None."""
     return augment.compose([function for _, function in found.device]) if found.device else None
-
-
-def subset_of(chosen: Any, found: Data, train: Data, key: str) -> tuple[int, ...]:
-    """Numbers of the classes that compete, in ascending order."""
-    if chosen == 'present':
-        if found.source.labels is None:
-            raise UserError(
-                f"config: {key}.subset='present': the labels of {found.source.name} cannot be "
-                'listed; name the classes in a tuple'
-            )
-        return tuple(np.unique(found.source.labels()).tolist())
-    names, classes = train.source.class_names, train.source.num_classes
-    numbers = []
-    for one in chosen:
-        number = names.index(one) if names and one in names else one
-        if not isinstance(number, int) or not 0 <= number < classes:
-            known = ', '.join(names[:12]) if names else f'0 to {classes - 1}'
-            raise UserError(f'config: {key}.subset: the model has no class {one!r}; it has {known}')
-        numbers.append(number)
-    if len(set(numbers)) != len(numbers):
-        raise UserError(f'config: {key}.subset names a class twice')
-    return tuple(sorted(numbers))
 
 
 def eval_device_operations(found: Data) -> Callable[[dict[str, Any]], dict[str, Any]]:

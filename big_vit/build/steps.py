@@ -1,4 +1,4 @@
-"""The train step and the evaluation steps of an experiment."""
+"""The train step of an experiment."""
 
 import functools
 from collections.abc import Callable
@@ -10,19 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from big_vit import augment, sharding, state, steps
-from big_vit.build.data import (
-    OF_THE_HEAD,
-    Data,
-    completed_section,
-    device_operations,
-    eval_device_operations,
-    subset_of,
-)
+from big_vit.build.data import Data, device_operations
 from big_vit.build.experiment import Experiment
 from big_vit.build.model import words_of
 from big_vit.config import Config
 from big_vit.errors import UserError
-from big_vit.evaluators import classification
 from big_vit.models import tokenizers
 from big_vit.models.vit import ViT
 from big_vit.optim import factory, schedules
@@ -102,46 +94,3 @@ def batch_seen(config: Config, found: Data, batch: dict[str, Any], step: int) ->
     )
     result = jax.jit(made)(arrays, step=step)
     return {n: normalise(x) if n in tokenizers.PICTURES else x for n, x in result.items()}
-
-
-def build_eval_steps(config: Config, parts: Experiment) -> dict[str, Any]:
-    """The jitted step of each evaluation of the head; those that prepare images alike share one."""
-    made: dict[Any, Any] = {}
-    steps_ = {}
-    for name, found in parts.evals.items():
-        section = completed_section(config, 'evals', name)
-        if section.type not in OF_THE_HEAD:
-            continue
-        options = head_options(config, parts, name) if section.type == 'classification' else {}
-        key = found.device, tuple(options.items())
-        if key not in made:
-            sums = build_eval_sums(config, parts, found, **options)
-            made[key] = steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
-        steps_[name] = made[key]
-    return steps_
-
-
-def head_options(config: Config, parts: Experiment, name: str) -> dict[str, Any]:
-    """What else is asked of a classification, as arguments of `classification.sums`."""
-    section, key = config.evals[name], f'evals.{name}'
-    options: dict[str, Any] = {}
-    if section.calibration:
-        if config.loss != 'softmax':
-            raise UserError(
-                f"config: {key}.calibration is of probabilities over classes: set loss='softmax'"
-            )
-        options['calibration'] = True
-    if section.per_class not in (None, 'none'):
-        options['per_class'] = True
-    if section.skip_unlabelled:
-        options['skip_unlabelled'] = True
-    if section.subset is not None:
-        options['subset'] = subset_of(section.subset, parts.evals[name], parts.data, key)
-    return options
-
-
-def build_eval_sums(config: Config, parts: Experiment, found: Data, **options: Any) -> Any:
-    """What an evaluation step of the head computes, not jitted."""
-    return classification.sums(
-        parts.model.apply, eval_device_operations(found), config.loss, **options
-    )

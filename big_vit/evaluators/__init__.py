@@ -1,1 +1,1 @@
-"""Evaluators: functions of (eval step, parameters, batches) that give a dictionary of floats."""
+"""Evaluators: factories of functions that score parameters, one file each; see registry.py."""

@@ -1,7 +1,7 @@
-"""The frozen features of a split: each example once, in its order, on every host."""
+"""Features of a frozen model: how examples are embedded, and the features of a whole split."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +19,77 @@ from big_vit.tasks.batch import Batch, model_inputs
 # Products of features decide ties and ranks, so accelerators must not round them to bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
 
-# A function of (params, inputs) that gives a vector for each example.
+# A function of (params, inputs) that returns a vector for each example.
 Embed = Callable[[Any, Any], Float[Array, 'batch width']]
 LABEL = operator.itemgetter('label')
 
 
 class Features(NamedTuple):
-    """What a frozen model makes of a split, and what is known of its examples."""
+    """Features of the examples of a split, in its order, and their labels."""
 
     values: Float32[np.ndarray, 'examples width']
     labels: Int[np.ndarray, ' examples']
 
 
+class Embedding(NamedTuple):
+    """A way to embed examples.
+
+    Attributes:
+      name: what tells embeddings of the same model apart; equal names share features.
+      embed: the function.
+      label: the label that goes with a feature, [batch] or [batch, numbers], from the batch.
+    """
+
+    name: Hashable
+    embed: Embed
+    label: Callable[[Batch], Array] = LABEL
+
+
+def choose_embedding(
+    model: vit.ViT, blocks: tuple[int, ...] | None, pool: str | None, key: str
+) -> Embedding:
+    """Return the embedding by pooled blocks, or by the vector before the head.
+
+    Args:
+      blocks: numbers of blocks; None for the vector before the head.
+      pool: how to pool their tokens; None for `default_pool`.
+      key: of the evaluation in the config, for messages.
+
+    Raises:
+      UserError: `blocks` or `pool` do not fit the model.
+    """
+    if blocks is None:
+        if pool is not None:
+            raise UserError(f'config: {key}.pool is of {key}.blocks, which is not set')
+        return Embedding(None, before_head(model))
+    numbers = block_numbers(blocks, model.depth, f'{key}.blocks')
+    return pooled_blocks(model, numbers, choose_pool(model, pool, f'{key}.pool'))
+
+
+def pooled_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embedding:
+    """Return the embedding that `of_blocks` computes."""
+    return Embedding((blocks, pool), of_blocks(model, blocks, pool))
+
+
+def choose_pool(model: vit.ViT, pool: str | None, key: str) -> str:
+    """Return how tokens are pooled: as asked, or by `default_pool`.
+
+    Raises:
+      UserError: the model does not have such tokens.
+    """
+    if model.streams or model.tokenizer in ('ragged', 'words'):
+        raise UserError(
+            f'config: {key.rpartition(".")[0]}: blocks are pooled where all tokens are of one '
+            f'image, video or sound, not for model.tokenizer={model.tokenizer!r} or streams'
+        )
+    default = default_pool(model)
+    if pool is not None and 'cls' in pool and default == 'gap':
+        raise UserError(f"config: {key}={pool!r}, but the model has no class token: set 'gap'")
+    return pool or default
+
+
 def block_numbers(blocks: tuple[int, ...], depth: int, key: str) -> tuple[int, ...]:
-    """The numbers counted from the first block.
+    """Count block numbers from the first block; negative ones count from the last.
 
     Raises:
       UserError: the model has no such block.
@@ -47,40 +104,40 @@ def block_numbers(blocks: tuple[int, ...], depth: int, key: str) -> tuple[int, .
 
 
 def default_pool(model: vit.ViT) -> str:
-    """The class token, where the model has one and reads from it."""
+    """Return 'cls' if the model has a class token or reads from it, else 'gap'."""
     return 'cls' if model.class_token or model.pool in vit.OF_CLASS_TOKEN else 'gap'
 
 
 def of_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embed:
-    """A function of (params, inputs): tokens after some blocks, pooled, one after the other.
+    """Make a function of (params, inputs) that pools the tokens of blocks and concatenates them.
 
     The last norm of the model is applied to the tokens of each block, as DINOv2 does.
 
     Args:
-      blocks: from 0, as `block_numbers` gives them.
-      pool: 'gap' (mean of the tokens but class token and registers), 'cls', or 'cls_gap'.
+      blocks: numbers from 0, as `block_numbers` returns them.
+      pool: 'gap' (the mean of all tokens except class token and registers), 'cls', or 'cls_gap'.
     """
     last = layers.norm(model.style(), 'encoder_norm')
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
         _, extra = model.apply({'params': params}, given, capture=('blocks',))
-        found = []
+        pooled = []
         for number in blocks:
             tokens = extra['blocks'][number]
             if not model.norm_after_pool:
                 tokens = last.apply({'params': params['Transformer']['encoder_norm']}, tokens)
             tokens = tokens.astype(jnp.float32)
             if 'cls' in pool:
-                found.append(tokens[:, 0])
+                pooled.append(tokens[:, 0])
             if 'gap' in pool:
-                found.append(heads.mean_pool(tokens[:, model.prefix() :], None))
-        return jnp.concatenate(found, axis=-1)
+                pooled.append(heads.mean_pool(tokens[:, model.prefix() :], None))
+        return jnp.concatenate(pooled, axis=-1)
 
     return embed
 
 
 def before_head(model: vit.ViT) -> Embed:
-    """A function of (params, inputs): the pooled vector; of two tokens, one after the other."""
+    """Make a function of (params, inputs) that returns the pooled vector before the head."""
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
         _, extra = model.apply({'params': params}, given)
@@ -89,14 +146,16 @@ def before_head(model: vit.ViT) -> Embed:
     return embed
 
 
-def of_streams(model: vit.ViT, names: tuple[str, ...]) -> Embed:
-    """A function of (params, inputs): vectors of streams apart, one after the other."""
+def stream_vectors(
+    model: vit.ViT, names: tuple[str, ...], label: Callable[[Batch], Array] = LABEL
+) -> Embedding:
+    """Return the embedding of streams that stay apart, their vectors concatenated."""
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
         _, extra = model.apply({'params': params}, given)
         return jnp.concatenate([extra[name] for name in names], axis=-1)
 
-    return embed
+    return Embedding(names, embed, label)
 
 
 def make_step(
@@ -106,10 +165,10 @@ def make_step(
     mesh: Mesh,
     label: Callable[[Batch], Array] = LABEL,
 ) -> Callable[[Any, Batch], dict[str, Array]]:
-    """The jitted step (params, batch) -> {'values', 'label', 'mask'}, whole on every device.
+    """Jit the step (params, batch) -> {'values', 'label', 'mask'}, replicated on all devices.
 
     Args:
-      label: what is known of each example, [batch] or [batch, numbers].
+      label: as in `Embedding`.
     """
 
     def step(params: Any, batch: Batch) -> dict[str, Array]:
@@ -130,11 +189,11 @@ def make_step(
 def gather(
     step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch], key: str
 ) -> Features:
-    """The features of all real examples, in the order of the split, on every host.
+    """Compute the features of all real examples, in the order of the split, on every host.
 
     Args:
       step: from `make_step`.
-      batches: padded ones, with 'mask'; on several hosts each has its own rows.
+      batches: padded ones, with 'mask'; global arrays if there are several hosts.
       key: of the config, for messages.
 
     Raises:
@@ -143,8 +202,8 @@ def gather(
     waiting: list[dict[str, Array]] = []
     parts: list[dict[str, np.ndarray]] = []
 
-    def fetch(found: dict[str, Array]) -> None:
-        rows = jax.device_get(found)
+    def fetch(outputs: dict[str, Array]) -> None:
+        rows = jax.device_get(outputs)
         real = rows['mask'] > 0
         parts.append({name: rows[name][real] for name in ('values', 'label')})
 
@@ -152,8 +211,8 @@ def gather(
         waiting.append(step(params, batch))
         if len(waiting) > 2:
             fetch(waiting.pop(0))
-    for found in waiting:
-        fetch(found)
+    for outputs in waiting:
+        fetch(outputs)
     if not parts or not sum(len(part['label']) for part in parts):
         raise UserError(f'config: {key}: the split has no example')
     values = np.concatenate([part['values'] for part in parts])

@@ -1,9 +1,9 @@
 """k nearest neighbours, searched exactly, with the gallery split over all devices.
 
 Each device goes through its part of the gallery in blocks of a fixed size and keeps its best k;
-those of all devices are merged. Blocks have the same shape on any mesh, so that products round
-alike and one device and many give the same neighbours. Of two at the same distance the one that
-comes first in the gallery is nearer; of two classes with the same votes the lower number wins.
+then those of all devices are merged. Blocks have the same shape on every mesh, so that products
+round alike and one device finds the same neighbours as many. Among equal distances, the first in
+the gallery is nearer; among equal votes, the lower class number wins.
 """
 
 import functools
@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
 from big_vit import sharding
 from big_vit.errors import UserError
-from big_vit.evaluators.features import PRECISION, Features
+from big_vit.evaluators.evaluation import Evaluation, Evaluator
+from big_vit.evaluators.features import PRECISION, Features, choose_embedding
+from big_vit.evaluators.requirements import requires
+from big_vit.evaluators.two_splits import check_classes, compare_splits
 
 # Rows of the gallery, and queries, that are compared at a time.
 _BLOCK, _QUERIES = 1024, 256
@@ -26,8 +29,46 @@ Queries = Float32[np.ndarray, 'queries width']
 Gallery = Float32[np.ndarray, 'gallery width']
 
 
+@requires('features', reference='train_split')
+def knn(
+    evaluation: Evaluation,
+    *,
+    train_split: str | None = None,
+    blocks: tuple[int, ...] | None = None,
+    pool: str | None = None,
+    k: tuple[int, ...] = (10, 20),
+    metric: str = 'cosine',
+    vote: str | None = None,
+    temperature: float | None = None,
+) -> Evaluator:
+    """Score the votes of the nearest examples of a training split.
+
+    Args:
+      train_split: the split of `evaluation.reference`.
+      blocks, pool: the features, as for `choose_embedding`.
+      k: numbers of neighbours.
+      metric: 'cosine' or 'euclidean'.
+      vote: 'temperature' or 'uniform'; by default the former for cosines, else the latter.
+      temperature: of the votes; 0.07 by default.
+
+    Raises:
+      UserError: fewer examples than neighbours, or options that exclude each other.
+    """
+    key = evaluation.key
+    embedding = choose_embedding(evaluation.model, blocks, pool, key)
+
+    def check(labels: np.ndarray) -> None:
+        check_options(len(labels), key, k=k, metric=metric, vote=vote, temperature=temperature)
+        check_classes(labels, key)
+
+    score = functools.partial(
+        scores, mesh=evaluation.mesh, k=k, metric=metric, vote=vote, temperature=temperature
+    )
+    return compare_splits(evaluation, embedding, score, check)
+
+
 def unit(values: Queries) -> Queries:
-    """Vectors of length 1; a zero stays one."""
+    """Scale vectors to length 1; zeros stay zeros."""
     wide = values.astype(np.float64)
     length = np.linalg.norm(wide, axis=1, keepdims=True)
     return (wide / np.where(length > 0, length, 1)).astype(np.float32)
@@ -35,7 +76,7 @@ def unit(values: Queries) -> Queries:
 
 @functools.cache
 def _search(mesh: Mesh, k: int, blocks: int):
-    """The jitted search of (queries, gallery, offsets), each device with `blocks` blocks."""
+    """Jit the search of (queries, gallery, offsets, indices), `blocks` blocks on each device."""
     ways = PartitionSpec(sharding.AXES)
 
     def best(nearness: Array, index: Array) -> tuple[Array, Array]:
@@ -60,13 +101,13 @@ def _search(mesh: Mesh, k: int, blocks: int):
 
     def search(queries: Array, gallery: Array, offset: Array, index: Array):
         every = PartitionSpec(None, sharding.AXES)
-        found = jax.shard_map(
+        nearness, at = jax.shard_map(
             local,
             mesh=mesh,
             in_specs=(PartitionSpec(), ways, ways, ways),
             out_specs=(every, every),
         )(queries, gallery, offset, index)
-        return best(*found)
+        return best(nearness, at)
 
     return jax.jit(search, out_shardings=sharding.replicated(mesh))
 
@@ -74,16 +115,15 @@ def _search(mesh: Mesh, k: int, blocks: int):
 def neighbours(
     queries: Queries, gallery: Gallery, k: int, mesh: Mesh, metric: str = 'cosine'
 ) -> tuple[Float64[np.ndarray, 'queries k'], Int32[np.ndarray, 'queries k']]:
-    """(distance, index in the gallery) of the k nearest of each query, the nearest first.
+    """Find the k nearest of each query: (distances, indices in the gallery), the nearest first.
 
-    The distance is 1 - cosine, or the Euclidean one. Both are the same arrays on all hosts.
+    Distances are 1 - cosine, or Euclidean. Results are the same on all hosts.
     """
     if metric == 'cosine':
         queries, gallery = unit(queries), unit(gallery)
         offset = np.zeros(len(gallery), np.float32)
     else:
-        # |q - g|^2 = |q|^2 - 2 (q.g - |g|^2 / 2), where q and g may be moved: near their mean
-        # the least is lost to rounding.
+        # |q - g|^2 = |q|^2 - 2 (q.g - |g|^2 / 2), from any origin; the mean is the most accurate.
         mean = gallery.mean(axis=0, dtype=np.float64)
         queries, gallery = ((v - mean).astype(np.float32) for v in (queries, gallery))
         offset = (-0.5 * np.square(gallery.astype(np.float64)).sum(axis=1)).astype(np.float32)
@@ -96,13 +136,13 @@ def neighbours(
         sharding.place(np.pad(offset, (0, padding), constant_values=-np.inf), split),
         sharding.place(index, split),
     )
-    search, found = _search(mesh, k, blocks), []
+    search, parts = _search(mesh, k, blocks), []
     for start in range(0, len(queries), _QUERIES):
         rows = queries[start : start + _QUERIES]
         padded = np.pad(rows, ((0, _QUERIES - len(rows)), (0, 0)))
         nearness, at = search(sharding.place(padded, sharding.replicated(mesh)), *placed)
-        found.append(tuple(x[: len(rows)] for x in jax.device_get((nearness, at))))
-    nearness, at = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        parts.append(tuple(x[: len(rows)] for x in jax.device_get((nearness, at))))
+    nearness, at = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if metric == 'cosine':
         return 1.0 - nearness.astype(np.float64), at
     squares = np.square(queries.astype(np.float64)).sum(axis=1, keepdims=True) - 2.0 * nearness
@@ -115,23 +155,23 @@ def votes(
     classes: int,
     temperature: float | None,
 ) -> Float64[np.ndarray, 'queries classes']:
-    """The sum of the weights of the neighbours of each class.
+    """Sum the weights of each query's neighbours by class.
 
     Args:
       labels: of the neighbours.
-      temperature: weights are exp(cosine / temperature), as of DINO (arXiv 2104.14294); with
-        None each neighbour has one vote.
+      temperature: weights are exp(cosine / temperature), as in DINO (arXiv 2104.14294); None
+        gives every neighbour one vote.
     """
     weights = np.ones(distance.shape)
     if temperature is not None:
-        # Relative to the nearest: a factor that all share changes no winner, and none vanishes.
+        # Relative to the nearest: a common factor changes no winner, and no weight underflows.
         weights = np.exp((distance[:, :1] - distance) / temperature)
-    found = np.zeros((len(labels), classes))
-    np.add.at(found, (np.arange(len(labels))[:, None], labels), weights)
-    return found
+    total = np.zeros((len(labels), classes))
+    np.add.at(total, (np.arange(len(labels))[:, None], labels), weights)
+    return total
 
 
-def check(
+def check_options(
     length: int,
     key: str,
     *,
@@ -140,7 +180,11 @@ def check(
     vote: str | None,
     temperature: float | None,
 ) -> None:
-    """Raises UserError where there are fewer examples than neighbours, or a vote has no law."""
+    """Check the options against each other and the number of examples to search.
+
+    Raises:
+      UserError: fewer examples than neighbours, or a vote that the metric does not allow.
+    """
     if max(k) > length:
         raise UserError(
             f'config: {key}.k={max(k)} is more than the {length} examples of the training split: '
@@ -160,22 +204,22 @@ def scores(
     test: Features,
     *,
     mesh: Mesh,
-    k: tuple[int, ...] = (10, 20),
-    metric: str = 'cosine',
-    vote: str | None = None,
-    temperature: float | None = None,
+    k: tuple[int, ...],
+    metric: str,
+    vote: str | None,
+    temperature: float | None,
 ) -> dict[str, float]:
-    """{'10nn': accuracy, ...}."""
+    """Compute {'10nn': accuracy, ..., 'count'}; options are those of `knn`."""
     distance, at = neighbours(test.values, train.values, max(k), mesh, metric)
     vote = vote or ('temperature' if metric == 'cosine' else 'uniform')
-    warmth = None if vote == 'uniform' else temperature or 0.07
-    classes, found = int(train.labels.max()) + 1, {}
+    chosen = None if vote == 'uniform' else temperature or 0.07
+    classes, accuracies = int(train.labels.max()) + 1, {}
     for count in k:
         right = 0
         for start in range(0, len(at), _QUERIES):
             rows = slice(start, start + _QUERIES)
             near, near_labels = distance[rows, :count], train.labels[at[rows, :count]]
-            answers = votes(near, near_labels, classes, warmth).argmax(axis=1)
+            answers = votes(near, near_labels, classes, chosen).argmax(axis=1)
             right += int((answers == test.labels[rows]).sum())
-        found[f'{count}nn'] = right / len(at)
-    return {**found, 'count': float(len(at))}
+        accuracies[f'{count}nn'] = right / len(at)
+    return {**accuracies, 'count': float(len(at))}

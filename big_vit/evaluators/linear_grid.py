@@ -1,14 +1,15 @@
 """Linear classifiers on frozen features for a grid of settings, all trained at once by SGD.
 
-The law of DINOv2's linear evaluation (arXiv 2304.07193): for each learning rate, number of last
-blocks and pooling a classifier x W + b of its own, W from a normal with deviation 0.01, b from 0;
-SGD with momentum 0.9 and no decay, a cosine of the rate to 0 without warmup, rates times
-batch / 256. With a class token, x is that of the last n blocks one after the other, and in half
-of the grid also the mean of the last block's tokens; without one, the means of n blocks.
+As in DINOv2's linear evaluation (arXiv 2304.07193), there is a classifier x W + b for each
+learning rate, number of last blocks and pooling. W starts from a normal distribution with deviation
+0.01, b from 0; SGD has momentum 0.9, no decay, and a cosine of the rate to 0 without warmup; rates
+are multiplied by batch / 256. With a class token, x concatenates the class tokens of the last n
+blocks, and in half of the grid also the mean of the last block's tokens; without one, x
+concatenates the means of n blocks.
 
-Two things are not as there: features are of the evaluation's transform (there each step draws
-crops anew), and the best of the grid is chosen on a held-out share of the training split (there
-on the test split).
+Two things differ from DINOv2: features come from the evaluation's transform (DINOv2 draws new crops
+in each step), and the best of the grid is chosen on a held-out share of the training split (DINOv2
+chooses on the test split).
 """
 
 import functools
@@ -23,18 +24,70 @@ from jaxtyping import Array, Float, Float32
 
 from big_vit import sharding
 from big_vit.errors import UserError
-from big_vit.evaluators import heldout
-from big_vit.evaluators.features import PRECISION, Features
+from big_vit.evaluators import held_out_split
+from big_vit.evaluators.evaluation import Evaluation, Evaluator
+from big_vit.evaluators.features import PRECISION, Features, choose_pool, pooled_blocks
+from big_vit.evaluators.requirements import requires
+from big_vit.evaluators.two_splits import check_classes, compare_splits
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 MOMENTUM = 0.9
 
-# Weights and momentum of one input, for all rates: [rates, width, classes], [rates, classes].
+# Weights or momenta of one input, for all rates: [rates, width, classes], [rates, classes].
 Heads = list[dict[str, jax.Array]]
 
 
+@requires('features', reference='train_split')
+def linear_grid(
+    evaluation: Evaluation,
+    *,
+    train_split: str | None = None,
+    last_blocks: tuple[int, ...] | None = None,
+    rates: tuple[float, ...] = RATES,
+    probe_updates: int = 12_500,
+    probe_batch: int = 1024,
+    held_out: float = 0.1,
+) -> Evaluator:
+    """Score the best of a grid of linear classifiers on a training split.
+
+    Args:
+      train_split: the split of `evaluation.reference`.
+      last_blocks: how many last blocks to concatenate; None for 1 and 4, or all if there are fewer.
+      rates: learning rates for a batch of 256.
+      probe_updates: updates by SGD.
+      probe_batch: examples in a batch.
+      held_out: the share of the training split to choose on.
+
+    Raises:
+      UserError: the model has fewer blocks, or the training split is too small.
+    """
+    key, model = evaluation.key, evaluation.model
+    counts = depths(last_blocks, model.depth, key)
+    pool = choose_pool(model, None, key)
+    blocks = tuple(range(model.depth - max(counts), model.depth))
+    embedding = pooled_blocks(model, blocks, 'cls_gap' if pool == 'cls' else 'gap')
+
+    def check(labels: np.ndarray) -> None:
+        check_classes(labels, key)
+        held_out_split.check(len(labels), held_out, key)
+
+    score = functools.partial(
+        scores,
+        mesh=evaluation.mesh,
+        last_blocks=counts,
+        rates=rates,
+        probe_updates=probe_updates,
+        probe_batch=probe_batch,
+        held_out=held_out,
+        seed=evaluation.seed,
+        blocks=len(blocks),
+        tokens=1 + (pool == 'cls'),
+    )
+    return compare_splits(evaluation, embedding, score, check)
+
+
 def depths(last_blocks: tuple[int, ...] | None, depth: int, key: str) -> tuple[int, ...]:
-    """How many last blocks; by default one and four, or all where there are fewer.
+    """Return how many last blocks to take; by default one and four, or all if there are fewer.
 
     Raises:
       UserError: the model has fewer blocks than asked for.
@@ -54,19 +107,19 @@ def inputs(
     blocks: int,
     tokens: int,
 ) -> dict[tuple[int, bool], Float32[np.ndarray, 'examples width']]:
-    """What the classifiers are given, by (last blocks, whether the mean is joined).
+    """Make the inputs of the classifiers, by (last blocks, whether the mean is joined).
 
     Args:
-      values: of each of `blocks` blocks the class token and the mean (`tokens` 2), or the mean.
+      values: class token and mean (`tokens` 2), or the mean alone, of each of `blocks` blocks.
     """
-    each = values.reshape(len(values), blocks, tokens, -1)
-    found = {}
+    by_block = values.reshape(len(values), blocks, tokens, -1)
+    made = {}
     for count in last_blocks:
-        first = each[:, -count:, 0].reshape(len(values), -1)
-        found[count, False] = first
+        first = by_block[:, -count:, 0].reshape(len(values), -1)
+        made[count, False] = first
         if tokens == 2:
-            found[count, True] = np.concatenate([first, each[:, -1, 1]], axis=1)
-    return found
+            made[count, True] = np.concatenate([first, by_block[:, -1, 1]], axis=1)
+    return made
 
 
 def _loss(head: dict[str, Array], x: Array, labels: Array) -> Array:
@@ -76,7 +129,7 @@ def _loss(head: dict[str, Array], x: Array, labels: Array) -> Array:
 
 @functools.cache
 def _step(mesh: Mesh):
-    """The jitted step of all classifiers: (heads, momenta, rates now, inputs, labels)."""
+    """Jit the step of all classifiers: (heads, momenta, current rates, inputs, labels)."""
     over_rates = jax.vmap(jax.grad(_loss), in_axes=(0, None, None))
 
     def step(
@@ -94,18 +147,12 @@ def _step(mesh: Mesh):
             )
         return new_heads, new_momenta
 
-    whole = sharding.replicated(mesh)
+    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     return jax.jit(
         step,
         donate_argnums=(0, 1),
-        in_shardings=(
-            whole,
-            whole,
-            whole,
-            sharding.batch_sharding(mesh),
-            sharding.batch_sharding(mesh),
-        ),
-        out_shardings=whole,
+        in_shardings=(everywhere, everywhere, everywhere, split, split),
+        out_shardings=everywhere,
     )
 
 
@@ -120,25 +167,28 @@ def fit(
     batch: int,
     seed: int,
 ) -> list[dict[str, np.ndarray]]:
-    """{'kernel' [rates, width, classes], 'bias' [rates, classes]} for each input.
+    """Train {'kernel' [rates, width, classes], 'bias' [rates, classes]} for each input.
 
-    A batch is the next of a permutation that is drawn anew for each epoch; one that does not
-    divide by the devices is made smaller.
+    Each epoch is a new permutation, cut into batches. A batch size that the devices do not divide
+    is rounded down.
     """
     ways = mesh.shape['replica'] * mesh.shape['fsdp']
     batch = max(min(batch, len(labels)) // ways, 1) * ways
     rng = np.random.default_rng(seed)
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     zeros = np.zeros((len(rates), classes), np.float32)
     heads: Heads = []
     for x in xs:
         kernel = (0.01 * rng.standard_normal((x.shape[1], classes))).astype(np.float32)
-        # All rates begin at the same weights, so that nothing but the rate tells them apart.
+        # All rates start from the same weights, so that they differ in the rate alone.
         kernels = np.broadcast_to(kernel, (len(rates), *kernel.shape))
         heads.append(
-            {'kernel': sharding.place(kernels, whole), 'bias': sharding.place(zeros, whole)}
+            {
+                'kernel': sharding.place(kernels, everywhere),
+                'bias': sharding.place(zeros, everywhere),
+            }
         )
-    momenta = jax.tree.map(lambda w: sharding.place(np.zeros(w.shape, w.dtype), whole), heads)
+    momenta = jax.tree.map(lambda w: sharding.place(np.zeros(w.shape, w.dtype), everywhere), heads)
     peak = np.asarray(rates) * batch / 256
     order = np.zeros(0, np.int64)
     step = _step(mesh)
@@ -150,11 +200,11 @@ def fit(
         heads, momenta = step(
             heads,
             momenta,
-            sharding.place(now, whole),
+            sharding.place(now, everywhere),
             [sharding.place(x[rows], split) for x in xs],
             sharding.place(labels[rows].astype(np.int32), split),
         )
-        if number % 8 == 0:  # Steps that are only dispatched would pile up their batches.
+        if number % 8 == 0:  # Else the batches of steps that wait would pile up.
             jax.block_until_ready(momenta)
     return jax.device_get(heads)
 
@@ -164,29 +214,30 @@ def scores(
     test: Features,
     *,
     mesh: Mesh,
-    rates: tuple[float, ...] = RATES,
-    last_blocks: tuple[int, ...] | None = None,
-    probe_updates: int = 12_500,
-    probe_batch: int = 1024,
-    held_out: float = 0.1,
-    seed: int = 0,
-    joined: int = 1,
-    tokens: int = 1,
+    last_blocks: tuple[int, ...],
+    rates: tuple[float, ...],
+    probe_updates: int,
+    probe_batch: int,
+    held_out: float,
+    seed: int,
+    blocks: int,
+    tokens: int,
 ) -> dict[str, float]:
-    """{'top1', 'held_out'} of the best of the grid, its {'rate', 'last_blocks', 'mean_joined'},
-    and 'count'.
+    """Compute the metrics of the best of the grid.
 
     Args:
-      joined, tokens: how many blocks the features are of, and vectors of each, as for `inputs`;
-        'mean_joined' says whether the mean of tokens is joined to the class token.
+      blocks, tokens: how many blocks the features hold, and vectors of each, as for `inputs`.
+
+    Returns:
+      {'top1', 'held_out', 'rate', 'last_blocks', 'mean_joined', 'count'}; 'mean_joined' is 1 if
+      the mean of tokens is joined to the class token.
     """
-    wanted = last_blocks or (joined,)
-    learnt = inputs(train.values, wanted, joined, tokens)
-    tested = inputs(test.values, wanted, joined, tokens)
-    rest, held = heldout.split(len(train.labels), held_out, seed)
+    learned = inputs(train.values, last_blocks, blocks, tokens)
+    tested = inputs(test.values, last_blocks, blocks, tokens)
+    rest, held = held_out_split.split(len(train.labels), held_out, seed)
     classes = int(train.labels.max()) + 1
     heads = fit(
-        [x[rest] for x in learnt.values()],
+        [x[rest] for x in learned.values()],
         train.labels[rest],
         classes,
         rates,
@@ -196,18 +247,18 @@ def scores(
         seed=seed,
     )
 
-    def share(x: np.ndarray, labels: np.ndarray, head: dict[str, np.ndarray], i: int) -> float:
+    def accuracy(x: np.ndarray, labels: np.ndarray, head: dict[str, np.ndarray], i: int) -> float:
         answers = (x @ head['kernel'][i] + head['bias'][i]).argmax(axis=1)
         return float((answers == labels).mean())
 
     trials = [
-        (share(learnt[name][held], train.labels[held], head, i), name, head, i)
-        for name, head in zip(learnt, heads, strict=True)
+        (accuracy(learned[name][held], train.labels[held], head, i), name, head, i)
+        for name, head in zip(learned, heads, strict=True)
         for i in range(len(rates))
     ]
     best, (count, mean), head, i = max(trials, key=lambda trial: trial[0])
     return {
-        'top1': share(tested[count, mean], test.labels, head, i),
+        'top1': accuracy(tested[count, mean], test.labels, head, i),
         'held_out': best,
         'rate': rates[i],
         'last_blocks': float(count),

@@ -2,8 +2,8 @@
 
     minimise  mean over examples of the cross-entropy of softmax(x W + b)  +  l2 / 2 |W|^2
 
-(the penalty is scikit-learn's with C = 1 / (l2 n)). Features are standardised by those of the
-training split. Examples lie over all devices and the whole of the minimisation is one program.
+(the penalty is scikit-learn's with C = 1 / (l2 n)). Features are standardised by the training
+split. Examples are spread over all devices, and the whole minimisation is one program.
 """
 
 import functools
@@ -16,13 +16,57 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from big_vit import sharding
-from big_vit.evaluators import heldout
-from big_vit.evaluators.features import PRECISION, Features
+from big_vit.evaluators import held_out_split
+from big_vit.evaluators.evaluation import Evaluation, Evaluator
+from big_vit.evaluators.features import PRECISION, Features, choose_embedding
+from big_vit.evaluators.requirements import requires
+from big_vit.evaluators.two_splits import check_classes, compare_splits
 
-# After so many steps in a row that lower the loss by no more than rounding, nothing is to be had.
+# Stop after so many steps in a row that lower the loss by no more than rounding.
 STALLS = 10
 
 Weights = dict[str, jax.Array]
+
+
+@requires('features', reference='train_split')
+def linear_probe(
+    evaluation: Evaluation,
+    *,
+    train_split: str | None = None,
+    blocks: tuple[int, ...] | None = None,
+    pool: str | None = None,
+    l2: tuple[float, ...] = (1e-6, 1e-4, 1e-2, 1.0),
+    held_out: float = 0.1,
+    iterations: int = 1000,
+) -> Evaluator:
+    """Score logistic regression on the features of a training split.
+
+    Args:
+      train_split: the split of `evaluation.reference`.
+      blocks, pool: the features, as for `choose_embedding`.
+      l2: penalties, of which the best on the held-out share is taken.
+      held_out: the share of the training split to choose on.
+      iterations: the most iterations of L-BFGS.
+
+    Raises:
+      UserError: `blocks` or `pool` do not fit the model, or the training split is too small.
+    """
+    key = evaluation.key
+    embedding = choose_embedding(evaluation.model, blocks, pool, key)
+
+    def check(labels: np.ndarray) -> None:
+        check_classes(labels, key)
+        held_out_split.check(len(labels), held_out, key)
+
+    score = functools.partial(
+        scores,
+        mesh=evaluation.mesh,
+        l2=l2,
+        held_out=held_out,
+        iterations=iterations,
+        seed=evaluation.seed,
+    )
+    return compare_splits(evaluation, embedding, score, check)
 
 
 def _loss(
@@ -33,13 +77,13 @@ def _loss(
     l2: Float[Array, ''],
 ) -> Float[Array, '']:
     logits = jnp.matmul(x, weights['kernel'], precision=PRECISION) + weights['bias'][None]
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return (each * mask).sum() / mask.sum() + l2 / 2 * jnp.square(weights['kernel']).sum()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (losses * mask).sum() / mask.sum() + l2 / 2 * jnp.square(weights['kernel']).sum()
 
 
 @functools.cache
 def _minimise(mesh: Mesh, classes: int, iterations: int, tolerance: float):
-    """The jitted minimisation of (x, labels, mask, l2), that gives (weights, iterations)."""
+    """Jit the minimisation: (x, labels, mask, l2) -> (weights, iterations)."""
     solver = optax.lbfgs()
 
     def minimise(x: Array, labels: Array, mask: Array, l2: Array) -> tuple[Weights, Array]:
@@ -83,10 +127,11 @@ def fit(
     iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> tuple[Float[np.ndarray, 'width classes'], Float[np.ndarray, ' classes'], int]:
-    """(kernel, bias, iterations that it took), in the type of the features.
+    """Fit the classifier: (kernel, bias, number of iterations), in the dtype of the features.
 
     Args:
-      tolerance: the largest component of the gradient at which it ends.
+      iterations: the most iterations.
+      tolerance: stop when no component of the gradient is larger.
     """
     padding = -len(x) % mesh.size
     split = jax.NamedSharding(mesh, PartitionSpec(sharding.AXES))
@@ -105,7 +150,7 @@ def fit(
 
 
 def standardised(train: Features, *others: Features) -> list[Float[np.ndarray, 'examples width']]:
-    """The values of all, with mean 0 and deviation 1 by feature over the first."""
+    """Standardise the values of all to mean 0 and deviation 1 per feature of the first."""
     wide = train.values.astype(np.float64)
     mean, std = wide.mean(axis=0), wide.std(axis=0) + 1e-6
     return [((f.values - mean) / std).astype(np.float32) for f in (train, *others)]
@@ -117,6 +162,7 @@ def accuracy(
     kernel: Float[np.ndarray, 'width classes'],
     bias: Float[np.ndarray, ' classes'],
 ) -> float:
+    """Compute the share of examples whose class has the largest logit."""
     answers = (x.astype(np.float64) @ kernel + bias).argmax(axis=1)
     return float((answers == labels).mean())
 
@@ -126,33 +172,33 @@ def scores(
     test: Features,
     *,
     mesh: Mesh,
-    l2: tuple[float, ...] = (1e-6, 1e-4, 1e-2, 1.0),
-    held_out: float = 0.1,
-    iterations: int = 1000,
-    seed: int = 0,
+    l2: tuple[float, ...],
+    held_out: float,
+    iterations: int,
+    seed: int,
 ) -> dict[str, float]:
-    """{'top1', 'l2', 'iterations', 'count'}, and 'held_out', on which the l2 was chosen.
+    """Compute {'top1', 'l2', 'iterations', 'count'}, and 'held_out', the accuracy that chose l2.
 
-    Of several l2 that which is best on the held-out share of the training split is fitted to all
-    of it; among equals the largest. With one l2 nothing is held out.
+    The l2 that is best on the held-out share of the training split, the largest among equals, is
+    then fitted to all of it. A single l2 needs no held-out share.
     """
     x, tested = standardised(train, test)
     classes = int(train.labels.max()) + 1
-    best, found = max(l2), {}
+    best, chosen_by = max(l2), {}
     if len(l2) > 1:
-        rest, held = heldout.split(len(x), held_out, seed)
-        each = {}
+        rest, held = held_out_split.split(len(x), held_out, seed)
+        accuracies = {}
         for penalty in sorted(l2, reverse=True):
             kernel, bias, _ = fit(
                 x[rest], train.labels[rest], classes, penalty, mesh, iterations=iterations
             )
-            each[penalty] = accuracy(x[held], train.labels[held], kernel, bias)
-        best = max(each, key=lambda penalty: each[penalty])
-        found['held_out'] = each[best]
+            accuracies[penalty] = accuracy(x[held], train.labels[held], kernel, bias)
+        best = max(accuracies, key=lambda penalty: accuracies[penalty])
+        chosen_by['held_out'] = accuracies[best]
     kernel, bias, count = fit(x, train.labels, classes, best, mesh, iterations=iterations)
     return {
         'top1': accuracy(tested, test.labels, kernel, bias),
-        **found,
+        **chosen_by,
         'l2': best,
         'iterations': float(count),
         'count': float(len(tested)),

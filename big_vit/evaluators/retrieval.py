@@ -1,8 +1,8 @@
 """Recall at k and mean average precision between two sets of embeddings, both ways.
 
-Two embeddings match where their labels are equal. Of what is searched, the most similar (by the
-cosine) comes first; of equals, the first of its split. Queries without any match do not count.
-Queries lie over all devices, in blocks of a fixed size, so that any mesh gives the same ranks.
+Two embeddings match if their labels are equal. The gallery is ranked by the cosine, the most
+similar first; ties keep the order of the split. Queries without any match do not count. Queries are
+spread over all devices in blocks of a fixed size, so that every mesh gives the same ranks.
 """
 
 import functools
@@ -16,15 +16,46 @@ from jaxtyping import Array, Float32, Float64, Int
 
 from big_vit import sharding
 from big_vit.errors import UserError
-from big_vit.evaluators.features import PRECISION, Features
+from big_vit.evaluators.evaluation import Evaluation, Evaluator
+from big_vit.evaluators.features import PRECISION, Features, choose_embedding
 from big_vit.evaluators.knn import unit
+from big_vit.evaluators.requirements import requires
+from big_vit.evaluators.two_splits import compare_splits
 
 _QUERIES = 32
 
 
+@requires('features', reference='gallery_split')
+def retrieval(
+    evaluation: Evaluation,
+    *,
+    gallery_split: str | None = None,
+    blocks: tuple[int, ...] | None = None,
+    pool: str | None = None,
+    ranks: tuple[int, ...] = (1, 5, 10),
+) -> Evaluator:
+    """Score how well examples of the split find those of the gallery with the same label.
+
+    Args:
+      gallery_split: the split of `evaluation.reference`.
+      blocks, pool: the features, as for `choose_embedding`.
+      ranks: every k of the recalls at k.
+
+    Raises:
+      UserError: `blocks` or `pool` do not fit the model.
+    """
+    assert evaluation.reference is not None
+    embedding = choose_embedding(evaluation.model, blocks, pool, evaluation.key)
+    same = evaluation.split.identity == evaluation.reference.identity
+    mesh = evaluation.mesh
+    return compare_splits(
+        evaluation, embedding, functools.partial(scores, mesh=mesh, ranks=ranks, same=same)
+    )
+
+
 @functools.cache
 def _rank(mesh: Mesh, blocks: int):
-    """The jitted ranking of (queries, their labels and own places, gallery, its labels)."""
+    """Jit the ranking of (queries, their labels, their places in the gallery, gallery, labels)."""
     ways = PartitionSpec(sharding.AXES)
 
     def local(queries: Array, labels: Array, own: Array, gallery: Array, keys: Array):
@@ -38,8 +69,8 @@ def _rank(mesh: Mesh, blocks: int):
             rank = jnp.arange(1, len(gallery) + 1)[None]
             precision = jnp.cumsum(hit, axis=1) / rank
             count = hit.sum(1)
-            found = jnp.where(hit, precision, 0).sum(1) / jnp.maximum(count, 1)
-            return jnp.argmax(hit, axis=1), found, count
+            average = jnp.where(hit, precision, 0).sum(1) / jnp.maximum(count, 1)
+            return jnp.argmax(hit, axis=1), average, count
 
         split = (x.reshape(blocks, -1, *x.shape[1:]) for x in (queries, labels, own))
         return jax.tree.map(lambda x: x.reshape(-1), jax.lax.map(one, tuple(split)))
@@ -64,13 +95,15 @@ def ranks(
 ) -> tuple[
     Int[np.ndarray, ' queries'], Float64[np.ndarray, ' queries'], Int[np.ndarray, ' queries']
 ]:
-    """Of each query the place of its first match (from 0), its average precision, its matches.
-
-    Where there is no match, the first two say nothing.
+    """Rank the gallery for each query.
 
     Args:
       keys: the labels of the gallery.
-      same: both are the same examples, of which none is a match of itself.
+      same: whether both are the same examples, which then do not match themselves.
+
+    Returns:
+      For each query the rank of its first match (from 0), its average precision, and its number of
+      matches. If that is 0, the first two mean nothing.
     """
     queries, gallery = unit(queries), unit(gallery)
     blocks = max(1, math.ceil(len(queries) / (_QUERIES * mesh.size)))
@@ -102,7 +135,11 @@ def one_way(
     *,
     same: bool = False,
 ) -> dict[str, float]:
-    """{'recall@1': share of queries with a match among the first 1, ..., 'map', 'count'}.
+    """Compute {'recall@1': share of queries with a match ranked first, ..., 'map', 'count'}.
+
+    Args:
+      wanted: every k of the recalls at k.
+      same: as for `ranks`.
 
     Raises:
       UserError: no query has a match.
@@ -110,14 +147,14 @@ def one_way(
     first, average, count = ranks(
         queries.values, queries.labels, gallery.values, gallery.labels, mesh, same=same
     )
-    there = count > 0
-    if not there.any():
+    matched = count > 0
+    if not matched.any():
         raise UserError(
             'retrieval: no example of one split has a label of the other, so nothing matches; set '
             'split and gallery_split to splits that share labels'
         )
-    recalls = {f'recall@{k}': float((first[there] < k).mean()) for k in wanted}
-    return {**recalls, 'map': float(average[there].mean()), 'count': float(there.sum())}
+    recalls = {f'recall@{k}': float((first[matched] < k).mean()) for k in wanted}
+    return {**recalls, 'map': float(average[matched].mean()), 'count': float(matched.sum())}
 
 
 def scores(
@@ -125,12 +162,12 @@ def scores(
     queries: Features,
     *,
     mesh: Mesh,
-    ranks: tuple[int, ...] = (1, 5, 10),
+    ranks: tuple[int, ...],
     same: bool = False,
 ) -> dict[str, float]:
-    """`one_way`, and under 'back/' the other way; within one split there is only one way."""
-    found = one_way(queries, gallery, mesh, ranks, same=same)
+    """Compute `one_way`, and with 'back/' the other way, unless both are the same split."""
+    there = one_way(queries, gallery, mesh, ranks, same=same)
     if same:
-        return found
+        return there
     back = one_way(gallery, queries, mesh, ranks)
-    return {**found, **{f'back/{name}': value for name, value in back.items()}}
+    return {**there, **{f'back/{name}': value for name, value in back.items()}}

@@ -1,15 +1,15 @@
 """Accuracy on corrupted images, made on the devices from bytes, at severities 1 to 5.
 
-Formulas and constants are those of ImageNet-C (arXiv 1903.12261) where `FORMULAS` has its name
-for one; what it says in pixels, of images of 224, is scaled to the shorter side. Not of it are:
-`box_blur` (a square instead of its disk), `haze` (its fog, with octaves of resized noise for the
-diamond-square fractal, and constants that grow at each step), `occlusion` and `translation`. As
-there, results are rounded to bytes; its JPEG compression of the files is not done. Corruptions
-that need pictures (frost, snow), a codec (jpeg_compression) or random walks of pixels
-(glass_blur, elastic) are left out.
+Corruptions with a name from ImageNet-C (arXiv 1903.12261) have its formulas and constants; lengths
+in pixels, which it gives for images of 224, are scaled to the shorter side. The others are
+`box_blur` (a square instead of its disk), `haze` (its fog, with octaves of resized noise instead of
+the diamond-square fractal, and constants that grow at each step), `occlusion` and `translation`.
+Results are rounded to bytes as in ImageNet-C, but not compressed as JPEG. Corruptions that need
+pictures (frost, snow), a codec (jpeg_compression) or random walks of pixels (glass_blur, elastic)
+are left out.
 
-Every random number is drawn from (seed, corruption, place of the example in its split), the same
-for all severities, so nothing depends on the batch or the mesh.
+Random numbers depend on (seed, corruption, index of the example in its split) alone, so they are
+the same for all severities, and on any batch or mesh.
 """
 
 import functools
@@ -24,8 +24,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from big_vit import sharding
 from big_vit.errors import UserError
+from big_vit.evaluators.classification import head_step
+from big_vit.evaluators.evaluation import Evaluation, Evaluator, SharedFeatures
+from big_vit.evaluators.requirements import requires
 
-# The side that constants in pixels are of.
+# The side of the images that constants in pixels are given for.
 _SIDE = 224
 
 Image = Float[Array, 'height width channels']
@@ -33,36 +36,73 @@ Image = Float[Array, 'height width channels']
 Formula = Callable[[Image, Array, Array], Image]
 
 
+@requires('logits', labels='any')
+def robustness(
+    evaluation: Evaluation,
+    *,
+    corruptions: tuple[str, ...] | None = None,
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5),
+) -> Evaluator:
+    """Score the head on corrupted images.
+
+    Args:
+      corruptions: names in `FORMULAS`; None for all that the images allow.
+      severities: from 1 to 5.
+
+    Raises:
+      UserError: the model does not take images of bytes, or a corruption does not fit them.
+    """
+    key, split = evaluation.key, evaluation.split
+    shape, dtype = split.example_spec.parts.get('image', ((), None))
+    if split.reads != ('image',) or len(shape) != 3:
+        raise UserError(f'config: {key}: robustness is of images, the model takes {split.reads}')
+    if dtype != np.uint8:
+        raise UserError(
+            f'config: {key}: robustness corrupts images of bytes (uint8), these are {dtype}; what '
+            'makes floats of them belongs behind to_device'
+        )
+    names = choose_corruptions(corruptions, shape[-1], key)
+    step, corrupt = head_step(evaluation), make_corrupt(evaluation.mesh, evaluation.seed)
+
+    def evaluate(params: Any, shared: SharedFeatures) -> dict[str, float]:
+        with jax.transfer_guard('allow'):
+            return scores(
+                step, params, split.batches(), corrupt, corruptions=names, severities=severities
+            )
+
+    return evaluate
+
+
 def _at(severity: Array, *constants: float | int) -> Array:
     return jnp.asarray(constants, jnp.float32)[severity]
 
 
 def gaussian_noise(image: Image, key: Array, severity: Array) -> Image:
-    """x + c n, n a standard normal of each value."""
+    """x + c n, with n standard normal for each value."""
     return image + _at(severity, 0.08, 0.12, 0.18, 0.26, 0.38) * jax.random.normal(key, image.shape)
 
 
 def shot_noise(image: Image, key: Array, severity: Array) -> Image:
-    """Poisson(c x) / c: c is how many photons white is."""
+    """Poisson(c x) / c, where white is c photons."""
     photons = _at(severity, 60, 25, 12, 5, 3)
     return jax.random.poisson(key, image * photons).astype(jnp.float32) / photons
 
 
 def impulse_noise(image: Image, key: Array, severity: Array) -> Image:
-    """A share of the values is black or white, half of it each."""
+    """Set a share of the values to 0 or 1, half of it each."""
     half = _at(severity, 0.03, 0.06, 0.09, 0.17, 0.27) / 2
     drawn = jax.random.uniform(key, image.shape)
     return jnp.where(drawn < half, 0.0, jnp.where(drawn > 1 - half, 1.0, image))
 
 
 def speckle_noise(image: Image, key: Array, severity: Array) -> Image:
-    """x + c x n, n a standard normal of each value."""
+    """x + c x n, with n standard normal for each value."""
     c = _at(severity, 0.15, 0.2, 0.35, 0.45, 0.6)
     return image + c * image * jax.random.normal(key, image.shape)
 
 
 def _mixed(image: Image, tables: Callable[[int], np.ndarray], severity: Array) -> Image:
-    """Rows and columns mixed by the tables [5, side, side] of each side's length."""
+    """Multiply rows and columns by matrices, `tables(side)` [5, side, side] by severity."""
     height, width, _ = image.shape
     rows, columns = (jnp.asarray(tables(side))[severity] for side in (height, width))
     exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -70,18 +110,18 @@ def _mixed(image: Image, tables: Callable[[int], np.ndarray], severity: Array) -
 
 
 def _kernels(side: int, weight: Callable[[np.ndarray, float], np.ndarray], sizes: np.ndarray):
-    """Matrices of a blur, [sizes, side, side]; beyond the edge the edge's pixels go on."""
-    found = np.zeros((len(sizes), side, side))
-    for matrix, size in zip(found, sizes, strict=True):
+    """Make the matrices of a blur, [sizes, side, side]; pixels of the edge repeat beyond it."""
+    matrices = np.zeros((len(sizes), side, side))
+    for matrix, size in zip(matrices, sizes, strict=True):
         away = np.arange(-2 * side, 2 * side + 1)
         weights = weight(away.astype(np.float64), size)
         for row in range(side):
             np.add.at(matrix[row], np.clip(row + away, 0, side - 1), weights / weights.sum())
-    return found.astype(np.float32)
+    return matrices.astype(np.float32)
 
 
 def gaussian_blur(image: Image, key: Array, severity: Array) -> Image:
-    """Deviations of 1, 2, 3, 4, 6 pixels of 224, cut off at four of them."""
+    """Gaussians with a deviation of 1, 2, 3, 4, 6 pixels of 224, cut off at four deviations."""
     scale = min(image.shape[:2]) / _SIDE
 
     def weight(away: np.ndarray, sigma: float) -> np.ndarray:
@@ -93,9 +133,9 @@ def gaussian_blur(image: Image, key: Array, severity: Array) -> Image:
 
 
 def box_blur(image: Image, key: Array, severity: Array) -> Image:
-    """Means of squares that reach 3, 4, 6, 8, 10 pixels of 224 far, the radii of its defocus.
+    """Means over squares that extend 3, 4, 6, 8, 10 pixels of 224, the radii of its defocus blur.
 
-    The outermost pixels count with the share of them that the square covers.
+    Pixels on the border count by the share of them that the square covers.
     """
     scale = min(image.shape[:2]) / _SIDE
 
@@ -107,51 +147,51 @@ def box_blur(image: Image, key: Array, severity: Array) -> Image:
 
 
 def pixelate(image: Image, key: Array, severity: Array) -> Image:
-    """Made smaller to 0.6, 0.5, 0.4, 0.3, 0.25 of the side by means of areas, and blown up."""
+    """Shrink to 0.6, 0.5, 0.4, 0.3, 0.25 of the side by means over areas, and enlarge again."""
 
     def tables(side: int) -> np.ndarray:
-        found = []
+        made = []
         for share in (0.6, 0.5, 0.4, 0.3, 0.25):
             few = max(int(side * share), 1)
             edges = np.arange(few + 1) * side / few
             pixels = np.arange(side)
             covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
             down = np.clip(covered, 0, 1) * few / side
-            found.append(down[((pixels + 0.5) * few / side).astype(int)])
-        return np.stack(found).astype(np.float32)
+            made.append(down[((pixels + 0.5) * few / side).astype(int)])
+        return np.stack(made).astype(np.float32)
 
     return _mixed(image, tables, severity)
 
 
 def brightness(image: Image, key: Array, severity: Array) -> Image:
-    """The value of HSV + c: all channels times (v + c) / v, and black becomes grey."""
+    """Add c to the value of HSV: all channels times (v + c) / v, and black becomes grey."""
     value = image.max(axis=-1, keepdims=True)
     raised = jnp.minimum(value + _at(severity, 0.1, 0.2, 0.3, 0.4, 0.5), 1)
     return jnp.where(value > 0, image * raised / jnp.maximum(value, 1e-6), raised)
 
 
 def contrast(image: Image, key: Array, severity: Array) -> Image:
-    """(x - m) c + m, with m the mean of each channel."""
+    """(x - m) c + m, with the mean m of each channel."""
     mean = image.mean(axis=(0, 1), keepdims=True)
     return (image - mean) * _at(severity, 0.4, 0.3, 0.2, 0.1, 0.05) + mean
 
 
 def saturate(image: Image, key: Array, severity: Array) -> Image:
-    """The saturation of HSV times c, plus d: first less colour, then more. Grey counts as red."""
+    """Multiply the saturation of HSV by c and add d: less colour, then more. Grey counts as red."""
     times, plus = _at(severity, 0.3, 0.1, 2, 5, 20), _at(severity, 0, 0, 0, 0.1, 0.2)
     value = image.max(axis=-1, keepdims=True)
     saturation = (value - image.min(axis=-1, keepdims=True)) / jnp.maximum(value, 1e-6)
     changed = jnp.clip(saturation * times + plus, 0, 1)
-    # How far each channel is below the value, as a share of value times saturation.
+    # The distance of each channel below the value, as a share of value times saturation.
     below = (value - image) / jnp.maximum(value * saturation, 1e-6)
     red = jnp.asarray([0.0, 1.0, 1.0]).reshape(1, 1, 3)
     return value * (1 - changed * jnp.where(saturation > 0, below, red))
 
 
 def haze(image: Image, key: Array, severity: Array) -> Image:
-    """(x + c f) m / (m + c), with m the largest value and f from 0 to 1 a smooth random field.
+    """(x + c f) m / (m + c), with the largest value m and a smooth random field f from 0 to 1.
 
-    The field is the sum of noise on grids of 2, 4, 8, ... cells, each weighted half of the last.
+    The field sums noise on grids of 2, 4, 8, ... cells, each with half the weight of the last.
     """
     height, width, _ = image.shape
     c = _at(severity, 1.5, 2, 2.5, 3, 3.5)
@@ -166,7 +206,7 @@ def haze(image: Image, key: Array, severity: Array) -> Image:
 
 
 def occlusion(image: Image, key: Array, severity: Array) -> Image:
-    """A grey box of 0.1, 0.2, 0.3, 0.4, 0.5 of the area, of the image's shape, anywhere."""
+    """Cover 0.1, 0.2, 0.3, 0.4, 0.5 of the area by a grey box of the image's shape, anywhere."""
     height, width, _ = image.shape
     side = jnp.sqrt(_at(severity, 0.1, 0.2, 0.3, 0.4, 0.5))
     corner = jax.random.uniform(key, (2,))
@@ -180,7 +220,7 @@ def occlusion(image: Image, key: Array, severity: Array) -> Image:
 
 
 def translation(image: Image, key: Array, severity: Array) -> Image:
-    """Moved by 0.05, 0.1, 0.15, 0.2, 0.25 of the shorter side in any direction; black comes in."""
+    """Move by 0.05, 0.1, 0.15, 0.2, 0.25 of the shorter side in any direction; fill with black."""
     height, width, _ = image.shape
     angle = 2 * np.pi * jax.random.uniform(key)
     far = _at(severity, 0.05, 0.1, 0.15, 0.2, 0.25) * min(height, width)
@@ -213,22 +253,22 @@ FORMULAS: dict[str, Formula] = {
         translation,
     )
 }
-_OF_COLOUR = ('saturate',)
+_NEEDS_COLOURS = ('saturate',)
 
 
-def chosen(names: tuple[str, ...] | None, channels: int, key: str) -> tuple[str, ...]:
-    """The corruptions that are asked for, or all that images of so many channels allow.
+def choose_corruptions(names: tuple[str, ...] | None, channels: int, key: str) -> tuple[str, ...]:
+    """Return the corruptions asked for, or all that images with so many channels allow.
 
     Raises:
-      UserError: one of them needs colours.
+      UserError: a corruption needs colours that the images do not have.
     """
-    wrong = [name for name in names or () if name in _OF_COLOUR and channels != 3]
+    wrong = [name for name in names or () if name in _NEEDS_COLOURS and channels != 3]
     if wrong:
         raise UserError(
             f'config: {key}.corruptions: {wrong[0]} is of three channels, the images have '
             f'{channels}: leave it out'
         )
-    return names or tuple(n for n in FORMULAS if channels == 3 or n not in _OF_COLOUR)
+    return names or tuple(n for n in FORMULAS if channels == 3 or n not in _NEEDS_COLOURS)
 
 
 def corrupted(
@@ -238,24 +278,24 @@ def corrupted(
     severity: Int[Array, ''],
     seed: int,
 ) -> UInt8[Array, 'batch height width channels']:
-    """Images as bytes again.
+    """Corrupt images and round them to bytes.
 
     Args:
-      index: the place of each image in its split.
+      index: of each image in its split.
       severity: from 1 to 5.
     """
     key = jax.random.fold_in(jax.random.key(seed), list(FORMULAS).index(name))
 
-    def one(image: Array, place: Array) -> Array:
-        formula, own = FORMULAS[name], jax.random.fold_in(key, place)
-        made = formula(image.astype(jnp.float32) / 255, own, severity - 1)
+    def corrupt_one(image: Array, place: Array) -> Array:
+        formula, draw = FORMULAS[name], jax.random.fold_in(key, place)
+        made = formula(image.astype(jnp.float32) / 255, draw, severity - 1)
         return jnp.round(jnp.clip(made, 0, 1) * 255).astype(jnp.uint8)
 
-    return jax.vmap(one)(images, index)
+    return jax.vmap(corrupt_one)(images, index)
 
 
 def make_corrupt(mesh: Mesh, seed: int) -> Callable[..., Array]:
-    """The jitted `corrupted` of (images, index, severity, name=...)."""
+    """Jit `corrupted` as a function of (images, index, severity, name=...)."""
     split = sharding.batch_sharding(mesh)
 
     def corrupt(images: Array, index: Array, severity: Array, *, name: str) -> Array:
@@ -270,22 +310,19 @@ def scores(
     batches: Iterable[dict[str, Any]],
     corrupt: Callable[..., Array],
     *,
-    corruptions: tuple[str, ...] | None = None,
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5),
+    corruptions: tuple[str, ...],
+    severities: tuple[int, ...],
 ) -> dict[str, float]:
-    """{'mean', 'gaussian_noise', ..., 'severity_1', ..., 'count'}: top-1 of the head.
+    """Compute {'mean', 'gaussian_noise', ..., 'severity_1', ..., 'count'}: top-1 of the head.
 
-    That of a corruption is the mean over severities, that of a severity over corruptions, and
-    'mean' over both.
+    A corruption is averaged over severities, a severity over corruptions, and 'mean' over both.
 
     Args:
-      eval_step: of classification, which is not compiled anew.
+      eval_step: `classification.sums`, jitted.
       batches: with images of bytes.
       corrupt: from `make_corrupt`.
-      corruptions: by default all.
     """
-    names = corruptions or tuple(FORMULAS)
-    right = np.zeros((len(names), len(severities)))
+    right = np.zeros((len(corruptions), len(severities)))
     count, start = 0.0, 0
     for batch in batches:
         size = len(batch['image'])
@@ -293,20 +330,20 @@ def scores(
             np.arange(start, start + size, dtype=np.int32), batch['mask'].sharding
         )
         start += size
-        found = []
-        for name in names:
+        outputs = []
+        for name in corruptions:
             for severity in severities:
                 images = corrupt(batch['image'], index, np.int32(severity), name=name)
-                found.append(eval_step(params, {**batch, 'image': images}))
-                if len(found) > 2:  # So that no more than a few corrupted batches wait.
-                    jax.block_until_ready(found[-3])
-        sums = jax.device_get([{k: one[k] for k in ('top1', 'count')} for one in found])
-        right += np.array([one['top1'] for one in sums], np.float64).reshape(right.shape)
+                outputs.append(eval_step(params, {**batch, 'image': images}))
+                if len(outputs) > 2:  # So that no more than a few corrupted batches wait.
+                    jax.block_until_ready(outputs[-3])
+        sums = jax.device_get([{k: output[k] for k in ('top1', 'count')} for output in outputs])
+        right += np.array([output['top1'] for output in sums], np.float64).reshape(right.shape)
         count += float(sums[0]['count'])
     share = right / count
     return {
         'mean': float(share.mean()),
-        **{name: float(row.mean()) for name, row in zip(names, share, strict=True)},
+        **{name: float(row.mean()) for name, row in zip(corruptions, share, strict=True)},
         **{f'severity_{s}': float(c.mean()) for s, c in zip(severities, share.T, strict=True)},
         'count': count,
     }

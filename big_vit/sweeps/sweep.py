@@ -24,6 +24,7 @@ from big_vit.config import Config
 from big_vit.data import dataset
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
+from big_vit.evaluators.registry import EVALUATORS, requirements
 from big_vit.pretrained.load import initial_params
 from big_vit.sweeps import study, vmapped_trials
 from big_vit.sweeps.vmapped_trials import Trial
@@ -281,11 +282,12 @@ def _check_evals(config: Config, validation: str | None, test: str, settings_: i
             f"of the training data, as in --config.data.split='train[:90%]' "
             f"--config.evals.{validation}.split='train[90%:]'"
         )
+    fitting = [kind for kind in EVALUATORS if requirements(kind).head_top1]
     for name in (validation, test):
-        if name in config.evals and config.evals[name].type not in (None, 'classification'):
+        if name in config.evals and config.evals[name].type not in (None, *fitting):
             raise UserError(
-                f'config: evals.{name}.type must be classification: a sweep chooses and reports by '
-                'the top-1 of the head; give evaluations of other types another name'
+                f'config: evals.{name}.type must be {" or ".join(fitting)}: a sweep chooses and '
+                'reports by the top-1 of the head; give evaluations of other types another name'
             )
     if config.switch is not None:
         raise UserError('config: switch goes on with a run of train; a transfer starts from init')

@@ -31,10 +31,11 @@ from big_vit.build.experiment import (
     train_batches,
 )
 from big_vit.build.optimizer import build_optimizer, rate_schedule
-from big_vit.build.steps import build_eval_sums, build_train_step, build_update, head_options
+from big_vit.build.steps import build_train_step, build_update
 from big_vit.config import Config
 from big_vit.distributed import hosts
 from big_vit.evaluators import classification
+from big_vit.evaluators.evaluation import BatchMeans, Sums
 from big_vit.optim import factory
 
 Place = str | os.PathLike[str]
@@ -184,9 +185,8 @@ class Batched:
         ]
         return jitted.lower(now, frozen, batches, *numbers).compile()
 
-    def eval_step(self, name: str) -> Callable[[Any, Any, Any], dict[str, Array]]:
+    def eval_step(self, sums: Sums) -> Callable[[Any, Any, Any], dict[str, Array]]:
         """(parameters that move, frozen ones, batch) -> sums [seeds, rates]."""
-        sums = build_eval_sums(self.config, self.parts, self.parts.evals[name])
 
         def one(moving: Any, frozen: Any, batch: Any) -> dict[str, Array]:
             return sums(self._whole(moving, frozen), batch)
@@ -255,7 +255,6 @@ class _Journal:
 
 
 def _evaluators(
-    config: Config,
     parts: Experiment,
     batched: Batched,
     alone: dict[str, Evaluator],
@@ -263,18 +262,18 @@ def _evaluators(
 ) -> dict[str, Callable[[Any, Any], dict[str, np.ndarray]]]:
     """Functions of (states, frozen) that give arrays [seeds, rates].
 
-    A plain classification scores all trials at once, whatever else is asked for one by one.
+    Evaluators of means over examples score all trials at once, others score one by one.
     """
 
-    def at_once(name: str) -> Callable[[Any, Any], dict[str, np.ndarray]]:
-        step = batched.eval_step(name)
+    def at_once(name: str, sums: Sums) -> Callable[[Any, Any], dict[str, np.ndarray]]:
+        step = batched.eval_step(sums)
 
         def scores(now: Any, frozen: Any) -> dict[str, np.ndarray]:
             weights = now.get('ema', now['params'])
             batches = eval_batches(parts, name)
-            sums = classification.totals(step(weights, frozen, batch) for batch in batches)
-            count = sums.pop('count')
-            return {**{name: value / count for name, value in sums.items()}, 'count': count}
+            total = classification.totals(step(weights, frozen, batch) for batch in batches)
+            count = total.pop('count')
+            return {**{name: value / count for name, value in total.items()}, 'count': count}
 
         return scores
 
@@ -289,11 +288,10 @@ def _evaluators(
         return scores
 
     return {
-        name: at_once(name)
-        if config.evals[name].type in (None, 'classification')
-        and not head_options(config, parts, name)
+        name: at_once(name, evaluator.sums)
+        if isinstance(evaluator, BatchMeans)
         else one_by_one(name)
-        for name in parts.evals
+        for name, evaluator in alone.items()
     }
 
 
@@ -355,7 +353,7 @@ def run(
         bytes_ = needed(step)
         if len(seeds) * len(rates) > 1 and bytes_ > memory_limit():
             raise DoNotFit
-        evaluators = _evaluators(configs[0], parts, batched, alone, (len(seeds), len(rates)))
+        evaluators = _evaluators(parts, batched, alone, (len(seeds), len(rates)))
         journal = _Journal(grid, folder, total, label, stack, dumps, targets)
         journal.console.say(
             f'trials  {len(seeds) * len(rates)} at once, {bytes_ / 1e6:,.0f} MB: '

@@ -1,5 +1,6 @@
 """What evaluators compute, against scikit-learn and against their laws written out here."""
 
+import inspect
 import itertools
 
 import jax
@@ -13,12 +14,12 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from big_vit import sharding
-from big_vit.config import schema_evals
+from big_vit.config import registries, schema_evals
 from big_vit.errors import UserError
 from big_vit.evaluators import (
     classification,
     fewshot,
-    heldout,
+    held_out_split,
     knn,
     linear_grid,
     linear_probe,
@@ -44,6 +45,14 @@ def clouds(examples, classes=5, width=12, seed=0, spread=1.5):
 TRAIN, TEST = clouds(700), clouds(301, seed=1)
 
 
+def scores(module, reference, split, **settings):
+    """`module.scores`, with the default of every config key that `settings` leaves out."""
+    name = module.__name__.rpartition('.')[2]
+    keys = inspect.signature(module.scores).parameters.keys() - settings.keys()
+    defaults = {k: v for k, v in registries.EVALUATORS.keys(name).items() if k in keys}
+    return module.scores(reference, split, **defaults, **settings)
+
+
 # kNN.
 
 
@@ -58,7 +67,7 @@ def test_neighbours_and_uniform_votes_are_those_of_scikit_learn(metric):
     for k in (1, 7):
         judge = KNeighborsClassifier(k, metric=metric, algorithm='brute')
         score = judge.fit(TRAIN.values, TRAIN.labels).score(TEST.values, TEST.labels)
-        got = knn.scores(TRAIN, TEST, mesh=MANY, k=(k,), metric=metric, vote='uniform')
+        got = scores(knn, TRAIN, TEST, mesh=MANY, k=(k,), metric=metric, vote='uniform')
         assert got == {f'{k}nn': pytest.approx(score, abs=1e-12), 'count': 301}
         assert 0.3 < score < 0.9
 
@@ -75,12 +84,12 @@ def test_votes_of_a_temperature_are_those_of_dino():
         for i in np.argsort(-row)[:20]:
             counts[TRAIN.labels[i]] += np.exp(row[i] / 0.07)
         right += counts.argmax() == label
-    got = knn.scores(TRAIN, TEST, mesh=MANY, k=(20,))
+    got = scores(knn, TRAIN, TEST, mesh=MANY, k=(20,))
     assert got['20nn'] == pytest.approx(right / 301, abs=1e-12)
-    uniform = knn.scores(TRAIN, TEST, mesh=MANY, k=(20,), vote='uniform')
+    uniform = scores(knn, TRAIN, TEST, mesh=MANY, k=(20,), vote='uniform')
     assert uniform['20nn'] != got['20nn']
-    cold = knn.scores(TRAIN, TEST, mesh=MANY, k=(20,), temperature=1e-3)
-    assert cold['20nn'] == knn.scores(TRAIN, TEST, mesh=MANY, k=(1,))['1nn']
+    cold = scores(knn, TRAIN, TEST, mesh=MANY, k=(20,), temperature=1e-3)
+    assert cold['20nn'] == scores(knn, TRAIN, TEST, mesh=MANY, k=(1,))['1nn']
 
 
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
@@ -107,7 +116,7 @@ def test_a_zero_vector_and_a_label_that_training_lacks_are_no_trouble():
     distance, _ = knn.neighbours(queries, TRAIN.values, 3, MANY)
     assert np.isfinite(distance).all() and (distance[-1] == 1).all()
     strange = Features(TEST.values, np.full(301, 77))
-    assert knn.scores(TRAIN, strange, mesh=MANY, k=(3,))['3nn'] == 0
+    assert scores(knn, TRAIN, strange, mesh=MANY, k=(3,))['3nn'] == 0
 
 
 # Few-shot.
@@ -138,7 +147,7 @@ def test_few_shot_answers_are_those_of_big_visions_law(shots, l2):
     np.testing.assert_allclose(got, want, atol=1e-8)
     plain = fewshot.scores_of(x, y, TEST.values, 5, l2=l2, whiten=False)
     assert np.abs(plain - want).max() > 1e-3
-    got = fewshot.scores(TRAIN, TEST, shots=(shots,), seeds=1, l2=(l2,))
+    got = scores(fewshot, TRAIN, TEST, shots=(shots,), seeds=1, l2=(l2,))
     assert got[f'{shots}shot'] == (want.argmax(1) == TEST.labels).mean()
 
 
@@ -159,11 +168,11 @@ def test_shots_are_drawn_by_class_and_seed_and_averaged():
         rows = fewshot.draw(TRAIN.labels, 5, seed)
         answers = big_visions_answers(TRAIN.values[rows], TRAIN.labels[rows], TEST.values, 5, 1024)
         each.append((answers.argmax(1) == TEST.labels).mean())
-    got = fewshot.scores(TRAIN, TEST, shots=(5, 10), seeds=4)
+    got = scores(fewshot, TRAIN, TEST, shots=(5, 10), seeds=4)
     assert got['5shot'] == pytest.approx(np.mean(each), abs=1e-12)
     assert got['5shot_std'] == pytest.approx(np.std(each), abs=1e-12)
     assert set(got) == {'5shot', '5shot_std', '10shot', '10shot_std', 'count'}
-    several = fewshot.scores(TRAIN, TEST, shots=(5,), seeds=4, l2=(64.0, 1024.0))
+    several = scores(fewshot, TRAIN, TEST, shots=(5,), seeds=4, l2=(64.0, 1024.0))
     assert several['5shot_l2_1024'] == got['5shot']
 
 
@@ -193,9 +202,9 @@ def test_logistic_regression_is_that_of_scikit_learn(l2):
 
 def test_the_penalty_is_chosen_on_examples_that_were_held_out_and_not_on_the_test():
     penalties = (1e-4, 10.0)
-    got = linear_probe.scores(TRAIN, TEST, mesh=MANY, l2=penalties, held_out=0.25, seed=3)
+    got = scores(linear_probe, TRAIN, TEST, mesh=MANY, l2=penalties, held_out=0.25, seed=3)
     train, _ = (v.astype(np.float64) for v in linear_probe.standardised(TRAIN, TEST))
-    rest, held = heldout.split(700, 0.25, 3)
+    rest, held = held_out_split.split(700, 0.25, 3)
     assert len(held) == 175 and not set(rest) & set(held) and len({*rest, *held}) == 700
     shares = []
     for penalty in penalties:
@@ -205,12 +214,14 @@ def test_the_penalty_is_chosen_on_examples_that_were_held_out_and_not_on_the_tes
     assert got['held_out'] == pytest.approx(max(shares), abs=0.012)
     assert got['l2'] == penalties[int(np.argmax(shares))]
     wrong = TEST._replace(labels=(TEST.labels + 1) % 5)
-    other = linear_probe.scores(TRAIN, wrong, mesh=MANY, l2=penalties, held_out=0.25, seed=3)
+    other = scores(linear_probe, TRAIN, wrong, mesh=MANY, l2=penalties, held_out=0.25, seed=3)
     assert other['l2'] == got['l2'] and other['top1'] < got['top1']
 
 
 def test_one_device_and_eight_fit_the_same_classifier():
-    found = [linear_probe.scores(TRAIN, TEST, mesh=mesh, l2=(1e-2,)) for mesh in (ONE, MANY)]
+    found = [
+        scores(linear_probe, TRAIN, TEST, mesh=mesh, l2=(1e-2,), seed=0) for mesh in (ONE, MANY)
+    ]
     assert found[0]['top1'] == found[1]['top1'] and 'held_out' not in found[0]
 
 
@@ -252,9 +263,9 @@ def test_the_grid_joins_last_blocks_and_picks_the_best_on_held_out_examples():
     np.testing.assert_array_equal(inputs[2, False], values[:, [0, 1, 2, 6, 7, 8]])
     np.testing.assert_array_equal(inputs[1, True], values[:, 6:12])
     np.testing.assert_array_equal(inputs[2, True], values[:, [0, 1, 2, *range(6, 12)]])
-    found = linear_grid.scores(
+    found = scores(linear_grid,
         TRAIN, TEST, mesh=MANY, rates=(1e-6, 0.3), last_blocks=(1, 2), probe_updates=80,
-        probe_batch=128, joined=2, tokens=2,
+        probe_batch=128, blocks=2, tokens=2, held_out=0.1, seed=0,
     )  # fmt: skip
     assert found['rate'] == 0.3 and found['last_blocks'] == 2 and found['mean_joined'] == 1
     judge = LogisticRegression(C=100, max_iter=500).fit(inputs[2, True], TRAIN.labels)
@@ -291,7 +302,7 @@ def test_retrieval_is_what_a_loop_over_pairs_finds(same):
     if same:
         queries.labels[0] = 56
     wanted = brute_force(queries, gallery, same)
-    both = [retrieval.scores(gallery, queries, mesh=m, same=same) for m in (ONE, MANY)]
+    both = [scores(retrieval, gallery, queries, mesh=m, same=same) for m in (ONE, MANY)]
     assert both[0] == both[1]
     for name, value in wanted.items():
         assert both[1][name] == pytest.approx(value, abs=1e-6), name
@@ -303,7 +314,7 @@ def test_retrieval_is_what_a_loop_over_pairs_finds(same):
 
 def test_retrieval_between_splits_that_share_no_label_is_an_error():
     with pytest.raises(UserError, match='no example of one split has a label of the other'):
-        retrieval.scores(TRAIN, TEST._replace(labels=TEST.labels + 5), mesh=MANY)
+        scores(retrieval, TRAIN, TEST._replace(labels=TEST.labels + 5), mesh=MANY)
 
 
 def test_zero_shot_by_ensembles_of_prompts():
@@ -594,10 +605,10 @@ def test_contrast_haze_occlusion_and_translation_by_hand(pictures):
 
 
 def test_grey_images_have_all_corruptions_but_that_of_colour(pictures, corrupt):
-    names = robustness.chosen(None, 1, 'evals.x')
+    names = robustness.choose_corruptions(None, 1, 'evals.x')
     assert set(robustness.FORMULAS) - set(names) == {'saturate'}
     with pytest.raises(UserError, match=r'evals\.x\.corruptions: saturate is of three channels'):
-        robustness.chosen(('contrast', 'saturate'), 1, 'evals.x')
+        robustness.choose_corruptions(('contrast', 'saturate'), 1, 'evals.x')
     grey = pictures[..., :1]
     for name in ('brightness', 'haze'):
         made = corrupt(grey, np.arange(3), np.int32(2), name=name)

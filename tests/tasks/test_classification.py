@@ -61,7 +61,7 @@ def test_scores_of_several_labels(made, kind):
     logits, _, several = made
     mask = np.ones(COUNT, np.float32)
     mask[3] = 0
-    sums = classification.classification_sums(model(logits), kind=kind)
+    sums = classification.sums(model(logits), kind=kind)
     found = jax.jit(sums)({}, {'image': IMAGE, 'label': several, 'mask': mask})
     top = {1: 0, 5: 0}
     for i in range(COUNT):
@@ -86,7 +86,7 @@ def test_images_are_prepared_before_they_are_scored():
     def prepare(batch):
         return {**batch, 'image': batch['image'].astype(jnp.float32) + 3}
 
-    sums = classification.classification_sums(apply, prepare)
+    sums = classification.sums(apply, prepare)
     batch = {'image': IMAGE, 'label': np.zeros(COUNT, np.int32), 'mask': np.ones(COUNT)}
     sums({}, jax.tree.map(jnp.asarray, batch))
     np.testing.assert_array_equal(seen[0], IMAGE + 3.0)

@@ -1,4 +1,7 @@
-"""The part of a training split that settings are chosen on, so that no test example chooses."""
+"""The share of a training split that is held out to choose settings on, instead of the test split.
+
+Used by linear_probe.py and linear_grid.py.
+"""
 
 import numpy as np
 from jaxtyping import Int
@@ -7,7 +10,11 @@ from big_vit.errors import UserError
 
 
 def check(examples: int, share: float, key: str) -> None:
-    """Raises UserError where the held-out part, or what is left, has no example."""
+    """Check that both the held-out part and the rest have examples.
+
+    Raises:
+      UserError: one of them is empty.
+    """
     count = round(examples * share)
     if not 0 < count < examples:
         raise UserError(
@@ -19,7 +26,7 @@ def check(examples: int, share: float, key: str) -> None:
 def split(
     examples: int, share: float, seed: int
 ) -> tuple[Int[np.ndarray, ' rest'], Int[np.ndarray, ' held']]:
-    """(indices to learn from, indices to choose on), drawn by the seed alone."""
+    """Draw (indices to learn from, indices to choose on), which depend on the seed alone."""
     order = np.random.default_rng(seed).permutation(examples)
     count = round(examples * share)
     return np.sort(order[count:]), np.sort(order[:count])

@@ -1,0 +1,57 @@
+"""Requirements that an evaluator states about the task and the data, checked by build/data.py."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+Output = Literal['logits', 'features', 'pairs']
+Labels = Literal['numbers', 'any', 'none']
+Factory = TypeVar('Factory', bound=Callable[..., Any])
+
+
+class Requirements(NamedTuple):
+    """Requirements of one type of evaluation.
+
+    Attributes:
+      output: what the task must provide: 'logits' over the classes it is trained on, 'features'
+        of one example, or 'pairs' of features from two streams that stay apart. Only logits tie
+        the classes of the evaluated data to those of the training data.
+      labels: 'numbers' (one class per example), 'any' (a number, or a vector over the classes),
+        or 'none'.
+      reference: the config key that names a second split of the same dataset, to learn from or to
+        search; None if there is none.
+      all_streams: whether examples must hold the input of every stream. If not, streams of words
+        may be missing.
+      head_top1: whether its 'top1' is the accuracy of the model's head on the split, unchanged:
+        the number that sweeps choose by and report.
+    """
+
+    output: Output
+    labels: Labels = 'numbers'
+    reference: str | None = None
+    all_streams: bool = False
+    head_top1: bool = False
+
+
+_BY_FACTORY: dict[Callable[..., Any], Requirements] = {}
+
+
+def requires(
+    output: Output,
+    *,
+    labels: Labels = 'numbers',
+    reference: str | None = None,
+    all_streams: bool = False,
+    head_top1: bool = False,
+) -> Callable[[Factory], Factory]:
+    """Decorate a factory of evaluators with its `Requirements`, whose fields the arguments are."""
+
+    def record(factory: Factory) -> Factory:
+        _BY_FACTORY[factory] = Requirements(output, labels, reference, all_streams, head_top1)
+        return factory
+
+    return record
+
+
+def requirements_of(factory: Callable[..., Any]) -> Requirements:
+    """Return what `requires` recorded for a factory."""
+    return _BY_FACTORY[factory]
