@@ -7,14 +7,15 @@ import numpy as np
 
 from big_vit import config, ledger, metrics, state, trees
 from big_vit.build.experiment import Experiment, build_experiment
-from big_vit.models import flops
 from big_vit.optim import per_layer
 
 
 def summary(settings: config.Config, parts: Experiment) -> list[str]:
     """What is about to be done, in a few lines."""
-    data, vit = parts.data, parts.model
-    params, operations, tokens = flops.cost(vit, data.shapes)
+    data, encoder = parts.data, parts.task.trunk(parts.model).encoder
+    params = trees.count(parts.abstract_state['params'])
+    tokens = parts.model.sequence_length(data.input_shapes)
+    operations = parts.forward_flops
     shown = ' + '.join('x'.join(map(str, data.shapes[part])) for part in data.reads)
     each = 'an image' if data.reads == ('image',) else 'an example'
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
@@ -26,7 +27,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
         f'mesh    {mesh}',
         f'state   {held}',
         *(layout(parts.abstract_state) if parts.mesh.size > 1 else []),
-        f'model   ViT-{settings.model.variant}: {vit.depth} blocks of width {vit.width}, '
+        f'model   ViT-{settings.model.variant}: {encoder.depth} blocks of width {encoder.width}, '
         f'{params / 1e6:,.2f} M parameters, {operations / 1e9:,.3f} GFLOP {each}, {tokens} tokens',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{data.source.num_classes} classes, {shown}',

@@ -20,11 +20,13 @@ import jax
 from big_vit import checkpoint, interop, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.model import build_model
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
-from big_vit.pretrained.load import config_of_weights, image_normalisation
+from big_vit.models.vit import settings_of
+from big_vit.pretrained.load import config_of_weights, image_normalisation, task_parameters
 
 # Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
 ORIGIN = 'origin.json'
@@ -78,8 +80,12 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
     channels = int(flat[first].shape[2])
     classes = flat['head/kernel'].shape[1] if 'head/kernel' in flat else 0
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    model = build_model(config, classes, {'image': (*config.image_size, channels)}, mesh)
-    settings = {name: getattr(model, name) for name in fit.FIELDS}
+    task = build_task(config.task)
+    shape = {'image': (*config.image_size, channels)}
+    model = task.trunk(build_model(config, classes, shape, mesh))
+    settings = {name: x for name, x in settings_of(model).items() if name in fit.FIELDS}
+    settings['num_classes'] = classes
+    params, _ = task_parameters(params, task)
     known = storage.place(workdir) / ORIGIN
     meta = json.loads(known.read_text()) if known.exists() else {}
     mean, std = image_normalisation(config, channels)

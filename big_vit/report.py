@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vit import checkpoint, ledger, metrics, runtime, sharding, storage
+from big_vit import checkpoint, ledger, metrics, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import train_data
+from big_vit.build.experiment import loss_flops
 from big_vit.build.model import build_model, parts_read
 from big_vit.build.steps import batch_seen
+from big_vit.build.task import build_task
 from big_vit.errors import UserError
 from big_vit.inspection import (
     attention_maps,
@@ -39,7 +41,6 @@ from big_vit.inspection import (
 )
 from big_vit.inspection.html_pages import Line
 from big_vit.inspection.loaded_model import LoadedModel
-from big_vit.models import flops
 from big_vit.sweeps import study
 
 # More runs than these in one folder are no transfer, and no chart that can be read.
@@ -343,16 +344,22 @@ def operations(run: Run) -> str:
     assert config is not None and found.run is not None
     if list(config.streams) or parts_read(config) != ('image',):
         here = train_data(config)  # Only the data knows the shapes of other inputs.
-        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-        model = build_model(config, here.source.num_classes, here.shapes, mesh)
-        cost = flops.cost(model, here.shapes)
+        parts, classes = here.example_spec.parts, here.source.num_classes
     else:
-        cost = flops.cost(found.model, {'image': (*found.image_size, found.channels)})
+        heads = trees.flatten(found.params).get('head/kernel')
+        classes = 0 if heads is None else heads.shape[-1]
+        image = (*found.image_size, found.channels)
+        parts = {'image': (image, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
+    shapes = {name: shape for name, (shape, _) in parts.items()}
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
+    forward = loss_flops(task, model, found.params, parts, config.batch_size)
+    tokens = model.sequence_length(shapes)
     seen = found.run[1] * config.batch_size
     return html_pages.paragraph(
-        f'An example is {cost.tokens:,} tokens and takes {cost.flops / 1e9:,.3f} GFLOP forward; '
+        f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
         f'{found.run[1]:,} steps of {config.batch_size:,} examples have taken '
-        f'{3 * cost.flops * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
+        f'{3 * forward * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
         'parameters in float32.',
         'soft',
     )

@@ -1,22 +1,24 @@
 """The training state: one dictionary of arrays, all that a run needs to continue.
 
 params, opt, ema (if any)    parameters, optimizer, averaged parameters
+task (if any)                the task's own state, such as a teacher's average
 step                         updates asked for so far
 skipped, skipped_in_a_row    of these, updates that were not made
 recent                       loss and gradient norm of the last steps, to tell a spike
 """
 
 import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from big_vit import sharding
-from big_vit.models.encoder import identity
-from big_vit.models.layers import ungathered
+from big_vit import sharding, trees
+from big_vit.models.placement import unplaced
 from big_vit.models.tokenizers import PICTURES
 
 State = dict[str, Any]
@@ -28,8 +30,17 @@ Inputs = tuple[int, ...] | dict[str, tuple[tuple[int, ...], Any]]
 WINDOW = 128
 
 
-def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> State:
-    """A state at step 0."""
+def from_params(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    task_state: Callable[[Any], Any] | None = None,
+) -> State:
+    """A state at step 0.
+
+    Args:
+      task_state: `Task.state`.
+    """
     state = {
         'params': params,
         'opt': optimizer.init(params),
@@ -38,7 +49,11 @@ def from_params(params: Any, optimizer: optax.GradientTransformation, ema: bool)
         'skipped_in_a_row': jnp.zeros((), jnp.int32),
         'recent': {name: jnp.full(WINDOW, jnp.nan) for name in ('loss', 'grad_norm')},
     }
-    return {**state, 'ema': jax.tree.map(jnp.copy, params)} if ema else state
+    if ema:
+        state['ema'] = jax.tree.map(jnp.copy, params)
+    if task_state is not None:
+        state['task'] = task_state(params)
+    return state
 
 
 def _init_params(model: Any, inputs: Inputs, seed: int) -> Any:
@@ -58,7 +73,7 @@ def abstract_params(model: Any, inputs: Inputs) -> Any:
     They are kept: a deep model takes seconds to trace. Where a mesh splits parameters or tokens
     makes no difference to them.
     """
-    plain = model.clone(constrain=identity, gather=ungathered)
+    plain = unplaced(model)
     frozen = inputs if isinstance(inputs, tuple) else tuple(sorted(inputs.items()))
     # A copy, for what is kept must not change.
     return jax.tree.map(lambda leaf: leaf, _abstract_params(plain, frozen))
@@ -71,6 +86,18 @@ def _abstract_params(model: Any, inputs: tuple[Any, ...]) -> Any:
     return jax.eval_shape(lambda: _init_params(model, given, 0))
 
 
+def initial_leaves(
+    model: Any, inputs: Inputs, seed: int, names: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Some of the random initial parameters, by path, on the host; the others are not computed."""
+
+    def chosen() -> dict[str, Any]:
+        flat = trees.flatten(_init_params(unplaced(model), inputs, seed))
+        return {name: flat[name] for name in names}
+
+    return jax.device_get(jax.jit(chosen)())
+
+
 def abstract(
     model: Any,
     inputs: Inputs,
@@ -79,6 +106,7 @@ def abstract(
     mesh: Mesh,
     min_shard_size: int = 0,
     params: Any = None,
+    task_state: Callable[[Any], Any] | None = None,
 ) -> State:
     """The state as ShapeDtypeStructs that carry their shardings.
 
@@ -86,7 +114,7 @@ def abstract(
       params: what `abstract_params` gave, where it is known: a deep model takes seconds to trace.
     """
     params = abstract_params(model, inputs) if params is None else params
-    shapes = jax.eval_shape(lambda p: from_params(p, optimizer, ema), params)
+    shapes = jax.eval_shape(lambda p: from_params(p, optimizer, ema, task_state), params)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -106,6 +134,7 @@ def create(
     seed: int,
     abstract_state: State,
     params: Any = None,
+    task_state: Callable[[Any], Any] | None = None,
 ) -> State:
     """A fresh state, born sharded like the abstract state `like`.
 
@@ -116,13 +145,14 @@ def create(
     if params is None:
         make = jax.jit(
             lambda: from_params(
-                _init_params(model, inputs, seed), optimizer, 'ema' in abstract_state
+                _init_params(model, inputs, seed), optimizer, 'ema' in abstract_state, task_state
             ),
             out_shardings=where,
         )
         return make()
     params = jax.tree.map(sharding.place, params, where['params'])
     make = jax.jit(
-        lambda p: from_params(p, optimizer, 'ema' in abstract_state), out_shardings=where
+        lambda p: from_params(p, optimizer, 'ema' in abstract_state, task_state),
+        out_shardings=where,
     )
     return make(params)

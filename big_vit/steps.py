@@ -13,9 +13,12 @@ from big_vit import compiler, sharding, trees
 from big_vit.augment import Mix
 from big_vit.optim import factory, sam, schedule_free
 from big_vit.state import WINDOW, State, shardings
-from big_vit.tasks.batch import Batch, Loss
+from big_vit.tasks.batch import Batch
+from big_vit.tasks.task import AfterUpdate, Loss
 
 Metrics = dict[str, jax.Array]
+# State of the task, and the step.
+Extra = tuple[Any, jax.Array]
 
 # Of the keys of a step those for mixing and for what the devices do to each example before; those
 # of dropout have the numbers of microbatches.
@@ -76,6 +79,7 @@ def update(
     frozen: frozenset[str] = frozenset(),
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
+    after_update: AfterUpdate | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
 
@@ -86,7 +90,8 @@ def update(
     schedule-free optimizer it is that optimizer's own.
 
     Args:
-      loss: an objective.
+      loss: of a task.
+      after_update: moves the task's own state, `Task.after_update`.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
@@ -98,24 +103,25 @@ def update(
         the loss is that of the parameters themselves.
     """
 
-    def gradient(params: Any, batch: Batch, rng: jax.Array):
-        result, grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
+    def gradient(params: Any, extra: Extra, batch: Batch, rng: jax.Array):
+        task_state, step = extra
+        result, grads = jax.value_and_grad(loss, has_aux=True)(params, task_state, batch, rng, step)
         return result, trees.map_with_name(
             lambda name, g: jnp.zeros_like(g) if name in frozen else g, grads
         )
 
-    def gradients(params: Any, batch: Batch, rng: jax.Array):
+    def gradients(params: Any, extra: Extra, batch: Batch, rng: jax.Array):
         if accumulation == 1:
-            return gradient(params, batch, rng)
+            return gradient(params, extra, batch, rng)
 
         def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, microbatch = part
-            now = gradient(params, microbatch, jax.random.fold_in(rng, index))
+            now = gradient(params, extra, microbatch, jax.random.fold_in(rng, index))
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, now), None
 
         parts = _split(batch, accumulation, mesh)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-        shapes = jax.eval_shape(gradient, params, one, rng)
+        shapes = jax.eval_shape(gradient, params, extra, one, rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulation), parts))
         return jax.tree.map(lambda x: x / accumulation, total)
@@ -126,10 +132,11 @@ def update(
         replaced = batch.get('replaced')
         batch = {name: x for name, x in batch.items() if name != 'replaced'}
         batch = seen(batch, seed, step, prepare, mix)
-        (value, aux), grads = gradients(params, batch, rng)
+        extra = state.get('task', ()), step
+        (value, aux), grads = gradients(params, extra, batch, rng)
         if sam_rho:
             worst = sam.ascend(params, grads, sam_rho, sam_adaptive)
-            _, grads = gradients(worst, batch, rng)
+            _, grads = gradients(worst, extra, batch, rng)
         norm = optax.tree.norm(grads)
         watched = {'loss': value, 'grad_norm': norm}
         spikes = {
@@ -147,6 +154,8 @@ def update(
             new['ema'] = jax.tree.map(
                 lambda a, p: a + (1 - decay) * (p - a), state['ema'], new['params']
             )
+        if after_update is not None:
+            new['task'] = after_update(new['params'], state['task'], aux.carried, step)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         # A spike is remembered too, so that a lasting change is soon no spike any more.
@@ -161,7 +170,7 @@ def update(
         new['skipped_in_a_row'] = jnp.where(good, 0, state['skipped_in_a_row'] + 1)
         metrics = {
             'loss': value,
-            **aux,
+            **aux.metrics,
             'lr': schedule(step),
             'grad_norm': norm,
             'param_norm': optax.tree.norm(new['params']),

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from big_vit import augment, state
-from big_vit.build.model import build_streams, is_apart, parts_read
+from big_vit.build.model import build_streams, parts_read
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.transforms import text
@@ -40,6 +41,10 @@ class Data(NamedTuple):
     def inputs(self) -> state.Inputs:
         """What the model is given: shape and type of each part, without the batch."""
         return {n: p for n, p in self.example_spec.parts.items() if n not in ('label', 'mask')}
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self.shapes.items() if name in self.inputs}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -188,7 +193,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
     found = Data(
         source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
     )
-    _check_fit(found, 'data', labelled=not is_apart(config))
+    _check_fit(found, 'data', labelled=build_task(config.task).needs_labels)
     return found
 
 
@@ -214,26 +219,23 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     return own.completed(defaults)
 
 
-def provided(config: Config) -> frozenset[str]:
-    """Return the outputs for evaluators that the task of a config provides."""
-    return frozenset({'pairs' if is_apart(config) else 'logits', 'features'})
-
-
-# Why a task does not provide an output.
+# Why a task may not provide an output.
 _REASONS = {
-    'logits': "is of a head, which model.fusion='apart' has not",
-    'pairs': "compares two streams, which need model.fusion='apart'",
+    'logits': 'needs logits over classes, which task.name={} has not',
+    'features': 'needs features, which task.name={} has not',
+    'pairs': "compares two streams, which need task.name='contrastive', not {}",
 }
 
 
 def _check_provided(config: Config, key: str, kind: str) -> None:
     """Raise `UserError` if a type of evaluation needs an output that the task does not provide."""
-    output, outputs = requirements(kind).output, provided(config)
+    task = build_task(config.task)
+    output, outputs = requirements(kind).output, task.provides
     if output not in outputs:
         others = [other for other in EVALUATORS if requirements(other).output in outputs]
         raise UserError(
-            f'config: {key}.type={kind!r} {_REASONS[output]}: set it to one of '
-            + ', '.join(map(repr, others))
+            f'config: {key}.type={kind!r} {_REASONS[output].format(repr(task.name))}: '
+            'set it to one of ' + ', '.join(map(repr, others))
         )
 
 
@@ -273,7 +275,7 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     _check_provided(config, key, section.type)
     of_head = needs.output == 'logits'
     taken = train.reads
-    if is_apart(config) and not needs.all_streams:
+    if 'pairs' in build_task(config.task).provides and not needs.all_streams:
         taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
     own_world = not of_head and section.name != config.data.peek('name')
     classes = None if own_world else train.source.num_classes

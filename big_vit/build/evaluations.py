@@ -18,7 +18,6 @@ from big_vit.evaluators.evaluation import (
 from big_vit.evaluators.feature_extractor import FeatureExtractor
 from big_vit.evaluators.features import Embedding, Features
 from big_vit.evaluators.registry import EVALUATORS, requirements
-from big_vit.models.vit import ViT
 
 
 def build_evaluators(config: Config, parts: Experiment) -> dict[str, Evaluator]:
@@ -42,7 +41,7 @@ def build_evaluators(config: Config, parts: Experiment) -> dict[str, Evaluator]:
     for name in parts.evals:
         key, kind = f'evals.{name}', completed_section(config, 'evals', name).type
         settings = _settings(config, name, kind)
-        _check_one_input(parts.model, key, kind)
+        _check_one_input(parts.task.trunk(parts.model), key, kind)
         evaluation = _evaluation(config, parts, name, extractor, compile_sums)
         evaluators[name] = EVALUATORS[kind](evaluation, **settings)
     return evaluators
@@ -68,9 +67,9 @@ def _settings(config: Config, name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _check_one_input(model: ViT, key: str, kind: str) -> None:
+def _check_one_input(model: Any, key: str, kind: str) -> None:
     """Raise `UserError` if features are wanted of examples that are packed together."""
-    packed = model.tokenizer == 'ragged' and not model.streams
+    packed = any(stream.tokenizer == 'ragged' for stream in model.streams)
     if packed and requirements(kind).output == 'features':
         raise UserError(
             f'config: {key}.type={kind!r} is of one image an example, not of ragged ones'
@@ -95,8 +94,8 @@ def _evaluation(
         split=_split(parts, parts.evals[name]),
         reference=None if reference is None else _split(parts, reference),
         training=parts.data.source,
-        model=parts.model,
-        loss=config.loss,
+        model=parts.task.trunk(parts.model),
+        loss=parts.task.logits_loss,
         seed=config.seed,
         mesh=parts.mesh,
         compute_features=compute_features,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -18,18 +19,22 @@ from big_vit.build.data import (
 )
 from big_vit.build.model import build_model
 from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import pipeline, sources, to_device
 from big_vit.errors import UserError
 from big_vit.models import flops
-from big_vit.models.vit import ViT
+from big_vit.models.placement import placed, unplaced
 from big_vit.optim import factory, per_layer, schedules
+from big_vit.tasks.task import Task
 
 
 class Experiment(NamedTuple):
     """All that training needs, before anything is computed.
 
-    `references` are the splits that evaluations learn from or search, by the evaluation's name.
+    `forward_flops` are those of the loss of one example, `flops_per_example` those of a training
+    step. `references` are the splits that evaluations learn from or search, by the evaluation's
+    name.
     By parameter path: decay and factor on the rate, and `groups`, the optimizer's name;
     by that name `settings`, what it is made with.
     """
@@ -38,11 +43,13 @@ class Experiment(NamedTuple):
     data: Data
     evals: dict[str, Data]
     references: dict[str, Data]
-    model: ViT
+    task: Task
+    model: Any
     optimizer: optax.GradientTransformationExtraArgs
     schedule: schedules.Schedule
     abstract_state: state.State
     total_steps: int
+    forward_flops: float
     flops_per_example: int
     decay_factors: dict[str, float]
     lr_factors: dict[str, per_layer.Factor]
@@ -67,9 +74,6 @@ def is_due(every: int, step: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-# By the optimizers' names, with their own defaults.
-
-
 def build_experiment(config: Config, devices: list[jax.Device] | None = None) -> Experiment:
     """Everything that the config describes; reads every key that it uses, computes nothing.
 
@@ -91,38 +95,37 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
         reference = reference_data(config, name, train)
         if reference is not None:
             references[name] = reference
-    vit = build_model(config, classes, train.shapes, mesh)
-    if classes < 2 and config.loss == 'softmax' and vit.fusion != 'apart':
-        named = f' ({train.source.class_names[0]})' if train.source.class_names else ''
-        raise UserError(
-            f'config: data: {train.source.name} {train.source.split} has one class{named}, so '
-            'there is nothing to tell apart: add a second one'
-        )
+    task = build_task(config.task)
+    model = build_model(config, classes, train.input_shapes, mesh)
+    _check_classes(task, train.source)
     total = in_steps(config, 'total', config, train.source)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
     schedule = rate_schedule(config, train.source, total)
-    shapes = state.abstract_params(vit, train.inputs)
-    vit = vit.clone(gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
+    shapes = state.abstract_params(model, train.inputs)
+    model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = build_optimizer(config, shapes, schedule, mesh)
     averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
     abstract_state = state.abstract(
-        vit, train.inputs, made.transform, averaged, mesh, m.min_shard_size, shapes
+        model, train.inputs, made.transform, averaged, mesh, m.min_shard_size, shapes, task.state
     )
     sharding.check_spread(
         abstract_state, state.shardings(abstract_state), mesh, m.min_shard_size, m.max_replicated
     )
+    forward = loss_flops(task, model, shapes, train.example_spec.parts, config.batch_size)
     return Experiment(
         mesh=mesh,
         data=train,
         evals=held_out,
         references=references,
-        model=vit,
+        task=task,
+        model=model,
         optimizer=made.transform,
         schedule=schedule,
         abstract_state=abstract_state,
         total_steps=total,
-        flops_per_example=training_flops(flops.cost(vit, train.shapes).flops, shapes, made.rate),
+        forward_flops=forward,
+        flops_per_example=training_flops(task, forward, shapes, made.rate),
         decay_factors=made.decay,
         lr_factors=made.rate,
         groups=made.group,
@@ -132,17 +135,72 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
     )
 
 
-def training_flops(forward: int, shapes: Any, rates: dict[str, per_layer.Factor]) -> int:
+def _check_classes(task: Task, source: sources.Source) -> None:
+    if source.num_classes < task.least_classes:
+        named = f' ({source.class_names[0]})' if source.class_names else ''
+        raise UserError(
+            f'config: data: {source.name} {source.split} has one class{named}, so '
+            'there is nothing to tell apart: add a second one'
+        )
+
+
+def fresh_state(parts: Experiment, seed: int, params: Any = None) -> state.State:
+    """The state at step 0, sharded as the experiment says.
+
+    Args:
+      params: NumPy parameters to start from instead of random ones.
+    """
+    return state.create(
+        parts.model,
+        parts.data.inputs,
+        parts.optimizer,
+        seed,
+        parts.abstract_state,
+        params,
+        parts.task.state,
+    )
+
+
+def loss_flops(
+    task: Task,
+    model: Any,
+    params: Any,
+    parts: dict[str, tuple[tuple[int, ...], Any]],
+    batch_size: int,
+) -> float:
+    """Operations of the forward pass of the loss, for one example of a batch.
+
+    Counted in the traced program of the task, so whatever a task adds is there, and what it leaves
+    out (hidden patches, dropped ones) is not.
+
+    Args:
+      params: abstract parameters.
+      parts: shape and type of each part of an example.
+    """
+    loss = task.loss(unplaced(model))
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), jax.dtypes.canonicalize_dtype(dtype))
+        for name, (shape, dtype) in parts.items()
+    }
+    task_state = jax.eval_shape(task.state, params) if task.state else ()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return flops.count(loss, params, task_state, batch, key, step) / batch_size
+
+
+def training_flops(
+    task: Task, forward: float, shapes: Any, rates: dict[str, per_layer.Factor]
+) -> int:
     """Operations of a training step for one example: three times the forward pass, less the frozen.
 
-    Back through the model go the gradients of activations, unless the head alone is trained, and
-    those of the parameters that are. Where lower blocks are frozen and upper ones are not, the
-    former count as passed, so it is an upper bound there.
+    Back through the model go the gradients of activations, unless only what the task adds to its
+    trunk is trained, and those of the parameters that are. Where lower blocks are frozen and upper
+    ones are not, the former count as passed, so it is an upper bound there.
     """
-    still, flat = factory.frozen(rates), trees.flatten(shapes)
-    moving = {name: leaf for name, leaf in flat.items() if name not in still}
-    through = any(not name.startswith(('head/', 'head_dist/')) for name in moving)
-    share = trees.count(list(moving.values())) / trees.count(shapes)
+    frozen, flat = factory.frozen(rates), trees.flatten(shapes)
+    trained = {name: leaf for name, leaf in flat.items() if name not in frozen}
+    through = any(not task.is_addition(name) for name in trained)
+    share = trees.count(list(trained.values())) / trees.count(shapes)
     return round(forward * (1 + through + share))
 
 

@@ -12,21 +12,23 @@ from jax.sharding import Mesh
 from big_vit import augment, sharding, state, steps
 from big_vit.build.data import Data, device_operations
 from big_vit.build.experiment import Experiment
-from big_vit.build.model import words_of
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.models import tokenizers
-from big_vit.models.vit import ViT
 from big_vit.optim import factory, schedules
-from big_vit.tasks.batch import Loss, normalise
-from big_vit.tasks.classification import classification_loss
-from big_vit.tasks.contrastive import contrastive_loss
+from big_vit.tasks.batch import normalise
 
 
 def build_mixing(config: Config, found: Data, mesh: Mesh) -> Any:
     """What mixes the examples of a batch, (batch, rng) -> batch; or None."""
     if not config.mixup and not config.cutmix:
         return None
+    if not build_task(config.task).mixes_labels:
+        raise UserError(
+            f'config: mixup and cutmix mix labels, which task.name={config.task.name!r} does not '
+            'learn: set both to 0'
+        )
     if found.reads != ('image',):
         raise UserError(
             f'config: mixup and cutmix mix images, but the model takes {", ".join(found.reads)}: '
@@ -50,13 +52,6 @@ def build_train_step(config: Config, parts: Experiment) -> Any:
     return steps.make_train_step(step, parts.abstract_state, parts.mesh)
 
 
-def build_loss(config: Config, model: ViT) -> Loss:
-    """What is trained: classes, or which examples of two streams belong together."""
-    if model.fusion != 'apart':
-        return classification_loss(model.apply, config.label_smoothing, config.loss)
-    return contrastive_loss(model.apply, config.loss, words_of(model))
-
-
 def build_update(
     config: Config,
     parts: Experiment,
@@ -66,7 +61,7 @@ def build_update(
 ) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
     """The same, not jitted, with another rate or seed than the config's, which may be traced."""
     return steps.update(
-        build_loss(config, parts.model),
+        parts.task.loss(parts.model),
         optimizer,
         schedule,
         parts.mesh,
@@ -79,6 +74,7 @@ def build_update(
         frozen=factory.frozen(parts.lr_factors),
         sam_rho=config.optim.sam_rho,
         sam_adaptive=bool(config.optim.sam_rho) and config.optim.sam_adaptive,
+        after_update=parts.task.after_update,
     )
 
 

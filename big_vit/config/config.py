@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from big_vit.config.old_names import renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 from big_vit.errors import UserError
 
@@ -193,7 +194,8 @@ def resolve(explicit: dict[str, Any]) -> Config:
       UserError: an unknown key, a wrong type, a missing key, or two units for
         one duration.
     """
-    values = {key: _checked(key, value) for key, value in explicit.items()}
+    current = dict(renamed(key, value) for key, value in explicit.items())
+    values = {key: _checked(key, value) for key, value in current.items()}
     mixed = any(key.startswith('mixture.') for key in values)
     for first, group in REQUIRED.items():
         if first == 'data.name' and mixed:  # Each part may say its own.
@@ -334,6 +336,7 @@ def load(
     explicit = dict(base or {})
 
     def put(key: str, value: Any) -> None:
+        key, value = renamed(key, value)
         _field(key)
         for sibling in _siblings(key):
             explicit.pop(sibling, None)
@@ -346,7 +349,7 @@ def load(
                 raise UserError(f'config: {key} and {sibling} are both set; set one')
     for key, value in from_file.items():
         put(key, value)
-    for key, text in overrides:
+    for key, text in (renamed(*pair) for pair in overrides):
         put(key, _parsed(key, text))
         if text == 'default':
             del explicit[key]
@@ -356,7 +359,7 @@ def load(
 def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     """A config with `--config.key=text` overrides applied."""
     values: dict[str, Any] = {}
-    for key, text in overrides:
+    for key, text in (renamed(*pair) for pair in overrides):
         values.pop(key, None)  # The last of two counts, also over what came between.
         values[key] = _field(key).default if text == 'default' else _parsed(key, text)
     return with_values(config, values)
@@ -377,7 +380,7 @@ def from_json(tree: dict[str, Any]) -> Config:
     Raises:
       UserError: the dump has a key this version does not know.
     """
-    flat = flatten(tree)
+    flat = renamed_dump(flatten(tree))
     return resolve(
         {
             key: value
@@ -396,7 +399,7 @@ RESUMABLE = (
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """'key: old -> new' for each dotted key whose value differs between two dumps."""
-    a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
+    a, b = (renamed_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
         for key in sorted(a.keys() | b.keys())

@@ -18,18 +18,21 @@ REQUIRED = inspect.Parameter.empty
 class Registry(NamedTuple):
     """A table by the name of its module and its variable.
 
-    The module is imported when the table is first asked for: `--help` must not wait for JAX.
+    `function` names the attribute of an entry that has the signature; None is the entry itself. The
+    module is imported when the table is first asked for: `--help` must not wait for JAX.
     """
 
     module: str
     table: str
+    function: str | None = None
 
-    def entries(self) -> Mapping[str, Callable[..., Any]]:
+    def entries(self) -> Mapping[str, Any]:
         return getattr(importlib.import_module(self.module), self.table)
 
     def keys(self, name: str) -> dict[str, Any]:
         """The config keys that an entry reads, with its own defaults; `REQUIRED` has none."""
-        return _keys(self.entries()[name])
+        entry = self.entries()[name]
+        return _keys(getattr(entry, self.function) if self.function else entry)
 
     def readers(self, key: str) -> dict[str, Any]:
         """The entries that read a key, with the default of each."""
@@ -57,7 +60,7 @@ def _keys(function: Callable[..., Any]) -> dict[str, Any]:
 OPTIMIZERS = Registry('big_vit.optim.factory', 'LAWS')
 EVALUATORS = Registry('big_vit.evaluators.registry', 'EVALUATORS')
 SOURCES = Registry('big_vit.data.sources.registry', 'SOURCES')
-TOKENIZERS = Registry('big_vit.models.tokenizers', 'TOKENIZERS')
+TOKENIZERS = Registry('big_vit.models.tokenizers', 'TOKENIZERS', 'tokens')
 TASKS = Registry('big_vit.tasks.registry', 'TASKS')
 
 # By the prefix of the keys that their entries read.

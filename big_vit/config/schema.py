@@ -15,6 +15,7 @@ from big_vit.config.schema_data import DATASET
 from big_vit.config.schema_evals import EVALUATION
 from big_vit.config.schema_model import MODEL
 from big_vit.config.schema_optim import OPTIMIZATION
+from big_vit.config.schema_task import TASK
 
 SCHEMA: dict[str, Field] = {
     'seed': Field(integer(0), 0, 'Decides parameters, data order, augmentation and dropout.'),
@@ -27,7 +28,7 @@ SCHEMA: dict[str, Field] = {
     'init_tower': Field(
         check_text,
         None,
-        'Of an `init` with streams apart: the stream that goes on, as a model of one input.',
+        'The stream of a contrastive `init` to go on with, as a model of one input.',
     ),
     'init_channels': Field(
         choice('mean', 'sum', 'repeat'),
@@ -55,13 +56,7 @@ SCHEMA: dict[str, Field] = {
         'Skip updates whose loss or gradient norm is so many standard deviations above the '
         'last 128; 0 is off.',
     ),
-    'label_smoothing': Field(number(0, 1), 0.0, 'Share of the target spread over all classes.'),
-    'loss': Field(
-        choice('softmax', 'sigmoid'),
-        'softmax',
-        "Cross-entropy over classes, or of each class; of streams 'apart' over the pairs of a "
-        "batch (CLIP's), or of each pair (SigLIP's).",
-    ),
+    **TASK,
     'mixup': Field(
         number(0), 0.0, 'Blend pairs of examples, with shares of Beta(mixup, mixup); 0 is off.'
     ),

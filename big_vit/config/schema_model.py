@@ -10,6 +10,7 @@ from big_vit.config.fields import (
     number,
     size,
 )
+from big_vit.config.registries import TOKENIZERS
 
 MODEL: dict[str, Field] = {
     'model.variant': Field(check_text, None, "Size and patch, as in 'S/16' or 'B/16x8'."),
@@ -19,7 +20,7 @@ MODEL: dict[str, Field] = {
     'model.num_heads': Field(integer(1), None, "Overrides the variant's number of heads."),
     'model.head_dim': Field(integer(1), None, 'Width of one head; by default width / num_heads.'),
     'model.tokenizer': Field(
-        choice('patches', 'conv', 'resnet', 'cct', 'spt', 'tubelets', 'words', 'ragged'),
+        TOKENIZERS.name,
         'patches',
         'How inputs become tokens; docs/models.md has them. A hybrid such as R50+B/16 has resnet.',
     ),
@@ -77,18 +78,14 @@ MODEL: dict[str, Field] = {
     ),
     'model.head_bias': Field(boolean, True, 'Whether the head has a bias.'),
     'model.fusion': Field(
-        choice('concat', 'cross', 'latents', 'apart'),
+        choice('concat', 'cross', 'latents'),
         'concat',
-        'How several streams meet: in one sequence, by cross-attention, in latents, or only in '
-        'what is made of each (apart: contrastive learning).',
+        'How several streams meet: in one sequence, by cross-attention, or in latents.',
     ),
     'model.queries': Field(check_text, None, "The stream that attends to the others ('cross')."),
     'model.latents': Field(integer(1), 64, "Learned vectors that attend to all ('latents')."),
-    'model.shared': Field(
-        integer(1), 512, "Numbers of the vectors that two streams are compared by ('apart')."
-    ),
     'streams.*.tokenizer': Field(
-        choice('patches', 'conv', 'resnet', 'cct', 'spt', 'tubelets', 'words'),
+        TOKENIZERS.name,
         'patches',
         'As model.tokenizer, of one of several inputs.',
     ),

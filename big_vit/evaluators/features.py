@@ -62,7 +62,7 @@ def choose_embedding(
         if pool is not None:
             raise UserError(f'config: {key}.pool is of {key}.blocks, which is not set')
         return Embedding(None, before_head(model))
-    numbers = block_numbers(blocks, model.depth, f'{key}.blocks')
+    numbers = block_numbers(blocks, model.encoder.depth, f'{key}.blocks')
     return pooled_blocks(model, numbers, choose_pool(model, pool, f'{key}.pool'))
 
 
@@ -77,10 +77,11 @@ def choose_pool(model: vit.ViT, pool: str | None, key: str) -> str:
     Raises:
       UserError: the model does not have such tokens.
     """
-    if model.streams or model.tokenizer in ('ragged', 'words'):
+    stream = model.streams[0]
+    if stream.name or stream.tokenizer in ('ragged', 'words'):
         raise UserError(
             f'config: {key.rpartition(".")[0]}: blocks are pooled where all tokens are of one '
-            f'image, video or sound, not for model.tokenizer={model.tokenizer!r} or streams'
+            f'image, video or sound, not for model.tokenizer={stream.tokenizer!r} or streams'
         )
     default = default_pool(model)
     if pool is not None and 'cls' in pool and default == 'gap':
@@ -105,7 +106,7 @@ def block_numbers(blocks: tuple[int, ...], depth: int, key: str) -> tuple[int, .
 
 def default_pool(model: vit.ViT) -> str:
     """Return 'cls' if the model has a class token or reads from it, else 'gap'."""
-    return 'cls' if model.class_token or model.pool in vit.OF_CLASS_TOKEN else 'gap'
+    return 'cls' if model.has_class_token else 'gap'
 
 
 def of_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embed:
@@ -117,20 +118,20 @@ def of_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embed:
       blocks: numbers from 0, as `block_numbers` returns them.
       pool: 'gap' (the mean of all tokens except class token and registers), 'cls', or 'cls_gap'.
     """
-    last = layers.norm(model.style(), 'encoder_norm')
+    last = layers.norm(model.encoder.style, 'encoder_norm')
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
         _, extra = model.apply({'params': params}, given, capture=('blocks',))
         pooled = []
         for number in blocks:
             tokens = extra['blocks'][number]
-            if not model.norm_after_pool:
+            if not model.head.norm_after_pool:
                 tokens = last.apply({'params': params['Transformer']['encoder_norm']}, tokens)
             tokens = tokens.astype(jnp.float32)
             if 'cls' in pool:
                 pooled.append(tokens[:, 0])
             if 'gap' in pool:
-                pooled.append(heads.mean_pool(tokens[:, model.prefix() :], None))
+                pooled.append(heads.mean_pool(tokens[:, model.prefix_tokens :], None))
         return jnp.concatenate(pooled, axis=-1)
 
     return embed

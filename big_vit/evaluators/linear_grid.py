@@ -62,9 +62,9 @@ def linear_grid(
       UserError: the model has fewer blocks, or the training split is too small.
     """
     key, model = evaluation.key, evaluation.model
-    counts = depths(last_blocks, model.depth, key)
+    counts = depths(last_blocks, model.encoder.depth, key)
     pool = choose_pool(model, None, key)
-    blocks = tuple(range(model.depth - max(counts), model.depth))
+    blocks = tuple(range(model.encoder.depth - max(counts), model.encoder.depth))
     embedding = pooled_blocks(model, blocks, 'cls_gap' if pool == 'cls' else 'gap')
 
     def check(labels: np.ndarray) -> None:

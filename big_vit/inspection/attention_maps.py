@@ -47,7 +47,7 @@ def of_file(found: LoadedModel, path: str | Path) -> Look:
     """
     image = found.picture(path)
     weights = found.attention(found.normalised(image))
-    return Look(image, weights, found.grid, found.model.prefix())
+    return Look(image, weights, found.grid, found.model.prefix_tokens)
 
 
 def of_training(found: LoadedModel, count: int = 6) -> list[Look]:
@@ -65,6 +65,11 @@ def of_training(found: LoadedModel, count: int = 6) -> list[Look]:
     found = dataclasses.replace(found, shape=data.shapes['image'])
     seen = batch_seen(config, data, few, 0)['image']
     return [
-        Look(image, found.attention(np.asarray(one, np.float32)), found.grid, found.model.prefix())
+        Look(
+            image,
+            found.attention(np.asarray(one, np.float32)),
+            found.grid,
+            found.model.prefix_tokens,
+        )
         for image, one in zip(examples.pictures(few), seen, strict=True)
     ]

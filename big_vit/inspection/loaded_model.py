@@ -15,12 +15,13 @@ from jaxtyping import Float, UInt8
 from big_vit import checkpoint, interop, sharding, state, trees
 from big_vit import config as config_lib
 from big_vit.build.model import build_model, build_streams, parts_read
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import decode
 from big_vit.errors import UserError
 from big_vit.interop import Weights
 from big_vit.models import tokenizers
-from big_vit.models.vit import ViT
+from big_vit.models.vit import ViT, make_vit
 from big_vit.pretrained.load import image_normalisation
 
 # A photograph has 50 million pixels, a file of one 20 MB; beyond lie mistakes and bombs.
@@ -98,7 +99,7 @@ class LoadedModel:
         if self.config is None:
             assert self.weights is not None
             settings = {**self.weights.settings, 'dtype': jnp.float32, 'scan': False}
-            return ViT(**settings)
+            return make_vit(**settings)
         config = self.config.replacing(
             {'model.dtype': 'float32', 'model.attention': 'xla', 'model.remat': 'none'}
         )
@@ -112,7 +113,7 @@ class LoadedModel:
         made = build_model(config, classes, {'image': shape}, mesh)
         inputs: state.Inputs = {'image': (shape, np.dtype(np.uint8))}
         checkpoint.check_params(self.params, state.abstract_params(made, inputs), self.where)
-        return made
+        return build_task(config.task).trunk(made)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -132,7 +133,7 @@ class LoadedModel:
         Raises:
           UserError: it has no such grid.
         """
-        streams = (self.model.stream(),) if self.config is None else build_streams(self.config)
+        streams = self.model.streams if self.config is None else build_streams(self.config)
         if len(streams) > 1 or streams[0].reads != 'image':
             reads = ', '.join(stream.reads for stream in streams)
             raise UserError(f'{self.where}: its model reads {reads}, not one image')
@@ -229,8 +230,8 @@ class LoadedModel:
         Raises:
           UserError: they would not fit into memory.
         """
-        tokens = self.grid[0] * self.grid[1] + self.model.prefix()
-        needed = 4 * self.model.depth * self.model.num_heads * tokens**2
+        tokens = self.grid[0] * self.grid[1] + self.model.prefix_tokens
+        needed = 4 * self.model.encoder.depth * self.model.encoder.num_heads * tokens**2
         if needed > MOST_ATTENTION:
             raise UserError(
                 f'{self.where}: its attention to one image is {needed / 2**30:.1f} GiB, more than '

@@ -6,7 +6,6 @@ always has are zero, and so on. What cannot be said that way is an error.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as dataclass_fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,19 +13,16 @@ import numpy as np
 from big_vit.errors import UserError
 from big_vit.interop.layout import Arrays, Shapes
 from big_vit.models import positions, stems
-from big_vit.models.vit import ViT
+from big_vit.models.vit import RUNTIME_SETTINGS, SETTINGS, make_vit, settings_of
 
 Settings = dict[str, Any]
 
-# Fields of `ViT` that weights decide; the rest (dropout, scan, remat, ...) is the user's choice.
-FIELDS = (
-    'num_classes', 'patch_size', 'width', 'depth', 'mlp_dim', 'num_heads', 'head_dim', 'tokenizer',
-    'stride', 'resnet', 'embedding_bias', 'norm', 'norm_eps', 'activation', 'mlp', 'parallel',
-    'qk_norm', 'qkv_bias', 'key_bias', 'layer_scale', 'class_token', 'registers', 'posemb',
-    'posemb_prefix', 'rope_theta', 'pre_norm', 'pool', 'norm_after_pool', 'representation',
-    'head_bias', 'lsa',
-)  # fmt: skip
-_DEFAULTS = {f.name: f.default for f in dataclass_fields(ViT) if f.name in FIELDS}
+# Other codebases have no such inputs.
+_OTHER_INPUTS = ('tubelet', 'vocab', 'posemb_grid')
+# Settings that weights decide; the rest (dropout, scan, remat, ...) is the user's choice.
+FIELDS = tuple(name for name in SETTINGS if name not in (*RUNTIME_SETTINGS, *_OTHER_INPUTS))
+_PLAIN = make_vit(0, (16, 16), 768, 12, 3072, 12)
+_DEFAULTS = {name: value for name, value in settings_of(_PLAIN).items() if name in FIELDS}
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
 ATTENTION = 'MultiHeadDotProductAttention_0'
 

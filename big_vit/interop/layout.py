@@ -16,7 +16,7 @@ import numpy as np
 
 from big_vit import trees
 from big_vit.errors import UserError
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -76,7 +76,7 @@ def shapes_of(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> Shapes:
 
 @functools.lru_cache(maxsize=32)
 def _shapes(fields: tuple[Any, ...], image: tuple[int, ...]) -> Shapes:
-    model = ViT(**{**dict(fields), 'scan': True, 'dtype': jnp.float32})
+    model = make_vit(**{**dict(fields), 'scan': True, 'dtype': jnp.float32})
     example = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x)['params'], example)
     shapes: Shapes = {}

@@ -26,17 +26,21 @@ def _operations(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
         (contracted, _), _ = params['dimension_numbers']
-        left = equation.invars[0].aval.shape
+        left = _shape(equation.invars[0])
         inner = math.prod(left[axis] for axis in contracted)
-        return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        return 2 * inner * math.prod(_shape(equation.outvars[0]))
     if name == 'conv_general_dilated':
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         out_channels = kernel[params['dimension_numbers'].rhs_spec[0]]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // out_channels
     if name == 'cond':
         return max(_count(branch.jaxpr) for branch in params['branches'])
     times = params['length'] if name == 'scan' else 1
     return times * sum(_count(jaxpr) for jaxpr in _inner(params))
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

@@ -1,7 +1,7 @@
 """From inputs to tokens: images, videos, spectrograms, words, and images of any shape.
 
-`TOKENIZERS` is the table of them. A spectrogram is an image of one channel, [time, frequency, 1] or the other way round, for
-'patches' that may overlap (AST, arXiv 2104.01778).
+`TOKENIZERS` is the table of them. A spectrogram is an image of one channel, [time, frequency, 1] or
+the other way round, for 'patches' that may overlap (AST, arXiv 2104.01778).
 """
 
 import inspect

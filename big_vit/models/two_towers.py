@@ -1,7 +1,7 @@
 """Two streams that go alone through one encoder into a space where they are compared."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from big_vit.models import heads
 from big_vit.models.encoder import Encoder, EncoderConfig
 from big_vit.models.fusion import StreamTokens
 from big_vit.models.layers import AttentionContext, Dense
-from big_vit.models.tokenizers import Stream
+from big_vit.models.tokenizers import Stream, grid_of
 
 # CLIP's upper bound on the scale of its logits.
 MOST_SCALE = 100.0
@@ -37,6 +37,10 @@ class TwoTowers(nn.Module):
     pool: str = 'gap'
     logit_scale: float = 10.0
     logit_bias: float | None = None
+
+    def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Tokens in the encoder of both towers, for inputs of these shapes without the batch."""
+        return sum(math.prod(grid_of(s, shapes[s.reads])) for s in self.streams)
 
     @nn.compact
     def __call__(

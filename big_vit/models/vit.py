@@ -5,6 +5,8 @@ side by side at the root: names are those of google-research's checkpoints, bloc
 `Transformer`, in one of the two forms that `encoder` has.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +23,8 @@ from big_vit.models.tokenizers import Stream, Tokens
 
 # Pools that read the class token.
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
+# Names of a classifier's parameters, at the root.
+HEADS = ('head', 'head_dist')
 
 
 @dataclass(frozen=True)
@@ -169,10 +173,10 @@ class Pooling(nn.Module):
         if segment is not None and images:
             if pool == 'gap':
                 return heads.segment_pool(x, segment, images)
-            visible = segment[:, None, None] == 1 + jnp.arange(images).reshape(1, 1, -1, 1)
+            own_image = segment[:, None, None] == 1 + jnp.arange(images).reshape(1, 1, -1, 1)
             # A query that sees nothing would be NaN; its example does not count.
-            visible = visible | ~visible.any(-1, keepdims=True)
-            return self._map()(x, visible).astype(jnp.float32)
+            own_image = own_image | ~own_image.any(-1, keepdims=True)
+            return self._map()(x, own_image).astype(jnp.float32)
         of_input = x[:, self.prefix :]
         if pool == 'gap':
             return heads.mean_pool(of_input, mask)
@@ -246,6 +250,13 @@ class ViT(nn.Module):
     def single(self) -> Stream | None:
         """The one input; None where there are several."""
         return None if self.streams[0].name else self.streams[0]
+
+    def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Tokens in the encoder, for inputs of these shapes without the batch."""
+        streams = self.streams[:1] if self.fusion == 'cross' else self.streams
+        lengths = [math.prod(tokenizers.grid_of(s, shapes[s.reads])) for s in streams]
+        joined = self.latents if self.fusion == 'latents' and self.single is None else sum(lengths)
+        return self.prefix_tokens + joined
 
     def setup(self) -> None:
         self.embedder = Embedding(self.streams, self.encoder, self.fusion, self.latents)
@@ -354,15 +365,19 @@ def drop_tokens(tokens: Tokens, key: Array, rate: float) -> Tokens:
 
 # Sections of a model and their settings under flat names, as configs and other codebases have
 # them. `Stream` has those of a model's one input.
-_SECTIONS: dict[type, tuple[str, ...]] = {
-    section: tuple(field.name for field in fields(section))
-    for section in (Style, EncoderConfig, Stream, Prefix, Head)
-}
 _NOT_SETTINGS = ('style', 'name', 'part')
+_SECTIONS: dict[type, tuple[str, ...]] = {
+    section: tuple(f.name for f in fields(section) if f.name not in (*_NOT_SETTINGS, *others))
+    for section, others in (
+        (Style, ()),
+        (EncoderConfig, ()),
+        (Stream, ('depth',)),  # Only one of several streams has blocks of its own.
+        (Prefix, ()),
+        (Head, ()),
+    )
+}
 # Names of all settings of a model with one input.
-SETTINGS = tuple(
-    name for names in _SECTIONS.values() for name in names if name not in _NOT_SETTINGS
-)
+SETTINGS = tuple(name for names in _SECTIONS.values() for name in names)
 # Settings that a user chooses for speed or training: weights are the same with any.
 RUNTIME_SETTINGS = (
     *('dropout', 'drop_path', 'patch_dropout', 'scan', 'remat', 'attention', 'dtype'),
@@ -414,15 +429,12 @@ def make_vit(
 
 
 def settings_of(model: ViT) -> dict[str, Any]:
-    """The flat settings of a model with one input, as `make_vit` takes them."""
-    stream = model.single
-    assert stream is not None
-    sections = (model.encoder.style, model.encoder, stream, model.prefix, model.head)
+    """The flat settings of a model, as `make_vit` takes them; of several inputs without theirs."""
+    sections = [model.encoder.style, model.encoder, model.prefix, model.head]
+    if model.single is not None:
+        sections.append(model.single)
     return {
-        name: getattr(section, name)
-        for section in sections
-        for name in _SECTIONS[type(section)]
-        if name not in _NOT_SETTINGS
+        name: getattr(section, name) for section in sections for name in _SECTIONS[type(section)]
     }
 
 

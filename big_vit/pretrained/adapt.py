@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ CHANNELS = ('mean', 'sum', 'repeat')
 VIDEO = ('central', 'inflate')
 
 
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to a classifier."""
+    return name.partition('/')[0] in vit.HEADS
+
+
 def adapt(
     params: dict[str, Any],
     old_grid: Grid | None,
-    model: vit.ViT,
+    model: Any,
     new_grid: Grid | None,
     abstract_state: dict[str, Any],
     where: str,
@@ -29,6 +35,8 @@ def adapt(
     video: str = 'central',
     resize: str = 'aligned',
     keep_head: bool = False,
+    is_addition: Callable[[str], bool] = is_head,
+    additions: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """NumPy parameters for `model`: the encoder is kept, heads start at zero.
 
@@ -46,26 +54,36 @@ def adapt(
       video: how tubelets are made of patches, of `VIDEO` (ViViT, arXiv 2103.15691).
       resize: how positions are, of `positions.METHODS`.
       keep_head: keep a head of the same shape.
+      is_addition: whether a parameter is not of the trunk but of the task.
+      additions: initial values of such parameters, of their paths.
 
     Raises:
       UserError: names the leaves in which the architectures differ.
     """
-    params = encoder.stack_blocks(params) if model.scan else encoder.unstack_blocks(params)
+    scan = model.encoder.scan
+    params = encoder.stack_blocks(params) if scan else encoder.unstack_blocks(params)
     flat, wanted = trees.flatten(params), trees.flatten(abstract_state)
     name = 'pos_embedding'
     if name in flat and name in wanted and old_grid and new_grid:
-        prefix = model.posemb_prefix
+        prefix = model.single.posemb_prefix
         front, table = flat[name][:, :prefix], flat[name][:, prefix:]
         table = positions.resize_positions(np.asarray(table), old_grid, new_grid, resize)
         flat[name] = np.concatenate([front, table.astype(front.dtype)], axis=1)
+    # A head starts at zero, other parts of the task as in a run of their own.
+    fresh = []
     for name, leaf in wanted.items():
         same = name in flat and flat[name].shape == leaf.shape
-        if name.startswith(('head/', 'head_dist/')) and not (keep_head and same):
+        if not is_addition(name) or (same and (keep_head or not is_head(name))):
+            continue
+        if is_head(name):
             flat[name] = np.zeros(leaf.shape, leaf.dtype)
-    # What a model without a head, or with another, has no place for.
-    for name in [name for name in flat if name.startswith(('head/', 'head_dist/'))]:
-        if name not in wanted:
-            del flat[name]
+        else:
+            fresh.append(name)
+    if fresh and additions is not None:
+        flat |= additions(fresh)
+    # A model without a head, or with another, has no place for it.
+    for name in [name for name in flat if is_head(name) and name not in wanted]:
+        del flat[name]
     for name, leaf in wanted.items():
         if name.endswith(('lora_a', 'lora_b')):
             flat[name] = _correction(name, leaf.shape, leaf.dtype)

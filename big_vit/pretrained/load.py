@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vit import checkpoint, interop
+from big_vit import checkpoint, interop, state, trees
 from big_vit import config as config_lib
 from big_vit.build.experiment import Experiment
-from big_vit.build.model import build_streams, is_apart, parts_read
+from big_vit.build.model import build_streams, parts_read
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.schema import SCHEMA
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
 from big_vit.models import encoder, stems, variants, vit
 from big_vit.pretrained import adapt
+from big_vit.tasks.task import Task
 
 _SIZES = ('width', 'depth', 'mlp_dim', 'num_heads')
 # Settings that change the answers and that no shape tells.
@@ -66,16 +68,20 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
     return found if tower is None else _tower(found, tower)
 
 
+def _has_towers(config: Config) -> bool:
+    return 'pairs' in build_task(config.task).provides
+
+
 def _tower_config(config: Config, name: str, where: str) -> Config:
     """That of a plain model for one of the streams apart.
 
     Raises:
       UserError: there is none, or it is no plain model.
     """
-    if not is_apart(config):
+    if not _has_towers(config):
         raise UserError(
-            f"config: init_tower={name!r} is of checkpoints with model.fusion='apart', and {where} "
-            'is none: remove it'
+            f"config: init_tower={name!r} is of checkpoints with task.name='contrastive', and "
+            f'{where} is none: remove it'
         )
     if name not in list(config.streams):
         raise UserError(
@@ -91,7 +97,7 @@ def _tower_config(config: Config, name: str, where: str) -> Config:
     flat = {
         key: value
         for key, value in config_lib.flatten(config.to_dict()).items()
-        if not key.startswith('streams.') and key not in ('model.fusion', 'model.shared')
+        if not key.startswith(('streams.', 'task.'))
     }
     own = config.streams[name]
     for key in ('tokenizer', 'stride', 'tubelet', 'vocab', 'posemb'):
@@ -140,7 +146,7 @@ def model_keys_of(init: str, tower: str | None = None) -> dict[str, Any]:
         where = f'{source}/checkpoints/{step}'
         if tower is not None:
             config = _tower_config(config, tower, where)
-        elif is_apart(config):
+        elif _has_towers(config):
             raise UserError(
                 f'config: init_tower must say which tower of {where} goes on: '
                 f'{" or ".join(sorted(config.streams))}'
@@ -170,16 +176,29 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
     video, resize, tower = config.init_video, config.init_resize, config.init_tower
 
     def load(parts: Experiment) -> dict[str, Any]:
-        found = read_pretrained(init, tower)
-        _check_unseen(config, parts.model, found)
-        _tell_normalisation(config, found)
+        pretrained = read_pretrained(init, tower)
+        trunk, task = parts.task.trunk(parts.model), build_task(pretrained.config.task)
+        if isinstance(trunk, vit.ViT):
+            _check_unseen(config, trunk, pretrained)
+        _tell_normalisation(config, pretrained)
+        params, left = task_parameters(pretrained.params, task, parts.task)
+        if task.name != parts.task.name:
+            names = sorted({name.partition('/')[0] for name in left})
+            print(
+                f'init    {pretrained.where} learnt task {task.name!r}: its trunk goes on'
+                + (f', left is {", ".join(names)}' if names else '')
+            )
         return adapt.adapt(
-            found.params,
-            adapt.saved_grid(found.config),
-            parts.model,
+            params,
+            adapt.saved_grid(pretrained.config),
+            trunk,
             adapt.grid_of(config, parts.data.shapes),
             parts.abstract_state['params'],
-            found.where,
+            pretrained.where,
+            additions=lambda names: state.initial_leaves(
+                parts.model, parts.data.inputs, config.seed, names
+            ),
+            is_addition=parts.task.is_addition,
             channels=channels,
             video=video,
             resize=resize,
@@ -189,18 +208,37 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
     return load
 
 
+def task_parameters(
+    params: dict[str, Any], task: Task, wanted: Task | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The parameters that another task can take, and the paths of those that are left.
+
+    What a task adds to its trunk stays behind, unless the other adds parameters of that name; a
+    classifier's heads are part of a ViT everywhere.
+    """
+    flat = trees.flatten(params)
+    left = [
+        name
+        for name in flat
+        if task.is_addition(name)
+        and name.partition('/')[0] not in (*vit.HEADS, *(wanted.additions if wanted else ()))
+    ]
+    return trees.unflatten({n: x for n, x in flat.items() if n not in left}), left
+
+
 def _check_unseen(config: Config, model: vit.ViT, found: Pretrained) -> None:
     """Raises UserError where weights would load and answer otherwise, unless it was asked for."""
     saved, wrong = found.config.model, []
+    here = vit.settings_of(model)
     for name in _UNSEEN:
         had = saved.peek(name)
         if name in _SIZES and had is None:
             had = variants.parse(saved.variant)[name]
-        if had == getattr(model, name) or config.sets(f'model.{name}'):
+        if name not in here or had == here[name] or config.sets(f'model.{name}'):
             continue
-        if name == 'rope_theta' and model.posemb != 'rope':
+        if name == 'rope_theta' and here['posemb'] != 'rope':
             continue
-        wrong.append(f'model.{name}={had!r} (here {getattr(model, name)!r})')
+        wrong.append(f'model.{name}={had!r} (here {here[name]!r})')
     if wrong:
         raise UserError(
             f'{found.where} is of a model with {", ".join(wrong)}: set the same, or say on purpose '

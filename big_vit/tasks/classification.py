@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from big_vit.models.vit import ViT
+from big_vit.models.vit import HEADS, ViT
 from big_vit.tasks.batch import Batch, model_inputs, targets
 from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
 
@@ -28,10 +28,11 @@ def classification(*, loss: str = 'softmax', label_smoothing: float = 0.0) -> Ta
         loss=lambda model: classification_loss(model, label_smoothing, loss),
         headline=Headline('accuracy', larger_is_better=True),
         provides=frozenset({'logits', 'features'}),
-        additions=('head', 'head_dist'),
+        additions=HEADS,
         needs_labels=True,
         least_classes=2 if loss == 'softmax' else 1,
         mixes_labels=True,
+        logits_loss=loss,
     )
 
 

@@ -4,6 +4,9 @@ The encoder sees the visible tokens alone; a small decoder gets them back with m
 between and predicts the pixels of each patch.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -156,12 +159,21 @@ class MaskedAutoencoder(nn.Module):
     decoder_config: EncoderConfig
     mask_ratio: float
 
+    def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Tokens that the encoder sees, for inputs of these shapes without the batch."""
+        prefix = self.trunk.prefix_tokens
+        tokens = self.trunk.sequence_length(shapes) - prefix
+        return prefix + visible_tokens(tokens, self.mask_ratio)
+
     def setup(self) -> None:
         nn.share_scope(self, self.trunk)
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, 'batch height width channels'], *, train: bool = False
+        self,
+        inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
+        *,
+        train: bool = False,
     ) -> tuple[Float[Array, 'batch tokens pixels'], Float[Array, 'batch tokens']]:
         """The predicted pixels of each patch, and a mask that is 1 for hidden patches.
 
@@ -169,6 +181,7 @@ class MaskedAutoencoder(nn.Module):
         """
         stream = self.trunk.single
         assert stream is not None
+        image = inputs[stream.reads] if isinstance(inputs, dict) else inputs
         tokens, context = self.trunk.embed(image, train=train)
         batch, length = tokens.x.shape[:2]
         noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
@@ -179,9 +192,9 @@ class MaskedAutoencoder(nn.Module):
         kept = visible_tokens(length, self.mask_ratio)
         visible = select_tokens(tokens, order[:, :kept])
         x, _ = self.trunk.encode(visible, context, train=train)
-        grid = grid_of(stream, image.shape[1:])
+        rows, columns = grid_of(stream, image.shape[1:])
         pixels = stream.patch_size[0] * stream.patch_size[1] * image.shape[-1]
-        decoder = Decoder(self.decoder_config, grid, pixels, name='decoder')
+        decoder = Decoder(self.decoder_config, (rows, columns), pixels, name='decoder')
         predicted = decoder(x, self.trunk.prefix_tokens, restore, not train)
         return predicted, (restore >= kept).astype(jnp.float32)
 
@@ -209,7 +222,8 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         if rng is not None:
             dropout, mask = jax.random.split(rng)
             rngs = {'dropout': dropout, 'mask': mask}
-        predicted, hidden = model.apply({'params': params}, image, train=rng is not None, rngs=rngs)
+        apply: Any = model.apply
+        predicted, hidden = apply({'params': params}, image, train=rng is not None, rngs=rngs)
         wanted = patchify(image, stream.patch_size)
         if normalise_pixels:
             mean = wanted.mean(-1, keepdims=True)

@@ -23,12 +23,12 @@ class Aux(NamedTuple):
 
     Attributes:
       metrics: scalars to log.
-      carried: arrays for `Task.after_update`, such as a batch's mean; with gradient accumulation
-        the mean over microbatches.
+      carried: tree of arrays for `Task.after_update`, such as a batch's mean; with gradient
+        accumulation the mean over microbatches.
     """
 
     metrics: dict[str, Array]
-    carried: dict[str, Array] = {}
+    carried: Tree = ()
 
 
 # (params, task state, batch, key, step) -> (loss, Aux). Without a key nothing is random: dropout
@@ -37,6 +37,9 @@ Loss = Callable[
     [Tree, Tree, Batch, Array | None, Array | int],
     tuple[Float[Array, ''], Aux],
 ]
+
+# (parameters, task state, carried, step) -> task state.
+AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
 
 class Headline(NamedTuple):
@@ -76,8 +79,9 @@ class Task(NamedTuple):
       least_classes: how many classes the data must have.
       mixes_labels: whether mixup and cutmix make sense.
       streams: how many inputs the task takes; None for any number.
+      logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
       state: parameters -> the task's own state, such as a teacher's average; None without one.
-      after_update: (params, task state, carried, step) -> task state, after each accepted update.
+      after_update: moves that state after each accepted update.
     """
 
     name: str
@@ -91,8 +95,9 @@ class Task(NamedTuple):
     least_classes: int = 0
     mixes_labels: bool = False
     streams: int | None = None
+    logits_loss: str = 'softmax'
     state: Callable[[Tree], Tree] | None = None
-    after_update: Callable[[Tree, Tree, dict[str, Array], Array], Tree] | None = None
+    after_update: AfterUpdate | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""

@@ -1,0 +1,48 @@
+"""Former names of keys: configs, flags and checkpoints that have them go on working."""
+
+import sys
+from typing import Any
+
+RENAMED = {
+    'loss': 'task.loss',
+    'label_smoothing': 'task.label_smoothing',
+    'model.shared': 'task.embedding_dim',
+}
+# (key, value) that has become another one.
+MOVED = {('model.fusion', 'apart'): ('task.name', 'contrastive')}
+# Defaults of then, which a dump states whether or not they were set.
+_DEFAULTS = {'loss': 'softmax', 'label_smoothing': 0.0, 'model.shared': 512}
+
+_noted: set[str] = set()
+
+
+def renamed(key: str, value: Any) -> tuple[str, Any]:
+    """A key and its value under today's names, with a note on the console where they differ."""
+    if key in RENAMED:
+        _note(key, RENAMED[key])
+        return RENAMED[key], value
+    if isinstance(value, str) and (key, value) in MOVED:
+        new_key, new_value = MOVED[key, value]
+        _note(f'{key}={value!r}', f'{new_key}={new_value!r}')
+        return new_key, new_value
+    return key, value
+
+
+def renamed_dump(flat: dict[str, Any]) -> dict[str, Any]:
+    """All values of a dumped config under today's names; defaults of then become unset."""
+    current: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key in RENAMED:
+            current[RENAMED[key]] = None if value == _DEFAULTS[key] else value
+        elif isinstance(value, str) and (key, value) in MOVED:
+            new_key, new_value = MOVED[key, value]
+            current[new_key] = new_value
+        else:
+            current[key] = value
+    return current
+
+
+def _note(old: str, new: str) -> None:
+    if old not in _noted:
+        _noted.add(old)
+        print(f'note    {old} is {new} now', file=sys.stderr)
