@@ -127,7 +127,7 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
     config.audit()
     counted = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):
-        shape, every = parts.data.inputs, parts.due.evals['often']
+        shape, every = parts.data.inputs, parts.intervals.evals['often']
         now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
         held_out = {
             name: list(eval_batches(parts, name))

@@ -11,10 +11,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from big_vit import checkpoint, config, evaluate, export, metrics, train, transfer
 from big_vit.build import evaluations
-from big_vit.build.evaluations import build_evaluators, features
+from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import all_batches, build_experiment, eval_batches
 from big_vit.errors import UserError
-from big_vit.evaluators import linear_grid
+from big_vit.evaluators import features, linear_grid
 from big_vit.explore import history_table
 from big_vit.inspection import plots
 
