@@ -24,9 +24,10 @@ from big_vit.config import Config
 from big_vit.data import dataset
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
+from big_vit.journal import Diverged
 from big_vit.pretrained.load import initial_params
 from big_vit.sweeps import study, vmapped_trials
-from big_vit.sweeps.vmapped_trials import Trial
+from big_vit.sweeps.trial_journal import Trial
 
 # Rules for `optim.lr_rules` by transfer.train; what none of them names is frozen.
 TRAINED: dict[str, tuple[str, ...]] = {
@@ -141,7 +142,7 @@ def _alone(config: Config, trial: Trial, workdir: epath.Path, label: str) -> dic
     own = config.replacing({'lr': trial.lr, 'seed': trial.seed})
     try:
         ended = train.run(own, workdir, params=_params(own), label=label)
-    except train.Diverged as error:
+    except Diverged as error:
         print(f'WARNING {label} lr {trial.lr:g} seed {trial.seed}: {error}', file=sys.stderr)
         return {}
     if ended.stopped:
@@ -159,9 +160,8 @@ def train_all(
 ) -> dict[Trial, dict[str, float]]:
     """Trains rates x seeds, as many at once as fit and are asked for."""
     many = len(seeds) * len(rates)
-    # How many damaged examples were replaced is watched in `train.run` alone.
-    skips, rules_ = config.data.peek('on_error') == 'skip', config.optim.peek('group_rules')
-    if config.optim.peek('name') in vmapped_trials.ONE_BY_ONE or rules_ or skips:
+    one_by_one = config.optim.peek('name') in vmapped_trials.ONE_BY_ONE
+    if one_by_one or config.optim.peek('group_rules'):
         at_once = 1
     if many == 1 or at_once == 1:
         return {

@@ -12,9 +12,10 @@ from commands import ROOT, environment, error_line, run
 from tiny import MODEL, RUN, flags, overrides
 
 from big_vit import checkpoint, config, metrics, report, train, transfer, trees
+from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
 from big_vit.sweeps import study, sweep, vmapped_trials
-from big_vit.sweeps.vmapped_trials import Trial
+from big_vit.sweeps.trial_journal import Trial
 
 SPLITS = {
     'data.split': 'train[:40%]',
@@ -94,16 +95,16 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
 def test_a_frozen_trunk_has_no_axis_of_trials(pretrained, tmp_path):
     """What makes the features shared: the trunk's numbers are there once, not once a trial."""
     settings = load(pretrained, {'transfer.train': 'head'}).without('transfer.', 'evals.test.')
-    parts = vmapped_trials.build.experiment(settings)
+    parts = build_experiment(settings)
     first = sweep._params(settings)(parts)
-    batched = vmapped_trials.Batched(settings, parts, shared=True)
-    now, frozen = batched.start([0, 1], 3, first)
-    fewer, _ = batched.start([0, 1], 1, first)
+    program = vmapped_trials.VmappedTraining(settings, parts, same_start=True)
+    now, frozen = program.start([0, 1], 3, first)
+    fewer, _ = program.start([0, 1], 1, first)
     assert set(now['params']) == {'head/kernel', 'head/bias'}
     assert now['params']['head/kernel'].shape == (2, 3, 32, 10)
     assert frozen['embedding/kernel'].shape == first['embedding']['kernel'].shape
-    one = vmapped_trials.needed(batched.compiled_step(fewer, frozen, 2, 1))
-    assert vmapped_trials.needed(batched.compiled_step(now, frozen, 2, 3)) < 1.5 * one
+    one = vmapped_trials.bytes_needed(program.compile_step(fewer, frozen, 2, 1))
+    assert vmapped_trials.bytes_needed(program.compile_step(now, frozen, 2, 3)) < 1.5 * one
 
 
 def rows_of(workdir):
