@@ -107,13 +107,12 @@ class RunJournal:
     """The journal of one run; see `training_loop.Journal`.
 
     Args:
-      config_dump: the config as each checkpoint keeps it.
       peak_flops: operations per second of all devices together.
+      meter: measures the loader of the batches.
     """
 
+    config: Config
     parts: Experiment
-    config_dump: dict[str, Any]
-    skip_sigmas: float
     peak_flops: float
     damage: Damage
     clock: metrics.Clock
@@ -138,7 +137,7 @@ class RunJournal:
         examples = examples_of_update(self.parts, step)
         if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise Diverged(diverged_text(step, examples))
-        text = skipped_text(values, examples, self.skip_sigmas)
+        text = skipped_text(values, examples, self.config.skip_sigmas)
         self.console.say(f'WARNING step {step}: {text}')
 
     def write(self, step: int, values: Metrics) -> None:
@@ -163,4 +162,4 @@ class RunJournal:
     def save(self, state: State) -> None:
         """Start to save a checkpoint, once the rows that it promises are stored."""
         self.writer.flush()
-        self.manager.save(state, self.config_dump, self.writer.latest)
+        self.manager.save(state, self.config.to_dict(), self.writer.latest)

@@ -78,8 +78,8 @@ def run(
     fresh = params is not None and not checkpoint.steps(storage.place(path))
     first = params(parts) if fresh and params is not None else None
     workdir = shared_workdir(path, config, parts, force)
-    total, intervals, dump = parts.total_steps, parts.intervals, config.to_dict()
-    active, clock = jax.process_index() == 0, metrics.Clock()
+    total, intervals, clock = parts.total_steps, parts.intervals, metrics.Clock()
+    active, dump = jax.process_index() == 0, config.to_dict()
 
     with jax.set_mesh(parts.mesh):
         now, origin = starting_state(config, parts, workdir, first)
@@ -98,7 +98,7 @@ def run(
                 train_step = compile_step(train_step, now, parts, console)
             clock.add('start', time.perf_counter() - began)
             journal = RunJournal(
-                parts, dump, config.skip_sigmas, peak_flops, damage,
+                config, parts, peak_flops, damage,
                 clock, writer, console, manager, batches.meter,
             )  # fmt: skip
             outcome = training_loop.run(

@@ -97,8 +97,9 @@ class TrialJournal:
         fetched = jax.device_get(values)
         for i, j, trial in self._trials():
             if 0 < skipped[i, j] <= journal.MAX_SKIPPED_IN_A_ROW:
-                own = {name: value[i, j] for name, value in fetched.items()}
-                self._warn(step, trial, own, journal.examples_of_update(self._experiments[i], step))
+                scalars = {name: value[i, j] for name, value in fetched.items()}
+                examples = journal.examples_of_update(self._experiments[i], step)
+                self._warn(step, trial, scalars, examples)
 
     def _warn(self, step: int, trial: Trial, values: dict[str, Any], examples: str) -> None:
         name = f'lr {trial.lr:g} seed {trial.seed}'

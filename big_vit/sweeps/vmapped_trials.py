@@ -217,10 +217,10 @@ class VmappedTraining:
     @functools.cached_property
     def _take(self) -> Callable[..., state.State]:
         def take(states: Any, frozen: Any, seed: Array, rate: Array) -> state.State:
-            own = jax.tree.map(lambda leaf: leaf[seed, rate], states)
+            now = jax.tree.map(lambda leaf: leaf[seed, rate], states)
             if self._frozen_axis is not None:
                 frozen = jax.tree.map(lambda leaf: leaf[seed], frozen)
-            return {**own, **{n: self._joined(own[n], frozen) for n in _PARAMETERS if n in own}}
+            return {**now, **{n: self._joined(now[n], frozen) for n in _PARAMETERS if n in now}}
 
         return jax.jit(take, out_shardings=state.shardings(self.parts.abstract_state))
 
@@ -257,8 +257,8 @@ def _evaluators(
         def scores(states: Any, frozen: Any) -> dict[str, np.ndarray]:
             scored = []
             for i, j in np.ndindex(sizes):
-                own = program.state_of(states, frozen, i, j)
-                scored.append(evaluators[name](own.get('ema', own['params']), {}))
+                now = program.state_of(states, frozen, i, j)
+                scored.append(evaluators[name](now.get('ema', now['params']), {}))
             return {
                 metric: np.array([one[metric] for one in scored]).reshape(sizes)
                 for metric in scored[0]
@@ -302,7 +302,7 @@ def run(
       UserError: anything the user can fix, such as too many damaged examples.
     """
     configs = [config.replacing({'seed': seed}) for seed in seeds]
-    experiments = [build_experiment(one) for one in configs]
+    experiments = [build_experiment(seed_config) for seed_config in configs]
     parts, first = experiments[0], configs[0]
     make_params = start(first)
     params = None if make_params is None else make_params(parts)
@@ -339,8 +339,8 @@ def run(
             f'compile {time.perf_counter() - began:.1f}s',
         )
         loaders = [
-            stack.enter_context(train_batches(one, own, 0))
-            for one, own in zip(configs, experiments, strict=True)
+            stack.enter_context(train_batches(seed_config, seed_parts, 0))
+            for seed_config, seed_parts in zip(configs, experiments, strict=True)
         ]
         numbers = program.numbers(seeds, rates)
         training_loop.run(
