@@ -14,7 +14,7 @@ from big_vit.steps import Metrics
 
 
 class Duties(NamedTuple):
-    """What is due after a number of updates."""
+    """Duties of the loop after a number of updates: log, evaluate, save."""
 
     log: bool
     evaluations: tuple[str, ...]
@@ -31,7 +31,7 @@ def duties(intervals: Intervals, step: int, total: int) -> Duties:
 
 
 class Journal(Protocol):
-    """Where the loop records what happens: rows, console lines and checkpoints."""
+    """The record of a training: rows, console lines and checkpoints."""
 
     clock: metrics.Clock
     console: metrics.Console
