@@ -37,8 +37,8 @@ from big_vit.errors import UserError
 from big_vit.evaluators import fewshot, retrieval
 from big_vit.evaluators.features import Features
 from big_vit.inspection import plots
+from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 from big_vit.tasks.batch import model_inputs
-from big_vit.train import MAX_SKIPPED_IN_A_ROW
 
 RESULTS = Path(__file__).parent / 'results'
 SETS = ('google', 'twitter')

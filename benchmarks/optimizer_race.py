@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from benchmarks.checkpoint import cpu
-from big_vit import command_line, ledger, metrics, runtime, state, steps, storage, train
+from big_vit import command_line, ledger, metrics, runtime, state, steps, storage
 from big_vit import config as config_lib
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import (
@@ -38,6 +38,7 @@ from big_vit.errors import UserError
 from big_vit.evaluators import classification
 from big_vit.evaluators.evaluation import BatchMeans
 from big_vit.inspection import plots
+from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 
 RESULTS = Path(__file__).parent / 'results'
 CONFIG = 'configs/fashion_mnist.py'
@@ -153,7 +154,7 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
                     jax.block_until_ready(values)
                     seconds += time.perf_counter() - began
                     curve.append((number, accuracy('often')))
-                    lost = int(values['skipped_in_a_row']) >= train.MAX_SKIPPED_IN_A_ROW
+                    lost = int(values['skipped_in_a_row']) >= MAX_SKIPPED_IN_A_ROW
                     if lost:
                         break
                     began = time.perf_counter()

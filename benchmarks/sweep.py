@@ -22,7 +22,7 @@ from big_vit import config as config_lib
 from big_vit import metrics, runtime, train, transfer
 from big_vit.config import Config
 from big_vit.sweeps import sweep
-from big_vit.sweeps.vmapped_trials import Trial
+from big_vit.sweeps.trial_journal import Trial
 
 RESULTS = Path(__file__).parent / 'results'
 RATES = tuple(0.003 * 2**i for i in range(8))

@@ -1,11 +1,11 @@
 """Evaluate: `python -m big_vit.evaluate --checkpoint W` scores a checkpoint on its config's splits.
 
-Exact on the whole split, on any number of devices.
+Every example of a split counts exactly once, on any number of devices.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.evaluate())
 
 import json
@@ -28,17 +28,20 @@ from big_vit.evaluators.registry import requirements
 from big_vit.pretrained.load import initial_params, read_pretrained
 
 HEADERS = {'top1': 'top-1', 'top5': 'top-5', 'count': 'examples'}
-# Of more metrics each has a line.
-MOST_COLUMNS = 10
+# Evaluations with more metrics get a line for each metric.
+MAX_COLUMNS = 10
 
 
 def run(
     workdir: Path, step: int, overrides: Sequence[tuple[str, str]] = ()
 ) -> dict[str, dict[str, float]]:
-    """{evaluation: {metric: value}} of a checkpoint's (averaged) parameters.
+    """Score a checkpoint's parameters, the averaged ones where it has them.
 
     Args:
-      overrides: of the checkpoint's own config, as (dotted key, text).
+      overrides: changes to the checkpoint's own config, as (dotted key, text).
+
+    Returns:
+      {evaluation: {metric: value}}.
     """
     sidecar = checkpoint.read_sidecar(workdir, step)
     config = _here(config_lib.from_json(sidecar['config']), overrides)
@@ -56,30 +59,36 @@ def run(
 def run_weights(
     path: str, overrides: Sequence[tuple[str, str]] = ()
 ) -> dict[str, dict[str, float]]:
-    """The same of weights of another codebase; data and evaluations are the overrides'.
+    """Score weights of another codebase.
 
-    Evaluations that say no transform have that of the weights.
+    Args:
+      path: file or folder of the weights.
+      overrides: data and evaluations, as (dotted key, text). Evaluations without a transform get
+        that of the weights.
+
+    Returns:
+      {evaluation: {metric: value}}.
     """
-    found = read_pretrained(path)
-    config = _here(found.config, [*overrides, ('init', path)])
+    pretrained = read_pretrained(path)
+    config = _here(pretrained.config, [*overrides, ('init', path)])
     plain = [name for name in config.evals if config.evals[name].transform is None]
     text = config.data.transform
     config = config.replacing({f'evals.{name}.transform': text for name in plain})
-    head = found.params.get('head')
+    head = pretrained.params.get('head')
     load = initial_params(config, keep_head=True)
 
     def checked(parts: Experiment) -> Any:
-        own = 0 if head is None else head['kernel'].shape[-1]
+        head_classes = 0 if head is None else head['kernel'].shape[-1]
         of_head = [
             name
             for name in parts.evals
             if requirements(completed_section(config, 'evals', name).type).output == 'logits'
         ]
-        if of_head and own != parts.data.source.num_classes:
+        if of_head and head_classes != parts.data.source.num_classes:
             raise UserError(
-                f'config: evals.{of_head[0]} is of the head, which in {path} has {own} classes, '
-                f'but data has {parts.data.source.num_classes}: give data with the same classes, '
-                'or evaluations of features, such as type=knn'
+                f'config: evals.{of_head[0]} is of the head, which in {path} has {head_classes} '
+                f'classes, but data has {parts.data.source.num_classes}: give data with the same '
+                'classes, or evaluations of features, such as type=knn'
             )
         return load(parts)
 
@@ -87,13 +96,13 @@ def run_weights(
 
 
 def _here(saved: Config, overrides: Sequence[tuple[str, str]]) -> Config:
-    """The config for this machine, with its overrides.
+    """Adapt a config to this machine and apply overrides.
 
     Raises:
       UserError: it has no evaluation.
     """
     devices = len(jax.devices())
-    # The mesh is this machine's, and a batch is only how many examples go at a time.
+    # In an evaluation a batch is only how many examples are computed at a time.
     here = {
         'mesh.replica': 1,
         'mesh.fsdp': -1,
@@ -121,18 +130,18 @@ def _scores(config: Config, load: Callable[[Experiment], Any]) -> dict[str, dict
 
 
 def tables(scores: dict[str, dict[str, float]]) -> str:
-    """Evaluations with the same metrics as rows of one table; those of many metrics each alone."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name, found in scores.items():
-        alike.setdefault(tuple(found), []).append(name)
+    """Tabulate scores: evaluations with the same metrics share a table, unless those are many."""
+    by_metrics: dict[tuple[str, ...], list[str]] = {}
+    for name, values in scores.items():
+        by_metrics.setdefault(tuple(values), []).append(name)
     texts = []
-    for measured, evaluations in alike.items():
-        if len(measured) > MOST_COLUMNS:
+    for measured, evaluations in by_metrics.items():
+        if len(measured) > MAX_COLUMNS:
             for name in evaluations:
                 rows = [(metric, metrics.shown(metric, x)) for metric, x in scores[name].items()]
                 texts.append(metrics.table((name, ''), rows))
             continue
-        # The count comes last, whatever is measured.
+        # The count comes last.
         columns = sorted(measured, key=lambda metric: metric == 'count')
         body = [
             (name, *(metrics.shown(metric, scores[name][metric]) for metric in columns))

@@ -44,18 +44,29 @@ def parameter_table(params: dict[str, Any]) -> str:
     return f'{metrics.table(header, rows)}\n{total}'
 
 
-def history_table(rows: list[dict[str, Any]], most: int = 20) -> str:
-    """Training loss and rate and every evaluation over the steps, at most `most` rows."""
+def history_table(
+    rows: list[dict[str, Any]], max_rows: int = 20, headline: str = 'accuracy'
+) -> str:
+    """Tabulate losses, every evaluation, a headline of training and the rate over the steps.
+
+    Metrics that no row has get no column.
+
+    Args:
+      rows: rows of `metrics.read`.
+      max_rows: rows of the table; of more steps it has every n-th.
+      headline: the metric of training steps that stands beside the loss.
+    """
     steps: dict[int, dict[str, float]] = {}
     for row in rows:
         steps.setdefault(row['step'], {}).update(row)
     headlines = metrics.headlines(rows)
     losses = {name for row in rows for name in row if name.endswith('/loss')}
-    columns = [*sorted({*headlines, *losses}), 'train/accuracy', 'train/lr']
+    last = [name for name in (f'train/{headline}', 'train/lr') if any(name in row for row in rows)]
+    columns = [*sorted({*headlines, *losses} - {*last}), *last]
     chosen = list(steps.items())
     with_evals = [item for item in chosen if any(name in item[1] for name in headlines)]
     chosen = with_evals if with_evals else chosen
-    every = -(-len(chosen) // most) if chosen else 1
+    every = -(-len(chosen) // max_rows) if chosen else 1
     chosen = chosen[::-1][::every][::-1]
     body = [(step, *(f'{row[c]:.4g}' if c in row else '' for c in columns)) for step, row in chosen]
     return metrics.table(('step', *columns), body) if body else 'no metrics yet'

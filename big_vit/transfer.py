@@ -1,15 +1,15 @@
-"""Transfer: fine-tune a checkpoint on a small dataset, beside the same recipe from scratch.
+"""Transfer: fine-tune a checkpoint on a small dataset, next to the same recipe from scratch.
 
     python -m big_vit.transfer --config configs/transfer_digits.py \\
         --config.init=runs/fdsl --workdir runs/digits
 
-Only parameters come from the checkpoint; the head is new, positions are
-resized to the new grid. Training itself is `train.run`, the same path.
+Only parameters come from the checkpoint; the head is new, and positions are resized to the new
+grid. Training itself is `train.run`.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.transfer())
 
 import json
@@ -26,17 +26,17 @@ from big_vit.data import files
 from big_vit.data.sources import base, folder
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
-from big_vit.pretrained.load import initial_params, model_keys_of
+from big_vit.pretrained.load import model_keys_of
 from big_vit.sweeps import study, sweep
 
 
 def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
-    """The config, whose model is the checkpoint's where file and overrides do not say.
+    """Load a config whose model is the checkpoint's, where file and overrides do not set it.
 
     Raises:
       UserError: config.init is not set, or there is no checkpoint.
     """
-    # Where the checkpoint is stands in the config, and the model's default in the checkpoint.
+    # The config names the checkpoint, and the checkpoint gives the config's defaults of the model.
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
@@ -56,69 +56,77 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
 
 
 def unread_splits(config: Config) -> list[str]:
-    """Folders of splits, such as test, that a folder of images has and no split here names."""
+    """List the folders of splits, such as test, of a folder of images that no split here names."""
     data = config.data
     if data.peek('name') != 'folder' or not data.peek('path'):
         return []
     texts = [data.peek('split'), *(config.evals[name].peek('split') for name in config.evals)]
     read = {base.split_name(part) for text in texts for part in (text or 'test').split('+')}
-    there = folder.split_folders(files.place(data.peek('path'), 'data.path'))
-    return [name for name in there if name not in read]
+    folders = folder.split_folders(files.place(data.peek('path'), 'data.path'))
+    return [name for name in folders if name not in read]
 
 
 def run(
     config: Config, path: str | os.PathLike[str], *, force: bool = False
 ) -> dict[str, dict[str, float]] | None:
-    """Fine-tunes from the checkpoint and, as a control, from random parameters.
+    """Fine-tune from the checkpoint and, as a control, from random parameters.
 
     Both runs are resumable, in WORKDIR/pretrained and WORKDIR/control.
 
     Returns:
-      The last metrics by start ('pretrained', 'control'); None if a signal
-      ended it early.
+      The last metrics by start ('pretrained', 'control'); None if a signal ended it early.
     """
     workdir = storage.place(path)
     results = {}
-    for label, own in sweep.starts(config).items():
-        start = initial_params(own, keep_head=False) if own.init else None
-        ended = train.run(own, workdir / label, force=force, params=start, label=label)
-        if ended.stopped:
+    for start, start_config in sweep.starts(config).items():
+        result = train.run(
+            start_config,
+            workdir / start,
+            force=force,
+            params=sweep.make_params(start_config),
+            label=start,
+        )
+        if result.stopped:
             return None
-        results[label] = ended.metrics
+        results[start] = result.metrics
 
     text = json.dumps(results, indent=2) + '\n'
     hosts.lead(lambda: storage.write_text(workdir / 'transfer.json', text))
     return results
 
 
-def _standard_error(found: dict[str, float], name: str) -> float:
-    share = found[f'{name}/top1']
-    return math.sqrt(share * (1 - share) / found[f'{name}/count'])
+def _standard_error(scores: dict[str, float], name: str) -> float:
+    share = scores[f'{name}/top1']
+    return math.sqrt(share * (1 - share) / scores[f'{name}/count'])
 
 
-# What the table of classification has; other metrics follow in one of their own.
+# The columns of the table of classifications; other metrics follow in a table of their own.
 _TABLED = ('top1', 'top5', 'loss', 'count')
 
 
 def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
-    """One row for each start and evaluation; ± is the standard error from the size of the test.
+    """Tabulate results, a row for each start and evaluation; ± is the error of the test's size.
 
-    Seeds add to it: a difference of a few ± from one seed shows nothing. What evaluations of
-    other types measure follows, a row for each metric.
+    Seeds add to this standard error: a difference of a few ± from one seed shows nothing. Metrics
+    of evaluations of other types follow, a row each.
+
+    Args:
+      results: metrics by start, as `run` returns them.
+      evals: names of the evaluations.
     """
     first = next(iter(results.values()))
     classified = [name for name in evals if {f'{name}/{m}' for m in _TABLED} <= set(first)]
     rows = [
         (
-            study.STARTS[label],
+            study.STARTS[start],
             name,
-            f'{found[f"{name}/top1"]:.2%}',
-            f'{_standard_error(found, name):.2%}',
-            f'{found[f"{name}/top5"]:.2%}',
-            f'{found[f"{name}/loss"]:.4f}',
-            f'{found[f"{name}/count"]:.0f}',
+            f'{scores[f"{name}/top1"]:.2%}',
+            f'{_standard_error(scores, name):.2%}',
+            f'{scores[f"{name}/top5"]:.2%}',
+            f'{scores[f"{name}/loss"]:.4f}',
+            f'{scores[f"{name}/count"]:.0f}',
         )
-        for label, found in results.items()
+        for start, scores in results.items()
         for name in classified
     ]
     header = ('start', 'evaluation', 'top-1', '±', 'top-5', 'loss', 'examples')
@@ -126,14 +134,14 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
     more = [
         (
             *metric.split('/', 1),
-            *(metrics.shown(metric, found[metric]) for found in results.values()),
+            *(metrics.shown(metric, scores[metric]) for scores in results.values()),
         )
         for metric in first
         if metric.partition('/')[0] in evals and metric not in tabled
     ]
     texts = [metrics.table(header, rows)] if rows else []
     if more:
-        starts = [study.STARTS[label] for label in results]
+        starts = [study.STARTS[start] for start in results]
         texts.append(metrics.table(('evaluation', 'metric', *starts), more))
     return '\n\n'.join(texts)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: created, checked against the config, and its newest checkpoint restored."""
+"""The folder of a run: create it, check it against the config, restore its newest checkpoint."""
 
 import contextlib
 import json
@@ -18,13 +18,13 @@ from big_vit.errors import UserError
 def open_workdir(
     path: str | os.PathLike[str], config: Config, abstract_state: state.State, force: bool
 ) -> epath.Path:
-    """Creates the workdir, or checks that the one there belongs to this config.
+    """Create the workdir, or check that the existing one belongs to this config.
 
-    Every process checks, process 0 writes.
+    Every process checks; only process 0 writes.
 
     Args:
       path: a local folder, or a place in an object store such as gs://bucket/run.
-      like: abstract state, which the checkpoints there must fit.
+      abstract_state: the shapes, dtypes and shardings that checkpoints there must have.
       force: accept another config, though not another architecture.
 
     Raises:
@@ -40,14 +40,14 @@ def open_workdir(
         if storage.is_local(workdir):
             with tempfile.TemporaryFile(dir=workdir):
                 pass
-        there = file.read_text() if file.exists() else None
-    except Exception as error:  # The errors of object stores have no class in common.
+        old_text = file.read_text() if file.exists() else None
+    except Exception as error:  # Errors of object stores share no base class.
         if storage.is_local(workdir) and not isinstance(error, OSError):
             raise
         raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
-    if there is not None:
+    if old_text is not None:
         try:
-            old = json.loads(there)
+            old = json.loads(old_text)
         except ValueError as error:
             raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
         changes = config_lib.difference(old, dump)
@@ -60,7 +60,9 @@ def open_workdir(
         if changes:
             print(f'config  changed since the last start: {"; ".join(changes)}', flush=True)
     for step in checkpoint.steps(workdir)[-1:]:
-        with contextlib.suppress(checkpoint.CorruptCheckpointError):  # `restore_newest` tells.
+        with contextlib.suppress(
+            checkpoint.CorruptCheckpointError
+        ):  # `restore_newest` will say so.
             sidecar = checkpoint.read_sidecar(workdir, step)
             checkpoint.check_leaves(sidecar, abstract_state, f'{workdir}/checkpoints/{step}')
     if jax.process_index() == 0:
@@ -69,28 +71,28 @@ def open_workdir(
 
 
 def restore_newest(workdir: epath.Path, abstract_state: state.State) -> state.State | None:
-    """The newest checkpoint that is intact; None where there is none at all.
+    """Restore the newest intact checkpoint; return None where there is no checkpoint.
 
-    Damaged ones are moved to WORKDIR/damaged, out of the way of the new ones, once a
-    good one is found.
+    Damaged ones are moved to WORKDIR/damaged, out of the way of new ones, once an intact one is
+    found.
 
     Raises:
       UserError: there are checkpoints, but none can be read.
     """
-    found, damaged = checkpoint.steps(workdir), []
-    for step in reversed(found):
+    saved, damaged = checkpoint.steps(workdir), []
+    for step in reversed(saved):
         try:
-            good = checkpoint.restore(workdir, step, abstract_state)
+            intact = checkpoint.restore(workdir, step, abstract_state)
         except checkpoint.CorruptCheckpointError as error:
             print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
             damaged.append(step)
             continue
-        for bad in damaged:
-            checkpoint.set_aside(workdir, bad)
-        return good
-    if found:
+        for damaged_step in damaged:
+            checkpoint.set_aside(workdir, damaged_step)
+        return intact
+    if saved:
         raise UserError(
-            f'{workdir}/checkpoints: none of the checkpoints of steps {found} can be read; '
+            f'{workdir}/checkpoints: none of the checkpoints of steps {saved} can be read; '
             'use another --workdir to start afresh'
         )
     return None

@@ -9,7 +9,7 @@ from commands import error_line, run
 from PIL import Image
 from tiny import MODEL, RUN, flags, write_folder
 
-from big_vit import bench_data, config, metrics, show_data, train
+from big_vit import bench_data, config, journal, metrics, show_data, train
 from big_vit.build.data import train_data
 from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
@@ -154,7 +154,7 @@ def test_a_damaged_file_stops_the_run_and_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_damaged_files_are_replaced_and_counted_up_to_a_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'LEAST_EXAMPLES_FOR_A_RATE', 60)
+    monkeypatch.setattr(journal, 'MIN_EXAMPLES_FOR_RATE', 60)
     root = damaged(tmp_path, {7, 8})
     settings = {'data.on_error': 'skip', 'total_steps': '8', 'data.split': 'train'}
     settings['evals.test.split'] = 'train'

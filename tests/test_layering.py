@@ -25,7 +25,7 @@ LAYERS = [
     {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
     {'build'},
-    {'pretrained', 'ledger', 'explain'},
+    {'pretrained', 'ledger', 'explain', 'journal', 'training_loop'},
     {'inspection'},
     {'sweeps'},
     {

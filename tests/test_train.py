@@ -15,6 +15,7 @@ from tiny import write_idx
 from big_vit import checkpoint, config, metrics, train
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
+from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 
 TINY = {
     'total_steps': 12,
@@ -212,7 +213,7 @@ def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
     told = re.findall(
         r'WARNING step (\d+): .*not finite; its examples: (.*), ', capsys.readouterr().out
     )
-    assert len(told) == train.MAX_SKIPPED_IN_A_ROW - 1
+    assert len(told) == MAX_SKIPPED_IN_A_ROW - 1
     parts = build_experiment(broken)
     for step, examples in told:
         expected = example_indices(parts, int(step) - 1)[:16]

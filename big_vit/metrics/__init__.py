@@ -1,4 +1,4 @@
-"""What a run reports: rows of metrics, the console, trackers and traces."""
+"""Metrics of a run: rows, the console, trackers and traces."""
 
 from big_vit.metrics.console import Clock, Console, duration, table
 from big_vit.metrics.writer import (

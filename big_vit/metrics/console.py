@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a progress bar or lines, and where the time goes."""
+"""The console of a run: a progress bar or plain lines, and a clock of where the time goes."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ from typing import Any
 from big_vit.metrics.writer import TIMING, host_memory_mb
 
 BAR_WIDTH = 16
-# How many metrics of an evaluation the console shows.
-_MOST_SHOWN = 8
+# Metrics of an evaluation that fit on a line.
+_MAX_SCORES_SHOWN = 8
 
 
 class Clock:
-    """Where the time goes: seconds by bucket ('data', 'step', 'eval', 'save', 'start')."""
+    """Seconds spent by bucket ('data', 'step', 'eval', 'save', 'start')."""
 
     def __init__(self) -> None:
         self.total: dict[str, float] = {}
@@ -23,6 +23,7 @@ class Clock:
 
     @contextmanager
     def bucket(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the context to a bucket."""
         began = time.perf_counter()
         try:
             yield
@@ -30,17 +31,19 @@ class Clock:
             self.add(name, time.perf_counter() - began)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a bucket."""
         self.total[name] = self.total.get(name, 0.0) + seconds
         self._window[name] = self._window.get(name, 0.0) + seconds
 
     def count_step(self) -> None:
+        """Count a training step, which the rates of `window` are relative to."""
         self._steps += 1
 
     def summary(self) -> str:
-        """The total, and each bucket's share of it."""
-        whole = sum(self.total.values())
-        shares = (f'{name} {seconds / (whole or 1):.0%}' for name, seconds in self.total.items())
-        return f'{duration(whole)}: ' + ', '.join(shares)
+        """Format the total time and each bucket's share of it."""
+        total = sum(self.total.values())
+        shares = (f'{name} {seconds / (total or 1):.0%}' for name, seconds in self.total.items())
+        return f'{duration(total)}: ' + ', '.join(shares)
 
     def window(
         self,
@@ -51,14 +54,17 @@ class Clock:
         steps_left: int,
         loader_rate: float | None = None,
     ) -> dict[str, float]:
-        """Rates since the last call, over the time spent on data and steps; {} after no step.
+        """Compute the rates since the last call, over the time spent on data and steps.
 
-        With them the memory of the process, so that a leak shows in the history.
+        The memory of the process is among them, so that a leak shows in the history.
 
         Args:
-          flops_per_example: of a training step.
-          peak_flops: of all devices together.
-          loader_rate: examples a second that the loader of this host could give.
+          flops_per_example: operations of a training step for one example.
+          peak_flops: operations per second of all devices together.
+          loader_rate: examples per second that the loader of this host can deliver.
+
+        Returns:
+          Values by their names in a row of metrics; {} if no step was made.
         """
         data = self._window.get('data', 0.0)
         seconds = data + self._window.get('step', 0.0)
@@ -78,7 +84,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """'45s', '3m20s', '2h05m', '3d04h'."""
+    """Format seconds as '45s', '3m20s', '2h05m' or '3d04h'."""
     seconds = round(seconds)
     if seconds < 60:
         return f'{seconds}s'
@@ -90,10 +96,27 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """A progress bar on a terminal, plain lines elsewhere; silent where `active` is false."""
+    """A progress bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, total: int, start: int, *, label: str, active: bool = True):
+    Args:
+      total: number of steps of the run.
+      start: the step it starts or resumes at.
+      label: name of the run on its lines.
+      headline: the metric of training steps that is shown beside the loss.
+      active: whether this process prints (process 0 does).
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        *,
+        label: str,
+        headline: str = 'accuracy',
+        active: bool = True,
+    ):
         self._active, self._label, self._bar, self._total = active, label, None, total
+        self._headline = headline
         if active and sys.stdout.isatty():
             from rich import progress
 
@@ -108,6 +131,7 @@ class Console:
             self._task = self._bar.add_task(label, total=total, completed=start, status='')
 
     def say(self, *lines: str) -> None:
+        """Print lines, above the progress bar if there is one."""
         if not self._active:
             return
         for line in lines:
@@ -117,12 +141,29 @@ class Console:
                 print(line, flush=True)
 
     def step(self, step: int) -> None:
+        """Advance the progress bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def training(self, step: int, values: dict[str, float]) -> None:
-        """Shows a row of training metrics; a narrow terminal gets those that come first."""
-        parts = [f'loss {values["train/loss"]:.4f}']
+        """Show a row of training metrics; on a narrow terminal, the first that fit."""
+        parts = self._training_parts(values)
+        if self._bar is None:
+            at = f'{step:>{len(str(self._total))}}/{self._total}'
+            self.say(f'{self._label} {at}  ' + '  '.join(parts))
+            return
+        taken = len(self._label) + BAR_WIDTH + 2 * len(str(self._total)) + 5
+        while len(parts) > 1 and taken + len('  '.join(parts)) > self._bar.console.width:
+            parts.pop()
+        self._bar.update(self._task, completed=step, status='  '.join(parts))
+
+    def _training_parts(self, values: dict[str, float]) -> list[str]:
+        """Format those metrics of a row that it has, the most important first."""
+        parts = []
+        if 'train/loss' in values:
+            parts.append(f'loss {values["train/loss"]:.4f}')
+        if values.get('train/skipped'):
+            parts.append(f'skipped {values["train/skipped"]:.0f}')
         if TIMING + 'examples_per_s' in values:
             parts += [
                 f'{values[TIMING + "examples_per_s"]:,.0f} ex/s',
@@ -134,28 +175,25 @@ class Console:
             parts.append(f'loader {values[TIMING + "loader_examples_per_s"]:,.0f} ex/s')
         if values.get('train/replaced'):
             parts.append(f'replaced {values["train/replaced"]:.0f}')
-        parts += [f'acc {values["train/accuracy"]:.3f}', f'lr {values["train/lr"]:.2e}']
-        if values['train/skipped']:
-            parts.insert(1, f'skipped {values["train/skipped"]:.0f}')
-        if self._bar is None:
-            at = f'{step:>{len(str(self._total))}}/{self._total}'
-            self.say(f'{self._label} {at}  ' + '  '.join(parts))
-            return
-        taken = len(self._label) + BAR_WIDTH + 2 * len(str(self._total)) + 5
-        while len(parts) > 1 and taken + len('  '.join(parts)) > self._bar.console.width:
-            parts.pop()
-        self._bar.update(self._task, completed=step, status='  '.join(parts))
+        if (headline := f'train/{self._headline}') in values:
+            value = values[headline]
+            accuracy = self._headline == 'accuracy'
+            parts.append(f'acc {value:.3f}' if accuracy else f'{self._headline} {value:.4g}')
+        if 'train/lr' in values:
+            parts.append(f'lr {values["train/lr"]:.2e}')
+        return parts
 
     def evaluation(self, step: int, name: str, values: dict[str, float]) -> None:
-        """Shows what an evaluator found."""
+        """Show the scores of an evaluation."""
         named = [key for key in values if key != 'count' and '/' not in key]
-        shown = '  '.join(f'{key} {values[key]:.4f}' for key in named[:_MOST_SHOWN])
-        more = len(values) - 1 - len(named[:_MOST_SHOWN])
+        shown = '  '.join(f'{key} {values[key]:.4f}' for key in named[:_MAX_SCORES_SHOWN])
+        more = len(values) - 1 - len(named[:_MAX_SCORES_SHOWN])
         shown += f'  (and {more} more)' if more > 0 else ''
         width = len(str(self._total))
         self.say(f'{"eval":<{len(self._label)}} {step:>{width}}/{self._total}  {name}: {shown}')
 
     def close(self) -> None:
+        """Take the progress bar away."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -167,7 +205,7 @@ class Console:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as text in aligned columns; numbers to the right."""
+    """Format rows as text in aligned columns, with numbers to the right."""
     cells = [[str(cell) for cell in header]] + [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     right = [

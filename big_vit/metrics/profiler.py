@@ -1,4 +1,4 @@
-"""A trace of some steps, for XProf, TensorBoard or https://ui.perfetto.dev: where the time goes."""
+"""Traces of a few steps, for XProf, TensorBoard or https://ui.perfetto.dev."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from etils import epath
 
 from big_vit import storage
 
-# Until here caches fill: of programs, of the loader, of the file system.
+# Steps in which caches still fill: of programs, of the loader, of the file system.
 WARMUP_STEPS = 10
 
 
@@ -17,15 +17,17 @@ WARMUP_STEPS = 10
 def tracer(
     folder: epath.Path, start: int, count: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[int, Any], None]]:
-    """Traces `count` steps of a run from its tenth on; 0 traces none.
-
-    Yields a function to be called before each step with its number and the results of the steps
-    that may not be over yet, which the trace waits for.
+    """Trace a few steps of a run, after its first ten.
 
     Args:
-      folder: where the trace comes, one of each host; in an object store without Perfetto's file.
+      folder: where each host writes its trace; in an object store without Perfetto's file.
       start: the step at which this process began.
-      say: told when the trace is there, or that the run was too short for one.
+      count: number of steps to trace; 0 traces none.
+      say: prints a line when the trace is written, or if the run was too short for one.
+
+    Yields:
+      A function to call before each step with its number and the results of the steps that may
+      still be computed, which the trace waits for.
     """
     first, running, started = start + WARMUP_STEPS, False, False
 
@@ -41,7 +43,7 @@ def tracer(
             return
         jax.block_until_ready(pending)
         if step == first:
-            local = storage.is_local(folder)  # JAX makes Perfetto's file of one that it can open.
+            local = storage.is_local(folder)  # JAX converts for Perfetto only what it can open.
             jax.profiler.start_trace(str(folder), create_perfetto_trace=local)
             running = started = True
         else:
@@ -57,5 +59,5 @@ def tracer(
 
 
 def step(number: int) -> contextlib.AbstractContextManager[Any]:
-    """Marks a step in the trace that may be running."""
+    """Mark a step in the trace that may be running."""
     return jax.profiler.StepTraceAnnotation('train', step_num=number)

@@ -1,7 +1,7 @@
-"""Where metrics go beside the JSONL file, when asked: TensorBoard and Weights & Biases.
+"""Trackers, which show the metrics of runs: TensorBoard and Weights & Biases.
 
-Both write in threads or processes of their own, so a call costs what it takes to queue a few
-numbers. Their libraries are imported only where they are used.
+Both write in threads or processes of their own, so a call only queues a few numbers. Their
+libraries are imported only where they are used.
 """
 
 import json
@@ -15,40 +15,40 @@ from etils import epath
 from big_vit import storage
 from big_vit.errors import UserError
 
-# Beside the metrics, so that a resumed run goes on in the same place.
+# Kept beside the metrics, so that a resumed run goes on as the same run there.
 WANDB_ID = 'wandb_id'
 
 
 class Tracker(Protocol):
-    """A place that wants to hear of a run."""
+    """A service that shows the metrics of a run."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One row of metrics."""
+        """Add one row of metrics."""
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """A picture, uint8 [height, width, 3]."""
+        """Add a picture, uint8 [height, width, 3]."""
 
     def checkpoint(self, path: os.PathLike[str], step: int, latest: dict[str, float]) -> None:
-        """Where the newest checkpoint is."""
+        """Note where the newest checkpoint is."""
 
     def close(self, latest: dict[str, float]) -> None:
-        """Returns when all is stored."""
+        """Return when everything is stored."""
 
 
 def flat(config: dict[str, Any], prefix: str = '') -> dict[str, bool | int | float | str]:
-    """What is set of a nested config, by dotted key; lists as text."""
-    found: dict[str, bool | int | float | str] = {}
+    """Flatten the keys of a nested config that are set, by dotted name; lists become JSON text."""
+    values: dict[str, bool | int | float | str] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            found |= flat(value, f'{prefix}{name}.')
+            values |= flat(value, f'{prefix}{name}.')
         elif value is not None:
             plain = isinstance(value, bool | int | float | str)
-            found[prefix + name] = value if plain else json.dumps(value)
-    return found
+            values[prefix + name] = value if plain else json.dumps(value)
+    return values
 
 
 def _scores(latest: dict[str, float]) -> dict[str, float]:
-    """Of the newest metrics those of evaluations."""
+    """Select the metrics of evaluations."""
     return {k: v for k, v in latest.items() if '/' in k and not k.startswith('train/')}
 
 
@@ -88,10 +88,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a project; its id lies in the workdir, so a resumed run is the same one there.
+    """A run of a project; its id is kept in the workdir, so a resumed run is the same one there.
 
     Args:
-      rows: of metrics that are there already, for the table of evaluations.
+      rows: rows of metrics from before a resume, for the table of evaluations.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class WeightsAndBiases:
                 "config: log.wandb needs `pip install wandb`, or big_vit's extra of that name"
             ) from None
         self._client = wandb
-        kept = workdir / WANDB_ID
-        own = kept.read_text().strip() if kept.exists() else os.urandom(4).hex()
-        storage.write_text(kept, own + '\n')
+        id_file = workdir / WANDB_ID
+        run_id = id_file.read_text().strip() if id_file.exists() else os.urandom(4).hex()
+        storage.write_text(id_file, run_id + '\n')
         where = {'dir': os.fspath(workdir)} if storage.is_local(workdir) else {}
         self._run = wandb.init(
-            project=project, name=workdir.name, config=config, id=own, resume='allow', **where
+            project=project, name=workdir.name, config=config, id=run_id, resume='allow', **where
         )
         self._evaluated: list[list[Any]] = []
         for row in rows:

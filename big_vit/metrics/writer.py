@@ -1,4 +1,4 @@
-"""What a run reports: JSONL always, TensorBoard and W&B when asked, progress on the console."""
+"""Rows of metrics: a JSONL file in the workdir, and trackers where the config asks for them."""
 
 import json
 import math
@@ -15,19 +15,19 @@ from big_vit.errors import UserError
 from big_vit.metrics import trackers
 
 FILE = 'metrics.jsonl'
-# Rows of two runs with the same config are equal but for keys that start with this.
+# Rows of two runs with the same config differ only in keys that start with this.
 TIMING = 'time/'
-# Of the metrics of evaluations those that are no shares; the last are settings that were chosen.
+# Metrics of evaluations that are not shares: losses, counts and hyperparameters that were chosen.
 LOSSES = ('loss', 'nll', 'brier')
 _NUMBERS = ('count', 'iterations', 'l2', 'rate', 'last_blocks', 'mean_joined')
-# An object store has no appending: the file is written anew, and not at every row.
+# Object stores cannot append: the file is written anew, so not at every row.
 REWRITE_EVERY_S = 30
-# In the first row after a resume: the step that it started from.
+# In the first row after a resume: the step that the run resumed from.
 RESUMED = TIMING + 'resumed_from'
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run, oldest first; a last row that was cut off while written is left out.
+    """Read the rows of a run, oldest first, without a last one that was cut off while written.
 
     Raises:
       UserError: another line is damaged.
@@ -43,7 +43,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """(Rows, numbers of the damaged lines but for a last one that was cut off)."""
+    """Parse the file into (rows, numbers of damaged lines), not counting a last one cut off."""
     rows, damaged = [], []
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
@@ -57,31 +57,31 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    # JSON has no NaN and no infinity; what is not finite is null, and NaN when it is read.
+    # JSON has neither NaN nor infinity: both become null, which is read as NaN.
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite) + '\n'
 
 
 def latest(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The newest value of each metric, without timings."""
+    """Return the newest value of each metric, without timings."""
     merged = {name: value for row in rows for name, value in row.items()}
     return {k: v for k, v in merged.items() if k != 'step' and not k.startswith(TIMING)}
 
 
 def headlines(rows: list[dict[str, Any]]) -> list[str]:
-    """Of each evaluation the metric that stands for it: top1, else its first."""
-    found: dict[str, str] = {}
+    """Choose for each evaluation the metric that represents it: top1, or else its first."""
+    chosen: dict[str, str] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         evaluation, slash, metric = name.partition('/')
         if not slash or evaluation == 'train' or name.startswith(TIMING):
             continue
-        if evaluation not in found or metric == 'top1':
-            found[evaluation] = name
-    return list(found.values())
+        if evaluation not in chosen or metric == 'top1':
+            chosen[evaluation] = name
+    return list(chosen.values())
 
 
 def shown(metric: str, value: float) -> str:
-    """A value for people: shares as per cent, counts whole, and what else there is as it is."""
+    """Format a value of a metric: shares in per cent, losses and other numbers as they are."""
     metric = metric.rpartition('/')[2]
     if metric in LOSSES:
         return f'{value:.4f}'
@@ -89,7 +89,7 @@ def shown(metric: str, value: float) -> str:
 
 
 def host_memory_mb() -> float | None:
-    """Megabytes of host memory that this process holds; None where Linux is not there to ask."""
+    """Return the megabytes of host memory that this process holds; None except on Linux."""
     try:
         pages = int(Path('/proc/self/statm').read_text().split()[1])
     except OSError:
@@ -98,20 +98,20 @@ def host_memory_mb() -> float | None:
 
 
 class Writer:
-    """Writes rows of metrics; opened at step N it drops rows of later steps, soon made again.
+    """Writer of rows of metrics; rows after the start step, which will be made again, are dropped.
 
-    Locally each row is on its way to the disk when `write` returns. In an object store
-    rows wait, for at most REWRITE_EVERY_S or until `flush`.
+    In a local folder each row is on its way to the disk when `write` returns. In an object store
+    rows wait for at most REWRITE_EVERY_S seconds, or until `flush`.
 
     Args:
       start_step: the step that the run starts or resumes at.
       active: whether this process writes (process 0 does).
       tensorboard: also write event files to WORKDIR/tensorboard.
       wandb: also log to this Weights & Biases project.
-      config: dump of the config, for both.
+      config: dump of the config, for the trackers.
 
     Raises:
-      UserError: the file cannot be written, also after some tries.
+      UserError: the file cannot be written, even after some tries.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class Writer:
             return
         folder = storage.place(workdir)
         self._path = folder / FILE
-        there, _ = _parse(self._path.read_text() if self._path.exists() else '')
-        rows = [row for row in there if row['step'] <= start_step]
-        self._mark = {RESUMED: float(start_step)} if there and start_step else {}
+        old_rows, _ = _parse(self._path.read_text() if self._path.exists() else '')
+        rows = [row for row in old_rows if row['step'] <= start_step]
+        self._mark = {RESUMED: float(start_step)} if old_rows and start_step else {}
         self.latest = latest(rows)
         if wandb:
             self._trackers.append(trackers.WeightsAndBiases(folder, wandb, config or {}, rows))
@@ -145,21 +145,21 @@ class Writer:
 
     @property
     def tracked(self) -> bool:
-        """Whether pictures have somewhere to go."""
+        """Whether there are trackers, which can show pictures."""
         return bool(self._trackers)
 
     def pictures(self, step: int, name: str, pictures: list[np.ndarray]) -> None:
-        """Gives trackers pictures of one size, uint8 [height, width, channels], as a grid."""
+        """Give the trackers pictures of one size, uint8 [height, width, channels], as a grid."""
         for tracker in self._trackers if pictures else []:
             tracker.picture(step, name, montage(pictures))
 
     def checkpoint(self, path: os.PathLike[str], step: int) -> None:
-        """Tells the trackers where the newest checkpoint is; nothing of it is copied."""
+        """Tell the trackers where the newest checkpoint is; nothing of it is copied."""
         for tracker in self._trackers:
             tracker.checkpoint(path, step, self.latest)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one row; values are plain numbers."""
+        """Add one row of plain numbers."""
         self.latest.update({k: v for k, v in values.items() if not k.startswith(TIMING)})
         if not self._active:
             return
@@ -169,7 +169,7 @@ class Writer:
             try:
                 self._file.write(self._lines[-1])
                 self._file.flush()
-            except OSError:  # How much of the row is there, nobody knows.
+            except OSError:  # Part of the row may be in the file.
                 self._rewrite()
         elif time.monotonic() - self._written_at >= REWRITE_EVERY_S:
             self._rewrite()
@@ -177,7 +177,7 @@ class Writer:
             tracker.scalars(step, values)
 
     def flush(self) -> None:
-        """Returns when all rows are stored; call it before a checkpoint that promises them."""
+        """Return when all rows are stored; call it before a checkpoint that promises them."""
         if self._file is not None:
             try:
                 os.fsync(self._file.fileno())
@@ -196,6 +196,7 @@ class Writer:
             self._file = self._path.open('a')
 
     def close(self) -> None:
+        """Store all rows, and end the trackers."""
         self.flush()
         if self._file is not None:
             self._file.close()
@@ -210,7 +211,7 @@ class Writer:
 
 
 def montage(pictures: list[np.ndarray], columns: int = 8) -> np.ndarray:
-    """Pictures of one size side by side as one, uint8 [height, width, 3]."""
+    """Arrange pictures of one size in a grid, uint8 [height, width, 3]."""
     shown = [np.repeat(p[..., :1], 3, 2) if p.shape[-1] < 3 else p[..., :3] for p in pictures]
     columns = min(columns, len(shown))
     shown += [np.zeros_like(shown[0])] * (-len(shown) % columns)

@@ -1,1 +1,1 @@
-"""Many trials of one recipe."""
+"""Sweeps over settings and seeds, and the folders they are kept in."""

@@ -1,6 +1,6 @@
-"""A study: a folder with one row for each trial, what validation chooses, a table, a picture.
+"""Studies: the folder of a sweep, the setting that validation chooses, tables and a picture.
 
-STUDY/trials.jsonl    a row each: start, setting, seed, what validation found, its workdir
+STUDY/trials.jsonl    a row for each trial: start, setting, seed, validation scores, workdir
 STUDY/test.json       the chosen setting of each start and its test scores, made once
 """
 
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def read(folder: epath.Path) -> list[Row]:
-    """The rows of a study; none where there is no study yet.
+    """Read the rows of a study; none where there is no study yet.
 
     Raises:
       UserError: a line is not JSON.
@@ -47,7 +47,7 @@ def read(folder: epath.Path) -> list[Row]:
 
 
 def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """By start what was chosen and how it scored; {} where the test was not scored yet.
+    """Read the chosen setting and its test scores by start; {} before the test is scored.
 
     Raises:
       UserError: the file is not JSON.
@@ -60,12 +60,12 @@ def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: epath.Path, rows: Sequence[Row]) -> None:
-    """All rows at once, so that a kill leaves the old file or the new one."""
+    """Write all rows at once, so that a kill leaves either the old file or the new one."""
     storage.write_text(folder / ROWS, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def label(setting: Mapping[str, Any]) -> str:
-    """'lr=0.01, weight_decay=0.1'."""
+    """Format a setting as 'lr=0.01, weight_decay=0.1'."""
     return ', '.join(
         f'{key.rpartition(".")[2]}={f"{value:g}" if isinstance(value, float) else value}'
         for key, value in setting.items()
@@ -77,26 +77,26 @@ def _key(setting: Mapping[str, Any]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; of one value the error is not known (NaN)."""
+    """Return the mean and its standard error, which is NaN for a single value."""
     if len(values) < 2:
         return statistics.fmean(values), math.nan
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def by_setting(rows: Sequence[Row], start: str) -> dict[str, list[Row]]:
-    """The rows of a start by setting, in the order in which the settings were first tried."""
-    found: dict[str, list[Row]] = {}
+    """Group the rows of a start by setting, in the order in which settings were first tried."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row['start'] == start:
-            found.setdefault(_key(row['setting']), []).append(row)
-    return found
+            groups.setdefault(_key(row['setting']), []).append(row)
+    return groups
 
 
 def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
-    """The rows, one a seed, of the setting whose mean of a metric is highest.
+    """Choose the setting with the highest mean of a metric, and return its rows, one for each seed.
 
-    A trial whose score is not finite counts as worse than any other; of equal settings the first
-    tried wins.
+    A trial whose score is not finite counts as worse than any other; of equal settings the one
+    tried first wins.
     """
 
     def score(group: list[Row]) -> float:
@@ -108,7 +108,7 @@ def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
 
 
 def lines(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> list[list[str]]:
-    """Mean and standard error over seeds of each setting of each start; * is what was chosen."""
+    """Tabulate mean and standard error over seeds by start and setting; * marks the chosen one."""
     body: list[list[str]] = []
     for start, name in starts.items():
         groups = by_setting(rows, start)
@@ -116,15 +116,15 @@ def lines(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> list[l
         for group in groups.values():
             mean, error = mean_and_error([row[metric] for row in group])
             star = '*' if group is chosen or group == chosen else ''
-            about = f'{error:.2%}' if math.isfinite(error) else '-'
+            error_text = f'{error:.2%}' if math.isfinite(error) else '-'
             setting = label(group[0]['setting']) or '-'
-            body.append([name, setting, star, f'{mean:.2%}', about, str(len(group))])
+            body.append([name, setting, star, f'{mean:.2%}', error_text, str(len(group))])
             name = ''
     return body
 
 
 def test_lines(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The test of what was chosen, a line for each start, under the heads of `TEST_HEADS`."""
+    """Tabulate the test of the chosen settings, a line for each start, with header `TEST_HEADS`."""
     return [
         [
             STARTS[start],
@@ -143,7 +143,13 @@ def test_lines(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def draw(
     rows: Sequence[Row], metric: str, test: Mapping[str, Any], starts: Mapping[str, str], path: Path
 ) -> None:
-    """Validation by setting, a line for each start; test of what was chosen, a bar each."""
+    """Draw validation by setting, a line for each start, and a bar for each chosen setting's test.
+
+    Args:
+      metric: the metric of validation.
+      test: as `tested` reads it.
+      starts: names of the starts in the picture.
+    """
     figure, axes = plots.canvas(2 if test else 1, 1, 4.6, 3.6)
     axis = axes[0][0]
     rates = all('lr' in row['setting'] for row in rows)
@@ -153,11 +159,11 @@ def draw(
         points = []
         for key, group in groups.items():
             mean, error = mean_and_error([row[metric] for row in group])
-            at = group[0]['setting']['lr'] if rates else settings.index(key)
-            points.append((at, 100 * mean, 100 * error if math.isfinite(error) else 0.0))
-        at, mean, error = zip(*sorted(points), strict=True)
+            x = group[0]['setting']['lr'] if rates else settings.index(key)
+            points.append((x, 100 * mean, 100 * error if math.isfinite(error) else 0.0))
+        x, mean, error = zip(*sorted(points), strict=True)
         axis.errorbar(
-            at, mean, error, fmt='o-' if rates else 'o', ms=4, capsize=3, color=f'C{i}', label=name
+            x, mean, error, fmt='o-' if rates else 'o', ms=4, capsize=3, color=f'C{i}', label=name
         )
     if rates:
         axis.set_xscale('log')
@@ -171,8 +177,8 @@ def draw(
     axis.legend(frameon=False, fontsize=8)
     if test:
         axis = axes[0][1]
-        for i, found in enumerate(test.values()):
-            mean, error = found['mean'], found['error']
+        for i, result in enumerate(test.values()):
+            mean, error = result['mean'], result['error']
             axis.bar(i, 100 * mean, 0.6, color=f'C{i}', alpha=0.75,
                      yerr=100 * error if error is not None else None, capsize=4)  # fmt: skip
             axis.text(i, 0.5, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=9)

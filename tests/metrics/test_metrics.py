@@ -133,3 +133,35 @@ def test_the_memory_of_the_process_is_what_the_system_says():
 
     found = metrics.host_memory_mb()
     assert found == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ('headline', 'values', 'shown'),
+    [
+        ('accuracy', {'accuracy': 0.5}, 'acc 0.500'),
+        ('psnr', {'psnr': 23.456789, 'accuracy': 0.5}, 'psnr 23.46'),
+        ('psnr', {'accuracy': 0.5}, ''),
+    ],
+)
+def test_the_console_shows_the_headline_where_a_row_has_it(headline, values, shown, capsys):
+    with metrics.Console(9, 0, label='train', headline=headline) as console:
+        console.training(3, {f'train/{name}': value for name, value in values.items()})
+        console.training(4, {'train/loss': 1.0, 'train/lr': 1e-3})
+    with_values, without = capsys.readouterr().out.splitlines()
+    assert with_values == f'train 3/9  {shown}'
+    assert without == 'train 4/9  loss 1.0000  lr 1.00e-03'
+
+
+def test_the_history_of_a_task_without_accuracy_has_no_column_of_it():
+    rows = [
+        {'step': 1, 'train/loss': 2.0, 'train/psnr': 7.25, 'train/lr': 0.1},
+        {'step': 2, 'train/loss': 1.0, 'train/psnr': 8.5, 'train/lr': 0.1},
+    ]
+    shown = explore.history_table(rows).splitlines()
+    assert shown[0].split() == ['step', 'train/loss', 'train/lr']
+    assert [line.split() for line in shown[2:]] == [['1', '2', '0.1'], ['2', '1', '0.1']]
+    shown = explore.history_table([*rows, {'step': 2, 'test/map': 0.75}], headline='psnr')
+    assert shown.splitlines()[0].split() == [
+        'step', 'test/map', 'train/loss', 'train/psnr', 'train/lr',
+    ]  # fmt: skip
+    assert shown.splitlines()[-1].split() == ['2', '0.75', '1', '8.5', '0.1']

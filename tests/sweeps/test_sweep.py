@@ -1,6 +1,7 @@
 """Sweeps: trials in one program are those that run alone; validation chooses, the test is once."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, environment, error_line, run
+from test_data_commands import damaged
+from test_data_commands import load as load_photos
 from tiny import MODEL, RUN, flags, overrides
 
-from big_vit import checkpoint, config, metrics, report, train, transfer, trees
+from big_vit import checkpoint, config, journal, metrics, report, train, transfer, trees
+from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.sweeps import study, sweep, vmapped_trials
-from big_vit.sweeps.vmapped_trials import Trial
+from big_vit.sweeps.trial_journal import Trial
 
 SPLITS = {
     'data.split': 'train[:40%]',
@@ -73,12 +77,12 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
         def folder(trial, start=start):
             return tmp_path / start / f'{trial.lr}-{trial.seed}'
 
-        found = vmapped_trials.run(own, [3, 4], [0.02, 0.1], folder, start=sweep._params)
+        found = vmapped_trials.run(own, [3, 4], [0.02, 0.1], folder, start=sweep.make_params)
         assert len(found) == 4
         for trial in (Trial(0.1, 3), Trial(0.02, 4)):
             alone = tmp_path / start / f'alone-{trial.lr}-{trial.seed}'
             one = own.replacing({'lr': trial.lr, 'seed': trial.seed})
-            ended = train.run(one, alone, params=sweep._params(one))
+            ended = train.run(one, alone, params=sweep.make_params(one))
             for name in ('val/loss', 'val/top1', 'train/loss', 'train/lr'):
                 np.testing.assert_allclose(found[trial][name], ended.metrics[name], rtol=3e-5)
             mine, theirs = (trees.flatten(last(f)) for f in (folder(trial), alone))
@@ -86,7 +90,7 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
             for name, leaf in theirs.items():
                 np.testing.assert_allclose(mine[name], leaf, rtol=2e-4, atol=2e-6, err_msg=name)
             # A whole workdir: its config is the trial's, and the same command ends at once.
-            assert train.run(one, folder(trial), params=sweep._params(one)).step == 4
+            assert train.run(one, folder(trial), params=sweep.make_params(one)).step == 4
         weights = [trees.flatten(last(folder(t)))['head/kernel'] for t in found]
         assert all(np.abs(a - weights[0]).max() > 1e-5 for a in weights[1:])
 
@@ -94,16 +98,90 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
 def test_a_frozen_trunk_has_no_axis_of_trials(pretrained, tmp_path):
     """What makes the features shared: the trunk's numbers are there once, not once a trial."""
     settings = load(pretrained, {'transfer.train': 'head'}).without('transfer.', 'evals.test.')
-    parts = vmapped_trials.build.experiment(settings)
-    first = sweep._params(settings)(parts)
-    batched = vmapped_trials.Batched(settings, parts, shared=True)
-    now, frozen = batched.start([0, 1], 3, first)
-    fewer, _ = batched.start([0, 1], 1, first)
+    parts = build_experiment(settings)
+    first = sweep.make_params(settings)(parts)
+    program = vmapped_trials.VmappedTraining(settings, parts, same_start=True)
+    now, frozen = program.start([0, 1], 3, first)
+    fewer, _ = program.start([0, 1], 1, first)
     assert set(now['params']) == {'head/kernel', 'head/bias'}
     assert now['params']['head/kernel'].shape == (2, 3, 32, 10)
     assert frozen['embedding/kernel'].shape == first['embedding']['kernel'].shape
-    one = vmapped_trials.needed(batched.compiled_step(fewer, frozen, 2, 1))
-    assert vmapped_trials.needed(batched.compiled_step(now, frozen, 2, 3)) < 1.5 * one
+    one = vmapped_trials.bytes_needed(program.compile_step(fewer, frozen, 2, 1))
+    assert vmapped_trials.bytes_needed(program.compile_step(now, frozen, 2, 3)) < 1.5 * one
+
+
+DIGITS = {
+    'total_steps': 24,
+    'lr': 0.1,
+    'batch_size': 16,
+    'image_size': 8,
+    'model.variant': 'mu/4',
+    'model.dtype': 'float32',
+    'data.name': 'digits',
+    'optim.clip': 0.0,
+    'evals.test.split': 'test[:50]',
+    'evals.test.every_steps': 8,
+    'log.every_steps': 8,
+}
+
+
+def test_a_trial_that_diverges_is_said_and_the_others_go_on_to_the_bit(tmp_path, capsys):
+    settings = config.resolve(DIGITS)
+
+    def ran(name, rates):
+        return vmapped_trials.run(
+            settings, [3], rates, lambda t: tmp_path / name / f'{t.lr:g}', start=sweep.make_params
+        )
+
+    found = ran('lost', [0.02, 1e30])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if 'WARNING' in line]
+    assert len(warnings) == journal.MAX_SKIPPED_IN_A_ROW
+    assert all('lr 1e+30 seed 3: ' in line for line in warnings)
+    own = settings.replacing({'seed': 3})
+    for line in warnings[:-1]:
+        step, examples = re.match(
+            r'WARNING step (\d+), .*: update skipped, .* not finite; its examples: (.*), \.\.\.',
+            line,
+        ).groups()
+        expected = example_indices(build_experiment(own), int(step) - 1)[:16]
+        assert [int(n) for n in examples.split(', ')] == expected
+    assert re.search(r'the last 20 updates up to step 2\d were skipped', warnings[-1])
+    healthy = ran('healthy', [0.02, 0.1])
+    assert 'WARNING' not in capsys.readouterr().out
+    assert found[Trial(0.02, 3)] == healthy[Trial(0.02, 3)]
+    for name, leaf in trees.flatten(last(tmp_path / 'healthy' / '0.02')).items():
+        np.testing.assert_array_equal(trees.flatten(last(tmp_path / 'lost' / '0.02'))[name], leaf)
+    rows = metrics.read(tmp_path / 'lost' / '1e+30')
+    assert rows[-1]['step'] == 24 and found[Trial(1e30, 3)]['train/skipped'] >= 20
+    hidden = {'train/skipped_in_a_row', 'train/loss_spike', 'train/grad_norm_spike'}
+    assert not hidden & {name for row in rows for name in row}
+
+
+def test_damaged_examples_of_trials_are_counted_and_too_many_end_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, 'MIN_EXAMPLES_FOR_RATE', 60)
+    settings = load_photos(
+        damaged(tmp_path, {7, 8}),
+        **{'data.on_error': 'skip', 'data.split': 'train', 'total_steps': '8'},
+        **{'evals.test.split': 'train'},
+    )
+    seeds, rates = [0, 1], [0.01, 0.1]
+
+    def ran(name, one):
+        vmapped_trials.run(
+            one, seeds, rates, lambda t: tmp_path / name / str(t), start=sweep.make_params
+        )
+
+    with pytest.raises(UserError, match=r'of the last 64 examples .* data\.max_error_rate=0\.01'):
+        ran('a', settings)
+    ran('b', settings.replacing({'data.max_error_rate': 0.2}))
+    for seed in seeds:
+        replaced = [
+            [row['train/replaced'] for row in metrics.read(tmp_path / 'b' / str(Trial(rate, seed)))
+             if 'train/replaced' in row]
+            for rate in rates
+        ]  # fmt: skip
+        # Two epochs of sixty in eight steps of sixteen, and eight examples of a third.
+        assert 4 <= sum(replaced[0]) <= 6 and replaced[0] == replaced[1]
 
 
 def rows_of(workdir):
@@ -243,20 +321,26 @@ def test_mistakes_are_named_before_anything_is_trained(swept, more, message, pre
     assert not (tmp_path / 'w').exists()
 
 
-def test_what_does_not_fit_is_parted(pretrained, tmp_path, monkeypatch):
-    seen = []
+@pytest.mark.parametrize('more', [{}, {'data.on_error': 'skip'}], ids=['', 'skip'])
+def test_what_does_not_fit_is_parted(more, pretrained, tmp_path, monkeypatch):
+    seen, tried = [], []
 
     def small(own, seeds, rates, folder, **_):
+        tried.append(len(seeds) * len(rates))
         if len(seeds) * len(rates) > 2:
             raise vmapped_trials.DoNotFit
         seen.append((tuple(seeds), tuple(rates)))
         return {Trial(rate, seed): {} for seed in seeds for rate in rates}
 
     monkeypatch.setattr(vmapped_trials, 'run', small)
-    monkeypatch.setattr(sweep, '_alone', lambda own, trial, folder, label: seen.append(trial) or {})
-    found = sweep.train_all(load(pretrained), [0, 1], [0.1, 0.2, 0.3], lambda t: tmp_path, '', None)
+    monkeypatch.setattr(
+        sweep, '_train_alone', lambda own, trial, folder, label: seen.append(trial) or {}
+    )
+    settings = load(pretrained, more)
+    found = sweep.train_all(settings, [0, 1], [0.1, 0.2, 0.3], lambda t: tmp_path, '', None)
     assert set(found) == {Trial(rate, seed) for seed in (0, 1) for rate in (0.1, 0.2, 0.3)}
     assert all(isinstance(one, Trial) or len(one[0]) * len(one[1]) == 2 for one in seen)
+    assert tried[0] == 6
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""The journal of a run: metric rows, console lines and checkpoints, and when to give a run up."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vit import checkpoint, metrics
+from big_vit.build.experiment import Experiment, example_indices
+from big_vit.config import Config
+from big_vit.data import pipeline
+from big_vit.errors import UserError
+from big_vit.state import State
+from big_vit.steps import Metrics
+
+# A run whose updates are all skipped is lost; this many in a row are no accident.
+MAX_SKIPPED_IN_A_ROW = 20
+# Among fewer examples, a few damaged ones say nothing about the rest.
+MIN_EXAMPLES_FOR_RATE = 1000
+# Metrics of a step that decide about warnings and have no place in a row.
+_NOT_IN_ROWS = ('skipped_in_a_row', 'loss_spike', 'grad_norm_spike')
+_MAX_EXAMPLES_NAMED = 16
+
+
+class Diverged(UserError):
+    """All of the last updates of a run were skipped."""
+
+
+class Damage:
+    """Counter of the damaged examples that were replaced since this process started.
+
+    Args:
+      max_rate: share of all examples that may be damaged.
+    """
+
+    def __init__(self, max_rate: float) -> None:
+        self._max_rate, self._replaced, self._seen = max_rate, 0, 0
+
+    def add(self, replaced: int, batch_size: int) -> None:
+        """Count the examples of one step.
+
+        Raises:
+          UserError: more of the examples than `max_rate` are damaged.
+        """
+        self._replaced += replaced
+        self._seen += batch_size
+        enough = self._seen >= MIN_EXAMPLES_FOR_RATE
+        if enough and self._replaced > self._max_rate * self._seen:
+            raise UserError(
+                f'{self._replaced} of the last {self._seen} examples were damaged and replaced, '
+                f'more than data.max_error_rate={self._max_rate:g}: repair the data '
+                "(data.on_error='stop' names the first of them)"
+            )
+
+
+def max_damage_rate(config: Config, parts: Experiment) -> float:
+    """Return the share of damaged examples that a run accepts; 1 where the first one ends it."""
+    return config.data.max_error_rate if parts.data.skip_bad else 1.0
+
+
+def examples_of_update(parts: Experiment, step: int) -> str:
+    """List the first examples of the batch that update number `step` (from 1) was made of."""
+    return ', '.join(map(str, example_indices(parts, step - 1)[:_MAX_EXAMPLES_NAMED]))
+
+
+def skipped_text(values: Mapping[str, Any], examples: str, skip_sigmas: float) -> str:
+    """Describe a skipped update.
+
+    Args:
+      values: metrics of the step, scalars.
+      examples: as `examples_of_update` lists them.
+      skip_sigmas: standard deviations above the recent mean that make a spike.
+    """
+    loss, norm = (float(jax.device_get(values[name])) for name in ('loss', 'grad_norm'))
+    spikes = [
+        f'the {label} lies over {skip_sigmas:g} standard deviations above the last ones'
+        for name, label in (('loss', 'loss'), ('grad_norm', 'gradient norm'))
+        if bool(jax.device_get(values[f'{name}_spike']))
+    ]
+    return (
+        f'update skipped, loss {loss:.4g}, gradient norm {norm:.4g}: '
+        f'{" and ".join(spikes) or "not finite"}; its examples: {examples}, ...'
+    )
+
+
+def diverged_text(step: int, examples: str) -> str:
+    """Describe a training whose last updates, up to `step`, were all skipped."""
+    return (
+        f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '
+        f'or the gradient is not finite; lower lr, or look at the examples {examples}, ...'
+    )
+
+
+def train_row(values: Metrics) -> dict[str, np.ndarray]:
+    """Fetch the metrics of a step under their names in a row of metrics, such as train/loss."""
+    return {
+        f'train/{name}': np.asarray(value)
+        for name, value in jax.device_get(values).items()
+        if name not in _NOT_IN_ROWS
+    }
+
+
+@dataclasses.dataclass
+class RunJournal:
+    """The journal of one run; see `training_loop.Journal`.
+
+    Args:
+      peak_flops: operations per second of all devices together.
+      meter: measures the loader of the batches.
+    """
+
+    config: Config
+    parts: Experiment
+    peak_flops: float
+    damage: Damage
+    clock: metrics.Clock
+    writer: metrics.Writer
+    console: metrics.Console
+    manager: checkpoint.Manager
+    meter: pipeline.Meter
+
+    def check(self, step: int, values: Metrics) -> None:
+        """Warn of a skipped update, and end a run that cannot go on.
+
+        Raises:
+          UserError: too many examples are damaged, or a save in the background failed.
+          Diverged: the last updates were all skipped; names the examples of the last.
+        """
+        self.manager.check()
+        if 'replaced' in values:
+            self.damage.add(int(jax.device_get(values['replaced'])), self.parts.batch_size)
+        skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
+        if not skipped_in_a_row:
+            return
+        examples = examples_of_update(self.parts, step)
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise Diverged(diverged_text(step, examples))
+        text = skipped_text(values, examples, self.config.skip_sigmas)
+        self.console.say(f'WARNING step {step}: {text}')
+
+    def write(self, step: int, values: Metrics) -> None:
+        """Write the metrics of a step with its rates and timings, and show them."""
+        row = {name: float(value) for name, value in train_row(values).items()}
+        row |= self.clock.window(
+            batch_size=self.parts.batch_size,
+            flops_per_example=self.parts.flops_per_example,
+            peak_flops=self.peak_flops,
+            steps_left=self.parts.total_steps - step,
+            loader_rate=self.meter.rate(),
+        )
+        row |= self.manager.timings()
+        self.writer.write(step, row)
+        self.console.training(step, row)
+
+    def write_scores(self, step: int, evaluation: str, scores: dict[str, float]) -> None:
+        """Write and show the scores of one evaluation."""
+        self.writer.write(step, {f'{evaluation}/{name}': x for name, x in scores.items()})
+        self.console.evaluation(step, evaluation, scores)
+
+    def save(self, state: State) -> None:
+        """Start to save a checkpoint, once the rows that it promises are stored."""
+        self.writer.flush()
+        self.manager.save(state, self.config.to_dict(), self.writer.latest)
