@@ -19,7 +19,7 @@ from big_vit.data.transforms.operations import (
     number,
     on_images,
     stacked,
-    whole,
+    whole_number,
 )
 
 # Half an hour: a longer file is no example.
@@ -127,7 +127,7 @@ def decode_audio(rate, seconds, random_start=False) -> Operation:
     The middle is taken, or with `random_start` any part; what is too short has silence behind it.
     WAV, FLAC, OGG and MP3 are read by libsndfile (`pip install soundfile`).
     """
-    rate = whole('rate', rate, 100, _MOST_RATE)
+    rate = whole_number('rate', rate, 100, _MOST_RATE)
     length = round(rate * number('seconds', seconds, 1e-3, _MOST_SECONDS))
     if length < 1:
         raise UnfitError(f'takes more seconds: {seconds:g} at {rate} Hz are no sample')
@@ -192,7 +192,7 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
     Hz (half the rate), and the natural logarithm, of at least float32's epsilon. Low bands are at
     the top.
     """
-    rate, bins = whole('rate', rate, 100, 1_000_000), whole('bins', bins, 1, 1024)
+    rate, bins = whole_number('rate', rate, 100, 1_000_000), whole_number('bins', bins, 1, 1024)
     width = round(rate * number('window', window, 1e-4, 10))
     step = round(rate * number('hop', hop, 1e-4, 10))
     if width < 2 or step < 1:
@@ -248,7 +248,7 @@ def standardize(mean, std) -> Operation:
 
 def _mask(axis: int, width: object, count: object) -> Operation:
     """Bands along an axis set to the mean of their image."""
-    widest, bands = whole('width', width, 1), whole('count', count, 1, 16)
+    widest, bands = whole_number('width', width, 1), whole_number('count', count, 1, 16)
 
     def apply(images: Images, draw: Draw) -> Images:
         if not isinstance(images, np.ndarray):

@@ -20,14 +20,14 @@ from big_vit.data.transforms.operations import (
     UnfitError,
     choice,
     decoded,
+    decoded_row,
     number,
     on_images,
     pair,
-    pixels,
     sizes,
     span,
     stacked,
-    whole,
+    whole_number,
 )
 
 METHODS = ('area', 'bilinear', 'bicubic', 'nearest')
@@ -161,7 +161,7 @@ def _sides(heights: Rows, widths: Rows, scale: np.ndarray, least: int) -> list[t
 
 def resize_small(n, method='area') -> Operation:
     """The shorter side to n, keeping the proportions."""
-    n = whole('n', n, 1)
+    n = whole_number('n', n, 1)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -174,7 +174,7 @@ def resize_small(n, method='area') -> Operation:
 
 def resize_long(n, method='area') -> Operation:
     """The longer side to n, keeping the proportions."""
-    n = whole('n', n, 1)
+    n = whole_number('n', n, 1)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -221,21 +221,21 @@ def _padded(images: Images, n: int, value: int, mode: str) -> Images:
     border = ((n, n), (n, n), (0, 0))
     if isinstance(images, np.ndarray):
         return np.pad(images, ((0, 0), *border), mode, **how)  # type: ignore[call-overload]
-    return [np.pad(pixels(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
+    return [np.pad(decoded_row(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
 
 
 def pad(n, value=0, mode='constant') -> Operation:
     """n pixels on each side: of one value, or 'reflect', 'edge' to go on from the image."""
-    n = whole('n', n, 0)
+    n = whole_number('n', n, 0)
     choice('mode', mode, 'constant', 'reflect', 'edge')
-    whole('value', value, 0)
+    whole_number('value', value, 0)
     return on_images(lambda images, draw: _padded(images, n, value, mode))
 
 
 def random_crop(size, pad=0) -> Operation:
     """A window anywhere in the image, after `pad` black pixels on each side."""
     size = pair(size)
-    pad = whole('pad', pad, 0)
+    pad = whole_number('pad', pad, 0)
 
     def apply(images: Images, draw: Draw) -> Images:
         images = _padded(images, pad, 0, 'constant') if pad else images
@@ -375,7 +375,7 @@ def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operati
 def resmall_crop(size, small=None, method='area') -> Operation:
     """The shorter side to `small` (by default 8/7 of the size), then a window anywhere."""
     size = pair(size)
-    small = round(max(size) * 8 / 7) if small is None else whole('small', small, max(size))
+    small = round(max(size) * 8 / 7) if small is None else whole_number('small', small, max(size))
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:

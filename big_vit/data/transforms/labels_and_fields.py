@@ -3,6 +3,7 @@
 import numpy as np
 
 from big_vit.data import decode as decode_lib
+from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
     BadExampleError,
     Columns,
@@ -15,7 +16,7 @@ from big_vit.data.transforms.operations import (
     need_channels,
     on_images,
     stacked,
-    whole,
+    whole_number,
 )
 
 
@@ -80,7 +81,7 @@ def invert() -> Operation:
 
     def convert(image: np.ndarray) -> np.ndarray:
         need_bytes(image)
-        return 255 - image
+        return pixels.invert(image)
 
     return on_images(lambda images, draw: _each(images, convert))
 
@@ -89,7 +90,7 @@ def channels(*numbers) -> Operation:
     """Some channels of an image, in this order: channels(3, 2, 1)."""
     if not numbers:
         raise UnfitError('takes the numbers of channels, such as 3, 2, 1')
-    chosen = [whole('a channel', n, 0) for n in numbers]
+    chosen = [whole_number('a channel', n, 0) for n in numbers]
 
     def convert(image: np.ndarray) -> np.ndarray:
         if max(chosen) >= image.shape[-1]:
@@ -115,7 +116,7 @@ def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
 
 def onehot(num_classes, key='label') -> Operation:
     """A label to probabilities, float32 [num_classes]; several labels share them equally."""
-    num_classes = whole('num_classes', num_classes, 1)
+    num_classes = whole_number('num_classes', num_classes, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)
@@ -131,7 +132,7 @@ def onehot(num_classes, key='label') -> Operation:
 
 def multihot(num_classes, key='label') -> Operation:
     """Labels to float32 [num_classes], 1 for each that the example has (for loss='sigmoid')."""
-    num_classes = whole('num_classes', num_classes, 1)
+    num_classes = whole_number('num_classes', num_classes, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)

@@ -12,9 +12,9 @@ from big_vit.data.transforms.operations import (
     Operation,
     UnfitError,
     choice,
+    decoded_row,
     pair,
-    pixels,
-    whole,
+    whole_number,
 )
 
 # What a row of patches is made of, beside 'patches' [B, tokens, pixels] itself: which image each
@@ -130,7 +130,7 @@ def ragged_patches(patch, tokens, method='area') -> Operation:
     It is resized (made larger too) to the largest grid of patches that fits.
     """
     patch = pair(patch)
-    tokens = whole('tokens', tokens, 1)
+    tokens = whole_number('tokens', tokens, 1)
     choice('method', method, *geometry.METHODS)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
@@ -139,7 +139,7 @@ def ragged_patches(patch, tokens, method='area') -> Operation:
         images = columns['image']
         found: dict[str, np.ndarray] = {}
         for i in range(len(images)):
-            image = pixels(images, i)
+            image = decoded_row(images, i)
             height, width = image.shape[:2]
             grid = grid_for(height, width, patch, tokens)
             size = grid[0] * patch[0], grid[1] * patch[1]

@@ -55,7 +55,9 @@ def on_images(function: Callable[[Images, Draw], Images], random: bool = False) 
     return Operation(apply, random)
 
 
-def each(function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0) -> Operation:
+def per_image(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0
+) -> Operation:
     """An operation on one image [H, W, C] at a time.
 
     Args:
@@ -68,12 +70,12 @@ def each(function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 
         numbers = np.empty((len(images), draws))
         for k in range(draws):
             numbers[:, k] = draw(k)
-        return stacked([function(pixels(images, i), numbers[i]) for i in range(len(images))])
+        return stacked([function(decoded_row(images, i), numbers[i]) for i in range(len(images))])
 
     return on_images(apply, random=draws > 0)
 
 
-def pixels(images: Images, row: int) -> np.ndarray:
+def decoded_row(images: Images, row: int) -> np.ndarray:
     """Image `row` as an array [H, W, C], decoded if need be.
 
     Raises:
@@ -92,7 +94,7 @@ def decoded(images: Images) -> Images:
     """All images as arrays."""
     if isinstance(images, np.ndarray):
         return images
-    return stacked([pixels(images, i) for i in range(len(images))])
+    return stacked([decoded_row(images, i) for i in range(len(images))])
 
 
 def stacked(images: list[np.ndarray]) -> Images:
@@ -142,7 +144,7 @@ def pair(size: Any) -> tuple[int, int]:
     return both[0], both[1]
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number from `least` to `most`."""
     if type(value) is not int or value < least or (most is not None and value > most):
         limit = f'of at least {least}' if most is None else f'from {least} to {most}'

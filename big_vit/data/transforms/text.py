@@ -14,7 +14,7 @@ from big_vit.data.transforms.operations import (
     Draw,
     Operation,
     UnfitError,
-    whole,
+    whole_number,
 )
 
 # Of byte_tokens, as ByT5 has them (arXiv 2105.13626): padding, end, unknown, then the bytes.
@@ -55,7 +55,7 @@ def _padded(columns: Columns, rows: list[list[int]], length: int, padding: int) 
 
 def byte_tokens(length) -> Operation:
     """UTF-8 bytes plus 3, and an end, cut or padded to `length`: a tokenizer without a file."""
-    length = whole('length', length, 1)
+    length = whole_number('length', length, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         rows = [
@@ -73,7 +73,7 @@ def tokenize(path, length) -> Operation:
     The file's own special tokens are added and survive the cut. Padding comes behind, with the
     file's own number or that of its '[PAD]' or '<pad>', else 0. Needs `pip install tokenizers`.
     """
-    length = whole('length', length, 1)
+    length = whole_number('length', length, 1)
     if not isinstance(path, str):
         raise UnfitError(f'takes the path of a tokenizer file, not {path!r}')
     file = Path(path).expanduser()

@@ -17,7 +17,7 @@ from big_vit.data.transforms.operations import (
     choice,
     pair,
     stacked,
-    whole,
+    whole_number,
 )
 
 # Eleven minutes at 30 frames a second: a longer file is no example.
@@ -158,7 +158,10 @@ def decode_video(frames, stride=1, random_start=False) -> Operation:
     They are those of the middle, or with `random_start` from anywhere; a clip that is too short
     repeats its last frame. Any format that FFmpeg knows (`pip install 'av>=17'`).
     """
-    frames, stride = whole('frames', frames, 1, 4096), whole('stride', stride, 1, 4096)
+    frames, stride = (
+        whole_number('frames', frames, 1, 4096),
+        whole_number('stride', stride, 1, 4096),
+    )
     try:
         import av
     except ImportError as error:
