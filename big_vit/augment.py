@@ -6,18 +6,40 @@ a ValueError whose text follows the operation's name.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
+from big_vit.data.normalisation import FROM_BYTES, Normalisation, of_mean_and_std, of_range
 from big_vit.tasks.batch import Batch, normalise, targets
 
 Function = Callable[[Batch, Array], Batch]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation on batches, called as (batch, rng).
+
+    Attributes:
+      apply: the function; it does not change its arguments.
+      normalisation: the map of pixel values that it is, or None if it does not rescale them.
+    """
+
+    apply: Function
+    normalisation: Normalisation | None = None
+
+    def __call__(self, batch: Batch, rng: Array) -> Batch:
+        return self.apply(batch, rng)
+
+
 Image = Num[Array, 'batch height width channels']
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Black and white where nothing is said; images of 16 bits are scaled alike.
+_BYTES = (0, 255)
 _ERASING_ATTEMPTS = 10
 
 
@@ -72,7 +94,7 @@ def _black_and_white(
     )
 
 
-def value_range(low, high, in_low=None, in_high=None) -> Function:
+def value_range(low, high, in_low=None, in_high=None) -> Operation:
     """To floats from low (black) to high (white).
 
     Images of whole numbers are black at 0 and white at 255 (or 65535); of floats, `in_low` and
@@ -90,10 +112,11 @@ def value_range(low, high, in_low=None, in_high=None) -> Function:
         image = image.astype(jnp.float32) * scale + (low - first * scale)
         return {**batch, 'image': image}
 
-    return apply
+    black, white = given or _BYTES
+    return Operation(apply, of_range(low, high, black, white))
 
 
-def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Function:
+def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Operation:
     """To floats from 0 to 1, minus `mean`, divided by `std`, by channel, as torchvision does.
 
     What is 0 and 1 before that is as in `value_range`.
@@ -119,10 +142,11 @@ def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Fun
         times, plus = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
         return {**batch, 'image': image.astype(jnp.float32) * times + plus}
 
-    return apply
+    black, white = given or _BYTES
+    return Operation(apply, of_mean_and_std(means, stds, black, white))
 
 
-def _flip(p: object, axis: int) -> Function:
+def _flip(p: object, axis: int) -> Operation:
     share = _number('p', p, 0, 1)
 
     def apply(batch: Batch, rng: Array) -> Batch:
@@ -131,15 +155,15 @@ def _flip(p: object, axis: int) -> Function:
         turned = turned.reshape(-1, 1, 1, 1)
         return {**batch, 'image': jnp.where(turned, jnp.flip(image, axis), image)}
 
-    return apply
+    return Operation(apply)
 
 
-def flip_lr(p=0.5) -> Function:
+def flip_lr(p=0.5) -> Operation:
     """Mirrored left to right with probability p."""
     return _flip(p, 2)
 
 
-def flip_ud(p=0.5) -> Function:
+def flip_ud(p=0.5) -> Operation:
     """Mirrored top to bottom with probability p."""
     return _flip(p, 1)
 
@@ -163,7 +187,7 @@ def inside(
 
 def random_erasing(
     p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel', count=1
-) -> Function:
+) -> Operation:
     """Boxes filled with noise (arXiv 1708.04896), by timm's law; bytes become -1..1 before.
 
     With probability p an example gets `count` boxes, which may overlap. The area of each is
@@ -212,10 +236,10 @@ def random_erasing(
             image = erase(image, keys[box], chosen)
         return {**batch, 'image': image}
 
-    return apply
+    return Operation(apply, FROM_BYTES)
 
 
-OPERATIONS: dict[str, Callable[..., Function]] = {
+OPERATIONS: dict[str, Callable[..., Operation]] = {
     function.__name__: function
     for function in (value_range, normalize, flip_lr, flip_ud, random_erasing)
 }

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from jaxtyping import Float32
 
+from big_vit.data.normalisation import of_mean_and_std
 from big_vit.data.transforms.operations import (
     BadExampleError,
     Columns,
@@ -22,6 +23,8 @@ from big_vit.data.transforms.operations import (
     whole_number,
 )
 
+# A spectrogram has no black and white: its values are what `standardize` is given.
+_OWN_SCALE = of_mean_and_std((0,), (1,))._replace(applies_to='nothing')
 # Half an hour: a longer file is no example.
 _MOST_SECONDS = 1800
 # The highest rate in use. Resampling has a filter as long as the rates have no common factor.
@@ -224,7 +227,7 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
         # One at a time: the frames of a batch are too many for the caches of a processor.
         return {**rest, 'image': np.stack([spectrogram(sound) for sound in sounds])}
 
-    return Operation(apply)
+    return Operation(apply, normalisation=_OWN_SCALE)
 
 
 def standardize(mean, std) -> Operation:
@@ -243,7 +246,7 @@ def standardize(mean, std) -> Operation:
             return standardized(images)
         return stacked([standardized(image) for image in images])
 
-    return on_images(apply)
+    return on_images(apply)._replace(normalisation=of_mean_and_std((mean,), (std,)))
 
 
 def _mask(axis: int, width: object, count: object) -> Operation:

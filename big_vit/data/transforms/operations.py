@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from big_vit.data import decode
+from big_vit.data.normalisation import Normalisation
 
 # Gives the k-th random number in [0, 1) of each example, float64 [B].
 Draw = Callable[[int], np.ndarray]
@@ -25,10 +26,17 @@ STREAMS = 64
 
 
 class Operation(NamedTuple):
-    """A function of (columns, draw) to columns, and whether it draws."""
+    """An operation of a transform.
+
+    Attributes:
+      apply: function of (columns, draw) to columns, which must not change its argument.
+      random: whether it calls `draw`.
+      normalisation: the map of pixel values that it is, or None if it does not rescale them.
+    """
 
     apply: Callable[[Columns, Draw], Columns]
     random: bool = False
+    normalisation: Normalisation | None = None
 
 
 class UnfitError(ValueError):

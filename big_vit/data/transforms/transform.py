@@ -5,14 +5,14 @@ beside this one. What follows `to_device`, or an operation that only devices hav
 here but inside the train step, where the numbers are floats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt64
 
-from big_vit.data import decode, order
+from big_vit.data import decode, normalisation, order
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import (
     audio,
@@ -53,6 +53,8 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
 }
 # Where the part for the devices begins, if it begins with an operation that both have.
 BOUNDARY = 'to_device'
+# Operations that need a file or an optional library as soon as they are parsed.
+EXTERNAL = frozenset({'decode_audio', 'decode_video', 'tokenize'})
 
 
 class DeviceOperations(NamedTuple):
@@ -101,8 +103,25 @@ class Transform:
             device=(),
             random_operations=(),
         )
-        done = tuple(_unchanged for _ in range(first))
+        # What has been done still says how it normalised.
+        done = tuple(
+            _unchanged._replace(normalisation=o.normalisation) for o in self.operations[:first]
+        )
         return before, replace(self, operations=done + self.operations[first:])
+
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Compute how images are normalised by all operations, on the host and on the devices.
+
+        Args:
+          channels: how many numbers to return where all channels are treated alike.
+
+        Returns:
+          (mean, std) by which pixels in 0..1 were normalised; (0.5, ...) for both where no
+          operation says otherwise. Operations on bytes such as `invert` are not normalisation.
+        """
+        steps = [operation.normalisation for operation in self.operations]
+        steps += [operation.normalisation for _, operation in self.device]
+        return normalisation.mean_and_std(steps, channels)
 
     def __call__(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
         """Transforms the columns of some examples, with one key per example.
@@ -138,6 +157,7 @@ def parse(
     size: tuple[int, int],
     key: str = 'data',
     device: DeviceOperations = _NOTHING,
+    skip: Collection[str] = (),
 ) -> Transform:
     """Reads a transform such as 'resize(size) | flip_lr'; an empty text changes nothing.
 
@@ -147,12 +167,13 @@ def parse(
       size: (height, width) that `size` stands for.
       key: prefix of the config key, such as 'data'.
       device: what may follow for the devices.
+      skip: names of operations to leave out, such as `EXTERNAL` where only the images matter.
 
     Raises:
       UserError: not of that form, no such operation, or arguments that it does not take.
     """
     key = f'{key}.transform'
-    calls = grammar.parse(text, size=size, key=key)
+    calls = [c for c in grammar.parse(text, size=size, key=key) if c.name not in skip]
     names: list[str] = []
     operations: list[Operation] = []
     on_device: list[tuple[str, Any]] = []
