@@ -1,28 +1,50 @@
-"""What is done to examples on the devices, inside the train step: pure functions of (batch, rng).
+"""Augmentation on the devices, inside the train step: pure functions of (batch, rng).
 
-Bytes travel to the devices and become floats here. Every random number is drawn for the whole
-batch from one key, so nothing depends on the mesh. Constructors check their arguments and raise
-a ValueError whose text follows the operation's name.
+Bytes travel to the devices and become floats here. Random numbers are drawn for the whole batch
+from one key, so results do not depend on the mesh. Constructors check their arguments and raise a
+ValueError whose text continues the operation's name.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
+from big_vit.data.normalisation import FROM_BYTES, Normalisation, of_mean_and_std, of_range
 from big_vit.tasks.batch import Batch, normalise, targets
 
 Function = Callable[[Batch, Array], Batch]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation on batches, called as (batch, rng).
+
+    Attributes:
+      apply: the function; it does not change its arguments.
+      normalisation: the map of pixel values that it is, or None if it does not rescale them.
+    """
+
+    apply: Function
+    normalisation: Normalisation | None = None
+
+    def __call__(self, batch: Batch, rng: Array) -> Batch:
+        return self.apply(batch, rng)
+
+
 Image = Num[Array, 'batch height width channels']
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Black and white where nothing is said; images of 16 bits are scaled alike.
+_BYTES = (0, 255)
 _ERASING_ATTEMPTS = 10
 
 
 def compose(functions: Sequence[Function]) -> Function:
-    """One after the other, each with a key of its own that those after it do not change."""
+    """Apply functions one after the other, with keys that depend only on their place."""
 
     def apply(batch: Batch, rng: Array) -> Batch:
         for place, function in enumerate(functions):
@@ -61,7 +83,7 @@ def _input_range(in_low: object, in_high: object) -> tuple[float, float] | None:
 def _black_and_white(
     image: Image, given: tuple[float, float] | None, name: str
 ) -> tuple[float, float]:
-    """Their values in this image. Of floats they are never guessed: others may have made them."""
+    """Return the values of black and white; they cannot be guessed from floats."""
     if given is not None:
         return given
     if jnp.issubdtype(image.dtype, jnp.integer):
@@ -72,11 +94,11 @@ def _black_and_white(
     )
 
 
-def value_range(low, high, in_low=None, in_high=None) -> Function:
-    """To floats from low (black) to high (white).
+def value_range(low, high, in_low=None, in_high=None) -> Operation:
+    """Convert to floats from low (black) to high (white).
 
-    Images of whole numbers are black at 0 and white at 255 (or 65535); of floats, `in_low` and
-    `in_high` say it.
+    Images of whole numbers are black at 0 and white at 255 (or 65535); for floats, `in_low` and
+    `in_high` must say what is black and white.
     """
     low, high = _number('low', low, -1e6, 1e6), _number('high', high, -1e6, 1e6)
     if low == high:
@@ -90,13 +112,14 @@ def value_range(low, high, in_low=None, in_high=None) -> Function:
         image = image.astype(jnp.float32) * scale + (low - first * scale)
         return {**batch, 'image': image}
 
-    return apply
+    black, white = given or _BYTES
+    return Operation(apply, of_range(low, high, black, white))
 
 
-def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Function:
-    """To floats from 0 to 1, minus `mean`, divided by `std`, by channel, as torchvision does.
+def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Operation:
+    """Convert to floats in 0..1, subtract `mean` and divide by `std` by channel, as torchvision.
 
-    What is 0 and 1 before that is as in `value_range`.
+    Black and white become 0 and 1 first; `value_range` says which values these are.
     """
     named = [value for value in (mean, std) if isinstance(value, str)]
     if named and named != ['imagenet', 'imagenet']:
@@ -119,10 +142,11 @@ def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Fun
         times, plus = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (scale, shift))
         return {**batch, 'image': image.astype(jnp.float32) * times + plus}
 
-    return apply
+    black, white = given or _BYTES
+    return Operation(apply, of_mean_and_std(means, stds, black, white))
 
 
-def _flip(p: object, axis: int) -> Function:
+def _flip(p: object, axis: int) -> Operation:
     share = _number('p', p, 0, 1)
 
     def apply(batch: Batch, rng: Array) -> Batch:
@@ -131,16 +155,16 @@ def _flip(p: object, axis: int) -> Function:
         turned = turned.reshape(-1, 1, 1, 1)
         return {**batch, 'image': jnp.where(turned, jnp.flip(image, axis), image)}
 
-    return apply
+    return Operation(apply)
 
 
-def flip_lr(p=0.5) -> Function:
-    """Mirrored left to right with probability p."""
+def flip_lr(p=0.5) -> Operation:
+    """Mirror left to right with probability p."""
     return _flip(p, 2)
 
 
-def flip_ud(p=0.5) -> Function:
-    """Mirrored top to bottom with probability p."""
+def flip_ud(p=0.5) -> Operation:
+    """Mirror top to bottom with probability p."""
     return _flip(p, 1)
 
 
@@ -151,7 +175,7 @@ def inside(
     width: Float[Array, ' batch'],
     shape: tuple[int, int],
 ) -> Bool[Array, 'batch height width 1']:
-    """Which pixels lie in the box of each example; of comparisons only, without a gather."""
+    """Mask the pixels in the box of each example, by comparisons alone and without a gather."""
 
     def within(start: Array, length: Array, side: int) -> Array:
         at = jnp.arange(side, dtype=jnp.float32)[None]
@@ -163,16 +187,16 @@ def inside(
 
 def random_erasing(
     p, min_area=0.02, max_area=1 / 3, min_aspect=0.3, mode='pixel', count=1
-) -> Function:
-    """Boxes filled with noise (arXiv 1708.04896), by timm's law; bytes become -1..1 before.
+) -> Operation:
+    """Fill random boxes with noise (arXiv 1708.04896), drawn as in timm.
 
-    With probability p an example gets `count` boxes, which may overlap. The area of each is
-    uniform in the bounds, as a share of the image, then divided by `count`; the logarithm of its
-    height / width is uniform between those of min_aspect and its inverse; of ten draws the first
-    counts that is smaller than the image on both sides, else there is none. `pixel` fills with a
-    normal number for each value, `rand` with one for each channel, `const` with 0. These are
-    numbers of normalised images, so it comes after `value_range` or `normalize`, which refuse
-    what it gives.
+    With probability p an example gets `count` boxes, which may overlap. The area of a box is
+    uniform in the bounds, as a fraction of the image, then divided by `count`; the logarithm of its
+    height / width is uniform between those of min_aspect and its inverse. The first of ten draws
+    that is smaller than the image on both sides counts, else there is no box. `pixel` fills with a
+    normal number for each value, `rand` with one for each channel, `const` with 0. Noise fits
+    normalised images, so bytes become -1..1 first, and `value_range` and `normalize`, which refuse
+    floats, come before.
     """
     share = _number('p', p, 0, 1)
     least, most = _number('min_area', min_area, 0, 1), _number('max_area', max_area, 0, 1)
@@ -199,8 +223,8 @@ def random_erasing(
         if mode == 'const':
             fill = jnp.zeros((1, 1, 1, 1))
         else:
-            each = image.shape if mode == 'pixel' else (examples, 1, 1, channels)
-            fill = jax.random.normal(keys[5], each)
+            shape = image.shape if mode == 'pixel' else (examples, 1, 1, channels)
+            fill = jax.random.normal(keys[5], shape)
         erased = inside(top, left, tall, wide, (height, width)) & chosen
         return jnp.where(erased, fill.astype(image.dtype), image)
 
@@ -212,10 +236,10 @@ def random_erasing(
             image = erase(image, keys[box], chosen)
         return {**batch, 'image': image}
 
-    return apply
+    return Operation(apply, FROM_BYTES)
 
 
-OPERATIONS: dict[str, Callable[..., Function]] = {
+OPERATIONS: dict[str, Callable[..., Operation]] = {
     function.__name__: function
     for function in (value_range, normalize, flip_lr, flip_ud, random_erasing)
 }
@@ -234,26 +258,27 @@ def cutmix_boxes(
     centre: Float[Array, 'batch 2'],
     shape: tuple[int, int],
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """The box that CutMix pastes (arXiv 1905.04899), and the share of the image that is left.
+    """Compute the boxes that CutMix pastes (arXiv 1905.04899).
 
-    Its sides are sqrt(1 - share) of the image's, its centre is anywhere, and what lies outside of
-    the image is cut off, so that the share is corrected to what is really left.
+    The sides of a box are sqrt(1 - share) of the image's and its centre is anywhere. The part
+    outside of the image is cut off, and the share is corrected for that.
 
     Args:
-      share: of the own image, in [0, 1].
-      centre: (row, column) as shares of the image, in [0, 1).
-      shape: (height, width).
+      share: fraction of the image to keep, in [0, 1].
+      centre: (row, column) as fractions of the image, in [0, 1).
+      shape: (height, width) in pixels.
 
     Returns:
-      (top, left, height, width, share left), float [batch] each, of whole pixels.
+      (top, left, height, width) in whole pixels and the share that is really kept, float [batch]
+      each.
     """
-    found = []
+    spans = []
     for side, at in zip(shape, (centre[:, 0], centre[:, 1]), strict=True):
         half = jnp.floor(side * jnp.sqrt(1 - share)) // 2
         middle = jnp.floor(at * side)
         start, stop = jnp.clip(middle - half, 0, side), jnp.clip(middle + half, 0, side)
-        found.append((start, stop - start))
-    (top, height), (left, width) = found
+        spans.append((start, stop - start))
+    (top, height), (left, width) = spans
     return top, left, height, width, 1 - height * width / (shape[0] * shape[1])
 
 
@@ -268,23 +293,25 @@ def mix(
     prob: float = 1.0,
     replicate: Callable[[Array], Array] = _unchanged,
 ) -> Batch:
-    """MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899), each example with the one before it.
+    """Mix each example with the one before it, by MixUp (arXiv 1710.09412) or CutMix (1905.04899).
 
-    MixUp blends: the share of an example is max(l, 1 - l) with l of Beta(mixup, mixup), one for
-    each, so every example has the larger part in one mixture, and is the class that accuracy asks
-    for. CutMix pastes a box of the other, of area 1 - l with l of Beta(cutmix, cutmix), as timm
-    does. Labels are blended by the shares of pixels.
+    MixUp blends images: the share of an example is max(l, 1 - l), with its own l from
+    Beta(mixup, mixup), so that every example has the larger part in one mixture, whose accuracy is
+    measured by its label. CutMix pastes a box of the other image, of area 1 - l with l from
+    Beta(cutmix, cutmix), as timm does. Labels are blended by the shares of pixels.
 
     Args:
       batch: {'image': uint8 or float [batch, h, w, c], 'label': int [batch], or
         probabilities [batch, classes]}; the whole batch of all devices.
       rng: a key.
-      mixup, cutmix: of the Beta laws; 0 is off.
-      switch: the share of CutMix among mixtures, where both are on.
-      prob: the share of examples that are mixed.
-      replicate: `sharding.constrain_replicated` of a mesh. The shares are drawn in loops until
-        all are accepted; split over devices, these would agree on each turn with one another
-        (which takes time, and XLA's fake CPU devices wait for one another for ever).
+      num_classes: number of classes.
+      mixup: parameter of MixUp's Beta distribution; 0 turns it off.
+      cutmix: parameter of CutMix's; 0 turns it off.
+      switch: fraction of CutMix among mixtures, where both are on.
+      prob: fraction of examples that are mixed.
+      replicate: `sharding.constrain_replicated` of a mesh. Beta variates are drawn in loops until
+        all are accepted; split over devices, these would synchronise in every iteration, which
+        takes time and deadlocks XLA's fake CPU devices.
 
     Returns:
       {'image': float [batch, h, w, c], 'label': float [batch, classes]}, normalised.
@@ -294,7 +321,7 @@ def mix(
     count = image.shape[:1]
     if not mixup or not cutmix:
         switch = 1.0 if cutmix else 0.0
-    # Folds 0 and 1 of this key are those that `beta` splits it into.
+    # `beta` splits the key into folds 0 and 1.
     keys = jax.random.split(jax.random.fold_in(rng, 2), 4)
     share = jnp.ones(count)
     if switch < 1:
@@ -302,7 +329,7 @@ def mix(
         share = replicate(jnp.maximum(share, 1 - share))
     pasted = None
     if switch > 0:
-        # Beta(1, 1), which is usual, is the uniform law.
+        # The usual Beta(1, 1) is the uniform distribution.
         left = (
             jax.random.uniform(keys[0], count)
             if cutmix == 1
@@ -318,8 +345,8 @@ def mix(
     if prob < 1:
         mixed = jax.random.bernoulli(keys[3], prob, count)
         share = jnp.where(mixed, share, 1.0)
-    # Rolled as bytes, if so given: the one row that each device hands to the next is then small.
-    own, other = normalise(image), normalise(jnp.roll(image, 1, axis=0))
+    # Rolled before bytes become floats, so that devices exchange a quarter of the data.
+    current, previous = normalise(image), normalise(jnp.roll(image, 1, axis=0))
     weight = share.reshape(-1, 1, 1, 1)
     if pasted is not None:
         top, start, height, width, chosen = pasted
@@ -328,6 +355,6 @@ def mix(
     part = share.reshape(-1, 1)
     return {
         **batch,
-        'image': weight * own + (1 - weight) * other,
+        'image': weight * current + (1 - weight) * previous,
         'label': part * label + (1 - part) * jnp.roll(label, 1, axis=0),
     }

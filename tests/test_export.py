@@ -1,6 +1,7 @@
 """`python -m big_vit.export`: out of a run, into a workdir, and back with the same bits."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ from commands import run
 
 from big_vit import checkpoint, export, interop, trees
 from big_vit import config as config_lib
+from big_vit.build.data import DEVICE_OPERATIONS, Data
+from big_vit.build.experiment import Experiment
+from big_vit.data import transforms
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit, layout
 from big_vit.models.encoder import stack_blocks
+from big_vit.pretrained import load
 from big_vit.pretrained.load import config_of_weights
 
 pytest.importorskip('safetensors')
@@ -39,6 +44,8 @@ META = {
     'licence': 'cc-by-nc-4.0',
     'source': 'https://example.org/weights',
 }
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def weights_of(**settings):
@@ -108,6 +115,8 @@ def test_settings_that_differ_are_those_of_the_config():
         ('resize(size) | value_range(0, 1)', (0.0,) * 3, (1.0,) * 3),
         ('resize(size) | normalize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))', (0.1, 0.2, 0.3), (1, 2, 3)),
         ('resize(size) | normalize()', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ('rrc(size) | normalize | random_erasing(0.25)', *IMAGENET),
+        ('rrc(size) | to_device | flip_lr | normalize | flip_ud', *IMAGENET),
     ],
 )
 def test_what_images_were_normalised_with_is_read_from_the_transform(
@@ -119,6 +128,67 @@ def test_what_images_were_normalised_with_is_read_from_the_transform(
     found = export.from_checkpoint(str(workdir)).meta
     assert found['mean'] == pytest.approx(mean)
     assert found['std'] == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    ('transform', 'mean', 'std'),
+    [
+        ('resize(size)', 0.5, 0.5),
+        ('resize(size) | normalize(0.25, 0.125) | random_erasing(0.5)', 0.25, 0.125),
+        ('resize(size) | value_range(low=0, high=1)', 0.0, 1.0),
+        # A tokenizer that is not on this machine says nothing about images.
+        ("resize(size) | tokenize('/absent/tokenizer.json', 8) | normalize((0.5,), 0.1)", 0.5, 0.1),
+    ],
+)
+def test_grey_images_have_one_mean(transform, mean, std, tmp_path):
+    grey = weights_of()
+    meta = {**META, 'channels': 1, 'mean': (0.5,), 'std': (0.5,)}
+    flat = trees.flatten(grey.params)
+    flat['embedding/kernel'] = flat['embedding/kernel'][:, :, :1]
+    grey = Weights(trees.unflatten(flat), grey.settings, meta)
+    workdir, _ = export.to_checkpoint(grey, str(tmp_path / 'run'), [('data.transform', transform)])
+    found = export.from_checkpoint(str(workdir)).meta
+    assert (found['channels'], found['mean'], found['std']) == (1, (mean,), (std,))
+
+
+NORMALIZE = 'normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))'
+
+
+@pytest.mark.parametrize(
+    ('train', 'evaluation', 'named'),
+    [
+        (f'resize(size) | {NORMALIZE}', 'resize(size)', None),
+        (f'resize(size) | {NORMALIZE} | random_erasing(0.5)', f'resize(size) | {NORMALIZE}', None),
+        ('resize(size) | normalize()', 'resize(size)', 'data.transform and that of evals'),
+        ('resize(size)', f'resize(size) | {NORMALIZE}', 'data.transform and that of evals'),
+        ('normalize((0.1, 0.2, 0.3, 0.4), 0.5)', '', 'data.transform and that of evals'),
+        (f'resize(size) | {NORMALIZE}', 'resize(size) | value_range(0, 1)', 'evals.a.transform'),
+        (f'resize(size) | {NORMALIZE}', 'standardize(5, 3) | to_device', 'evals.a.transform'),
+    ],
+)
+def test_a_start_from_weights_that_saw_other_images_is_warned_of(train, evaluation, named, capsys):
+    def data_of(text, default=()):
+        made = transforms.parse(text, size=(32, 32), device=DEVICE_OPERATIONS)
+        spec = transforms.ExampleSpec({'image': ((32, 32, 3), np.dtype(np.uint8))})
+        host = replace(made, device=())
+        return Data(None, host, spec, made.device or default, (), skip_bad=False)
+
+    weights = weights_of()
+    pretrained = load.Pretrained(
+        weights.params, config_of_weights(weights), 'W', ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    )
+    data = data_of(train)
+    fixed = tuple(pair for pair in data.device if pair[0] == 'normalize')
+    parts = Experiment(**dict.fromkeys(Experiment._fields))
+    parts = parts._replace(data=data, evals={'a': data_of(evaluation, fixed)})
+    load._tell_normalisation(pretrained.config, parts, pretrained)
+    wanted = (
+        'WARNING: W was trained on images normalised with mean [0.1, 0.2, 0.3] and deviation '
+        f'[0.4, 0.5, 0.6]; end {named}'
+    )
+    printed = capsys.readouterr().err
+    assert printed.startswith(wanted) if named else not printed
+    assert not named or printed.endswith(f' with {NORMALIZE}\n')
 
 
 def test_settings_as_text():

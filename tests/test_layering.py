@@ -60,7 +60,7 @@ ONLY_IN = {
     'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
     'array_record': {'data/sources/records.py'},
     'pyarrow': {'data/sources/parquet.py'},
-    'simplejpeg': {'data/decode.py', 'data/transforms/colour.py'},
+    'simplejpeg': {'data/decode.py', 'data/transforms/pixels.py'},
     'av': {'data/transforms/video.py'},
     'torch': {'interop/files.py'},
     'safetensors': {'interop/files.py'},

@@ -51,7 +51,7 @@ class Data(NamedTuple):
         return {name: shape for name, (shape, _) in self.example_spec.parts.items()}
 
 
-_DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
+DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
 
 
 def _spec(section: Config, key: str, config: Config, classes: int | None, host: str) -> Any:
@@ -153,7 +153,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
         if section.name is None:
             raise UserError(f'config: {key}.name must be set, or data.name for all parts')
     transform = transforms.parse(
-        whole.transform, size=config.image_size, key='data', device=_DEVICE_OPERATIONS
+        whole.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
     )
     specs = tuple(
         _spec(section, key, config, None, transform.host_text) for key, section in sections.items()
@@ -280,7 +280,7 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     own_world = not of_head and section.name != config.data.peek('name')
     classes = None if own_world else train.source.num_classes
     transform = transforms.parse(
-        section.transform, size=config.image_size, key=key, device=_DEVICE_OPERATIONS
+        section.transform, size=config.image_size, key=key, device=DEVICE_OPERATIONS
     )
     transforms.require_deterministic(transform)
     spec = _spec(section, key, config, classes, transform.host_text)

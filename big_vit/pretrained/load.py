@@ -1,19 +1,21 @@
 """Where a run starts: a checkpoint of ours, or weights of another codebase, and their model."""
 
-import ast
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from big_vit import checkpoint, interop, state, trees
 from big_vit import config as config_lib
+from big_vit.build.data import DEVICE_OPERATIONS, Data
 from big_vit.build.experiment import Experiment
 from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.schema import SCHEMA
+from big_vit.data import transforms
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
 from big_vit.models import encoder, stems, variants, vit
@@ -30,9 +32,6 @@ _UNSEEN = (
     'parallel',
     'norm_after_pool',
 )
-# Arguments of the operations that normalise, and what `normalize` has without any.
-_NUMBERS = ('mean', 'std', 'low', 'high')
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pretrained(NamedTuple):
@@ -180,7 +179,7 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
         trunk, task = parts.task.trunk(parts.model), build_task(pretrained.config.task)
         if isinstance(trunk, vit.ViT):
             _check_unseen(config, trunk, pretrained)
-        _tell_normalisation(config, pretrained)
+        _tell_normalisation(config, parts, pretrained)
         params, left = task_parameters(pretrained.params, task, parts.task)
         if task.name != parts.task.name:
             names = sorted({name.partition('/')[0] for name in left})
@@ -246,17 +245,28 @@ def _check_unseen(config: Config, model: vit.ViT, found: Pretrained) -> None:
         )
 
 
-def _tell_normalisation(config: Config, found: Pretrained) -> None:
-    """A line where images are normalised otherwise than the weights have seen them."""
+def _tell_normalisation(config: Config, parts: Experiment, found: Pretrained) -> None:
+    """Print a warning where images are normalised otherwise than those the weights have seen."""
     if found.normalised is None or 'image' not in parts_read(config):
         return
-    wanted = found.normalised
-    here = image_normalisation(config, len(wanted[0]))
-    if not np.allclose(np.array(here), np.array(wanted), atol=2e-3):
+    mean, std = found.normalised
+
+    def differs(data: Data) -> bool:
+        # The devices' part of an evaluation may be that of training.
+        transform = replace(data.transform, device=data.device)
+        here = np.array(transform.normalisation(len(mean)))
+        return here.shape != (2, len(mean)) or not np.allclose(here, (mean, std), atol=2e-3)
+
+    evals = [
+        f'evals.{name}.transform'
+        for name, data in parts.evals.items()
+        if 'image' in data.shapes and differs(data)
+    ]
+    where = 'data.transform and that of evals' if differs(parts.data) else ', '.join(evals)
+    if where:
         print(
-            f'WARNING: {found.where} was trained on images normalised with mean {wanted[0]} and '
-            f'deviation {wanted[1]}; end data.transform and that of evals with '
-            f'normalize({tuple(wanted[0])}, {tuple(wanted[1])})',
+            f'WARNING: {found.where} was trained on images normalised with mean {mean} and '
+            f'deviation {std}; end {where} with normalize({tuple(mean)}, {tuple(std)})',
             file=sys.stderr,
         )
 
@@ -264,21 +274,19 @@ def _tell_normalisation(config: Config, found: Pretrained) -> None:
 def image_normalisation(
     config: Config, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that images have been normalised with, of values from 0 to 1."""
-    last = config.data.transform.split('|')[-1].strip()
-    for name in ('normalize', 'value_range'):
-        if not last.startswith(name + '('):
-            continue
-        call = ast.parse(last, mode='eval').body
-        assert isinstance(call, ast.Call)
-        args = [ast.literal_eval(arg) for arg in call.args]
-        args += [ast.literal_eval(k.value) for k in call.keywords if k.arg in _NUMBERS]
-        if name == 'normalize':
-            mean, std = args if len(args) == 2 else (_MEAN, _STD)
-            return tuple(mean), tuple(std)
-        low, high = args[:2] if len(args) > 1 else (-1, 1)
-        return (-low / (high - low),) * channels, (1 / (high - low),) * channels
-    return (0.5,) * channels, (0.5,) * channels
+    """Compute the mean and deviation that a run normalised images with, of pixels in 0..1.
+
+    Raises:
+      UserError: `data.transform` cannot be read.
+    """
+    transform = transforms.parse(
+        config.data.transform,
+        size=config.image_size,
+        device=DEVICE_OPERATIONS,
+        # A checkpoint may be looked at where the tokenizer of its run is not.
+        skip=transforms.EXTERNAL,
+    )
+    return transform.normalisation(channels)
 
 
 def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = ()) -> Config:

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from big_vit.data import order, transforms
-from big_vit.data.transforms import autoaugment, colour
+from big_vit.data.transforms import autoaugment, pixels
 from big_vit.errors import UserError
 
 ORACLE = Path(__file__).parents[1] / 'oracles' / 'augment.npz'
@@ -85,11 +85,9 @@ def test_nearest_and_bilinear_warps_are_those_of_pillow(matrix):
     for size in ((60, 80), (9, 8)):
         image = photo(3, size)
         wanted = pillow_warp(image, matrix, 'nearest', (1, 2, 3))
-        np.testing.assert_array_equal(
-            autoaugment.warped(image, matrix, 'nearest', (1, 2, 3)), wanted
-        )
+        np.testing.assert_array_equal(pixels.warp(image, matrix, 'nearest', (1, 2, 3)), wanted)
         wanted = pillow_warp(image, matrix, 'bilinear', (1, 2, 3)).astype(int)
-        found = autoaugment.warped(image, matrix, 'bilinear', (1, 2, 3))
+        found = pixels.warp(image, matrix, 'bilinear', (1, 2, 3))
         where = inner(matrix, *size, 0.5)
         assert where.mean() > 0.4 or size == (9, 8)
         # Rounded here, cut there; older OpenCVs have places in 32nds of a pixel.
@@ -120,7 +118,7 @@ def test_bicubic_warps_are_keyss_of_three_quarters(matrix):
         row, column = np.floor(y).astype(int) + i, np.floor(x).astype(int) + j
         weight = keys_cubic(y - row, -0.75) * keys_cubic(x - column, -0.75)
         wanted += weight[:, None] * image[row, column]
-    found = autoaugment.warped(image, matrix, 'bicubic', MEAN)[where]
+    found = pixels.warp(image, matrix, 'bicubic', MEAN)[where]
     away = np.abs(found - np.clip(wanted, 0, 255))
     # Places are in 32nds of a pixel.
     assert away.max() < 4
@@ -131,9 +129,7 @@ def test_bicubic_warps_are_keyss_of_three_quarters(matrix):
 def test_rotation_is_that_of_pillow(degrees):
     for size in ((60, 60), (40, 60), (9, 8)):
         image = photo(4, size)
-        found = autoaugment.warped(
-            image, autoaugment.rotation(degrees, image), 'nearest', (9, 8, 7)
-        )
+        found = pixels.rotate(image, degrees, 'nearest', (9, 8, 7))
         wanted = Image.fromarray(image).rotate(degrees, fillcolor=(9, 8, 7))
         np.testing.assert_array_equal(found, np.asarray(wanted))
 
@@ -282,8 +278,13 @@ def test_three_augment_is_one_of_three():
 
 def test_three_augment_follows_its_law(monkeypatch):
     sigmas, factors = [], []
-    monkeypatch.setattr(colour, 'blurred', lambda image, s: sigmas.append(s) or image)
-    monkeypatch.setattr(colour, 'enhanced', lambda image, *kf: factors.append(kf) or image)
+    monkeypatch.setattr(pixels, 'gaussian_blur', lambda image, s: sigmas.append(s) or image)
+    for kind in pixels.ENHANCEMENTS:
+        monkeypatch.setitem(
+            pixels.ENHANCEMENTS,
+            kind,
+            lambda image, f, kind=kind: factors.append((kind, f)) or image,
+        )
     count = 3000
     apply('three_augment(0.3)', black(count))
     assert stats.binomtest(len(sigmas), count, 1 / 3).pvalue > 1e-3
@@ -360,7 +361,7 @@ def test_augmix_has_the_levels_of_its_paper():
     np.testing.assert_array_equal(of['translate_x'][:, :-7], image[:, 7:])
     np.testing.assert_array_equal(of['translate_y'][:-3], image[3:])
     for name, matrix in (
-        ('rotate', autoaugment.rotation(11, image)),
+        ('rotate', pixels.rotation(11, (30.0, 15.0))),
         ('shear_x', np.array([[1, 0.111, 0], [0, 1, 0]])),
         ('shear_y', np.array([[1, 0, 0], [0.111, 1, 0]])),
     ):

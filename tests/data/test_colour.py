@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
 from big_vit.data import order, transforms
-from big_vit.data.transforms import colour
+from big_vit.data.transforms import colour, pixels
 from big_vit.errors import UserError
 
 ORACLE = Path(__file__).parents[1] / 'oracles' / 'augment.npz'
@@ -64,7 +64,7 @@ def test_enhancements_are_those_of_pillow(kind, factor):
     }[kind]
     for image in IMAGES:
         before = image.copy()
-        found = colour.enhanced(image, kind, factor).astype(int)
+        found = pixels.ENHANCEMENTS[kind](image, factor).astype(int)
         np.testing.assert_array_equal(image, before)
         wanted = np.asarray(enhance(Image.fromarray(image)).enhance(factor)).astype(int)
         if kind in ('brightness', 'contrast'):
@@ -82,8 +82,8 @@ def test_luma_is_that_of_pillow_for_every_colour():
     chosen = np.concatenate([np.flatnonzero(luma & 65535 == 32768), np.arange(0, 256**3, 67)])
     image = np.stack(np.unravel_index(chosen, (256,) * 3), -1).astype(np.uint8)[None]
     wanted = np.asarray(Image.fromarray(image).convert('L'))
-    np.testing.assert_array_equal(colour.luma(image), wanted)
-    np.testing.assert_array_equal(colour.grey(image), np.repeat(wanted[..., None], 3, axis=2))
+    np.testing.assert_array_equal(pixels.luma(image), wanted)
+    np.testing.assert_array_equal(pixels.grayscale(image), np.repeat(wanted[..., None], 3, axis=2))
 
 
 def recorded(prefix):
@@ -99,9 +99,9 @@ def test_jitter_has_the_pixels_of_torchvision():
         assert len(cases) == 8
         for image, wanted, kind, factor in cases:
             if kind == 'hue':
-                found = colour.shifted_hue(image, float(factor))
+                found = pixels.shift_hue(image, float(factor))
             else:
-                found = colour.enhanced(image, kind, float(factor))
+                found = pixels.ENHANCEMENTS[kind](image, float(factor))
             away = np.abs(found.astype(int) - wanted)
             # Tensors are blended with a grey that is no whole number. Pillow images turn by
             # int(255 * hue) of 256 hues, ours by the nearest.
@@ -115,12 +115,12 @@ def test_hue_is_turned_as_in_float64(shift):
     for image, mean in ((photo(), 0.6), (noise(), 0.6)):
         hsv = colors.rgb_to_hsv(image / 255)
         hsv[..., 0] = (hsv[..., 0] + shift) % 1
-        away = np.abs(colour.shifted_hue(image, shift) - 255 * colors.hsv_to_rgb(hsv))
+        away = np.abs(pixels.shift_hue(image, shift) - 255 * colors.hsv_to_rgb(hsv))
         # Hue and saturation are rounded to bytes on the way.
         assert away.mean() < mean
         assert away.max() < 11
     grey = np.repeat(noise()[..., :1], 3, axis=2)
-    np.testing.assert_array_equal(colour.shifted_hue(grey, shift), grey)
+    np.testing.assert_array_equal(pixels.shift_hue(grey, shift), grey)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_blur_is_a_gaussian(sigma):
             image.astype(np.float64), (sigma, sigma, 0), mode='mirror', truncate=8
         )
         # Half a level is rounding.
-        assert np.abs(colour.blurred(image, sigma) - wanted).max() < 0.55
+        assert np.abs(pixels.gaussian_blur(image, sigma) - wanted).max() < 0.55
 
 
 @pytest.mark.parametrize('quality', [1, 30, 75, 95, 100])
@@ -210,7 +210,7 @@ def test_what_cannot_fall_out_otherwise_is_not_random(text, random):
 
 
 def spied(monkeypatch, *names):
-    """Replaces pixel functions by ones that write down their name and arguments."""
+    """Replaces pixel functions, or enhancements, by ones that record their name and arguments."""
     seen = []
 
     def spy(name):
@@ -221,7 +221,10 @@ def spied(monkeypatch, *names):
         return record
 
     for name in names:
-        monkeypatch.setattr(colour, name, spy(name))
+        if name in pixels.ENHANCEMENTS:
+            monkeypatch.setitem(pixels.ENHANCEMENTS, name, spy(name))
+        else:
+            monkeypatch.setattr(pixels, name, spy(name))
     return seen
 
 
@@ -229,31 +232,30 @@ BLACK = np.zeros((3000, 2, 2, 3), np.uint8)
 
 
 def test_color_jitter_draws_torchvisions_law(monkeypatch):
-    seen = spied(monkeypatch, 'enhanced', 'shifted_hue')
+    seen = spied(monkeypatch, 'brightness', 'contrast', 'saturation', 'shift_hue')
     apply('color_jitter(1.5, (0.5, 2.0), 0.2, 0.1)', BLACK)
-    seen = [value if value[0] == 'enhanced' else ('', 'hue', value[1]) for value in seen]
     ranges = {'brightness': (0, 2.5), 'contrast': (0.5, 2.0), 'saturation': (0.8, 1.2)}
-    for kind, (low, high) in {**ranges, 'hue': (-0.1, 0.1)}.items():
-        values = [value for _, name, value in seen if name == kind]
+    for kind, (low, high) in {**ranges, 'shift_hue': (-0.1, 0.1)}.items():
+        values = [value for name, value in seen if name == kind]
         assert len(values) == len(BLACK)
         assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > 1e-3
-    names = np.array([name for _, name, _ in seen]).reshape(-1, 4)
+    names = np.array([name for name, _ in seen]).reshape(-1, 4)
     _, counts = np.unique(names, axis=0, return_counts=True)
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_color_jitter_leaves_out_what_cannot_change_and_nothing_else(monkeypatch):
-    seen = spied(monkeypatch, 'enhanced', 'shifted_hue')
+    seen = spied(monkeypatch, *pixels.ENHANCEMENTS, 'shift_hue')
     apply('color_jitter(0, (1, 1), 0, (0.25, 0.25))', BLACK[:5])
-    assert seen == [('shifted_hue', 0.25)] * 5
+    assert seen == [('shift_hue', 0.25)] * 5
     seen.clear()
     apply('color_jitter(0, (2, 2))', BLACK[:5])
-    assert seen == [('enhanced', 'contrast', 2.0)] * 5
+    assert seen == [('contrast', 2.0)] * 5
 
 
 def test_blur_and_jpeg_draw_uniformly(monkeypatch):
-    seen = spied(monkeypatch, 'blurred', 'reencoded')
+    seen = spied(monkeypatch, 'gaussian_blur', 'jpeg')
     apply('gaussian_blur(0.1, 2, 0.9)', BLACK)
     sigmas = [sigma for _, sigma in seen]
     assert stats.kstest(sigmas, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3

@@ -77,14 +77,10 @@ TOLERANCE = {
 }  # fmt: skip
 
 
-def operation_named(name):
-    return next(f for f in randaug.SIXTEEN if f.__name__ == name)
-
-
 @pytest.mark.parametrize('magnitude', [0, 3, 5, 7.5, 10, 15])
-@pytest.mark.parametrize('name', [f.__name__ for f in randaug.SIXTEEN if f.__name__ != 'cutout'])
+@pytest.mark.parametrize('name', [name for name in randaug.SIXTEEN if name != 'cutout'])
 def test_operations_against_pillow(name, magnitude):
-    apply, (off, elsewhere) = operation_named(name), TOLERANCE.get(name, (0, 0))
+    apply, (off, elsewhere) = randaug.SIXTEEN[name], TOLERANCE.get(name, (0, 0))
     # A grey value that is rounded the other way is taken `factor - 1` times.
     off = math.ceil(off * max(1, 0.18 * magnitude - 0.9))
     for image in IMAGES:
@@ -103,7 +99,7 @@ def test_cutout_greys_a_window_that_may_reach_over_the_border(magnitude):
     image, (height, width) = np.zeros((224, 112, 3), np.uint8), (224, 112)
     rows, columns = 4 * magnitude, 2 * magnitude
     for at in ((0, 0), (0.5, 0.5), (0.999, 0.3)):
-        found = randaug.cutout(image, magnitude / 10, 1, np.array(at))
+        found = randaug.SIXTEEN['cutout'](image, magnitude / 10, 1, np.array(at))
         y, x = np.mgrid[:height, :width]
         row, column = int(at[0] * height), int(at[1] * width)
         inside = (y >= row - rows) & (y < row + rows) & (x >= column - columns)
@@ -115,24 +111,24 @@ def test_cutout_greys_a_window_that_may_reach_over_the_border(magnitude):
 def test_contrast_turns_about_the_mean():
     """The public code takes 196 for it, whatever a 224-pixel image holds."""
     image = np.repeat(np.array([60, 100], np.uint8), 224 * 112).reshape(224, 224, 1)
-    found = randaug.contrast(np.repeat(image, 3, axis=2), 1.0, 1, np.zeros(2))
+    found = randaug.SIXTEEN['contrast'](np.repeat(image, 3, axis=2), 1.0, 1, np.zeros(2))
     assert set(np.unique(found)) == {80 - math.ceil(1.9 * 20), 80 + int(1.9 * 20)}
 
 
 def test_what_grows_with_the_magnitude_does_nothing_at_0():
     image = photo()
     for name in ('rotate', 'posterize', 'solarize', 'solarize_add', 'shear_x', 'translate_y'):
-        np.testing.assert_array_equal(operation_named(name)(image, 0.0, 1, np.zeros(2)), image)
+        np.testing.assert_array_equal(randaug.SIXTEEN[name](image, 0.0, 1, np.zeros(2)), image)
     for name in ('color', 'contrast', 'brightness', 'sharpness'):
-        np.testing.assert_array_equal(operation_named(name)(image, 0.5, 1, np.zeros(2)), image)
+        np.testing.assert_array_equal(randaug.SIXTEEN[name](image, 0.5, 1, np.zeros(2)), image)
 
 
-@pytest.mark.parametrize('name', [f.__name__ for f in randaug.SIXTEEN])
+@pytest.mark.parametrize('name', list(randaug.SIXTEEN))
 def test_operations_take_any_size_and_magnitude(name):
     for size in ((1, 1), (2, 9), (9, 1)):
         for magnitude in (0, 10, 30):
             image = noise(size=size)
-            found = operation_named(name)(image, magnitude / 10, 1, np.full(2, 0.99))
+            found = randaug.SIXTEEN[name](image, magnitude / 10, 1, np.full(2, 0.99))
             assert found.shape == image.shape and found.dtype == np.uint8
 
 
@@ -146,7 +142,7 @@ def test_each_operation_is_drawn_equally_often_and_half_of_the_signs_are_negativ
 
         return record
 
-    monkeypatch.setattr(randaug, 'SIXTEEN', tuple(spy(i) for i in range(16)))
+    monkeypatch.setattr(randaug, 'SIXTEEN', {i: spy(i) for i in range(16)})
     batch = 4000
     keys = order.example_keys(0, 0, np.arange(batch))
     transform = transforms.parse('randaug(2, 10)', size=(2, 2))

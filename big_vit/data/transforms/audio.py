@@ -1,4 +1,4 @@
-"""Sounds to spectrograms, which a ViT takes as images (AST, arXiv 2104.01778)."""
+"""Operations that turn sounds into spectrograms, a ViT's images (AST, arXiv 2104.01778)."""
 
 import functools
 import io
@@ -7,6 +7,7 @@ import math
 import numpy as np
 from jaxtyping import Float32
 
+from big_vit.data.normalisation import of_mean_and_std
 from big_vit.data.transforms.operations import (
     BadExampleError,
     Columns,
@@ -19,19 +20,21 @@ from big_vit.data.transforms.operations import (
     number,
     on_images,
     stacked,
-    whole,
+    whole_number,
 )
 
-# Half an hour: a longer file is no example.
+# A spectrogram has no black and white: its values are what `standardize` is given.
+_OWN_SCALE = of_mean_and_std((0,), (1,))._replace(applies_to='nothing')
+# Half an hour; no example is longer.
 _MOST_SECONDS = 1800
-# The highest rate in use. Resampling has a filter as long as the rates have no common factor.
+# The highest rate in use; the filter that resamples grows with rates without a common factor.
 _MOST_RATE = 384_000
 _MOST_NUMBERS = 1 << 28
-# Full scale is 1, or 2^15 in files of floats that were never scaled; beyond it is damage.
+# Full scale is 1, or 2^15 in files of floats that were never scaled; more is damage.
 _LOUDEST = 1 << 16
-# Taps of the filter on each side, at the lower of the two rates: scipy's own choice.
+# Taps of the filter on each side at the lower of the two rates, as SciPy chooses them.
 _REACH = 10
-# The power below which a spectrogram is silent, as Kaldi has it: float32's epsilon.
+# The power below which a spectrogram is silent, float32's epsilon as in Kaldi.
 _FLOOR = float(np.finfo(np.float32).eps)
 
 
@@ -45,14 +48,16 @@ def _low_pass(longer: int) -> Float32[np.ndarray, ' taps']:
 def read_sound(
     data: bytes, rate: int, length: int, start: float | None
 ) -> Float32[np.ndarray, ' samples']:
-    """A part of a sound file, the mean of its channels, at `rate` Hz; all of it if it is shorter.
+    """Read a part of a sound file at `rate` Hz, averaging its channels.
 
-    Only that part is kept in memory, and of WAV and FLAC no more is decoded. Resampling is
-    scipy's polyphase filter (a Kaiser window of 5).
+    Only that part is kept in memory, and only it is decoded from WAV and FLAC. Sounds are resampled
+    by SciPy's polyphase filter (a Kaiser window of 5).
 
     Args:
-      length: samples wanted.
-      start: where among the possible beginnings, in [0, 1); None for the middle.
+      data: the file.
+      rate: samples per second to return.
+      length: samples to return; a shorter sound is returned in full.
+      start: position among the possible beginnings, in [0, 1); None for the middle.
 
     Raises:
       ValueError: it cannot be read, is too long, or ends before it should.
@@ -64,25 +69,26 @@ def read_sound(
         raise ValueError(f'damaged sound: it ends at byte {len(data)} of {wanted}')
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            own, total = file.samplerate, file.frames
-            if not 0 < own <= _MOST_RATE:
-                raise ValueError(f'a sound of {own:,} Hz: at most {_MOST_RATE:,} are read')
-            if total > _MOST_SECONDS * own or total * file.channels > _MOST_NUMBERS:
+            file_rate, total = file.samplerate, file.frames
+            if not 0 < file_rate <= _MOST_RATE:
+                raise ValueError(f'a sound of {file_rate:,} Hz: at most {_MOST_RATE:,} are read')
+            if total > _MOST_SECONDS * file_rate or total * file.channels > _MOST_NUMBERS:
                 raise ValueError(
-                    f'{total / own:,.0f} seconds of sound in {file.channels} channels are too long'
+                    f'{total / file_rate:,.0f} seconds of sound in {file.channels} channels are '
+                    'too long'
                 )
             if not total:
                 raise ValueError('a sound of no sample')
-            common = math.gcd(own, rate)
-            up, down = rate // common, own // common
+            common = math.gcd(file_rate, rate)
+            up, down = rate // common, file_rate // common
             spare = max(0, -(-total * up // down) - length)
             first = spare // 2 if start is None else int(start * (spare + 1))
-            # A part that begins at a multiple of `down`, with what the filter reaches on each
-            # side, is resampled to what the whole would be there.
-            margin = _REACH * max(up, down) // up + 1 if own != rate else 0
+            # With a beginning at a multiple of `down` and the reach of the filter on each side, a
+            # part is resampled to the same values as within the whole sound.
+            margin = _REACH * max(up, down) // up + 1 if file_rate != rate else 0
             begin = max(0, first * down // up - margin) // down * down
             end = min(total, (first + length) * down // up + 1 + margin)
-            # Of compressed sounds but FLAC, libsndfile does not find the exact place, or none.
+            # In compressed sounds other than FLAC, libsndfile seeks inexactly or not at all.
             if file.subtype.startswith(('PCM', 'FLOAT')):
                 file.seek(begin)
             else:
@@ -95,17 +101,17 @@ def read_sound(
     if not (np.abs(samples) <= _LOUDEST).all():
         raise ValueError('damaged sound: it has numbers that no sound has')
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if own != rate:
+    if file_rate != rate:
         mono = resample_poly(mono, up, down, window=_low_pass(max(up, down)))
     offset = first - begin * up // down
     return mono[offset : offset + length].astype(np.float32)
 
 
 def _size(data: bytes) -> int:
-    """How long a WAV or OGG file says it is, which libsndfile does not compare; 0 of others."""
+    """Return the length that a WAV or OGG file declares, which libsndfile ignores; 0 for others."""
     if (data[:4], data[8:12]) == (b'RIFF', b'WAVE'):
         size = int.from_bytes(data[4:8], 'little')
-        # Some writers count the eight bytes before it too, and writers to pipes do not know it.
+        # Some writers count the eight bytes before it too; writers to pipes do not know it.
         return size + 8 if len(data) < size < 0x7FF0_0000 else 0
     if data[:4] == b'OggS':
         page = data.rfind(b'OggS')
@@ -115,19 +121,19 @@ def _size(data: bytes) -> int:
 
 
 def _skip(file, samples: int) -> None:
-    """Reads past some samples."""
+    """Read past some samples."""
     while samples > 0:
         read = len(file.read(min(samples, 1 << 18), dtype='float32'))
         samples = samples - read if read else 0
 
 
 def decode_audio(rate, seconds, random_start=False) -> Operation:
-    """Sound files to one channel at `rate` Hz: float32 [B, rate * seconds], full scale 1.
+    """Decode sound files to one channel at `rate` Hz: float32 [B, rate * seconds], full scale 1.
 
-    The middle is taken, or with `random_start` any part; what is too short has silence behind it.
-    WAV, FLAC, OGG and MP3 are read by libsndfile (`pip install soundfile`).
+    The middle is taken, or any part with `random_start`; shorter sounds are padded with silence.
+    libsndfile (`pip install soundfile`) reads WAV, FLAC, OGG and MP3.
     """
-    rate = whole('rate', rate, 100, _MOST_RATE)
+    rate = whole_number('rate', rate, 100, _MOST_RATE)
     length = round(rate * number('seconds', seconds, 1e-3, _MOST_SECONDS))
     if length < 1:
         raise UnfitError(f'takes more seconds: {seconds:g} at {rate} Hz are no sample')
@@ -164,14 +170,15 @@ def _need(columns: Columns):
 def mel_filters(
     bins: int, rate: int, size: int, low: Real, high: Real
 ) -> Float32[np.ndarray, 'frequencies bins']:
-    """Triangles of equal width on the mel scale 1127 ln(1 + f / 700), as Kaldi makes them.
+    """Make triangles of equal width on the mel scale 1127 ln(1 + f / 700), as Kaldi does.
 
     Args:
-      size: of the Fourier transform; there are size / 2 + 1 frequencies.
-      low, high: Hz, where the first triangle begins and the last ends.
+      size: length of the Fourier transform, which has size / 2 + 1 frequencies.
+      low: frequency in Hz where the first triangle begins.
+      high: frequency in Hz where the last one ends.
 
     Returns:
-      Weights of the power at each frequency; one array for all, not to be written to.
+      Weights of the power at each frequency; a shared, read-only array.
     """
     ends = 1127 * np.log1p(np.array([low, high], np.float64) / 700)
     edges = np.linspace(ends[0], ends[1], bins + 2)
@@ -184,15 +191,14 @@ def mel_filters(
 
 
 def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Operation:
-    """Sounds at `rate` Hz to images [bins, frames, 1]: the logarithm of the power by mel band.
+    """Turn sounds at `rate` Hz into images [bins, frames, 1] of log power by mel band.
 
-    As AST does with Kaldi's filter bank: frames of `window` seconds, each `hop` seconds after the
-    one before and none beyond the end; their mean taken away, pre-emphasis 0.97, a Hann window,
-    zeros up to a power of two, the power of the Fourier transform, triangles from `low` to `high`
-    Hz (half the rate), and the natural logarithm, of at least float32's epsilon. Low bands are at
-    the top.
+    Follows AST with Kaldi's filter bank: frames of `window` seconds every `hop` seconds, none
+    beyond the end; their mean subtracted, pre-emphasis 0.97, a Hann window, zeros up to a power of
+    two, the power of the Fourier transform, triangles from `low` to `high` Hz (half the rate by
+    default), and the natural logarithm of at least float32's epsilon. Low bands are at the top.
     """
-    rate, bins = whole('rate', rate, 100, 1_000_000), whole('bins', bins, 1, 1024)
+    rate, bins = whole_number('rate', rate, 100, 1_000_000), whole_number('bins', bins, 1, 1024)
     width = round(rate * number('window', window, 1e-4, 10))
     step = round(rate * number('hop', hop, 1e-4, 10))
     if width < 2 or step < 1:
@@ -221,14 +227,14 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
         if sounds.shape[1] < width:
             raise UnfitError(f'needs sounds of at least {width} samples, not {sounds.shape[1]}')
         rest = {name: column for name, column in columns.items() if name != 'audio'}
-        # One at a time: the frames of a batch are too many for the caches of a processor.
+        # One at a time, as the frames of a batch exceed a processor's caches.
         return {**rest, 'image': np.stack([spectrogram(sound) for sound in sounds])}
 
-    return Operation(apply)
+    return Operation(apply, normalisation=_OWN_SCALE)
 
 
 def standardize(mean, std) -> Operation:
-    """Floats minus `mean`, divided by `std`: a spectrogram as numbers about 0.
+    """Subtract `mean` and divide by `std`, so that a spectrogram's values are about 0.
 
     AST divides by twice the standard deviation: standardize(-4.2677393, 9.1379948) on AudioSet.
     """
@@ -243,12 +249,12 @@ def standardize(mean, std) -> Operation:
             return standardized(images)
         return stacked([standardized(image) for image in images])
 
-    return on_images(apply)
+    return on_images(apply)._replace(normalisation=of_mean_and_std((mean,), (std,)))
 
 
 def _mask(axis: int, width: object, count: object) -> Operation:
-    """Bands along an axis set to the mean of their image."""
-    widest, bands = whole('width', width, 1), whole('count', count, 1, 16)
+    """Set bands along an axis to the mean of their image."""
+    widest, bands = whole_number('width', width, 1), whole_number('count', count, 1, 16)
 
     def apply(images: Images, draw: Draw) -> Images:
         if not isinstance(images, np.ndarray):
@@ -268,12 +274,12 @@ def _mask(axis: int, width: object, count: object) -> Operation:
 
 
 def mask_time(width, count=1) -> Operation:
-    """`count` bands of up to `width` frames set to the mean (SpecAugment, arXiv 1904.08779)."""
+    """Set `count` bands of up to `width` frames to the mean (SpecAugment, arXiv 1904.08779)."""
     return _mask(2, width, count)
 
 
 def mask_frequency(width, count=1) -> Operation:
-    """`count` bands of up to `width` mel bins set to the mean (SpecAugment, arXiv 1904.08779)."""
+    """Set `count` bands of up to `width` mel bins to the mean (SpecAugment, arXiv 1904.08779)."""
     return _mask(1, width, count)
 
 

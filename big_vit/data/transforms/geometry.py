@@ -1,7 +1,7 @@
-"""Operations on where pixels are: sizes, crops, flips. Images of any type and channel count.
+"""Resizing, cropping, flipping and padding of images of any type and number of channels.
 
-Sizes are (height, width), or one number for both. Images that are not decoded yet are decoded
-here, as far as the window that is wanted goes (`decode.Encoded.window`).
+Sizes are (height, width), or one number for both. Crops of images that are still encoded decode
+only the window that they need (`decode.Encoded.window`).
 """
 
 import math
@@ -20,19 +20,19 @@ from big_vit.data.transforms.operations import (
     UnfitError,
     choice,
     decoded,
+    decoded_row,
     number,
     on_images,
     pair,
-    pixels,
     sizes,
     span,
     stacked,
-    whole,
+    whole_number,
 )
 
 METHODS = ('area', 'bilinear', 'bicubic', 'nearest')
 _INCEPTION_ATTEMPTS = 16
-_MOST_CHANNELS = 4  # That OpenCV resizes at once.
+_MOST_CHANNELS = 4  # OpenCV resizes no more at once.
 _RRC_ATTEMPTS = 10
 
 Rows = Int64[np.ndarray, ' batch']
@@ -41,14 +41,16 @@ Rows = Int64[np.ndarray, ' batch']
 def resized(
     image: np.ndarray, size: tuple[int, int], method: str, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """[H, W, C] resampled to [*size, C], with pixel centres at half numbers.
+    """Resample an image [H, W, C] to [*size, C], with pixel centres at halves.
 
-    `area` averages areas where it shrinks (which is what keeps it from aliasing) and
-    interpolates linearly where it grows. `bilinear` and `bicubic` look at 2x2 and 4x4 pixels
-    whatever the scale, as TensorFlow does.
+    `area` averages areas where the image shrinks, which prevents aliasing, and interpolates
+    linearly where it grows. `bilinear` and `bicubic` look at 2x2 and 4x4 pixels whatever the scale,
+    as TensorFlow does.
 
     Args:
-      out: where to put the result, if it has its shape and type.
+      size: (height, width).
+      method: one of METHODS.
+      out: where to put the result, of its shape and type; it may be put elsewhere nonetheless.
     """
     import cv2
 
@@ -91,9 +93,9 @@ def _cropped(
     size: tuple[int, int],
     method: str,
 ) -> Images:
-    """A window (top, left, height, width) of each image, resized to `size`."""
+    """Cut a window (top, left, height, width) from each image and resize it to `size`."""
     out: np.ndarray | None = None
-    every = []
+    crops = []
     windows = zip(*(sides.tolist() for sides in boxes), strict=True)
     for row, (top, left, height, width) in enumerate(windows):
         image = images[row]
@@ -107,14 +109,14 @@ def _cropped(
         if out is None:
             out = np.empty((len(images), *size, window.shape[2]), window.dtype)
         if window.shape[2] == out.shape[3] and window.dtype == out.dtype:
-            every.append(resized(window, size, method, out[row]))
+            crops.append(resized(window, size, method, out[row]))
         else:  # A folder may hold images of several kinds.
-            every.append(resized(window, size, method).copy())
+            crops.append(resized(window, size, method).copy())
     assert out is not None
-    same = all(image.shape == out.shape[1:] and image.dtype == out.dtype for image in every)
+    same = all(image.shape == out.shape[1:] and image.dtype == out.dtype for image in crops)
     if not same:
-        return every
-    for row, image in enumerate(every):
+        return crops
+    for row, image in enumerate(crops):
         if not np.may_share_memory(image, out):
             out[row] = image
     return out
@@ -127,7 +129,7 @@ def _whole_images(images: Images) -> tuple[Rows, Rows, Rows, Rows]:
 
 
 def resize(size, method='area') -> Operation:
-    """To exactly this size, whatever that does to the proportions."""
+    """Resize to exactly this size, whatever that does to the proportions."""
     size = pair(size)
     choice('method', method, *METHODS)
 
@@ -139,14 +141,14 @@ def resize(size, method='area') -> Operation:
     return on_images(apply)
 
 
-def _resize_each(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
-    """Each image to a size of its own."""
+def _resized_to(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
+    """Resize every image to its own target (height, width)."""
     if len(set(targets)) == 1:
         return _cropped(images, _whole_images(images), targets[0], method)
-    return [_one(images, i, target, method) for i, target in enumerate(targets)]
+    return [_resized_row(images, i, target, method) for i, target in enumerate(targets)]
 
 
-def _one(images: Images, row: int, size: tuple[int, int], method: str) -> np.ndarray:
+def _resized_row(images: Images, row: int, size: tuple[int, int], method: str) -> np.ndarray:
     try:
         return _cropped([images[row]], _whole_images([images[row]]), size, method)[0]
     except BadExampleError as error:
@@ -160,33 +162,37 @@ def _sides(heights: Rows, widths: Rows, scale: np.ndarray, least: int) -> list[t
 
 
 def resize_small(n, method='area') -> Operation:
-    """The shorter side to n, keeping the proportions."""
-    n = whole('n', n, 1)
+    """Resize the shorter side to n, keeping the proportions."""
+    n = whole_number('n', n, 1)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
         heights, widths = sizes(images)
         scale = n / np.minimum(heights, widths)
-        return _resize_each(images, _sides(heights, widths, scale, n), method)
+        return _resized_to(images, _sides(heights, widths, scale, n), method)
 
     return on_images(apply)
 
 
 def resize_long(n, method='area') -> Operation:
-    """The longer side to n, keeping the proportions."""
-    n = whole('n', n, 1)
+    """Resize the longer side to n, keeping the proportions."""
+    n = whole_number('n', n, 1)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
         heights, widths = sizes(images)
         scale = n / np.maximum(heights, widths)
-        return _resize_each(images, _sides(heights, widths, scale, 1), method)
+        return _resized_to(images, _sides(heights, widths, scale, 1), method)
 
     return on_images(apply)
 
 
 def _slack(images: Images, size: tuple[int, int]) -> tuple[Rows, Rows]:
-    """How far a window of this size can move in each image; UnfitError when it does not fit."""
+    """Return how far down and right a window of this size can move in each image, int64 [B] each.
+
+    Raises:
+      UnfitError: it does not fit into one of them.
+    """
     heights, widths = sizes(images)
     small = np.flatnonzero((heights < size[0]) | (widths < size[1]))
     if small.size:
@@ -203,7 +209,7 @@ def _windows(images: Images, tops: Rows, lefts: Rows, size: tuple[int, int]) -> 
 
 
 def central_crop(size) -> Operation:
-    """The middle of the image."""
+    """Cut a window from the middle of the image."""
     size = pair(size)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -221,21 +227,21 @@ def _padded(images: Images, n: int, value: int, mode: str) -> Images:
     border = ((n, n), (n, n), (0, 0))
     if isinstance(images, np.ndarray):
         return np.pad(images, ((0, 0), *border), mode, **how)  # type: ignore[call-overload]
-    return [np.pad(pixels(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
+    return [np.pad(decoded_row(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
 
 
 def pad(n, value=0, mode='constant') -> Operation:
-    """n pixels on each side: of one value, or 'reflect', 'edge' to go on from the image."""
-    n = whole('n', n, 0)
+    """Add n pixels on each side, of one value or continuing the image by 'reflect' or 'edge'."""
+    n = whole_number('n', n, 0)
     choice('mode', mode, 'constant', 'reflect', 'edge')
-    whole('value', value, 0)
+    whole_number('value', value, 0)
     return on_images(lambda images, draw: _padded(images, n, value, mode))
 
 
 def random_crop(size, pad=0) -> Operation:
-    """A window anywhere in the image, after `pad` black pixels on each side."""
+    """Cut a window anywhere from the image, after adding `pad` black pixels on each side."""
     size = pair(size)
-    pad = whole('pad', pad, 0)
+    pad = whole_number('pad', pad, 0)
 
     def apply(images: Images, draw: Draw) -> Images:
         images = _padded(images, pad, 0, 'constant') if pad else images
@@ -250,17 +256,21 @@ def random_crop(size, pad=0) -> Operation:
 def inception_boxes(
     heights: Rows, widths: Rows, draw: Draw, min_area: Real, max_area: Real
 ) -> tuple[Rows, Rows, Rows, Rows]:
-    """(top, left, height, width) by the law of TensorFlow's sample_distorted_bounding_box.
+    """Draw windows as TensorFlow's sample_distorted_bounding_box does.
 
     The proportions width / height are uniform in [0.75, 1.33]; the height is uniform among the
     whole numbers that keep the area within its bounds and the window inside the image, so that
     small windows are rarer than if the area were uniform; the window never touches the last
-    row or column unless it fills the side. A draw that rounding puts outside is drawn again, at
-    most 15 times (TensorFlow: 99), and then the whole image is taken.
+    row or column unless it fills the side. A draw that rounding puts outside is repeated at most
+    15 times (TensorFlow: 99), after which the whole image is taken.
 
     Args:
-      draw: gives uniform numbers by stream, float64 [batch].
-      min_area: as a share of the image, as is max_area.
+      draw: returns uniform numbers by stream, float64 [batch].
+      min_area: the smallest area as a fraction of the image.
+      max_area: the largest, likewise.
+
+    Returns:
+      (top, left, height, width) in pixels, int64 [batch] each.
     """
     least, most = min_area * heights * widths, max_area * heights * widths
     tops, lefts = np.zeros_like(heights), np.zeros_like(widths)
@@ -296,7 +306,7 @@ def inception_boxes(
 
 
 def inception_crop(size, min_area=0.05, max_area=1.0, method='bilinear') -> Operation:
-    """A window of random area and proportions, resized: the law of TensorFlow (arXiv 1409.4842)."""
+    """Resize a window of random area and proportions, as TensorFlow draws it (arXiv 1409.4842)."""
     size = pair(size)
     low, high = _areas(min_area, max_area)
     choice('method', method, *METHODS)
@@ -321,14 +331,19 @@ def rrc_boxes(
     scale: tuple[Real, Real],
     ratio: tuple[Real, Real],
 ) -> tuple[Rows, Rows, Rows, Rows]:
-    """(top, left, height, width) by the law of torchvision's RandomResizedCrop.
+    """Draw windows as torchvision's RandomResizedCrop does.
 
-    The area is uniform in `scale`, as a share of the image, and the logarithm of width /
-    height uniform in that of `ratio`; of ten draws the first that fits is taken, else the
-    largest central window that has allowed proportions.
+    The area is uniform in `scale` and the logarithm of width / height is uniform between those of
+    `ratio`. The first of ten draws that fits is taken, else the largest central window of allowed
+    proportions.
 
     Args:
-      draw: gives uniform numbers by stream, float64 [batch].
+      draw: returns uniform numbers by stream, float64 [batch].
+      scale: (least, most) area as a fraction of the image.
+      ratio: (least, most) width / height.
+
+    Returns:
+      (top, left, height, width) in pixels, int64 [batch] each.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     clamped = np.clip(widths / heights, *ratio)
@@ -357,7 +372,7 @@ def rrc_boxes(
 
 
 def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operation:
-    """A window of random area and proportions, resized: the law of torchvision and timm."""
+    """Resize a window of random area and proportions, as torchvision and timm draw it."""
     size = pair(size)
     low, high = span('scale', scale, 0, 1)
     if low == 0:
@@ -373,14 +388,14 @@ def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operati
 
 
 def resmall_crop(size, small=None, method='area') -> Operation:
-    """The shorter side to `small` (by default 8/7 of the size), then a window anywhere."""
+    """Resize the shorter side to `small` (8/7 of the size by default) and cut a window anywhere."""
     size = pair(size)
-    small = round(max(size) * 8 / 7) if small is None else whole('small', small, max(size))
+    small = round(max(size) * 8 / 7) if small is None else whole_number('small', small, max(size))
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
         heights, widths = sizes(images)
-        # The window is cut from the original, so that no more than it is decoded and resized.
+        # The window is cut from the original, so that nothing else is decoded and resized.
         scale = np.minimum(heights, widths) / small
         h = np.clip(np.rint(size[0] * scale), 1, heights).astype(np.int64)
         w = np.clip(np.rint(size[1] * scale), 1, widths).astype(np.int64)
@@ -400,7 +415,7 @@ def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
         if not turn:
             out[row] = image
         elif image.shape[2] <= _MOST_CHANNELS:
-            # NumPy's reversed views are copied value by value, in twenty times the time.
+            # NumPy copies reversed views value by value, which takes twenty times as long.
             turned = cv2.flip(image, axis)
             out[row] = turned.reshape(image.shape)
         else:
@@ -409,13 +424,13 @@ def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
 
 
 def flip_lr(p=0.5) -> Operation:
-    """Mirrored left to right with probability p."""
+    """Mirror left to right with probability p."""
     p = number('p', p, 0, 1)
     return on_images(lambda images, draw: _flipped(images, draw(0) < p, 1), random=0 < p < 1)
 
 
 def flip_ud(p=0.5) -> Operation:
-    """Mirrored top to bottom with probability p."""
+    """Mirror top to bottom with probability p."""
     p = number('p', p, 0, 1)
     return on_images(lambda images, draw: _flipped(images, draw(0) < p, 0), random=0 < p < 1)
 

@@ -1,4 +1,4 @@
-"""The text of a transform, 'decode | resize(size) | flip_lr', read without evaluating it."""
+"""Parser for the text of a transform, 'decode | resize(size) | flip_lr'; nothing is evaluated."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ from big_vit.errors import UserError
 
 
 class Call(NamedTuple):
-    """One operation as it is written: its name and literal arguments."""
+    """An operation as written: its name and literal arguments."""
 
     name: str
     args: tuple[Any, ...]
@@ -19,15 +19,15 @@ class Call(NamedTuple):
 
 
 def parse(text: str, *, size: tuple[int, int], key: str) -> list[Call]:
-    """Reads operations separated by |, each a name with literal arguments.
+    """Parse operations separated by |, which are names with literal arguments.
 
     Args:
       text: as the user wrote it; empty for no operation.
-      size: (height, width) that the name `size` stands for.
-      key: of the config, for messages, such as 'data.transform'.
+      size: (height, width), the value of the name `size`.
+      key: config key for error messages, such as 'data.transform'.
 
     Raises:
-      UserError: not of that form.
+      UserError: the text has another form.
     """
     if not text.strip():
         return []
@@ -74,11 +74,11 @@ def _call(node: ast.expr, size: tuple[int, int], key: str) -> Call:
 
 
 def make(call: Call, table: Mapping[str, Callable[..., Any]], key: str) -> Any:
-    """What the function of that name gives for the arguments.
+    """Call the function that a call names.
 
     Raises:
-      UserError: there is no such function, or it does not take them: it raises a ValueError
-        whose text follows its name.
+      UserError: there is no such function, or it refuses the arguments by a ValueError, whose text
+        continues the function's name.
     """
     if call.name not in table:
         near = difflib.get_close_matches(call.name, table, n=1)

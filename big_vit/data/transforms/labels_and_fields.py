@@ -1,8 +1,11 @@
-"""Operations on the parts of an example other than its pixels, and on what pixels stand for."""
+"""Operations on channels, labels and other fields of an example."""
+
+from collections.abc import Callable
 
 import numpy as np
 
 from big_vit.data import decode as decode_lib
+from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
     BadExampleError,
     Columns,
@@ -15,15 +18,15 @@ from big_vit.data.transforms.operations import (
     need_channels,
     on_images,
     stacked,
-    whole,
+    whole_number,
 )
 
 
 def decode(channels=None) -> Operation:
-    """Files to pixels: 1, 3 or 4 (RGBA) bytes each, or 0 for what the file has.
+    """Decode image files to 1, 3 or 4 (RGBA) channels of bytes; 0 keeps the channels of the file.
 
-    Without a number it is what the source says, else 3. The work is done by the operation that
-    follows, which may need a part only. Arrays stay as they are.
+    Without a number, the source decides, else 3. The operation that follows does the work, since it
+    may need only a part of the image. Arrays stay as they are.
     """
     if channels not in (None, 0, 1, 3, 4):
         raise UnfitError(f'takes 0, 1, 3 or 4 for channels, not {channels!r}')
@@ -45,7 +48,8 @@ def _encoded(image, channels: int, row: int):
         raise BadExampleError(row, str(error)) from error
 
 
-def _each(images: Images, function) -> Images:
+def _map_images(images: Images, function: Callable[[np.ndarray], np.ndarray]) -> Images:
+    """Apply a function of [..., H, W, C] to all images."""
     images = decoded(images)
     if isinstance(images, np.ndarray):
         return function(images)
@@ -53,16 +57,19 @@ def _each(images: Images, function) -> Images:
 
 
 def rgb() -> Operation:
-    """Grey to three equal channels; colour images stay as they are."""
+    """Repeat grey as three equal channels; colour images stay as they are."""
 
     def convert(image: np.ndarray) -> np.ndarray:
         return image if need_channels(image, 1, 3) == 3 else np.repeat(image, 3, axis=-1)
 
-    return on_images(lambda images, draw: _each(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert))
 
 
 def grayscale() -> Operation:
-    """Colour to one channel, weighted as in ITU-R BT.601; grey images stay as they are."""
+    """Weigh colours to one channel as in ITU-R BT.601; grey images stay as they are.
+
+    Unlike `pixels.luma` it takes any type, and so does not round as Pillow.
+    """
 
     def convert(image: np.ndarray) -> np.ndarray:
         if need_channels(image, 3, 1) == 1:
@@ -72,31 +79,31 @@ def grayscale() -> Operation:
             grey = np.rint(grey)
         return grey.astype(image.dtype)[..., None]
 
-    return on_images(lambda images, draw: _each(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert))
 
 
 def invert() -> Operation:
-    """Black to white and back."""
+    """Swap black and white."""
 
     def convert(image: np.ndarray) -> np.ndarray:
         need_bytes(image)
-        return 255 - image
+        return pixels.invert(image)
 
-    return on_images(lambda images, draw: _each(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert))
 
 
 def channels(*numbers) -> Operation:
-    """Some channels of an image, in this order: channels(3, 2, 1)."""
+    """Pick channels of an image in the given order, as in channels(3, 2, 1)."""
     if not numbers:
         raise UnfitError('takes the numbers of channels, such as 3, 2, 1')
-    chosen = [whole('a channel', n, 0) for n in numbers]
+    chosen = [whole_number('a channel', n, 0) for n in numbers]
 
     def convert(image: np.ndarray) -> np.ndarray:
         if max(chosen) >= image.shape[-1]:
             raise UnfitError(f'takes channels below {image.shape[-1]}, not {max(chosen)}')
         return image[..., chosen]
 
-    return on_images(lambda images, draw: _each(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert))
 
 
 def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
@@ -114,8 +121,8 @@ def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
 
 
 def onehot(num_classes, key='label') -> Operation:
-    """A label to probabilities, float32 [num_classes]; several labels share them equally."""
-    num_classes = whole('num_classes', num_classes, 1)
+    """Turn a label into probabilities, float32 [num_classes]; several labels share them equally."""
+    num_classes = whole_number('num_classes', num_classes, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)
@@ -130,8 +137,8 @@ def onehot(num_classes, key='label') -> Operation:
 
 
 def multihot(num_classes, key='label') -> Operation:
-    """Labels to float32 [num_classes], 1 for each that the example has (for loss='sigmoid')."""
-    num_classes = whole('num_classes', num_classes, 1)
+    """Turn labels into float32 [num_classes], 1 for each that is there (for loss='sigmoid')."""
+    num_classes = whole_number('num_classes', num_classes, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)
@@ -144,7 +151,7 @@ def multihot(num_classes, key='label') -> Operation:
 
 
 def keep(*names) -> Operation:
-    """Only these parts of an example, by name."""
+    """Keep only the named parts of an example."""
     if not names or not all(isinstance(name, str) for name in names):
         raise UnfitError("takes names of parts, such as 'image', 'label'")
 
@@ -157,7 +164,7 @@ def keep(*names) -> Operation:
 
 
 def rename(**names) -> Operation:
-    """Parts under new names: rename(fine_label='label') calls fine_label label."""
+    """Rename parts: rename(fine_label='label') calls fine_label label."""
     if not names or not all(isinstance(name, str) for name in names.values()):
         raise UnfitError("takes old='new', such as fine_label='label'")
 

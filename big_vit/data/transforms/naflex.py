@@ -1,4 +1,4 @@
-"""Images of any shape as rows of patches (NaViT, arXiv 2307.06304; NaFlex)."""
+"""Images of any shape packed into rows of patches (NaViT, arXiv 2307.06304; NaFlex)."""
 
 import math
 
@@ -12,28 +12,29 @@ from big_vit.data.transforms.operations import (
     Operation,
     UnfitError,
     choice,
+    decoded_row,
     pair,
-    pixels,
-    whole,
+    whole_number,
 )
 
-# What a row of patches is made of, beside 'patches' [B, tokens, pixels] itself: which image each
-# belongs to, from 1 (0 is padding), its row and column, and how many rows and columns there are.
+# The fields of a row of patches: 'patches' [B, tokens, pixels] itself, the number of the image
+# that a patch belongs to (from 1; 0 is padding), its (row, column), and the (rows, columns) of the
+# image.
 PARTS = ('patches', 'segment', 'place', 'grid')
 
 
 def grid_for(height: int, width: int, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """(rows, columns) of the largest grid of at most `tokens` patches of the image's proportions.
+    """Find the (rows, columns) of the largest grid that keeps the proportions of an image.
 
-    Images are made larger as well as smaller. At least one patch each way; an image that is too
-    long for that is squeezed.
+    The grid has at most `tokens` patches of (height, width) `patch`, and at least one each way, for
+    which a very long image is squeezed. Images are enlarged as well as shrunk.
     """
     high, wide = height / patch[0], width / patch[1]
     scale = math.sqrt(tokens / (high * wide))
     rows = min(max(round(high * scale), 1), tokens)
     columns = min(max(round(wide * scale), 1), tokens)
     while rows * columns > tokens:
-        # Shorten the side by which the proportions suffer less.
+        # Shorten the side that changes the proportions less.
         fewer_rows = abs(math.log((rows - 1) / columns * wide / high)) if rows > 1 else math.inf
         fewer = abs(math.log(rows / (columns - 1) * wide / high)) if columns > 1 else math.inf
         if fewer_rows <= fewer:
@@ -46,7 +47,7 @@ def grid_for(height: int, width: int, patch: tuple[int, int], tokens: int) -> tu
 def cut_up(
     image: Shaped[np.ndarray, 'height width channels'], patch: tuple[int, int]
 ) -> Shaped[np.ndarray, 'tokens pixels']:
-    """The patches of an image that divides into them, row by row, each [row, column, channel]."""
+    """Cut an image into its patches, row by row, flattened as [row, column, channel]."""
     height, width, channels = image.shape
     rows, columns = height // patch[0], width // patch[1]
     x = image.reshape(rows, patch[0], columns, patch[1], channels).swapaxes(1, 2)
@@ -59,17 +60,19 @@ def pack(
     tokens: int,
     most: int = 64,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Several images in each row of `tokens` patches, each at its own size.
+    """Pack several images at their own sizes into rows of `tokens` patches.
 
-    Each goes into the first row that has room, the longest first.
+    Images go into the first row that has room, the longest first.
 
     Args:
-      images: [height, width, channels] each, that divide into patches.
-      most: images in one row.
+      images: [height, width, channels], with sides that are multiples of the patch's.
+      patch: (height, width) in pixels.
+      tokens: patches in a row.
+      most: the largest number of images in a row.
 
     Returns:
-      The parts of `PARTS`, and 'images' [rows, n], whose shape says how many vectors a row is
-      pooled to; and int64 [images, 2], for each image its (row, place in the row).
+      The fields `PARTS`, and 'images' [rows, n], whose shape says how many vectors a row is pooled
+      to; and int64 [images, 2], the (row, place in the row) of every image.
 
     Raises:
       ValueError: an image has more patches than a row.
@@ -88,16 +91,16 @@ def pack(
             left.append(tokens)
         rows[row].append(i)
         left[row] -= len(cut[i])
-    found = _empty(len(rows), tokens, cut[0].shape[1], cut[0].dtype)
+    fields = _empty(len(rows), tokens, cut[0].shape[1], cut[0].dtype)
     where = np.zeros((len(images), 2), np.int64)
     for row, inside in enumerate(rows):
         start = 0
         for number, i in enumerate(inside):
             end = start + len(cut[i])
-            _put(found, row, start, cut[i], grids[i], number + 1)
+            _put(fields, row, start, cut[i], grids[i], number + 1)
             where[i], start = (row, number), end
     longest = max(len(inside) for inside in rows)
-    return {**found, 'images': np.zeros((len(rows), longest), np.int32)}, where
+    return {**fields, 'images': np.zeros((len(rows), longest), np.int32)}, where
 
 
 def _empty(rows: int, tokens: int, size: int, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -110,7 +113,7 @@ def _empty(rows: int, tokens: int, size: int, dtype: np.dtype) -> dict[str, np.n
 
 
 def _put(
-    found: dict[str, np.ndarray],
+    fields: dict[str, np.ndarray],
     row: int,
     start: int,
     cut: np.ndarray,
@@ -118,39 +121,39 @@ def _put(
     segment: int,
 ) -> None:
     where = row, slice(start, start + len(cut))
-    found['patches'][where] = cut
-    found['segment'][where] = segment
-    found['place'][where] = np.indices(grid).reshape(2, -1).T
-    found['grid'][where] = grid
+    fields['patches'][where] = cut
+    fields['segment'][where] = segment
+    fields['place'][where] = np.indices(grid).reshape(2, -1).T
+    fields['grid'][where] = grid
 
 
 def ragged_patches(patch, tokens, method='area') -> Operation:
-    """The image as at most `tokens` patches of its own proportions, and zeros behind them.
+    """Cut the image into at most `tokens` patches in its own proportions, padded with zeros.
 
-    It is resized (made larger too) to the largest grid of patches that fits.
+    It is resized, and enlarged where it is small, to the largest grid of patches that fits.
     """
     patch = pair(patch)
-    tokens = whole('tokens', tokens, 1)
+    tokens = whole_number('tokens', tokens, 1)
     choice('method', method, *geometry.METHODS)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         if 'image' not in columns:
             raise UnfitError(f'needs images, but these examples have {", ".join(sorted(columns))}')
         images = columns['image']
-        found: dict[str, np.ndarray] = {}
+        fields: dict[str, np.ndarray] = {}
         for i in range(len(images)):
-            image = pixels(images, i)
+            image = decoded_row(images, i)
             height, width = image.shape[:2]
             grid = grid_for(height, width, patch, tokens)
             size = grid[0] * patch[0], grid[1] * patch[1]
             cut = cut_up(geometry.resized(image, size, method), patch)
-            if not found:
-                found = _empty(len(images), tokens, cut.shape[1], cut.dtype)
-            if cut.shape[1] != found['patches'].shape[2]:
+            if not fields:
+                fields = _empty(len(images), tokens, cut.shape[1], cut.dtype)
+            if cut.shape[1] != fields['patches'].shape[2]:
                 raise UnfitError('needs images of the same channels: put rgb or grayscale before')
-            _put(found, i, 0, cut, grid, 1)
+            _put(fields, i, 0, cut, grid, 1)
         rest = {name: column for name, column in columns.items() if name != 'image'}
-        return {**rest, **found}
+        return {**rest, **fields}
 
     return Operation(apply)
 

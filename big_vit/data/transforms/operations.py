@@ -1,8 +1,8 @@
-"""What an operation of a transform is, and what all of them share.
+"""Operations of a transform, and the helpers that they share.
 
-An operation works on the columns of a few examples at a time, with randomness that is a
-function of the key of each example and of the operation's place in the transform: so an
-example looks the same in any batch, on any host. Its arguments are checked when it is made.
+An operation works on the columns of a few examples at a time. Its randomness is a function of each
+example's key and of the operation's place in the transform, so an example looks the same in any
+batch on any host. Arguments are checked when the operation is made.
 """
 
 from collections.abc import Callable
@@ -11,32 +11,40 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from big_vit.data import decode
+from big_vit.data.normalisation import Normalisation
 
-# Gives the k-th random number in [0, 1) of each example, float64 [B].
+# Returns the k-th random number in [0, 1) of every example, float64 [B].
 Draw = Callable[[int], np.ndarray]
 Columns = dict[str, Any]
-# [H, W, C] of any type, or a file that is not decoded yet.
+# [H, W, C] of any type, or an encoded file (`decode.Encoded`).
 Image = Any
 # [B, H, W, C], or a list of B images.
 Images = Any
 
-# More than any operation draws, so that operations never share a stream.
+# Random numbers reserved for each operation; more than any draws, so that none share a stream.
 STREAMS = 64
 
 
 class Operation(NamedTuple):
-    """A function of (columns, draw) to columns, and whether it draws."""
+    """An operation of a transform.
+
+    Attributes:
+      apply: function of (columns, draw) to columns, which must not change its argument.
+      random: whether it calls `draw`.
+      normalisation: the map of pixel values that it is, or None if it does not rescale them.
+    """
 
     apply: Callable[[Columns, Draw], Columns]
     random: bool = False
+    normalisation: Normalisation | None = None
 
 
 class UnfitError(ValueError):
-    """An argument or an example that an operation cannot take; the message follows its name."""
+    """An operation cannot take an argument or an example; the message continues its name."""
 
 
 class BadExampleError(ValueError):
-    """One example is damaged; `row` says which of those at hand."""
+    """An example is damaged; `row` is its position in the batch."""
 
     def __init__(self, row: int, reason: str):
         super().__init__(reason)
@@ -44,7 +52,7 @@ class BadExampleError(ValueError):
 
 
 def on_images(function: Callable[[Images, Draw], Images], random: bool = False) -> Operation:
-    """An operation on the column 'image' as a whole: an array [B, H, W, C] or a list."""
+    """Make an operation from a function of the column 'image', an array [B, H, W, C] or a list."""
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         if 'image' not in columns:
@@ -55,12 +63,14 @@ def on_images(function: Callable[[Images, Draw], Images], random: bool = False) 
     return Operation(apply, random)
 
 
-def each(function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0) -> Operation:
-    """An operation on one image [H, W, C] at a time.
+def per_image(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0
+) -> Operation:
+    """Make an operation from a function of one image [H, W, C].
 
     Args:
-      function: of (image, float64 [draws] in [0, 1)); must not change the image.
-      draws: how many random numbers each image needs, at most STREAMS.
+      function: of (image, random numbers in [0, 1), float64 [draws]); must not change the image.
+      draws: how many random numbers an image needs, at most STREAMS.
     """
     assert draws <= STREAMS
 
@@ -68,16 +78,16 @@ def each(function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 
         numbers = np.empty((len(images), draws))
         for k in range(draws):
             numbers[:, k] = draw(k)
-        return stacked([function(pixels(images, i), numbers[i]) for i in range(len(images))])
+        return stacked([function(decoded_row(images, i), numbers[i]) for i in range(len(images))])
 
     return on_images(apply, random=draws > 0)
 
 
-def pixels(images: Images, row: int) -> np.ndarray:
-    """Image `row` as an array [H, W, C], decoded if need be.
+def decoded_row(images: Images, row: int) -> np.ndarray:
+    """Return image `row` as an array [H, W, C], decoding it if necessary.
 
     Raises:
-      BadExampleError: it cannot be decoded.
+      BadExampleError: the image cannot be decoded.
     """
     image = images[row]
     if isinstance(image, decode.Encoded):
@@ -89,14 +99,14 @@ def pixels(images: Images, row: int) -> np.ndarray:
 
 
 def decoded(images: Images) -> Images:
-    """All images as arrays."""
+    """Decode all images that are still encoded."""
     if isinstance(images, np.ndarray):
         return images
-    return stacked([pixels(images, i) for i in range(len(images))])
+    return stacked([decoded_row(images, i) for i in range(len(images))])
 
 
 def stacked(images: list[np.ndarray]) -> Images:
-    """One array where the images have one shape and type, else the list."""
+    """Stack images of the same shape and type into one array; return others as the list."""
     first = images[0]
     if isinstance(first, np.ndarray) and all(
         isinstance(x, np.ndarray) and x.shape == first.shape and x.dtype == first.dtype
@@ -107,7 +117,7 @@ def stacked(images: list[np.ndarray]) -> Images:
 
 
 def sizes(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """(heights, widths), int64 [B] each, without decoding."""
+    """Return (heights, widths), int64 [B] each, without decoding."""
     if isinstance(images, np.ndarray):
         batch, height, width = images.shape[:3]
         return np.full(batch, height), np.full(batch, width)
@@ -116,25 +126,29 @@ def sizes(images: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def need_channels(image: np.ndarray, *allowed: int) -> int:
-    """The channels of an image [..., C]; UnfitError where they are others."""
+    """Return the number of channels of an image [..., C].
+
+    Raises:
+      UnfitError: it is not one of those allowed.
+    """
     if image.shape[-1] not in allowed:
         raise UnfitError(f'takes images of {allowed[0]} channels, not {image.shape[-1]}')
     return image.shape[-1]
 
 
 def need_bytes(image: np.ndarray) -> None:
-    """UnfitError where the image is not uint8."""
+    """Raise UnfitError unless the image is uint8."""
     if image.dtype != np.uint8:
         raise UnfitError(f'takes images of bytes (uint8), not {image.dtype}')
 
 
-# Checks of arguments, at the time an operation is made.
+# Checks of arguments when an operation is made; all raise UnfitError.
 
 Real = float | int
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """(height, width) from one number or two."""
+    """Read (height, width) from one number or two."""
     both = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(both, tuple | list) and len(both) == 2
     if not is_pair or not all(type(n) is int and n > 0 for n in both):
@@ -142,8 +156,8 @@ def pair(size: Any) -> tuple[int, int]:
     return both[0], both[1]
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number from `least` to `most`."""
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Check a whole number from `least` to `most`."""
     if type(value) is not int or value < least or (most is not None and value > most):
         limit = f'of at least {least}' if most is None else f'from {least} to {most}'
         raise UnfitError(f'takes a whole number {limit} for {name}, not {value!r}')
@@ -151,14 +165,14 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(name: str, value: Any, least: Real, most: Real) -> float:
-    """A number from `least` to `most`."""
+    """Check a number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise UnfitError(f'takes a number from {least:g} to {most:g} for {name}, not {value!r}')
     return float(value)
 
 
 def span(name: str, value: Any, least: Real, most: Real) -> tuple[float, float]:
-    """(low, high), two numbers from `least` to `most` in order."""
+    """Check (low, high), two numbers in order from `least` to `most`."""
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     if not is_pair or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
         raise UnfitError(f'takes two numbers (low, high) for {name}, not {value!r}')
@@ -169,7 +183,7 @@ def span(name: str, value: Any, least: Real, most: Real) -> tuple[float, float]:
 
 
 def choice(name: str, value: Any, *allowed: str) -> str:
-    """One of some words."""
+    """Check that a value is one of the allowed words."""
     if value not in allowed:
         raise UnfitError(f'takes {" or ".join(map(repr, allowed))} for {name}, not {value!r}')
     return value

@@ -1,4 +1,4 @@
-"""Words to numbers."""
+"""Operations that turn text into tokens."""
 
 import functools
 import os
@@ -14,26 +14,26 @@ from big_vit.data.transforms.operations import (
     Draw,
     Operation,
     UnfitError,
-    whole,
+    whole_number,
 )
 
-# Of byte_tokens, as ByT5 has them (arXiv 2105.13626): padding, end, unknown, then the bytes.
+# The vocabulary of byte_tokens is ByT5's (arXiv 2105.13626): padding, end, unknown, the bytes.
 PADDING, END, FIRST_BYTE = 0, 1, 3
-_HALF = re.compile('[\ud800-\udfff]')
+_SURROGATE = re.compile('[\ud800-\udfff]')
 
 
 def _need(columns: Columns) -> list[str]:
     if 'text' not in columns:
         raise UnfitError(f"needs 'text', but these examples have {', '.join(sorted(columns))}")
     for row, text in enumerate(columns['text']):
-        # JSON can hold halves of characters, which no encoding takes.
-        if not isinstance(text, str) or (not text.isascii() and _HALF.search(text)):
+        # JSON can hold surrogates, halves of characters that cannot be encoded.
+        if not isinstance(text, str) or (not text.isascii() and _SURROGATE.search(text)):
             raise BadExampleError(row, f'not a text ({text!r:.40})')
     return columns['text']
 
 
 def lower() -> Operation:
-    """Text in lower case."""
+    """Convert text to lower case."""
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         return {**columns, 'text': [text.lower() for text in _need(columns)]}
@@ -42,7 +42,7 @@ def lower() -> Operation:
 
 
 def _padded(columns: Columns, rows: list[list[int]], length: int, padding: int) -> Columns:
-    """'text' replaced by 'tokens' int32 [B, length] and 'text_mask' uint8, 1 where one is."""
+    """Replace 'text' by 'tokens', int32 [B, length], and 'text_mask', uint8, 1 at tokens."""
     tokens = np.full((len(rows), length), padding, np.int32)
     mask = np.zeros((len(rows), length), np.uint8)
     for row, ids in enumerate(rows):
@@ -54,8 +54,8 @@ def _padded(columns: Columns, rows: list[list[int]], length: int, padding: int) 
 
 
 def byte_tokens(length) -> Operation:
-    """UTF-8 bytes plus 3, and an end, cut or padded to `length`: a tokenizer without a file."""
-    length = whole('length', length, 1)
+    """Encode text as UTF-8 bytes plus 3 and an end, cut or padded to `length`; needs no file."""
+    length = whole_number('length', length, 1)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         rows = [
@@ -68,12 +68,12 @@ def byte_tokens(length) -> Operation:
 
 
 def tokenize(path, length) -> Operation:
-    """Numbers by a tokenizer file of Hugging Face (`tokenizer.json`), cut or padded to `length`.
+    """Tokenize by a Hugging Face tokenizer file (`tokenizer.json`), cut or padded to `length`.
 
-    The file's own special tokens are added and survive the cut. Padding comes behind, with the
-    file's own number or that of its '[PAD]' or '<pad>', else 0. Needs `pip install tokenizers`.
+    The file's special tokens are added and survive the cut. Padding follows, with the number that
+    the file sets or that of its '[PAD]' or '<pad>', else 0. Needs `pip install tokenizers`.
     """
-    length = whole('length', length, 1)
+    length = whole_number('length', length, 1)
     if not isinstance(path, str):
         raise UnfitError(f'takes the path of a tokenizer file, not {path!r}')
     file = Path(path).expanduser()
@@ -84,18 +84,21 @@ def tokenize(path, length) -> Operation:
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         encoded = tokenizer.encode_batch_fast(_need(columns))
-        return _padded(columns, [one.ids for one in encoded], length, padding)
+        return _padded(columns, [encoding.ids for encoding in encoded], length, padding)
 
     return Operation(apply)
 
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer(file: str, changed: int, length: int) -> tuple[Any, int]:
-    """(what cuts to `length`, number of the padding), made once in a process for all threads.
+    """Load (tokenizer that cuts to `length`, number of the padding), once per process.
 
-    It is not changed any more, so threads may use it at the same time.
+    Threads may share the tokenizer, since nothing changes it afterwards.
+
+    Args:
+      changed: modification time of the file, so that a new version is read again.
     """
-    # The threads of the pipeline are enough; these would be as many again for each of them.
+    # The pipeline has threads already; the tokenizer's would multiply them.
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     try:
         from tokenizers import Tokenizer

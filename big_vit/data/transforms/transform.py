@@ -1,18 +1,18 @@
 """Transforms, written as a line of text: 'decode | inception_crop(size) | flip_lr'.
 
-The text is parsed, never evaluated (`grammar`), and its operations come from the modules
-beside this one. What follows `to_device`, or an operation that only devices have, is not done
-here but inside the train step, where the numbers are floats.
+The text is parsed, never evaluated (`grammar`), and its operations come from the modules beside
+this one. Operations from `to_device` on, or from the first one that only devices have, run inside
+the train step, where numbers are floats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt64
 
-from big_vit.data import decode, order
+from big_vit.data import decode, normalisation, order
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import (
     audio,
@@ -51,12 +51,14 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     )
     for name, function in module.OPERATIONS.items()
 }
-# Where the part for the devices begins, if it begins with an operation that both have.
+# Marks where the devices' part begins, needed if its first operation exists on the host too.
 BOUNDARY = 'to_device'
+# Operations that need a file or an optional library as soon as they are parsed.
+EXTERNAL = frozenset({'decode_audio', 'decode_video', 'tokenize'})
 
 
 class DeviceOperations(NamedTuple):
-    """What the devices can do: constructors by name, and the names of those that draw."""
+    """Operations of the devices: constructors by name, and the names of the random ones."""
 
     table: Mapping[str, Callable[..., Any]]
     random: frozenset[str]
@@ -67,16 +69,16 @@ _NOTHING = DeviceOperations({}, frozenset())
 
 @dataclass(frozen=True)
 class Transform:
-    """Operations in a row, from `parse`.
+    """A sequence of operations, from `parse`.
 
     Attributes:
       text: as the user wrote it.
       key: the config key it came from, for messages.
-      names: of the operations on the host.
-      operations: what they do.
-      host_text: what of the text is done on the host.
-      device: what is left for the devices: (name, what its constructor made).
-      random_operations: names of all that need randomness.
+      names: names of the operations on the host.
+      operations: the operations themselves.
+      host_text: the part of the text that is done on the host.
+      device: the devices' part, as (name, operation).
+      random_operations: names of all operations that need randomness, on host and devices.
     """
 
     text: str
@@ -92,7 +94,7 @@ class Transform:
         return bool(self.random_operations)
 
     def split(self) -> tuple['Transform', 'Transform']:
-        """The operations before the first random one, and the rest, which draws the same."""
+        """Split before the first random operation; both parts together draw as the whole does."""
         first = next((i for i, o in enumerate(self.operations) if o.random), len(self.names))
         before = replace(
             self,
@@ -101,11 +103,28 @@ class Transform:
             device=(),
             random_operations=(),
         )
-        done = tuple(_unchanged for _ in range(first))
+        # What has been done still says how it normalised.
+        done = tuple(
+            _unchanged._replace(normalisation=o.normalisation) for o in self.operations[:first]
+        )
         return before, replace(self, operations=done + self.operations[first:])
 
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Compute how images are normalised by all operations, on the host and on the devices.
+
+        Args:
+          channels: how many numbers to return where all channels are treated alike.
+
+        Returns:
+          (mean, std) by which pixels in 0..1 were normalised; (0.5, ...) for both where no
+          operation says otherwise. Operations on bytes such as `invert` are not normalisation.
+        """
+        steps = [operation.normalisation for operation in self.operations]
+        steps += [operation.normalisation for _, operation in self.device]
+        return normalisation.mean_and_std(steps, channels)
+
     def __call__(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
-        """Transforms the columns of some examples, with one key per example.
+        """Transform the columns of some examples, with one key per example.
 
         Raises:
           UserError: an operation cannot be applied to such examples.
@@ -114,7 +133,7 @@ class Transform:
         place = 0
         for name, operation in zip(self.names, self.operations, strict=True):
             first = place * STREAMS
-            # Whether `decode` is written makes no difference to what comes after it.
+            # Writing `decode` or not makes no difference to the operations after it.
             place += name != 'decode'
 
             def draw(k: int, first: int = first) -> np.ndarray:
@@ -138,21 +157,24 @@ def parse(
     size: tuple[int, int],
     key: str = 'data',
     device: DeviceOperations = _NOTHING,
+    skip: Collection[str] = (),
 ) -> Transform:
-    """Reads a transform such as 'resize(size) | flip_lr'; an empty text changes nothing.
+    """Parse a transform such as 'resize(size) | flip_lr'; an empty text changes nothing.
 
     Args:
       text: operations separated by |, each a name with literal arguments; the name `size`
         stands for the configured image size.
-      size: (height, width) that `size` stands for.
+      size: (height, width), the value of the name `size`.
       key: prefix of the config key, such as 'data'.
-      device: what may follow for the devices.
+      device: the operations that the devices have.
+      skip: names of operations to leave out, such as `EXTERNAL` where only the images matter.
 
     Raises:
-      UserError: not of that form, no such operation, or arguments that it does not take.
+      UserError: the text has another form, or names an operation that is unknown or does not take
+        its arguments.
     """
     key = f'{key}.transform'
-    calls = grammar.parse(text, size=size, key=key)
+    calls = [c for c in grammar.parse(text, size=size, key=key) if c.name not in skip]
     names: list[str] = []
     operations: list[Operation] = []
     on_device: list[tuple[str, Any]] = []
@@ -184,7 +206,7 @@ def parse(
 
 
 def require_deterministic(transform: Transform) -> None:
-    """Raises UserError if a transform draws, which would make an evaluation irreproducible."""
+    """Raise UserError if a transform is random, which would make an evaluation irreproducible."""
     if transform.is_random:
         raise UserError(
             f'{transform.key}: {transform.random_operations[0]} is random, which an evaluation '
@@ -193,28 +215,30 @@ def require_deterministic(transform: Transform) -> None:
 
 
 def opened(columns: Columns, channels: int) -> Columns:
-    """The columns with encoded images as `decode.Encoded`, their headers read.
+    """Wrap encoded images as `decode.Encoded`, reading their headers.
 
     Raises:
-      BadExampleError: a file is no image.
+      BadExampleError: a file is not an image.
     """
     images = columns.get('image')
     if not isinstance(images, list) or not any(isinstance(x, bytes) for x in images):
         return columns
-    found: list[Any] = []
+    opened_images: list[Any] = []
     for row, image in enumerate(images):
         try:
-            found.append(decode.Encoded(image, channels) if isinstance(image, bytes) else image)
+            opened_images.append(
+                decode.Encoded(image, channels) if isinstance(image, bytes) else image
+            )
         except decode.DecodeError as error:
             raise BadExampleError(row, str(error)) from error
-    return {**columns, 'image': found}
+    return {**columns, 'image': opened_images}
 
 
 def finished(columns: Columns, transform: Transform) -> Columns:
-    """The columns as arrays [B, ...], decoded and of one shape.
+    """Decode what is left and stack each column into an array [B, ...].
 
     Raises:
-      UserError: the images differ in shape, or there are parts that no array can hold.
+      UserError: the images differ in shape, or no array can hold a column.
     """
     result = {}
     for name, column in columns.items():
@@ -249,12 +273,12 @@ def _ragged(name: str, column: Any, transform: Transform) -> str:
 
 
 class ExampleSpec(NamedTuple):
-    """What a batch of transformed examples is made of: shape and type of each part."""
+    """Shape and type of every part of a transformed example."""
 
     parts: dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
-# Which axes of a part are the height and the width that the config says.
+# Rank of a part, and the axis of its height, which the width follows.
 _SIZED = {'image': (3, 0), 'video': (4, 1)}
 
 
@@ -264,19 +288,20 @@ def check(
     size: tuple[int, int],
     reads: tuple[str, ...] = ('image',),
 ) -> ExampleSpec:
-    """Tries a transform on the first example, before a device is touched.
+    """Try a transform on the first example, before a device is touched.
 
     Args:
       transform: from `parse`.
-      source: what it will be applied to.
-      size: (height, width) that the model needs of images and videos.
-      reads: the parts that the model takes.
+      source: the examples that it will be applied to.
+      size: (height, width) of images and videos that the model needs.
+      reads: names of the parts that the model takes.
 
     Returns:
-      What one example looks like afterwards.
+      The shapes and types of a transformed example.
 
     Raises:
-      UserError: another size comes out, it cannot be applied, or the example is damaged.
+      UserError: the result has another size or lacks a part, the transform cannot be applied, or
+        the example is damaged.
     """
     index = np.zeros(1, np.int64)
     try:
@@ -312,9 +337,9 @@ def _check_size(
 ) -> None:
     rank, first = _SIZED[part]
     if len(shape) != rank or shape[first : first + 2] != tuple(size):
-        found = 'x'.join(map(str, shape[first : first + 2]))
+        actual = 'x'.join(map(str, shape[first : first + 2]))
         fix = 'resize(size)' if part == 'image' else 'resize_video(size)'
         raise UserError(
-            f'{transform.key} gives {found} {part}s but image_size is '
+            f'{transform.key} gives {actual} {part}s but image_size is '
             f'{size[0]}x{size[1]}: add {fix}'
         )

@@ -1,4 +1,4 @@
-"""Videos to frames."""
+"""Operations on videos and their frames."""
 
 import io
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from big_vit.data.transforms.operations import (
     choice,
     pair,
     stacked,
-    whole,
+    whole_number,
 )
 
-# Eleven minutes at 30 frames a second: a longer file is no example.
+# Eleven minutes at 30 frames a second; no example is longer.
 _MOST_FRAMES = 20_000
-# Containers that say of each packet when it is shown. Others guess, and with B-frames wrongly.
+# Containers that store when each packet is shown; others guess, and wrongly with B-frames.
 _TIMED = ('mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm')
 
 Frame = UInt8[np.ndarray, 'height width 3']
@@ -31,15 +31,17 @@ Frame = UInt8[np.ndarray, 'height width 3']
 def read_frames(
     data: bytes, frames: int, stride: int, start: float | int | None
 ) -> UInt8[np.ndarray, 'frames height width 3']:
-    """Some frames of a video file, RGB, in the order in which they are shown.
+    """Read some RGB frames of a video file, in the order in which they are shown.
 
-    Of MP4, MOV, MKV and WebM, decoding begins at the last keyframe before the first of them; of
-    other files at the first frame. Colours follow the matrix and range that the file names (BT.601
-    where it names none). Rotations that are only noted beside the pictures are ignored.
+    Decoding begins at the last keyframe before them in MP4, MOV, MKV and WebM, and at the first
+    frame of other files. Colours follow the matrix and range that the file names (BT.601 where it
+    names none). Rotations stored as metadata are ignored.
 
     Args:
-      frames: how many, `stride` apart; where the clip ends before, its last is repeated.
-      start: where among the possible beginnings, in [0, 1); None for the middle.
+      data: the file.
+      frames: how many to read; a clip that is too short repeats its last one.
+      stride: distance between them.
+      start: position among the possible beginnings, in [0, 1); None for the middle.
 
     Raises:
       ValueError: it cannot be read, or is too long or too large.
@@ -54,7 +56,7 @@ def read_frames(
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise ValueError('damaged: it ends too early')
-                # What an edit list cuts away is there to be decoded, but is not shown.
+                # Frames that an edit list cuts away are decoded but not shown.
                 count += packet.size > 0 and not packet.is_discard
                 if packet.pts is not None and packet.is_keyframe:
                     keys.append(packet.pts)
@@ -62,17 +64,17 @@ def read_frames(
                     times.append(packet.pts)
                 if count > _MOST_FRAMES:
                     raise ValueError(f'more than {_MOST_FRAMES:,} frames')
-            found = None
+            clip = None
             if container.format.name in _TIMED and 0 < count == len(set(times)):
                 shown = np.sort(times)[_indices(count, frames, stride, start)].tolist()
-                found = _from_keyframe(container, stream, keys, shown)
-        return np.stack(found or _from_first(data, count, frames, stride, start))
+                clip = _from_keyframe(container, stream, keys, shown)
+        return np.stack(clip or _from_first(data, count, frames, stride, start))
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f'not a video, or damaged ({error})') from error
 
 
 def _indices(count: int, frames: int, stride: int, start: float | int | None) -> np.ndarray:
-    """Which of `count` frames are wanted, as `read_frames` says: int64 [frames]."""
+    """Return which of `count` frames `read_frames` takes, int64 [frames]."""
     spare = max(0, count - (frames - 1) * stride - 1)
     first = spare // 2 if start is None else int(start * (spare + 1))
     return np.minimum(first + np.arange(frames) * stride, count - 1)
@@ -81,12 +83,12 @@ def _indices(count: int, frames: int, stride: int, start: float | int | None) ->
 def _opened(data: bytes):
     import av
 
-    # Titles come in any encoding, and nobody reads them.
+    # Titles come in any encoding, and nothing here uses them.
     return av.open(io.BytesIO(data), 'r', metadata_errors='replace')
 
 
 def _stream(container, frames: int):
-    """The first video stream, in one thread."""
+    """Return the first video stream, to be decoded in one thread."""
     if not container.streams.video:
         raise ValueError('holds no video')
     stream = container.streams.video[0]
@@ -112,76 +114,79 @@ def _rgb(frame, stream) -> Frame:
 def _from_keyframe(
     container, stream, keys: Sequence[int], shown: Sequence[int]
 ) -> list[Frame] | None:
-    """The frames shown at these times; None where one does not come."""
+    """Decode the frames shown at these times; None if one is missing."""
     before = max((time for time in keys if time <= shown[0]), default=None)
     if before is None:
         return None
     container.seek(before, stream=stream, backward=True)
     needed = set(shown)
-    found: dict[int, Frame] = {}
+    decoded: dict[int, Frame] = {}
     for packet in container.demux(stream):
-        # A frame that no other is made from need not be decoded.
+        # An unwanted frame that no other depends on need not be decoded.
         wanted = packet.pts is None or packet.pts in needed
         stream.codec_context.skip_frame = 'DEFAULT' if wanted else 'NONREF'
         for frame in packet.decode():
             if frame.pts in needed:
-                found[frame.pts] = _rgb(frame, stream)
-        if len(found) == len(needed):
-            return [found[time] for time in shown]
+                decoded[frame.pts] = _rgb(frame, stream)
+        if len(decoded) == len(needed):
+            return [decoded[time] for time in shown]
     return None
 
 
 def _from_first(
     data: bytes, count: int, frames: int, stride: int, start: float | int | None
 ) -> list[Frame]:
-    """The same frames by counting what the decoder gives."""
+    """Decode the same frames by counting from the first one."""
     while count:
         wanted = _indices(count, frames, stride, start).tolist()
         needed, given = set(wanted), 0
-        found: dict[int, Frame] = {}
+        decoded: dict[int, Frame] = {}
         with _opened(data) as container:
             stream = _stream(container, frames)
             for frame in container.decode(stream):
                 if given in needed:
-                    found[given] = _rgb(frame, stream)
+                    decoded[given] = _rgb(frame, stream)
                 given += 1
-                if len(found) == len(needed):
-                    return [found[i] for i in wanted]
-        # Some packets show nothing. Now it is known how many frames there are.
+                if len(decoded) == len(needed):
+                    return [decoded[i] for i in wanted]
+        # Some packets show nothing; only now is the number of frames known.
         count = given
     raise ValueError('holds no frame that can be decoded')
 
 
 def decode_video(frames, stride=1, random_start=False) -> Operation:
-    """A video file to so many frames, `stride` apart, uint8 [frames, height, width, 3].
+    """Decode a video file to frames `stride` apart, uint8 [frames, height, width, 3].
 
-    They are those of the middle, or with `random_start` from anywhere; a clip that is too short
-    repeats its last frame. Any format that FFmpeg knows (`pip install 'av>=17'`).
+    They come from the middle, or from anywhere with `random_start`; a clip that is too short
+    repeats its last frame. FFmpeg (`pip install 'av>=17'`) reads the file.
     """
-    frames, stride = whole('frames', frames, 1, 4096), whole('stride', stride, 1, 4096)
+    frames, stride = (
+        whole_number('frames', frames, 1, 4096),
+        whole_number('stride', stride, 1, 4096),
+    )
     try:
         import av
     except ImportError as error:
         raise UnfitError(f"needs `pip install 'av>=17'` ({error})") from error
-    # Older ones cannot be told to convert colours in one thread.
+    # Older versions cannot convert colours in one thread.
     if int(av.__version__.partition('.')[0]) < 17:
         raise UnfitError(f"needs `pip install 'av>=17'`, not {av.__version__}")
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         clips = _need(columns)
         where = draw(0) if random_start else None
-        found = []
+        chosen = []
         for row, clip in enumerate(clips):
             start = None if where is None else float(where[row])
             try:
-                found.append(
+                chosen.append(
                     read_frames(clip, frames, stride, start)
                     if isinstance(clip, bytes)
                     else _chosen(clip, frames, stride, start)
                 )
             except ValueError as error:
                 raise BadExampleError(row, str(error)) from error
-        return {**columns, 'video': stacked(found)}
+        return {**columns, 'video': stacked(chosen)}
 
     return Operation(apply, random=bool(random_start))
 
@@ -192,7 +197,7 @@ def _chosen(
     stride: int,
     start: float | int | None,
 ) -> np.ndarray:
-    """The same frames of a clip that is an array already."""
+    """Take the same frames from a clip that is an array already."""
     return clip[_indices(len(clip), frames, stride, start)]
 
 
@@ -210,7 +215,7 @@ def _clips(columns: Columns) -> list[np.ndarray]:
 
 
 def resize_video(size, method='area') -> Operation:
-    """All frames to exactly this size."""
+    """Resize all frames to exactly this size."""
     size = pair(size)
     choice('method', method, *geometry.METHODS)
 
@@ -225,7 +230,7 @@ def resize_video(size, method='area') -> Operation:
 
 
 def crop_video(size, random=False) -> Operation:
-    """The middle of all frames, or with `random` a window anywhere, one for each clip."""
+    """Cut the middle of all frames, or with `random` one window anywhere per clip."""
     size = pair(size)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
@@ -250,7 +255,7 @@ def crop_video(size, random=False) -> Operation:
 
 
 def middle_frame() -> Operation:
-    """The frame in the middle of a clip, as an image."""
+    """Take the frame in the middle of a clip as an image."""
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         images = [clip[len(clip) // 2] for clip in _clips(columns)]
