@@ -26,7 +26,7 @@ any name, and what is not set comes from `data`.
 
 
 # Sections whose keys are arguments of registered functions, which have the defaults.
-SECTIONS = ('optim',)
+SECTIONS = ('optim', 'data')
 
 
 def values(check) -> str:

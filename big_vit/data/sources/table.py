@@ -231,24 +231,18 @@ def _parse(
         split = None if 'split' not in row else str(row['split'] or '').strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
-        labels, multilabel = _parse_labels(row[label_column], is_json)
+        cell = row[label_column]
+        multilabel = isinstance(cell, list)
+        if isinstance(cell, str) and not is_json:
+            multilabel = _SEPARATORS.search(cell) is not None
+            cell = [part.strip() for part in _SEPARATORS.split(cell) if part.strip()]
+        labels = cell if isinstance(cell, list) else [] if cell in (None, '') else [cell]
         for label in labels:
             if not isinstance(label, int | str):
                 raise UserError(
                     f'{file}, line {line}: labels must be numbers or names, not {label!r}'
                 )
         yield _Row(line, image, labels, multilabel, split)
-
-
-def _parse_labels(label: Any, is_json: bool) -> tuple[list[Any], bool]:
-    """Return (labels, whether the cell is a list of labels)."""
-    if isinstance(label, str) and not is_json and _SEPARATORS.search(label) is not None:
-        return [part.strip() for part in _SEPARATORS.split(label) if part.strip()], True
-    if isinstance(label, str) and not is_json:
-        label = label.strip()
-    if isinstance(label, list):
-        return label, True
-    return [] if label in (None, '') else [label], False
 
 
 def _check_path(name: str, table: files.Place, line: int, home: files.Place) -> None:
