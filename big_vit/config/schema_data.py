@@ -18,7 +18,7 @@ DATASET = {
     'text_column': Field(
         check_text,
         None,
-        "Ending of the members with the words of each image, such as 'txt' (tar).",
+        "Extension of the members with the text of each image, such as 'txt'.",
     ),
     'num_classes': Field(integer(1), None, "Classes; by default the source's own count."),
     'num_examples': Field(

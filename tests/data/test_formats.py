@@ -5,9 +5,12 @@ hf_disk by datasets 5.2 (to_parquet and save_to_disk), each with PNG pictures of
 `picture`.
 """
 
+import hashlib
+import inspect
 import io
 import json
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -25,6 +28,7 @@ from tiny import write_folder
 from big_vit.data import dataset, decode, files, order, transforms
 from big_vit.data.sources import arrays, arrow, folder, parquet, records, table, tar
 from big_vit.data.sources.base import Request
+from big_vit.data.sources.registry import SOURCES
 from big_vit.errors import UserError
 
 ORACLES = Path(__file__).parents[1] / 'oracles'
@@ -628,6 +632,45 @@ def spec_of(path, **changes):
     values = {'key': 'data', 'name': 'folder', 'split': 'train', 'transform': 'rrc(size)'}
     settings = (('path', str(path)),)
     return dataset.Spec(**{**values, 'image_size': (8, 8), 'settings': settings, **changes})
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_a_source_needs_its_keys_without_a_default(name):
+    parameters = inspect.signature(SOURCES[name]).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    spec = dataset.Spec('evals.x', name, 'nothing', '', (64, 64), num_classes=5)
+    message = 'evals.x.split: there is no split'
+    if required:
+        message = f"config: evals.x.{required[0]} must be set for evals.x.name='{name}'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataset.open_spec(spec)
+    assert set(required) <= {'path', 'tfds_name'}
+
+
+def test_resized_copies_are_found_again_by_what_they_are_made_of(tmp_path, monkeypatch):
+    """The order of the hashed values is part of the format: copies on disk are named by them."""
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    root = write_folder(tmp_path / 'set', 12, 3)
+    dataset.open_spec(spec_of(root, cache='resized', cache_side=8))
+    made_of = ['folder', str(root), None, 'train', None, None, None, None, 'folder:set', 12, 3, 8]
+    mark = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
+    assert [p.name for p in (tmp_path / 'cache' / 'records').iterdir()] == [mark]
+
+
+def test_splits_overlap_in_one_dataset_only_whatever_columns_are_read(tmp_path):
+    root = write_folder(tmp_path / 'set', 12, 3)
+    one = spec_of(root, split='train[:8]')
+    assert dataset.in_both(one, spec_of(root, split='train[6:]')) == 2
+    assert dataset.in_both(one, spec_of(write_folder(tmp_path / 'other', 12, 3))) == 0
+    (tmp_path / 'set' / 'all.csv').write_text('image,label,kind\n' + 'class0/0000.jpg,a,b\n' * 4)
+    table_ = {'name': 'table', 'split': 'train'}
+    path = ('path', str(tmp_path / 'set' / 'all.csv'))
+    specs = [
+        spec_of(root, **table_, settings=(path, ('label_column', column)))
+        for column in (None, 'kind')
+    ]
+    assert specs[0] != specs[1]
+    assert dataset.in_both(*specs) == 4
 
 
 def test_label_maps_and_subsets_come_from_the_config(tmp_path):

@@ -80,26 +80,12 @@ def tfds(
             shard, record = locate(index, ends)
             return f'{split.filepaths[shard]}, record {record}'
 
-        def checked(labels: np.ndarray, indices: Any) -> np.ndarray:
-            wrong = np.flatnonzero((labels < 0) | (labels >= label.num_classes))
-            if wrong.size:
-                # Some datasets publish a split without labels, and write -1.
-                raise UserError(
-                    f'{key}.split: example {indices[wrong[0]]} of {name!r} of {tfds_name} has '
-                    f'label {labels[wrong[0]]}, not one of {label.num_classes} classes: choose '
-                    'another split'
-                )
-            return labels
+        def checked(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+            what = f'{name!r} of {tfds_name}'
+            return _check_labels(labels, indices, label.num_classes, what, key)
 
         def load(indices: np.ndarray) -> Columns:
-            try:
-                examples = read([int(i) for i in indices])
-            except RuntimeError as error:  # Raised by array_record for a damaged file.
-                reason = ' '.join(str(error).split())[:200]
-                raise UserError(
-                    f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
-                    f'({reason}): copy the dataset again'
-                ) from error
+            examples = _read_examples(read, indices, where)
             values = [label.read(example) for example in examples]
             labels: Any = [np.asarray(value, np.int32) for value in values]
             if not label.multilabel:
@@ -131,6 +117,34 @@ def tfds(
         )
 
     return cut(f'tfds:{tfds_name}', list(info.splits), open_split, request)
+
+
+def _read_examples(
+    read: Callable[[list[int]], list[dict[str, Any]]],
+    indices: np.ndarray,
+    where: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    try:
+        return read([int(i) for i in indices])
+    except RuntimeError as error:  # Raised by array_record for a damaged file.
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
+            f'({reason}): copy the dataset again'
+        ) from error
+
+
+def _check_labels(
+    labels: np.ndarray, indices: np.ndarray, num_classes: int, what: str, key: str
+) -> np.ndarray:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        # Some datasets publish a split without labels, and write -1.
+        raise UserError(
+            f'{key}.split: example {indices[wrong[0]]} of {what} has label {labels[wrong[0]]}, '
+            f'not one of {num_classes} classes: choose another split'
+        )
+    return labels
 
 
 # --- Files -----------------------------------------------------------------------------
