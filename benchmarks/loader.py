@@ -85,7 +85,7 @@ def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
         split='train',
         transform=transform,
         image_size=(SIZE, SIZE),
-        path=str(folder),
+        settings=(('path', str(folder)),),
         cache=cache,
     )
     source, rest = dataset.open_examples((spec,))

@@ -14,6 +14,7 @@ from typing import Any
 
 from big_vit import runtime
 from big_vit.data.sources import prepared
+from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
 
@@ -85,7 +86,8 @@ def main(argv: list[str]) -> None:
         builder = _builder(args.name, data_dir, None)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     label = prepared.default_label(builder.info)
-    first = prepared.tfds(next(iter(sizes)), args.name, data_dir, label_column=label)
+    request = Request(next(iter(sizes)))
+    first = prepared.tfds(request, tfds_name=args.name, path=data_dir, label_column=label)
     more = f' --config.data.label_column={label}' if label else ''
     kept = builder.info.file_format.value
     print(

@@ -23,7 +23,7 @@ from big_vit import config as config_lib
 from big_vit import explain, metrics, runtime, storage, train
 from big_vit.config import Config
 from big_vit.data import files
-from big_vit.data.sources import base, folder
+from big_vit.data.sources import folder, splits
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.pretrained.load import model_keys_of
@@ -61,7 +61,7 @@ def unread_splits(config: Config) -> list[str]:
     if data.peek('name') != 'folder' or not data.peek('path'):
         return []
     texts = [data.peek('split'), *(config.evals[name].peek('split') for name in config.evals)]
-    read = {base.split_name(part) for text in texts for part in (text or 'test').split('+')}
+    read = {splits.split_name(part) for text in texts for part in (text or 'test').split('+')}
     folders = folder.split_folders(files.place(data.peek('path'), 'data.path'))
     return [name for name in folders if name not in read]
 

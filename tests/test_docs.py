@@ -9,6 +9,7 @@ from commands import ROOT
 from big_vit import augment
 from big_vit.config import registries, schema, schema_evals
 from big_vit.data import transforms
+from big_vit.data.sources.registry import SOURCES
 from big_vit.optim import factory
 
 REFERENCE = ROOT / 'docs' / 'make_reference.py'
@@ -25,7 +26,7 @@ any name, and what is not set comes from `data`.
 
 
 # Sections whose keys are arguments of registered functions, which have the defaults.
-SECTIONS = ('optim', 'evals.*')
+SECTIONS = ('task', 'data', 'evals.*', 'optim')
 
 
 def values(check) -> str:
@@ -124,6 +125,15 @@ def test_every_optimizer_is_documented_with_the_keys_that_it_reads():
         if line.startswith('| `') and len(cells) == 5:
             rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[3]))
     assert rows == {name: set(factory.defaults(name)) for name in factory.LAWS}
+
+
+def test_every_source_is_documented_with_the_keys_that_it_reads():
+    rows = {}
+    for line in (ROOT / 'docs' / 'data.md').read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == 3 and cells[0].strip('`') in SOURCES:
+            rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[2])) - {'num_classes'}
+    assert rows == {name: set(registries.SOURCES.keys(name)) for name in SOURCES}
 
 
 def test_every_evaluator_is_documented_with_the_keys_that_it_reads():

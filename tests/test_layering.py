@@ -59,7 +59,7 @@ ONLY_IN = {
     'grain': {'data/pipeline.py'},
     'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
     'array_record': {'data/sources/records.py'},
-    'pyarrow': {'data/sources/parquet.py'},
+    'pyarrow': {'data/sources/arrow.py'},
     'simplejpeg': {'data/decode.py', 'data/transforms/pixels.py'},
     'av': {'data/transforms/video.py'},
     'torch': {'interop/files.py'},

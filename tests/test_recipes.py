@@ -12,7 +12,7 @@ from tiny import MODEL, flags, overrides, png, write_features, write_folder
 from big_vit import config, interop, transfer, trees
 from big_vit.build.experiment import build_experiment
 from big_vit.data import sources
-from big_vit.data.sources import base
+from big_vit.data.sources.splits import split_name
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit, layout
 from big_vit.sweeps import study, sweep
@@ -164,7 +164,7 @@ def small(loaded, tfds_folder):
     ranges = {'train': '[:8]', 'val': '[8:16]', 'test': '[16:]'}
     for name, split in splits(loaded).items():
         key = 'data' if name == 'train' else f'evals.{name}'
-        found[f'{key}.split'] = base.split_name(split) + ranges[name]
+        found[f'{key}.split'] = split_name(split) + ranges[name]
     if loaded.data.name == 'tfds':
         found['data.path'] = str(tfds_folder(loaded.data.tfds_name))
     return found

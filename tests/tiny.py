@@ -82,10 +82,11 @@ def write_captioned(folder: Path, examples: int = 32) -> Path:
     """A shard of webdataset of the first training examples of `captions`: NAME.png, NAME.txt."""
     import cv2
 
-    from big_vit.data.sources import synthetic
+    from big_vit.data.sources import captions
+    from big_vit.data.sources.base import Request
 
     folder.mkdir(parents=True, exist_ok=True)
-    columns = synthetic.captions('train', 32).load(np.arange(examples))
+    columns = captions.captions(Request('train', image_size=(32, 32))).load(np.arange(examples))
     with tarfile.open(folder / 'train-000.tar', 'w') as archive:
         for i, (image, text) in enumerate(zip(columns['image'], columns['text'], strict=True)):
             encoded = cv2.imencode('.png', image[..., ::-1])[1].tobytes()

@@ -12,6 +12,7 @@ from big_vit import augment, state
 from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
@@ -64,7 +65,7 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
     if own is None and section.label_map is None and section.classes is None:
         own = classes
     # A key that this source does not read stays unread, so that `Config.audit` refuses it.
-    used = {name: section[name] for name in dataset.KEYS[section.name]}
+    settings = tuple((name, section[name]) for name in SOURCES.keys(section.name))
     return dataset.Spec(
         key=key,
         name=section.name,
@@ -72,12 +73,12 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
         transform=host,
         image_size=config.image_size,
         seed=config.seed,
+        settings=settings,
         num_classes=own,
         classes=section.classes,
         label_map=section.label_map,
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
-        **used,
     )
 
 
@@ -213,8 +214,8 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
     take = whole.__getitem__ if kind == 'mixture' else whole.peek
     if own.name is None or own.name == whole.peek('name'):
-        where = ('name', 'path', 'tfds_name', 'image_column', 'label_column', 'text_column')
-        what = ('num_classes', 'label_map', 'classes')
+        where = {key for source in SOURCES.entries() for key in SOURCES.keys(source)}
+        what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
     return own.completed(defaults)
 

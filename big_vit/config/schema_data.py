@@ -1,44 +1,24 @@
 """Keys of `data`, of the parts of `mixture`, and of the datasets of `evals`."""
 
 from big_vit.config.fields import Field, check_text, choice, classes, integer
+from big_vit.config.registries import SOURCES
 
-SOURCES = (
-    'fdsl',
-    'motion',
-    'orbit',
-    'tones',
-    'phrases',
-    'pairs',
-    'quiz',
-    'captions',
-    'digits',
-    'idx',
-    'arrays',
-    'folder',
-    'table',
-    'tar',
-    'parquet',
-    'tfds',
-    'records',
-)
 # None as a default means "not set": the value is required, inherited or absent.
 DATASET = {
-    'name': Field(choice(*SOURCES), None, 'Where examples come from; docs/data.md has them.'),
+    'name': Field(SOURCES.name, None, 'Where examples come from; docs/data.md has them.'),
     'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
     'path': Field(check_text, None, 'Folder or files, local or gs://; the data_dir for tfds.'),
     'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
-    'image_column': Field(
-        check_text, None, "Column of images (table, parquet, arrays). Own default: 'image'."
-    ),
+    'image_column': Field(check_text, None, 'Column of images.'),
     'label_column': Field(
         check_text,
         None,
-        "Column of labels (table, parquet, arrays, tar, tfds). Own default: 'label'; tar 'cls'.",
+        'Column of labels.',
     ),
     'text_column': Field(
         check_text,
         None,
-        "Ending of the members with the words of each image, such as 'txt' (tar).",
+        "Extension of the members with the text of each image, such as 'txt'.",
     ),
     'num_classes': Field(integer(1), None, "Classes; by default the source's own count."),
     'num_examples': Field(

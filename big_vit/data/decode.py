@@ -1,8 +1,8 @@
-"""Encoded images to pixels, of JPEG files no more than a crop needs.
+"""Decoding of images; of a JPEG, only the rows that a crop needs.
 
-JPEG goes to libjpeg-turbo (simplejpeg), PNG, WebP, TIFF and BMP to OpenCV, the rest to Pillow.
-All of them let other threads run meanwhile. Orientations in EXIF are ignored, as TensorFlow,
-torchvision and timm do.
+libjpeg-turbo (simplejpeg) decodes JPEG, OpenCV decodes PNG, WebP, TIFF and BMP, Pillow the rest.
+All of them release the interpreter lock. EXIF orientations are ignored, as in TensorFlow,
+torchvision and timm.
 """
 
 import io
@@ -15,36 +15,36 @@ from jaxtyping import Shaped
 
 Pixels = Shaped[np.ndarray, 'height width channels']
 
-# 16384 x 16384 is the largest size that a config can ask for; beyond it lie bombs.
+# 16384 x 16384, the largest size that a config can set; larger images are decompression bombs.
 MAX_PIXELS = 1 << 28
 _JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'
-# What is left of a file whose height was cut is no error; anything before it is.
+# Data left over after a reduced height are no error; anything before them is.
 _TRIMMED = re.compile(r'extraneous bytes before marker 0xd[0-79]')
 
 
 class DecodeError(ValueError):
-    """Not an image, damaged, or too large; the message says which."""
+    """Not an image, damaged, or too large; the message tells which."""
 
 
 class Encoded:
-    """An encoded image of which the size is known and no pixel is decoded yet.
+    """An encoded image whose header is read and whose pixels are not decoded yet.
 
     Attributes:
-      data: the file.
-      shape: (height, width, channels) of `pixels()`; channels is 0 where the file decides.
+      data: content of the file.
+      shape: (height, width, channels) of `pixels()`; channels is 0 if the file decides.
     """
 
     __slots__ = ('_jpeg', 'data', 'shape')
 
     def __init__(self, data: bytes, channels: int = 3):
-        """Reads the header.
+        """Read the header.
 
         Args:
-          data: a whole file.
-          channels: 1, 3 or 4 (RGBA) bytes a pixel; 0 is as in the file, whatever the depth.
+          data: content of a file.
+          channels: 1, 3 or 4 (RGBA) bytes a pixel; 0 keeps channels and depth of the file.
 
         Raises:
-          DecodeError: no known format, damaged, or more than MAX_PIXELS.
+          DecodeError: unknown format, damaged, or more than MAX_PIXELS.
         """
         self.data = data
         height, width, self._jpeg = _read_header(data)
@@ -55,7 +55,7 @@ class Encoded:
         self.shape = (height, width, channels)
 
     def pixels(self) -> Pixels:
-        """All of it, an array of its own.
+        """Decode the image into a new array.
 
         Raises:
           DecodeError: damaged.
@@ -68,19 +68,18 @@ class Encoded:
     def window(
         self, top: int, left: int, height: int, width: int, least: tuple[int, int]
     ) -> Pixels:
-        """A window of it, as it is or scaled down by 2, 4 or 8, but not below `least` pixels.
+        """Decode a window, at full size or scaled down by 2, 4 or 8, but not below `least` pixels.
 
-        Of a JPEG, no row below the window is decoded, and scaling happens in the inverse cosine
-        transform, which averages. What is given back lies in memory that the next call in the
-        same thread may overwrite.
+        No row of a JPEG below the window is decoded, and scaling happens in the inverse cosine
+        transform, which averages. The next call in the same thread may overwrite the result.
 
         Raises:
-          DecodeError: damaged, as far as the window goes.
+          DecodeError: damaged within the window or above it.
         """
         full, across, channels = self.shape
         if self._jpeg not in _TURBO or channels not in (1, 3):
             return self.pixels()[top : top + height, left : left + width]
-        # A scaled window begins and ends on whole pixels of the scaled image, so it may be off by
+        # A scaled window begins and ends on integer pixels of the scaled image, so it may be off by
         # less than one of those, of which there are at least `least`.
         scale = 1
         while scale < 8 and height >= 2 * scale * least[0] and width >= 2 * scale * least[1]:
@@ -93,12 +92,12 @@ class Encoded:
         return pixels[rows, columns]
 
 
-# What simplejpeg calls the colour spaces that libjpeg-turbo turns into grey or RGB.
+# Colour spaces that libjpeg-turbo converts to gray or RGB, as simplejpeg names them.
 _TURBO = ('YCbCr', 'Gray', 'RGB')
 
 
 def _read_header(data: bytes) -> tuple[int, int, str | None]:
-    """(height, width, colour space of a JPEG); DecodeError."""
+    """Return (height, width, colour space of a JPEG); DecodeError."""
     if data[:3] == _JPEG:
         import simplejpeg
 
@@ -118,7 +117,7 @@ def _read_header(data: bytes) -> tuple[int, int, str | None]:
     except UnidentifiedImageError as error:
         start = data[:8].hex(' ') or 'nothing'
         raise DecodeError(f'not an image ({len(data)} bytes that begin with {start})') from error
-    except Exception as error:  # Pillow's readers raise whatever a damaged header makes them.
+    except Exception as error:  # Pillow raises anything for a damaged header.
         raise DecodeError(f'damaged image ({error})') from error
     return height, width, None
 
@@ -127,15 +126,15 @@ _buffers = threading.local()
 
 
 def _buffer(size: int) -> np.ndarray:
-    """Memory of this thread, used again: new pages for each image cost a tenth of decoding it."""
-    found = getattr(_buffers, 'array', None)
-    if found is None or found.size < size:
-        found = _buffers.array = np.empty(size, np.uint8)
-    return found[:size]
+    """Return reused memory of this thread; new pages would take a tenth of the decoding time."""
+    buffer = getattr(_buffers, 'array', None)
+    if buffer is None or buffer.size < size:
+        buffer = _buffers.array = np.empty(size, np.uint8)
+    return buffer[:size]
 
 
 def _sequential_height(data: bytes) -> int | None:
-    """Where the height stands in a JPEG whose rows come in order and in one scan; else None."""
+    """Return the offset of the height in a JPEG with one sequential scan; None for others."""
     at, frame = 2, None
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], (data[at + 2] << 8) | data[at + 3]
@@ -152,16 +151,16 @@ def _sequential_height(data: bytes) -> int | None:
 def _turbo(
     data: bytes, height: int, rows: int, width: int, channels: int, scale: int
 ) -> tuple[np.ndarray, int]:
-    """At least the first `rows` rows, each scaled down; (pixels in `_buffer`, the scale).
+    """Decode at least the first `rows` rows, scaled down; return (pixels in `_buffer`, scale).
 
-    A JPEG has no index of its rows, and to find a crop all before it must be read. What lies
-    below it need not: with a smaller height in its header, the decoder stops there.
+    A JPEG has no index of its rows, so that all above a crop must be read. The rows below need
+    not be: with a smaller height in its header, the decoder stops there.
     """
     import simplejpeg
 
     if data[-2:] != b'\xff\xd9' and b'\xff\xd9' not in data[-1024:]:
         raise DecodeError('truncated JPEG (it has no end)')
-    # Blocks are up to 16 pixels high, and colour of the row below reaches into the last two.
+    # Blocks are up to 16 pixels high, and the colour of the row below affects the last two.
     kept = min(height, -(-(rows + 2) // 16) * 16)
     patched: bytes | bytearray = data
     if kept < height:
@@ -179,7 +178,7 @@ def _turbo(
         simplejpeg.decode_jpeg(
             patched,
             'GRAY' if channels == 1 else 'RGB',
-            # Exact, as Pillow's and torchvision's; the fast ones save 5 % and darken by a level.
+            # Exact, as in Pillow and torchvision; the fast ones save 5 % and darken by a level.
             fastdct=False,
             fastupsample=False,
             min_height=least[0] if scale > 1 else 0,
@@ -189,7 +188,7 @@ def _turbo(
             strict=True,
         )
     except ValueError as error:
-        # The decoder has then filled the buffer, and found more data than it was told of.
+        # With a reduced height, the decoder has filled the buffer and found more data.
         if kept == height or not _TRIMMED.search(str(error)):
             raise DecodeError(f'damaged JPEG ({error})') from error
     return buffer.reshape(*least, channels), scale
@@ -232,6 +231,6 @@ def _pillow(data: bytes, channels: int) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels)
             pixels = np.array(image.convert(mode) if mode else image)
-    except Exception as error:  # Pillow's readers raise whatever damaged data make them.
+    except Exception as error:  # Pillow raises anything for damaged data.
         raise DecodeError(f'damaged image ({error})') from error
     return pixels if pixels.ndim == 3 else pixels[..., None]

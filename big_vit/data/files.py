@@ -1,4 +1,4 @@
-"""Files to read from: local ones, and whatever fsspec knows (gs://, s3://, hf://, memory://)."""
+"""Local files, and those of the file systems of fsspec (gs://, s3://, hf://, memory://)."""
 
 import functools
 import hashlib
@@ -15,12 +15,12 @@ import numpy as np
 
 from big_vit.errors import UserError
 
-# What a pip command brings the file systems that fsspec does not carry itself.
+# Packages of the file systems that fsspec does not ship.
 _PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub'}
 
 
 class Place(NamedTuple):
-    """A file or folder: the file system that holds it, and its path there."""
+    """A file or folder: its file system, and its path there."""
 
     system: fsspec.AbstractFileSystem
     path: str
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a folder holds: a name, whether it is a folder, and the bytes of a file."""
+    """An entry of a folder: its name, whether it is a folder, and the bytes of a file."""
 
     name: str
     is_folder: bool
@@ -49,13 +49,14 @@ class Entry(NamedTuple):
 
 
 def place(path: str, key: str) -> Place:
-    """Where a path of the config points to; `~` and relative paths are those of this machine.
+    """Resolve a path of the config; `~` and relative paths are local.
 
     Args:
-      key: of the config, for messages, such as 'data.path'.
+      path: a local path or a URL.
+      key: config key for error messages, such as 'data.path'.
 
     Raises:
-      UserError: of a kind that cannot be read here.
+      UserError: the path is empty, or its protocol is not supported.
     """
     if not path:
         raise UserError(f'{key} must be set')
@@ -70,15 +71,15 @@ def place(path: str, key: str) -> Place:
 
 
 def entries(folder: Place) -> list[Entry]:
-    """What a folder holds, sorted by name; hidden files are left out.
+    """List a folder, sorted by name; hidden files are left out.
 
     Raises:
       OSError: it cannot be read.
     """
     if folder.is_local:
-        with os.scandir(folder.path) as found:
+        with os.scandir(folder.path) as scan:
             listed = [
-                Entry(e.name, e.is_dir(), 0 if e.is_dir() else e.stat().st_size) for e in found
+                Entry(e.name, e.is_dir(), 0 if e.is_dir() else e.stat().st_size) for e in scan
             ]
     else:
         listed = [
@@ -92,7 +93,7 @@ def entries(folder: Place) -> list[Entry]:
 
 
 def walk(folder: Place, below: str = '') -> Iterator[Entry]:
-    """All files below a folder, in order, their names being paths from there."""
+    """Yield all files below a folder, in order; their names are paths relative to it."""
     for entry in entries(folder):
         name = below + entry.name
         if entry.is_folder:
@@ -110,14 +111,14 @@ def is_folder(file: Place) -> bool:
 
 
 def read(file: Place) -> bytes:
-    """A whole file; OSError."""
+    """Read a file; OSError."""
     if file.is_local:
         with open(file.path, 'rb', buffering=0) as handle:  # noqa: PTH123  Hot: Path costs more.
             return handle.read()
     return file.system.cat_file(file.path)
 
 
-# Threads share descriptors: pread does not move a position. Bounded by the cache, closed by it.
+# Threads share descriptors, because pread has no position; the cache bounds and closes them.
 class _Descriptor:
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY)
@@ -130,7 +131,7 @@ _descriptor = functools.lru_cache(maxsize=512)(_Descriptor)
 
 
 def read_range(file: Place, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on.
+    """Read `size` bytes of a file from `offset` on.
 
     Raises:
       OSError: it cannot be read, or is shorter.
@@ -138,7 +139,7 @@ def read_range(file: Place, offset: int, size: int) -> bytes:
     if file.is_local:
         handle = _descriptor(file.path)
         data = os.pread(handle.number, size, offset)
-        while 0 < len(data) < size:  # A read gives at most 2 GiB.
+        while 0 < len(data) < size:  # A read returns at most 2 GiB.
             more = os.pread(handle.number, size - len(data), offset + len(data))
             if not more:
                 break
@@ -151,10 +152,10 @@ def read_range(file: Place, offset: int, size: int) -> bytes:
 
 
 def forward(file: Place) -> Callable[[int, int], bytes]:
-    """A reader of (offset, size), for going through a file from its start to its end.
+    """Return a function of (offset, size) that reads a file from its start to its end.
 
-    What follows is read along: little of a local file, where asking again costs nothing, and
-    much of a remote one, where each request takes its time. At the end of the file it gives less.
+    It reads ahead: little in a local file, where another read is cheap, and much in a remote one,
+    where each request is slow. At the end of the file it returns fewer bytes.
     """
     end = int(file.system.info(file.path)['size'])
     ahead = 1 << 14 if file.is_local else 1 << 22
@@ -171,13 +172,13 @@ def forward(file: Place) -> Callable[[int, int], bytes]:
 
 
 def cache_folder() -> Path:
-    """Where indices and converted copies are kept: $BIG_VIT_CACHE, or below ~/.cache."""
+    """Return the folder of indices and converted copies: $BIG_VIT_CACHE, or one below ~/.cache."""
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return Path(os.environ.get('BIG_VIT_CACHE') or f'{home}/big_vit').expanduser()
 
 
 def fingerprint(files: list[Place], *more: Any) -> str:
-    """Equal while the files are the same (by name, size and time of change)."""
+    """Hash the names, sizes and modification times of files, and `more`."""
     seen: list[Any] = list(more)
     for file in files:
         info = file.system.info(file.path)
@@ -189,15 +190,15 @@ def fingerprint(files: list[Place], *more: Any) -> str:
 def kept_arrays(
     kind: str, mark: str, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Arrays that are made once and mapped into memory from then on.
+    """Make arrays once, store them in the cache folder, and memory-map them from then on.
 
     Args:
-      kind: of what, a word such as 'tar', for the name of the folder.
-      mark: from `fingerprint`: others are made when it changes.
-      make: gives the arrays, by name.
+      kind: name of their folder, such as 'tar'.
+      mark: from `fingerprint`; the arrays are made again when it changes.
+      make: returns the arrays by name.
 
     Returns:
-      Arrays that cost no memory until they are looked at.
+      Arrays that take no memory until they are read.
     """
     folder = cache_folder() / kind / mark
     if not folder.exists():
@@ -209,10 +210,10 @@ def kept_arrays(
                 np.save(temporary / f'{name}.npy', array, allow_pickle=False)
             try:
                 temporary.rename(folder)
-            except OSError:  # Another process was faster; its arrays are the same.
+            except OSError:  # Another process stored the same arrays first.
                 shutil.rmtree(temporary)
         except OSError:
-            return arrays  # A disk that cannot be written to only costs time.
+            return arrays  # A read-only disk only costs time.
     return {
         file.stem: np.load(file, mmap_mode='r', allow_pickle=False)
         for file in sorted(folder.glob('*.npy'))

@@ -1,4 +1,4 @@
-"""From a source to batches on the devices; the only file that knows Grain."""
+"""Loading of batches from a source, in threads or processes; the only file that imports Grain."""
 
 import collections
 import concurrent.futures
@@ -22,12 +22,12 @@ from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
-# A few neighbouring rows are loaded together: their random numbers are drawn at once, and the
-# bookkeeping for one row would hold the interpreter lock as long as that for sixteen.
+# A few adjacent rows are loaded together: their random numbers are drawn at once, and the
+# bookkeeping for one row holds the interpreter lock as long as for sixteen.
 _ROWS_PER_TASK = 16
-# How many of the examples that follow a damaged one are tried in its place.
+# Number of examples after a damaged one that are tried in its place.
 _NEIGHBOURS = 16
-# Of mallopt(3).
+# Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Rows = slice | Int64[np.ndarray, ' rows']
@@ -36,14 +36,15 @@ Columns = dict[str, Any]
 
 @dataclass(frozen=True)
 class Order:
-    """Which examples come when; see `order.example_indices`.
+    """The order of examples; see `order.example_indices`.
 
     Attributes:
       batch_size: examples in the global batch, over all hosts.
       seed: of the order and of the transform.
-      shuffle: False gives the order of the source.
+      shuffle: False keeps the order of the source.
       repeats: views of each example in a batch.
-      lengths: of the parts of a mixture, whose counts in a cycle are `counts`.
+      lengths: of the parts of a mixture.
+      counts: positions of each part in a cycle, from `order.shares`; None without a mixture.
     """
 
     batch_size: int
@@ -56,7 +57,7 @@ class Order:
     def indices(
         self, step: int, length: int, rows: Rows = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(index, view) of the rows of batch `step`, from a source of this length."""
+        """Return (index, view) of the rows of batch `step` of a source of this length."""
         return order.example_indices(
             step,
             length=self.lengths if self.counts else length,
@@ -71,7 +72,7 @@ class Order:
 
 @dataclass
 class Meter:
-    """How fast a loader could be: rows loaded, and the seconds that its threads took for them."""
+    """Measures the capacity of a loader: rows loaded, and the thread seconds that took."""
 
     threads: int = 1
     rows: int = 0
@@ -85,7 +86,7 @@ class Meter:
             self.seconds += seconds
 
     def rate(self) -> float | None:
-        """Examples a second with all threads at work, since the last call if there were any.
+        """Return examples a second with all threads at work, since the last call that had any.
 
         None before any were loaded.
         """
@@ -97,19 +98,19 @@ class Meter:
 
 
 def default_threads() -> int:
-    """As many as this process may use processors."""
+    """Return the number of processors that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 4)
 
 
 @functools.cache
 def _tune_process() -> None:
-    """Settings of this process that loading in threads needs; no result depends on them."""
+    """Tune this process for loading in threads; no result depends on it."""
     import cv2
 
-    # OpenCV would start threads for each image, where each thread here has images of its own.
+    # OpenCV would start threads for each image, but images are parallel already.
     cv2.setNumThreads(1)
-    # The arrays of a batch are large enough for glibc to give them back to the system each time;
-    # faulting them in again holds up all threads (a third of the rate from a cache on two).
+    # The arrays of a batch are so large that glibc returns them to the system each time; page
+    # faults of new ones stall all threads (a third of the rate from a cache with two threads).
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
@@ -117,7 +118,7 @@ def _tune_process() -> None:
 
 
 def _columns(source: Source, transform: Transform, index: np.ndarray, keys: np.ndarray) -> Columns:
-    """Arrays [B, ...] of some examples, transformed; BadExampleError or OSError."""
+    """Load and transform examples, to arrays [B, ...]; BadExampleError or OSError."""
     return finished(transform(source.load(index), keys), transform)
 
 
@@ -129,21 +130,25 @@ def load(
     seed: int,
     skip_bad: bool = False,
 ) -> Columns:
-    """Some examples as the model will see them, but for what the devices do.
+    """Load examples and apply the host part of their transform.
 
     Args:
-      view: how often each example came before; with seed and index its randomness.
-      skip_bad: what cannot be read or decoded is replaced by the next example that can, and
-        marked in the column 'replaced' (uint8, 1 where that is so).
+      source: of the examples.
+      transform: applied to each.
+      index: of the examples, int64 [B].
+      view: number of earlier views of each; with seed and index it determines the randomness.
+      seed: of the transform.
+      skip_bad: replace examples that cannot be read or decoded by the next that can, and mark
+        them in the column 'replaced' (uint8, 1 if replaced).
 
     Returns:
       Arrays [B, ...].
 
     Raises:
-      UserError: an example is damaged; says where it lies.
+      UserError: an example is damaged; names its location.
     """
     try:
-        found = _columns(source, transform, index, order.example_keys(seed, view, index))
+        columns = _columns(source, transform, index, order.example_keys(seed, view, index))
         replaced = np.zeros(len(index), np.uint8)
     except (BadExampleError, OSError):
         views = np.broadcast_to(np.asarray(view, np.int64), index.shape)
@@ -151,15 +156,15 @@ def load(
             _load_one(source, transform, int(i), int(v), seed, skip_bad)
             for i, v in zip(index, views, strict=True)
         ]
-        found = {name: np.concatenate([row[name] for row, _ in rows]) for name in rows[0][0]}
-        replaced = np.array([away for _, away in rows], np.uint8)
-    return {**found, 'replaced': replaced} if skip_bad else found
+        columns = {name: np.concatenate([row[name] for row, _ in rows]) for name in rows[0][0]}
+        replaced = np.array([is_other for _, is_other in rows], np.uint8)
+    return {**columns, 'replaced': replaced} if skip_bad else columns
 
 
 def _load_one(
     source: Source, transform: Transform, index: int, view: int, seed: int, skip_bad: bool
 ) -> tuple[Columns, bool]:
-    """One example, or one that follows it, and whether it is another."""
+    """Load an example or one that follows it; return (columns, whether it is another)."""
     first: Exception | None = None
     for step in range(_NEIGHBOURS + 1 if skip_bad else 1):
         at = np.array([(index + step) % source.length], np.int64)
@@ -189,22 +194,22 @@ def train_batches(
     opener: Callable[[], tuple[Source, Transform]] | None = None,
     meter: Meter | None = None,
 ) -> Iterator[Columns]:
-    """Batches without end; the k-th is a function of (seed, start_step + k) alone.
+    """Yield batches forever; the k-th is a function of (seed, start_step + k) alone.
 
     Args:
-      source: where examples come from.
-      transform: applied to each; its randomness follows (seed, view, example).
-      order: which come when.
+      source: of the examples.
+      transform: applied to each; its randomness is a function of (seed, view, example).
+      order: of the examples.
       start_step: number of the first batch.
-      rows: the rows of the global batch that are wanted, from `local_rows`.
+      rows: rows of the global batch to load, from `local_rows`.
       skip_bad: see `load`.
-      num_threads: that load, by default one a processor.
-      workers: processes that load instead, each with a share of the threads.
-      opener: gives source and transform anew, for the workers; must be picklable.
-      meter: is told how long loading takes.
+      num_threads: number of loader threads, by default one a processor.
+      workers: number of processes to load in instead, each with a share of the threads.
+      opener: opens source and transform in a worker; must be picklable.
+      meter: measures the loading time.
 
     Yields:
-      Arrays [rows, ...]: 'image', 'label' and what else the transform leaves.
+      Arrays [rows, ...]: 'image', 'label' and other columns that the transform leaves.
     """
     _tune_process()
     numbers = np.arange(order.batch_size)[rows]
@@ -225,7 +230,7 @@ def train_batches(
 
 
 def eval_steps(length: int, batch_size: int) -> int:
-    """How many batches an evaluation has, the same on every host."""
+    """Return the number of batches of an evaluation, the same on every host."""
     return math.ceil(length / batch_size)
 
 
@@ -238,15 +243,15 @@ def eval_batches(
     skip_bad: bool = False,
     num_threads: int | None = None,
 ) -> Iterator[Columns]:
-    """Every example once, in the order of the source; `eval_steps` batches on every host.
+    """Yield every example once, in the order of the source; `eval_steps` batches on every host.
 
     Args:
-      source: where examples come from.
+      source: of the examples.
       transform: applied to each.
       batch_size: examples in the global batch, over all hosts.
-      rows: the rows of the global batch that are wanted, from `local_rows`.
+      rows: rows of the global batch to load, from `local_rows`.
       skip_bad: damaged examples count as padding instead of ending the evaluation.
-      num_threads: that load, by default one a processor.
+      num_threads: number of loader threads, by default one a processor.
 
     Yields:
       Arrays [rows, ...], among them 'mask', float32 [rows]: 1 for examples and 0 for the zeros
@@ -258,8 +263,8 @@ def eval_batches(
     def load_part(step: int, part: slice) -> Columns:
         position = step * batch_size + numbers[part]
         real = position < source.length
-        # A shape is needed even where a host has no example at all, so padding is loaded as
-        # the first example and then blanked.
+        # Shapes are needed even if a host has no example at all, so padding is loaded as
+        # the first example and then zeroed.
         batch = load(source, transform, np.where(real, position, 0), 0, 0, skip_bad)
         if skip_bad:
             real &= batch.pop('replaced') == 0
@@ -281,7 +286,7 @@ LoadPart = Callable[[int, slice], Columns]
 
 
 def _in_turn(load_part: LoadPart, steps: int | None, batch: int, meter: Meter) -> Iterator[Columns]:
-    """Whole batches 0, 1, ... one after the other, `steps` of them or without end."""
+    """Load complete batches one after the other, `steps` of them or forever."""
     step = 0
     while steps is None or step < steps:
         began = time.perf_counter()
@@ -299,7 +304,7 @@ def _parts(batch: int) -> list[slice]:
 
 
 class _Assembly:
-    """A batch that several threads fill, each its own rows."""
+    """A batch that several threads fill, each with different rows."""
 
     def __init__(self, rows: int):
         self._rows, self._lock = rows, threading.Lock()
@@ -313,24 +318,24 @@ class _Assembly:
                     for name, column in columns.items()
                 }
         for name, column in columns.items():
-            whole = self.columns[name]
-            if column.shape[1:] != whole.shape[1:]:
+            target = self.columns[name]
+            if column.shape[1:] != target.shape[1:]:
                 raise UserError(
-                    f'data: examples of one batch have {name} of {whole.shape[1:]} and '
+                    f'data: examples of one batch have {name} of {target.shape[1:]} and '
                     f'{column.shape[1:]}: add resize(size), a crop, rgb or grayscale to its '
                     'transform'
                 )
-            whole[part] = column
+            target[part] = column
 
 
 def _threaded(
     load_part: LoadPart, steps: int | None, batch: int, num_threads: int | None, meter: Meter
 ) -> Iterator[Columns]:
-    """Batches 0, 1, ... in order, of `batch` rows each, loaded in threads."""
+    """Load batches of `batch` rows in threads, and yield them in order."""
     threads = num_threads or default_threads()
     meter.threads = threads
     parts = _parts(batch)
-    # Enough tasks to keep all threads at work while the oldest batch is waited for.
+    # Enough tasks to keep all threads busy while the oldest batch is awaited.
     ahead = 1 + max(1, math.ceil(2 * threads / len(parts)))
 
     def run(assembly: _Assembly, step: int, part: slice) -> None:
@@ -362,7 +367,7 @@ def _threaded(
 
 
 class _WorkerTask:
-    """Loads parts of batches in another process, which opens the source for itself."""
+    """Loads parts of batches in a worker process, which opens the source itself."""
 
     def __init__(
         self,
@@ -397,21 +402,21 @@ class _WorkerTask:
         index, view = self._order.indices(self._start + step, source.length, rows)
         try:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
-        except UserError as error:  # Across processes only the text of an error survives.
+        except UserError as error:  # Only the text of an error crosses processes.
             return {'error': np.frombuffer(str(error).encode(), np.uint8)}
         return {**loaded, 'seconds': np.array([time.perf_counter() - began])}
 
 
-# Steps of a run without end; times the parts of a step it must fit in 64 bits.
+# Steps of an endless run; times the parts of a step it must fit in 64 bits.
 _ENDLESS = 1 << 40
 
 
 def _in_processes(task: _WorkerTask, batch: int, workers: int, meter: Meter) -> Iterator[Columns]:
-    """Batches 0, 1, ... in order, whose parts the workers load in turn."""
+    """Load parts of batches in workers in turn, and yield the batches in order."""
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # Grain asks for flags, of which this program has none.
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nothing here parses.
         flags.FLAGS.mark_as_parsed()
     threads = max(1, default_threads() // workers)
     meter.threads = workers * threads

@@ -1,4 +1,4 @@
-"""Batches of NumPy arrays as global arrays on the devices, one ahead of the step."""
+"""Transfer of NumPy batches to global arrays on the devices, ahead of the step."""
 
 import queue
 import threading
@@ -13,13 +13,13 @@ from big_vit.errors import UserError
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.ndarray, ' rows']:
-    """Which rows of the global batch this process has to load, ascending.
+    """Return the rows of the global batch that this process has to load, ascending.
 
-    They need not be neighbours: on a pod the devices of a host are a small square of
-    the chips' network, not a run of the mesh.
+    They need not be adjacent: on a pod the devices of a host are a small square of
+    the network of chips, not a consecutive part of the mesh.
 
     Args:
-      sharding: of the batch, over its leading axis.
+      sharding: of the batch over its leading axis.
       batch_size: examples in the global batch.
 
     Raises:
@@ -32,12 +32,12 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> Int64[np.nda
             f'batch_size={batch_size} cannot be split over {len(sharding.device_set)} devices: '
             'make it a multiple of the replica and fsdp axes of the mesh'
         ) from error
-    every = np.arange(batch_size, dtype=np.int64)
-    return np.unique(np.concatenate([every[part[0]] for part in parts if part is not None]))
+    rows = np.arange(batch_size, dtype=np.int64)
+    return np.unique(np.concatenate([rows[part[0]] for part in parts if part is not None]))
 
 
 class _Failure:
-    """What a worker thread raised."""
+    """An exception raised in a worker thread."""
 
     def __init__(self, error: BaseException):
         self.error = error
@@ -85,7 +85,7 @@ class DeviceBatches:
             if len(local) != len(rows):
                 raise ValueError(f'{len(local)} rows, but this process holds {len(rows)}')
             shape = (batch_size, *local.shape[1:])
-            # This transfer is the one that is meant, also under a guard of the whole process.
+            # This transfer is intended, also if the process guards against transfers.
             with jax.transfer_guard('allow'):
                 return jax.make_array_from_callback(shape, sharding, part)
 
@@ -104,7 +104,7 @@ class DeviceBatches:
         try:
             move_all()
         except BaseException as error:
-            # Whatever it is, the consumer must hear of it, or it waits for ever.
+            # The consumer must learn of any exception, or it waits forever.
             last = _Failure(error)
         put(last)
 
@@ -123,7 +123,7 @@ class DeviceBatches:
         raise item.error
 
     def close(self) -> None:
-        """Ends the thread; what was loaded ahead is dropped. May be called again."""
+        """Stop the thread and drop the batches loaded ahead; may be called again."""
         self._closed.set()
         while True:
             try:
@@ -147,18 +147,18 @@ def to_device(
     prefetch: int = 1,
     meter: Meter | None = None,
 ) -> DeviceBatches:
-    """Moves batches to the devices in a thread, ahead of the step that needs them.
+    """Transfer batches to the devices in a thread, ahead of the step that needs them.
 
     Args:
-      batches: of arrays [rows, ...] with the rows of this process.
-      sharding: of every array, over its leading axis.
+      batches: of arrays [rows, ...], the rows of this process.
+      sharding: of every array over its leading axis.
       batch_size: examples in the global batch.
-      prefetch: how many batches may wait on the devices, at least 1.
-      meter: of what makes the batches, for whoever holds the iterator.
+      prefetch: number of batches that may wait on the devices, at least 1.
+      meter: of the loader of the batches, for the owner of the iterator.
 
     Returns:
       An iterator over dicts of global arrays [batch_size, ...], to be closed after use (it
-      is a context manager). An exception in the thread is raised by the `next` that comes
-      to it, with its own traceback.
+      is a context manager). An exception in the thread is raised by the `next` that reaches it,
+      with the original traceback.
     """
     return DeviceBatches(batches, sharding, batch_size=batch_size, prefetch=prefetch, meter=meter)

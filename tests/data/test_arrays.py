@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from big_vit.data.sources import arrays
+from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
 IMAGES = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
@@ -28,36 +29,41 @@ def saved(path, **parts):
 def test_a_folder_of_archives(tmp_path):
     saved(tmp_path / 'train.npz', image=IMAGES, label=LABELS)
     saved(tmp_path / 'held.npz', image=IMAGES[1:], label=LABELS[1:])
-    assert arrays.arrays('train', str(tmp_path)).length == 3
-    loaded = arrays.arrays('held', str(tmp_path)).load(np.array([1]))
+    assert arrays.arrays(Request('train'), path=str(tmp_path)).length == 3
+    loaded = arrays.arrays(Request('held'), path=str(tmp_path)).load(np.array([1]))
     np.testing.assert_array_equal(loaded['image'][0, ..., 0], IMAGES[2])
     assert loaded['label'].tolist() == [1]
     np.save(tmp_path / 'held_images.npy', IMAGES)
     np.save(tmp_path / 'held_labels.npy', LABELS)
-    refused(lambda: arrays.arrays('held', str(tmp_path)), 'the split held more than once')
+    refused(
+        lambda: arrays.arrays(Request('held'), path=str(tmp_path)), 'the split held more than once'
+    )
 
 
 def test_an_archive_of_several_splits_in_a_folder_keeps_their_names(tmp_path):
     parts = {'x_train': IMAGES, 'y_train': LABELS, 'x_test': IMAGES[:1], 'y_test': LABELS[:1]}
     saved(tmp_path / 'digits.npz', **parts)
-    assert arrays.arrays('train', str(tmp_path)).length == 3
-    assert arrays.arrays('test', str(tmp_path)).length == 1
+    assert arrays.arrays(Request('train'), path=str(tmp_path)).length == 3
+    assert arrays.arrays(Request('test'), path=str(tmp_path)).length == 1
 
 
 def test_columns_by_any_name(tmp_path):
     path = saved(tmp_path / 'x.npz', pixels=IMAGES, kind=LABELS, other=LABELS)
-    source = arrays.arrays('train', path, 'pixels', 'kind')
+    source = arrays.arrays(Request('train'), path=path, image_column='pixels', label_column='kind')
     assert source.labels().tolist() == LABELS.tolist()
-    refused(lambda: arrays.arrays('train', path), r'it has kind, other, pixels\)')
+    refused(lambda: arrays.arrays(Request('train'), path=path), r'it has kind, other, pixels\)')
 
 
 def test_the_number_of_classes_is_that_of_training(tmp_path):
     parts = {'train_images': IMAGES, 'train_labels': LABELS}
     path = saved(tmp_path / 'x.npz', **parts, val_images=IMAGES[:1], val_labels=LABELS[:1])
-    assert arrays.arrays('val', path).num_classes == 3
+    assert arrays.arrays(Request('val'), path=path).num_classes == 3
     path = saved(tmp_path / 'y.npz', **parts, val_images=IMAGES[:1], val_labels=LABELS[:1] + 3)
-    refused(lambda: arrays.arrays('val', path), 'example 0 of val has label 3, not one of 3')
-    assert arrays.arrays('val', path, num_classes=4).num_classes == 4
+    refused(
+        lambda: arrays.arrays(Request('val'), path=path),
+        'example 0 of val has label 3, not one of 3',
+    )
+    assert arrays.arrays(Request('val', num_classes=4), path=path).num_classes == 4
 
 
 @pytest.mark.parametrize('kind', ['>u2', '>f4', '>f8', '<u2'])
@@ -66,7 +72,7 @@ def test_either_order_of_bytes_and_axes(tmp_path, kind, fortran):
     images = IMAGES[..., None].repeat(5, -1).astype(kind)
     np.save(tmp_path / 'train_images.npy', np.asfortranarray(images) if fortran else images)
     np.save(tmp_path / 'train_labels.npy', LABELS.astype('>i8'))
-    loaded = arrays.arrays('train', str(tmp_path)).load(np.array([2, 0]))
+    loaded = arrays.arrays(Request('train'), path=str(tmp_path)).load(np.array([2, 0]))
     assert loaded['image'].dtype == (np.float32 if kind == '>f8' else np.dtype(kind[1:]))
     assert loaded['image'].flags.c_contiguous
     np.testing.assert_array_equal(loaded['image'], images[[2, 0]])
@@ -75,7 +81,9 @@ def test_either_order_of_bytes_and_axes(tmp_path, kind, fortran):
 
 def test_videos(tmp_path):
     videos = np.arange(2 * 3 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 3, 4, 5, 3)
-    source = arrays.arrays('train', saved(tmp_path / 'x.npz', image=videos, label=LABELS[:2]))
+    source = arrays.arrays(
+        Request('train'), path=saved(tmp_path / 'x.npz', image=videos, label=LABELS[:2])
+    )
     np.testing.assert_array_equal(source.load(np.array([1]))['video'], videos[1:])
 
 
@@ -85,7 +93,7 @@ def test_files_larger_than_memory_are_mapped(tmp_path):
     shape = (count, 1024, 1024)
     np.lib.format.open_memmap(tmp_path / 'train_images.npy', 'w+', np.uint8, shape)[-1, 5, 7] = 9
     np.save(tmp_path / 'train_labels.npy', np.zeros(count, np.uint8))
-    source = arrays.arrays('train', str(tmp_path))
+    source = arrays.arrays(Request('train'), path=str(tmp_path))
     last = source.load(np.array([count - 1]))['image']
     assert (last[0, 5, 7, 0], int(last.sum())) == (9, 9)
 
@@ -107,7 +115,7 @@ def test_files_larger_than_memory_are_mapped(tmp_path):
 )
 def test_mistakes_with_labels(tmp_path, parts, message):
     path = saved(tmp_path / 'x.npz', **parts)
-    refused(lambda: arrays.arrays('train', path), message)
+    refused(lambda: arrays.arrays(Request('train'), path=path), message)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +129,12 @@ def test_mistakes_with_labels(tmp_path, parts, message):
 def test_splits_have_labels_of_one_kind(tmp_path, train, val, message):
     parts = {'train_images': IMAGES, 'train_labels': train}
     path = saved(tmp_path / 'x.npz', **parts, val_images=IMAGES, val_labels=val)
-    assert arrays.arrays('train', path).length == 3
-    refused(lambda: arrays.arrays('val', path), message)
+    assert arrays.arrays(Request('train'), path=path).length == 3
+    refused(lambda: arrays.arrays(Request('val'), path=path), message)
 
 
 def test_a_path_is_needed():
-    refused(lambda: arrays.arrays('train', ''), r'data\.path must be set')
+    refused(lambda: arrays.arrays(Request('train'), path=''), r'data\.path must be set')
 
 
 def header(shape):
@@ -151,14 +159,17 @@ def test_entries_that_are_not_what_they_claim(tmp_path, entry, message):
         archive.writestr('image.npy', entry)
         archive.writestr('label.npy', header((1,)) + b'\0')
         archive.writestr('readme.txt', b'')
-    refused(lambda: arrays.arrays('train', str(tmp_path / 'x.npz')), message)
+    refused(lambda: arrays.arrays(Request('train'), path=str(tmp_path / 'x.npz')), message)
 
 
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / 'x.npz', image=np.zeros((3, 1000, 1000)), label=LABELS)
     assert (tmp_path / 'x.npz').stat().st_size < 50_000
     monkeypatch.setattr(arrays, '_memory', lambda: 20_000_000)
-    refused(lambda: arrays.arrays('train', str(tmp_path / 'x.npz')), 'image has 24,000,000 bytes')
+    refused(
+        lambda: arrays.arrays(Request('train'), path=str(tmp_path / 'x.npz')),
+        'image has 24,000,000 bytes',
+    )
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -178,7 +189,9 @@ def test_damage_anywhere_is_told_in_a_line(tmp_path):
                 damaged[at] = rng.integers(0, 256)
             target.write_bytes(damaged)
             try:
-                arrays.arrays('train', str(target.parent if end else target)).load(np.arange(1))
+                arrays.arrays(Request('train'), path=str(target.parent if end else target)).load(
+                    np.arange(1)
+                )
             except UserError as error:
                 assert '\n' not in str(error)
                 told += 1

@@ -312,7 +312,7 @@ def test_a_folder_of_sounds_is_a_dataset_of_images(tmp_path):
         split='train',
         transform='decode_audio(8000, 0.2) | log_mel(8000, 16) | mask_time(3) | resize(size)',
         image_size=(16, 16),
-        path=str(tmp_path),
+        settings=(('path', str(tmp_path)),),
     )
     source, rest = dataset.open_examples((spec,))
     assert transforms.check(rest, source, (16, 16)).parts['image'][0] == (16, 16, 1)

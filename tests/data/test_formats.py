@@ -5,9 +5,12 @@ hf_disk by datasets 5.2 (to_parquet and save_to_disk), each with PNG pictures of
 `picture`.
 """
 
+import hashlib
+import inspect
 import io
 import json
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -23,7 +26,9 @@ from PIL import Image
 from tiny import write_folder
 
 from big_vit.data import dataset, decode, files, order, transforms
-from big_vit.data.sources import arrays, folder, parquet, records, table, tar
+from big_vit.data.sources import arrays, arrow, folder, parquet, records, table, tar
+from big_vit.data.sources.base import Request
+from big_vit.data.sources.registry import SOURCES
 from big_vit.errors import UserError
 
 ORACLES = Path(__file__).parents[1] / 'oracles'
@@ -71,7 +76,7 @@ def test_a_folder_of_classes(tmp_path):
         write(tmp_path / 'set' / name, png(i))
     write(tmp_path / 'set' / 'ant' / 'notes.md', b'no image')
     write(tmp_path / 'set' / 'ant' / '.hidden.png', b'')
-    source = folder.folder('train', str(tmp_path / 'set'))
+    source = folder.folder(Request('train'), path=str(tmp_path / 'set'))
     assert (source.class_names, source.num_classes, source.length) == (('ant', 'zebra'), 2, 4)
     loaded = source.load(np.arange(4))
     assert loaded['label'].tolist() == [0, 0, 1, 1]
@@ -82,24 +87,27 @@ def test_a_folder_of_classes(tmp_path):
 
 def test_folders_of_splits(tmp_path):
     root = write_folder(tmp_path / 'set', 12, 3, splits=('train', 'val'))
-    assert folder.folder('train+val', str(root)).length == 24
+    assert folder.folder(Request('train+val'), path=str(root)).length == 24
     (root / 'val' / 'class1').rename(root / 'val' / 'other')
     refused(
-        lambda: folder.folder('val', str(root)), r'val has classes that train has not \(other\)'
+        lambda: folder.folder(Request('val'), path=str(root)),
+        r'val has classes that train has not \(other\)',
     )
-    refused(lambda: folder.folder('test', str(root)), r"no split 'test', only train, val")
+    refused(
+        lambda: folder.folder(Request('test'), path=str(root)), r"no split 'test', only train, val"
+    )
     # A class that an evaluation lacks is no mistake; its numbers stay those of training.
     for file in (root / 'val' / 'other').iterdir():
         file.unlink()
     (root / 'val' / 'other').rmdir()
-    assert set(folder.folder('val', str(root)).labels()) == {0, 2}
+    assert set(folder.folder(Request('val'), path=str(root)).labels()) == {0, 2}
 
 
 def test_a_folder_in_memory_of_fsspec(tmp_path):
     system = fsspec.filesystem('memory')
     for i in range(4):
         system.pipe(f'/set/train/{"ab"[i % 2]}/{i}.png', png(i))
-    source = folder.folder('train', 'memory://set')
+    source = folder.folder(Request('train'), path='memory://set')
     assert_pictures(source.load(np.array([1, 2]))['image'], [2, 1])
     assert source.place(0) == 'memory:///set/train/a/0.png'
 
@@ -107,10 +115,12 @@ def test_a_folder_in_memory_of_fsspec(tmp_path):
 def test_other_media_are_known_by_their_extensions(tmp_path):
     write(tmp_path / 'words' / 'a' / '1.txt', 'grün'.encode())
     write(tmp_path / 'sounds' / 'a' / '1.wav', b'RIFF')
-    assert folder.folder('train', str(tmp_path / 'words')).load(np.array([0]))['text'] == ['grün']
-    assert folder.folder('train', str(tmp_path / 'sounds')).load(np.array([0]))['audio'] == [
-        b'RIFF'
-    ]
+    assert folder.folder(Request('train'), path=str(tmp_path / 'words')).load(np.array([0]))[
+        'text'
+    ] == ['grün']
+    assert folder.folder(Request('train'), path=str(tmp_path / 'sounds')).load(np.array([0]))[
+        'audio'
+    ] == [b'RIFF']
 
 
 def test_links_are_followed_but_not_for_ever(tmp_path):
@@ -118,7 +128,7 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
     (tmp_path / 'set' / 'a').mkdir(parents=True)
     (tmp_path / 'set' / 'a' / 'loop').symlink_to(tmp_path / 'set' / 'a')
     (tmp_path / 'set' / 'a' / 'link.png').symlink_to(tmp_path / 'elsewhere' / '0.png')
-    assert folder.folder('train', str(tmp_path / 'set')).length == 1
+    assert folder.folder(Request('train'), path=str(tmp_path / 'set')).length == 1
 
 
 def test_a_folder_of_many_files_opens_fast_and_small(tmp_path):
@@ -129,7 +139,7 @@ def test_a_folder_of_many_files_opens_fast_and_small(tmp_path):
         for i in range(count // 20):
             os.close(os.open(at / f'picture-number-{i:06d}.jpg', os.O_CREAT))
     began, memory = time.perf_counter(), psutil.Process().memory_info().rss
-    source = folder.folder('train', str(tmp_path / 'set'))
+    source = folder.folder(Request('train'), path=str(tmp_path / 'set'))
     assert source.length == count
     assert time.perf_counter() - began < 3
     assert psutil.Process().memory_info().rss - memory < 60e6
@@ -139,21 +149,35 @@ def test_a_folder_of_many_files_opens_fast_and_small(tmp_path):
 def test_mistakes_with_folders(tmp_path):
     (tmp_path / 'empty').mkdir()
     refused(
-        lambda: folder.folder('train', str(tmp_path / 'none')), r'data\.path: .* is not a folder'
+        lambda: folder.folder(Request('train'), path=str(tmp_path / 'none')),
+        r'data\.path: .* is not a folder',
     )
     refused(
-        lambda: folder.folder('train', str(tmp_path / 'empty')), 'has no folders: put the files'
+        lambda: folder.folder(Request('train'), path=str(tmp_path / 'empty')),
+        'has no folders: put the files',
     )
-    refused(lambda: folder.folder('train', ''), r'data\.path must be set')
+    refused(lambda: folder.folder(Request('train'), path=''), r'data\.path must be set')
     write(tmp_path / 'docs' / 'a' / 'x.pdf', b'')
-    refused(lambda: folder.folder('train', str(tmp_path / 'docs')), r'only files with \.pdf\)')
+    refused(
+        lambda: folder.folder(Request('train'), path=str(tmp_path / 'docs')),
+        r'only files with \.pdf\)',
+    )
     write(tmp_path / 'both' / 'a' / 'x.png', b'')
     write(tmp_path / 'both' / 'b' / 'x.mp4', b'')
-    refused(lambda: folder.folder('train', str(tmp_path / 'both')), 'image and video files')
+    refused(
+        lambda: folder.folder(Request('train'), path=str(tmp_path / 'both')),
+        'image and video files',
+    )
     root = str(write_folder(tmp_path / 'set', 12, 3))
-    refused(lambda: folder.folder('train', root, 2), 'num_classes is 2 but set has 3|has 3 classes')
-    refused(lambda: folder.folder('train[:0]', root), 'holds no example')
-    refused(lambda: folder.folder('train', 'nope://x'), r"data\.path: cannot read 'nope://x'")
+    refused(
+        lambda: folder.folder(Request('train', num_classes=2), path=root),
+        'num_classes is 2 but set has 3|has 3 classes',
+    )
+    refused(lambda: folder.folder(Request('train[:0]'), path=root), 'holds no example')
+    refused(
+        lambda: folder.folder(Request('train'), path='nope://x'),
+        r"data\.path: cannot read 'nope://x'",
+    )
 
 
 # --- Tables ----------------------------------------------------------------------------
@@ -173,18 +197,18 @@ def test_a_csv_with_names_and_splits(tmp_path):
         'image,label,split\n0.png,cat,train\n1.png,"a, b",train\n2.png,cat,test\n',
         'x.csv',
     )
-    source = table.table('train', path)
+    source = table.table(Request('train'), path=path)
     assert (source.class_names, source.length) == (('a, b', 'cat'), 2)
     loaded = source.load(np.array([1, 0]))
     assert loaded['label'].tolist() == [0, 1]
     assert_pictures(loaded['image'], [1, 0])
     assert source.place(1).endswith('1.png (' + path + ', line 3)')
-    assert table.table('test', path).labels().tolist() == [1]
+    assert table.table(Request('test'), path=path).labels().tolist() == [1]
 
 
 def test_a_tsv_and_numbers(tmp_path):
     path = tabled(tmp_path, 'label\timage\n3\t0.png\n1\t1.png\n', 'x.tsv')
-    source = table.table('train', path)
+    source = table.table(Request('train'), path=path)
     assert (source.num_classes, source.class_names) == (4, None)
     assert source.labels().tolist() == [3, 1]
 
@@ -192,10 +216,10 @@ def test_a_tsv_and_numbers(tmp_path):
 def test_several_labels(tmp_path):
     lines = [{'image': '0.png', 'label': ['a', 'c']}, {'image': '1.png', 'label': []}]
     path = tabled(tmp_path, '\n'.join(map(json.dumps, lines)), 'x.jsonl')
-    found = table.table('train', path).load(np.arange(2))['label']
+    found = table.table(Request('train'), path=path).load(np.arange(2))['label']
     assert [label.tolist() for label in found] == [[0, 1], []]
     path = tabled(tmp_path, 'image,label\n0.png,a|c\n1.png,c\n', 'y.csv')
-    found = table.table('train', path).load(np.arange(2))['label']
+    found = table.table(Request('train'), path=path).load(np.arange(2))['label']
     assert [label.tolist() for label in found] == [[0, 1], [1]]
 
 
@@ -216,15 +240,22 @@ def test_several_labels(tmp_path):
 )
 def test_mistakes_with_tables(tmp_path, text, name, message):
     path = tabled(tmp_path, text, name)
-    refused(lambda: table.table('train', path), message)
+    refused(lambda: table.table(Request('train'), path=path), message)
 
 
 def test_mistakes_with_where_tables_are(tmp_path):
-    refused(lambda: table.table('train', str(tmp_path / 'x.csv')), 'there is no file')
-    refused(lambda: table.table('train', str(tmp_path)), r'no \.csv, \.tsv or \.jsonl file in')
-    refused(lambda: table.table('train', str(tmp_path / 'x')), 'neither a folder nor a')
+    refused(lambda: table.table(Request('train'), path=str(tmp_path / 'x.csv')), 'there is no file')
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path)),
+        r'no \.csv, \.tsv or \.jsonl file in',
+    )
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path / 'x')), 'neither a folder nor a'
+    )
     (tmp_path / 'x.csv').write_bytes(b'image,label\n\xff\xfe,a')
-    refused(lambda: table.table('train', str(tmp_path / 'x.csv')), 'not text in UTF-8')
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path / 'x.csv')), 'not text in UTF-8'
+    )
 
 
 # --- Arrays ----------------------------------------------------------------------------
@@ -239,19 +270,19 @@ def test_arrays_in_the_layouts_that_are_usual(tmp_path):
     np.save(tmp_path / 'npy' / 'train_images.npy', images)
     np.save(tmp_path / 'npy' / 'train_labels.npy', labels)
     for path in ('keras.npz', 'med.npz', 'plain.npz', 'npy'):
-        source = arrays.arrays('train', str(tmp_path / path))
+        source = arrays.arrays(Request('train'), path=str(tmp_path / path))
         assert (source.length, source.num_classes, source.image_shape) == (4, 3, (3, 4, 1))
         loaded = source.load(np.array([2, 0]))
         np.testing.assert_array_equal(loaded['image'][..., 0], images[[2, 0]])
         assert loaded['label'].tolist() == [1, 0]
-    assert arrays.arrays('test', str(tmp_path / 'keras.npz')).length == 4
+    assert arrays.arrays(Request('test'), path=str(tmp_path / 'keras.npz')).length == 4
 
 
 @pytest.mark.parametrize('kind', [np.uint8, np.uint16, np.float32, np.float64])
 def test_arrays_of_any_depth_and_number_of_channels(tmp_path, kind):
     images = (np.random.default_rng(0).random((3, 5, 6, 13)) * 200).astype(kind)
     np.savez(tmp_path / 'x.npz', image=images, label=np.eye(3, 4, dtype=np.uint8))
-    source = arrays.arrays('train', str(tmp_path / 'x.npz'))
+    source = arrays.arrays(Request('train'), path=str(tmp_path / 'x.npz'))
     loaded = source.load(np.arange(3))
     assert loaded['image'].dtype == (np.float32 if kind == np.float64 else kind)
     np.testing.assert_allclose(loaded['image'], images, rtol=1e-6)
@@ -266,7 +297,7 @@ def test_mistakes_with_arrays(tmp_path):
 
     def opened(**parts):
         path = saved(**parts)
-        return lambda: arrays.arrays('train', path)
+        return lambda: arrays.arrays(Request('train'), path=path)
 
     good = np.zeros((3, 4, 4), np.uint8)
     refused(opened(image=good), r'no arrays of images and labels .*\(it has image\)')
@@ -282,10 +313,13 @@ def test_mistakes_with_arrays(tmp_path):
     objects = np.array([good, None, 1], object)
     refused(opened(image=objects, label=np.zeros(3, int)), 'Python objects, which is never read')
     path = saved(image=good, label=np.zeros(3, int))
-    refused(lambda: arrays.arrays('val', path), "no split 'val', only train")
+    refused(lambda: arrays.arrays(Request('val'), path=path), "no split 'val', only train")
     Path(path).write_bytes(Path(path).read_bytes()[:100])
-    refused(lambda: arrays.arrays('train', path), r'x\.npz: cannot be read')
-    refused(lambda: arrays.arrays('train', str(tmp_path / 'y.npz')), 'neither a folder nor an')
+    refused(lambda: arrays.arrays(Request('train'), path=path), r'x\.npz: cannot be read')
+    refused(
+        lambda: arrays.arrays(Request('train'), path=str(tmp_path / 'y.npz')),
+        'neither a folder nor an',
+    )
     bomb = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         bomb, {'descr': '|u1', 'fortran_order': False, 'shape': (1 << 40,)}
@@ -293,7 +327,9 @@ def test_mistakes_with_arrays(tmp_path):
     with zipfile.ZipFile(tmp_path / 'bomb.npz', 'w') as archive:
         archive.writestr('image.npy', bomb.getvalue())
         archive.writestr('label.npy', bomb.getvalue())
-    refused(lambda: arrays.arrays('train', str(tmp_path / 'bomb.npz')), 'cannot be read')
+    refused(
+        lambda: arrays.arrays(Request('train'), path=str(tmp_path / 'bomb.npz')), 'cannot be read'
+    )
 
 
 # --- Tar -------------------------------------------------------------------------------
@@ -301,18 +337,18 @@ def test_mistakes_with_arrays(tmp_path):
 
 def test_a_shard_that_webdataset_wrote():
     shard = str(ORACLES / 'webdataset-train-000000.tar')
-    source = tar.tar('train', shard)
+    source = tar.tar(Request('train'), path=shard)
     assert (source.length, source.num_classes) == (6, 3)
     loaded = source.load(np.array([5, 0, 3]))
     assert loaded['label'].tolist() == [2, 0, 0]
     assert_pictures(loaded['image'], [5, 0, 3])
-    kinds = tar.tar('train', shard, label_column='kind')
+    kinds = tar.tar(Request('train'), path=shard, label_column='kind')
     assert kinds.class_names == ('x', 'y')
     assert kinds.labels().tolist() == [0, 1, 0, 1, 0, 1]
     with pytest.raises(
         UserError, match=r"sample folder/sample000 has no .* 'nothing'|has no \.cls"
     ):
-        tar.tar('train', shard, label_column='nothing')
+        tar.tar(Request('train'), path=shard, label_column='nothing')
 
 
 def archive_of(path, members, kind=tarfile.USTAR_FORMAT):
@@ -339,7 +375,7 @@ def test_shards_of_pictures_and_captions(tmp_path):
         )
     ]
     shard = archive_of(tmp_path / '00000.tar', pairs)
-    source = tar.tar('train', str(shard), text_column='TXT')
+    source = tar.tar(Request('train'), path=str(shard), text_column='TXT')
     assert (source.length, source.num_classes) == (5, 1)
     columns = source.load(np.array([3, 0]))
     assert [text.strip() for text in columns['text']] == ['picture 3 – Bär', 'picture 0 – Bär']
@@ -347,12 +383,12 @@ def test_shards_of_pictures_and_captions(tmp_path):
     # Labels that there are stay; without text_column the words are no part of an example.
     whole = [*members([0]), ('0.txt', b'a'), *members([1]), ('1.txt', b'b')]
     named = archive_of(tmp_path / 'named.tar', whole)
-    assert 'text' not in tar.tar('train', str(named)).load(np.arange(2))
-    source = tar.tar('train', str(named), text_column='txt')
+    assert 'text' not in tar.tar(Request('train'), path=str(named)).load(np.arange(2))
+    source = tar.tar(Request('train'), path=str(named), text_column='txt')
     assert source.labels().tolist() == [0, 1] and source.load(np.array([1]))['text'] == ['b']
     short = archive_of(tmp_path / 'short.tar', whole[:-1])
     with pytest.raises(UserError, match=r'sample 1 has no \.txt'):
-        tar.tar('train', str(short), text_column='txt')
+        tar.tar(Request('train'), path=str(short), text_column='txt')
 
 
 def members(numbers, prefix=''):
@@ -374,11 +410,11 @@ def test_shards_by_range_glob_and_folder(tmp_path, kind):
         )
     archive_of(tmp_path / 'val-000.tar', members([9, 10]), kind)
     for path in ('', 'train-{000..002}.tar', '*-00?.tar'):
-        source = tar.tar('train', str(tmp_path / path))
+        source = tar.tar(Request('train'), path=str(tmp_path / path))
         assert source.length == 9
         assert_pictures(source.load(np.array([8, 1, 4]))['image'], [8, 1, 4])
         assert source.labels().tolist() == [0, 1, 2] * 3
-    assert tar.tar('val', str(tmp_path)).labels().tolist() == [0, 1]
+    assert tar.tar(Request('val'), path=str(tmp_path)).labels().tolist() == [0, 1]
     assert 'train-002.tar at byte' in source.place(8)
 
 
@@ -388,7 +424,7 @@ def test_nothing_leaves_an_archive(tmp_path):
         [('../up.png', png(0)), ('../up.cls', b'0'), ('link.png', None), ('link.cls', b'1')],
     )
     before = sorted(tmp_path.parent.rglob('*'))
-    source = tar.tar('train', str(path))
+    source = tar.tar(Request('train'), path=str(path))
     # The link is no image, so its sample has none.
     assert source.length == 1
     assert_pictures(source.load(np.array([0]))['image'], [0])
@@ -401,23 +437,34 @@ def test_a_truncated_shard_is_named_with_the_place(tmp_path, share):
     path = archive_of(tmp_path / 'x.tar', members(range(20)))
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share) // 100 * 100 + 7])
-    refused(lambda: tar.tar('train', str(path)), r'x\.tar: (damaged or )?truncated.* byte')
+    refused(
+        lambda: tar.tar(Request('train'), path=str(path)), r'x\.tar: (damaged or )?truncated.* byte'
+    )
 
 
 def test_mistakes_with_shards(tmp_path):
-    refused(lambda: tar.tar('train', str(tmp_path / 'x.tar')), 'there is no shard')
-    refused(lambda: tar.tar('train', str(tmp_path)), r'no \.tar file in')
-    refused(lambda: tar.tar('train', str(tmp_path / 'x-{0..2}.tar')), r'no shard .*x-0\.tar')
+    refused(lambda: tar.tar(Request('train'), path=str(tmp_path / 'x.tar')), 'there is no shard')
+    refused(lambda: tar.tar(Request('train'), path=str(tmp_path)), r'no \.tar file in')
+    refused(
+        lambda: tar.tar(Request('train'), path=str(tmp_path / 'x-{0..2}.tar')),
+        r'no shard .*x-0\.tar',
+    )
     (tmp_path / 'x.tar.gz').write_bytes(b'')
-    refused(lambda: tar.tar('train', str(tmp_path)), 'compressed archives.*gzip -d')
+    refused(lambda: tar.tar(Request('train'), path=str(tmp_path)), 'compressed archives.*gzip -d')
     (tmp_path / 'y.tar').write_bytes(b'not a tar file' * 100)
-    refused(lambda: tar.tar('train', str(tmp_path / 'y.tar')), r'y\.tar: damaged or truncated')
+    refused(
+        lambda: tar.tar(Request('train'), path=str(tmp_path / 'y.tar')),
+        r'y\.tar: damaged or truncated',
+    )
     archive_of(tmp_path / 'z.tar', [('a.png', png(0))])
     refused(
-        lambda: tar.tar('train', str(tmp_path / 'z.tar')), r"sample a has no \.cls and no 'cls'"
+        lambda: tar.tar(Request('train'), path=str(tmp_path / 'z.tar')),
+        r"sample a has no \.cls and no 'cls'",
     )
     archive_of(tmp_path / 'e.tar', [('a.doc', b'')])
-    refused(lambda: tar.tar('train', str(tmp_path / 'e.tar')), 'no sample with an image')
+    refused(
+        lambda: tar.tar(Request('train'), path=str(tmp_path / 'e.tar')), 'no sample with an image'
+    )
 
 
 def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
@@ -438,7 +485,7 @@ def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
 
     files.kept_arrays('tar', mark, made)
     began, memory = time.perf_counter(), psutil.Process().memory_info().rss
-    source = tar.tar('train[:90%]', str(shard))
+    source = tar.tar(Request('train[:90%]'), path=str(shard))
     index, _ = order.example_indices(123, length=source.length, batch_size=1024, seed=0)
     loaded = source.load(index)
     assert source.length == 9_000_000
@@ -452,17 +499,20 @@ def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('path', ['hf', 'hf_disk', 'hf/data/train-00000-of-00001.parquet'])
 def test_what_datasets_wrote(path):
-    source = parquet.parquet('train', str(ORACLES / path))
+    source = parquet.parquet(Request('train'), path=str(ORACLES / path))
     assert (source.length, source.class_names) == (7, ('ant', 'bee', 'cow'))
     loaded = source.load(np.array([6, 2]))
     assert loaded['label'].tolist() == [0, 2]
     assert_pictures(loaded['image'], [6, 2])
-    several = parquet.parquet('train', str(ORACLES / path), label_column='tags')
+    several = parquet.parquet(Request('train'), path=str(ORACLES / path), label_column='tags')
     wanted = [[i % 4] + ([3] if i % 2 and i % 4 != 3 else []) for i in range(7)]
     assert [x.tolist() for x in several.load(np.arange(7))['label']] == wanted
     assert several.num_classes == 4
     if path == 'hf_disk':
-        assert parquet.parquet('test', str(ORACLES / path)).labels().tolist() == [0, 1]
+        assert parquet.parquet(Request('test'), path=str(ORACLES / path)).labels().tolist() == [
+            0,
+            1,
+        ]
 
 
 def parquet_of(tmp_path, count=10, **more):
@@ -478,10 +528,10 @@ def parquet_of(tmp_path, count=10, **more):
 
 def test_a_large_file_is_copied_once_and_then_read_in_place(tmp_path, monkeypatch, capfd):
     path = parquet_of(tmp_path)
-    wanted = parquet.parquet('train', str(path)).load(np.arange(10))
-    monkeypatch.setattr(parquet, 'IN_MEMORY_BYTES', 100)
+    wanted = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
+    monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 100)
     for told in (True, False):
-        found = parquet.parquet('train', str(path)).load(np.arange(10))
+        found = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
         assert list(found['image']) == list(wanted['image'])
         np.testing.assert_array_equal(found['label'], wanted['label'])
         assert ('GB of Parquet once to' in capfd.readouterr().err) == told
@@ -491,26 +541,43 @@ def test_a_large_file_is_copied_once_and_then_read_in_place(tmp_path, monkeypatc
 def test_mistakes_with_parquet(tmp_path):
     path = parquet_of(tmp_path)
     refused(
-        lambda: parquet.parquet('train', str(path), label_column='kind'),
+        lambda: parquet.parquet(Request('train'), path=str(path), label_column='kind'),
         r"no column 'kind' \(it has image, label\): set data\.label_column",
     )
     refused(
-        lambda: parquet.parquet('train', str(path), image_column='label', label_column='image'),
+        lambda: parquet.parquet(
+            Request('train'), path=str(path), image_column='label', label_column='image'
+        ),
         'labels must be numbers or names',
     )
-    refused(lambda: parquet.parquet('train', str(path), num_classes=1), 'num_classes is 1 but')
-    refused(lambda: parquet.parquet('train', str(tmp_path / 'y.parquet')), 'there is no file')
-    refused(lambda: parquet.parquet('train', str(tmp_path / 'cache')), 'neither a folder nor a')
+    refused(
+        lambda: parquet.parquet(Request('train', num_classes=1), path=str(path)),
+        'num_classes is 1 but',
+    )
+    refused(
+        lambda: parquet.parquet(Request('train'), path=str(tmp_path / 'y.parquet')),
+        'there is no file',
+    )
+    refused(
+        lambda: parquet.parquet(Request('train'), path=str(tmp_path / 'cache')),
+        'neither a folder nor a',
+    )
     (tmp_path / 'none').mkdir()
     refused(
-        lambda: parquet.parquet('train', str(tmp_path / 'none')), r'no \.parquet or \.arrow file'
+        lambda: parquet.parquet(Request('train'), path=str(tmp_path / 'none')),
+        r'no \.parquet or \.arrow file',
     )
     data = path.read_bytes()
     for damaged in (data[: len(data) // 2], b'', b'PAR1' + data[4:-40]):
         path.write_bytes(damaged)
-        refused(lambda: parquet.parquet('train', str(path)), r'train\.parquet: cannot be read')
+        refused(
+            lambda: parquet.parquet(Request('train'), path=str(path)),
+            r'train\.parquet: cannot be read',
+        )
     parquet_of(tmp_path, label=[None] * 10)
-    refused(lambda: parquet.parquet('train', str(path)), "row 0 of train has no 'label'")
+    refused(
+        lambda: parquet.parquet(Request('train'), path=str(path)), "row 0 of train has no 'label'"
+    )
 
 
 # --- Records ---------------------------------------------------------------------------
@@ -518,14 +585,14 @@ def test_mistakes_with_parquet(tmp_path):
 
 def resized_copy(tmp_path, side=40):
     root = write_folder(tmp_path / 'set', 12, 3)
-    source = folder.folder('train', str(root))
+    source = folder.folder(Request('train'), path=str(root))
     records.write_records(source, tmp_path / 'copy', 'train', side)
     return source, tmp_path / 'copy'
 
 
 def test_a_resized_copy_has_smaller_pictures(tmp_path):
     source, copy = resized_copy(tmp_path)
-    found = records.records('train', str(copy))
+    found = records.records(Request('train'), path=str(copy))
     assert (found.length, found.class_names) == (12, source.class_names)
     np.testing.assert_array_equal(found.labels(), source.labels())
     loaded, originals = found.load(np.arange(12)), source.load(np.arange(12))
@@ -539,14 +606,16 @@ def test_a_resized_copy_has_smaller_pictures(tmp_path):
 
 
 def test_mistakes_with_records(tmp_path):
-    refused(lambda: records.records('train', str(tmp_path)), 'holds no records')
+    refused(lambda: records.records(Request('train'), path=str(tmp_path)), 'holds no records')
     source, copy = resized_copy(tmp_path)
-    refused(lambda: records.records('test', str(copy)), "no split 'test', only train")
+    refused(lambda: records.records(Request('test'), path=str(copy)), "no split 'test', only train")
     about = json.loads((copy / 'train.json').read_text())
     (copy / 'train.json').write_text(json.dumps({**about, 'length': 13}))
-    refused(lambda: records.records('train', str(copy)), '12 records and 12 labels of 13')
+    refused(
+        lambda: records.records(Request('train'), path=str(copy)), '12 records and 12 labels of 13'
+    )
     (copy / 'train.json').write_text('{')
-    refused(lambda: records.records('train', str(copy)), 'cannot be read.*delete')
+    refused(lambda: records.records(Request('train'), path=str(copy)), 'cannot be read.*delete')
     first = next((tmp_path / 'set' / 'class0').iterdir())
     first.write_bytes(first.read_bytes()[:200])
     refused(
@@ -561,7 +630,47 @@ def test_mistakes_with_records(tmp_path):
 
 def spec_of(path, **changes):
     values = {'key': 'data', 'name': 'folder', 'split': 'train', 'transform': 'rrc(size)'}
-    return dataset.Spec(**{**values, 'image_size': (8, 8), 'path': str(path), **changes})
+    settings = (('path', str(path)),)
+    return dataset.Spec(**{**values, 'image_size': (8, 8), 'settings': settings, **changes})
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_a_source_needs_its_keys_without_a_default(name):
+    parameters = inspect.signature(SOURCES[name]).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    spec = dataset.Spec('evals.x', name, 'nothing', '', (64, 64), num_classes=5)
+    message = 'evals.x.split: there is no split'
+    if required:
+        message = f"config: evals.x.{required[0]} must be set for evals.x.name='{name}'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataset.open_spec(spec)
+    assert set(required) <= {'path', 'tfds_name'}
+
+
+def test_resized_copies_are_found_again_by_what_they_are_made_of(tmp_path, monkeypatch):
+    """The order of the hashed values is part of the format: copies on disk are named by them."""
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    root = write_folder(tmp_path / 'set', 12, 3)
+    dataset.open_spec(spec_of(root, cache='resized', cache_side=8))
+    made_of = ['folder', str(root), None, 'train', None, None, None, None, 'folder:set', 12, 3, 8]
+    mark = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
+    assert [p.name for p in (tmp_path / 'cache' / 'records').iterdir()] == [mark]
+
+
+def test_splits_overlap_in_one_dataset_only_whatever_columns_are_read(tmp_path):
+    root = write_folder(tmp_path / 'set', 12, 3)
+    one = spec_of(root, split='train[:8]')
+    assert dataset.in_both(one, spec_of(root, split='train[6:]')) == 2
+    assert dataset.in_both(one, spec_of(write_folder(tmp_path / 'other', 12, 3))) == 0
+    (tmp_path / 'set' / 'all.csv').write_text('image,label,kind\n' + 'class0/0000.jpg,a,b\n' * 4)
+    table_ = {'name': 'table', 'split': 'train'}
+    path = ('path', str(tmp_path / 'set' / 'all.csv'))
+    specs = [
+        spec_of(root, **table_, settings=(path, ('label_column', column)))
+        for column in (None, 'kind')
+    ]
+    assert specs[0] != specs[1]
+    assert dataset.in_both(*specs) == 4
 
 
 def test_label_maps_and_subsets_come_from_the_config(tmp_path):

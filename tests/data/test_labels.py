@@ -9,6 +9,7 @@ from tiny import png, write_features
 from big_vit import prepare
 from big_vit.data import dataset
 from big_vit.data.sources import labels
+from big_vit.data.sources.base import Request
 from big_vit.data.sources.prepared import tfds
 from big_vit.errors import UserError
 
@@ -202,19 +203,21 @@ EXPECTED = {
 }
 
 
+def spec_of(folder, name, column, transform='rgb', **more):
+    settings = ('path', str(folder)), ('tfds_name', name), ('label_column', column)
+    return dataset.Spec('data', 'tfds', 'train', transform, (8, 8), settings=settings, **more)
+
+
 @pytest.mark.parametrize(('name', 'column'), EXPECTED)
 def test_labels_of_a_column_and_made_of_others(name, column, folder):
     classes, expected = EXPECTED[name, column]
-    source = tfds('train', name, str(folder), label_column=column)
+    source = tfds(Request('train'), tfds_name=name, path=str(folder), label_column=column)
     assert source.num_classes == classes and source.labels is not None
     loaded = source.load(np.arange(6))
     # TFDS writes in an order of its own.
     assert sorted(loaded['label'].tolist()) == sorted(expected)
     np.testing.assert_array_equal(source.labels(), loaded['label'])
-    spec = dataset.Spec(
-        'data', 'tfds', 'train', 'rgb', (8, 8), path=str(folder), tfds_name=name,
-        label_column=column,
-    )  # fmt: skip
+    spec = spec_of(folder, name, column)
     opened, rest = dataset.open_spec(spec)
     columns = rest(opened.load(np.arange(6)), np.zeros(6, np.uint64))
     assert columns['image'].shape == (6, 8, 8, 3) and len(columns['label']) == 6
@@ -227,19 +230,13 @@ def test_a_smaller_copy_has_the_labels_that_were_asked_for(folder, tmp_path, mon
     monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path))
     found = []
     for column in ('label_azimuth', 'label_elevation'):
-        spec = dataset.Spec(
-            'data', 'tfds', 'train', 'rgb', (8, 8), path=str(folder), tfds_name='smallnorb',
-            label_column=column, cache='resized', cache_side=8,
-        )  # fmt: skip
+        spec = spec_of(folder, 'smallnorb', column, cache='resized', cache_side=8)
         found.append(sorted(dataset.open_spec(spec)[0].load(np.arange(6))['label'].tolist()))
     assert found == [[0, 3, 6, 9, 12, 15], [0, 1, 2, 3, 4, 5]]
 
 
 def test_masks_of_0_and_1_become_black_and_white(folder):
-    spec = dataset.Spec(
-        'data', 'tfds', 'train', 'rgb | autocontrast', (8, 8), path=str(folder),
-        tfds_name='dsprites', label_column='dsprites_location',
-    )  # fmt: skip
+    spec = spec_of(folder, 'dsprites', 'dsprites_location', transform='rgb | autocontrast')
     source, rest = dataset.open_spec(spec)
     image = rest(source.load(np.arange(1)), np.zeros(1, np.uint64))['image'][0]
     np.testing.assert_array_equal(image, np.repeat(np.eye(8)[..., None] * 255, 3, axis=-1))
@@ -257,7 +254,7 @@ def test_masks_of_0_and_1_become_black_and_white(folder):
 )
 def test_a_label_that_is_not_there(name, column, message, folder):
     with pytest.raises(UserError, match=message):
-        tfds('train', name, str(folder), label_column=column)
+        tfds(Request('train'), tfds_name=name, path=str(folder), label_column=column)
 
 
 def test_prepare_says_how_to_use_what_has_no_plain_label(folder, monkeypatch, capsys):

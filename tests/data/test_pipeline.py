@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from tiny import write_folder
 
 from big_vit.data import dataset, order, pipeline, sources, to_device, transforms
+from big_vit.data.sources import digits as digits_source
+from big_vit.data.sources.base import Request
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
@@ -25,7 +27,7 @@ TEXT = 'random_crop(size, 2) | flip_lr | rgb'
 
 @pytest.fixture(scope='module')
 def digits():
-    return sources.digits('train[:50]')
+    return digits_source.digits(Request('train[:50]'))
 
 
 @pytest.fixture(scope='module')
@@ -218,7 +220,11 @@ def spec_of(**changes):
 @pytest.mark.parametrize('cache', ['none', 'auto'])
 def test_worker_processes_give_the_same_batches(workers, cache, tmp_path):
     # Small windows of JPEG files, which are scaled down while they are decoded, or kept whole.
-    where = {'name': 'folder', 'path': str(write_folder(tmp_path, 70, 7)), 'cache': cache}
+    where = {
+        'name': 'folder',
+        'settings': (('path', str(write_folder(tmp_path, 70, 7))),),
+        'cache': cache,
+    }
     specs = (spec_of(split='train', transform='rrc(size) | flip_lr', **where),)
     source, transform = dataset.open_examples(specs)
     settings = {'batch_size': 20, 'seed': 5}

@@ -13,6 +13,7 @@ import pytest
 
 from big_vit.data import files
 from big_vit.data.sources import tfrecord
+from big_vit.data.sources.base import Request
 from big_vit.data.sources.prepared import tfds
 from big_vit.errors import UserError
 
@@ -62,7 +63,7 @@ def test_images_that_are_plain_tensors(tmp_path, file_format):
         supervised=('scan', 'parity'),
         file_format=file_format,
     )
-    source = tfds('train', 'other', folder)
+    source = tfds(Request('train'), tfds_name='other', path=folder)
     assert (source.image_shape, source.channels) == ((6, 5, 2), 2)
     assert source.class_names == ('even', 'odd')
     loaded = source.load(np.arange(10))
@@ -83,7 +84,7 @@ def test_tensors_of_several_sizes_and_several_labels(tmp_path):
         features.Sequence(features.ClassLabel(num_classes=4)),
         lambda i: (number(i, 1 + i, 5, 3), list(range(i % 4))),
     )
-    source = tfds('train', 'other', folder)
+    source = tfds(Request('train'), tfds_name='other', path=folder)
     assert (source.length, source.num_classes, source.image_shape) == (10, 4, None)
     assert source.labels is None
     loaded = source.load(np.arange(10))
@@ -114,7 +115,7 @@ def test_other_datasets_are_refused(tmp_path, shape, kind, message):
         lambda i: (number(i, *shape), i % 2),
     )
     with pytest.raises(UserError, match=rf'data\.tfds_name: {message}'):
-        tfds('train', 'other', folder, num_classes=2)
+        tfds(Request('train', num_classes=2), tfds_name='other', path=folder)
 
 
 def test_a_truncated_array_record_is_named(tmp_path):
@@ -131,7 +132,7 @@ def test_a_truncated_array_record_is_named(tmp_path):
     file = next(Path(folder).rglob('other-train.array_record*'))
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(UserError, match=r'other-train\.array_record-00000-of-00001, record 0'):
-        tfds('train', 'other', folder).load(np.array([0]))
+        tfds(Request('train'), tfds_name='other', path=folder).load(np.array([0]))
 
 
 def test_a_tfrecord_file_with_a_record_less_is_refused(tmp_path):
@@ -142,7 +143,7 @@ def test_a_tfrecord_file_with_a_record_less_is_refused(tmp_path):
     (length,) = struct.unpack('<Q', data[:8])
     file.write_bytes(data[8 + 4 + length + 4 :])
     with pytest.raises(UserError, match=r'19 records, but dataset_info\.json says 20'):
-        tfds('train', 'tiny', str(folder))
+        tfds(Request('train'), tfds_name='tiny', path=str(folder))
 
 
 def test_a_tfrecord_index_does_not_read_the_data(tmp_path, monkeypatch):

@@ -126,8 +126,10 @@ WRITERS = {
 
 def batches(where, monkeypatch, tmp_path, cache='none', **changes):
     monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
-    settings = {'key': 'data', 'split': 'train', 'transform': TRANSFORM, 'image_size': SIZE}
-    spec = dataset.Spec(**{**settings, **where, 'cache': cache, **changes})
+    values = {'key': 'data', 'split': 'train', 'transform': TRANSFORM, 'image_size': SIZE}
+    name, *settings = where.items()
+    values |= {'cache': cache, **changes}
+    spec = dataset.Spec(**dict([name]), **values, settings=tuple(settings))
     source, rest = dataset.open_examples((spec,))
     assert source.length == COUNT
     assert source.num_classes == len(CLASSES)

@@ -21,7 +21,10 @@ import pytest
 
 from big_vit import prepare as prepare_command
 from big_vit.data import dataset, decode, order, pipeline, sources
-from big_vit.data.sources import base
+from big_vit.data.sources import base, digits, idx
+from big_vit.data.sources.base import Request
+from big_vit.data.sources.classes import relabel, subset
+from big_vit.data.sources.prepared import tfds
 from big_vit.errors import UserError
 
 FASHION = Path('/usr/share/datasets/fashion-mnist')
@@ -93,7 +96,7 @@ def test_percent_ranges_partition_any_size():
 
 
 def test_digits():
-    train, test = sources.digits('train'), sources.digits('test')
+    train, test = digits.digits(Request('train')), digits.digits(Request('test'))
     assert (train.length, test.length) == (1438, 359)
     assert train.image_shape == (8, 8, 1)
     images = train.load(np.arange(train.length))
@@ -106,7 +109,7 @@ def test_digits():
     assert images['label'][:3].tolist() == [0, 1, 2]
     first_row = np.rint(np.array([0, 0, 5, 13, 9, 1, 0, 0]) * 255 / 16)
     np.testing.assert_array_equal(images['image'][0, 0, :, 0], first_row)
-    part = sources.digits('test[10:20]').load(np.arange(10))
+    part = digits.digits(Request('test[10:20]')).load(np.arange(10))
     np.testing.assert_array_equal(part['image'], test.load(np.arange(10, 20))['image'])
 
 
@@ -140,7 +143,7 @@ def test_ranges_of_splits_are_cut_and_joined():
     sizes = {name: source.length for name, source in whole.items()}
 
     def cut(split, **more):
-        return base.cut('x', sizes, whole.__getitem__, split, 'data', **more)
+        return sources.cut('x', sizes, whole.__getitem__, Request(split), **more)
 
     assert values_of(cut('train[5:8]+test[-2:]')) == [5, 6, 7, 108, 109]
     assert values_of(cut('train[fold!=1/4]')) == [*range(5), *range(10, 20)]
@@ -154,7 +157,7 @@ def test_a_part_of_what_lies_by_class_has_all_classes():
     whole = base.from_arrays('x', 'train', np.zeros((200, 1, 1, 1), np.uint8), labels, 5)
 
     def cut(split):
-        return base.cut('x', {'train': 200}, lambda _: whole, split, 'data', by_class=True)
+        return sources.cut('x', {'train': 200}, lambda _: whole, Request(split), by_class=True)
 
     half, rest = cut('train[:50%]').labels(), cut('train[50%:]').labels()
     assert (np.bincount(half, minlength=5) > 8).all()
@@ -165,7 +168,7 @@ def test_a_part_of_what_lies_by_class_has_all_classes():
 
 @pytest.mark.parametrize('classes', [('c', 'a'), (2, 0), ('2', 'a')])
 def test_a_subset_of_classes_is_renumbered(classes):
-    chosen = base.subset(numbered(10), classes, 'data.classes')
+    chosen = subset(numbered(10), classes, 'data.classes')
     assert (chosen.num_classes, chosen.class_names) == (2, ('c', 'a'))
     assert values_of(chosen) == [0, 2, 4, 6, 8]
     assert chosen.load(np.arange(5))['label'].tolist() == [1, 0, 1, 0, 1]
@@ -182,18 +185,18 @@ def test_a_subset_of_classes_is_renumbered(classes):
 )
 def test_a_wrong_subset_is_refused(classes, message):
     with pytest.raises(UserError, match=message):
-        base.subset(numbered(10), classes, 'data.classes')
+        subset(numbered(10), classes, 'data.classes')
 
 
 def test_labels_are_mapped_and_classes_left_out():
-    mapped = base.relabel(numbered(8), {'a': 1, 'b': 1, 'c': None, '3': 0}, 'data.label_map')
+    mapped = relabel(numbered(8), {'a': 1, 'b': 1, 'c': None, '3': 0}, 'data.label_map')
     assert (mapped.num_classes, mapped.class_names) == (2, ('d', 'a, b'))
     assert values_of(mapped) == [0, 1, 3, 4, 5, 7]
     assert mapped.labels().tolist() == [1, 1, 0, 1, 1, 0]
     with pytest.raises(UserError, match=r"data.label_map: says nothing of class 'b'.*1 others"):
-        base.relabel(numbered(8), {'a': 0, 'c': 1}, 'data.label_map')
+        relabel(numbered(8), {'a': 0, 'c': 1}, 'data.label_map')
     with pytest.raises(UserError, match="class 'a' maps to 'x': give a whole number"):
-        base.relabel(numbered(8), dict.fromkeys('abcd', 'x'), 'data.label_map')
+        relabel(numbered(8), dict.fromkeys('abcd', 'x'), 'data.label_map')
 
 
 # --- IDX -----------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def write_idx(directory: Path, *, train=20, test=10, classes=5, zipped=False, st
 def test_idx_reads_what_was_written(tmp_path, zipped):
     written = write_idx(tmp_path, zipped=zipped)
     for split, (images, labels) in written.items():
-        source = sources.idx(split, str(tmp_path))
+        source = idx.idx(Request(split), path=str(tmp_path))
         assert (source.length, source.num_classes) == (len(images), 5)
         assert source.image_shape == (6, 5, 1)
         order = np.random.default_rng(1).permutation(len(images))
@@ -230,19 +233,20 @@ def test_idx_reads_what_was_written(tmp_path, zipped):
         np.testing.assert_array_equal(loaded['image'][..., 0], images[order])
         np.testing.assert_array_equal(loaded['label'], labels[order])
         assert loaded['label'].dtype == np.int32
-    part = sources.idx('train[50%:]', str(tmp_path)).load(np.array([0]))
+    part = idx.idx(Request('train[50%:]'), path=str(tmp_path)).load(np.array([0]))
     np.testing.assert_array_equal(part['image'][0, ..., 0], written['train'][0][10])
 
 
 def test_idx_files_that_were_changed_are_read_again(tmp_path):
     write_idx(tmp_path)
-    first = sources.idx('train', str(tmp_path)).load(np.array([0]))['image']
+    first = idx.idx(Request('train'), path=str(tmp_path)).load(np.array([0]))['image']
     images = tmp_path / 'train-images-idx3-ubyte'
     before = images.stat()
     images.write_bytes(images.read_bytes()[:16] + bytes(before.st_size - 16))
     os.utime(images, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert (
-        first.any() and not sources.idx('train', str(tmp_path)).load(np.array([0]))['image'].any()
+        first.any()
+        and not idx.idx(Request('train'), path=str(tmp_path)).load(np.array([0]))['image'].any()
     )
 
 
@@ -256,16 +260,16 @@ def test_idx_finds_the_names_of_emnist_and_dots(tmp_path):
                 path.rename(path.with_name(path.name.replace('-idx', '.idx')))
             else:
                 path.rename(path.with_name(path.name.replace('t10k', 'test')))
-        assert sources.idx('train', str(directory)).length == 20
-        assert sources.idx('test', str(directory)).length == 10
+        assert idx.idx(Request('train'), path=str(directory)).length == 20
+        assert idx.idx(Request('test'), path=str(directory)).length == 10
 
 
 def test_idx_number_of_classes(tmp_path):
     write_idx(tmp_path, test=3)
-    assert sources.idx('test', str(tmp_path)).num_classes == 5
-    assert sources.idx('train', str(tmp_path), num_classes=8).num_classes == 8
+    assert idx.idx(Request('test'), path=str(tmp_path)).num_classes == 5
+    assert idx.idx(Request('train', num_classes=8), path=str(tmp_path)).num_classes == 8
     with pytest.raises(UserError) as error:
-        sources.idx('train', str(tmp_path), num_classes=3, key='evals.test')
+        idx.idx(Request('train', num_classes=3, key='evals.test'), path=str(tmp_path))
     message = str(error.value)
     assert 'evals.test.num_classes is 3 but example 3 of' in message
     assert 'has label 3: set evals.test.num_classes=5 or more' in message
@@ -315,7 +319,7 @@ def test_idx_refuses_damaged_files(tmp_path, damage, message, zipped):
     damaged = damage(data)
     path.write_bytes(gzip.compress(damaged) if zipped else damaged)
     with pytest.raises(UserError, match=re.escape(str(path)) + ': .*' + message):
-        sources.idx('train', str(path.parent))
+        idx.idx(Request('train'), path=str(path.parent))
 
 
 def test_idx_refuses_corrupt_gzip(tmp_path):
@@ -327,7 +331,7 @@ def test_idx_refuses_corrupt_gzip(tmp_path):
     for data in (b'not gzip at all', whole[:-20], bytes(flipped), whole[:200] + whole[300:]):
         path.write_bytes(data)
         with pytest.raises(UserError, match=re.escape(str(path))):
-            sources.idx('train', str(tmp_path))
+            idx.idx(Request('train'), path=str(tmp_path))
 
 
 def test_idx_does_not_unpack_a_bomb(tmp_path):
@@ -339,7 +343,7 @@ def test_idx_does_not_unpack_a_bomb(tmp_path):
             file.write(bytes(1 << 20))
     tracemalloc.start()
     with pytest.raises(UserError, match='found more'):
-        sources.idx('train', str(tmp_path))
+        idx.idx(Request('train'), path=str(tmp_path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
@@ -349,30 +353,30 @@ def test_idx_refuses_counts_that_differ(tmp_path):
     write_idx(tmp_path)
     (tmp_path / 'train-labels-idx1-ubyte').write_bytes(idx_bytes(np.zeros(19, np.uint8)))
     with pytest.raises(UserError, match='19 labels for the 20 images of train-images-idx3-ubyte'):
-        sources.idx('train', str(tmp_path))
+        idx.idx(Request('train'), path=str(tmp_path))
 
 
 def test_idx_missing_and_ambiguous_files(tmp_path):
     for path in ('', str(tmp_path / 'nowhere'), str(tmp_path)):
         with pytest.raises(UserError, match=r'data\.path: .*dataset-fashion-mnist'):
-            sources.idx('train', path)
+            idx.idx(Request('train'), path=path)
     write_idx(tmp_path)
     (tmp_path / 't10k-images-idx3-ubyte').unlink()
     with pytest.raises(UserError, match="there is no split 'test', only train"):
-        sources.idx('test', str(tmp_path))
+        idx.idx(Request('test'), path=str(tmp_path))
     (tmp_path / 'train-labels-idx1-ubyte').unlink()
     with pytest.raises(UserError, match='no train labels'):
-        sources.idx('train', str(tmp_path))
+        idx.idx(Request('train'), path=str(tmp_path))
     write_idx(tmp_path, style='other-{}-{}-ubyte')
     with pytest.raises(UserError, match=r'several train .*other-train-images-idx3-ubyte, train-im'):
-        sources.idx('train', str(tmp_path))
+        idx.idx(Request('train'), path=str(tmp_path))
 
 
 def test_real_fashion_mnist():
     if not FASHION.is_dir():
         pytest.skip(f'{FASHION} is not installed')
     for split, count in (('train', 60_000), ('test', 10_000)):
-        source = sources.idx(split, str(FASHION))
+        source = idx.idx(Request(split), path=str(FASHION))
         assert source.length == count
         labels = source.load(np.arange(count))['label']
         assert (np.bincount(labels) == count // 10).all()
@@ -396,20 +400,20 @@ def no_network(monkeypatch):
 def test_missing_tfds_fails_at_once(tmp_path, monkeypatch, no_network, name):
     start = time.perf_counter()
     with pytest.raises(UserError) as error:
-        sources.tfds('train', name, str(tmp_path))
+        tfds(Request('train'), tfds_name=name, path=str(tmp_path))
     message = str(error.value)
     assert re.match(r'data\.path: \S+ is not prepared in ', message)
     config = name.partition(':')[0]
     assert f'python -m big_vit.prepare {config} --data_dir DIR' in message
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'elsewhere'))
     with pytest.raises(UserError, match='elsewhere'):
-        sources.tfds('train', name)
+        tfds(Request('train'), tfds_name=name)
     assert time.perf_counter() - start < 5
 
 
 def test_unreadable_tfds_name(tmp_path):
     with pytest.raises(UserError, match=r'evals\.x\.tfds_name: cannot read'):
-        sources.tfds('train', '../etc', str(tmp_path), key='evals.x')
+        tfds(Request('train', key='evals.x'), tfds_name='../etc', path=str(tmp_path))
 
 
 def png(image: np.ndarray) -> io.BytesIO:
@@ -460,7 +464,7 @@ def prepare(
 @pytest.mark.parametrize('varying', [False, True])
 def test_tfds_reads_what_was_prepared(tmp_path, no_network, varying):
     prepare(tmp_path, varying=varying)
-    source = sources.tfds('train', 'tiny', str(tmp_path))
+    source = tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
     assert (source.length, source.num_classes) == (20, 3)
     assert source.image_shape == (None if varying else (8, 10, 3))
     assert not source.in_memory
@@ -473,7 +477,7 @@ def test_tfds_reads_what_was_prepared(tmp_path, no_network, varying):
     found = sorted((int(y), x.tobytes()) for x, y in zip(pixels, loaded['label'], strict=True))
     expected = sorted((i % 3, tiny_image(i, varying).tobytes()) for i in range(20))
     assert found == expected
-    half = sources.tfds('train[50%:]', 'tiny:1.*.*', str(tmp_path))
+    half = tfds(Request('train[50%:]'), tfds_name='tiny:1.*.*', path=str(tmp_path))
     np.testing.assert_array_equal(half.load(np.arange(10))['label'], loaded['label'][10:])
     for image, same in zip(half.load(np.array([9, 0]))['image'], (19, 10), strict=True):
         assert image == loaded['image'][same]
@@ -485,8 +489,8 @@ def test_tfds_reads_what_was_prepared(tmp_path, no_network, varying):
 def test_tfds_reads_parquet(tmp_path, no_network):
     prepare(tmp_path / 'a', varying=True)
     prepare(tmp_path / 'b', varying=True, file_format='parquet')
-    wanted = sources.tfds('train[3:]', 'tiny', str(tmp_path / 'a'))
-    found = sources.tfds('train[3:]', 'tiny', str(tmp_path / 'b'))
+    wanted = tfds(Request('train[3:]'), tfds_name='tiny', path=str(tmp_path / 'a'))
+    found = tfds(Request('train[3:]'), tfds_name='tiny', path=str(tmp_path / 'b'))
     assert found.length == wanted.length == 17
     index = np.array([5, 0, 16, 5])
     assert list(found.load(index)['image']) == wanted.load(index)['image']
@@ -501,13 +505,13 @@ def tfrecords(tmp_path, monkeypatch):
 
 
 def test_tfds_reads_tfrecord_without_tensorflow(tfrecords, no_network):
-    source = sources.tfds('train', 'tiny', str(tfrecords))
+    source = tfds(Request('train'), tfds_name='tiny', path=str(tfrecords))
     assert source.class_names == ('ant', 'bee', 'cow')
     loaded = source.load(np.arange(20))
     pixels = [decode.Encoded(image).pixels() for image in loaded['image']]
     found = sorted((int(y), x.tobytes()) for x, y in zip(pixels, loaded['label'], strict=True))
     assert found == sorted((i % 3, tiny_image(i, True).tobytes()) for i in range(20))
-    again = sources.tfds('train', 'tiny', str(tfrecords)).load(np.array([19, 3]))
+    again = tfds(Request('train'), tfds_name='tiny', path=str(tfrecords)).load(np.array([19, 3]))
     assert list(again['image']) == [loaded['image'][19], loaded['image'][3]]
     assert 'tensorflow' not in sys.modules
 
@@ -524,17 +528,17 @@ def test_a_damaged_tfrecord_is_named(tfrecords, no_network, damage, message):
     file = next(tfrecords.rglob('tiny-train.tfrecord*'))
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=rf'tiny-train\.tfrecord.*{message}'):
-        sources.tfds('train', 'tiny', str(tfrecords))
+        tfds(Request('train'), tfds_name='tiny', path=str(tfrecords))
 
 
 def test_tfds_in_threads(tmp_path, no_network):
     prepare(tmp_path, varying=True)
     spec = dataset.Spec(
         key='data', name='tfds', split='train', transform='central_crop(size)', image_size=(8, 8),
-        path=str(tmp_path), tfds_name='tiny', cache='none',
+        settings=(('path', str(tmp_path)), ('tfds_name', 'tiny'),), cache='none',
     )  # fmt: skip
     source, crop = dataset.open_examples((spec,))
-    plain = sources.tfds('train', 'tiny', str(tmp_path))
+    plain = tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
     kept = pipeline.Order(batch_size=8, seed=0)
     batches = pipeline.train_batches(source, crop, kept, num_threads=4)
     for step, batch in enumerate(itertools.islice(batches, 6)):
@@ -551,36 +555,36 @@ def test_tfds_in_threads(tmp_path, no_network):
 def test_tfds_refuses(tmp_path, no_network):
     prepare(tmp_path, varying=False)
     with pytest.raises(UserError, match=r'there is no split .val., only test, train'):
-        sources.tfds('val', 'tiny', str(tmp_path))
+        tfds(Request('val'), tfds_name='tiny', path=str(tmp_path))
     with pytest.raises(UserError, match=r'data.num_classes is 2 but tiny has 3 classes'):
-        sources.tfds('train', 'tiny', str(tmp_path), num_classes=2)
+        tfds(Request('train', num_classes=2), tfds_name='tiny', path=str(tmp_path))
     with pytest.raises(UserError, match=r'tiny:2\.0\.0 is not prepared .*there is 1\.0\.0'):
-        sources.tfds('train', 'tiny:2.0.0', str(tmp_path))
+        tfds(Request('train'), tfds_name='tiny:2.0.0', path=str(tmp_path))
     directory = tmp_path / 'tiny/1.0.0'
     info_file = directory / 'dataset_info.json'
     info = json.loads(info_file.read_text())
     info_file.write_text(json.dumps(info | {'fileFormat': 'riegeli'}))
     with pytest.raises(UserError, match='riegeli files, which cannot be read at random'):
-        sources.tfds('train', 'tiny', str(tmp_path))
+        tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
     info_file.write_text('{"name": ')
     with pytest.raises(UserError, match=r'dataset_info\.json .*cannot be read'):
-        sources.tfds('train', 'tiny', str(tmp_path))
+        tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
     info_file.write_text(json.dumps(info))
     features_file = directory / 'features.json'
     features = features_file.read_text()
     for damaged in ('{"', '{"type": "no.such.Feature"}', None):
         features_file.unlink() if damaged is None else features_file.write_text(damaged)
         with pytest.raises(UserError, match=r'features\.json: cannot be read'):
-            sources.tfds('train', 'tiny', str(tmp_path))
+            tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
     features_file.write_text(features)
     next(directory.glob('*train*')).unlink()
     with pytest.raises(UserError, match='array_record-00000-of-00001: missing'):
-        sources.tfds('train', 'tiny', str(tmp_path))
+        tfds(Request('train'), tfds_name='tiny', path=str(tmp_path))
 
 
 def test_tfds_refuses_a_split_without_labels(tmp_path, no_network):
     prepare(tmp_path, varying=False, unlabelled=True)
-    source = sources.tfds('test', 'tiny', str(tmp_path))
+    source = tfds(Request('test'), tfds_name='tiny', path=str(tmp_path))
     with pytest.raises(UserError, match=r'data\.split: example 2 of .test. of tiny has label -1'):
         source.load(np.array([2]))
 
@@ -606,8 +610,8 @@ def test_the_real_builder_of_fashion_mnist(tmp_path, monkeypatch, file_format):
         resource.write_info_file(url, path, 'fashion_mnist', name, info)
     folder = prepare_command.prepare('fashion_mnist', str(tmp_path), file_format, str(downloads))
     assert folder.is_dir()
-    found = sources.tfds('train', 'fashion_mnist', str(tmp_path))
-    wanted = sources.idx('train', str(FASHION)).load(np.arange(60_000))
+    found = tfds(Request('train'), tfds_name='fashion_mnist', path=str(tmp_path))
+    wanted = idx.idx(Request('train'), path=str(FASHION)).load(np.arange(60_000))
     loaded = found.load(np.arange(60_000))
     pixels = (decode.Encoded(image, 1).pixels().tobytes() for image in loaded['image'])
     ours = sorted(zip(loaded['label'].tolist(), pixels, strict=True))
@@ -617,7 +621,7 @@ def test_the_real_builder_of_fashion_mnist(tmp_path, monkeypatch, file_format):
 
 def test_importing_the_package_is_light():
     program = (
-        'import sys, big_vit.data.sources, big_vit.data.fdsl, big_vit.data.transforms; '
+        'import sys, big_vit.data.sources.registry, big_vit.data.transforms; '
         'heavy = {"jax", "sklearn", "grain", "tensorflow_datasets", "cv2", "PIL", "tensorflow"}; '
         'print(sorted(heavy & set(sys.modules)))'
     )

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from big_vit.data.sources import table
+from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
 FILES = ('0.png', '1.png', 'ä b.png')
@@ -43,7 +44,7 @@ def test_cells_as_spreadsheets_write_them(put, tmp_path, end, start):
         writer = csv.writer(file, lineterminator=end)
         writer.writerows([['image', ' label '], *rows])
     path = put('x.csv', start + (tmp_path / 'csv').read_bytes().decode())
-    source = table.table('train', path)
+    source = table.table(Request('train'), path=path)
     assert source.class_names == ('a', 'two\nlines, "quoted"')
     loaded = source.load(np.array([0, 2]))
     assert loaded['image'] == ['ä b.png'.encode(), b'0.png']
@@ -53,7 +54,7 @@ def test_cells_as_spreadsheets_write_them(put, tmp_path, end, start):
 def test_ends_of_lines_within_texts_of_json(put):
     rows = [{'image': name, 'label': f'a\u2028{i}\x85'} for i, name in enumerate(FILES)]
     text = '\r\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
-    source = table.table('train', put('x.jsonl', text))
+    source = table.table(Request('train'), path=put('x.jsonl', text))
     assert source.class_names == ('a\u20280\x85', 'a\u20281\x85', 'a\u20282\x85')
 
 
@@ -62,17 +63,22 @@ def test_one_row_of_several_labels_makes_lists_of_all_in_all_splits(put, tmp_pat
     put('train.csv', f'image,label\n0.png,b{separator}a\n1.png,\n')
     put('test.csv', 'image,label\n1.png,c\n0.png,a\n')
     for split, wanted in (('train', [[1, 0], []]), ('test', [[2], [0]])):
-        source = table.table(split, str(tmp_path))
+        source = table.table(Request(split), path=str(tmp_path))
         assert [label.tolist() for label in source.load(np.arange(2))['label']] == wanted
         assert (source.class_names, source.labels) == (('a', 'b', 'c'), None)
 
 
 def test_a_single_label_is_needed_in_each_row_where_none_has_several(put):
     for text in ('image,label\n0.png,a\n1.png, \n', 'image,label\n0.png,a\n1.png\n'):
-        refused(lambda text=text: table.table('train', put('x.csv', text)), 'line 3: has no label')
+        refused(
+            lambda text=text: table.table(Request('train'), path=put('x.csv', text)),
+            'line 3: has no label',
+        )
     text = '{"image": "0.png", "label": "a|b"}\n{"image": "1.png", "label": true}'
-    refused(lambda: table.table('train', put('x.jsonl', text)), 'must be numbers or names')
-    source = table.table('train', put('y.jsonl', text.splitlines()[0]))
+    refused(
+        lambda: table.table(Request('train'), path=put('x.jsonl', text)), 'must be numbers or names'
+    )
+    source = table.table(Request('train'), path=put('y.jsonl', text.splitlines()[0]))
     assert source.class_names == ('a|b',)
 
 
@@ -99,29 +105,33 @@ def test_a_single_label_is_needed_in_each_row_where_none_has_several(put):
 )
 def test_mistakes_are_named_with_their_line(put, name, text, message):
     path = put(name, text)
-    refused(lambda: table.table('train', path), message)
+    refused(lambda: table.table(Request('train'), path=path), message)
 
 
 def test_two_tables_of_one_split_are_refused(put, tmp_path):
     put('train.csv', 'image,label\n0.png,a\n')
     put('train.jsonl', '{"image": "1.png", "label": "b"}')
-    refused(lambda: table.table('train', str(tmp_path)), 'train: train.csv and train.jsonl')
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path)),
+        'train: train.csv and train.jsonl',
+    )
 
 
 def test_a_link_to_nothing_beside_the_tables_does_no_harm(put, tmp_path):
     put('train.CSV', 'image,label\n0.png,a\n')
     (tmp_path / 'broken.png').symlink_to('/nowhere')
-    assert table.table('train', str(tmp_path)).length == 1
+    assert table.table(Request('train'), path=str(tmp_path)).length == 1
 
 
 def test_absolute_paths_are_for_local_tables(put, tmp_path):
     path = put('x.csv', f'image,label\n{tmp_path}/0.png,7\n')
-    source = table.table('train', path)
+    source = table.table(Request('train'), path=path)
     assert source.load(np.array([0]))['image'] == [b'0.png']
     assert source.num_classes == 8
     fsspec.filesystem('memory').pipe('/absolute.csv', b'image,label\n/etc/x.png,a\n')
     refused(
-        lambda: table.table('train', 'memory://absolute.csv'), r'line 2: /etc/x\.png is absolute'
+        lambda: table.table(Request('train'), path='memory://absolute.csv'),
+        r'line 2: /etc/x\.png is absolute',
     )
 
 
@@ -131,7 +141,7 @@ def test_tables_in_memory_of_fsspec(home):
     system.pipe(f'{home}/t.csv', b'image,label,split\na/x y.png,1,train\nb.png,0,val\n')
     system.pipe(f'{home}/a/x y.png', b'first')
     system.pipe(f'{home}/b.png', b'second')
-    source = table.table('train+val', f'memory:/{home}/t.csv')
+    source = table.table(Request('train+val'), path=f'memory:/{home}/t.csv')
     loaded = source.load(np.array([1, 0, 1]))
     assert loaded['image'] == [b'second', b'first', b'second']
     assert loaded['label'].tolist() == [0, 1, 0]
@@ -144,7 +154,7 @@ def test_any_of_the_first_the_last_and_some_between_may_be_missing(put):
         broken = [row if i != missing else 'no.png,a\n' for i, row in enumerate(rows)]
         path = put('x.csv', 'image,label\n' + ''.join(broken))
         refused(
-            lambda path=path: table.table('train', path),
+            lambda path=path: table.table(Request('train'), path=path),
             rf'line {missing + 2}: there is no file .*no\.png',
         )
 
@@ -154,7 +164,7 @@ def test_a_large_table_is_read_in_a_few_arrays(put):
     text = 'image,label\n' + ''.join(f'{i % 2}.png,name{i % 1000:04d}\n' for i in range(count))
     path = put('x.csv', text)
     began, memory = time.perf_counter(), psutil.Process().memory_info().rss
-    source = table.table('train', path)
+    source = table.table(Request('train'), path=path)
     assert time.perf_counter() - began < 8
     assert psutil.Process().memory_info().rss - memory < 40e6
     picked = np.array([count - 1, 7])

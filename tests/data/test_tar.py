@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from big_vit.data import files
 from big_vit.data.sources import tar
+from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
 
@@ -99,7 +100,7 @@ def test_compressed_files_are_known_whatever_their_names(tmp_path, kind):
     with tarfile.open(tmp_path / 'x.tar', f'w:{kind}') as archive:
         archive.addfile(tarfile.TarInfo('a.jpg'))
     with pytest.raises(UserError, match=r'x\.tar: compressed, whatever its name says'):
-        tar.tar('train', str(tmp_path / 'x.tar'))
+        tar.tar(Request('train'), path=str(tmp_path / 'x.tar'))
 
 
 def pairs(count):
@@ -120,7 +121,7 @@ def test_damage_between_samples_is_not_taken_for_the_end(tmp_path):
     path.write_bytes(data)
     assert len(by_tarfile(path)) == 8
     with pytest.raises(UserError, match=rf'x\.tar: damaged or truncated at byte {at:,} '):
-        tar.tar('train', str(path))
+        tar.tar(Request('train'), path=str(path))
 
 
 def test_every_cut_is_noticed(tmp_path):
@@ -132,13 +133,13 @@ def test_every_cut_is_noticed(tmp_path):
     for length in [*range(1, end, 97), end - 512, end, end + 511]:
         path.write_bytes(data[:length])
         with pytest.raises(UserError, match=r'x\.tar: (damaged or )?truncated'):
-            tar.tar('train', str(path))
+            tar.tar(Request('train'), path=str(path))
 
 
 def test_a_shard_may_be_empty(tmp_path):
     write(tmp_path / 'train-0.tar', pairs(3))
     write(tmp_path / 'train-1.tar', [])
-    source = tar.tar('train', str(tmp_path))
+    source = tar.tar(Request('train'), path=str(tmp_path))
     assert (source.length, source.num_classes) == (3, 3)
 
 
@@ -165,7 +166,7 @@ def test_hidden_files_and_masks_are_no_images(tmp_path):
 def test_what_is_no_label(tmp_path, member, message):
     path = write(tmp_path / 'x.tar', [('a.jpg', b''), member])
     with pytest.raises(UserError, match=message):
-        tar.tar('train', path)
+        tar.tar(Request('train'), path=path)
 
 
 def test_a_member_of_five_gigabytes_is_refused(tmp_path):
@@ -177,12 +178,12 @@ def test_a_member_of_five_gigabytes_is_refused(tmp_path):
         file.seek(video.size, io.SEEK_CUR)
         file.write(label.tobuf(tarfile.GNU_FORMAT) + b'1'.ljust(512, b'\0') + bytes(1024))
     with pytest.raises(UserError, match=r'a at byte 512 has 5,368,709,120 bytes'):
-        tar.tar('train', str(path))
+        tar.tar(Request('train'), path=str(path))
 
 
 def test_too_many_shards_are_refused_at_once():
     with pytest.raises(UserError, match=r'\{0\.\.9999999999\} are more than 1,000,000 shards'):
-        tar.tar('train', 'x-{0..9999999999}.tar')
+        tar.tar(Request('train'), path='x-{0..9999999999}.tar')
 
 
 def test_a_remote_shard_is_read_in_few_requests(tmp_path, monkeypatch):
@@ -194,7 +195,7 @@ def test_a_remote_shard_is_read_in_few_requests(tmp_path, monkeypatch):
     asked = []
     real = files.read_range
     monkeypatch.setattr(files, 'read_range', lambda *what: asked.append(what) or real(*what))
-    source = tar.tar('train', 'memory://shards')
+    source = tar.tar(Request('train'), path='memory://shards')
     assert len(asked) == 1
     assert source.labels is not None
     np.testing.assert_array_equal(source.labels(), np.arange(200) % 3)

@@ -177,7 +177,9 @@ def test_what_is_no_text_is_said_and_where(tmp_path, bad):
 
 def test_a_folder_of_texts(tmp_path):
     write_texts(tmp_path, count=3)
-    spec = dataset.Spec('data', 'folder', 'train', 'byte_tokens(40)', (8, 8), path=str(tmp_path))
+    spec = dataset.Spec(
+        'data', 'folder', 'train', 'byte_tokens(40)', (8, 8), settings=(('path', str(tmp_path)),)
+    )
     source, rest = dataset.open_examples((spec,))
     index = np.arange(6)
     columns = source.load(index)

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from big_vit.data import decode, order, sources, transforms
+from big_vit.data import decode, order, transforms
+from big_vit.data.sources import digits
+from big_vit.data.sources.base import Request
 from big_vit.data.transforms import geometry
 from big_vit.errors import UserError
 
@@ -459,7 +461,7 @@ def test_spelling_is_free():
 
 
 def test_check():
-    source = sources.digits('train')
+    source = digits.digits(Request('train'))
 
     def check(text, size):
         return transforms.check(transforms.parse(text, size=size), source, size).parts['image'][0]

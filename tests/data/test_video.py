@@ -284,7 +284,7 @@ def test_a_folder_of_videos_is_a_dataset_of_images(tmp_path):
         split='train',
         transform='decode_video(5, 2) | middle_frame | inception_crop(size, min_area=0.99)',
         image_size=(48, 64),
-        path=str(tmp_path),
+        settings=(('path', str(tmp_path)),),
     )
     source, rest = dataset.open_examples((spec,))
     assert source.class_names == ('backward', 'forward')

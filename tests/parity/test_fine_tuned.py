@@ -6,7 +6,8 @@ from peers import peer, randomise, theirs
 from tiny import flags
 
 from big_vit import checkpoint, metrics
-from big_vit.data.sources import arrays
+from big_vit.data.sources import digits
+from big_vit.data.sources.base import Request
 
 RUN = {
     'total_steps': '60',
@@ -56,7 +57,7 @@ def _test_images():
     """The test digits as the evaluation sees them: resized bytes, from -1 to 1."""
     from big_vit.data import transforms
 
-    source = arrays.digits('test')
+    source = digits.digits(Request('test'))
     columns = source.load(np.arange(source.length))
     transform = transforms.parse('resize(size)', size=(32, 32), key='data')
     seen = transform(columns, np.zeros(source.length, np.uint64))

@@ -16,7 +16,8 @@ from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.build.model import build_model, build_streams
 from big_vit.build.steps import build_train_step
-from big_vit.data.sources import synthetic
+from big_vit.data.sources import captions, sprites
+from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 from big_vit.models import flops
 from big_vit.models.tokenizers import Stream
@@ -209,7 +210,7 @@ def plain(loss='sigmoid'):
 
 
 def test_captions_say_what_is_seen():
-    source = synthetic.captions('test', 32)
+    source = captions.captions(Request('test', image_size=(32, 32)))
     columns = source.load(np.arange(360))
     for image, text, label in zip(*(columns[n] for n in ('image', 'text', 'label')), strict=True):
         hue, shape = source.class_names[label].split()
@@ -217,17 +218,19 @@ def test_captions_say_what_is_seen():
         # The noise is grey; what is brighter by far than its channel's median is the shape.
         high = image.reshape(-1, 3).astype(int) - np.median(image.reshape(-1, 3), axis=0)
         on = tuple(bool(n) for n in np.percentile(high, 97, axis=0) > 60)
-        assert on == tuple(bool(n) for n in synthetic._HUES_RGB[synthetic._HUES.index(hue)]), text
+        assert on == tuple(bool(n) for n in sprites.RGB[sprites.COLOURS.index(hue)]), text
 
 
 def test_training_never_shows_six_pairs_but_all_their_words():
-    train_, test = (synthetic.captions(split, 16) for split in ('train', 'test'))
+    train_, test = (
+        captions.captions(Request(split, image_size=(16, 16))) for split in ('train', 'test')
+    )
     assert train_.class_names == test.class_names and len(set(test.class_names)) == 36
     assert train_.num_classes == test.num_classes == 36
     shown = {train_.class_names[n] for n in np.unique(train_.labels())}
     unseen = set(test.class_names) - shown
     assert len(unseen) == 6
-    held_out = synthetic.captions('unseen', 16)
+    held_out = captions.captions(Request('unseen', image_size=(16, 16)))
     assert {held_out.class_names[n] for n in held_out.labels()} == unseen
     columns = held_out.load(np.arange(40))
     for text, label in zip(columns['text'], columns['label'], strict=True):
@@ -271,7 +274,7 @@ def test_scores_of_the_command_on_three_devices_are_those_of_loops(trained):
     params, _ = checkpoint.load_params(trained, checkpoint.steps(trained)[-1], 'params')
     net = plain()
     # Zero-shot: the mean of what two sentences say, against 100 pictures.
-    source = synthetic.captions('test', 32)
+    source = captions.captions(Request('test', image_size=(32, 32)))
     columns = source.load(np.arange(100))
     sentences = [
         text for name in source.class_names for text in (f'a {name}', f'a picture of a {name}')
@@ -443,7 +446,7 @@ def test_a_tower_that_is_not_there_is_named(trained, tmp_path):
 
 def test_shards_of_pictures_and_captions_need_no_labels(tmp_path):
     write_captioned(tmp_path)
-    columns = synthetic.captions('train', 32).load(np.arange(32))
+    columns = captions.captions(Request('train', image_size=(32, 32))).load(np.arange(32))
     own = {'data.name': 'tar', 'data.path': str(tmp_path), 'data.text_column': 'txt'}
     pairs = {'evals.pairs.split': 'train[:20]', 'evals.pairs.transform': 'decode | byte_tokens(40)'}
     # Zero-shot is of another dataset than that of training.

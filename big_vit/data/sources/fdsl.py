@@ -3,33 +3,135 @@
 A class is a formula, an image is one noisy drawing of it, so that labelled images come in
 any number, at any size, from a seed alone. In the manner of VisualAtom (Takashima et al.,
 "Visual Atoms: Pre-training Vision Transformers with Sinusoidal Waves", CVPR 2023,
-arXiv:2303.01112): concentric orbits, each the sum of two sine waves of the angle. Here the
+arXiv:2303.01112): concentric orbits, each the sum of two sine waves of the angle. The
 formulas, ranges and the drawing are our own; see `_class_parameters`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, UInt8, UInt64
 
 from big_vit.data import order
-from big_vit.data.sources.base import Source, cut
+from big_vit.data.sources.base import Columns, Request, Source
+from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
-_TEST_INSTANCES = 50
+# Images of each class.
+TRAIN_INSTANCES, TEST_INSTANCES = 1000, 50
 _MAX_ORBITS = 6
 _MAX_FREQUENCY = 20
 _MAX_TILT = 0.25  # radians
 # Keys of classes and of instances must not coincide; epochs do not exist here, so their
 # slot in the key tells the two apart.
 _CLASS, _INSTANCE = 0, 1
-# Of the accumulator of one chunk, so that it stays in the second-level cache.
+# Accumulator of one chunk, small enough to stay in the second-level cache.
 _CHUNK_BYTES = 1 << 19
 
 
+def fdsl(request: Request) -> Source:
+    """Draw images from formulas.
+
+    Example i of `train` is instance i // num_classes of class i % num_classes, so that any
+    prefix is balanced. `test` has 50 more instances of each class, which follow those of `train`.
+
+    Args:
+      request: the examples to draw; `num_classes` is the number of formulas, and must be set.
+
+    Raises:
+      UserError: `num_classes` is not set, a number is too small, or no such split.
+    """
+    key, num_classes, image_size = request.key, request.num_classes, request.image_size
+    if num_classes is None:
+        raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
+    for name, value, least in (
+        ('num_classes', num_classes, 1),
+        ('image_size', min(image_size), 8),
+    ):
+        if value < least:
+            raise UserError(f'{key}.{name} is {value}: set {least} or more')
+    sizes = {'train': num_classes * TRAIN_INSTANCES, 'test': num_classes * TEST_INSTANCES}
+
+    def open_split(name: str) -> Source:
+        first = sizes['train'] if name == 'test' else 0
+
+        def load(indices: np.ndarray) -> Columns:
+            indices = first + np.asarray(indices, np.int64)
+            classes = indices % num_classes
+            images = render(request.seed, classes, indices, image_size)
+            return {'image': images, 'label': classes.astype(np.int32)}
+
+        return Source(
+            name='fdsl',
+            split=name,
+            length=sizes[name],
+            num_classes=num_classes,
+            image_shape=(*image_size, 1),
+            load=load,
+            in_memory=True,
+            channels=1,
+            labels=lambda: (np.arange(sizes[name]) % num_classes).astype(np.int32),
+        )
+
+    return cut('fdsl', sizes, open_split, request)
+
+
+def render(
+    seed: int,
+    classes: Int64[np.ndarray, ' b'],
+    indices: Int64[np.ndarray, ' b'],
+    shape: tuple[int, int],
+) -> UInt8[np.ndarray, 'b h w 1']:
+    """Draw images, each a function of (seed, its class, its index, shape) alone.
+
+    Sines differ in the last bit between kinds of processors, so that a pixel may differ by
+    one gray level between them.
+
+    Args:
+      seed: of the formulas and of the noise.
+      classes: int64 [B], any number from 0.
+      indices: int64 [B], distinguish the images of a class.
+      shape: (height, width) in pixels.
+
+    Returns:
+      uint8 [B, H, W, 1], light lines on black, anti-aliased.
+    """
+    chunk = max(1, _CHUNK_BYTES // (8 * shape[0] * shape[1]))
+    images = np.empty((len(indices), *shape, 1), np.uint8)
+    for start in range(0, len(indices), chunk):
+        part = slice(start, start + chunk)
+        lines = _lines(seed, classes[part], indices[part], shape)
+        images[part] = _rasterize(_thicken(lines, shape), len(indices[part]), shape)
+    return images
+
+
+class _Lines(NamedTuple):
+    """Closed polygons of `vertices` edges.
+
+    Attributes:
+      image: number of the image that each polygon belongs to, int64 [polygons].
+      y: first end of each edge in pixels, [polygons, vertices].
+      x: likewise.
+      dy: from there to its other end, [polygons, vertices].
+      dx: likewise.
+      light: brightness times length of each edge, per point drawn, [polygons, vertices].
+      points: number of points to draw on each edge.
+    """
+
+    image: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    dy: np.ndarray
+    dx: np.ndarray
+    light: np.ndarray
+    points: int
+
+
 def _class_parameters(seed: int, classes: Int64[np.ndarray, ' b']) -> dict[str, np.ndarray]:
-    """The formula of each class, float32 [B] each.
+    """Draw the formula of each class, float32 [B] each.
 
     The radius of orbit k at angle θ is  inner + k·step + λ1·sin(n1·θ + k·twist) +
-    λ2·sin(n2·θ + phase), of which an image shows the first `orbits`, turned by `turn`.
+    λ2·sin(n2·θ + phase), and an image shows the first `orbits` of them, rotated by `turn`.
     """
     keys = order.example_keys(seed, _CLASS, classes)
     draws = [order.uniform(keys, stream).astype(np.float32) for stream in range(9)]
@@ -53,16 +155,15 @@ def _class_parameters(seed: int, classes: Int64[np.ndarray, ' b']) -> dict[str, 
     }
 
 
-def _draw(
+def _lines(
     seed: int,
     classes: Int64[np.ndarray, ' b'],
     indices: Int64[np.ndarray, ' b'],
     shape: tuple[int, int],
-) -> UInt8[np.ndarray, 'b h w 1']:
-    """One chunk of images; see `render`."""
+) -> _Lines:
+    """Compute the orbits of one chunk of images."""
     height, width = shape
     smaller = min(shape)
-    batch = len(indices)
     formula = {k: v[:, None, None] for k, v in _class_parameters(seed, classes).items()}
     keys = order.example_keys(seed, _INSTANCE, indices)
 
@@ -75,24 +176,14 @@ def _draw(
     points = max(2, round(smaller * 9 / vertices))
     orbit = np.arange(_MAX_ORBITS, dtype=np.float32)[:, None]
     angle = np.linspace(0, 2 * np.pi, vertices, endpoint=False, dtype=np.float32)
-    # The waves do not depend on the instance, only on the orbit through its phase.
-    radius = (
-        formula['inner']
-        + orbit * formula['step']
-        + formula['amplitude1'] * np.sin(formula['n1'] * angle + orbit * formula['twist'])
-        + formula['amplitude2'] * np.sin(formula['n2'] * angle + formula['phase'])
-    )
-    vertex = np.arange(8, 8 + _MAX_ORBITS * vertices, dtype=np.uint64)
-    noise = order.uniform(keys[:, None], vertex).astype(np.float32)
-    noise = noise.reshape(batch, _MAX_ORBITS, vertices) - np.float32(0.5)
-    radius += (0.08 * draw(0)) * noise
+    radius = _radius(formula, orbit, angle) + (0.08 * draw(0)) * _vertex_noise(keys, vertices)
     reach = formula['inner'] + formula['step'] * (formula['orbits'] - 1)
     reach = reach + formula['amplitude1'] + formula['amplitude2']
     scale = 0.34 + 0.12 * draw(1)
     radius *= smaller * scale / reach
-    # Which way up a drawing is belongs to its class: a model must learn to see it.
+    # The orientation of a drawing is part of its class: a model must learn to see it.
     turned = angle + formula['turn'] + _MAX_TILT * (2 * draw(2) - 1)
-    # Smaller drawings have more room to move about in.
+    # Smaller drawings have more room to move.
     room = smaller * (0.96 - 2 * scale)
     y = radius * np.sin(turned) + (height - 1) / 2 + room * (draw(3) - 0.5)
     x = radius * np.cos(turned) + (width - 1) / 2 + room * (draw(4) - 0.5)
@@ -104,28 +195,54 @@ def _draw(
     y, x = (v.reshape(-1, vertices)[rows] for v in (y, x))
     brightness = np.broadcast_to(brightness, shown.shape).reshape(-1, 1)[rows]
     dy, dx = np.roll(y, -1, 1) - y, np.roll(x, -1, 1) - x
-    length = np.sqrt(dy * dy + dx * dx)
-    # Large images need lines wider than a pixel: parallel strokes, one pixel apart.
-    strokes = max(1, round(smaller / 112))
-    if strokes > 1:
-        aside = np.arange(strokes, dtype=np.float32)[:, None, None] - (strokes - 1) / 2
-        y = (y + aside * dx / (length + 1e-6)).reshape(-1, vertices)
-        x = (x - aside * dy / (length + 1e-6)).reshape(-1, vertices)
-        dy, dx, length, brightness = (
-            np.tile(v, (strokes, 1)) for v in (dy, dx, length, brightness)
-        )
-        rows = np.tile(rows, strokes)
     # Light per length of line, not per point: fast parts of a wave are as bright as slow ones.
-    light = length * (brightness / points)
-    t = np.arange(points, dtype=np.float32)[:, None, None] / points
-    y = np.clip(y + t * dy, 0, height - 1.001)
-    x = np.clip(x + t * dx, 0, width - 1.001)
+    light = np.sqrt(dy * dy + dx * dx) * (brightness / points)
+    return _Lines(rows // _MAX_ORBITS, y, x, dy, dx, light, points)
+
+
+def _radius(formula: dict[str, np.ndarray], orbit: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Return the radius of each orbit at each angle, [B, orbits, angles]."""
+    return (
+        formula['inner']
+        + orbit * formula['step']
+        + formula['amplitude1'] * np.sin(formula['n1'] * angle + orbit * formula['twist'])
+        + formula['amplitude2'] * np.sin(formula['n2'] * angle + formula['phase'])
+    )
+
+
+def _vertex_noise(keys: UInt64[np.ndarray, ' b'], vertices: int) -> np.ndarray:
+    stream = np.arange(8, 8 + _MAX_ORBITS * vertices, dtype=np.uint64)
+    noise = order.uniform(keys[:, None], stream).astype(np.float32)
+    return noise.reshape(len(keys), _MAX_ORBITS, vertices) - np.float32(0.5)
+
+
+def _thicken(lines: _Lines, shape: tuple[int, int]) -> _Lines:
+    """Draw lines as parallel strokes, one pixel apart, in images of more than 112 pixels."""
+    strokes = max(1, round(min(shape) / 112))
+    if strokes == 1:
+        return lines
+    image, y, x, dy, dx, light, points = lines
+    vertices = y.shape[1]
+    length = np.sqrt(dy * dy + dx * dx)
+    aside = np.arange(strokes, dtype=np.float32)[:, None, None] - (strokes - 1) / 2
+    y = (y + aside * dx / (length + 1e-6)).reshape(-1, vertices)
+    x = (x - aside * dy / (length + 1e-6)).reshape(-1, vertices)
+    dy, dx, light = (np.tile(v, (strokes, 1)) for v in (dy, dx, light))
+    return _Lines(np.tile(image, strokes), y, x, dy, dx, light, points)
+
+
+def _rasterize(lines: _Lines, batch: int, shape: tuple[int, int]) -> UInt8[np.ndarray, 'b h w 1']:
+    """Add the points of all lines to images, each spread over the four nearest pixels."""
+    height, width = shape
+    t = np.arange(lines.points, dtype=np.float32)[:, None, None] / lines.points
+    y = np.clip(lines.y + t * lines.dy, 0, height - 1.001)
+    x = np.clip(lines.x + t * lines.dx, 0, width - 1.001)
     row, column = y.astype(np.int32), x.astype(np.int32)
     y -= row
     x -= column
-    at = row * width + column + (rows // _MAX_ORBITS * (height * width))[:, None].astype(np.int32)
-    lower = light * y
-    upper = light - lower
+    at = row * width + column + (lines.image * (height * width))[:, None].astype(np.int32)
+    lower = lines.light * y
+    upper = lines.light - lower
     image = np.zeros(batch * height * width)
     for offset, weight in (
         (0, upper - upper * x),
@@ -138,90 +255,3 @@ def _draw(
     np.minimum(image, 1, out=image)
     image *= 255
     return np.rint(image).astype(np.uint8).reshape(batch, height, width, 1)
-
-
-def render(
-    seed: int,
-    classes: Int64[np.ndarray, ' b'],
-    indices: Int64[np.ndarray, ' b'],
-    shape: tuple[int, int],
-) -> UInt8[np.ndarray, 'b h w 1']:
-    """Draws images, each a function of (seed, its class, its index, shape) alone.
-
-    Sines differ in the last bit between kinds of processor, so that a pixel may differ by
-    one grey level from one kind to another.
-
-    Args:
-      seed: of the formulas and of the noise.
-      classes: int64 [B], any number from 0.
-      indices: int64 [B], tells the images of a class apart.
-      shape: (height, width) in pixels.
-
-    Returns:
-      uint8 [B, H, W, 1], light lines on black, anti-aliased.
-    """
-    chunk = max(1, _CHUNK_BYTES // (8 * shape[0] * shape[1]))
-    images = np.empty((len(indices), *shape, 1), np.uint8)
-    for start in range(0, len(indices), chunk):
-        part = slice(start, start + chunk)
-        images[part] = _draw(seed, classes[part], indices[part], shape)
-    return images
-
-
-def fdsl(
-    split: str,
-    num_classes: int,
-    image_size: int | tuple[int, int],
-    seed: int = 0,
-    instances: int = 1000,
-    key: str = 'data',
-) -> Source:
-    """A source of formula-driven images.
-
-    Example i of `train` is instance i // num_classes of class i % num_classes, so that any
-    prefix is balanced. `test` has 50 more instances of each class, those after the ones of
-    `train`.
-
-    Args:
-      split: of `train` and `test`, see `parse_split`.
-      num_classes: how many formulas.
-      image_size: pixels, one number or (height, width).
-      seed: of the formulas and of the noise.
-      instances: of each class in `train`.
-      key: prefix of the config keys in messages.
-
-    Raises:
-      UserError: a number that is not positive, or no such split.
-    """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    for name, value, least in (
-        ('num_classes', num_classes, 1),
-        ('instances', instances, 1),
-        ('image_size', min(height, width), 8),
-    ):
-        if value < least:
-            raise UserError(f'{key}.{name} is {value}: set {least} or more')
-    sizes = {'train': num_classes * instances, 'test': num_classes * _TEST_INSTANCES}
-
-    def whole(name: str) -> Source:
-        first = sizes['train'] if name == 'test' else 0
-
-        def load(indices: np.ndarray) -> dict:
-            indices = first + np.asarray(indices, np.int64)
-            classes = indices % num_classes
-            images = render(seed, classes, indices, (height, width))
-            return {'image': images, 'label': classes.astype(np.int32)}
-
-        return Source(
-            name='fdsl',
-            split=name,
-            length=sizes[name],
-            num_classes=num_classes,
-            image_shape=(height, width, 1),
-            load=load,
-            in_memory=True,
-            channels=1,
-            labels=lambda: (np.arange(sizes[name]) % num_classes).astype(np.int32),
-        )
-
-    return cut('fdsl', sizes, whole, split, key)

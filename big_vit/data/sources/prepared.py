@@ -1,26 +1,157 @@
 """Datasets prepared by TensorFlow Datasets, read without TensorFlow.
 
-ArrayRecord and Parquet files are read by TFDS itself, TFRecord files through an index of our own.
-Images stay encoded: they are decoded by the transform, which may need a part only.
+ArrayRecord and Parquet files are read by TFDS itself, TFRecord files through our own index.
+Images stay encoded: they are decoded by the transform, which may need only a part.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from big_vit.data import files
 from big_vit.data.sources import labels as labels_lib
 from big_vit.data.sources import tfrecord
-from big_vit.data.sources.base import Columns, Source, cut
+from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.classes import class_count
+from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
+_FORMATS = ('array_record', 'parquet', 'tfrecord')
 
-def _find_tfds(tfds_name: str, path: str, key: str):
-    """The directory of a prepared TFDS dataset, as an etils path; UserError if there is none."""
+
+class _Image(NamedTuple):
+    """The feature that is the image or video, as `Source` describes it."""
+
+    feature: str
+    column: str
+    shape: tuple[int, int, int] | None
+    channels: int
+    is_encoded: bool
+
+
+class _Label(NamedTuple):
+    """The feature that is the label, or is derived from others."""
+
+    read: Callable[[Any], Any]
+    multilabel: bool
+    num_classes: int
+    names: tuple[str, ...] | None
+
+
+def tfds(
+    request: Request,
+    *,
+    tfds_name: str,
+    path: str | None = None,
+    label_column: str | None = None,
+) -> Source:
+    """Open a classification dataset prepared by TensorFlow Datasets, in any of its file formats.
+
+    Nothing is downloaded and TensorFlow is not needed.
+
+    Args:
+      request: the examples to open; `num_classes` defaults to the number in the dataset.
+      tfds_name: name[/config][:version]; the newest version on disk by default.
+      path: the data_dir, local or gs://; defaults to $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      label_column: name of a feature, or in `labels.DERIVED`; defaults to 'label', or the
+        supervised key of the dataset.
+
+    Raises:
+      UserError: missing, unreadable, or no set of labelled images.
+    """
+    key = request.key
+    directory = _find_directory(tfds_name, path or '', key)
+    builder = _open_builder(directory, key)
+    info, features = builder.info, builder.info.features
+    image = _image(features, info, tfds_name, key)
+    label = _label(features, info, label_column, tfds_name, request)
+
+    def open_split(name: str) -> Source:
+        split = info.splits[name]
+        _need_all_files(split, directory, name)
+        read = _reader(builder, name, image, key)
+        ends = np.cumsum(split.shard_lengths)
+
+        def where(index: int) -> str:
+            shard, record = locate(index, ends)
+            return f'{split.filepaths[shard]}, record {record}'
+
+        def checked(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+            what = f'{name!r} of {tfds_name}'
+            return _check_labels(labels, indices, label.num_classes, what, key)
+
+        def load(indices: np.ndarray) -> Columns:
+            examples = _read_examples(read, indices, where)
+            values = [label.read(example) for example in examples]
+            labels: Any = [np.asarray(value, np.int32) for value in values]
+            if not label.multilabel:
+                labels = checked(np.array(values, np.int32), indices)
+            images: Any = [example[image.feature] for example in examples]
+            if not image.is_encoded and image.shape:
+                images = np.stack(images)
+            return {image.column: images, 'label': labels}
+
+        @functools.cache
+        def all_labels() -> np.ndarray:
+            size, step = split.num_examples, 1000
+            chunks = [range(start, min(start + step, size)) for start in range(0, size, step)]
+            values = [label.read(example) for chunk in chunks for example in read(list(chunk))]
+            return checked(np.array(values, np.int32), np.arange(size))
+
+        return Source(
+            name=f'tfds:{tfds_name}',
+            split=name,
+            length=split.num_examples,
+            num_classes=label.num_classes,
+            image_shape=image.shape,
+            load=load,
+            in_memory=False,
+            channels=image.channels,
+            class_names=label.names,
+            labels=None if label.multilabel else all_labels,
+            where=where,
+        )
+
+    return cut(f'tfds:{tfds_name}', list(info.splits), open_split, request)
+
+
+def _read_examples(
+    read: Callable[[list[int]], list[dict[str, Any]]],
+    indices: np.ndarray,
+    where: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    try:
+        return read([int(i) for i in indices])
+    except RuntimeError as error:  # Raised by array_record for a damaged file.
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
+            f'({reason}): copy the dataset again'
+        ) from error
+
+
+def _check_labels(
+    labels: np.ndarray, indices: np.ndarray, num_classes: int, what: str, key: str
+) -> np.ndarray:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        # Some datasets publish a split without labels, and write -1.
+        raise UserError(
+            f'{key}.split: example {indices[wrong[0]]} of {what} has label {labels[wrong[0]]}, '
+            f'not one of {num_classes} classes: choose another split'
+        )
+    return labels
+
+
+# --- Files -----------------------------------------------------------------------------
+
+
+def _find_directory(tfds_name: str, path: str, key: str) -> Any:
+    """Return the directory of a prepared dataset as an etils path; UserError if there is none."""
     from etils import epath
 
     match = re.fullmatch(r'(\w+)(?:/([\w.-]+))?(?::([\d.*]+))?', tfds_name)
@@ -33,14 +164,16 @@ def _find_tfds(tfds_name: str, path: str, key: str):
     root = epath.Path(path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
     root = root.expanduser()
     directory = root / name / config if config else root / name
-    wanted = re.compile(
+    pattern = re.compile(
         r'\d+\.\d+\.\d+' if version is None else re.escape(version).replace(r'\*', r'\d+')
     )
     try:
         below = list(directory.iterdir()) if directory.is_dir() else []
     except ImportError as error:
         raise UserError(f'{key}.path: {root} needs `pip install gcsfs` ({error})') from error
-    versions = [p for p in below if wanted.fullmatch(p.name) and (p / 'dataset_info.json').exists()]
+    versions = [
+        p for p in below if pattern.fullmatch(p.name) and (p / 'dataset_info.json').exists()
+    ]
     if versions:
         return max(versions, key=lambda p: [int(n) for n in p.name.split('.')])
     prepare = (
@@ -52,101 +185,8 @@ def _find_tfds(tfds_name: str, path: str, key: str):
     raise UserError(f'{key}.path: {tfds_name} is not prepared in {root}{there}: {prepare}')
 
 
-def _has(features: Any, path: str) -> bool:
-    """Whether there is a feature; 'objects/location' is a part of a sequence of objects."""
-    name, _, part = path.partition('/')
-    return name in features and (not part or part in getattr(features[name], 'feature', ()))
-
-
-def label_columns(features: Any) -> list[str]:
-    """What `label_column` may be: features of whole numbers, and labels made of others."""
-    plain = []
-    for name, feature in features.items():
-        one = getattr(feature, 'feature', feature)
-        kind = getattr(one, 'np_dtype', None)
-        whole = isinstance(kind, type | np.dtype) and np.issubdtype(kind, np.integer)
-        if whole and not getattr(one, 'shape', None):
-            plain.append(name)
-    made = [
-        name
-        for name, derived in labels_lib.DERIVED.items()
-        if all(_has(features, path) for path in derived.needs)
-    ]
-    return sorted(plain) + made
-
-
-def _image_name(features: Any, info: Any, tfds_name: str, key: str) -> str:
-    """The name of the image (or video) of a dataset."""
-    given = (info.supervised_keys or ('image',))[0]
-    for name in ('image', given, 'video'):
-        if isinstance(name, str) and name in features:
-            return name
-    raise UserError(
-        f"{key}.tfds_name: {tfds_name} has no feature 'image' (only "
-        f'{", ".join(sorted(features))}): choose a dataset of labelled images'
-    )
-
-
-def _label_name(features: Any, info: Any, asked: str | None, tfds_name: str, key: str) -> str:
-    """The name of the label: of a feature, or of `labels.DERIVED`."""
-    there = label_columns(features)
-    choices = 'choose a dataset of labelled images'
-    if there:
-        choices = f'set {key}.label_column to one of {", ".join(there)}'
-    if asked is not None:
-        if asked in there:
-            return asked
-        raise UserError(f'{key}.label_column: {tfds_name} has no label {asked!r}: {choices}')
-    given = (info.supervised_keys or ('', 'label'))[1]
-    for name in ('label', given):
-        if isinstance(name, str) and name in features:
-            return name
-    raise UserError(
-        f"{key}.tfds_name: {tfds_name} has no feature 'label' (only "
-        f'{", ".join(sorted(features))}): {choices}'
-    )
-
-
-def default_label(info: Any) -> str | None:
-    """None where a dataset has a label without being told which, else the first there is."""
-    given = (info.supervised_keys or ('', 'label'))[1]
-    if 'label' in info.features or (isinstance(given, str) and given in info.features):
-        return None
-    return next(iter(label_columns(info.features)), None)
-
-
-def _class_names(label: Any) -> tuple[str, ...] | None:
-    names = getattr(label, 'names', None)
-    # Where a dataset gives no names, TFDS numbers them.
-    return tuple(names) if names and list(names) != [str(i) for i in range(len(names))] else None
-
-
-def tfds(
-    split: str,
-    tfds_name: str,
-    path: str = '',
-    num_classes: int | None = None,
-    label_column: str | None = None,
-    key: str = 'data',
-) -> Source:
-    """A classification dataset prepared by TensorFlow Datasets, in files of any of its formats.
-
-    Nothing is downloaded and TensorFlow is not needed.
-
-    Args:
-      split: of the splits of the dataset, see `base.parse_split`.
-      tfds_name: name[/config][:version]; the newest version on disk when none is given.
-      path: the data directory, local or gs://; empty for $TFDS_DATA_DIR or
-        ~/tensorflow_datasets.
-      num_classes: None for the number in the dataset.
-      label_column: name of a feature, or of `labels.DERIVED`; None for 'label', or what the
-        dataset names as its label.
-      key: prefix of the config keys in messages.
-
-    Raises:
-      UserError: not found, not readable, or not a set of labelled images.
-    """
-    directory = _find_tfds(tfds_name, path, key)
+def _open_builder(directory: Any, key: str) -> Any:
+    """Return the TFDS builder of a directory, after a check that its files can be read."""
     try:
         import tensorflow_datasets
         from google.protobuf.json_format import ParseError
@@ -156,152 +196,65 @@ def tfds(
             f'array_record` ({error})'
         ) from error
     try:
-        builder: Any = tensorflow_datasets.builder_from_directory(directory)
+        builder = tensorflow_datasets.builder_from_directory(directory)
     except (ParseError, FileNotFoundError, KeyError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(
             f'{directory}/dataset_info.json or features.json: cannot be read ({reason}): prepare '
             'the dataset again'
         ) from error
-    info, features = builder.info, builder.info.features
-    file_format = info.file_format.value if info.file_format else 'unnamed'
-    if file_format not in ('array_record', 'parquet', 'tfrecord'):
+    if _format(builder.info) not in _FORMATS:
         raise UserError(
-            f'{key}.path: {directory} holds {file_format} files, which cannot be read '
+            f'{key}.path: {directory} holds {_format(builder.info)} files, which cannot be read '
             'at random: prepare it again with --format array_record'
         )
-    image_name = _image_name(features, info, tfds_name, key)
-    label_name = _label_name(features, info, label_column, tfds_name, key)
-    image = features[image_name]
-    column = 'video' if image_name == 'video' or len(image.shape or ()) == 4 else 'image'
-    if image.np_dtype not in (np.uint8, np.uint16, np.float32):
+    return builder
+
+
+def _format(info: Any) -> str:
+    return info.file_format.value if info.file_format else 'unnamed'
+
+
+def _need_all_files(split: Any, directory: Any, name: str) -> None:
+    present = {p.name for p in directory.iterdir()}
+    missing = [p.name for p in split.filepaths if p.name not in present]
+    if missing:
         raise UserError(
-            f'{key}.tfds_name: the images of {tfds_name} are {image.np_dtype}, not '
-            'uint8, uint16 or float32: choose another dataset'
-        )
-    if len(image.shape) != (4 if column == 'video' else 3):
-        raise UserError(
-            f'{key}.tfds_name: the images of {tfds_name} have shape {image.shape}, not height, '
-            'width and channels: choose another dataset'
-        )
-    derived = None if label_name in features else labels_lib.DERIVED[label_name]
-    label: Any = None if derived else features[label_name]
-    several = hasattr(label, 'feature')
-    one = label.feature if several else label
-    if not derived and not np.issubdtype(one.np_dtype, np.integer):
-        raise UserError(
-            f'{key}.tfds_name: labels of {tfds_name} ({label_name}) are {one.np_dtype}, not whole '
-            'numbers: choose another dataset'
-        )
-    found_classes = derived.classes if derived else getattr(one, 'num_classes', None)
-    classes = num_classes if num_classes is not None else found_classes
-    if classes is None:
-        raise UserError(
-            f'{key}.num_classes: {tfds_name} does not say how many classes it has: set it'
-        )
-    if found_classes and classes < found_classes:
-        raise UserError(
-            f'{key}.num_classes is {classes} but {tfds_name} has {found_classes} classes: '
-            'set at least that'
-        )
-    encoded = column == 'image' and isinstance(image, tensorflow_datasets.features.Image)
-    skip = {image_name: tensorflow_datasets.decode.SkipDecoding()} if encoded else None
-    names = _class_names(one) if classes == found_classes else None
-    shape = image.shape if column == 'image' and None not in image.shape else None
-    channels = image.shape[2] if column == 'image' and image.shape[2] else 3
-    if image.np_dtype != np.uint8:
-        channels = 0  # Decoded to bytes, 16 bits would be lost.
-
-    def whole(name: str) -> Source:
-        paths = info.splits[name].filepaths
-        lengths = info.splits[name].shard_lengths
-        present = {p.name for p in directory.iterdir()}
-        missing = [p.name for p in paths if p.name not in present]
-        if missing:
-            raise UserError(
-                f'{directory / missing[0]}: missing, as are {len(missing)} of the {len(paths)} '
-                f'files of {name} in all: copy the dataset again'
-            )
-        if file_format == 'tfrecord':
-            shards = [files.place(os.fspath(p), key) for p in paths]
-            read = _tfrecords(shards, lengths, features, skip)
-        else:
-            read = builder.as_data_source(name, decoders=skip).__getitems__
-        ends = np.cumsum(lengths)
-        label_of = derived.of if derived else lambda example: example[label_name]
-
-        def where(index: int) -> str:
-            shard = int(np.searchsorted(ends, index, side='right'))
-            before = int(ends[shard - 1]) if shard else 0
-            return f'{paths[shard]}, record {index - before}'
-
-        def check(labels: np.ndarray, indices: Any) -> np.ndarray:
-            wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-            if wrong.size:
-                # Some datasets publish a split without labels, and write -1.
-                raise UserError(
-                    f'{key}.split: example {indices[wrong[0]]} of {name!r} of {tfds_name} has '
-                    f'label {labels[wrong[0]]}, not one of {classes} classes: choose another split'
-                )
-            return labels
-
-        def load(indices: np.ndarray) -> Columns:
-            try:
-                examples = read([int(i) for i in indices])
-            except RuntimeError as error:  # What array_record makes of a damaged file.
-                reason = ' '.join(str(error).split())[:200]
-                raise UserError(
-                    f'{where(int(indices[0]))}, or another of {len(indices)} records: damaged '
-                    f'({reason}): copy the dataset again'
-                ) from error
-            every = [label_of(example) for example in examples]
-            if several:
-                label: Any = [np.asarray(x, np.int32) for x in every]
-            else:
-                label = check(np.array(every, np.int32), indices)
-            images: Any = [example[image_name] for example in examples]
-            if not encoded and shape:
-                images = np.stack(images)
-            return {column: images, 'label': label}
-
-        @functools.cache
-        def labels() -> np.ndarray:
-            size, step = info.splits[name].num_examples, 1000
-            parts = [
-                [label_of(example) for example in read(list(range(i, min(i + step, size))))]
-                for i in range(0, size, step)
-            ]
-            flat = np.array([value for part in parts for value in part], np.int32)
-            return check(flat, np.arange(size))
-
-        return Source(
-            name=f'tfds:{tfds_name}',
-            split=name,
-            length=info.splits[name].num_examples,
-            num_classes=classes,
-            image_shape=shape,
-            load=load,
-            in_memory=False,
-            channels=channels,
-            class_names=names,
-            labels=None if several else labels,
-            where=where,
+            f'{directory / missing[0]}: missing, as are {len(missing)} of the '
+            f'{len(split.filepaths)} files of {name} in all: copy the dataset again'
         )
 
-    return cut(f'tfds:{tfds_name}', list(info.splits), whole, split, key)
+
+def _reader(
+    builder: Any, name: str, image: _Image, key: str
+) -> Callable[[list[int]], list[dict[str, Any]]]:
+    """Return a function that reads the examples of a split with the given indices."""
+    import tensorflow_datasets
+
+    skip = None
+    if image.is_encoded:
+        skip = {image.feature: tensorflow_datasets.decode.SkipDecoding()}
+    info = builder.info
+    if _format(info) != 'tfrecord':
+        return builder.as_data_source(name, decoders=skip).__getitems__
+    shards = [files.place(os.fspath(p), key) for p in info.splits[name].filepaths]
+    return _tfrecord_reader(shards, info.splits[name].shard_lengths, info.features, skip)
 
 
-def _tfrecords(
+def _tfrecord_reader(
     shards: list[files.Place], lengths: list[int], features: Any, skip: Any
 ) -> Callable[[list[int]], list[dict[str, Any]]]:
-    """What reads examples of TFRecord files by their numbers; UserError where some are missing."""
+    """Return a function that reads examples of TFRecord files.
+
+    Raises:
+      UserError: a file has another number of records than expected.
+    """
     index = tfrecord.indexed(shards)
-    for place, found, wanted in zip(
-        shards, np.bincount(index['shard'], minlength=len(shards)), lengths, strict=True
-    ):
-        if found != wanted:
+    counts = np.bincount(index['shard'], minlength=len(shards))
+    for place, count, expected in zip(shards, counts, lengths, strict=True):
+        if count != expected:
             raise UserError(
-                f'{place}: {found} records, but dataset_info.json says {wanted}: copy the '
+                f'{place}: {count} records, but dataset_info.json says {expected}: copy the '
                 'dataset again'
             )
     shard, offset, size = index['shard'], index['offset'], index['size']
@@ -315,3 +268,133 @@ def _tfrecords(
         ]
 
     return read
+
+
+# --- Features --------------------------------------------------------------------------
+
+
+def _image(features: Any, info: Any, tfds_name: str, key: str) -> _Image:
+    """Find and check the image (or video) of a dataset."""
+    import tensorflow_datasets
+
+    name = _image_name(features, info, tfds_name, key)
+    feature = features[name]
+    is_video = name == 'video' or len(feature.shape or ()) == 4
+    if feature.np_dtype not in (np.uint8, np.uint16, np.float32):
+        raise UserError(
+            f'{key}.tfds_name: the images of {tfds_name} are {feature.np_dtype}, not '
+            'uint8, uint16 or float32: choose another dataset'
+        )
+    if len(feature.shape) != (4 if is_video else 3):
+        raise UserError(
+            f'{key}.tfds_name: the images of {tfds_name} have shape {feature.shape}, not height, '
+            'width and channels: choose another dataset'
+        )
+    channels = feature.shape[2] if not is_video and feature.shape[2] else 3
+    return _Image(
+        feature=name,
+        column='video' if is_video else 'image',
+        shape=feature.shape if not is_video and None not in feature.shape else None,
+        # Decoded to bytes, 16 bits would be lost.
+        channels=channels if feature.np_dtype == np.uint8 else 0,
+        is_encoded=not is_video and isinstance(feature, tensorflow_datasets.features.Image),
+    )
+
+
+def _image_name(features: Any, info: Any, tfds_name: str, key: str) -> str:
+    supervised = (info.supervised_keys or ('image',))[0]
+    for name in ('image', supervised, 'video'):
+        if isinstance(name, str) and name in features:
+            return name
+    raise UserError(
+        f"{key}.tfds_name: {tfds_name} has no feature 'image' (only "
+        f'{", ".join(sorted(features))}): choose a dataset of labelled images'
+    )
+
+
+def _label(
+    features: Any, info: Any, label_column: str | None, tfds_name: str, request: Request
+) -> _Label:
+    """Find and check the label of a dataset."""
+    key = request.key
+    name = _label_name(features, info, label_column, tfds_name, key)
+    derived = None if name in features else labels_lib.DERIVED[name]
+    feature: Any = None if derived else features[name]
+    multilabel = hasattr(feature, 'feature')
+    element = feature.feature if multilabel else feature
+    if not derived and not np.issubdtype(element.np_dtype, np.integer):
+        raise UserError(
+            f'{key}.tfds_name: labels of {tfds_name} ({name}) are {element.np_dtype}, not whole '
+            'numbers: choose another dataset'
+        )
+    known = derived.classes if derived else getattr(element, 'num_classes', None)
+    if known is None and request.num_classes is None:
+        raise UserError(
+            f'{key}.num_classes: {tfds_name} does not say how many classes it has: set it'
+        )
+    count = class_count(known or 0, request, tfds_name)
+    names = _class_names(element) if count == known else None
+    read = derived.of if derived else lambda example: example[name]
+    return _Label(read, multilabel, count, names)
+
+
+def _label_name(
+    features: Any, info: Any, label_column: str | None, tfds_name: str, key: str
+) -> str:
+    """Return the name of the label: a feature, or one of `labels.DERIVED`."""
+    known = label_columns(features)
+    choices = 'choose a dataset of labelled images'
+    if known:
+        choices = f'set {key}.label_column to one of {", ".join(known)}'
+    if label_column is not None:
+        if label_column in known:
+            return label_column
+        raise UserError(f'{key}.label_column: {tfds_name} has no label {label_column!r}: {choices}')
+    for name in ('label', _supervised_label(info)):
+        if isinstance(name, str) and name in features:
+            return name
+    raise UserError(
+        f"{key}.tfds_name: {tfds_name} has no feature 'label' (only "
+        f'{", ".join(sorted(features))}): {choices}'
+    )
+
+
+def _supervised_label(info: Any) -> Any:
+    return (info.supervised_keys or ('', 'label'))[1]
+
+
+def default_label(info: Any) -> str | None:
+    """Return the `label_column` to suggest: None if the dataset has a label, else the first."""
+    supervised = _supervised_label(info)
+    if 'label' in info.features or (isinstance(supervised, str) and supervised in info.features):
+        return None
+    return next(iter(label_columns(info.features)), None)
+
+
+def label_columns(features: Any) -> list[str]:
+    """List what `label_column` may be: integer features, and labels derived from others."""
+    plain = []
+    for name, feature in features.items():
+        element = getattr(feature, 'feature', feature)
+        dtype = getattr(element, 'np_dtype', None)
+        is_integer = isinstance(dtype, type | np.dtype) and np.issubdtype(dtype, np.integer)
+        if is_integer and not getattr(element, 'shape', None):
+            plain.append(name)
+    derived = [
+        name
+        for name, label in labels_lib.DERIVED.items()
+        if all(_has(features, path) for path in label.needs)
+    ]
+    return sorted(plain) + derived
+
+
+def _has(features: Any, path: str) -> bool:
+    """Whether a feature exists; 'objects/location' is a field of a sequence of objects."""
+    name, _, field = path.partition('/')
+    return name in features and (not field or field in getattr(features[name], 'feature', ()))
+
+
+def _class_names(label: Any) -> tuple[str, ...] | None:
+    names = getattr(label, 'names', None)
+    # TFDS numbers classes without names.
+    return tuple(names) if names and list(names) != [str(i) for i in range(len(names))] else None

@@ -1,14 +1,14 @@
-"""Our own files of decoded images, which `cache='resized'` makes: raw pixels in ArrayRecord.
+"""Raw pixels in ArrayRecord files, the copies that `cache='resized'` makes.
 
-A folder holds SPLIT.json (what it is), SPLIT-NNNNN.array_record and, where each example has one
-label, SPLIT-labels.npy. A record is a header of little-endian numbers, the labels, and the pixels
+A folder contains SPLIT.json (its description), SPLIT-NNNNN.array_record and, if each example has
+one label, SPLIT-labels.npy. A record is a little-endian header, the labels, and the pixels
 row by row:
 
     bytes    0 to 3   'BVR2'
              4        type of a pixel: 0 uint8, 1 uint16, 2 float32
              5 to 7   zeros
              8 to 15  height and width, uint32 each
-            16 to 19  channels and how many labels, uint16 each
+            16 to 19  numbers of channels and of labels, uint16 each
             20 on     labels, int32 each, then pixels
 """
 
@@ -31,19 +31,134 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.decode import DecodeError, Encoded
-from big_vit.data.sources.base import Columns, Source, cut
+from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.splits import cut
 from big_vit.data.transforms.geometry import resized
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
-# Its size is a multiple of four, so that pixels of any type lie at an even address.
+# A multiple of four bytes, so that pixels of any type are aligned.
 _HEADER = struct.Struct('<4sB3xIIHH')
 _MAGIC = b'BVR2'
 _FORMAT = 2
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 _FILE_BYTES = 256 << 20
-_TOGETHER = 16
-_TOLD_EVERY = 10.0  # Seconds.
+_ROWS_PER_TASK = 16
+_REPORT_SECONDS = 10.0
+
+Example = tuple[np.ndarray, Any]
+
+
+def records(request: Request, *, path: str) -> Source:
+    """Open a folder that `write_records` made.
+
+    Args:
+      request: the examples to open.
+      path: a local folder.
+
+    Raises:
+      UserError: no such folder, or some of its files are missing.
+    """
+    key = request.key
+    root = files.place(path, f'{key}.path')
+    if not root.is_local:
+        raise UserError(f'{key}.path: {root} is not on this machine: copy it to a local disk')
+    folder = Path(root.path)
+    splits = {p.stem: p for p in sorted(folder.glob('*.json'))} if folder.is_dir() else {}
+    if not splits:
+        raise UserError(
+            f"{key}.path: {folder} holds no records: they are what cache='resized' makes"
+        )
+    return cut(
+        f'records:{folder.name}', splits, lambda name: _open_split(name, splits[name]), request
+    )
+
+
+def _open_split(name: str, description: Path) -> Source:
+    about, folder = _read_description(description), description.parent
+    paths = [str(folder / Path(part['name']).name) for part in about['files']]
+    ends = list(itertools.accumulate(part['records'] for part in about['files']))
+    labels = None if about['several_labels'] else _read_labels(folder / f'{name}-labels.npy')
+    count = ends[-1] if labels is None else labels.size
+    if not ends[-1] == count == about['length']:
+        raise UserError(
+            f'{folder}: holds {ends[-1]} records and {count} labels of {about["length"]}: delete it'
+        )
+    names, shape = about['class_names'], about['image_shape']
+
+    def where(index: int) -> str:
+        file, record = locate(index, ends)
+        return f'{paths[file]}, record {record}'
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        file, record = locate(index, ends)
+        try:
+            return _unpack(_reader(paths[file]).read([record])[0])
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise OSError(f'damaged record ({reason})') from error
+
+    def load(indices: np.ndarray) -> Columns:
+        examples = [read(index) for index in indices.tolist()]
+        image: Any = [image for image, _ in examples]
+        if shape and examples:
+            image = np.stack(image)
+        label: Any = [label for _, label in examples]
+        if labels is not None:
+            label = np.concatenate(label) if examples else np.zeros(0, np.int32)
+        return {'image': image, 'label': label}
+
+    return Source(
+        name=about['name'],
+        split=name,
+        length=about['length'],
+        num_classes=about['num_classes'],
+        image_shape=tuple(shape) if shape else None,
+        load=load,
+        in_memory=False,
+        channels=about['channels'],
+        class_names=tuple(names) if names else None,
+        labels=None if labels is None else lambda: np.asarray(labels),
+        where=where,
+    )
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    """Read SPLIT.json and check that the files that it lists exist; UserError."""
+    try:
+        about = json.loads(file.read_text())
+        if about.get('format') != _FORMAT:
+            raise ValueError('another version wrote it')
+        parts = [(part['name'], part['records'], part['bytes']) for part in about['files']]
+        if not isinstance(about['length'], int) or about['length'] < 1:
+            raise ValueError(f'says that there are {about["length"]} examples')
+        for name, _, size in parts:
+            path = file.parent / Path(name).name
+            if not path.exists() or path.stat().st_size != size:
+                raise ValueError(f'{path.name} is missing or has not the {size} bytes it had')
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = f'it has no {error}' if isinstance(error, KeyError) else error
+        raise UserError(
+            f'{file}: cannot be read ({reason}): delete {file.parent}, and it is made again'
+        ) from error
+    return about
+
+
+def _read_labels(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file.parent}: cannot be read ({error}): delete it') from error
+
+
+# A copy of ImageNet has more files than a process may hold open.
+@functools.lru_cache(maxsize=256)
+def _reader(path: str) -> Any:
+    from array_record.python import array_record_module as array_record
+
+    return array_record.ArrayRecordReader(
+        path, 'readahead_buffer_size:0', file_reader_buffer_size=1 << 16
+    )
 
 
 def _pack(image: np.ndarray, labels: np.ndarray) -> bytes:
@@ -53,7 +168,7 @@ def _pack(image: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def _unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(image, labels); OSError where the record is damaged."""
+    """Return (image, labels) of a record; OSError if it is damaged."""
     if len(record) < _HEADER.size or record[:4] != _MAGIC:
         raise OSError('damaged record: it does not begin as one of ours')
     _, code, height, width, channels, count = _HEADER.unpack_from(record)
@@ -70,21 +185,7 @@ def _unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     return image.reshape(height, width, channels), labels
 
 
-def _small(image: Any, channels: int, side: int) -> np.ndarray:
-    """Decoded, the shorter side at most `side`, by averages of areas; DecodeError."""
-    if isinstance(image, bytes):
-        image = Encoded(image, channels)
-    if isinstance(image, Encoded):
-        image = image.pixels()
-    if image.dtype not in _TYPES:
-        raise DecodeError(f'pixels are {image.dtype}, but copies hold uint8, uint16 or float32')
-    height, width = image.shape[:2]
-    scale = side / min(height, width)
-    if scale >= 1:
-        return image
-    return resized(
-        image, (max(side, round(height * scale)), max(side, round(width * scale))), 'area'
-    )
+# --- Writing ---------------------------------------------------------------------------
 
 
 def _print(line: str) -> None:
@@ -101,20 +202,21 @@ def write_records(
     fingerprint: str = '',
     tell: Callable[[str], None] = _print,
 ) -> int:
-    """A copy of a source with images whose shorter side is at most `shorter_side`.
+    """Write a copy of a source whose images have a shorter side of at most `shorter_side`.
 
-    Written beside `folder` and renamed when it is complete. Images only ever become smaller.
+    It is written beside `folder` and renamed once it is complete. Images are never enlarged.
 
     Args:
       source: of images.
-      folder: must not be there yet; another process may be making the same one.
-      split: the name that the copy has.
+      folder: must not exist yet; another process may be writing the same copy.
+      split: name of the copy's split.
+      shorter_side: in pixels.
       on_error: 'skip' leaves out examples that cannot be read or decoded.
-      fingerprint: of what it is made from, to be kept with it.
-      tell: is given a line on how far it is, every ten seconds.
+      fingerprint: of the data that are copied, stored with the copy.
+      tell: receives a line of progress every ten seconds.
 
     Returns:
-      How many examples were left out.
+      The number of examples that were left out.
 
     Raises:
       UserError: an example is damaged, none is left, or the disk cannot be written to.
@@ -129,13 +231,45 @@ def write_records(
         temporary.rename(folder)
         return about['left_out']
     except (OSError, RuntimeError) as error:
-        if (folder / f'{split}.json').exists():  # Another process was faster; it is the same.
+        if (folder / f'{split}.json').exists():  # Another process wrote the same copy first.
             return json.loads((folder / f'{split}.json').read_text())['left_out']
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{folder}: cannot be written ({reason}): make room for it') from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Writer:
+    """Writes records to files of about 256 MiB, and describes them in `files`."""
+
+    def __init__(self, folder: Path, split: str):
+        self._folder, self._split = folder, split
+        self._writer: Any = None
+        self._bytes = 0
+        self.files: list[dict[str, Any]] = []
+
+    def write(self, record: bytes) -> None:
+        if self._writer is None or self._bytes > _FILE_BYTES:
+            self.close()
+            self._open()
+        self._writer.write(record)
+        self._bytes += len(record)
+        self.files[-1]['records'] += 1
+
+    def _open(self) -> None:
+        from array_record.python import array_record_module as array_record
+
+        name = f'{self._split}-{len(self.files):05d}.array_record'
+        path = str(self._folder / name)
+        self._writer = array_record.ArrayRecordWriter(path, 'group_size:1,uncompressed')
+        self._bytes = 0
+        self.files.append({'name': name, 'records': 0})
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self.files[-1]['bytes'] = (self._folder / self.files[-1]['name']).stat().st_size
 
 
 def _write(
@@ -146,82 +280,70 @@ def _write(
     skip: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes all but the JSON file, and gives what belongs into it."""
-    from array_record.python import array_record_module as array_record
-
+    """Write all files but the description, and return that."""
     labels: list[int] = []
-    shapes, several, left_out = set(), False, 0
-    written: list[dict[str, Any]] = []
-    writer: Any = None
-
-    def finish() -> None:
-        writer.close()
-        written[-1]['bytes'] = (folder / written[-1]['name']).stat().st_size
-
-    began = told = time.monotonic()
-    held = 0
-    for done, found in enumerate(_examples(source, side), 1):
-        if time.monotonic() - told > _TOLD_EVERY:
-            told = time.monotonic()
-            rate = done / (told - began)
-            tell(f'resizing once: {done:,} of {source.length:,} images, {rate:,.0f}/s')
-        if isinstance(found, Exception):
+    shapes, several_labels, left_out = set(), False, 0
+    writer = _Writer(folder, split)
+    for index, example in enumerate(_report_progress(_small_examples(source, side), source, tell)):
+        if isinstance(example, Exception):
             if not skip:
                 raise UserError(
-                    f'{source.place(done - 1)}: {found}; repair or remove it before a resized '
+                    f'{source.place(index)}: {example}; repair or remove it before a resized '
                     'copy is made'
-                ) from found
+                ) from example
             left_out += 1
             continue
-        image, label = found
-        if writer is None or held > _FILE_BYTES:
-            if writer is not None:
-                finish()
-            name = f'{split}-{len(written):05d}.array_record'
-            writer = array_record.ArrayRecordWriter(str(folder / name), 'group_size:1,uncompressed')
-            written.append({'name': name, 'records': 0})
-            held = 0
-        several = several or np.ndim(label) > 0
-        record = _pack(image, np.atleast_1d(np.asarray(label)))
-        writer.write(record)
-        held += len(record)
-        written[-1]['records'] += 1
+        image, label = example
+        several_labels = several_labels or np.ndim(label) > 0
+        writer.write(_pack(image, np.atleast_1d(np.asarray(label))))
         shapes.add(image.shape)
-        if not several:
+        if not several_labels:
             labels.append(int(label))
-    if writer is None:
+    if not writer.files:
         raise UserError(f'{source.name} {source.split}: none of its images can be decoded')
-    finish()
-    if not several:
+    writer.close()
+    if not several_labels:
         np.save(folder / f'{split}-labels.npy', np.array(labels, np.int32), allow_pickle=False)
     return {
         'format': _FORMAT,
         'name': source.name,
         'split': source.split,
-        'length': sum(file['records'] for file in written),
+        'length': sum(file['records'] for file in writer.files),
         'left_out': left_out,
         'num_classes': source.num_classes,
         'class_names': source.class_names,
         'channels': source.channels,
         'image_shape': shapes.pop() if len(shapes) == 1 else None,
-        'several_labels': several,
+        'several_labels': several_labels,
         'shorter_side': side,
-        'files': written,
+        'files': writer.files,
     }
 
 
-def _examples(source: Source, side: int) -> Iterator[tuple[np.ndarray, Any] | Exception]:
-    """(image, label) of all examples in order, or what is wrong with them; made in threads."""
+def _report_progress(
+    examples: Iterator[Example | Exception], source: Source, tell: Callable[[str], None]
+) -> Iterator[Example | Exception]:
+    began = told = time.monotonic()
+    for done, example in enumerate(examples, 1):
+        if time.monotonic() - told > _REPORT_SECONDS:
+            told = time.monotonic()
+            rate = done / (told - began)
+            tell(f'resizing once: {done:,} of {source.length:,} images, {rate:,.0f}/s')
+        yield example
 
-    def one(index: int) -> tuple[np.ndarray, Any] | Exception:
+
+def _small_examples(source: Source, side: int) -> Iterator[Example | Exception]:
+    """Yield (image, label) or the error of each example in order; loaded in threads."""
+
+    def load_one(index: int) -> Example | Exception:
         try:
             columns = source.load(np.array([index], np.int64))
-            return _small(columns['image'][0], source.channels, side), columns['label'][0]
+            return _shrink(columns['image'][0], source.channels, side), columns['label'][0]
         except (DecodeError, BadExampleError, OSError) as error:
             return error
 
-    def load(start: int) -> list[tuple[np.ndarray, Any] | Exception]:
-        indices = np.arange(start, min(start + _TOGETHER, source.length))
+    def load(start: int) -> list[Example | Exception]:
+        indices = np.arange(start, min(start + _ROWS_PER_TASK, source.length))
         try:
             columns = source.load(indices)
             if 'image' not in columns:
@@ -230,15 +352,15 @@ def _examples(source: Source, side: int) -> Iterator[tuple[np.ndarray, Any] | Ex
                     "what cache='resized' is for"
                 )
             pairs = zip(columns['image'], columns['label'], strict=True)
-            return [(_small(image, source.channels, side), label) for image, label in pairs]
+            return [(_shrink(image, source.channels, side), label) for image, label in pairs]
         except (DecodeError, BadExampleError, OSError):
-            return [one(index) for index in indices.tolist()]
+            return [load_one(index) for index in indices.tolist()]
 
     threads = os.cpu_count() or 1
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:
-            for start in range(0, source.length, _TOGETHER):
+            for start in range(0, source.length, _ROWS_PER_TASK):
                 waiting.append(pool.submit(load, start))
                 if len(waiting) > 2 * threads:
                     yield from waiting.popleft().result()
@@ -249,115 +371,17 @@ def _examples(source: Source, side: int) -> Iterator[tuple[np.ndarray, Any] | Ex
                 task.cancel()
 
 
-@functools.lru_cache(maxsize=256)
-def _reader(path: str) -> Any:
-    """Of one file; a copy of ImageNet has more of them than a process may hold open."""
-    from array_record.python import array_record_module as array_record
-
-    return array_record.ArrayRecordReader(
-        path, 'readahead_buffer_size:0', file_reader_buffer_size=1 << 16
-    )
-
-
-def _about(file: Path) -> dict[str, Any]:
-    """What SPLIT.json says, once the files that it lists are there."""
-    try:
-        about = json.loads(file.read_text())
-        if about.get('format') != _FORMAT:
-            raise ValueError('another version wrote it')
-        counts = [(part['name'], part['records'], part['bytes']) for part in about['files']]
-        if not isinstance(about['length'], int) or about['length'] < 1:
-            raise ValueError(f'says that there are {about["length"]} examples')
-        for name, _, size in counts:
-            path = file.parent / Path(name).name
-            if not path.exists() or path.stat().st_size != size:
-                raise ValueError(f'{path.name} is missing or has not the {size} bytes it had')
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = f'it has no {error}' if isinstance(error, KeyError) else error
-        raise UserError(
-            f'{file}: cannot be read ({reason}): delete {file.parent}, and it is made again'
-        ) from error
-    return about
-
-
-def records(split: str, path: str, key: str = 'data') -> Source:
-    """A folder that `write_records` made.
-
-    Args:
-      split: see `base.parse_split`.
-      path: a local folder.
-      key: prefix of the config keys in messages.
-
-    Raises:
-      UserError: no such folder, or not all of its files are there.
-    """
-    root = files.place(path, f'{key}.path')
-    if not root.is_local:
-        raise UserError(f'{key}.path: {root} is not on this machine: copy it to a local disk')
-    folder = Path(root.path)
-    abouts = {p.stem: p for p in sorted(folder.glob('*.json'))} if folder.is_dir() else {}
-    if not abouts:
-        raise UserError(
-            f"{key}.path: {folder} holds no records: they are what cache='resized' makes"
-        )
-
-    def whole(name: str) -> Source:
-        about = _about(abouts[name])
-        parts = about['files']
-        paths = [str(folder / Path(part['name']).name) for part in parts]
-        ends = list(itertools.accumulate(part['records'] for part in parts))
-        labels, length = None, about['length']
-        if not about['several_labels']:
-            try:
-                labels = np.load(folder / f'{name}-labels.npy', mmap_mode='r', allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise UserError(f'{folder}: cannot be read ({error}): delete it') from error
-        listed = ends[-1] if labels is None else labels.size
-        if not ends[-1] == listed == length:
-            raise UserError(
-                f'{folder}: holds {ends[-1]} records and {listed} labels of {length}: delete it'
-            )
-
-        def lies(index: int) -> tuple[int, int]:
-            which = int(np.searchsorted(ends, index, side='right'))
-            return which, index - (ends[which - 1] if which else 0)
-
-        def where(index: int) -> str:
-            which, record = lies(index)
-            return f'{paths[which]}, record {record}'
-
-        def read(index: int) -> tuple[np.ndarray, np.ndarray]:
-            which, record = lies(index)
-            try:
-                return _unpack(_reader(paths[which]).read([record])[0])
-            except (RuntimeError, ValueError, IndexError) as error:
-                reason = ' '.join(str(error).split())[:200]
-                raise OSError(f'damaged record ({reason})') from error
-
-        names, shape = about['class_names'], about['image_shape']
-
-        def load(indices: np.ndarray) -> Columns:
-            found = [read(index) for index in indices.tolist()]
-            images: Any = [image for image, _ in found]
-            if shape and found:
-                images = np.stack(images)
-            every: Any = [several for _, several in found]
-            if labels is not None:
-                every = np.concatenate(every) if found else np.zeros(0, np.int32)
-            return {'image': images, 'label': every}
-
-        return Source(
-            name=about['name'],
-            split=name,
-            length=length,
-            num_classes=about['num_classes'],
-            image_shape=tuple(shape) if shape else None,
-            load=load,
-            in_memory=False,
-            channels=about['channels'],
-            class_names=tuple(names) if names else None,
-            labels=None if labels is None else lambda: np.asarray(labels),
-            where=where,
-        )
-
-    return cut(f'records:{folder.name}', abouts, whole, split, key)
+def _shrink(image: Any, channels: int, side: int) -> np.ndarray:
+    """Decode an image and average it down to a shorter side of at most `side`; DecodeError."""
+    if isinstance(image, bytes):
+        image = Encoded(image, channels)
+    if isinstance(image, Encoded):
+        image = image.pixels()
+    if image.dtype not in _TYPES:
+        raise DecodeError(f'pixels are {image.dtype}, but copies hold uint8, uint16 or float32')
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    if scale >= 1:
+        return image
+    size = max(side, round(height * scale)), max(side, round(width * scale))
+    return resized(image, size, 'area')

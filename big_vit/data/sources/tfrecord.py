@@ -1,7 +1,7 @@
-"""TFRecord files, found by an index that is made once; without TensorFlow.
+"""TFRecord files, read by an index that is built once; without TensorFlow.
 
-A record is its length (uint64, little-endian), a masked CRC-32C of that, the data, and a
-masked CRC-32C of these.
+A record is its length (uint64, little-endian), the masked CRC-32C of the length, the data, and
+the masked CRC-32C of the data.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ _HEAD, _FOOT = 12, 4
 
 @functools.cache
 def _table() -> list[int]:
-    """Of CRC-32C (Castagnoli), by byte."""
+    """Build the table of CRC-32C (Castagnoli) by byte."""
     table = []
     for byte in range(256):
         for _ in range(8):
@@ -28,7 +28,7 @@ def _table() -> list[int]:
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum as TFRecord files have it: CRC-32C, rotated by 15 bits, plus a constant."""
+    """Return the checksum in TFRecord files: CRC-32C, rotated by 15 bits, plus a constant."""
     crc, table = 0xFFFFFFFF, _table()
     for byte in data:
         crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
@@ -37,7 +37,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, sizes) of the data of all records; UserError where it is damaged."""
+    """Return (offsets, sizes) of the data of all records; UserError if the file is damaged."""
     end = int(file.system.info(file.path)['size'])
     take = files.forward(file)
     offsets, sizes, at = [], [], 0
@@ -61,22 +61,23 @@ def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
 
 
 def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
-    """Where each record of some files lies, made once and mapped into memory after that.
+    """Index the records of some files; the index is built once and memory-mapped from then on.
 
     Returns:
       {'shard': uint32, 'offset': uint64, 'size': uint32}, arrays [records].
 
     Raises:
-      UserError: a file is damaged; says at which byte.
+      UserError: a file is damaged; names the byte.
     """
 
-    def make() -> dict[str, np.ndarray]:
+    def build() -> dict[str, np.ndarray]:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            every = list(pool.map(_records, shards))
+            offsets, sizes = zip(*pool.map(_records, shards), strict=True)
+        numbers = np.arange(len(shards), dtype=np.uint32)
         return {
-            'shard': np.repeat(np.arange(len(every), dtype=np.uint32), [len(o) for o, _ in every]),
-            'offset': np.concatenate([offsets for offsets, _ in every]),
-            'size': np.concatenate([sizes for _, sizes in every]),
+            'shard': np.repeat(numbers, [len(part) for part in offsets]),
+            'offset': np.concatenate(offsets),
+            'size': np.concatenate(sizes),
         }
 
-    return files.kept_arrays('tfrecord', files.fingerprint(shards), make)
+    return files.kept_arrays('tfrecord', files.fingerprint(shards), build)

@@ -1,0 +1,338 @@
+"""Columns of Parquet and Arrow files as pyarrow tables that can be read by row."""
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from big_vit.data import files
+from big_vit.data.sources.base import locate
+from big_vit.errors import UserError
+
+# Parquet has no access by row. Below this size it is read into memory, still encoded; above, the
+# columns are copied once into an Arrow file, which has.
+IN_MEMORY_BYTES = 1 << 30
+# Decoded at a time, far below the 2 GiB that an Arrow array of bytes can hold.
+_BATCH_BYTES = 64 << 20
+_BATCH_ROWS = 1000
+
+
+def is_parquet(file: files.Place) -> bool:
+    return file.name.endswith('.parquet')
+
+
+def read_table(
+    shards: list[files.Place], columns: dict[str, str], key: str
+) -> tuple[Any, list[int]]:
+    """Open some columns of Parquet or Arrow files.
+
+    Args:
+      shards: files of one kind.
+      columns: for each column the config key that sets its name.
+      key: section of the config, for error messages.
+
+    Returns:
+      (a pyarrow Table, its number of rows from each file).
+
+    Raises:
+      UserError: a file cannot be read, or its columns do not fit.
+    """
+    if shards[0].is_local and not is_parquet(shards[0]):
+        return _map_tables(shards, columns, key)
+    return _read_or_convert(shards, columns, key)
+
+
+def _map_tables(
+    shards: list[files.Place], columns: dict[str, str], key: str
+) -> tuple[Any, list[int]]:
+    import pyarrow as pa
+
+    parts: list[Any] = []
+    for file in shards:
+        part = _map_file(file)
+        _need_columns(part.schema, columns, file, key)
+        schema = parts[0].schema if parts else None
+        parts.append(_cast(part.select(list(columns)), schema, file))
+    return pa.concat_tables(parts), [len(part) for part in parts]
+
+
+def _read_or_convert(
+    shards: list[files.Place], columns: dict[str, str], key: str
+) -> tuple[Any, list[int]]:
+    import pyarrow as pa
+
+    names = list(columns)
+    total, rows = 0, []
+    for file in shards:
+        schema, count, size = _inspect(file, names)
+        _need_columns(schema, columns, file, key)
+        total += size
+        rows.append(count)
+    if not any(rows):
+        raise UserError(f'{shards[0]}: has no rows')
+    if total <= IN_MEMORY_BYTES:
+        return pa.Table.from_batches(list(_batches(shards, names))), rows
+    return _map_file(_convert(shards, names, total), 'delete it, and it is made again'), rows
+
+
+@contextlib.contextmanager
+def _reading(file: files.Place, advice: str = 'copy it again') -> Iterator[None]:
+    """Turn exceptions of Arrow into a UserError that names the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{file}: cannot be read ({reason}): {advice}') from error
+
+
+def _open(file: files.Place) -> Any:
+    import pyarrow as pa
+
+    return pa.OSFile(file.path) if file.is_local else file.system.open(file.path, 'rb')
+
+
+def _map_file(file: files.Place, advice: str = 'copy it again') -> Any:
+    """Return a pyarrow Table over a local Arrow file or stream, memory-mapped."""
+    import pyarrow as pa
+
+    with _reading(file, advice):
+        try:
+            table = pa.ipc.open_file(pa.memory_map(file.path)).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_stream(pa.memory_map(file.path)).read_all()
+        # Offsets of a damaged file would be followed wherever they point.
+        table.validate(full=True)
+    return table
+
+
+def _need_columns(schema: Any, columns: dict[str, str], file: files.Place, key: str) -> None:
+    for column, name in columns.items():
+        if column not in schema.names:
+            raise UserError(
+                f'{file}: no column {column!r} (it has {", ".join(schema.names)}): '
+                f'set {key}.{name} to the one that is meant'
+            )
+
+
+def _cast(table: Any, schema: Any, file: files.Place) -> Any:
+    """Cast a table to the column types of the first file; None is a schema not known yet."""
+    import pyarrow as pa
+
+    if schema is None or table.schema.equals(schema):
+        return table
+    try:
+        return table.cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        theirs, ours = (
+            ', '.join(f'{field.name}: {field.type}' for field in fields)
+            for fields in (schema, table.schema)
+        )
+        raise UserError(
+            f'{file}: its columns ({ours}) do not fit those of the first file ({theirs}): see '
+            'whether they belong together'
+        ) from error
+
+
+def _inspect(file: files.Place, columns: list[str]) -> tuple[Any, int, int]:
+    """Return (schema, rows, bytes of the columns in memory) of a file that is not mapped."""
+    import pyarrow.parquet as pq
+
+    with _reading(file):
+        if is_parquet(file):
+            with _open(file) as handle:
+                parquet = pq.ParquetFile(handle)
+                metadata = parquet.metadata
+                return parquet.schema_arrow, metadata.num_rows, _column_bytes(metadata, columns)
+        with _open(file) as handle:
+            schema = _arrow_reader(handle).schema
+
+        def count() -> dict[str, np.ndarray]:
+            return {'rows': np.array([sum(map(len, _arrow_batches(file, [])))])}
+
+        # The number of rows of a stream is known at its end only, and a remote one is slow to read.
+        rows = files.kept_arrays('arrow_rows', files.fingerprint([file]), count)['rows'][0]
+        return schema, int(rows), int(file.system.info(file.path)['size'])
+
+
+def _column_bytes(metadata: Any, columns: list[str]) -> int:
+    """Return the uncompressed bytes of some columns of a Parquet file."""
+    total = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            column = row_group.column(number)
+            # Each field of a column of structs is a column here.
+            if any(f'{column.path_in_schema}.'.startswith(f'{name}.') for name in columns):
+                total += column.total_uncompressed_size
+    return total
+
+
+def _convert(shards: list[files.Place], columns: list[str], total: int) -> files.Place:
+    """Copy columns to an Arrow file, a few rows at a time, unless an earlier copy exists."""
+    folder = files.cache_folder() / 'parquet'
+    target = folder / f'{files.fingerprint(shards, columns)}.arrow'
+    if target.exists():
+        return files.place(str(target), 'cache')
+    kind = 'Parquet' if is_parquet(shards[0]) else 'Arrow'
+    print(
+        f'data    copying {total / 1e9:.1f} GB of {kind} once to {target}, where it can be read '
+        'by row',
+        file=sys.stderr,
+        flush=True,
+    )
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False, suffix='.new') as copy:
+            temporary = Path(copy.name)
+            _write_batches(_batches(shards, columns), copy)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(
+            f'{folder}: cannot be written ({error}): make room for {total / 1e9:.1f} GB, or set '
+            'BIG_VIT_CACHE to another folder'
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return files.place(str(target), 'cache')
+
+
+def _write_batches(batches: Iterator[Any], file: Any) -> None:
+    import pyarrow as pa
+
+    first = next(batches)
+    with pa.ipc.new_file(file, first.schema) as writer:
+        writer.write_batch(first)
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _batches(shards: list[files.Place], columns: list[str]) -> Iterator[Any]:
+    """Yield all rows of some files, a few at a time, with the types of the first file."""
+    import pyarrow as pa
+
+    schema = None
+    for file in shards:
+        read = _parquet_batches if is_parquet(file) else _arrow_batches
+        for batch in read(file, columns):
+            table = _cast(pa.Table.from_batches([batch]), schema, file)
+            schema = table.schema if schema is None else schema
+            yield from table.to_batches()
+
+
+def _parquet_batches(file: files.Place, columns: list[str]) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with _reading(file), _open(file) as handle:
+        # With a buffer, a column is read as it is decoded and not a group of rows at once.
+        parquet = pq.ParquetFile(handle, buffer_size=1 << 20)
+        metadata = parquet.metadata
+        row_bytes = max(1, _column_bytes(metadata, columns) // max(1, metadata.num_rows))
+        rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // row_bytes))
+        yield from parquet.iter_batches(rows, columns=columns)
+
+
+def _arrow_reader(handle: Any) -> Any:
+    import pyarrow as pa
+
+    is_file = handle.read(6) == b'ARROW1'
+    handle.seek(0)
+    return pa.ipc.open_file(handle) if is_file else pa.ipc.open_stream(handle)
+
+
+def _arrow_batches(file: files.Place, columns: list[str]) -> Iterator[Any]:
+    with _reading(file), _open(file) as handle:
+        reader = _arrow_reader(handle)
+        count = getattr(reader, 'num_record_batches', None)
+        for batch in reader if count is None else map(reader.get_batch, range(count)):
+            batch.validate(full=True)
+            yield batch.select(columns) if columns else batch
+
+
+class Labels:
+    """A column of labels.
+
+    Attributes:
+      values: the different label values.
+      codes: indices into `values`, the labels of all rows concatenated, int32.
+      ends: where the labels of each row end in `codes`, int64; None if each row has one.
+    """
+
+    def __init__(self, table: Any, column: str, place: str, split: str):
+        """Read a column; UserError if a row has no label, or labels are nested."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        labels = table.column(column)
+        if labels.null_count:
+            missing = [chunk.is_null().to_numpy(zero_copy_only=False) for chunk in labels.chunks]
+            row = int(np.flatnonzero(np.concatenate(missing))[0])
+            raise UserError(f'{place}: row {row} of {split} has no {column!r}')
+        dtype, types = labels.type, pa.types
+        self.ends: np.ndarray | None = None
+        if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+            self.ends = np.cumsum(pc.list_value_length(labels).to_numpy(), dtype=np.int64)
+            labels = pc.list_flatten(labels)
+        if types.is_dictionary(labels.type):
+            labels = labels.cast(labels.type.value_type)
+        if types.is_nested(labels.type):
+            raise UserError(
+                f'{place}: column {column!r} holds {dtype}: labels are numbers or names'
+            )
+        chunks = labels.dictionary_encode('encode').unify_dictionaries().chunks
+        self.values: list[Any] = chunks[-1].dictionary.to_pylist() if chunks else []
+        codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks]
+        self.codes = np.concatenate([np.zeros(0, np.int32), *codes]).astype(np.int32)
+
+    def numbered(self, indices: np.ndarray, numbers: np.ndarray) -> Any:
+        """Return int32 [B], or a list of B such arrays; `numbers` has the class of each value."""
+        if self.ends is None:
+            return numbers[self.codes[indices]]
+        starts = np.where(indices > 0, self.ends[indices - 1], 0)
+        rows = zip(starts.tolist(), self.ends[indices].tolist(), strict=True)
+        return [numbers[self.codes[start:end]] for start, end in rows]
+
+
+class Column:
+    """Values of a chunked column by row."""
+
+    def __init__(self, chunks: list[Any]):
+        self._chunks = chunks
+        self._ends = np.cumsum([len(chunk) for chunk in chunks])
+
+    def __getitem__(self, index: int) -> Any:
+        chunk, row = locate(index, self._ends)
+        return self._chunks[chunk][row].as_py()
+
+
+def media_column(table: Any, column: str, kind: str) -> tuple[str, Column, Column | None]:
+    """Return (kind, bytes or texts by row, paths by row or None) of a column.
+
+    Args:
+      kind: of the values if they are bytes.
+
+    Raises:
+      UserError: it contains neither bytes nor texts; without the file and the key.
+    """
+    import pyarrow as pa
+
+    dtype, types = table.column(column).type, pa.types
+    chunks = table.column(column).chunks
+    if types.is_struct(dtype):
+        names = [dtype.field(i).name for i in range(dtype.num_fields)]
+        if 'bytes' in names:
+            parts = [dict(zip(names, chunk.flatten(), strict=True)) for chunk in chunks]
+            paths = Column([part['path'] for part in parts]) if 'path' in names else None
+            return kind, Column([part['bytes'] for part in parts]), paths
+    if types.is_string(dtype) or types.is_large_string(dtype) or types.is_string_view(dtype):
+        return 'text', Column(chunks), None
+    if types.is_binary(dtype) or types.is_large_binary(dtype) or types.is_binary_view(dtype):
+        return kind, Column(chunks), None
+    raise UserError(f'column {column!r} holds {dtype}, not the bytes of images')
