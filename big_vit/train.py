@@ -169,7 +169,7 @@ def run(
     hosts.lead(lambda: str(open_workdir(path, config, parts.abstract_state, force)))
     workdir = storage.place(path)
     hosts.check_shared(workdir)
-    hosts.saves_in(lambda: checkpoint.steps(workdir))
+    hosts.register_saved_steps(lambda: checkpoint.steps(workdir))
     intervals, total, dump = parts.intervals, parts.total_steps, config.to_dict()
     active = jax.process_index() == 0
 
