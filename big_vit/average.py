@@ -31,7 +31,7 @@ def average(
     """Averages parameters, in float32; heads that differ in shape are taken from the last.
 
     Args:
-      every: parameters of each model, scanned or not.
+      models: parameters of each model, scanned or not.
       weights: one per model; they sum to 1.
       names: names of the checkpoints, for messages.
 

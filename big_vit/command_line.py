@@ -1,4 +1,8 @@
-"""Flags of every command. Imports no JAX, so that `--help` answers before JAX would load."""
+"""Flags of every command.
+
+Imports no JAX, so that `--help` answers before JAX would load. The functions named after commands
+return their parsers.
+"""
 
 import argparse
 import difflib

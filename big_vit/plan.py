@@ -84,14 +84,17 @@ class Plan(NamedTuple):
 
     @property
     def hbm_peak(self) -> float:
+        """Bytes on the fullest device at the peak."""
         return sum(self.hbm.values())
 
     @property
     def days(self) -> float:
+        """Estimated duration of the entire run in days."""
         return self.steps * self.step_seconds / 86400
 
     @property
     def chip_hours(self) -> float:
+        """Estimated cost of the entire run in chip-hours."""
         return self.days * 24 * self.chips
 
 
@@ -421,6 +424,7 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
 
 
 def search_row(plan: Plan) -> str:
+    """Formats a plan as one line of `--search`."""
     s, mesh = plan.settings, plan.settings['mesh']
     settings = (
         f'mesh {mesh["replica"]}x{mesh["fsdp"]}x{mesh["tensor"]}  '

@@ -19,6 +19,7 @@ PERMANENT_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsAD
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is local, not a URL of an object store."""
     return '://' not in os.fspath(path)
 
 
@@ -51,6 +52,7 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def absolute(path: epath.Path) -> epath.Path:
+    """Makes a local path absolute; URLs are absolute already."""
     return path.resolve() if is_local(path) else path
 
 

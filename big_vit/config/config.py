@@ -98,6 +98,7 @@ class Config:
 
     def _given(self) -> dict[str, Any]:
         """Dotted keys that the user set, and all keys of starred sections."""
+        # Starred sections exist only through their keys, so even those at their default count.
         return {
             key: value
             for key, value in flatten(self._tree).items()

@@ -88,6 +88,8 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
     watch = _watch = Watch(cluster, roll)
     _hold_aborts()
     try:
+        # Deactivated because `detect` has done it. The timeout is longer than that of the watch,
+        # whose message says more.
         jax.distributed.initialize(
             cluster.address,
             cluster.processes,

@@ -58,6 +58,7 @@ class Wire:
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
+        """Sends one message; safe to call from several threads."""
         with self._lock:
             self._socket.sendall(json.dumps(message).encode() + b'\n')
 

@@ -105,6 +105,7 @@ class Watch:
                 # This process itself was suspended, so the silence of others means nothing.
                 self._heard = dict.fromkeys(self._heard, now)
             last_round = now
+            # Heartbeats keep PEER_TIMEOUT from expiring; process 0 passes on everyone's steps.
             if now - last_beat >= 1:
                 last_beat = now
                 self._broadcast(at=self._steps[self.process])
@@ -181,7 +182,7 @@ class Watch:
         Args:
           status: exit status.
           why: reason, for the message.
-          own: True if the reason lies in this process, which the others then name.
+          local: True if the reason lies in this process, which the others then name.
         """
         if not self._ending.acquire(blocking=False):
             # Another thread is already ending this process: only wait for that.

@@ -24,9 +24,13 @@ from jaxtyping import Array, Bool, Float, Int
 from big_vit import trees
 from big_vit.optim import matrices
 
+# (path, number of axes) -> how that parameter is a matrix, or None.
 MatrixOf = Callable[[str, int], matrices.Matrix | None]
+# (rows, columns) of a block.
 Size = tuple[int, int]
+# State of an optimizer by stack name.
 Stacks = dict[str, Any]
+# Scalars by name, see `zero_health`.
 HealthStats = dict[str, Array]
 
 
@@ -52,6 +56,7 @@ class Cut(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """Number of blocks of the parameter."""
         return self.layers * self.down * self.across
 
 
@@ -239,6 +244,7 @@ def moments(
     """Updates Adam's moments; returns (bias-corrected gradient average, new mu, new nu)."""
     mu = o.b1 * mu.astype(g.dtype) + (1 - o.b1) * g
     nu = o.b2 * nu + (1 - o.b2) * jnp.square(g)
+    # NAdam looks ahead to the next step, so its average is corrected for that step.
     average = o.b1 * mu + (1 - o.b1) * g if o.nesterov else mu
     average = average / correction(o.b1, step + 1 if o.nesterov else step, g.dtype)
     return average, mu.astype(o.mu_dtype), nu
@@ -258,6 +264,7 @@ def usable(
     g: Float[Array, 'blocks r c'],
 ) -> tuple[Bool[Array, 'blocks 1 1'], Float[Array, 'blocks r c']]:
     """Masks blocks whose squared norm is not finite: (mask of good blocks, gradients or 0)."""
+    # The norm's square also catches finite gradients whose square overflows.
     keep = jnp.isfinite(jnp.square(g).sum((1, 2), keepdims=True))
     return keep, jnp.where(keep, g, 0)
 

@@ -31,6 +31,7 @@ def scale_by_factored_rms(smallest: int, cap: float = 1.0) -> optax.GradientTran
     def beta2(step: Any, exponent: Any) -> jax.Array:
         return jnp.minimum(cap, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
 
+    # `choose` decides what to factor, so optax must not apply a limit of its own.
     factored = optax.scale_by_factored_rms(True, min_dim_size_to_factor=1, decay_rate_fn=beta2)
     unfactored = optax.scale_by_factored_rms(False, decay_rate_fn=beta2)
 

@@ -129,8 +129,8 @@ def adafactor() -> Law:
     return decoupled(
         optax.chain(
             factored_rms.scale_by_factored_rms(128),
-            per_layer.alone(optax.clip_by_block_rms(1.0)),
-            per_layer.alone(optax.scale_by_param_block_rms()),
+            per_layer.apply_per_layer(optax.clip_by_block_rms(1.0)),
+            per_layer.apply_per_layer(optax.scale_by_param_block_rms()),
         )
     )
 

@@ -79,6 +79,7 @@ def hand_over(
         if isinstance(state, optax.ScaleByAdamState):
             return state._replace(count=step)
         state = state._replace(step=step)
+        # Only Shampoo's stacks have roots. Those of SOAP keep moments in other bases.
         if not state.stacks or not hasattr(next(iter(state.stacks.values())), 'left_root'):
             return state
         plan = blocks.plan({name: mu[name].shape for name in cut}, block)

@@ -38,18 +38,14 @@ def as_matrix(name: str, x: jax.Array) -> jax.Array:
     return x.reshape(-1) if axes is None else x.reshape(math.prod(x.shape[: axes.inputs]), -1)
 
 
-def alone(
-    inner: optax.GradientTransformation, chosen: Callable[[str], bool] = lambda name: True
-) -> optax.GradientTransformation:
-    """Applies a stateless transformation to each chosen parameter of each layer separately."""
+def apply_per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a stateless transformation to each parameter of each layer separately."""
 
-    def change(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
-        if not chosen(name):
-            return update
+    def apply(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
         apply_to_layer = per_layer(name, lambda u, p: inner.update(u, optax.EmptyState(), p)[0])
         return apply_to_layer(update, param)
 
-    return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
+    return optax.stateless(lambda updates, params: trees.map_with_name(apply, updates, params))
 
 
 def decay_factors(decay: float, params: Any) -> dict[str, Factor]:

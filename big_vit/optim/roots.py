@@ -220,6 +220,7 @@ def inverse_root(
         a, trace = _with_unit_trace(a)
         w, v = eigh(a)
         scaled, scale = _add_ridge(a, w[..., -1], trace, ridge)
+        # Rounding makes zero eigenvalues slightly negative.
         w = jnp.maximum(w, 0) / jnp.where(w[..., -1:] > 0, w[..., -1:], 1)
         w = (w + ridge[..., None]) / (1 + ridge[..., None])
         x = product(v * (w**exponent)[..., None, :], jnp.swapaxes(v, -1, -2))

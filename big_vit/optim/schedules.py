@@ -28,7 +28,7 @@ def make(
         'rsqrt', `peak * sqrt(timescale / (timescale + t))` at t steps after the warmup
         (arXiv 2106.04560). The last two ignore `end`.
       peak: rate at the end of the warmup.
-      total_steps: steps of the whole training.
+      total_steps: steps of the entire training.
       warmup_steps: length of the warmup, part of `total_steps`.
       end: final rate as a share of `peak`.
       cooldown_steps: length of a linear decay to 0 that multiplies the rate at the end of
@@ -51,6 +51,7 @@ def make(
         )
     if timescale < 1:
         raise UserError('config: schedule.timescale_* must be above 0')
+    # optax rejects decays of 0 steps, which a run of nothing but warmup would ask for.
     remaining = max(total_steps - warmup_steps, 1)
     after = {
         'cosine': lambda: optax.cosine_decay_schedule(peak, remaining, alpha=end),

@@ -202,6 +202,7 @@ def _advance(
         health['restarted'] += restarted
     new, root_health = _advance_iterations(o, new, age) if o.sliced else _refresh(o, new, age)
     health = _sum(health, root_health)
+    # Sliced iterations finish their first roots at step `every`.
     start = max(o.start, o.every) if o.sliced else o.start
     directions = {}
     for name, average in averages.items():
@@ -281,6 +282,7 @@ def _accept(
         is_real = _is_real(old)
         good = (error < TOLERANCE) & jnp.isfinite(root).all((1, 2))
         failures = jnp.where(good, 0, failures + 1)
+        # Restart from a multiple of the identity, whose root is known in closed form.
         restart = ~good & (failures >= MAX_FAILURES)
         mean = jnp.trace(stats, axis1=1, axis2=2) / stats.shape[-1]
         mean = jnp.where(jnp.isfinite(mean) & (mean > 0), mean, 1)[:, None, None]
@@ -374,8 +376,8 @@ def _advance_iterations(
             for column, side in enumerate(SIDES):
                 stats = getattr(stack, side) / blocks.correction(o.b2, age, o.stats_dtype)
                 a, scale = roots.normalised(stats, _ridge(o, stack.failures[:, column]))
-                iteration = a, scale, roots.newton_start(a, p)
-                work[side] = _zero_padding(iteration, getattr(stack, f'{side}_root'))
+                started = a, scale, roots.newton_start(a, p)
+                work[side] = _zero_padding(started, getattr(stack, f'{side}_root'))
             new[name] = stack._replace(work=work)
         return new
 

@@ -133,6 +133,8 @@ def _advance(
         keep, g = blocks.usable(g)
         mu = o.b1 * old.mu.astype(g.dtype) + (1 - o.b1) * g
         nu = o.b2 * old.nu + (1 - o.b2) * jnp.square(_rotate(old, g))
+        # Both bias corrections as one factor: eps is added to an uncorrected root, as in the
+        # authors' code.
         size = jnp.sqrt(blocks.correction(o.b2, updates, g.dtype))
         size = size / jnp.where(moves, blocks.correction(o.b1, updates, g.dtype), 1)
         direction = _rotate(old, size * _rotate(old, mu) / (jnp.sqrt(nu) + o.eps), back=True)
@@ -223,10 +225,12 @@ def _refresh(
                 old = blocks.take(getattr(stack, f'{side}_basis'), group, o.groups)
                 stats = blocks.take(getattr(stack, side), group, o.groups)
                 eye = jnp.eye(old.shape[-1], dtype=stats.dtype)[None]
+                # Blocks whose gradients were zero at the first step have no basis yet.
                 start = jnp.where(old.any((1, 2), keepdims=True), old.astype(stats.dtype), eye)
                 basis, order = _next_basis(stats, start)
                 error = jnp.abs(roots.product(jnp.swapaxes(basis, 1, 2), basis) - eye).max((1, 2))
                 begun = _has_begun(stats)[:, 0, 0]
+                # A basis further from orthonormal than 1 % would change the length of updates.
                 refused = begun & ~(jnp.isfinite(basis).all((1, 2)) & (error < 0.01))
                 good = begun & ~refused
                 order = jnp.expand_dims(order, 3 - axis)

@@ -57,6 +57,7 @@ class Topology(NamedTuple):
 
     @property
     def devices_per_chip(self) -> int:
+        """Number of JAX devices per chip; two on chips with separate cores."""
         return len(self.devices) // self.chips
 
 

@@ -216,7 +216,7 @@ def distributed_shampoo(
         than two dimensions after merging; in `update`, decay without parameters.
     """
     spread = 'under jit a mesh spreads the blocks with their states: leave it out and pass mesh='
-    whole = 'roots are computed whole: leave it out'
+    exact_only = 'roots are computed whole: leave it out'
     refused = {
         'precision': (
             precision != jax.lax.Precision.HIGHEST,
@@ -235,9 +235,9 @@ def distributed_shampoo(
             best_effort_memory_usage_reduction,
             'integers instead of floats would change the result: leave it out; mesh= saves memory',
         ),
-        'lobpcg_topk_precondition': (lobpcg_topk_precondition, whole),
-        'lobpcg_max_iter': (lobpcg_max_iter, whole),
-        'compression_rank': (compression_rank, whole),
+        'lobpcg_topk_precondition': (lobpcg_topk_precondition, exact_only),
+        'lobpcg_max_iter': (lobpcg_max_iter, exact_only),
+        'compression_rank': (compression_rank, exact_only),
         'frequent_directions': (
             frequent_directions,
             'statistics are kept whole: leave it out; mesh= saves memory',
@@ -395,7 +395,7 @@ def _plan(
     of their own.
 
     Returns:
-      (view by parameter, slices by piece by parameter, block plan of the pieces).
+      (views by parameter, pieces with their slices by parameter, block plan of the pieces).
     """
     views = {name: _view(o, name, shape) for name, shape in shapes.items()}
     pieces: dict[str, dict[str, tuple[slice, slice]]] = {}
@@ -425,8 +425,8 @@ def _plan(
 
 def _spans(size: int, block: int) -> list[slice]:
     """Slices for the largest multiple of `block` and for the remainder, where not empty."""
-    whole = size - size % block
-    return [slice(a, b) for a, b in ((0, whole), (whole, size)) if a < b]
+    divisible = size - size % block
+    return [slice(a, b) for a, b in ((0, divisible), (divisible, size)) if a < b]
 
 
 def _init_stack(
