@@ -168,7 +168,7 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
             'seconds': seconds,
             'compile_seconds': compiling,
             'params': counted.params.scalars,
-            'optimizer_bytes': counted.own.nbytes,
+            'optimizer_bytes': counted.optimizer_total.nbytes,
             'state_bytes': counted.state.nbytes,
         }
 

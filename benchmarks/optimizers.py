@@ -217,8 +217,8 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
             f'operations_{key}': n
             for key, n in operations(name, parts.abstract_state['params']).items()
         },
-        words=counted.own.scalars / counted.params.scalars,
-        state_on_device=counted.own.on_device,
+        words=counted.optimizer_total.scalars / counted.params.scalars,
+        state_on_device=counted.optimizer_total.on_device,
     )
     with jax.set_mesh(parts.mesh):
         program = compiled(lambda: step.lower(parts.abstract_state, batch))
@@ -258,7 +258,7 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
         abstract_state = build_experiment(
             config.replacing(axes), topology.load(devices).devices
         ).abstract_state
-        say(**{f'state_on_{others}': ledger.measure(abstract_state).own.on_device})
+        say(**{f'state_on_{others}': ledger.measure(abstract_state).optimizer_total.on_device})
 
 
 def on_devices(name: str, variant: str) -> None:

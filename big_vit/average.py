@@ -1,13 +1,13 @@
 """Average: `python -m big_vit.average RUN RUN --out MEAN` mixes the weights of checkpoints.
 
-Of several runs from one start it is a model soup (arXiv 2203.05482); of a checkpoint and what was
-fine-tuned from it, WiSE-FT (arXiv 2109.01903); of the last checkpoints of one run, an average
-over the end of its training.
+Applied to several runs from one start this is a model soup (arXiv 2203.05482); to a checkpoint
+and a fine-tuned descendant, WiSE-FT (arXiv 2109.01903); to the last checkpoints of one run, an
+average over the end of training.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.average())
 
 import math
@@ -26,44 +26,44 @@ HEADS = ('head/', 'head_dist/')
 
 
 def average(
-    every: Sequence[dict[str, Any]], weights: Sequence[float], names: Sequence[str]
+    models: Sequence[dict[str, Any]], weights: Sequence[float], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The weighted mean of parameters, in float32; a head that not all have is the last one's.
+    """Averages parameters, in float32; heads that differ in shape are taken from the last.
 
     Args:
-      every: parameters, scanned or not.
-      weights: one for each, whose sum is 1.
-      names: of the checkpoints, for messages.
+      models: parameters of each model, scanned or not.
+      weights: one per model; they sum to 1.
+      names: names of the checkpoints, for messages.
 
     Raises:
-      UserError: they are of different architectures.
+      UserError: the models are of different architectures.
     """
-    flats = [trees.flatten(unstack_blocks(merge_lora(params))) for params in every]
-    last, found = flats[-1], {}
+    flats = [trees.flatten(unstack_blocks(merge_lora(params))) for params in models]
+    last, mean = flats[-1], {}
     for name, leaf in last.items():
         shapes = [flat[name].shape if name in flat else None for flat in flats]
         if len(set(shapes)) > 1:
             if name.startswith(HEADS):
-                found[name] = np.asarray(leaf, np.float32)
+                mean[name] = np.asarray(leaf, np.float32)
                 continue
             i = next(i for i, shape in enumerate(shapes) if shape != leaf.shape)
-            has = _size(shapes[i]) if name in flats[i] else 'not there'
+            actual = _size(shapes[i]) if name in flats[i] else 'not there'
             raise UserError(
-                f'{names[i]} and {names[-1]} are of different architectures: {name} is {has} in '
+                f'{names[i]} and {names[-1]} are of different architectures: {name} is {actual} in '
                 f'the first and {_size(leaf.shape)} in the second'
             )
         total = np.zeros(leaf.shape, np.float64)
         for flat, weight in zip(flats, weights, strict=True):
             total += weight * np.asarray(flat[name], np.float64)
-        found[name] = total.astype(np.float32)
+        mean[name] = total.astype(np.float32)
     for flat, path in zip(flats, names, strict=True):
-        more = [n for n in flat if n not in last and not n.startswith(HEADS)]
-        if more:
+        extra = [n for n in flat if n not in last and not n.startswith(HEADS)]
+        if extra:
             raise UserError(
                 f'{path} and {names[-1]} are of different architectures: only the first has '
-                f'{", ".join(more[:4])}'
+                f'{", ".join(extra[:4])}'
             )
-    return trees.unflatten(found)
+    return trees.unflatten(mean)
 
 
 def _size(shape: Sequence[int] | None) -> str:
@@ -71,35 +71,35 @@ def _size(shape: Sequence[int] | None) -> str:
 
 
 def parse_weights(text: str | None, count: int) -> list[float]:
-    """Weights as numbers; without any all are equal.
+    """Parses comma-separated weights; None gives equal ones.
 
     Raises:
-      UserError: not one number for each checkpoint, or their sum is not 1.
+      UserError: not one number per checkpoint, or their sum is not 1.
     """
     if text is None:
         return [1 / count] * count
     try:
-        found = [float(word) for word in text.split(',')]
+        weights = [float(word) for word in text.split(',')]
     except ValueError:
         raise UserError(f'--weights {text}: write numbers, as in --weights 0.3,0.7') from None
-    if len(found) != count:
+    if len(weights) != count:
         raise UserError(f'--weights {text}: {count} checkpoints need as many numbers')
-    if not math.isclose(sum(found), 1, abs_tol=1e-6):
-        raise UserError(f'--weights {text}: their sum is {sum(found):g}, not 1')
-    return found
+    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UserError(f'--weights {text}: their sum is {sum(weights):g}, not 1')
+    return weights
 
 
 def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path, int]:
-    """Writes a workdir with the mean as its only checkpoint, and gives it with its step.
+    """Writes a workdir with the mean as its only checkpoint; returns (workdir, step).
 
-    The config is that of the last one, so that `evaluate`, `export` and `init` work on it.
+    It gets the config of the last checkpoint, so that `evaluate`, `export` and `init` accept it.
     """
-    every, sidecar = [], {}
+    models, sidecar = [], {}
     for path in paths:
         source, step = checkpoint.locate(path, 'CHECKPOINT')
         sidecar = checkpoint.read_sidecar(source, step)
-        every.append(checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))[0])
-    mean = average(every, weights, paths)
+        models.append(checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))[0])
+    mean = average(models, weights, paths)
     config = config_lib.from_json(sidecar['config']).without('model.lora', 'ema')
     config = config.replacing({'model.scan': False})
     return Path(checkpoint.save_params(out, mean, step, config.to_dict())), step

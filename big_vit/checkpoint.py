@@ -1,11 +1,11 @@
-"""Checkpoints: asynchronous, atomic, restorable on any mesh or as NumPy. Only file with Orbax.
+"""Asynchronous, atomic checkpoints that restore on any mesh or as NumPy; hides Orbax.
 
     WORKDIR/checkpoints/STEP/state      arrays (Orbax, OCDBT)
     WORKDIR/checkpoints/STEP/sidecar    JSON: config, versions, metrics, shapes and hashes
 
-A local directory gets its final name when all of it is written; in an object store,
-which cannot rename, the file COMMITTED is written last. Each leaf has a hash of its
-bits that does not depend on the sharding, so damage is found when it is read.
+A local directory gets its final name once it is complete. An object store cannot rename, so there
+the file COMMITTED is written last. Every leaf has a hash of its bits that does not depend on the
+sharding, so damage is detected on reading.
 """
 
 import contextlib
@@ -34,35 +34,35 @@ from big_vit.state import State
 
 FORMAT = 1
 COMMITTED = 'commit_success.txt'
-# Between a save and the folder or object that makes it count, more than this is a hang.
+# A save that is not committed after this long is considered hung.
 TIMEOUT_S = 30 * 60
-# Bytes of an array that are worth a device of their own to save them.
-LEAST_SHARE = 1 << 20
+# Replicas share the work of saving an array only in parts of at least this many bytes.
+MIN_SLICE_BYTES = 1 << 20
 
 
 Place = str | os.PathLike[str]
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint whose contents are not what was saved."""
+    """A checkpoint that is unreadable, or whose contents are not what was saved."""
 
 
-def _anywhere(problem: str) -> str:
-    """The first problem that a process has, on all of them; '' if none has. Call it on all.
+def _first_problem(problem: str) -> str:
+    """Returns the first problem that any process has, on all of them ('' if there is none).
 
-    Else one would stop and the rest wait for it.
+    All processes must call it: otherwise one would stop while the rest wait for it.
     """
     if jax.process_count() == 1:
         return problem
     text = np.frombuffer(problem.encode()[:1000].ljust(1000, b'\0'), np.uint8)
     with jax.transfer_guard('allow'):
         texts = multihost_utils.process_allgather(text)
-    found = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in np.asarray(texts)]
-    return next(filter(None, found), '')
+    problems = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in np.asarray(texts)]
+    return next(filter(None, problems), '')
 
 
 def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
-    """The sidecar of a state: all that is needed to read, check and understand it."""
+    """Builds the sidecar of a state: everything needed to read, check and understand it."""
     hashes = hashes_of(state)
     leaves = {
         name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'hash': hashes[name]}
@@ -99,7 +99,7 @@ def _committed(path: epath.Path) -> bool:
 
 
 def steps(workdir: Place) -> list[int]:
-    """Steps of the finished checkpoints of a workdir, ascending; they may be damaged."""
+    """Steps of a workdir's committed checkpoints, ascending; they may still be damaged."""
     folder = _folder(workdir)
     if not folder.is_dir():
         return []
@@ -107,7 +107,14 @@ def steps(workdir: Place) -> list[int]:
 
 
 def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
-    """(workdir, step) of a workdir (its newest checkpoint) or of one `checkpoints/STEP` folder.
+    """Resolves a workdir (to its newest checkpoint) or a `checkpoints/STEP` folder.
+
+    Args:
+      path: what the user gave.
+      key: flag or config key that error messages name.
+
+    Returns:
+      (workdir, step).
 
     Raises:
       UserError: there is no checkpoint there.
@@ -120,17 +127,17 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
         workdir, wanted = given.parent.parent, int(given.name)
         if wanted in steps(workdir):
             return workdir, wanted
-        have = ', '.join(map(str, steps(workdir))) or 'none'
-        raise UserError(f'{key}: there is no checkpoint {path} (steps there: {have})')
+        present = ', '.join(map(str, steps(workdir))) or 'none'
+        raise UserError(f'{key}: there is no checkpoint {path} (steps there: {present})')
     workdir = given.parent if given.name == 'checkpoints' else given
-    found = steps(workdir)
-    if not found:
+    available = steps(workdir)
+    if not available:
         what = 'no finished checkpoint' if workdir.is_dir() else 'no such folder'
         raise UserError(
             f'{key}: {path}: {what}; give the --workdir of a training run, or one of its '
             'checkpoints/STEP folders'
         )
-    return workdir, found[-1]
+    return workdir, available[-1]
 
 
 def set_aside(workdir: Place, step: int) -> None:
@@ -142,7 +149,7 @@ def set_aside(workdir: Place, step: int) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    """Deletes a checkpoint; killed half-way, what is left does not look like one."""
+    """Deletes a checkpoint such that, if killed half-way, the remains do not look like one."""
     if storage.is_local(path):
         path = path.rename(path.with_name(f'{path.name}.deleted'))
     else:
@@ -151,7 +158,7 @@ def _remove(path: epath.Path) -> None:
 
 
 def _remove_leftovers(folder: epath.Path) -> None:
-    """What saves and deletions that were killed have left."""
+    """Deletes the remains of saves and deletions that were killed."""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         number, _, rest = path.name.partition('.')
         killed = rest == 'deleted' or rest.startswith('orbax-checkpoint-tmp')
@@ -160,10 +167,11 @@ def _remove_leftovers(folder: epath.Path) -> None:
 
 
 def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
-    """What `describe` wrote.
+    """Reads the sidecar that `describe` made.
 
     Raises:
-      CorruptCheckpointError: it cannot be read or does not match its own hash.
+      CorruptCheckpointError: it is unreadable or does not match its own hash.
+      UserError: it was written by a newer version of big_vit.
     """
     path = storage.place(workdir) / 'checkpoints' / str(step) / 'sidecar' / 'metadata'
     try:
@@ -179,7 +187,12 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
 
 
 def check_leaves(sidecar: dict[str, Any], abstract_state: Any, where: str) -> None:
-    """Compares shapes and types with an abstract tree, before anything is read.
+    """Compares saved shapes and dtypes with an abstract tree, before any array is read.
+
+    Args:
+      sidecar: sidecar of the checkpoint.
+      abstract_state: tree of ShapeDtypeStructs to restore into.
+      where: name of the checkpoint, for messages.
 
     Raises:
       UserError: names the leaves that differ.
@@ -192,28 +205,27 @@ def check_leaves(sidecar: dict[str, Any], abstract_state: Any, where: str) -> No
         name: (_without_padding(name, x.shape), str(x.dtype))
         for name, x in trees.flatten(abstract_state).items()
     }
-    _complain_of_difference(saved, wanted, where)
+    _raise_if_different(saved, wanted, where)
 
 
 def _without_padding(name: str, shape: Sequence[int]) -> tuple[int | None, ...]:
-    """A shape to compare: how many blocks of zeros end a stack depends on the devices only.
+    """Hides the number of blocks in a stack, which includes padding for the number of devices.
 
-    They neither change the hash of the others nor have one of their own; restoring adds or
-    drops them.
+    Padding blocks are zeros, which contribute nothing to a hash; restoring adds or drops them.
     """
     return (None, *shape[1:]) if sharding.STACKS.search(name) else tuple(shape)
 
 
 def check_params(params: Any, abstract_state: Any, where: str) -> None:
-    """The same for parameters that are in memory already; only shapes count."""
+    """Like `check_leaves`, for parameters already in memory; compares shapes only."""
     saved, wanted = (
         {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}
         for tree in (params, abstract_state)
     )
-    _complain_of_difference(saved, wanted, where)
+    _raise_if_different(saved, wanted, where)
 
 
-def _complain_of_difference(saved: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+def _raise_if_different(saved: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
     lines = [
         f'{name} is {saved[name]} in the checkpoint and {wanted[name]} in the model'
         for name in wanted
@@ -227,8 +239,8 @@ def _complain_of_difference(saved: dict[str, Any], wanted: dict[str, Any], where
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Orbax reports its own progress and its own deprecations; ours are enough."""
+def _silence_orbax():
+    """Silences Orbax, whose progress reports and deprecation warnings duplicate ours."""
     import warnings
 
     loggers = [logging.getLogger(name) for name in ('absl', 'orbax')]
@@ -245,33 +257,34 @@ def _quiet():
 
 
 def _array_handler(ocp: Any) -> Any:
-    """Saves arrays, of which each device that has a copy writes its share if that is large.
+    """Handler by which the replicas of an array share the work of saving it, if it is large.
 
-    Orbax alone cuts the smallest arrays too, and compiles a program for each cut.
+    By default Orbax slices even the smallest arrays and compiles a program for each slice.
     """
-    return ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE)
+    return ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
 
 
 class Manager:
-    """Saves a run's checkpoints; a context manager that ends only when all are stored.
+    """Saves the checkpoints of a run; as a context manager it exits once all are stored.
 
-    One save is in the background at a time. A failed save ends the run: what was
-    saved before is kept, older checkpoints go only when a newer one is complete.
+    One save runs in the background at a time. A failed save ends the run. Older checkpoints are
+    deleted only after a newer one is complete.
 
     Args:
-      keep_last: how many of the newest to keep.
-      keep_every: multiples of this step are kept for ever; None keeps none.
+      workdir: folder of the run.
+      keep_last: number of newest checkpoints to keep.
+      keep_every: multiples of this step are kept forever; None keeps none.
     """
 
     def __init__(self, workdir: Place, keep_last: int, keep_every: int | None = None):
-        with _quiet():
+        with _silence_orbax():
             import orbax.checkpoint as ocp
 
             self._ocp = ocp
             self._writer = ocp.AsyncCheckpointer(
                 ocp.CompositeCheckpointHandler(
-                    # Without a limit on what is written at once, Orbax writes all in one
-                    # transaction: one data file a process instead of 5 to 12, as they fall.
+                    # Without a limit on concurrent bytes, Orbax writes everything in one
+                    # transaction: one data file per process instead of a varying 5 to 12.
                     state=ocp.PyTreeCheckpointHandler(
                         handler_impl=ocp.BasePyTreeCheckpointHandler(
                             save_concurrent_bytes=None,
@@ -284,7 +297,7 @@ class Manager:
                 ),
                 async_options=ocp.AsyncOptions(
                     timeout_secs=TIMEOUT_S,
-                    # Made in the background, a folder that cannot be made is waited for.
+                    # In the background, a directory that cannot be created would hang the save.
                     create_directories_asynchronously=False,
                 ),
             )
@@ -299,17 +312,17 @@ class Manager:
             _remove_leftovers(self._folder)
 
     def save(self, state: State, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Copies the state off the devices and returns; the writing goes on in the background.
+        """Copies the state off the devices and returns; writing continues in the background.
 
-        Call it on all processes.
+        All processes must call it.
 
         Raises:
-          UserError: the disk has too little room, or this save or the one before failed.
+          UserError: too little disk space, or this save or the previous one failed.
         """
         began = time.monotonic()
         self.wait()
         step = int(jax.device_get(state['step']))
-        problem = _anywhere(self._obstacle(step, trees.nbytes(state)))
+        problem = _first_problem(self._reason_not_to_save(step, trees.nbytes(state)))
         if problem:
             raise self._failure(step, problem)
         sidecar = describe(state, config, metrics)
@@ -317,20 +330,20 @@ class Manager:
             state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )
         try:
-            with _quiet():
-                # Force, for an object store where a killed save has left a folder of this name.
+            with _silence_orbax():
+                # Force: in an object store a killed save may have left a folder of this name.
                 self._writer.save(self._folder / str(step), args=args, force=True)
         except Exception as error:
             raise self._failure(step, storage.reason(error)) from error
         self._step, self._began, self._error = step, began, None
         self._timings = {'time/save_blocked_s': time.monotonic() - began}
-        # Orbax's thread prints the traceback of an error that `check` will raise.
+        # Orbax's thread would print the traceback of an error that `check` raises anyway.
         logging.getLogger('absl').setLevel(logging.CRITICAL)
         self._saving = threading.Thread(target=self._finish, daemon=True)
         self._saving.start()
 
-    def _obstacle(self, step: int, needed: int) -> str:
-        """What makes a save pointless. Only process 0 looks: the rest might see it otherwise."""
+    def _reason_not_to_save(self, step: int, needed: int) -> str:
+        """Reason not to save, or ''. Only process 0 looks: others might see it differently."""
         if jax.process_index() != 0:
             return ''
         if step in steps(self._workdir):
@@ -357,7 +370,7 @@ class Manager:
                 _remove(self._folder / str(step))
 
     def check(self) -> None:
-        """Raises UserError if the save in the background has failed, or takes too long."""
+        """Raises UserError if the background save has failed or takes too long."""
         if self._saving is None:
             return
         if self._saving.is_alive():
@@ -373,23 +386,23 @@ class Manager:
             raise self._failure(self._step, storage.reason(self._error)) from self._error
 
     def wait(self) -> None:
-        """Returns when everything is stored; raises UserError if that failed or takes too long."""
+        """Waits until everything is stored; raises UserError if that fails or takes too long."""
         while self._saving is not None:
             left = self._began + TIMEOUT_S - time.monotonic()
             self._saving.join(max(left, 0) + 0.001)
             self.check()
 
     def timings(self) -> dict[str, float]:
-        """Seconds of the newest finished save, the part that held up training and all; once."""
+        """Seconds of the latest finished save, blocked and in total; reported only once."""
         if self._saving is not None and self._saving.is_alive():
             return {}
-        found, self._timings = self._timings, {}
-        return found
+        timings, self._timings = self._timings, {}
+        return timings
 
     def _failure(self, step: int, why: str) -> UserError:
         try:
-            good = steps(self._workdir)
-            last = f'the last good one is step {good[-1]}' if good else 'there is no earlier one'
+            saved = steps(self._workdir)
+            last = f'the last good one is step {saved[-1]}' if saved else 'there is no earlier one'
         except Exception as error:
             last = f'which ones there are cannot be seen ({storage.reason(error)})'
         return UserError(
@@ -408,7 +421,7 @@ class Manager:
                 raise
             print(f'WARNING: {error}', file=sys.stderr)
         finally:
-            # After a failed save Orbax's own close may wait for what will never come.
+            # After a failed save Orbax's own close may wait forever.
             closer = threading.Thread(target=self._close, daemon=True)
             closer.start()
             closer.join(timeout=10)
@@ -419,41 +432,42 @@ class Manager:
 
 
 def _leave_without_waiting() -> None:
-    """Lets the process end: Python waits for all threads, and one of Orbax's hangs."""
+    """Lets the process exit although a thread of Orbax hangs, which Python would wait for."""
 
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
 
-    # Called before those of concurrent.futures, which wait; `atexit` would come after them.
+    # Must run before the exit handlers of concurrent.futures, which wait; those of `atexit` run
+    # after them. Hence the private function.
     threading._register_atexit(leave)  # type: ignore[attr-defined]
 
 
 def restore(workdir: Place, step: int, abstract_state: State) -> State:
-    """The state of a checkpoint, on the shardings of the abstract state `like`.
+    """Restores a checkpoint with the shapes, dtypes and shardings of `abstract_state`.
 
-    Call it on all processes: where one cannot read its part, it fails on all.
+    All processes must call it: if one cannot read its part, all of them fail.
 
     Raises:
-      UserError: another architecture.
-      CorruptCheckpointError: unreadable, or not the bits that were saved.
+      UserError: the checkpoint is of another architecture.
+      CorruptCheckpointError: it is unreadable, or its bits are not those that were saved.
     """
     where = _folder(workdir, step)
     sidecar = _read_sidecar_everywhere(workdir, step)
     check_leaves(sidecar, abstract_state, str(where))
-    with _quiet():
+    with _silence_orbax():
         import orbax.checkpoint as ocp
 
         problem = ''
         try:
-            # Not through a Checkpointer: at its end all processes wait, also for one that failed.
+            # Not a Checkpointer: on exit it waits for all processes, even one that has failed.
             state = ocp.StandardCheckpointHandler().restore(
                 where / 'state', args=ocp.args.StandardRestore(abstract_state, strict=False)
             )
         except Exception as error:
             problem = f'{where}: cannot be read: {storage.reason(error)}'
-    problem = _anywhere(problem)
+    problem = _first_problem(problem)
     if problem:
         raise CorruptCheckpointError(problem)
     _check_hashes(hashes_of(state), sidecar, where)
@@ -466,23 +480,32 @@ def _read_sidecar_everywhere(workdir: Place, step: int) -> dict[str, Any]:
         sidecar = read_sidecar(workdir, step)
     except CorruptCheckpointError as error:
         problem = str(error)
-    problem = _anywhere(problem)
+    problem = _first_problem(problem)
     if problem:
         raise CorruptCheckpointError(problem)
     return sidecar
 
 
 def scored_part(sidecar: dict[str, Any]) -> str:
-    """Which parameters stand for the model: the averaged ones where there are any."""
+    """Part of the state to evaluate: 'ema' where there are averaged parameters, or 'params'."""
     averaged = any(name.startswith('ema/') for name in sidecar['leaves'])
     return 'ema' if averaged else 'params'
 
 
 def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> epath.Path:
-    """Makes a workdir whose only checkpoint has these parameters, in float32, and no optimizer.
+    """Makes a workdir whose only checkpoint holds these parameters, in float32.
+
+    Args:
+      out: the workdir.
+      params: parameters.
+      step: step of the checkpoint.
+      config: config that describes the model.
+
+    Returns:
+      The workdir as a path.
 
     Raises:
-      UserError: there is a run in that folder already, or it cannot be written.
+      UserError: the folder already has checkpoints, or cannot be written.
     """
     workdir = storage.place(out)
     if storage.is_local(workdir):
@@ -491,23 +514,28 @@ def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> e
         raise UserError(
             f'--out {workdir}: there are checkpoints in it already; name another folder'
         )
-    wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
+    float32_params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
     with Manager(workdir, keep_last=1) as manager:
-        manager.save({'params': wide, 'step': jnp.asarray(step, jnp.int32)}, config, {})
+        manager.save({'params': float32_params, 'step': jnp.asarray(step, jnp.int32)}, config, {})
     return workdir
 
 
 def load_params(
     workdir: Place, step: int, which: str = 'params'
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters as nested NumPy arrays, sidecar); needs no config, mesh or accelerator.
+    """Loads parameters without a config, mesh or accelerator.
 
     Args:
+      workdir: folder of the run.
+      step: step of the checkpoint.
       which: 'params', or 'ema' for the averaged parameters.
+
+    Returns:
+      (parameters as nested NumPy arrays, sidecar).
 
     Raises:
       UserError: the checkpoint has no such part.
-      CorruptCheckpointError: unreadable, or not the bits that were saved.
+      CorruptCheckpointError: it is unreadable, or its bits are not those that were saved.
     """
     where = _folder(workdir, step)
     sidecar = read_sidecar(workdir, step)
@@ -520,7 +548,7 @@ def load_params(
             for name in names
         }
     )
-    with _quiet():
+    with _silence_orbax():
         import orbax.checkpoint as ocp
 
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -537,9 +565,10 @@ def load_params(
     return tree[which], sidecar
 
 
-def _check_hashes(found: dict[str, str], sidecar: dict[str, Any], where: epath.Path) -> None:
-    wrong = [name for name in found if found[name] != sidecar['leaves'][name]['hash']]
+def _check_hashes(actual: dict[str, str], sidecar: dict[str, Any], where: epath.Path) -> None:
+    wrong = [name for name in actual if actual[name] != sidecar['leaves'][name]['hash']]
     if wrong:
         raise CorruptCheckpointError(
-            f'{where}: {len(wrong)} of {len(found)} arrays are not what was saved, first {wrong[0]}'
+            f'{where}: {len(wrong)} of {len(actual)} arrays are not what was saved, '
+            f'first {wrong[0]}'
         )

@@ -1,4 +1,4 @@
-"""Hashes of the bits of arrays, equal for any sharding, to tell damaged checkpoints."""
+"""Bit hashes of arrays, independent of sharding, that reveal damaged checkpoints."""
 
 import functools
 from typing import Any
@@ -9,12 +9,16 @@ import numpy as np
 
 from big_vit import trees
 
-# Bytes of a state that are hashed on the host sooner than a program for it is compiled.
+# States of at most this many bytes are hashed on the host: faster than compiling a program.
 SMALL_STATE = 8 << 20
 
 
 def _hash_bits(bits: Any, index: Any, xp: Any) -> Any:
-    """Two 32-bit sums over (bits, position); changing any one value changes both."""
+    """Two 32-bit sums over mixed (bits, position); changing any one value changes both.
+
+    The multipliers are those of common integer hashes; `| 1` makes each weight odd, thus
+    invertible modulo 2^32, so no change of a value can cancel. Zero bits add nothing.
+    """
     totals = []
     for a, b in ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F)):
         weight = (index + xp.uint32(b)) * xp.uint32(a)
@@ -25,7 +29,7 @@ def _hash_bits(bits: Any, index: Any, xp: Any) -> Any:
 
 
 def _hash_device(leaf: jax.Array) -> jax.Array:
-    """Runs where the leaf lies; sums of integers do not depend on their order."""
+    """Hashes a leaf where it lies; integer sums do not depend on their order."""
     width = leaf.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f'uint{width}')).astype(jnp.uint32)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
@@ -37,7 +41,7 @@ def _hash_device(leaf: jax.Array) -> jax.Array:
 
 
 def hash_array(array: np.ndarray) -> str:
-    """The hash of one leaf on the host, equal to the one made on the devices at saving."""
+    """Hashes one leaf on the host; equal to the hash computed on devices when saving."""
     bits = np.ascontiguousarray(array).view(f'uint{array.dtype.itemsize * 8}')
     bits = bits.reshape(-1).astype(np.uint32)
     index = np.arange(bits.size, dtype=np.uint64).astype(np.uint32)
@@ -47,19 +51,20 @@ def hash_array(array: np.ndarray) -> str:
 
 @functools.cache
 def _hash_leaves(mesh: Any) -> Any:
-    """Compiled once for a mesh; each process gets all of the result, in one array."""
-    everywhere = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """Compiled hash of a list of leaves, one per mesh; every process gets the full result."""
+    replicated = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(
         lambda leaves: jnp.stack([_hash_device(leaf) for leaf in leaves]),
-        out_shardings=everywhere,
+        out_shardings=replicated,
     )
 
 
 def hashes_of(state: Any) -> dict[str, str]:
-    # Sorted, or a restored state would be compiled for once more: Orbax sorts its keys.
+    """Hashes of all leaves, as hexadecimal text by path."""
+    # Sorted, because Orbax sorts keys: a restored state then needs no second compilation.
     flat = dict(sorted(trees.flatten(state).items()))
-    here = all(getattr(leaf, 'is_fully_addressable', True) for leaf in flat.values())
-    if here and sum(leaf.nbytes for leaf in flat.values()) <= SMALL_STATE:
+    addressable = all(getattr(leaf, 'is_fully_addressable', True) for leaf in flat.values())
+    if addressable and sum(leaf.nbytes for leaf in flat.values()) <= SMALL_STATE:
         return {name: hash_array(leaf) for name, leaf in jax.device_get(flat).items()}
     shardings = {getattr(leaf, 'sharding', None) for leaf in flat.values()}
     meshes = {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}

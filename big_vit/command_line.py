@@ -1,4 +1,8 @@
-"""The flags of every command. Imports no JAX: a command's help is there before JAX would be."""
+"""Flags of every command.
+
+Imports no JAX, so that `--help` answers before JAX would load. The functions named after commands
+return their parsers.
+"""
 
 import argparse
 import difflib
@@ -8,9 +12,9 @@ from big_vit.errors import UserError
 
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
-    """Prints the help of a command that is asked for it, and ends.
+    """Prints a command's help and exits, if that is asked for.
 
-    Called by a command before it imports the rest, which takes more than a second.
+    Commands call it before their other imports, which take more than a second.
     """
     if not {'-h', '--help'}.isdisjoint(sys.argv[1:]):
         parser.print_help()
@@ -20,7 +24,10 @@ def answer_help(parser: argparse.ArgumentParser) -> None:
 def parse(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """The parser's own flags, and the `--config.key=value` overrides as (key, text) pairs.
+    """Splits arguments into the parser's own flags and `--config.key=value` overrides.
+
+    Returns:
+      (parsed flags, overrides as pairs of key and text).
 
     Raises:
       UserError: an unknown flag, or an override without a value.
@@ -45,7 +52,7 @@ def parse(
 
 
 def require_flag(value: str | None, flag: str, example: str) -> str:
-    """Raises UserError with an example where a flag is missing."""
+    """Returns a flag's value; raises UserError with an example if it is missing."""
     if not value:
         raise UserError(f'{flag} is missing, for example {flag} {example}')
     return value
@@ -64,8 +71,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
 
 
-def _experiment(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The flags of the commands that train."""
+def _training_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Parser with the flags of all training commands."""
     parser = _parser(name, description, epilog)
     _add_config(parser)
     parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
@@ -78,7 +85,7 @@ def _experiment(name: str, description: str, epilog: str) -> argparse.ArgumentPa
 
 
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
-    """The flag of the commands that can run as several processes."""
+    """Adds the flag of commands that can run as several processes."""
     parser.add_argument(
         '--distributed',
         choices=('auto', 'on', 'off'),
@@ -88,7 +95,7 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
 
 
 def train() -> argparse.ArgumentParser:
-    return _experiment(
+    return _training_parser(
         'train',
         'Pretrain a Vision Transformer; started again on its workdir it resumes.',
         'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
@@ -97,7 +104,7 @@ def train() -> argparse.ArgumentParser:
 
 
 def transfer() -> argparse.ArgumentParser:
-    parser = _experiment(
+    parser = _training_parser(
         'transfer',
         'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
         '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '

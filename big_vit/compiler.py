@@ -1,16 +1,16 @@
-"""What compilers are asked for beyond their defaults, by kind of device.
+"""XLA compiler options beyond the defaults, by kind of device.
 
-Each option has its measured gain in docs/performance.md; there are none without.
+docs/performance.md has the measured gain of each; options without one are not here.
 """
 
 import os
 
 from jax.sharding import Mesh
 
-# The fast memory that one fused operation may use: larger tiles read large arrays less often,
-# and leave less of it for whole arrays that stay there between operations.
+# Fast memory available to one fused operation. Larger tiles read large arrays less often, but
+# leave less room for arrays that stay in fast memory between operations.
 _VMEM = 'xla_tpu_scoped_vmem_limit_kib'
-# Gradients are summed over the chips in parts of so many bytes, beside what makes the next ones.
+# All-reduce gradients in chunks of 8 MB during the backward pass instead of all at its end.
 _OVERLAPPED = {
     'xla_enable_async_all_reduce': 'true',
     'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': 'true',
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 
 
 def options(mesh: Mesh) -> dict[str, str]:
-    """For `jax.jit(compiler_options=...)`, but what LIBTPU_INIT_ARGS or XLA_FLAGS say already."""
-    said = os.environ.get('LIBTPU_INIT_ARGS', '') + os.environ.get('XLA_FLAGS', '')
-    found = OPTIONS.get(mesh.devices.flat[0].device_kind, {})
-    return {name: value for name, value in found.items() if f'--{name}=' not in said}
+    """Options for `jax.jit(compiler_options=...)`, except those set by environment variables."""
+    user_flags = os.environ.get('LIBTPU_INIT_ARGS', '') + os.environ.get('XLA_FLAGS', '')
+    device_options = OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    return {name: value for name, value in device_options.items() if f'--{name}=' not in user_flags}

@@ -1,8 +1,8 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the user."""
 
 
 class UserError(Exception):
-    """Something the user can fix: the message names the key or file and says how.
+    """A mistake that the user can fix: the message names the key or file and the remedy.
 
     Commands print it as one line and exit with status 2; any other exception is
     a bug of ours and keeps its traceback.

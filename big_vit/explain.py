@@ -1,4 +1,4 @@
-"""What a config means, in words and tables, before anything is computed."""
+"""The `--explain` page: what a config means, in words and tables, before anything runs."""
 
 import re
 
@@ -11,24 +11,24 @@ from big_vit.optim import per_layer
 
 
 def summary(settings: config.Config, parts: Experiment) -> list[str]:
-    """What is about to be done, in a few lines."""
+    """Summarizes a run in a few lines: mesh, memory, model, data and length."""
     data, encoder = parts.data, parts.task.trunk(parts.model).encoder
     params = trees.count(parts.abstract_state['params'])
     tokens = parts.model.sequence_length(data.input_shapes)
     operations = parts.forward_flops
     shown = ' + '.join('x'.join(map(str, data.shapes[part])) for part in data.reads)
-    each = 'an image' if data.reads == ('image',) else 'an example'
+    unit = 'an image' if data.reads == ('image',) else 'an example'
     mesh = ', '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    held = ledger.line(
+    memory = ledger.line(
         ledger.measure(parts.abstract_state), ', '.join(parts.settings), parts.mesh.size
     )
     epochs = parts.total_steps * settings.batch_size / data.source.length
     return [
         f'mesh    {mesh}',
-        f'state   {held}',
+        f'state   {memory}',
         *(layout(parts.abstract_state) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {encoder.depth} blocks of width {encoder.width}, '
-        f'{params / 1e6:,.2f} M parameters, {operations / 1e9:,.3f} GFLOP {each}, {tokens} tokens',
+        f'{params / 1e6:,.2f} M parameters, {operations / 1e9:,.3f} GFLOP {unit}, {tokens} tokens',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{data.source.num_classes} classes, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
@@ -37,7 +37,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
 
 
 def spec_text(leaf: jax.ShapeDtypeStruct) -> str:
-    """How an array lies on the mesh, as in '-, fsdp, tensor'."""
+    """Formats how an array is sharded, as in '-, fsdp, tensor'."""
     assert isinstance(leaf.sharding, jax.NamedSharding)
     axes = leaf.sharding.spec
     shown = ('+'.join(axis) if isinstance(axis, tuple) else str(axis or '-') for axis in axes)
@@ -45,12 +45,12 @@ def spec_text(leaf: jax.ShapeDtypeStruct) -> str:
 
 
 def layout(abstract_state: state.State) -> list[str]:
-    """What of an abstract state lies on every device, and how its largest arrays are split."""
+    """Describes how much of an abstract state is replicated, and how its largest arrays lie."""
     flat = trees.flatten(abstract_state)
-    whole = [leaf for leaf in flat.values() if spec_text(leaf) == 'replicated']
-    size = sum(trees.nbytes(leaf) for leaf in whole)
+    copied = [leaf for leaf in flat.values() if spec_text(leaf) == 'replicated']
+    size = sum(trees.nbytes(leaf) for leaf in copied)
     lines = [
-        f'whole   {len(whole)} of {len(flat)} arrays are on every device, {size / 1e6:,.1f} MB '
+        f'whole   {len(copied)} of {len(flat)} arrays are on every device, {size / 1e6:,.1f} MB '
         f'({size / trees.nbytes(abstract_state):.0%} of the state)'
     ]
     params = sorted(
@@ -63,14 +63,14 @@ def layout(abstract_state: state.State) -> list[str]:
 
 
 def _peak(lr: float, factors: list[per_layer.Factor]) -> str:
-    """The highest rate, or its range over the layers."""
-    each = np.concatenate([np.atleast_1d(factor) for factor in factors])
-    ends = sorted({each.min(), each.max()})
+    """Formats the peak learning rate, as a range if it differs between layers."""
+    layer_factors = np.concatenate([np.atleast_1d(factor) for factor in factors])
+    ends = sorted({layer_factors.min(), layer_factors.max()})
     return ' to '.join(f'{lr * end:.2e}' if end else 'frozen' for end in ends)
 
 
 def optimizers(parts: Experiment) -> list[str]:
-    """Each optimizer with what it is made with, given or its own default."""
+    """Lists each optimizer with all of its settings, given or default."""
     return [
         f'{name}: ' + ', '.join(f'{key}={value!r}' for key, value in keys.items())
         for name, keys in parts.settings.items()
@@ -78,22 +78,22 @@ def optimizers(parts: Experiment) -> list[str]:
 
 
 def page(settings: config.Config) -> str:
-    """The `--explain` page: schedule, duties, and what happens to each group of parameters."""
+    """Formats the `--explain` page: summary, intervals, schedule, and every parameter group."""
     parts = build_experiment(settings)
     intervals, total = parts.intervals, parts.total_steps
     points = sorted({0, *(round(total * share / 10) for share in range(11))})
-    # The schedule is computed on the host's own device: a few scalars.
+    # Evaluated on this machine's own device: these are a few scalars.
     rates = [(step, f'{float(parts.schedule(step)):.3e}') for step in points]
 
-    def often(every: int) -> str:
+    def frequency(every: int) -> str:
         times = total // every + bool(total % every) if every else 0
         return f'every {every:,} steps ({times:,} times)' if every else 'never'
 
     rows = [
-        ('log', often(intervals.log)),
-        ('save', often(intervals.save)),
-        ('keep for ever', often(intervals.keep)),
-        *((f'evaluate {name}', often(every)) for name, every in intervals.evals.items()),
+        ('log', frequency(intervals.log)),
+        ('save', frequency(intervals.save)),
+        ('keep for ever', frequency(intervals.keep)),
+        *((f'evaluate {name}', frequency(every)) for name, every in intervals.evals.items()),
     ]
     groups: dict[tuple, list[str]] = {}
     flat = trees.flatten(parts.abstract_state['params'])

@@ -1,15 +1,15 @@
-"""What training keeps in memory, to the byte: parameters, optimizer state, gradients.
+"""Memory of training, to the byte: parameters, optimizer state, gradients.
 
     python -m big_vit.ledger --config configs/x.py --topology v5e:16x16
 
-All is told from abstract shapes: neither data nor devices need be there, and nothing is
-allocated. What a step takes besides, activations above all, only a compiler knows: that is
+Everything is derived from abstract shapes: no data or devices are needed, and nothing is
+allocated. Only a compiler knows the rest of what a step needs, above all activations: see
 `big_vit.plan`.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.ledger())
 
 import itertools
@@ -28,7 +28,7 @@ from big_vit.models import variants
 from big_vit.planning import topology
 
 GIB = 2**30
-# What optimizers call their arrays, where the name says little.
+# Plain words for optimizer arrays whose names say little.
 KINDS = {
     'mu': 'first moment',
     'nu': 'second moment',
@@ -43,51 +43,67 @@ KINDS = {
     'left_basis': 'basis of inputs',
     'right_basis': 'basis of outputs',
 }
-# Words of paths that say nothing of the use: links of a chain, sizes of blocks, wrappings.
-PASSED_OVER = r'\d+(x\d+)?|inner_states?|stacks'
+# Path components that say nothing about the purpose: chain links, block sizes, wrappers.
+UNINFORMATIVE = r'\d+(x\d+)?|inner_states?|stacks'
 
 
-class Held(NamedTuple):
-    """Arrays of one use; every device holds as much as any other."""
+class Usage(NamedTuple):
+    """Memory of the arrays with one purpose; it is the same on every device.
+
+    Attributes:
+      arrays: number of arrays.
+      scalars: number of scalars in them.
+      nbytes: bytes with each array counted once, however it is split or copied.
+      on_device: bytes on one device.
+    """
 
     arrays: int
     scalars: int
-    nbytes: int  # Each array once, however it is split or copied.
-    on_device: int  # Bytes on one device.
+    nbytes: int
+    on_device: int
 
 
 class Ledger(NamedTuple):
-    """What the state and the gradients of a run come to."""
+    """Memory of the state and gradients of a run.
 
-    params: Held
-    average: Held  # Of parameters; nothing where the run keeps none.
-    optimizer: dict[str, Held]  # By use, such as 'first moment'.
-    counters: Held  # Steps, and the losses that spikes are told by.
-    gradients: Held  # While stepping: float32, split as the parameters are.
+    Attributes:
+      params: parameters.
+      average: averaged parameters; zeros if the run keeps none.
+      optimizer: optimizer state by purpose, such as 'first moment'.
+      counters: steps, and the loss history that detects spikes.
+      gradients: held during a step, in float32, sharded like the parameters.
+    """
+
+    params: Usage
+    average: Usage
+    optimizer: dict[str, Usage]
+    counters: Usage
+    gradients: Usage
 
     @property
-    def own(self) -> Held:
-        """All of the optimizer."""
+    def optimizer_total(self) -> Usage:
+        """The entire optimizer state."""
         return total(*self.optimizer.values())
 
     @property
-    def state(self) -> Held:
-        """All that stays from step to step, and that a checkpoint holds."""
-        return total(self.params, self.average, self.own, self.counters)
+    def state(self) -> Usage:
+        """Everything that persists from step to step, and is in a checkpoint."""
+        return total(self.params, self.average, self.optimizer_total, self.counters)
 
     @property
-    def at_most(self) -> Held:
-        """State and gradients together."""
+    def state_and_gradients(self) -> Usage:
+        """State plus gradients."""
         return total(self.state, self.gradients)
 
 
-def total(*parts: Held) -> Held:
-    return Held(*map(sum, zip(*parts, strict=True))) if parts else Held(0, 0, 0, 0)
+def total(*parts: Usage) -> Usage:
+    """Sums up several uses of memory."""
+    return Usage(*map(sum, zip(*parts, strict=True))) if parts else Usage(0, 0, 0, 0)
 
 
-def held(tree: Any) -> Held:
-    """Counts a tree of ShapeDtypeStructs with shardings, or of arrays."""
-    return Held(
+def usage(tree: Any) -> Usage:
+    """Measures a tree of arrays, or of ShapeDtypeStructs with shardings."""
+    return Usage(
         len(jax.tree.leaves(tree)),
         trees.count(tree),
         trees.nbytes(tree),
@@ -95,86 +111,90 @@ def held(tree: Any) -> Held:
     )
 
 
-def use_of(path: str, ndim: int, params: Any) -> str:
-    """What an array of the optimizer is for, from its path: 'first moment', 'counters', ...
+def purpose(path: str, ndim: int, params: Any) -> str:
+    """Purpose of an optimizer array, from its path: 'first moment', 'counters', ...
 
-    The path of a parameter in it says nothing of that.
+    Args:
+      path: path in the optimizer state; it ends with the path of the parameter.
+      ndim: number of dimensions of the array.
+      params: top level of the parameters, whose names end the telling part of the path.
     """
     if not ndim:
         return 'counters'
     words = itertools.takewhile(lambda word: word not in params, path.split('/'))
-    kept = [word for word in words if not re.fullmatch(PASSED_OVER, word)]
+    kept = [word for word in words if not re.fullmatch(UNINFORMATIVE, word)]
     return ' '.join([*kept[:-1], KINDS.get(kept[-1], kept[-1])]) if kept else 'other'
 
 
 def measure(abstract_state: state.State) -> Ledger:
-    """Counts an abstract or a real state."""
+    """Measures a state, abstract or real."""
     parts: dict[str, list[Any]] = {}
     for path, leaf in trees.flatten(abstract_state['opt']).items():
-        parts.setdefault(use_of(path, leaf.ndim, abstract_state['params']), []).append(leaf)
+        parts.setdefault(purpose(path, leaf.ndim, abstract_state['params']), []).append(leaf)
     rest = [abstract_state[name] for name in abstract_state if name not in ('params', 'opt', 'ema')]
-    params = held(abstract_state['params'])
+    params = usage(abstract_state['params'])
     by_device = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(abstract_state['params'])
     )
     return Ledger(
         params=params,
-        average=held(abstract_state.get('ema', {})),
-        optimizer={name: held(leaves) for name, leaves in parts.items()},
-        counters=held(rest),
+        average=usage(abstract_state.get('ema', {})),
+        optimizer={name: usage(leaves) for name, leaves in parts.items()},
+        counters=usage(rest),
         gradients=params._replace(nbytes=4 * params.scalars, on_device=by_device),
     )
 
 
 def amount(nbytes: int) -> str:
+    """Formats bytes as MB or GB."""
     return f'{nbytes / 1e9:,.2f} GB' if nbytes >= 1e8 else f'{nbytes / 1e6:,.2f} MB'
 
 
-def line(found: Ledger, optimizer: str, devices: int) -> str:
-    """The ledger in one line, of a device; M is the bytes of the parameters there."""
-    uses = {'params': found.params, 'average': found.average, optimizer: found.own}
-    m = found.params.on_device
+def line(ledger: Ledger, optimizer: str, devices: int) -> str:
+    """One-line summary for one device; M is the bytes of the parameters there."""
+    uses = {'params': ledger.params, 'average': ledger.average, optimizer: ledger.optimizer_total}
+    m = ledger.params.on_device
     sizes = ' + '.join(
         f'{name} {amount(use.on_device)} ({use.on_device / m:.2f} M)'
         for name, use in uses.items()
         if use.arrays
     )
-    where = f' on a device, {amount(found.state.nbytes)} in all' if devices > 1 else ''
-    return f'{sizes}{where}; gradients {amount(found.gradients.on_device)} while stepping'
+    where = f' on a device, {amount(ledger.state.nbytes)} in all' if devices > 1 else ''
+    return f'{sizes}{where}; gradients {amount(ledger.gradients.on_device)} while stepping'
 
 
-# Tables.
+# Tables over optimizers and models.
 
 
 class Row(NamedTuple):
-    """One optimizer for one model; without `found`, `problem` says why it cannot be built."""
+    """One optimizer with one model; without `ledger`, `problem` says why it cannot be built."""
 
     variant: str
     optimizer: str
-    found: Ledger | None
+    ledger: Ledger | None
     problem: str = ''
 
 
 def optimizers() -> list[str]:
-    """All that the schema offers."""
+    """Names of all optimizers."""
     return list(registries.OPTIMIZERS.entries())
 
 
-def of_optimizer(config: Config, name: str) -> Config:
-    """The config with another optimizer.
+def with_optimizer(config: Config, name: str) -> Config:
+    """Returns the config with another optimizer.
 
-    What `optim` sets that this one does not read is passed over: only a run calls `audit`.
-    The schedule has no memory, and 'constant' is what every optimizer takes.
+    Keys of `optim` that this optimizer does not read are harmless: only a run calls `audit`. The
+    schedule takes no memory; 'constant' is the one that every optimizer accepts.
     """
     changes = {'optim.name': name, 'optim.group_rules': None, 'schedule.name': 'constant'}
     return config.replacing({**changes, 'mesh.max_replicated': 1.0})
 
 
-def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
-    """The ledger of a config with another optimizer; training may still refuse it: `problem`."""
+def make_row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
+    """Builds one row of a table; `problem` is set if training would reject the combination."""
     try:
-        parts = build_experiment(of_optimizer(config, optimizer), devices)
+        parts = build_experiment(with_optimizer(config, optimizer), devices)
     except UserError as error:
         return Row(config.model.variant, optimizer, None, str(error))
     problem, where, m = '', state.shardings(parts.abstract_state), config.mesh
@@ -187,8 +207,8 @@ def row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:
     return Row(config.model.variant, optimizer, measure(parts.abstract_state), problem)
 
 
-def of_variant(config: Config, variant: str) -> Config:
-    """The config with another model, in its published size.
+def with_variant(config: Config, variant: str) -> Config:
+    """Returns the config with another model, in its published size.
 
     Raises:
       UserError: there is no such model.
@@ -198,17 +218,17 @@ def of_variant(config: Config, variant: str) -> Config:
     return config.replacing({'model.variant': variant, **{f'model.{k}': None for k in sizes}})
 
 
-def detail(found: Ledger) -> str:
-    """Every use of memory, a line each."""
-    unit, count = found.params.nbytes, found.params.scalars
+def detail(ledger: Ledger) -> str:
+    """Table with a line for every use of memory."""
+    unit, count = ledger.params.nbytes, ledger.params.scalars
     uses = {
-        'parameters': found.params,
-        'averaged parameters': found.average,
-        **{f'optimizer: {name}': use for name, use in found.optimizer.items()},
-        'counters of the run': found.counters,
-        'state': found.state,
-        'gradients, while stepping': found.gradients,
-        'state and gradients': found.at_most,
+        'parameters': ledger.params,
+        'averaged parameters': ledger.average,
+        **{f'optimizer: {name}': use for name, use in ledger.optimizer.items()},
+        'counters of the run': ledger.counters,
+        'state': ledger.state,
+        'gradients, while stepping': ledger.gradients,
+        'state and gradients': ledger.state_and_gradients,
     }
     rows = [
         (
@@ -226,82 +246,84 @@ def detail(found: Ledger) -> str:
     return metrics.table(header, rows)
 
 
-def fits(one: Row, capacity: float | None) -> bool | None:
-    """Whether state and gradients leave any room on a device; None where that is not known."""
-    if capacity is None or one.found is None:
+def fits(row: Row, capacity: float | None) -> bool | None:
+    """Whether state and gradients fit on a device; None if that is not known."""
+    if capacity is None or row.ledger is None:
         return None
-    return one.found.at_most.on_device <= capacity
+    return row.ledger.state_and_gradients.on_device <= capacity
 
 
 def comparison(rows: list[Row], capacity: float | None) -> str:
-    """A line for each optimizer of one model."""
+    """Table with a line for each optimizer of one model."""
     header = ['optimizer', 'bytes of its own', 'state, M', 'words a parameter']
     header += ['state on a device', 'GiB with gradients', *(['fits'] if capacity else [])]
     lines = []
-    for one in rows:
-        f = one.found
+    for row in rows:
+        f = row.ledger
         cells = ['-'] * len(header)
         if f is not None:
             cells[1:6] = [
-                f'{f.own.nbytes:,}',
+                f'{f.optimizer_total.nbytes:,}',
                 f'{f.state.nbytes / f.params.nbytes:.3f}',
-                f'{f.own.scalars / f.params.scalars:.3f}',
+                f'{f.optimizer_total.scalars / f.params.scalars:.3f}',
                 f'{f.state.on_device:,}',
-                f'{f.at_most.on_device / GIB:,.3f}',
+                f'{f.state_and_gradients.on_device / GIB:,.3f}',
             ]
             if capacity:
-                cells[6] = 'yes' if fits(one, capacity) else 'NO'
-        lines.append([one.optimizer, *cells[1:]])
+                cells[6] = 'yes' if fits(row, capacity) else 'NO'
+        lines.append([row.optimizer, *cells[1:]])
     return metrics.table(header, lines)
 
 
 def matrix(rows: list[Row], capacity: float | None) -> str:
-    """A line for each optimizer, a column for each model; rows come model by model."""
+    """Table with a line per optimizer and a column per model; `rows` come model by model."""
     cells: dict[str, list[str]] = {}
-    for one in rows:
-        cell = '-' if one.found is None else f'{one.found.at_most.on_device / GIB:,.2f}'
-        if capacity is not None and one.found is not None:
-            cell += ' fits' if fits(one, capacity) else '   NO'
-        cells.setdefault(one.optimizer, []).append(cell)
-    header = ('optimizer', *dict.fromkeys(f'ViT-{one.variant}' for one in rows))
+    for row in rows:
+        cell = (
+            '-' if row.ledger is None else f'{row.ledger.state_and_gradients.on_device / GIB:,.2f}'
+        )
+        if capacity is not None and row.ledger is not None:
+            cell += ' fits' if fits(row, capacity) else '   NO'
+        cells.setdefault(row.optimizer, []).append(cell)
+    header = ('optimizer', *dict.fromkeys(f'ViT-{row.variant}' for row in rows))
     return metrics.table(header, [(name, *shown) for name, shown in cells.items()])
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What training would refuse: for each model the first of the reasons."""
-    found: dict[str, list[Row]] = {}
-    for one in rows:
-        if one.problem:
-            found.setdefault(one.variant, []).append(one)
+    """Notes on combinations that training would reject: the first reason for each model."""
+    problems: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.problem:
+            problems.setdefault(row.variant, []).append(row)
     return [
-        f'note    {variant} with {", ".join(one.optimizer for one in refused)}: '
+        f'note    {variant} with {", ".join(row.optimizer for row in refused)}: '
         f'{refused[0].problem}'
-        for variant, refused in found.items()
+        for variant, refused in problems.items()
     ]
 
 
-def to_json(one: Row, capacity: float | None) -> dict[str, Any]:
-    """A row in bytes, words a parameter and units of M."""
-    about = {'variant': one.variant, 'optimizer': one.optimizer, 'problem': one.problem}
-    f = one.found
+def to_json(row: Row, capacity: float | None) -> dict[str, Any]:
+    """A row in bytes, words per parameter, and multiples of M (bytes of the parameters)."""
+    about = {'variant': row.variant, 'optimizer': row.optimizer, 'problem': row.problem}
+    f = row.ledger
     if f is None:
         return about
     uses = {
         'parameters': f.params,
         'averaged_parameters': f.average,
-        'optimizer_state': f.own,
+        'optimizer_state': f.optimizer_total,
         'counters': f.counters,
         'state': f.state,
         'gradients': f.gradients,
-        'state_and_gradients': f.at_most,
+        'state_and_gradients': f.state_and_gradients,
     }
     return {
         **about,
         **{name: use._asdict() for name, use in uses.items()},
         'optimizer_parts': {name: use._asdict() for name, use in f.optimizer.items()},
         'state_in_m': f.state.nbytes / f.params.nbytes,
-        'words_per_parameter': f.own.scalars / f.params.scalars,
-        'fits': fits(one, capacity),
+        'words_per_parameter': f.optimizer_total.scalars / f.params.scalars,
+        'fits': fits(row, capacity),
     }
 
 
@@ -320,17 +342,17 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(spec, overrides)
     names = _names(args.optimizers) or optimizers()
     for name in names:
-        of_optimizer(config, name)  # Raises, with the nearest that there is.
-    configs = [of_variant(config, variant) for variant in _names(args.variants)]
+        with_optimizer(config, name)  # Raises for an unknown name, with the nearest known one.
+    configs = [with_variant(config, variant) for variant in _names(args.variants)]
     topology.prepare_environment()
-    # The accelerators of this machine are not needed, and may be busy.
+    # This machine's accelerators are not needed, and may be busy.
     jax.config.update('jax_platforms', 'cpu')
     place = topology.load(args.topology or f'cpu:{args.devices or 1}')
     capacity = place.chip.hbm / place.devices_per_chip if place.chip else None
     m = config.mesh
     mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor, place.devices).shape
-    rows = [row(one, place.devices, name) for one in configs or [config] for name in names]
-    if all(one.found is None for one in rows):
+    rows = [make_row(item, place.devices, name) for item in configs or [config] for name in names]
+    if all(item.ledger is None for item in rows):
         raise UserError(rows[0].problem)
     axes = ', '.join(f'{name} {size}' for name, size in mesh.items())
     room = f', {capacity / GIB:,.2f} GiB each' if capacity else ''
@@ -340,24 +362,24 @@ def main(argv: list[str]) -> None:
         tables = [matrix(rows, capacity)]
     else:
         parts = build_experiment(config, place.devices)
-        found = measure(parts.abstract_state)
+        ledger = measure(parts.abstract_state)
         lines += [
-            f'model   ViT-{config.model.variant}: {found.params.scalars / 1e6:,.2f} M parameters, '
-            f'M = {found.params.nbytes:,} bytes',
-            f'state   {line(found, ", ".join(parts.settings), len(place.devices))}',
+            f'model   ViT-{config.model.variant}: {ledger.params.scalars / 1e6:,.2f} M parameters, '
+            f'M = {ledger.params.nbytes:,} bytes',
+            f'state   {line(ledger, ", ".join(parts.settings), len(place.devices))}',
         ]
-        tables = [detail(found), comparison(rows, capacity)]
+        tables = [detail(ledger), comparison(rows, capacity)]
     if args.json != '-':
         noted = ['\n'.join(notes(rows))] if notes(rows) else []
         print('\n\n'.join(['\n'.join(lines), *tables, *noted]))
-    runtime.put_json(
+    runtime.write_json(
         args.json,
         {
             'topology': place.name,
             'devices': len(place.devices),
             'mesh': dict(mesh),
             'hbm_of_a_device': capacity,
-            'rows': [to_json(one, capacity) for one in rows],
+            'rows': [to_json(item, capacity) for item in rows],
         },
     )
 

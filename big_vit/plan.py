@@ -1,14 +1,14 @@
-"""Plan a run before renting it.
+"""Plan a run before renting the hardware.
 
     python -m big_vit.plan --config configs/x.py --topology v5p:8x8x8
 
-Compiles the train step of a config for TPUs that are not here, with their real compiler, and
-says whether it fits, how fast it would be and what it would cost.
+Compiles the train step of a config for TPUs that are not attached, with their real compiler, and
+reports whether it fits, how fast it would be and what it would cost.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.plan())
 
 import itertools
@@ -31,7 +31,7 @@ from big_vit.errors import UserError
 from big_vit.planning import hlo, topology
 
 GIB = 2**30
-# (part, regex on the path of the operation); the first match wins.
+# (part of the model, regex on the path of an operation); the first match wins.
 PARTS = (
     ('attention projections', r'Attention_\d+/(query|key|value|out|qkv)\b'),
     ('attention core', r'Attention_\d+'),
@@ -47,9 +47,17 @@ REMAT = ('none', 'names', 'full')
 
 
 class Plan(NamedTuple):
-    """What the compiler says of one way to run a config; times are estimates.
+    """The compiler's verdict on one way to run a config; times are estimates.
 
-    `fits` False comes with only those figures that are known without a program.
+    If `fits` is False, only figures that are known without a compiled program are set.
+
+    Attributes:
+      hbm: bytes on the fullest device, by use.
+      host_memory: bytes of host memory that a device uses.
+      seconds: time of a step by part of the model; sums to `step_seconds`.
+      ops: the costliest operations, with the seconds of all their executions.
+      unknown_loops: number of loops of unknown length, counted as one round.
+      problem: why it does not fit, or ''.
     """
 
     settings: dict[str, Any]
@@ -59,36 +67,39 @@ class Plan(NamedTuple):
     params: int
     batch_size: int
     fits: bool
-    hbm: dict[str, float]  # Bytes on the fullest device, by use.
+    hbm: dict[str, float]
     hbm_capacity: float | None
-    host_memory: float  # Bytes of its host's memory that a device uses.
+    host_memory: float
     cycles: int
-    seconds: dict[str, float]  # Of a step, by part of the model; they add up to step_seconds.
+    seconds: dict[str, float]
     step_seconds: float
     examples_per_second: float
     mfu: float
     steps: int
     collectives: list[dict[str, Any]]
-    ops: list[dict[str, Any]]  # The costliest, with the seconds of all their executions.
+    ops: list[dict[str, Any]]
     compile_seconds: float
     unknown_loops: int
     problem: str = ''
 
     @property
     def hbm_peak(self) -> float:
+        """Bytes on the fullest device at the peak."""
         return sum(self.hbm.values())
 
     @property
     def days(self) -> float:
+        """Estimated duration of the entire run in days."""
         return self.steps * self.step_seconds / 86400
 
     @property
     def chip_hours(self) -> float:
+        """Estimated cost of the entire run in chip-hours."""
         return self.days * 24 * self.chips
 
 
 def part_of(source: str) -> str:
-    """The part of the model that an operation's path belongs to."""
+    """Part of the model that an operation belongs to, from its path."""
     return next(name for name, pattern in PARTS if re.search(pattern, source))
 
 
@@ -105,14 +116,14 @@ def _state_bytes(abstract_state: state.State) -> dict[str, float]:
 
 
 def _memory(compiled: Any, parts: Experiment, batch: Any) -> dict[str, float]:
-    """Bytes on one device by use, which add up to the peak."""
+    """Bytes on one device by use; they add up to the peak."""
     stats = compiled.memory_analysis()
     known = _state_bytes(parts.abstract_state)
     known['batch'] = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(batch)
     )
-    # Arrays are padded to whole tiles on the device.
+    # On the device, arrays are padded to complete tiles.
     known['padding of arrays'] = max(stats.argument_size_in_bytes - sum(known.values()), 0)
     known['results'] = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     known['activations and temporaries'] = stats.temp_size_in_bytes
@@ -120,32 +131,37 @@ def _memory(compiled: Any, parts: Experiment, batch: Any) -> dict[str, float]:
     return known
 
 
-def link_seconds(one: hlo.Collective, place: topology.Topology) -> float:
-    """The least time of a collective, every link of a chip in use, over all its executions."""
+def link_seconds(collective: hlo.Collective, place: topology.Topology) -> float:
+    """Lower bound on the time of all executions of a collective, with all links in use."""
     assert place.chip is not None
-    speed = place.chip.network if one.network else place.chip.links
-    return one.sent * one.times / (speed / place.devices_per_chip)
+    speed = place.chip.network if collective.network else place.chip.links
+    return collective.sent * collective.times / (speed / place.devices_per_chip)
 
 
 def _collectives(module: hlo.Module, place: topology.Topology) -> list[dict[str, Any]]:
+    """Sums up collectives of the same kind, group size, network and overlap."""
     groups: dict[tuple[str, int, bool, bool], list[hlo.Collective]] = defaultdict(list)
-    for one in module.collectives:
-        groups[one.kind, one.group, one.network, one.overlapped].append(one)
+    for collective in module.collectives:
+        groups[collective.kind, collective.group, collective.network, collective.overlapped].append(
+            collective
+        )
     return [
         {
             'kind': kind,
             'devices': group,
             'over': 'network' if network else 'links',
             'overlapped': overlapped,
-            'count': sum(one.times for one in found),
-            'bytes': sum(one.nbytes * one.times for one in found),
-            'seconds': sum(link_seconds(one, place) for one in found) if place.chip else None,
+            'count': sum(collective.times for collective in members),
+            'bytes': sum(collective.nbytes * collective.times for collective in members),
+            'seconds': sum(link_seconds(collective, place) for collective in members)
+            if place.chip
+            else None,
         }
-        for (kind, group, network, overlapped), found in sorted(groups.items())
+        for (kind, group, network, overlapped), members in sorted(groups.items())
     ]
 
 
-# The compiler's two ways to say that a program needs (1) of (2).
+# The compiler's two ways to say that a program needs (1) out of (2).
 _OUT_OF_MEMORY = re.compile(
     r'(?:Used |temporaries \()([\d.]+[KMGT]?)\)?(?: of | exceeds available HBM \()([\d.]+[KMGT]?)'
 )
@@ -153,16 +169,16 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
-    """(bytes needed, bytes there) where a compiler's error says so."""
-    found = _OUT_OF_MEMORY.search(message)
-    if 'RESOURCE_EXHAUSTED' not in message or not found:
+    """Parses (bytes needed, bytes available) from a compiler's error, or returns None."""
+    match = _OUT_OF_MEMORY.search(message)
+    if 'RESOURCE_EXHAUSTED' not in message or not match:
         return None
-    needed, there = (float(n.rstrip('KMGT')) * _UNITS.get(n[-1], 1) for n in found.groups())
-    return needed, there
+    needed, available = (float(n.rstrip('KMGT')) * _UNITS.get(n[-1], 1) for n in match.groups())
+    return needed, available
 
 
 def _costliest(module: hlo.Module, place: topology.Topology, count: int) -> list[dict[str, Any]]:
-    found = sorted(module.ops, key=lambda op: -op.cycles * op.times)[:count]
+    ops = sorted(module.ops, key=lambda op: -op.cycles * op.times)[:count]
     return [
         {
             'part': part_of(op.source),
@@ -170,16 +186,18 @@ def _costliest(module: hlo.Module, place: topology.Topology, count: int) -> list
             'times': op.times,
             'seconds': op.cycles * op.times / place.chip.clock,
         }
-        for op in found
+        for op in ops
         if place.chip
     ]
 
 
 def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
-    """Compiles the config's train step for a topology and reads what it costs.
+    """Compiles the config's train step for a topology and reads off its costs.
 
     Args:
-      ops: how many of the costliest operations to list.
+      config: config of the run.
+      place: topology to compile for.
+      ops: number of costliest operations to list.
 
     Raises:
       UserError: the config does not fit the topology.
@@ -187,9 +205,9 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
     parts = build_experiment(config, place.devices)
     step, batch = build_train_step(config, parts), abstract_batch(parts)
     began = time.perf_counter()
-    memory, problem, module, on_host = {}, '', hlo.Module([], [], 0), 0.0
+    memory, problem, module, host_memory = {}, '', hlo.Module([], [], 0), 0.0
     capacity = place.chip.hbm / place.devices_per_chip if place.chip else None
-    # Nothing may be computed under this mesh: its devices cannot run anything.
+    # Only lower and compile under this mesh: its devices cannot run anything.
     with jax.set_mesh(parts.mesh):
         try:
             compiled = step.lower(parts.abstract_state, batch).compile()
@@ -202,17 +220,19 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
             memory['activations and temporaries'] = max(needed[0] - sum(memory.values()), 0)
         else:
             memory = _memory(compiled, parts, batch)
-            on_host = compiled.memory_analysis().host_temp_size_in_bytes
+            host_memory = compiled.memory_analysis().host_temp_size_in_bytes
             module = hlo.read(compiled.as_text(), len(place.devices), place.slices)
     seconds: dict[str, float] = {}
-    speed = 0.0
+    examples_per_second = 0.0
     if not problem and place.chip:
         for op in module.ops:
             name = part_of(op.source)
             seconds[name] = seconds.get(name, 0.0) + op.cycles * op.times / place.chip.clock
-        waiting = [one for one in module.collectives if not one.overlapped]
-        seconds['collectives not overlapped'] = sum(link_seconds(one, place) for one in waiting)
-        speed = config.batch_size / sum(seconds.values())
+        exposed = [collective for collective in module.collectives if not collective.overlapped]
+        seconds['collectives not overlapped'] = sum(
+            link_seconds(collective, place) for collective in exposed
+        )
+        examples_per_second = config.batch_size / sum(seconds.values())
     peak = place.chips * place.chip.peak_flops if place.chip else 0.0
     mesh = parts.mesh.shape
     return Plan(
@@ -235,12 +255,12 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
         fits=not problem,
         hbm=memory,
         hbm_capacity=capacity,
-        host_memory=on_host,
+        host_memory=host_memory,
         cycles=module.cycles,
         seconds=seconds,
         step_seconds=sum(seconds.values()),
-        examples_per_second=speed,
-        mfu=speed * parts.flops_per_example / peak if peak else 0.0,
+        examples_per_second=examples_per_second,
+        mfu=examples_per_second * parts.flops_per_example / peak if peak else 0.0,
         steps=parts.total_steps,
         collectives=_collectives(module, place),
         ops=_costliest(module, place, ops),
@@ -251,13 +271,13 @@ def make(config: Config, place: topology.Topology, ops: int = 0) -> Plan:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan with its derived figures, in bytes and seconds."""
+    """The plan with derived figures, in bytes and seconds."""
     derived = {'hbm_peak': plan.hbm_peak, 'days': plan.days, 'chip_hours': plan.chip_hours}
     return {**plan._asdict(), **derived}
 
 
 def advice(plan: Plan) -> str:
-    """What to try when it does not fit."""
+    """Suggests settings to try when a plan does not fit."""
     s, hints = plan.settings, []
     remat, mesh = s['remat'], s['mesh']
     if remat != 'full':
@@ -274,7 +294,7 @@ def _seconds(value: float) -> str:
 
 
 def page(plan: Plan) -> str:
-    """The plan as tables."""
+    """Formats the plan as tables."""
     s = plan.settings
     mesh = ', '.join(f'{name} {size}' for name, size in s['mesh'].items())
     slices = f' in {s["slices"]} slices' if s['slices'] > 1 else ''
@@ -300,7 +320,7 @@ def page(plan: Plan) -> str:
         rows.append(('step', f'{plan.step_seconds * 1e3:.2f}', '100.0%'))
         tables.append(metrics.table(('estimated time', 'ms', 'share'), rows))
     if plan.collectives:
-        moved = [
+        collective_rows = [
             (
                 c['kind'],
                 c['devices'],
@@ -313,13 +333,13 @@ def page(plan: Plan) -> str:
             for c in plan.collectives
         ]
         header = ('collective', 'devices', 'over', 'a step', 'MB', 'ms at least', 'overlapped')
-        tables.append(metrics.table(header, moved))
+        tables.append(metrics.table(header, collective_rows))
     if plan.ops:
-        costly = [
+        op_rows = [
             (f'{op["seconds"] * 1e3:.2f}', op['times'], op['part'], op['source'].partition('/')[2])
             for op in plan.ops
         ]
-        tables.append(metrics.table(('ms', 'runs', 'part', 'operation'), costly))
+        tables.append(metrics.table(('ms', 'runs', 'part', 'operation'), op_rows))
     return '\n\n'.join(['\n'.join(lines), *tables, '\n'.join(_verdict(plan))])
 
 
@@ -343,7 +363,7 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def meshes(config: Config, place: topology.Topology) -> Iterator[dict[str, int]]:
-    """Meshes worth trying, those that communicate least first."""
+    """Yields the meshes worth trying, those with the least communication first."""
     devices = len(place.devices)
     for tensor in (1, 2, 4, 8, 16):
         if devices % (tensor * place.slices):
@@ -355,12 +375,12 @@ def meshes(config: Config, place: topology.Topology) -> Iterator[dict[str, int]]
 
 
 def search(config: Config, place: topology.Topology, per_device: list[int]) -> Iterator[Plan]:
-    """Compiles what may be fastest of (batch per device x mesh x remat x accumulation).
+    """Compiles promising combinations of batch per device, mesh, remat and accumulation.
 
-    For each mesh whose state fits: the least rematerialisation that fits, without and with
-    accumulation, as long as smaller parts are faster: they save recomputation, and more of them
-    stays in a chip's fast memory (docs/performance.md). Tensor parallelism, which only costs where
-    memory allows to do without it, is tried when nothing fits before.
+    For each mesh whose state fits, it takes the least rematerialization that fits, without and
+    with accumulation for as long as smaller microbatches are faster: they need less recomputation
+    and keep more in a chip's fast memory (docs/performance.md). Tensor parallelism only costs time
+    where memory suffices without it, so it is tried only if nothing has fit before.
     """
     if place.chip is None:
         raise UserError(f'--search: there are no time estimates for {place.name}')
@@ -380,10 +400,12 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
                     continue
                 changes = {f'mesh.{name}': n for name, n in mesh.items()}
                 changes |= {'batch_size': batch, 'accumulation': accumulation}
-                tried = config.replacing(changes)
+                candidate = config.replacing(changes)
                 try:
                     state_bytes = sum(
-                        _state_bytes(build_experiment(tried, place.devices).abstract_state).values()
+                        _state_bytes(
+                            build_experiment(candidate, place.devices).abstract_state
+                        ).values()
                     )
                 except UserError as error:
                     print(f'skip    {mesh}: {error}', file=sys.stderr)
@@ -391,33 +413,34 @@ def search(config: Config, place: topology.Topology, per_device: list[int]) -> I
                 if state_bytes > capacity:
                     break
                 for remat in REMAT:
-                    found = make(tried.replacing({'model.remat': remat}), place)
-                    yield found
-                    if found.fits:
+                    plan = make(candidate.replacing({'model.remat': remat}), place)
+                    yield plan
+                    if plan.fits:
                         fitting += 1
                         break
-                if found.fits and remat == 'none' and found.examples_per_second <= fastest:
+                if plan.fits and remat == 'none' and plan.examples_per_second <= fastest:
                     break
-                fastest = max(fastest, found.examples_per_second)
+                fastest = max(fastest, plan.examples_per_second)
 
 
 def search_row(plan: Plan) -> str:
+    """Formats a plan as one line of `--search`."""
     s, mesh = plan.settings, plan.settings['mesh']
-    how = (
+    settings = (
         f'mesh {mesh["replica"]}x{mesh["fsdp"]}x{mesh["tensor"]}  '
         f'batch {s["batch_per_device"]:>4} a device  accumulation {s["accumulation"]}  '
         f'remat {s["remat"]:<5}'
     )
     if not plan.fits:
-        return f'{how}  {plan.problem}'
+        return f'{settings}  {plan.problem}'
     return (
-        f'{how}  {plan.hbm_peak / GIB:7.2f} GiB  {plan.examples_per_second:>12,.0f} ex/s  '
+        f'{settings}  {plan.hbm_peak / GIB:7.2f} GiB  {plan.examples_per_second:>12,.0f} ex/s  '
         f'MFU {plan.mfu:.1%}'
     )
 
 
 def parse_mesh(text: str) -> list[tuple[str, str]]:
-    """'replica=1,fsdp=512,tensor=1' as overrides of the config; axes left out are 1.
+    """Parses 'replica=1,fsdp=512,tensor=1' into config overrides; omitted axes are 1.
 
     Raises:
       UserError: an unknown axis or a malformed number.
@@ -446,11 +469,11 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(spec, overrides)
     topology.prepare_environment()
     if not name.startswith('gpu'):
-        # The accelerators of this machine are not needed, and may be busy.
+        # This machine's accelerators are not needed, and may be busy.
         jax.config.update('jax_platforms', 'cpu')
     place = topology.load(name, args.slices)
     if place.chip:
-        # A program for chips that are not here could be stored, but not read again.
+        # Programs for devices that are not attached can be cached, but not loaded again.
         jax.config.update('jax_enable_compilation_cache', False)
     if args.mesh:
         config = config_lib.override(config, parse_mesh(args.mesh))
@@ -458,18 +481,18 @@ def main(argv: list[str]) -> None:
     if args.search:
         sizes = [int(n) for n in args.per_device.split(',') if n]
         tried = []
-        for found in search(config, place, sizes):
-            tried.append(found)
-            print(search_row(found), flush=True, file=sys.stderr if args.json == '-' else None)
-        fitting = [found for found in tried if found.fits]
+        for candidate in search(config, place, sizes):
+            tried.append(candidate)
+            print(search_row(candidate), flush=True, file=sys.stderr if args.json == '-' else None)
+        fitting = [candidate for candidate in tried if candidate.fits]
         if not fitting:
             raise UserError(f'nothing fits on {place.name}: take a larger topology')
-        plan = max(fitting, key=lambda found: found.examples_per_second)
+        plan = max(fitting, key=lambda candidate: candidate.examples_per_second)
     else:
         plan = make(config, place, args.ops)
     if args.json != '-':
         print(('\nfastest\n' if args.search else '') + page(plan))
-    runtime.put_json(args.json, to_json(plan))
+    runtime.write_json(args.json, to_json(plan))
 
 
 if __name__ == '__main__':

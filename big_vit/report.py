@@ -321,7 +321,7 @@ def memory(run: Run) -> str:
         part, _, rest = name.partition('/')
         use = {'params': 'parameters', 'ema': 'averaged parameters'}.get(part, 'counters')
         if part == 'opt':
-            use = f'optimizer: {ledger.use_of(rest, len(leaf["shape"]), params)}'
+            use = f'optimizer: {ledger.purpose(rest, len(leaf["shape"]), params)}'
         count = math.prod(leaf['shape'])
         so_far = held.setdefault(use, [0, 0, 0])
         so_far[0] += 1

@@ -1,4 +1,4 @@
-"""What must happen around JAX: start, compile cache, stop signals, what the devices can do."""
+"""The setting around JAX: start-up, compile cache, stop signals, peak speed of the devices."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from big_vit.errors import UserError
 
-# Peak bf16 multiply-adds x 2 per second of one device, from the vendors' data sheets.
+# Peak bfloat16 operations per second of one device (a multiply-add is two), from data sheets.
 PEAK_FLOPS = {
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,
@@ -38,15 +38,15 @@ PEAK_FLOPS = {
 }
 
 
-# Device files of TPUs, of NVIDIA's and AMD's GPUs, and of GPUs under Windows.
+# Device files of TPUs, of NVIDIA and AMD GPUs, and of GPUs under WSL.
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/kfd', '/dev/dxg')
 
 
 def start() -> None:
-    """Settings that every command shares. Call before the first computation."""
+    """Applies the settings that all commands share. Call before the first computation."""
     chosen = os.environ.get('JAX_PLATFORMS') or entry_points(group='jax_plugins')
     if sys.platform == 'linux' and not chosen and not any(map(glob.glob, _ACCELERATORS)):
-        # Else libtpu, which is here to plan with, says in five lines that there is no TPU.
+        # libtpu, installed for planning, would otherwise print five lines about missing TPUs.
         jax.config.update('jax_platforms', 'cpu')
     if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'big_vit' / 'xla'
@@ -56,37 +56,37 @@ def start() -> None:
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Runs a command's `main`; what the user can fix becomes one line and exit status 2."""
+    """Runs a command's `main`; a UserError becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        busy = re.search(
+        match = re.search(
             r'TPU is already in use by process with pid (\d+)|libtpu[ \w-]*lockfile', str(error)
         )
-        if not busy:
+        if not match:
             raise
-        who = f'process {busy[1]}' if busy[1] else 'another process, or one that was killed'
+        who = f'process {match[1]}' if match[1] else 'another process, or one that was killed'
         print(
             f'error: the TPUs of this host are held by {who}: end it, and if there is none any '
             'more remove /tmp/libtpu_lockfile',
             file=sys.stderr,
         )
         sys.exit(2)
-    except BrokenPipeError:  # Output went to `head` or a pager that has seen enough.
+    except BrokenPipeError:  # The reader, `head` or a pager, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_json(target: str | None) -> None:
-    """Raises UserError where a command's `--json` names a file in no folder."""
+    """Raises UserError if a command's `--json` names a file in a folder that does not exist."""
     if target not in (None, '-') and not Path(target).parent.is_dir():
         raise UserError(f'--json: there is no folder {Path(target).parent}')
 
 
-def put_json(target: str | None, figures: dict[str, Any]) -> None:
-    """Writes a command's figures where its `--json` says; '-' prints them."""
+def write_json(target: str | None, figures: dict[str, Any]) -> None:
+    """Writes a command's figures to the target of its `--json`; '-' prints them."""
     text = json.dumps(figures, indent=2)
     if target == '-':
         print(text)
@@ -95,7 +95,7 @@ def put_json(target: str | None, figures: dict[str, Any]) -> None:
 
 
 def preflight() -> str:
-    """Who takes part in this run, in one line."""
+    """One line about the devices, hosts and versions of this run."""
     import flax
 
     devices = jax.devices()
@@ -107,11 +107,14 @@ def preflight() -> str:
 
 @functools.cache
 def device_peak_flops() -> tuple[float, str]:
-    """(peak floating-point operations per second of one device, where that figure is from).
+    """Peak speed of one device, as the reference for MFU.
 
-    For a device without a data sheet here, a CPU for one, it is the best of a
-    few large float32 matrix products, so that MFU still means "share of what a
-    matrix product reaches on this machine".
+    A device without a data sheet here, such as a CPU, is measured with a few large float32
+    matrix products, so that MFU still means "share of what a matrix product reaches on this
+    machine".
+
+    Returns:
+      (floating-point operations per second, source of the figure).
     """
     kind = jax.devices()[0].device_kind
     for name in sorted(PEAK_FLOPS, key=len, reverse=True):
@@ -124,43 +127,44 @@ def device_peak_flops() -> tuple[float, str]:
         began = time.perf_counter()
         jax.block_until_ready(product(a))
         times.append(time.perf_counter() - began)
-    # Fake devices share the machine that one product has for itself.
+    # Fake CPU devices share the machine that the measured product had for itself.
     share = jax.local_device_count() if kind == 'cpu' else 1
     return 2 * side**3 / statistics.median(times[1:]) / share, 'measured matrix product'
 
 
-# Of a process, not of a run: JAX counts on, and a transfer is two runs.
-_asked_to_stop = itertools.count(1)
+# Per process, not per run: JAX's sync points need numbers that never repeat, and a transfer
+# consists of two runs.
+_sync_points = itertools.count(1)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Within it, SIGTERM and the first Ctrl-C ask for a stop instead of killing.
+    """Context in which SIGTERM and the first Ctrl-C request a stop instead of killing.
 
     Yields:
-      A function of the step that says whether to save and stop at that step;
-      call it at every step. On several hosts it is true on all of them at the
-      same step, whichever host got the signal.
+      A function of the step that returns whether to save and stop at that step. Call it at
+      every step: on several hosts it becomes true on all of them at the same step, whichever
+      host got the signal.
     """
-    asked: list[int] = []
-    many = jax.process_count() > 1
+    received: list[int] = []
+    multiprocess = jax.process_count() > 1
 
     def on_signal(number: int, _: object) -> None:
-        asked.append(number)
+        received.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else on_signal)
-        if many:  # Ctrl-C on one host becomes what all hosts hear of.
+        if multiprocess:  # JAX broadcasts SIGTERM to all hosts, but not SIGINT.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(_: int) -> bool:
-        if many:
-            return multihost_utils.reached_preemption_sync_point(next(_asked_to_stop))
-        return bool(asked)
+        if multiprocess:
+            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
+        return bool(received)
 
-    # With several processes SIGTERM is JAX's: its own handler tells the other hosts.
-    ours = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
+    # With several processes JAX's own handler of SIGTERM tells the other hosts.
+    handled = (signal.SIGINT,) if multiprocess else (signal.SIGTERM, signal.SIGINT)
     try:
-        previous = {n: signal.signal(n, on_signal) for n in ours}
-    except ValueError:  # Not the main thread, as in a notebook's worker: signals are not ours.
+        previous = {n: signal.signal(n, on_signal) for n in handled}
+    except ValueError:  # Not in the main thread, as in a notebook's worker: no handlers there.
         yield stop
         return
     try:

@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says how every array lies on it."""
+"""The device mesh, and the one table that decides how every array is sharded over it."""
 
 import math
 import re
@@ -15,18 +15,18 @@ from big_vit.errors import UserError
 AXES = ('replica', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('replica', 'fsdp'))
 
-# What an optimizer keeps of blocks (optim/blocks.py): the first axis lies over all devices.
+# Block state of optimizers (optim/blocks.py): the first axis is sharded over all devices.
 STACKS = re.compile(r'(^|/)stacks/\d+x\d+/')
 
-# The two vectors of a factored second moment have not its parameter's axes, and are small.
+# Row and column vectors of a factored second moment: other axes than the parameter, and small.
 FACTORED = re.compile(r'(^|/)v_(row|col)/')
 
-# Scalars of an array that is not worth splitting, whatever the config says.
+# Arrays of fewer scalars never count against `mesh.max_replicated`, whatever the config says.
 SMALL = 2**16
 
 # (regex that the end of a path must match, mesh axis of each trailing dimension).
-# Dimensions in front of those named, such as that of scanned layers, are not split.
-# Optimizer state and averages follow their parameter: their paths end like its path.
+# Dimensions before the named ones, such as that of scanned layers, are not sharded.
+# Optimizer state and averages follow their parameter, because their paths end like its path.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'(query|key|value)/kernel', ('fsdp', 'tensor', None)),
     (r'(query|key|value)/bias', ('tensor', None)),
@@ -34,15 +34,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'Dense_(0|gate)/kernel', ('fsdp', 'tensor')),
     (r'Dense_(0|gate)/bias', ('tensor',)),
     (r'Dense_1/kernel', ('tensor', 'fsdp')),
-    # Of patches, boxes of frames and convolutions: [..., in, out].
+    # Patches, tubelets and convolutions: [..., in, out].
     (r'(embedding|projection|conv\w*)/kernel', (None, None, None, 'fsdp')),
     (r'word_embedding', (None, 'fsdp')),
     (r'pos_embedding', (None, None, 'fsdp')),
     (r'(head|head_dist|pre_logits)/kernel', ('fsdp', 'tensor')),
     (r'.*', ()),
 )
-# Of a mesh without a `tensor` axis these come first: parts are brought together, and gradients
-# are summed, in the layout that the products have them in (docs/performance.md).
+# On a mesh without a `tensor` axis these take precedence. They keep gathered weights and summed
+# gradients in the layout in which matrix products consume and produce them; sharding over the
+# inputs instead costs a transpose (docs/performance.md).
 WITHOUT_TENSOR: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'(query|key|value)/kernel', (None, 'fsdp', None)),
     (r'out/kernel', ('fsdp', None, None)),
@@ -53,18 +54,21 @@ WITHOUT_TENSOR: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(
     replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """A (replica, fsdp, tensor) mesh over all devices; one size may be -1, "the rest".
+    """Builds a (replica, fsdp, tensor) mesh; one size may be -1 for "all remaining devices".
 
-    Neighbours on the mesh are neighbours on the chips' own network. Of several TPU
-    slices, the copies of `replica` lie on different slices before anything else does,
-    so that only gradients cross the data-centre network.
+    Neighbours on the mesh are neighbours on the chips' own interconnect. With several TPU
+    slices, the copies of `replica` go to different slices before anything else does, so that
+    only gradients cross the data-centre network.
 
     Args:
-      devices: all of this run by default; those of a topology when planning.
+      replica: number of copies of the parameters.
+      fsdp: number of devices that parameters are sharded over.
+      tensor: number of devices that heads and MLPs are split over.
+      devices: all devices of this run by default; those of a topology when planning.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or a slice would
-        have to be split by another axis than `replica`.
+      UserError: the sizes do not multiply to the number of devices, or an axis other than
+        `replica` would have to span slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {'replica': replica, 'fsdp': fsdp, 'tensor': tensor}
@@ -101,11 +105,16 @@ def make_mesh(
 def spec_for(
     name: str, shape: tuple[int, ...], mesh: Mesh, min_shard_size: int = 0
 ) -> PartitionSpec:
-    """Where the array at this path lies.
+    """Partition spec of the array at a path.
 
-    A mesh axis that does not divide its dimension moves to the largest free
-    dimension that it divides, else it is dropped; an array of fewer than
-    `min_shard_size` scalars is not split at all.
+    A mesh axis that does not divide its dimension moves to the largest unsharded one that it
+    divides, or is dropped. Arrays of fewer than `min_shard_size` scalars are not sharded.
+
+    Args:
+      name: path of the array; its end selects the rule.
+      shape: shape of the array.
+      mesh: mesh with the axes `AXES`.
+      min_shard_size: scalars below which an array stays replicated.
     """
     if STACKS.search(name):
         return PartitionSpec(AXES)
@@ -131,7 +140,7 @@ def spec_for(
 
 
 def shardings_for(tree: Any, mesh: Mesh, min_shard_size: int = 0) -> Any:
-    """A NamedSharding for each leaf (an array or ShapeDtypeStruct) of a state."""
+    """NamedShardings of all leaves (arrays or ShapeDtypeStructs) of a state."""
     return trees.map_with_name(
         lambda name, leaf: NamedSharding(mesh, spec_for(name, leaf.shape, mesh, min_shard_size)),
         tree,
@@ -139,37 +148,39 @@ def shardings_for(tree: Any, mesh: Mesh, min_shard_size: int = 0) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over every axis but `tensor`."""
+    """Sharding of a batch: examples over every axis but `tensor`."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding that keeps a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """A global array of one that every process has whole; nothing is sent between them."""
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+def place(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
+    """Makes a global array from one that every process holds in full; sends nothing."""
+    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
 
 def check_batch(batch_size: int, mesh: Mesh, key: str, accumulation: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of examples of a microbatch."""
+    """Raises UserError unless every device gets equally many examples of each microbatch."""
     ways = mesh.shape['replica'] * mesh.shape['fsdp']
     if batch_size % (ways * accumulation):
         unit = ways * accumulation
-        near = max(round(batch_size / unit), 1) * unit
+        nearest = max(round(batch_size / unit), 1) * unit
         parts = f'{ways} devices (mesh.replica x mesh.fsdp)'
         if accumulation > 1:
             parts += f' x accumulation={accumulation}'
-        raise UserError(f'config: {key}={batch_size} is not divisible by {parts}; try {near}')
+        raise UserError(f'config: {key}={batch_size} is not divisible by {parts}; try {nearest}')
 
 
 def constrain_batch(mesh: Mesh, sequence: bool = False):
-    """A function that pins the residual stream, [batch, tokens, width], to the mesh.
+    """Returns a function that pins the residual stream, [batch, tokens, width], to the mesh.
 
     Args:
-      sequence: between blocks tokens lie on `tensor`, where it divides them, so that norms
-        and what is kept for the backward pass are split as well (arXiv 2205.05198).
+      mesh: mesh of the run.
+      sequence: also shard tokens over `tensor` between blocks, where it divides them, so that
+        norms and saved activations are split as well (sequence parallelism, arXiv 2205.05198).
     """
     ways = mesh.shape['tensor'] if sequence else 1
 
@@ -182,24 +193,26 @@ def constrain_batch(mesh: Mesh, sequence: bool = False):
 
 
 def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
-    """A function (path, product, x, kernel) -> product(x, whole kernel) for models.
+    """Returns a function (path, product, x, kernel) -> product(x, full kernel) for models.
 
-    Each device multiplies its examples with the kernel, brought together along `fsdp`
-    just before. Left to itself the partitioner multiplies part by part in a loop. The
-    gradient is summed by a reduce-scatter along `fsdp`; what is left of it, over replicas.
+    Each device multiplies its examples with the kernel, gathered along `fsdp` just before. Left
+    to itself, the partitioner multiplies shard by shard in a loop. Gradients are reduce-scattered
+    along `fsdp`, then summed over replicas.
 
     Args:
-      params: the model's abstract parameters, which lie on the mesh by `spec_for`.
+      mesh: mesh of the run.
+      params: abstract parameters of the model, sharded by `spec_for`.
+      min_shard_size: as for `spec_for`.
     """
     batch = ('replica', 'fsdp')
     ways = mesh.shape['replica'] * mesh.shape['fsdp']
-    # The kernel of one of several scanned layers lies as their stack does.
+    # A kernel inside the scan has the sharding of its stack without the layer axis.
     shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
     specs = {name: spec_for(name, shapes[name], mesh, min_shard_size) for name in shapes}
 
     def gather(name: str, product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         spec = specs[name][len(shapes[name]) - kernel.ndim :]
-        # A model is initialised with a single example, which no mesh can split.
+        # Models are initialized with a single example, which no mesh can split.
         if 'fsdp' not in spec or mesh.shape['fsdp'] == 1 or x.shape[0] % ways:
             return product(x, kernel)
         axis = spec.index('fsdp')
@@ -209,7 +222,7 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
             kernel = jax.lax.pcast(kernel, ('replica',), to='varying')
             return product(x, jax.lax.all_gather(kernel, 'fsdp', axis=axis, tiled=True))
 
-        # The axes that are not named, `tensor`, stay with the partitioner.
+        # Axes that are not named here, i.e. `tensor`, are left to the partitioner.
         return jax.shard_map(
             local,
             mesh=mesh,
@@ -222,13 +235,13 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
 
 
 def constrain_replicated(mesh: Mesh):
-    """A function that keeps all of an array on every device."""
+    """Returns a function that keeps an array in full on every device."""
     sharding = replicated(mesh)
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
 def device_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes that the tree takes on one device."""
+    """Bytes of a tree on one device."""
     return sum(
         int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
@@ -236,32 +249,43 @@ def device_bytes(tree: Any, shardings: Any) -> int:
 
 
 def check_spread(tree: Any, shardings: Any, mesh: Mesh, min_shard_size: int, limit: float) -> None:
-    """Refuses a state of which too much lies whole on every device, though `fsdp` is there.
+    """Rejects a state that is mostly replicated although there is an `fsdp` axis.
 
-    Small arrays, of fewer scalars than `min_shard_size` too, stay whole on purpose.
+    Arrays below `SMALL` or `min_shard_size` scalars are replicated on purpose and do not count.
+
+    Args:
+      tree: the state, abstract or real.
+      shardings: shardings of its leaves.
+      mesh: mesh of the run.
+      min_shard_size: scalars below which an array stays replicated.
+      limit: largest allowed share of bytes in replicated arrays.
 
     Raises:
-      UserError: names the largest array and a size of `fsdp` that would split it.
+      UserError: names the largest replicated array and a size of `fsdp` that would shard it.
     """
     if mesh.shape['fsdp'] == 1:
         return
-    leaves, where = trees.flatten(tree), trees.flatten(shardings)
-    whole = {
+    leaves, placements = trees.flatten(tree), trees.flatten(shardings)
+    replicated_bytes = {
         name: math.prod(leaf.shape) * leaf.dtype.itemsize
         for name, leaf in leaves.items()
-        if where[name].is_fully_replicated and math.prod(leaf.shape) >= max(min_shard_size, SMALL)
+        if placements[name].is_fully_replicated
+        and math.prod(leaf.shape) >= max(min_shard_size, SMALL)
     }
-    share = sum(whole.values()) / trees.nbytes(tree)
+    share = sum(replicated_bytes.values()) / trees.nbytes(tree)
     if share > limit:
-        name, ways = max(whole, key=lambda name: whole[name]), mesh.shape['fsdp']
+        name, fsdp = (
+            max(replicated_bytes, key=lambda name: replicated_bytes[name]),
+            mesh.shape['fsdp'],
+        )
         shape = leaves[name].shape
         fits = (
-            n for n in range(ways - 1, 1, -1) if ways % n == 0 and any(d % n == 0 for d in shape)
+            n for n in range(fsdp - 1, 1, -1) if fsdp % n == 0 and any(d % n == 0 for d in shape)
         )
-        near = next(fits, 1)
+        size = next(fits, 1)
         raise UserError(
-            f'config: mesh.fsdp={ways} leaves {share:.0%} of the state whole on every device, more '
+            f'config: mesh.fsdp={fsdp} leaves {share:.0%} of the state whole on every device, more '
             f'than mesh.max_replicated={limit:g}: it does not split {name} {tuple(shape)}'
-            + (f' and {len(whole) - 1} more' if len(whole) > 1 else '')
-            + f'; try mesh.fsdp={near} and mesh.replica={mesh.shape["replica"] * ways // near}'
+            + (f' and {len(replicated_bytes) - 1} more' if len(replicated_bytes) > 1 else '')
+            + f'; try mesh.fsdp={size} and mesh.replica={mesh.shape["replica"] * fsdp // size}'
         )

@@ -146,7 +146,7 @@ def update(
         good = jnp.isfinite(value) & jnp.isfinite(norm) & ~spikes['loss'] & ~spikes['grad_norm']
         updates, opt = optimizer.update(grads, state['opt'], params, step=step)
         new = {'params': optax.apply_updates(params, updates), 'opt': opt}
-        average = schedule_free.evaluated(opt, new['params'])
+        average = schedule_free.evaluation_weights(opt, new['params'])
         if average is not None:
             new['ema'] = average
         elif 'ema' in state:

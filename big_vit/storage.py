@@ -1,4 +1,4 @@
-"""Where runs lie: local folders, or places in an object store such as gs://bucket/run."""
+"""Paths of runs: local folders, or object stores such as gs://bucket/run."""
 
 import importlib
 import os
@@ -9,24 +9,25 @@ from etils import epath
 
 from big_vit.errors import UserError
 
-# What reaches each store, and which error its users should see when it is not installed.
+# Python package that gives access to each store, by URL scheme.
 LIBRARIES = {'gs': 'gcsfs'}
 
-# Between tries of a write: what a network drops comes back within seconds or not at all.
+# Seconds between attempts to write: network failures pass within seconds, or not at all.
 PAUSES_S = (0.5, 1.0, 2.0)
-# These do not go away by trying again.
-LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Errors that another attempt cannot cure.
+PERMANENT_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is local, not a URL of an object store."""
     return '://' not in os.fspath(path)
 
 
 def place(path: str | os.PathLike[str]) -> epath.Path:
-    """The path as one that can be used, local or not.
+    """Converts a path, local or in an object store, into one that can be read and written.
 
     Raises:
-      UserError: an object store that is unknown, or whose library is not installed.
+      UserError: the store is unknown, or its library is not installed.
     """
     if is_local(path):
         return epath.Path(path)
@@ -42,25 +43,26 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
         raise UserError(f'{path}: {scheme}:// needs `pip install {LIBRARIES[scheme]}`') from None
     import fsspec
 
-    # Where TensorFlow happens to be installed, etils would import it for this.
+    # Else etils would import TensorFlow for this, where it happens to be installed.
     os.environ['EPATH_USE_TF'] = 'false'
-    # Orbax's arrays are written behind fsspec's back: a cached listing would miss them.
+    # Orbax writes arrays without going through fsspec, so a cached listing would miss them.
     for name in (scheme, 'gcs') if scheme == 'gs' else (scheme,):
         fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
     return epath.Path(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
+    """Makes a local path absolute; URLs are absolute already."""
     return path.resolve() if is_local(path) else path
 
 
 def free_bytes(path: epath.Path) -> float:
-    """Room at a path, in bytes; an object store has no end."""
+    """Free bytes at a path; infinite for an object store."""
     return shutil.disk_usage(path).free if is_local(path) else float('inf')
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Replaces a whole file, or leaves the old one; what may pass is tried again.
+    """Replaces a file atomically; retries errors that may pass.
 
     Raises:
       UserError: it cannot be written.
@@ -71,26 +73,26 @@ def write_text(path: epath.Path, text: str) -> None:
                 partial = path.with_suffix('.tmp')
                 partial.write_text(text)
                 partial.replace(path)
-            else:  # An object appears whole or not at all.
+            else:  # Objects appear completely or not at all.
                 path.write_text(text)
             return
         except Exception as error:
-            # The errors of object stores have no class in common.
+            # Object stores raise errors of no common class.
             if is_local(path) and not isinstance(error, OSError):
                 raise
-            if pause is None or isinstance(error, LASTING):
+            if pause is None or isinstance(error, PERMANENT_ERRORS):
                 raise UserError(f'{path}: cannot be written: {reason(error)}') from error
             time.sleep(pause)
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without the path that the message around it names already."""
-    said = getattr(error, 'strerror', None) or str(error) or repr(error)
-    return ' '.join(said.split())[:300]
+    """An error as one line, without the path, which the message around it already names."""
+    text = getattr(error, 'strerror', None) or str(error) or repr(error)
+    return ' '.join(text.split())[:300]
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Moves a folder; within an object store it is copied and deleted by the store."""
+    """Moves a folder; an object store copies and deletes it by itself."""
     if is_local(source):
         target.parent.mkdir(exist_ok=True)
         source.rename(target)

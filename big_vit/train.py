@@ -118,7 +118,7 @@ def shared_workdir(
     hosts.lead(lambda: str(open_workdir(path, config, parts.abstract_state, force)))
     workdir = storage.place(path)
     hosts.check_shared(workdir)
-    hosts.saves_in(lambda: checkpoint.steps(workdir))
+    hosts.register_saved_steps(lambda: checkpoint.steps(workdir))
     return workdir
 
 

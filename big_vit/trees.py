@@ -1,4 +1,4 @@
-"""Parameter trees as flat dictionaries of readable paths, and rules over those paths."""
+"""Parameter trees as flat dictionaries keyed by readable paths, and rules over those paths."""
 
 import math
 import re
@@ -11,17 +11,17 @@ from big_vit.errors import UserError
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`('Transformer', 'encoder_norm', 'scale')` as `Transformer/encoder_norm/scale`."""
+    """Formats a key path, e.g. `('Transformer', 'encoder_norm', 'scale')`, with slashes."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the tree's own order."""
+    """Leaves by path, in the order of the tree."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The nested dictionary whose `flatten` is `flat` (for trees made of dictionaries)."""
+    """Inverts `flatten`, for trees made of dictionaries."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split('/')
@@ -33,7 +33,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map`, with the leaf's path as first argument."""
+    """Like `jax.tree.map`, but passes the leaf's path as the first argument."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
@@ -45,17 +45,21 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves, each counted once however it is sharded."""
+    """Bytes of all leaves; each counts once, however it is sharded."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def match_rules(rules: Sequence[tuple[str, Any]], names: Iterable[str], key: str) -> dict[str, Any]:
-    """The value of the first rule `(regex, value)` that fully matches each name.
+    """Finds, for each name, the value of the first rule whose regex matches it completely.
+
+    Args:
+      rules: pairs of (regex, value).
+      names: names to match.
+      key: config key that error messages name.
 
     Raises:
-      UserError: a regex does not compile, a rule is the first match of no
-        name, or a name matches no rule. `key` is the config key that the
-        message names.
+      UserError: a regex does not compile, a rule is not the first match of any name, or a name
+        matches no rule.
     """
     try:
         compiled = [(re.compile(pattern), value) for pattern, value in rules]

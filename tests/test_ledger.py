@@ -47,13 +47,13 @@ def bytes_by_device(tree):
 )
 def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
     settings = tiny(MESHES[mesh], {'ema': '0.9'} if name == 'adamw' else {})
-    parts = build_experiment(ledger.of_optimizer(settings, name))
+    parts = build_experiment(ledger.with_optimizer(settings, name))
     found = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):
         real = state.create(
             parts.model, parts.data.inputs, parts.optimizer, 0, parts.abstract_state
         )
-    said = {'params': found.params, 'ema': found.average, 'opt': found.own}
+    said = {'params': found.params, 'ema': found.average, 'opt': found.optimizer_total}
     for part, held in said.items():
         if not held.arrays:
             assert not jax.tree.leaves(real.get(part))
@@ -65,7 +65,7 @@ def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
     assert everything == dict.fromkeys(jax.devices(), found.state.on_device)
     gradients = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), real['params'])
     assert bytes_by_device(gradients) == dict.fromkeys(jax.devices(), found.gradients.on_device)
-    assert found.at_most.on_device == found.state.on_device + found.gradients.on_device
+    assert found.state_and_gradients.on_device == found.state.on_device + found.gradients.on_device
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_closed_forms(optim, times, words):
     counters = 4 * (3 + 2 * state.WINDOW)
     rest = found.state.nbytes - times * m - counters
     assert rest in (0, 4), 'at most the count of updates'
-    assert found.own.scalars - words * m // 4 == rest // 4
+    assert found.optimizer_total.scalars - words * m // 4 == rest // 4
     assert found.params.nbytes == found.gradients.nbytes == m
 
 
@@ -94,7 +94,7 @@ def test_memory_is_told_by_use():
     found = ledger.measure(build_experiment(tiny()).abstract_state)
     m = found.params
     assert found.optimizer == {
-        'counters': ledger.Held(1, 1, 4, 4),
+        'counters': ledger.Usage(1, 1, 4, 4),
         'first moment': m,
         'second moment': m,
     }
@@ -113,24 +113,24 @@ def test_memory_is_told_by_use():
 )
 def test_uses_are_read_from_paths(path, use):
     params = {'Transformer', 'head', 'embedding'}
-    assert ledger.use_of(path, 2, params) == use
-    assert ledger.use_of(path, 0, params) == 'counters'
+    assert ledger.purpose(path, 2, params) == use
+    assert ledger.purpose(path, 0, params) == 'counters'
 
 
 def test_an_optimizer_may_pass_over_what_the_config_sets_for_another():
     settings = tiny({'optim.b1': '0.95', 'optim.momentum': '0.8'})
     for name in ledger.optimizers():
-        one = ledger.row(settings, jax.devices(), name)
-        assert one.found is not None and not one.problem, one.problem
+        one = ledger.make_row(settings, jax.devices(), name)
+        assert one.ledger is not None and not one.problem, one.problem
 
 
 def test_what_training_would_refuse_has_its_figures_and_the_reason():
     settings = config.load('configs/vit_g14.py', [('mesh.fsdp', '-1'), ('mesh.replica', '1')])
-    one = ledger.row(settings, topology.load('cpu:8').devices[:3], 'sgd')
-    assert one.found is None and 'batch_size' in one.problem
+    one = ledger.make_row(settings, topology.load('cpu:8').devices[:3], 'sgd')
+    assert one.ledger is None and 'batch_size' in one.problem
     settings = tiny({'mesh.max_replicated': '0', 'model.width': '516', 'model.mlp_dim': '1036'})
-    one = ledger.row(settings, jax.devices(), 'sgd')
-    assert one.found is not None and 'mesh.max_replicated=0' in one.problem
+    one = ledger.make_row(settings, jax.devices(), 'sgd')
+    assert one.ledger is not None and 'mesh.max_replicated=0' in one.problem
 
 
 def test_training_starts_with_the_ledger_in_one_line():
@@ -140,7 +140,7 @@ def test_training_starts_with_the_ledger_in_one_line():
     (said,) = [text for text in lines if text.startswith('state ')]
     found = ledger.measure(parts.abstract_state)
     assert f'params {found.params.on_device / 1e6:.2f} MB (1.00 M)' in said
-    assert f'adamw {found.own.on_device / 1e6:.2f} MB (2.00 M) on a device' in said
+    assert f'adamw {found.optimizer_total.on_device / 1e6:.2f} MB (2.00 M) on a device' in said
     assert f'{found.state.nbytes / 1e6:.2f} MB in all' in said
     assert 'average' in said and 'gradients' in said and len(said) < 160
     alone = ledger.line(found, 'adamw', 1)

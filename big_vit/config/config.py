@@ -1,11 +1,10 @@
 """Configs: a Python file of choices, checked against one schema before anything runs.
 
-A config file defines `get_config(**arguments)` and returns a
-`ml_collections.ConfigDict` with the keys that differ from the schema's
-defaults; where an argument is one of some names, `CHOICES = {argument: names}` says
-so. `load` merges schema, file and `--config.x=y` overrides into a frozen
-`Config`, which remembers what has been read: `audit` turns a key that was set
-but that this run never reads into an error.
+A config file defines `get_config(**arguments)`, which returns an `ml_collections.ConfigDict` of
+the keys that differ from the schema's defaults. `CHOICES = {argument: names}` in the file restricts
+an argument to some names. `load` merges schema, file and `--config.x=y` overrides into a frozen
+`Config`. It records which keys are read, so that `audit` can report keys that the user set but the
+run never reads.
 """
 
 import ast
@@ -25,12 +24,12 @@ from big_vit.config.old_names import renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 from big_vit.errors import UserError
 
-# Sections of which there may be any number, each under a name of the user's.
+# Sections with any number of entries, under names that the user chooses.
 STARRED = ('evals', 'mixture', 'streams')
 
 
 class Config:
-    """A frozen tree of settings: `config.model.variant`; what is read is remembered."""
+    """A frozen tree of settings, as in `config.model.variant`, that records which keys are read."""
 
     def __init__(
         self,
@@ -68,35 +67,39 @@ class Config:
         return name in self._tree
 
     def sets(self, key: str) -> bool:
-        """Whether the file or an override set this dotted key (else it is the default)."""
+        """Whether the file or an override sets this dotted key; if not, it has its default."""
         return key in self._explicit
 
     def peek(self, name: str) -> Any:
-        """A value, without counting as reading it."""
+        """Returns a value without recording a read."""
         return self._tree[name]
 
     def completed(self, defaults: dict[str, Any], **fixed: Any) -> 'Config':
-        """This section with `defaults` where it has None; reads count as reads of this section.
+        """Returns this section with None replaced by `defaults`, sharing its record of reads.
 
-        `fixed` takes the place of what the section says.
+        Args:
+          defaults: values for keys that are None or absent.
+          **fixed: values that override the section.
         """
         given = {name: value for name, value in self._tree.items() if value is not None}
         tree = {**self._tree, **defaults, **given, **fixed}
         return Config(tree, self._explicit, prefix=self._prefix, reads=self._reads)
 
     def to_dict(self) -> dict[str, Any]:
-        """A nested copy for dumping; does not count as reading."""
+        """Returns a nested copy for dumping, without recording reads."""
         return json.loads(json.dumps(self._tree))
 
     def replacing(self, flat: dict[str, Any]) -> 'Config':
-        """A checked copy of a whole config with the dotted keys of `flat` set."""
+        """Returns a checked copy of a complete config with the dotted keys of `flat` set."""
         return resolve({**self._given(), **flat})
 
     def without(self, *prefixes: str) -> 'Config':
-        """A checked copy of a whole config that does not set the dotted keys that begin so."""
+        """Returns a checked copy of a complete config without keys that start with a prefix."""
         return resolve({k: v for k, v in self._given().items() if not k.startswith(prefixes)})
 
     def _given(self) -> dict[str, Any]:
+        """Dotted keys that the user set, and all keys of starred sections."""
+        # Starred sections exist only through their keys, so even those at their default count.
         return {
             key: value
             for key, value in flatten(self._tree).items()
@@ -104,7 +107,7 @@ class Config:
         }
 
     def audit(self) -> None:
-        """Call once everything is built.
+        """Checks that every key that the user set has been read; call it once all is built.
 
         Raises:
           UserError: the user set a key that this run has not read.
@@ -120,12 +123,12 @@ class Config:
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Nested dictionaries as one dictionary of dotted keys."""
+    """Flattens nested dictionaries into one with dotted keys."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f'{prefix}{name}.'))
-            if prefix[:-1] in STARRED and not value:  # One that takes all from `data`.
+            if prefix[:-1] in STARRED and not value:  # Takes everything from `data`.
                 flat[f'{prefix}{name}.split'] = None
         else:
             flat[prefix + name] = value
@@ -144,7 +147,7 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_schema(key: str) -> str:
-    """The key with the name of a section as the schema has it, a star."""
+    """The key as in the schema, with a star for the name that the user chose."""
     return re.sub(rf'^({"|".join(STARRED)})\.[^.]*\.', r'\1.*.', key)
 
 
@@ -157,7 +160,7 @@ def _field(key: str) -> Field:
 
 
 def _nearest(key: str) -> str | None:
-    """The key that was probably meant: the right name in another section, else a typo."""
+    """Guesses the intended key: the same name in another section, or a typo."""
     last = key.rpartition('.')[2]
     by_name: dict[str, list[str]] = {}
     for name in SCHEMA:
@@ -168,14 +171,15 @@ def _nearest(key: str) -> str | None:
     if not near:
         near = [
             name
-            for found in difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
-            for name in by_name[found]
+            for match in difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
+            for name in by_name[match]
         ]
     closest = difflib.get_close_matches(starred, near, n=1, cutoff=0.0)
     return closest[0].replace('*', parts[1] if len(parts) == 3 else '*') if closest else None
 
 
 def _checked(key: str, value: Any) -> Any:
+    """Validates and converts the value of a key."""
     field = _field(key)
     if value is None and field.default is None:
         return None
@@ -188,17 +192,17 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def resolve(explicit: dict[str, Any]) -> Config:
-    """The config that sets the dotted keys of `explicit` and leaves the rest at its default.
+    """Builds the config that sets the given dotted keys and leaves the rest at its default.
 
     Raises:
-      UserError: an unknown key, a wrong type, a missing key, or two units for
-        one duration.
+      UserError: an unknown key, an invalid value, a missing required key, or one duration in two
+        units.
     """
     current = dict(renamed(key, value) for key, value in explicit.items())
     values = {key: _checked(key, value) for key, value in current.items()}
     mixed = any(key.startswith('mixture.') for key in values)
     for first, group in REQUIRED.items():
-        if first == 'data.name' and mixed:  # Each part may say its own.
+        if first == 'data.name' and mixed:  # Each part of the mixture may name its own.
             continue
         if all(values.get(key) is None for key in group):
             options = ' or '.join(group)
@@ -230,20 +234,21 @@ def resolve(explicit: dict[str, Any]) -> Config:
 
 
 def _siblings(key: str) -> list[str]:
-    """The same duration in the other units."""
+    """Keys of the same duration in the other units."""
     stem, _, unit = key.rpartition('_')
     others = [f'{stem}_{other}' for other in UNITS if other != unit] if unit in UNITS else []
     return [other for other in others if _in_schema(other) in SCHEMA]
 
 
 def _parsed(key: str, text: str) -> Any:
+    """Parses the text of an override: a Python literal if it is one, else the text itself."""
     field = _field(key)
     if field.check is check_text:
         return None if text.lower() == 'none' else text
     words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
     if text.lower() in words:
         with contextlib.suppress(ValueError):
-            return field.check(text)  # A choice may be called 'none'.
+            return field.check(text)  # 'none' may be one of the choices.
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
@@ -254,7 +259,7 @@ def _parsed(key: str, text: str) -> Any:
 def _call_get_config(
     function: Callable[..., Any], text: str, path: Path, choices: Mapping[str, Collection[str]]
 ) -> Any:
-    """Calls `get_config` with the `arg=value,flag` text behind the file's colon."""
+    """Calls `get_config` with the `arg=value,flag` text after the colon of a config spec."""
     parameters = inspect.signature(function).parameters
     arguments: dict[str, Any] = {}
     for i, token in enumerate(filter(None, text.split(','))):
@@ -305,13 +310,17 @@ def load(
 ) -> Config:
     """Loads `configs/x.py:arg=v,arg2=v`, then applies `(key, text)` overrides.
 
-    A duration that is overridden in another unit replaces the file's; the
-    text 'default' takes back what the file set.
-    `base` holds values (dotted keys) that file and overrides may replace.
+    An override of a duration in another unit replaces the file's. The text 'default' undoes what
+    the file set.
+
+    Args:
+      spec: path of a config file, and its arguments after a colon.
+      overrides: dotted keys with their values as text.
+      base: values by dotted key that file and overrides may replace.
 
     Raises:
-      UserError: a file that is missing or has no `get_config`, a wrong
-        argument, an unknown key or a wrong value.
+      UserError: a file that is missing or has no `get_config`, an invalid argument, an unknown
+        key or an invalid value.
     """
     name, _, arguments = spec.partition(':')
     path = Path(name)
@@ -357,16 +366,16 @@ def load(
 
 
 def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
-    """A config with `--config.key=text` overrides applied."""
+    """Applies `--config.key=text` overrides to a config."""
     values: dict[str, Any] = {}
     for key, text in (renamed(*pair) for pair in overrides):
-        values.pop(key, None)  # The last of two counts, also over what came between.
+        values.pop(key, None)  # Reinserted last: it also beats other units given in between.
         values[key] = _field(key).default if text == 'default' else _parsed(key, text)
     return with_values(config, values)
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A checked copy with dotted keys set, of which durations replace those in other units."""
+    """Returns a checked copy with dotted keys set; durations replace those in other units."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(dict.fromkeys(_siblings(key)))
@@ -375,10 +384,10 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 
 def from_json(tree: dict[str, Any]) -> Config:
-    """A config from its own dump; keys that differ from the default count as set.
+    """Restores a config from its own dump; keys that differ from the default count as set.
 
     Raises:
-      UserError: the dump has a key this version does not know.
+      UserError: the dump has a key that this version does not know.
     """
     flat = renamed_dump(flatten(tree))
     return resolve(
@@ -390,7 +399,7 @@ def from_json(tree: dict[str, Any]) -> Config:
     )
 
 
-# What may change when a run is resumed: no result depends on it.
+# Keys that may change when a run is resumed, because no result depends on them.
 RESUMABLE = (
     *('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers'),
     'profile',
@@ -398,7 +407,7 @@ RESUMABLE = (
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """'key: old -> new' for each dotted key whose value differs between two dumps."""
+    """Lists differences between two dumps as 'key: old -> new'."""
     a, b = (renamed_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
@@ -408,20 +417,25 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def digest(config: Config) -> str:
-    """Equal for equal configs, to compare hosts with each other."""
+    """Short hash of a config, to compare hosts with each other."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def steps(
     section: Config, name: str, *, batch_size: int, examples: int, total: int | None = None
 ) -> int | None:
-    """A duration in steps, whichever unit it was given in; None where it is not set.
+    """Converts a duration to steps, from whichever unit it is given in.
 
     Args:
-      section: the part of the config with the keys `{name}_steps`,
-        `{name}_epochs`, `{name}_examples`, `{name}_percent`.
-      examples: examples in an epoch.
-      total: steps of the whole run, which `percent` refers to.
+      section: part of the config with the keys `{name}_steps`, `{name}_epochs`,
+        `{name}_examples` and `{name}_percent`.
+      name: name of the duration.
+      batch_size: examples per step.
+      examples: examples per epoch.
+      total: steps of the entire run, which `percent` refers to.
+
+    Returns:
+      The number of steps, or None if the duration is not set.
     """
     per_unit = {
         'steps': 1.0,
@@ -434,7 +448,7 @@ def steps(
             continue
         value = section[f'{name}_{unit}']
         if value is not None:
-            # 1e-9 keeps an exact product such as 0.1 epochs x 10 from losing a step to rounding.
+            # 1e-9 keeps rounding from losing a step of an exact product, as 0.1 epochs x 10.
             steps_ = int(value * factor + 1e-9)
             return max(1, steps_) if value else 0
     return None

@@ -1,4 +1,4 @@
-"""Kinds of values that a config key may have, each a function that checks and converts one."""
+"""Checks of config values: functions that validate and convert a value of one kind."""
 
 import difflib
 import math
@@ -9,9 +9,9 @@ UNITS = ('steps', 'epochs', 'examples', 'percent')
 
 
 class Field(NamedTuple):
-    """One key of the schema: how its value is checked, its default, what it means.
+    """One key of the schema: the check of its value, its default and its meaning.
 
-    The docstring of `check` says which values it takes; docs/config.md is made of it.
+    The docstring of `check` names the valid values in docs/config.md.
     """
 
     check: Callable[[Any], Any]
@@ -20,10 +20,12 @@ class Field(NamedTuple):
 
 
 def number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[Any], float]:
+    """Makes a check for finite numbers in a range, bounds included."""
+
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError('a number')
-        if abs(value) > 1e300:  # Also what 1e999 and inf are.
+        if abs(value) > 1e300:  # Also catches inf, as which 1e999 is parsed.
             raise ValueError('a finite number')
         if not lowest <= value <= highest:
             raise ValueError(f'a number from {lowest:g} to {highest:g}')
@@ -58,6 +60,8 @@ def negative_power(value: Any) -> float:
 
 
 def integer(lowest: float = -math.inf) -> Callable[[Any], int]:
+    """Makes a check for integers of at least `lowest`; whole floats such as 1e6 are accepted."""
+
     def check(value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -86,6 +90,8 @@ def check_text(value: Any) -> str:
 
 
 def choice(*choices: str) -> Callable[[Any], str]:
+    """Makes a check for one of several words."""
+
     def check(value: Any) -> str:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
@@ -99,10 +105,10 @@ def choice(*choices: str) -> Callable[[Any], str]:
 
 def size(value: Any) -> tuple[int, int]:
     """side, or (height, width)"""
-    # Bounded, so that a typo cannot ask for terabytes.
+    # Bounded so that a typo cannot allocate terabytes.
     pair = value if isinstance(value, tuple) else (value, value)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    if len(pair) != 2 or not whole or not all(1 <= n <= 16384 for n in pair):
+    integers = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not integers or not all(1 <= n <= 16384 for n in pair):
         raise ValueError('pixels from 1 to 16384: one whole number, or (height, width)')
     return pair[0], pair[1]
 
@@ -116,6 +122,7 @@ def rules(value: Any) -> tuple[tuple[str, float], ...]:
 
 
 def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
+    """Makes the fields of a duration, one per unit; `doc` completes "..., in steps."."""
     return {f'{key}_{unit}': Field(number(0), None, f'{doc}, in {unit}.') for unit in units}
 
 
@@ -127,14 +134,14 @@ def classes(value: Any) -> tuple[str | int, ...]:
     return choices
 
 
-def several(one: Callable[[Any], Any], what: str) -> Callable[[Any], tuple[Any, ...]]:
-    """One value, or a tuple of different ones."""
+def several(check_item: Callable[[Any], Any], what: str) -> Callable[[Any], tuple[Any, ...]]:
+    """Makes a check for one value or a tuple of distinct ones, each checked by `one`."""
 
     def check(value: Any) -> tuple[Any, ...]:
-        found = value if isinstance(value, tuple) else (value,)
-        if not found:
+        items = value if isinstance(value, tuple) else (value,)
+        if not items:
             raise ValueError(f'{what}, or a tuple of them')
-        checked = tuple(one(item) for item in found)
+        checked = tuple(check_item(item) for item in items)
         if len(set(checked)) != len(checked):
             raise ValueError(f'a tuple of different values ({what})')
         return checked

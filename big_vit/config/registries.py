@@ -1,8 +1,8 @@
-"""Tables of functions whose arguments are config keys: sources, evaluators, optimizers, tasks, ...
+"""Registries: tables of functions whose arguments are config keys (sources, optimizers, ...).
 
-An entry's keyword arguments (those with a default, and those behind `*`) are the keys that it
-reads, and their defaults are its own. So a new entry is one file and one line in its table: the
-config takes its name, checks what it reads, and the docs list its defaults.
+The keyword arguments of an entry (those with a default or behind `*`) are the config keys that it
+reads, with its own defaults. So a new entry is one function and one line in its table: the config
+then accepts its name and checks its keys, and the docs list its defaults.
 """
 
 import difflib
@@ -16,10 +16,10 @@ REQUIRED = inspect.Parameter.empty
 
 
 class Registry(NamedTuple):
-    """A table by the name of its module and its variable.
+    """A table, located by its module and variable.
 
     `function` names the attribute of an entry that has the signature; None is the entry itself. The
-    module is imported when the table is first asked for: `--help` must not wait for JAX.
+    module is imported only when the table is first needed: `--help` must not wait for JAX.
     """
 
     module: str
@@ -27,19 +27,20 @@ class Registry(NamedTuple):
     function: str | None = None
 
     def entries(self) -> Mapping[str, Any]:
+        """The table itself: entries by name."""
         return getattr(importlib.import_module(self.module), self.table)
 
     def keys(self, name: str) -> dict[str, Any]:
-        """The config keys that an entry reads, with its own defaults; `REQUIRED` has none."""
+        """Config keys that an entry reads, with its defaults; `REQUIRED` marks those without."""
         entry = self.entries()[name]
         return _keys(getattr(entry, self.function) if self.function else entry)
 
     def readers(self, key: str) -> dict[str, Any]:
-        """The entries that read a key, with the default of each."""
+        """Entries that read a key, each with its default."""
         return {name: self.keys(name)[key] for name in self.entries() if key in self.keys(name)}
 
     def name(self, value: Any) -> str:
-        """Checks that a config value is the name of an entry."""
+        """Checks that a config value is the name of an entry, and returns it."""
         names = list(self.entries())
         if value not in names:
             near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
@@ -63,7 +64,7 @@ SOURCES = Registry('big_vit.data.sources.registry', 'SOURCES')
 TOKENIZERS = Registry('big_vit.models.tokenizers', 'TOKENIZERS', 'tokens')
 TASKS = Registry('big_vit.tasks.registry', 'TASKS')
 
-# By the prefix of the keys that their entries read.
+# By the prefix of the config keys that their entries read.
 BY_SECTION = {
     'task': TASKS,
     'model': TOKENIZERS,

@@ -1,4 +1,4 @@
-"""Keys of `optim` and `schedule`."""
+"""Schema of `optim` and `schedule`."""
 
 from typing import Any
 
@@ -31,37 +31,44 @@ def _group_rules(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 OPTIMIZATION: dict[str, Field] = {
-    'optim.name': Field(OPTIMIZERS.name, 'adamw', 'The optimizer; see docs/optimizers.md.'),
+    'optim.name': Field(OPTIMIZERS.name, 'adamw', 'Optimizer; see docs/optimizers.md.'),
     'optim.group_rules': Field(
-        _group_rules, None, 'Optimizers by parameter, in place of `name`; the first match wins.'
+        _group_rules,
+        None,
+        'Optimizers by parameter, instead of `name`; the first matching rule wins.',
     ),
     # None as a default: each optimizer has its own, in its signature in `factory.py`.
     'optim.b1': Field(
         below_one,
         None,
-        'Decay of the first moment; for schedule_free_adamw, share of the average where '
-        'the gradient is taken.',
+        'Decay of the first moment (schedule_free_adamw: share of the average in the point where '
+        'the gradient is taken).',
     ),
     'optim.b2': Field(
         below_one,
         None,
-        'Decay of the second moment (adafactor_vit: its limit; lion: of the momentum).',
+        'Decay of the second moment (adafactor_vit: its upper limit; lion: decay of the momentum).',
     ),
-    'optim.eps': Field(number(0), None, 'Added to the root of the second moment.'),
+    'optim.eps': Field(number(0), None, 'Added to the square root of the second moment.'),
     'optim.mu_dtype': Field(
         choice('float32', 'bfloat16'),
         None,
-        'Type the first moment or momentum is kept in.',
+        'Storage type of the first moment or momentum.',
     ),
-    'optim.momentum': Field(below_one, None, 'Momentum.'),
-    'optim.nesterov': Field(boolean, None, 'Nesterov momentum.'),
-    'optim.block': Field(integer(2), None, 'Largest side of a block.'),
-    'optim.every': Field(integer(1), None, 'Steps between two roots or bases.'),
-    'optim.start': Field(integer(1), None, 'First step with roots, before it Adam.'),
+    'optim.momentum': Field(below_one, None, 'Decay of the momentum.'),
+    'optim.nesterov': Field(boolean, None, 'Use Nesterov momentum.'),
+    'optim.block': Field(
+        integer(2), None, 'Largest side of the blocks that matrices are cut into.'
+    ),
+    'optim.every': Field(integer(1), None, 'Steps between updates of the roots or bases.'),
+    'optim.start': Field(
+        integer(1), None, 'First step with roots; before it, the grafting direction is used.'
+    ),
     'optim.groups': Field(
         integer(1),
         None,
-        'Parts whose roots or bases take turns, so that no step has all of them.',
+        'Number of groups of blocks that update their roots or bases in turn, to even out the time '
+        'of steps.',
     ),
     'optim.sliced': Field(
         boolean,
@@ -71,71 +78,85 @@ OPTIMIZATION: dict[str, Field] = {
     'optim.root': Field(
         choice('newton', 'eigh'),
         None,
-        'How roots are made; eigh takes any exponent.',
+        'How roots are computed: by matrix products, or by eigenvalues, for any exponent.',
     ),
     'optim.ridge': Field(
         positive_share,
         None,
-        'Added to statistics, relative to their largest eigenvalue.',
+        'Regularization added to the statistics, relative to their largest eigenvalue.',
     ),
-    'optim.exponent': Field(negative_power, None, 'Power of the statistics on each side.'),
+    'optim.exponent': Field(
+        negative_power, None, 'Exponent of the statistics on each side; -0.25 is Shampoo.'
+    ),
     'optim.graft': Field(
         choice('adam', 'sgd', 'none'),
         None,
-        'Whose length the update of a block has.',
+        'Method whose update norm a block takes over.',
     ),
     'optim.stats_dtype': Field(
         choice('float32', 'bfloat16'),
         None,
-        'Type of the statistics; roots need float32.',
+        'Storage type of the statistics; roots need float32.',
     ),
     'optim.root_dtype': Field(
         choice('float32', 'bfloat16'),
         None,
-        'Type the roots or bases are kept in.',
+        'Storage type of the roots or bases.',
     ),
     'optim.gather_dtype': Field(
         choice('float32', 'bfloat16'),
         None,
-        'Type in which updates travel between devices.',
+        'Type in which updates are sent between devices.',
     ),
     'optim.clip': Field(number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
     'optim.agc': Field(
         number(0),
         0.0,
-        "Largest norm of a unit's gradient as a share of its weights', before `clip`; 0 is off.",
+        "Largest norm of a unit's gradient as a share of its weights' norm, applied before `clip` "
+        '(adaptive gradient clipping); 0 is off.',
     ),
     'optim.sam_rho': Field(
-        number(0), 0.0, 'Take the gradient so far uphill (SAM): two a step; 0 is off.'
+        number(0),
+        0.0,
+        'Radius of sharpness-aware minimization (SAM), which takes two gradients per step; 0 is '
+        'off.',
     ),
     'optim.sam_adaptive': Field(
-        boolean, False, 'Measure the distance of SAM relative to each weight (ASAM).'
+        boolean, False, 'Measure the radius of SAM relative to each weight (ASAM).'
     ),
     'optim.weight_decay': Field(
-        number(0), 0.0, 'Decoupled decay, multiplied by the rate; L2 for adam and lars.'
+        number(0),
+        0.0,
+        'Decoupled weight decay, multiplied by the learning rate; L2 for adam and lars.',
     ),
     'optim.weight_decay_rules': Field(
-        rules, (('.*/kernel', 1.0), ('.*', 0.0)), 'Factors on the decay; the first match wins.'
+        rules,
+        (('.*/kernel', 1.0), ('.*', 0.0)),
+        'Factors on the weight decay; the first matching rule wins.',
     ),
     'optim.lr_rules': Field(
-        rules, (('.*', 1.0),), 'Factors on the rate; the first match wins, 0 freezes.'
+        rules,
+        (('.*', 1.0),),
+        'Factors on the learning rate; the first matching rule wins, and 0 freezes.',
     ),
     'optim.layer_decay': Field(
-        number(0, 1), 1.0, 'Factor on the rate for each layer further from the head; 1 is off.'
+        number(0, 1),
+        1.0,
+        'Factor on the learning rate per layer of distance from the head; 1 is off.',
     ),
     'schedule.name': Field(
         choice('cosine', 'linear', 'constant', 'rsqrt'),
         'cosine',
-        'How the rate moves after the warmup.',
+        'Learning rate schedule after the warmup.',
     ),
     **durations('schedule.warmup', 'Linear warmup from 0'),
     'schedule.end': Field(
-        number(0, 1), 0.0, 'The last rate, as a share of the peak (cosine, linear).'
+        number(0, 1), 0.0, 'Final learning rate as a share of the peak (cosine, linear).'
     ),
-    **durations('schedule.cooldown', 'Linear fall to 0 at the end (constant, rsqrt)'),
+    **durations('schedule.cooldown', 'Linear decay to 0 at the end (constant, rsqrt)'),
     **durations(
         'schedule.timescale',
-        'The rate is peak x sqrt(timescale / (timescale + t)) at t after the warmup, by default '
-        'with 10,000 steps (rsqrt)',
+        'Timescale of rsqrt: at t after the warmup the rate is peak x '
+        'sqrt(timescale / (timescale + t)); 10,000 steps if unset',
     ),
 }

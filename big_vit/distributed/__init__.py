@@ -1,1 +1,1 @@
-"""Several processes as one run."""
+"""Multi-process runs: finding the other processes, comparing them, and noticing losses."""

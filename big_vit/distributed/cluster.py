@@ -1,4 +1,4 @@
-"""Which processes make up this run, told by the environment that a launcher left."""
+"""Detects which processes make up this run, from the environment that a launcher sets up."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,15 +12,19 @@ OVERRIDE = (
 )
 
 
-# What JAX uses on TPUs, too.
+# JAX's own default on TPUs, repeated here because GKE addresses are assembled by hand.
 TPU_PORT = '8482'
 
 
 class Cluster(NamedTuple):
-    """This process among those of its run.
+    """This process and the run that it belongs to.
 
-    `address` is the host:port of process 0; `local_devices` those of this machine's
-    accelerators that are this process's, None for all.
+    Attributes:
+      launcher: name of the launcher, for messages.
+      address: host:port of process 0.
+      processes: number of processes of the run.
+      process: index of this process.
+      local_devices: indices of this machine's accelerators that this process uses; None for all.
     """
 
     launcher: str
@@ -31,10 +35,17 @@ class Cluster(NamedTuple):
 
 
 class _Launcher(NamedTuple):
-    """Found where all of `needs` are set; `size` and `rank` are variables, '' asks JAX.
+    """A launcher that is recognized by its environment variables.
 
-    JAX gives each process one accelerator where a launcher numbers the processes of a machine
-    (`local`); `machines` tells whether there is only one on each, which then has them all.
+    Attributes:
+      name: for messages.
+      needs: variables that must all be set.
+      size, rank: variables with the number of processes and this one's index; '' asks JAX.
+      local: variable that numbers the processes on a machine; each then takes one accelerator,
+        as in JAX.
+      machines: variable with the number of machines. If it equals the number of processes, each
+        process is alone on its machine and takes all of its accelerators.
+      jax_class: JAX's class for this launcher.
     """
 
     name: str
@@ -46,7 +57,7 @@ class _Launcher(NamedTuple):
     jax_class: str = ''
 
 
-# The first that fits. A pod of Kubernetes is one process of many only in an indexed job.
+# The first match wins. A Kubernetes pod is one of several processes only in an indexed job.
 LAUNCHERS = (
     _Launcher('JAX_* variables', ('JAX_NUM_PROCESSES',), 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'),
     _Launcher(
@@ -73,23 +84,27 @@ LAUNCHERS = (
 
 
 def detect(mode: str, environ: Mapping[str, str] = os.environ) -> Cluster | None:
-    """The cluster that this process is one of several of; None for a run of one process.
+    """Finds the cluster that this process belongs to.
 
     Args:
-      mode: 'off' never looks; 'auto' looks; 'on' looks, and must find one.
+      mode: 'off' never looks, 'auto' looks, 'on' requires one.
+      environ: environment variables.
+
+    Returns:
+      The cluster, or None for a run of a single process.
 
     Raises:
-      UserError: variables that contradict each other, a launcher that does not say where
-        process 0 is, or no cluster although it is 'on'.
+      UserError: contradicting variables, a launcher that does not reveal the address of process
+        0, or no cluster although `mode` is 'on'.
     """
     if mode == 'off':
         return None
-    found = _gke_tpu(environ) or _from_environment(environ) or _cloud_tpu()
-    if found is not None and found.processes > 1:
-        return found
+    cluster = _gke_tpu(environ) or _from_environment(environ) or _cloud_tpu()
+    if cluster is not None and cluster.processes > 1:
+        return cluster
     if mode == 'on':
         names = ', '.join(launcher.name for launcher in LAUNCHERS)
-        what = f'only one process ({found.launcher})' if found else 'no cluster'
+        what = f'only one process ({cluster.launcher})' if cluster else 'no cluster'
         raise UserError(
             f'--distributed=on: the environment shows {what}; looked for {names}, GKE TPU '
             f'and a Cloud TPU pod. Start one process on each host, or {OVERRIDE}'
@@ -106,11 +121,11 @@ def _from_environment(environ: Mapping[str, str]) -> Cluster | None:
                 f'--distributed: {stray[0]} is set, but not what goes with it: {OVERRIDE}'
             )
         return None
-    asked = _asked(launcher)
-    count = _whole(environ, launcher.size) if launcher.size else asked('get_process_count')
+    query = _cluster_query(launcher)
+    count = _integer(environ, launcher.size) if launcher.size else query('get_process_count')
     if count == 1:
         return Cluster(launcher.name, '', 1, 0)
-    index = _whole(environ, launcher.rank) if launcher.rank else asked('get_process_id')
+    index = _integer(environ, launcher.rank) if launcher.rank else query('get_process_id')
     if not 0 <= index < count:
         raise UserError(
             f'--distributed: {launcher.rank or launcher.name} says process {index}, but with '
@@ -121,19 +136,19 @@ def _from_environment(environ: Mapping[str, str]) -> Cluster | None:
         if not launcher.jax_class:
             raise UserError(f'--distributed: JAX_COORDINATOR_ADDRESS is not set: {OVERRIDE}')
         port = environ.get('JAX_COORDINATOR_PORT')
-        address = asked('get_coordinator_address', timeout_secs=60, override_coordinator_port=port)
+        address = query('get_coordinator_address', timeout_secs=60, override_coordinator_port=port)
     if not address.rpartition(':')[2].isdigit() or ':' not in address:
         raise UserError(f'--distributed: JAX_COORDINATOR_ADDRESS={address} is not host:port')
-    alone = bool(launcher.machines) and environ.get(launcher.machines) == str(count)
-    shared = bool(launcher.local) and launcher.local in environ and not alone
-    local = [_whole(environ, launcher.local)] if shared else None
+    one_per_machine = bool(launcher.machines) and environ.get(launcher.machines) == str(count)
+    shared = bool(launcher.local) and launcher.local in environ and not one_per_machine
+    local = [_integer(environ, launcher.local)] if shared else None
     if environ.get('JAX_LOCAL_DEVICE_IDS'):
-        local = None  # JAX reads this one itself.
+        local = None  # jax.distributed.initialize reads this variable itself.
     return Cluster(launcher.name, address, count, index, local)
 
 
 def _gke_tpu(environ: Mapping[str, str]) -> Cluster | None:
-    """A pod with TPUs of Google's Kubernetes, of one slice or of several."""
+    """Reads the variables of a GKE pod with TPUs, of one slice or of several."""
     if 'JAX_NUM_PROCESSES' in environ:
         return None
     workers = environ.get('TPU_PROCESS_ADDRESSES') or environ.get('TPU_WORKER_HOSTNAMES')
@@ -147,14 +162,15 @@ def _gke_tpu(environ: Mapping[str, str]) -> Cluster | None:
     names = [worker.split(':')[0] for worker in workers.split(',')]
     slices = {**dict.fromkeys(('MEGASCALE_NUM_SLICES', 'MEGASCALE_SLICE_ID'), ''), **environ}
     count = int(slices['MEGASCALE_NUM_SLICES'] or 1)
-    index = int(slices['MEGASCALE_SLICE_ID'] or 0) * len(names) + _whole(environ, 'TPU_WORKER_ID')
+    index = int(slices['MEGASCALE_SLICE_ID'] or 0) * len(names) + _integer(environ, 'TPU_WORKER_ID')
     first = environ.get('MEGASCALE_COORDINATOR_ADDRESS') or names[0]
     port = environ.get('JAX_COORDINATOR_PORT') or TPU_PORT
     address = environ.get('JAX_COORDINATOR_ADDRESS') or f'{first.split(":")[0]}:{port}'
     return Cluster('GKE TPU', address, count * len(names), index)
 
 
-def _whole(environ: Mapping[str, str], name: str) -> int:
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    """Reads a variable as an integer, or raises UserError."""
     try:
         return int(environ[name])
     except KeyError:
@@ -163,17 +179,17 @@ def _whole(environ: Mapping[str, str], name: str) -> int:
         raise UserError(f'--distributed: {name}={environ[name]} is not a number') from None
 
 
-def _asked(launcher: _Launcher) -> Callable[..., Any]:
-    """What JAX's own class for this launcher finds out; its failures are the user's to see."""
+def _cluster_query(launcher: _Launcher) -> Callable[..., Any]:
+    """Returns a function that queries JAX's class for this launcher; failures are UserErrors."""
 
-    def ask(question: str, **arguments: object):
+    def query(question: str, **arguments: object):
         from jax._src import clusters
 
         try:
-            place = getattr(clusters, launcher.jax_class)
-            if launcher.jax_class == 'K8sCluster' and not place.is_env_present():
+            cluster_class = getattr(clusters, launcher.jax_class)
+            if launcher.jax_class == 'K8sCluster' and not cluster_class.is_env_present():
                 raise RuntimeError('the package kubernetes is not installed (jax[k8s])')
-            return getattr(place, question)(**arguments)
+            return getattr(cluster_class, question)(**arguments)
         except Exception as error:
             reason = ' '.join(str(error).split())[:200]
             raise UserError(
@@ -182,19 +198,19 @@ def _asked(launcher: _Launcher) -> Callable[..., Any]:
                 'for a run of this process alone, --distributed=off'
             ) from error
 
-    return ask
+    return query
 
 
 def _cloud_tpu() -> Cluster | None:
-    """A Cloud TPU VM, where no variable tells: its metadata server does."""
+    """Asks the metadata server of a Cloud TPU VM, which has no variables to read."""
     from jax._src import cloud_tpu_init
 
     if not cloud_tpu_init.running_in_cloud_tpu_vm or 'TPU_SKIP_MDS_QUERY' in os.environ:
         return None
-    asked = _asked(_Launcher('Cloud TPU', (), jax_class='GceTpuCluster'))
-    count = asked('get_process_count')
+    query = _cluster_query(_Launcher('Cloud TPU', (), jax_class='GceTpuCluster'))
+    count = query('get_process_count')
     if count == 1:
         return Cluster('Cloud TPU', '', 1, 0)
     port = os.environ.get('JAX_COORDINATOR_PORT')
-    address = asked('get_coordinator_address', timeout_secs=60, override_coordinator_port=port)
-    return Cluster('Cloud TPU', address, count, asked('get_process_id'))
+    address = query('get_coordinator_address', timeout_secs=60, override_coordinator_port=port)
+    return Cluster('Cloud TPU', address, count, query('get_process_id'))

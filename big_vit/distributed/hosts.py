@@ -1,9 +1,9 @@
-"""The processes of one run: they find each other, compare themselves, and notice who is gone.
+"""The processes of one run: how they find each other, compare notes and notice losses.
 
-Beside JAX's own service every process keeps a connection to process 0. It is there before
-JAX connects, so it can name who is missing and who runs other code; and it still speaks when
-JAX's client has decided to abort. `session` is the way in; the rest is nothing in a run of
-one process.
+Besides JAX's own service, every process keeps a connection to process 0. It exists before JAX
+connects, so it can name processes that are missing or run other code, and it still works when
+JAX's client has decided to abort. Enter through `session`. In a run of one process everything
+else here does nothing.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from big_vit.errors import UserError
 
 
 def code_digest() -> str:
-    """Equal on hosts that run the same source files of big_vit."""
+    """Digest of big_vit's source files, equal on hosts that run the same code."""
     total, root = hashlib.sha256(), Path(big_vit.__file__).parent
     for path in sorted(root.rglob('*.py')):
         total.update(path.relative_to(root).as_posix().encode() + b'\0')
@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What must be equal on all hosts for their compiled programs to be equal."""
+    """Versions that must agree on all hosts for their compiled programs to be equal."""
     packages = {name: metadata.version(name) for name in ('jax', 'jaxlib', 'flax')}
     python = sys.version.split()[0]
     return {'python': python, **packages, 'big_vit': big_vit.__version__, 'code': code_digest()}
@@ -48,12 +48,12 @@ _watch: Watch | None = None
 
 
 def _hold_aborts() -> None:
-    """Makes an abort in C++ wait six seconds before it ends the process.
+    """Delays an abort in C++ by six seconds.
 
-    JAX's client aborts when process 0 is lost, in a thread of its own and without asking
-    Python. `sleep` as the handler of SIGABRT (which is 6) gives the watch, which sees the
-    loss at the same moment, the time to say what happened and to end with a status that
-    says so; an abort for another reason comes all the same.
+    When process 0 is lost, JAX's client aborts in a thread of its own without asking Python.
+    Installing libc's `sleep` as the handler of SIGABRT (signal number 6, hence `sleep(6)`) gives
+    the watch, which sees the loss at the same moment, time to print what happened and exit with a
+    meaningful status. An abort for any other reason still happens, only later.
     """
     with contextlib.suppress(OSError, AttributeError):
         c = ctypes.CDLL(None)
@@ -63,17 +63,17 @@ def _hold_aborts() -> None:
 
 @contextlib.contextmanager
 def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
-    """Around a run: makes this process one of many where there are many.
+    """Context of a run: joins this process with the others, if there are any.
 
-    Call before the first computation. With several processes it does not return after an
-    error: all of them end, with the error of one, and with status 75 if one is lost.
+    Enter before the first computation. With several processes an error does not propagate:
+    every process exits with that error's message, or with status 75 if a process is lost.
 
     Args:
-      mode: 'auto', 'on' or 'off', as `cluster.detect` takes it.
-      facts: name to value of what must be equal in all processes, beside their versions.
+      mode: 'auto', 'on' or 'off', as for `cluster.detect`.
+      facts: values by name that must agree in all processes, besides their versions.
 
     Raises:
-      UserError: somebody is missing or different, or there is no cluster to be found.
+      UserError: a process is missing or differs, or the required cluster was not found.
     """
     global _watch
     cluster = cluster_lib.detect(mode)
@@ -88,6 +88,8 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
     watch = _watch = Watch(cluster, roll)
     _hold_aborts()
     try:
+        # Deactivated because `detect` has done it. The timeout is longer than that of the watch,
+        # whose message says more.
         jax.distributed.initialize(
             cluster.address,
             cluster.processes,
@@ -96,7 +98,7 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
             cluster_detection_method='deactivate',
             initialization_timeout=int(timeout_seconds('BIG_VIT_START_TIMEOUT')) + 60,
         )
-        lines = _table(cluster, roll.names, mine)
+        lines = _host_lines(cluster, roll.names, mine)
         watch.connected = True
         if cluster.process == 0:
             print('\n'.join(lines), flush=True)
@@ -109,16 +111,17 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
         _watch = None
 
 
-def _table(cluster: Cluster, names: list[str], mine: dict[str, str]) -> list[str]:
+def _host_lines(cluster: Cluster, names: list[str], mine: dict[str, str]) -> list[str]:
+    """Lines that show hosts, versions and devices of the run."""
     import jax
 
     by_name: dict[str, list[int]] = {}
     for process, name in enumerate(names):
         by_name.setdefault(name, []).append(process)
-    shown = [f'{name} ({", ".join(map(str, found))})' for name, found in by_name.items()]
+    shown = [f'{name} ({", ".join(map(str, processes))})' for name, processes in by_name.items()]
     more = f' and {len(shown) - 8} more' if len(shown) > 8 else ''
-    owned = Counter((d.process_index, d.device_kind) for d in jax.devices())
-    kinds = Counter((count, kind) for (_, kind), count in owned.items())
+    devices_per_process = Counter((d.process_index, d.device_kind) for d in jax.devices())
+    kinds = Counter((count, kind) for (_, kind), count in devices_per_process.items())
     devices = ', '.join(
         f'{count} x {kind} on {n} process(es)' for (count, kind), n in kinds.items()
     )
@@ -130,7 +133,8 @@ def _table(cluster: Cluster, names: list[str], mine: dict[str, str]) -> list[str
     ]
 
 
-def _needed() -> Watch | None:
+def _active_watch() -> Watch | None:
+    """The watch of this run, or None for a single process."""
     import jax
 
     if _watch is None and jax.process_count() > 1:
@@ -139,30 +143,30 @@ def _needed() -> Watch | None:
 
 
 def progress(step: int) -> None:
-    """Tells the other processes that this one has finished a step."""
+    """Reports to the other processes that this one has finished a step."""
     if _watch is not None:
         _watch.progress(step)
 
 
-def saves_in(saved: Callable[[], list[int]]) -> None:
-    """Says how to find the steps that are saved, for the message at a loss."""
+def register_saved_steps(saved: Callable[[], list[int]]) -> None:
+    """Registers how to list saved steps, for the message when a process is lost."""
     if _watch is not None:
         _watch.saved = saved
 
 
 def gather(value: Any) -> list[Any]:
-    """[value of process 0, of process 1, ...], of values that JSON can hold."""
-    watch = _needed()
+    """Gathers a JSON value from every process, in process order; all must call it."""
+    watch = _active_watch()
     return [value] if watch is None else watch.gather(value)
 
 
 def lead(work: Callable[[], Any]) -> Any:
-    """What `work` gives in process 0, which alone does it; a JSON value, in all processes.
+    """Runs `work` in process 0 only and returns its result, a JSON value, in all processes.
 
     Raises:
-      UserError: in all processes, if it does in process 0.
+      UserError: in all processes, if `work` raises it in process 0.
     """
-    watch = _needed()
+    watch = _active_watch()
     if watch is None:
         return work()
     outcome: dict[str, Any] = {}
@@ -171,28 +175,31 @@ def lead(work: Callable[[], Any]) -> Any:
             outcome['result'] = work()
         except UserError as error:
             outcome['error'] = str(error)
-    told = watch.gather(outcome)[0]
-    if 'error' in told:
-        raise UserError(told['error'])
-    return told['result']
+    leader_outcome = watch.gather(outcome)[0]
+    if 'error' in leader_outcome:
+        raise UserError(leader_outcome['error'])
+    return leader_outcome['result']
 
 
 def check_shared(workdir: str | Path) -> None:
-    """Raises UserError unless all processes see the same folder."""
-    watch = _needed()
+    """Raises UserError unless all processes see the same folder (a file put there by process 0)."""
+    watch = _active_watch()
     if watch is None or '://' in str(workdir):
         return
     folder = Path(workdir)
 
-    def put() -> str:
+    def create_probe() -> str:
         name = f'.seen-{uuid.uuid4().hex}'
         (folder / name).touch()
         return name
 
-    name, until = lead(put), time.monotonic() + min(30, timeout_seconds('BIG_VIT_START_TIMEOUT'))
+    name, deadline = (
+        lead(create_probe),
+        time.monotonic() + min(30, timeout_seconds('BIG_VIT_START_TIMEOUT')),
+    )
     seen = False
-    while not seen and time.monotonic() < until:
-        # Listing makes a network file system look again; asking for one name need not.
+    while not seen and time.monotonic() < deadline:
+        # Listing makes a network file system look again; a lookup by name may be cached.
         seen = folder.is_dir() and folder / name in folder.iterdir()
         if not seen:
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other and compare themselves before JAX connects."""
+"""Start-up handshake: processes find each other and compare themselves before JAX connects."""
 
 import contextlib
 import json
@@ -14,26 +14,28 @@ from typing import Any, NoReturn
 from big_vit.distributed.cluster import Cluster
 from big_vit.errors import UserError
 
-# What sysexits.h calls EX_TEMPFAIL: the same command, started again on all hosts, goes on.
+# EX_TEMPFAIL of sysexits.h: the same command, started again on all hosts, resumes.
 LOST = 75
 
 
-# Seconds, each to be set by the environment variable of that name.
+# Defaults in seconds, each overridden by the environment variable of that name.
 TIMEOUTS = {
-    'BIG_VIT_START_TIMEOUT': 300.0,  # For all processes to appear.
-    'BIG_VIT_PEER_TIMEOUT': 60.0,  # Without a word, a process counts as gone.
-    'BIG_VIT_STEP_TIMEOUT': 1800.0,  # Without a finished step; the compilation counts.
-    'BIG_VIT_HEARTBEAT': 60.0,  # Between two lines of each process.
+    'BIG_VIT_START_TIMEOUT': 300.0,  # Until all processes have appeared.
+    'BIG_VIT_PEER_TIMEOUT': 60.0,  # Silence after which a process counts as gone.
+    'BIG_VIT_STEP_TIMEOUT': 1800.0,  # Without a finished step; compilation counts.
+    'BIG_VIT_HEARTBEAT': 60.0,  # Between two status lines of each process.
 }
 
 
+# A longer line than this comes from something that does not speak this protocol.
 _MAX_MESSAGE = 1 << 20
 
-
-_SAY_EVERY = 10.0
+# Seconds between two status lines while waiting for other processes.
+_ANNOUNCE_EVERY_S = 10.0
 
 
 def timeout_seconds(name: str) -> float:
+    """Reads a timeout from the environment, or its default; UserError if it is not positive."""
     text = os.environ.get(name, '')
     try:
         seconds = float(text or TIMEOUTS[name])
@@ -45,7 +47,7 @@ def timeout_seconds(name: str) -> float:
 
 
 class Wire:
-    """JSON objects, one a line, over a socket; failures of any kind are OSErrors."""
+    """A socket that carries JSON objects, one per line; all failures are OSErrors."""
 
     def __init__(self, sock: socket.socket):
         sock.settimeout(5)
@@ -56,11 +58,12 @@ class Wire:
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
+        """Sends one message; safe to call from several threads."""
         with self._lock:
             self._socket.sendall(json.dumps(message).encode() + b'\n')
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come since the last call; waits at most 5 seconds for more to come."""
+        """Returns complete messages that have arrived; blocks up to 5 seconds for data."""
         data = self._socket.recv(1 << 16)
         *lines, self._rest = (self._rest + data).split(b'\n')
         if not data or len(self._rest) > _MAX_MESSAGE:
@@ -78,7 +81,7 @@ class Wire:
 
 
 def readable(wires: Iterable[Any], timeout: float) -> list[Any]:
-    """Those with something to read, after at most `timeout` seconds."""
+    """Waits up to `timeout` seconds and returns the wires with data to read."""
     with selectors.DefaultSelector() as selector:
         for wire in wires:
             selector.register(wire, selectors.EVENT_READ)
@@ -86,28 +89,30 @@ def readable(wires: Iterable[Any], timeout: float) -> list[Any]:
 
 
 def listed_processes(names: list[str], processes: Iterable[int]) -> str:
-    """'process 3 (hostname), process 5 (hostname)'; of many, the first."""
-    all_ = sorted(processes)
-    shown = [f'process {p} ({names[p]})' if names[p] else f'process {p}' for p in all_[:8]]
-    return ', '.join(shown) + (f' and {len(all_) - 8} more' if len(all_) > 8 else '')
+    """Formats processes as 'process 3 (hostname), process 5 (hostname)'; at most eight."""
+    ordered = sorted(processes)
+    shown = [f'process {p} ({names[p]})' if names[p] else f'process {p}' for p in ordered[:8]]
+    return ', '.join(shown) + (f' and {len(ordered) - 8} more' if len(ordered) > 8 else '')
 
 
 def difference(facts: list[dict[str, str]]) -> str | None:
-    """How the processes of a run differ, in one line; None where they do not.
+    """Describes how the processes of a run differ, in one line; None if they do not.
 
     Args:
-      facts: of each process, 'hostname' and what must be equal.
+      facts: per process, its 'hostname' and the values that must be equal.
     """
-    found, names = [], [one['hostname'] for one in facts]
-    for key in dict.fromkeys(key for one in facts for key in one if key != 'hostname'):
-        values = [one.get(key, 'missing') for one in facts]
+    differences, names = [], [process_facts['hostname'] for process_facts in facts]
+    for key in dict.fromkeys(
+        key for process_facts in facts for key in process_facts if key != 'hostname'
+    ):
+        values = [process_facts.get(key, 'missing') for process_facts in facts]
         usual = Counter(values).most_common(1)[0][0]
         for other in dict.fromkeys(value for value in values if value != usual):
             who = listed_processes(names, (p for p, value in enumerate(values) if value == other))
-            found.append(f'{key} is {other} on {who} and {usual} on the others')
-    if not found:
+            differences.append(f'{key} is {other} on {who} and {usual} on the others')
+    if not differences:
         return None
-    return f'the processes of this run are not alike: {"; ".join(found)}'
+    return f'the processes of this run are not alike: {"; ".join(differences)}'
 
 
 def _endpoint(address: str) -> tuple[str, int]:
@@ -137,34 +142,36 @@ def _hint(cluster: Cluster) -> str:
     )
 
 
-def _say(cluster: Cluster, text: str) -> None:
+def _announce(cluster: Cluster, text: str) -> None:
     name = socket.gethostname()
     print(f'process {cluster.process} of {cluster.processes} ({name}) {text}', flush=True)
 
 
 def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll':
-    """Process 0: waits until all others are here and compares them.
+    """Runs in process 0: waits until all others have reported, and compares them.
 
     Raises:
-      UserError: somebody is missing, or different; all who are here get the same message.
+      UserError: a process is missing or differs; all that are connected get the same message.
     """
-    began = said = time.monotonic()
+    began = last_announced = time.monotonic()
     others = range(1, cluster.processes)
-    _say(cluster, f'waits for the {len(others)} other(s) at {cluster.address}, up to {seconds:g} s')
+    _announce(
+        cluster, f'waits for the {len(others)} other(s) at {cluster.address}, up to {seconds:g} s'
+    )
     while True:
         try:
             server = _listen(cluster.address)
             break
         except OSError as error:
-            # A run that just ended may hold the port for a moment.
+            # A run that has just ended may hold the port for a moment.
             if time.monotonic() - began > seconds:
                 raise UserError(
                     f'process 0 cannot listen at {cluster.address}: {error.strerror}. Does '
                     'another run use that port? JAX_COORDINATOR_PORT is another'
                 ) from None
-            if time.monotonic() - said >= _SAY_EVERY:
-                said = time.monotonic()
-                _say(cluster, f'cannot listen at {cluster.address} yet: {error.strerror}')
+            if time.monotonic() - last_announced >= _ANNOUNCE_EVERY_S:
+                last_announced = time.monotonic()
+                _announce(cluster, f'cannot listen at {cluster.address} yet: {error.strerror}')
             time.sleep(0.5)
     known: dict[int, dict[str, str]] = {0: facts}
     wires: dict[int, Wire] = {}
@@ -174,7 +181,7 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
         for wire in wires.values():
             with contextlib.suppress(OSError):
                 wire.send(refused=message)
-        time.sleep(0.5)  # What is on its way is lost if this end closes first.
+        time.sleep(0.5)  # Closing at once could drop messages that are still in flight.
         for wire in [*wires.values(), *strangers]:
             wire.close()
         raise UserError(message)
@@ -183,7 +190,7 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
         while len(wires) < len(others):
             ready = readable([*wires.values(), *strangers, server], 0.5)
             for process, wire in list(wires.items()):
-                if wire in ready:  # Nothing is expected now but its end.
+                if wire in ready:  # No message is due now, so this is the end of the connection.
                     wires.pop(process).close()
                     known.pop(process)
             for wire in [x for x in strangers if x in ready]:
@@ -193,10 +200,10 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
                     process, count = int(hello['process']), int(hello['processes'])
                     theirs = {str(k): str(v) for k, v in hello['facts'].items()}
                 except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                    wire.close()  # A health check, a port scan, half a message.
+                    wire.close()  # A health check, a port scan, or half a message.
                     continue
                 if count != cluster.processes or process not in others or process in wires:
-                    wires[-1] = wire
+                    wires[-1] = wire  # Under a key of no process, so that `refuse` reaches it too.
                     refuse(
                         f'a process on {theirs.get("hostname")} says it is process {process} of '
                         f'{count}, but here there are {cluster.processes}'
@@ -214,36 +221,36 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
                     f'after {seconds:g} s process(es) {numbers} of {cluster.processes} have not '
                     f'reached process 0 at {cluster.address}. {_hint(cluster)}'
                 )
-            if missing and now - said >= _SAY_EVERY:
-                said = now
-                _say(cluster, f'still waits for process(es) {numbers}')
+            if missing and now - last_announced >= _ANNOUNCE_EVERY_S:
+                last_announced = now
+                _announce(cluster, f'still waits for process(es) {numbers}')
                 for wire in wires.values():
                     with contextlib.suppress(OSError):
                         wire.send(missing=numbers)
         for stranger in strangers:
             stranger.close()
         ordered = [known[p] for p in range(cluster.processes)]
-        if wrong := difference(ordered):
-            refuse(wrong)
-    names = [one['hostname'] for one in ordered]
+        if problem := difference(ordered):
+            refuse(problem)
+    names = [process_facts['hostname'] for process_facts in ordered]
     for wire in wires.values():
-        with contextlib.suppress(OSError):  # The watch will see that it is gone.
+        with contextlib.suppress(OSError):  # The watch will notice if it is gone.
             wire.send(names=names)
     return Roll(names, wires)
 
 
 def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll':
-    """Process 1 and above: reports to process 0 and waits for its word.
+    """Runs in the other processes: reports to process 0 and waits for its verdict.
 
     Raises:
-      UserError: process 0 cannot be reached, or says that somebody is missing or different.
+      UserError: process 0 is unreachable, or reports that a process is missing or differs.
     """
-    began = said = time.monotonic()
+    began = last_announced = time.monotonic()
     wire: Wire | None = None
     why = ''
-    _say(cluster, f'waits for the coordinator at {cluster.address}, up to {seconds:g} s')
+    _announce(cluster, f'waits for the coordinator at {cluster.address}, up to {seconds:g} s')
     try:
-        # Process 0 gives up first and can say why.
+        # Five seconds longer than process 0, which gives up first and can say why.
         while time.monotonic() - began < seconds + (5 if wire else 0):
             if wire is None:
                 try:
@@ -257,7 +264,7 @@ def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Rol
                 try:
                     messages = wire.receive()
                 except OSError as error:
-                    # Also the coordinator of an earlier run, which is about to end.
+                    # This may also be the coordinator of an earlier run, which is about to end.
                     closed = str(error) != 'not big_vit'
                     why = 'process 0 went away' if closed else 'another program listens there'
                     wire.close()
@@ -268,13 +275,13 @@ def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Rol
                     if 'refused' in message:
                         raise UserError(str(message['refused']))
                     if 'names' in message:
-                        done, wire = wire, None
-                        return Roll([str(name) for name in message['names']], {0: done})
+                        joined, wire = wire, None
+                        return Roll([str(name) for name in message['names']], {0: joined})
                     if 'missing' in message:
                         why = f'process 0 still waits for process(es) {message["missing"]}'
-            if time.monotonic() - said >= _SAY_EVERY:
-                said = time.monotonic()
-                _say(cluster, f'waits: {why}')
+            if time.monotonic() - last_announced >= _ANNOUNCE_EVERY_S:
+                last_announced = time.monotonic()
+                _announce(cluster, f'waits: {why}')
     finally:
         if wire is not None:
             wire.close()
@@ -285,7 +292,7 @@ def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Rol
 
 
 class Roll:
-    """Who is here: the hostname of each process, and the open connections of this one."""
+    """Participants: hostnames of all processes, and the open connections of this one."""
 
     def __init__(self, names: list[str], wires: dict[int, Wire]):
         self.names, self.wires = names, wires

@@ -1,12 +1,13 @@
-"""Parameters cut into blocks of few sizes, stacked: what Shampoo and SOAP compute on.
+"""Block decomposition shared by Shampoo and SOAP: matrices cut into stacks of equal blocks.
 
-Each matrix is cut into equal blocks of at most `block` rows and columns, each block is
-turned so that it has no more rows than columns and padded to one of few sizes. All blocks
-of a size make one stack [blocks, rows, columns], whose first axis lies over all devices of
-a mesh. Padding is zeros, and exact: rows of zeros stay zero, and add nothing to statistics.
+Each matrix is cut into equal blocks of at most `block` rows and columns. A block is transposed
+where needed so that it has no more rows than columns, and zero-padded to one of a few sizes. All
+blocks of one size form a stack [blocks, rows, columns], whose first axis is sharded over every
+device of the mesh. Padding with zeros is exact: zero rows stay zero and add nothing to the
+statistics.
 
-The order of the blocks depends on neither the mesh nor on whether layers are scanned. A
-stack is only longer, by blocks of zeros at its end, where more devices share it.
+The order of the blocks depends neither on the mesh nor on whether layers are scanned. More
+devices only make a stack longer, by zero blocks at its end.
 """
 
 import math
@@ -23,21 +24,25 @@ from jaxtyping import Array, Bool, Float, Int
 from big_vit import trees
 from big_vit.optim import matrices
 
+# (path, number of axes) -> how that parameter is a matrix, or None.
 MatrixOf = Callable[[str, int], matrices.Matrix | None]
+# (rows, columns) of a block.
 Size = tuple[int, int]
+# State of an optimizer by stack name.
 Stacks = dict[str, Any]
+# Scalars by name, see `zero_health`.
 HealthStats = dict[str, Array]
 
 
 class Cut(NamedTuple):
-    """How one parameter is cut.
+    """Where the blocks of one parameter lie.
 
     Attributes:
-      layers, rows, columns: it is so many matrices of this size.
-      down, across: each in so many blocks.
-      flipped: its blocks are transposed in the stack.
-      stack: the name of the stack.
-      first: index of its first block there.
+      layers, rows, columns: the parameter seen as `layers` matrices of [rows, columns].
+      down, across: number of blocks along the rows and along the columns of each matrix.
+      flipped: True if its blocks are stored transposed.
+      stack: name of the stack that holds the blocks.
+      first: index of its first block in that stack.
     """
 
     layers: int
@@ -51,11 +56,12 @@ class Cut(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """Number of blocks of the parameter."""
         return self.layers * self.down * self.across
 
 
 class BlockStack(NamedTuple):
-    """The size of the blocks of a stack, and how many there are."""
+    """Size of the blocks of one stack, and how many real (not padding) blocks it has."""
 
     rows: int
     columns: int
@@ -63,20 +69,24 @@ class BlockStack(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A function of names and shapes alone; parameters in no cut are not matrices."""
+    """Layout of all blocks; parameters without an entry in `cuts` are not matrices.
+
+    It follows from names and shapes alone, so `init` and `update` derive the same one.
+    """
 
     cuts: dict[str, Cut]
     stacks: dict[str, BlockStack]
 
 
-def _rounded(size: int) -> int:
-    """So that sizes that are nearly the same become the same."""
+def _round_up(size: int) -> int:
+    """Rounds a side up, so that nearly equal sizes share a stack."""
+    # Short sides stay exact: padding would weigh too much there.
     unit = 1 if size <= 64 else 32 if size <= 256 else 64
     return -(-size // unit) * unit
 
 
-def _order(name: str) -> tuple[str, int]:
-    """Sorts unrolled layers as they would be if they were scanned."""
+def _layer_order(name: str) -> tuple[str, int]:
+    """Sort key that puts unrolled layers in the order they would have if scanned."""
     layer = re.search(r'(?<=encoderblock_)\d+', name)
     return re.sub(r'encoderblock_\d+', 'encoderblock', name), int(layer[0]) if layer else 0
 
@@ -84,40 +94,41 @@ def _order(name: str) -> tuple[str, int]:
 def plan(
     shapes: Mapping[str, tuple[int, ...]], block: int, matrix: MatrixOf = matrices.matrix
 ) -> Plan:
-    """Cuts the parameters of these names and shapes.
+    """Plans how to cut parameters into stacks of blocks.
 
     Args:
+      shapes: parameter shapes by path.
       block: largest number of rows and columns of a block.
-      matrix: says of a name and a number of axes how that parameter is a matrix.
+      matrix: maps a path and its number of axes to the matrix view, or None for Adam.
     """
     views: dict[str, tuple[int, int, int]] = {}
-    for name in sorted(shapes, key=_order):
-        shape, found = shapes[name], matrix(name, len(shapes[name]))
-        if found is None:
+    for name in sorted(shapes, key=_layer_order):
+        shape, axes = shapes[name], matrix(name, len(shapes[name]))
+        if axes is None:
             continue
-        middle = found.stack + found.inputs
-        layers = math.prod(shape[: found.stack])
-        rows, columns = math.prod(shape[found.stack : middle]), math.prod(shape[middle:])
+        middle = axes.stack + axes.inputs
+        layers = math.prod(shape[: axes.stack])
+        rows, columns = math.prod(shape[axes.stack : middle]), math.prod(shape[middle:])
         if layers and min(rows, columns) > 1:  # A single row is a vector.
             views[name] = layers, rows, columns
-    parts = _parts(views, block)
+    parts = _split_counts(views, block)
     sizes: dict[str, Size] = {}
     counts: dict[Size, int] = {}
     for name, (layers, rows, columns) in views.items():
         down, across = parts[rows], parts[columns]
-        small, large = sorted((_rounded(-(-rows // down)), _rounded(-(-columns // across))))
+        small, large = sorted((_round_up(-(-rows // down)), _round_up(-(-columns // across))))
         sizes[name] = small, large
         counts[sizes[name]] = counts.get(sizes[name], 0) + layers * down * across
     total = sum(counts.values())
-    usual = [size for size, count in counts.items() if count > 1 and 16 * count > total]
+    common = [size for size, count in counts.items() if count > 1 and 16 * count > total]
     cuts: dict[str, Cut] = {}
     stacks: dict[str, BlockStack] = {}
     for name, (layers, rows, columns) in views.items():
         down, across = parts[rows], parts[columns]
-        made = sizes[name], -(-rows // down) > -(-columns // across), down, across
-        if sizes[name] not in usual:
-            made = _as_usual(rows, columns, usual, 4 * down * across) or made
-        size, flipped, down, across = made
+        placement = sizes[name], -(-rows // down) > -(-columns // across), down, across
+        if sizes[name] not in common:
+            placement = _fit_common_size(rows, columns, common, 4 * down * across) or placement
+        size, flipped, down, across = placement
         key = f'{size[0]}x{size[1]}'
         first = stacks[key].blocks if key in stacks else 0
         cuts[name] = Cut(layers, rows, columns, down, across, flipped, key, first)
@@ -125,18 +136,18 @@ def plan(
     return Plan(cuts, stacks)
 
 
-def _parts(views: Mapping[str, tuple[int, int, int]], block: int) -> dict[int, int]:
-    """Into how many parts to cut each side: as few as `block` allows, or a few more.
+def _split_counts(views: Mapping[str, tuple[int, int, int]], block: int) -> dict[int, int]:
+    """Chooses the number of parts for each side length: the fewest `block` allows, or a few more.
 
-    What must be cut is cut into parts as long as the side that most matrices have, if twice
-    as many can be so long: 3072 beside 768 into four of 768, not three of 1024. Blocks of
-    one size take one program to make roots with, and need the least zeros.
+    A side that must be cut is cut into parts of the most common length if at most twice as many
+    parts achieve that: next to 768, a side of 3072 becomes four parts of 768 rather than three
+    of 1024. Equal blocks share one root computation and need the least padding.
     """
     fewest, seen = {}, dict[int, int]()
     for layers, *sides in views.values():
         for side in sides:
             fewest[side] = -(-side // block)
-            size = _rounded(-(-side // fewest[side]))
+            size = _round_up(-(-side // fewest[side]))
             seen[size] = seen.get(size, 0) + layers
     if not seen:
         return {}
@@ -144,26 +155,28 @@ def _parts(views: Mapping[str, tuple[int, int, int]], block: int) -> dict[int, i
     parts = {}
     for side, least in fewest.items():
         more = range(least, 2 * least + 1) if least > 1 else ()
-        alike = [n for n in more if _rounded(-(-side // n)) == most]
+        alike = [n for n in more if _round_up(-(-side // n)) == most]
         parts[side] = alike[0] if alike else least
     return parts
 
 
-# Scalars of a block that costs more to compile for than to pad.
-_SMALL = 128**2
+# Scalars below which padding a block is cheaper than compiling roots for one more size.
+_SMALL_BLOCK = 128**2
 
 
-def _as_usual(
-    rows: int, columns: int, usual: list[Size], limit: int
+def _fit_common_size(
+    rows: int, columns: int, common: list[Size], limit: int
 ) -> tuple[Size, bool, int, int] | None:
-    """(size, flipped, down, across) of a rare matrix in blocks of a size that is there anyway.
+    """Fits a matrix of a rare size into blocks of a common one.
 
-    On many devices a stack of a single block would take as much as one of a block for each.
-    None where it would take more blocks than the limit, or more than double what the matrix
-    takes, if that is not small anyway.
+    A stack with a single block would be padded to one block per device.
+
+    Returns:
+      (size, flipped, down, across), or None if that takes more blocks than `limit`, or more than
+      twice the scalars of the matrix (unless those are few anyway).
     """
-    best, least = None, max(2 * rows * columns, _SMALL)
-    for size in usual:
+    best, least = None, max(2 * rows * columns, _SMALL_BLOCK)
+    for size in common:
         for flipped in (False, True):
             r, c = (size[1], size[0]) if flipped else size
             down, across = -(-rows // r), -(-columns // c)
@@ -173,7 +186,7 @@ def _as_usual(
 
 
 def cut(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Float[Array, 'blocks r c']]:
-    """The stacks made of arrays by name; those that are in no cut are left out."""
+    """Cuts arrays, given by path, into their stacks; arrays not in the plan are ignored."""
     parts: dict[str, list[Array]] = {name: [] for name in plan.stacks}
     for name, c in plan.cuts.items():
         rows, columns = -(-c.rows // c.down), -(-c.columns // c.across)
@@ -185,7 +198,7 @@ def cut(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Float[Array, 'bloc
         size = plan.stacks[c.stack]
         x = jnp.pad(x, ((0, 0), (0, size.rows - x.shape[1]), (0, size.columns - x.shape[2])))
         parts[c.stack].append(x)
-    return {name: jnp.concatenate(found) for name, found in parts.items()}
+    return {name: jnp.concatenate(pieces) for name, pieces in parts.items()}
 
 
 def join(
@@ -193,7 +206,7 @@ def join(
     stacks: Mapping[str, Float[Array, 'blocks r c']],
     abstract_state: Mapping[str, Array],
 ) -> dict[str, Array]:
-    """The inverse of `cut`, in shapes and types of `like`; blocks behind the last are left out."""
+    """Inverts `cut`, with shapes and dtypes from `abstract_state`; drops padding blocks."""
     arrays = {}
     for name, c in plan.cuts.items():
         rows, columns = -(-c.rows // c.down), -(-c.columns // c.across)
@@ -207,9 +220,9 @@ def join(
 
 
 class Adam(NamedTuple):
-    """Averages as Adam takes them (arXiv 1412.6980), with NAdam's look ahead or without.
+    """Adam's hyperparameters (arXiv 1412.6980), with NAdam's look-ahead if `nesterov`.
 
-    mu_dtype and dtype are the types in which the average of the gradient and all else is kept.
+    `mu_dtype` is the dtype of the gradient average, `dtype` that of everything else.
     """
 
     b1: float
@@ -221,34 +234,37 @@ class Adam(NamedTuple):
 
 
 def correction(decay: float, step: Int[Array, ''], dtype: Any) -> Float[Array, '']:
-    """1 - decay^step: what the weights of an average that began at 0 sum to."""
+    """Bias correction 1 - decay^step: the sum of the weights of an average that began at 0."""
     return 1 - jnp.asarray(decay, dtype) ** step
 
 
 def moments(
     o: Adam, g: Array, mu: Array, nu: Array, step: Int[Array, '']
 ) -> tuple[Array, Array, Array]:
-    """(average of the gradient, corrected for its start at 0; new mu; new nu)."""
+    """Updates Adam's moments; returns (bias-corrected gradient average, new mu, new nu)."""
     mu = o.b1 * mu.astype(g.dtype) + (1 - o.b1) * g
     nu = o.b2 * nu + (1 - o.b2) * jnp.square(g)
+    # NAdam looks ahead to the next step, so its average is corrected for that step.
     average = o.b1 * mu + (1 - o.b1) * g if o.nesterov else mu
     average = average / correction(o.b1, step + 1 if o.nesterov else step, g.dtype)
     return average, mu.astype(o.mu_dtype), nu
 
 
 def adam(o: Adam, average: Array, nu: Array, step: Int[Array, '']) -> Array:
-    """The direction of Adam."""
+    """Returns Adam's update direction."""
     return average / (jnp.sqrt(nu / correction(o.b2, step, nu.dtype)) + o.eps)
 
 
 def count(mask: Bool[Array, '*n']) -> Int[Array, '']:
+    """Number of True entries, as int32."""
     return mask.sum(dtype=jnp.int32)
 
 
 def usable(
     g: Float[Array, 'blocks r c'],
 ) -> tuple[Bool[Array, 'blocks 1 1'], Float[Array, 'blocks r c']]:
-    """(which blocks have a gradient that can be used, the gradients with zeros for the rest)."""
+    """Masks blocks whose squared norm is not finite: (mask of good blocks, gradients or 0)."""
+    # The norm's square also catches finite gradients whose square overflows.
     keep = jnp.isfinite(jnp.square(g).sum((1, 2), keepdims=True))
     return keep, jnp.where(keep, g, 0)
 
@@ -260,19 +276,26 @@ def statistics(
     left: Float[Array, 'blocks r r'],
     right: Float[Array, 'blocks c c'],
 ) -> tuple[Float[Array, 'blocks r r'], Float[Array, 'blocks c c'], Int[Array, '']]:
-    """(averages of G G' and G' G, how many were not finite and have started again)."""
+    """Updates the Kronecker factors.
+
+    A bad gradient (`keep` False) leaves them unchanged. Factors that are not finite restart from
+    the current gradient alone, so that one overflow cannot poison them forever.
+
+    Returns:
+      (averages of G Gᵀ, averages of Gᵀ G, number of factors that restarted).
+    """
     outer = (jnp.einsum('nij,nkj->nik', g, g), jnp.einsum('nji,njk->nik', g, g))
-    made, restarted = [], jnp.zeros((), jnp.int32)
-    for old, now in zip((left, right), outer, strict=True):
-        new = b2 * old + (1 - b2) * now
+    averages, restarted = [], jnp.zeros((), jnp.int32)
+    for old, fresh in zip((left, right), outer, strict=True):
+        new = b2 * old + (1 - b2) * fresh
         finite = jnp.isfinite(new).all((1, 2), keepdims=True)
-        made.append(jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * now)))
+        averages.append(jnp.where(keep & finite, new, jnp.where(finite, old, (1 - b2) * fresh)))
         restarted += count(~finite)
-    return made[0], made[1], restarted
+    return averages[0], averages[1], restarted
 
 
 def take(x: Array, group: Array | None, groups: int) -> Array:
-    """Every `groups`-th block from that of number `group` on; all where that is None."""
+    """Takes every `groups`-th block, starting at index `group`; all blocks if that is None."""
     if group is None:
         return x
     parts = x.reshape(-1, groups, *x.shape[1:])
@@ -280,7 +303,7 @@ def take(x: Array, group: Array | None, groups: int) -> Array:
 
 
 def put(x: Array, part: Array, group: Array | None, groups: int) -> Array:
-    """`x` with these blocks where `take` has them from."""
+    """Returns `x` with the blocks that `take` selects replaced by `part`."""
     if group is None:
         return part
     parts = x.reshape(-1, groups, *x.shape[1:])
@@ -288,7 +311,7 @@ def put(x: Array, part: Array, group: Array | None, groups: int) -> Array:
 
 
 def check(block: int, every: int, groups: int, stats_dtype: Any) -> list[tuple[str, str]]:
-    """(option, what is wrong with it and what to do) for each that cannot be."""
+    """Lists invalid options as (option, what is wrong and how to fix it)."""
     numbers = (('block', block, 2), ('every', every, 1), ('groups', groups, 1))
     wrong = [(name, f'{n} is below {least}') for name, n, least in numbers if n < least]
     if wrong:
@@ -303,16 +326,15 @@ def check(block: int, every: int, groups: int, stats_dtype: Any) -> list[tuple[s
 
 
 class State(NamedTuple):
-    """The state of an optimizer that works on stacks.
+    """State of an optimizer that works on stacks.
 
     Attributes:
-      step: updates so far, by which averages of gradients and squares are corrected.
-      age: of them, those that statistics of blocks are made of: fewer where another optimizer
-        made the first ones.
-      mu, nu: averages of the parameters that are not matrices.
-      stacks: whatever the optimizer keeps of its blocks, each array with the blocks as its
-        first axis.
-      health: what has happened since the start.
+      step: number of updates, for bias correction of Adam's moments.
+      age: number of updates that went into the block statistics; below `step` if the first
+        updates were made by another optimizer.
+      mu, nu: Adam's moments of the parameters that are not matrices.
+      stacks: per-stack state of the optimizer; the first axis of every array is the block.
+      health: event counts since the start, see `zero_health`.
     """
 
     step: Int[Array, '']
@@ -323,13 +345,13 @@ class State(NamedTuple):
     health: HealthStats
 
 
-def nothing() -> HealthStats:
-    """What an optimizer of stacks tells of a step, or in `State.health` of all, at first.
+def zero_health() -> HealthStats:
+    """Zero health statistics, for one step or, in `State.health`, for the whole run.
 
-    computed, refused    roots or bases that were made, and of them those not good enough
-    restarted            statistics that were of no use and have started again
-    ignored              gradients, of a block or a parameter, that were not finite
-    error                the largest of the roots or bases; of all steps, that of the last
+    computed, refused    roots or bases computed, and how many of these were too inaccurate
+    restarted            statistics that were unusable and have started again
+    ignored              non-finite gradients, of a block or a whole parameter
+    error                largest error of the roots or bases (of the latest step, not a sum)
     """
     counts = ('computed', 'refused', 'restarted', 'ignored')
     zeros = {name: jnp.zeros((), jnp.int32) for name in counts}
@@ -337,7 +359,7 @@ def nothing() -> HealthStats:
 
 
 def padded_length(stack: BlockStack, unit: int) -> int:
-    """Blocks of a stack, with those of zeros that make it divide by `unit`."""
+    """Number of blocks of a stack once padded to a multiple of `unit`."""
     return -(-stack.blocks // unit) * unit
 
 
@@ -352,15 +374,18 @@ def transformation(
     matrix: MatrixOf = matrices.matrix,
     gather_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
-    """An optimizer of stacks of blocks, and Adam for what is not a matrix.
+    """Builds an optimizer that applies `advance` to matrices and Adam to everything else.
 
     Args:
-      empty: the first state of a stack, of so many blocks with those of zeros.
-      advance: (gradients of all stacks, their states, step, age) -> (directions, states, what
-        has happened, as `nothing` has it). Called on each device with that device's blocks.
-      groups: each device has a multiple of so many blocks of a stack.
-      mesh: over all of whose axes blocks are spread; None computes on one device.
-      gather_dtype: type in which directions travel between devices.
+      o: hyperparameters of Adam.
+      empty: (stack, padded number of blocks) -> initial state of that stack.
+      advance: (gradients of all stacks, their states, step, age) -> (directions, new states,
+        health of this step). Called on each device with the blocks of that device.
+      block: largest side of a block.
+      groups: the number of blocks per device is padded to a multiple of this.
+      mesh: mesh whose devices share the blocks; None computes on one device.
+      matrix: maps a path and its number of axes to the matrix view, or None for Adam.
+      gather_dtype: dtype in which directions travel between devices.
     """
     unit = groups * (mesh.size if mesh is not None else 1)
 
@@ -380,7 +405,7 @@ def transformation(
             mu=trees.unflatten({n: jnp.zeros(x.shape, o.mu_dtype) for n, x in rest.items()}),
             nu=trees.unflatten({n: jnp.zeros(x.shape, o.dtype) for n, x in rest.items()}),
             stacks=stacks,
-            health=nothing(),
+            health=zero_health(),
         )
 
     def update(updates: Any, state: State, params: Any = None) -> tuple[Any, State]:
@@ -388,7 +413,7 @@ def transformation(
         flat = trees.flatten(updates)
         cuts = plan({name: x.shape for name, x in flat.items()}, block, matrix)
         step, age = state.step + 1, state.age + 1
-        directions, stacks, told = advance_all(
+        directions, stacks, health = advance_all(
             advance,
             cut_all(cuts, flat, unit, mesh, o.dtype),
             state.stacks,
@@ -396,23 +421,23 @@ def transformation(
             mesh,
             gather_dtype,
         )
-        made = join(cuts, directions, flat)
+        new_updates = join(cuts, directions, flat)
         mu, nu = trees.flatten(state.mu), trees.flatten(state.nu)
         for name in mu:
             g = flat[name].astype(o.dtype)
             usable = jnp.isfinite(jnp.square(g).sum())
             average, new_mu, new_nu = moments(o, g, mu[name], nu[name], step)
             direction = jnp.where(usable, adam(o, average, new_nu, step), 0)
-            made[name] = direction.astype(flat[name].dtype)
+            new_updates[name] = direction.astype(flat[name].dtype)
             mu[name] = jnp.where(usable, new_mu, mu[name])
             nu[name] = jnp.where(usable, new_nu, nu[name])
-            told['ignored'] += ~usable
-        added = {
-            name: told[name] if name == 'error' else old + told[name].astype(old.dtype)
+            health['ignored'] += ~usable
+        totals = {
+            name: health[name] if name == 'error' else old + health[name].astype(old.dtype)
             for name, old in state.health.items()
         }
-        new = State(step, age, trees.unflatten(mu), trees.unflatten(nu), stacks, added)
-        return trees.map_with_name(lambda name, _: made[name], updates), new
+        new = State(step, age, trees.unflatten(mu), trees.unflatten(nu), stacks, totals)
+        return trees.map_with_name(lambda name, _: new_updates[name], updates), new
 
     return optax.GradientTransformation(init, update)
 
@@ -420,18 +445,20 @@ def transformation(
 def cut_all(
     cuts: Plan, arrays: Mapping[str, Array], unit: int, mesh: Mesh | None, dtype: Any
 ) -> dict[str, Float[Array, 'blocks r c']]:
-    """`cut`, with blocks of zeros up to a multiple of `unit`."""
-    whole = {name: arrays[name].astype(dtype) for name in cuts.cuts}
-    if mesh is not None and whole:
-        # Whole on each device first, of which it takes its blocks without asking others.
-        # Spread at once, each block would travel by itself.
-        whole = jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, PartitionSpec()))
+    """Cuts arrays into stacks, each padded with zero blocks to a multiple of `unit`."""
+    replicated = {name: arrays[name].astype(dtype) for name in cuts.cuts}
+    if mesh is not None and replicated:
+        # Replicate first: each device then slices its own blocks without communication. Sharded
+        # at once, every block would travel in a transfer of its own.
+        replicated = jax.lax.with_sharding_constraint(
+            replicated, NamedSharding(mesh, PartitionSpec())
+        )
     stacks = {
         name: jnp.pad(x, ((0, padded_length(cuts.stacks[name], unit) - x.shape[0]), (0, 0), (0, 0)))
-        for name, x in cut(cuts, whole).items()
+        for name, x in cut(cuts, replicated).items()
     }
     if mesh is not None and stacks:
-        # Stacks too, or the partitioner pads parts and sends what then lies elsewhere.
+        # The stacks too: else the partitioner pads each shard and then sends what is misplaced.
         stacks = jax.lax.with_sharding_constraint(stacks, NamedSharding(mesh, PartitionSpec()))
     return stacks
 
@@ -444,26 +471,26 @@ def advance_all(
     mesh: Mesh | None,
     gather_dtype: Any,
 ) -> tuple[dict[str, Array], Stacks, HealthStats]:
-    """`advance` on each device with its own blocks; directions and what is told of all.
+    """Runs `advance` on each device's own blocks; gathers directions and sums up health.
 
     Args:
       now: further arguments of `advance`, such as the step.
     """
     if not grads:
-        return {}, stacks, nothing()
+        return {}, stacks, zero_health()
     if mesh is None:
         return advance(grads, stacks, *now)
     axes = mesh.axis_names
 
     def local(grads: Any, stacks: Any, now: Any) -> Any:
-        directions, stacks, told = advance(grads, stacks, *now)
-        # Each stack as it is: what is flattened to travel costs more to put back than to send.
+        directions, stacks, health = advance(grads, stacks, *now)
+        # One gather per stack: flattening them into one costs more to undo than it saves.
         gathered = {
             name: jax.lax.all_gather(x.astype(gather_dtype), axes, tiled=True)
             for name, x in directions.items()
         }
-        error = jax.lax.pmax(told.pop('error'), axes)
-        return gathered, stacks, {**jax.lax.psum(told, axes), 'error': error}
+        error = jax.lax.pmax(health.pop('error'), axes)
+        return gathered, stacks, {**jax.lax.psum(health, axes), 'error': error}
 
     split, same = PartitionSpec(axes), PartitionSpec()
     return jax.shard_map(

@@ -12,36 +12,36 @@ from big_vit.optim import per_layer
 
 
 def adaptive(limit: float) -> optax.GradientTransformation:
-    """Adaptive gradient clipping (arXiv 2102.06171): at most `limit` of the weights' norm.
+    """Clips each unit's gradient to `limit` times the norm of its weights (AGC, arXiv 2102.06171).
 
-    A unit, whose norms are compared, is an output of a matrix; a bias, a norm's scale or a
-    table is one as a whole. The classifier, `head`, is left as it is, as in the paper.
+    A unit is one output of a matrix, or all of a bias, norm scale or table. The classifier,
+    `head`, is left alone, as in the paper.
     """
     inner = optax.adaptive_grad_clip(limit, axis=0)
 
-    def change(name: str, gradient: jax.Array, param: jax.Array) -> jax.Array:
+    def clip(name: str, gradient: jax.Array, param: jax.Array) -> jax.Array:
         if re.match('head/', name):
             return gradient
 
-        def one(g: jax.Array, w: jax.Array) -> jax.Array:
+        def clip_layer(g: jax.Array, w: jax.Array) -> jax.Array:
             g, w, shape = per_layer.as_matrix(name, g), per_layer.as_matrix(name, w), g.shape
             return inner.update(g, optax.EmptyState(), w)[0].reshape(shape)
 
-        return per_layer.per_layer(name, one)(gradient, param)
+        return per_layer.per_layer(name, clip_layer)(gradient, param)
 
-    return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
+    return optax.stateless(lambda updates, params: trees.map_with_name(clip, updates, params))
 
 
 def by_global_norm(limit: float) -> optax.GradientTransformation:
-    """The gradient of all parameters multiplied so that its norm is at most `limit`.
+    """Rescales the gradient so that its global norm is at most `limit`.
 
-    optax chooses between two gradients instead; of sharded ones the partitioner then brings
-    together both.
+    Multiplies by a factor instead of selecting between two gradients as optax does: with sharded
+    gradients, the select makes the partitioner gather both.
     """
 
-    def change(gradients: Any, _: Any) -> Any:
+    def rescale(gradients: Any, _: Any) -> Any:
         norm = optax.tree.norm(gradients)
         factor = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
 
-    return optax.stateless(change)
+    return optax.stateless(rescale)

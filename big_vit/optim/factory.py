@@ -1,9 +1,9 @@
-"""Optimizers as optax chains: clip, then a law of updates with the rates of each parameter.
+"""Optimizers as optax chains: clipping, then an update law with per-parameter rates.
 
-A law is a function of `Rules` that gives the parts of a chain from the clipped gradient to
-the update. `LAWS` has a function for each optimizer: its arguments are the config keys that
-it reads, and their defaults its own. A new optimizer whose decay is decoupled is one function
-that ends in `decoupled(scaler)`, and its name in `LAWS` and in the schema.
+A law maps `Rules` to the links of a chain, from the clipped gradient to the update. `LAWS` has
+one function per optimizer, whose arguments are the config keys that it reads, with its own
+defaults. A new optimizer with decoupled decay is one function that ends in `decoupled(scaler)`
+and one line in `LAWS` (docs/development.md, "Add an optimizer").
 """
 
 import inspect
@@ -35,7 +35,7 @@ from big_vit.optim.schedules import Schedule
 
 
 class Rules(NamedTuple):
-    """The rate, by parameter path the decay and the factor on the rate, and the mesh if any."""
+    """Learning rate schedule, decay and rate factor by parameter path, and the mesh if any."""
 
     schedule: Schedule
     decay: dict[str, float]
@@ -47,7 +47,7 @@ Law = Callable[[Rules], list[optax.GradientTransformation]]
 
 
 def scale_by_factors(factors: dict[str, Factor]) -> optax.GradientTransformation:
-    """Multiplies each update by the factor of its path, or by those of its scanned layers."""
+    """Multiplies each update by the factor of its path; a tuple has one per scanned layer."""
 
     def scale(name: str, update: jax.Array) -> jax.Array:
         factor = factors[name]
@@ -62,7 +62,7 @@ def scale_by_factors(factors: dict[str, Factor]) -> optax.GradientTransformation
 def add_decayed_weights(factors: dict[str, float]) -> optax.GradientTransformation:
     """Adds `factor * parameter` to each update.
 
-    Behind a scaler that is decoupled decay (arXiv 1711.05101), in front of it L2.
+    After the scaler that is decoupled decay (arXiv 1711.05101), before it L2 regularization.
     """
 
     def add(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
@@ -72,9 +72,9 @@ def add_decayed_weights(factors: dict[str, float]) -> optax.GradientTransformati
 
 
 def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by `-schedule(step)`, where the step is an argument of `update`.
+    """Multiplies by `-schedule(step)`, where `step` is an argument of `update`.
 
-    The step is the run's own, so that a skipped update does not shift the schedule.
+    The step is that of the run, so a skipped update does not shift the schedule.
     """
 
     def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any):
@@ -84,29 +84,29 @@ def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def _rated(rules: Rules) -> list[optax.GradientTransformation]:
+def _scale_by_rates(rules: Rules) -> list[optax.GradientTransformation]:
     return [scale_by_factors(rules.rate), scale_by_rate(rules.schedule)]
 
 
 def decoupled(scaler: optax.GradientTransformation) -> Law:
     """The usual law: a scaler such as `optax.scale_by_adam()`, then decay, then the rate."""
-    return lambda rules: [scaler, add_decayed_weights(rules.decay), *_rated(rules)]
+    return lambda rules: [scaler, add_decayed_weights(rules.decay), *_scale_by_rates(rules)]
 
 
-# One function for each optimizer. Paper, state and keys of each are in docs/optimizers.md.
+# One function per optimizer. docs/optimizers.md lists paper, state and keys of each.
 
 
 def sgd(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32') -> Law:
-    """The gradient, or its heavy-ball or Nesterov accumulation."""
+    """SGD, plain or with heavy-ball or Nesterov momentum."""
     if not momentum:
         return decoupled(optax.identity())
     return decoupled(optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype)))
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str = 'float32') -> Law:
-    """Adam (arXiv 1412.6980); its decay is L2, in the gradient that is scaled."""
+    """Adam (arXiv 1412.6980); the decay is L2, added to the gradient before scaling."""
     scaler = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [add_decayed_weights(rules.decay), scaler, *_rated(rules)]
+    return lambda rules: [add_decayed_weights(rules.decay), scaler, *_scale_by_rates(rules)]
 
 
 def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str = 'float32') -> Law:
@@ -121,24 +121,24 @@ def nadamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str 
 
 
 def adafactor() -> Law:
-    """Adafactor (arXiv 1804.04235) without momentum, with the constants of optax.
+    """Adafactor (arXiv 1804.04235) without momentum, with optax's constants.
 
-    Updates are limited to a root mean square of 1 for each parameter, and multiplied by that
+    The update of each parameter is clipped to a root mean square of 1, then multiplied by that
     of the parameter: the rate is relative to the size of the weights.
     """
     return decoupled(
         optax.chain(
             factored_rms.scale_by_factored_rms(128),
-            per_layer.alone(optax.clip_by_block_rms(1.0)),
-            per_layer.alone(optax.scale_by_param_block_rms()),
+            per_layer.apply_per_layer(optax.clip_by_block_rms(1.0)),
+            per_layer.apply_per_layer(optax.scale_by_param_block_rms()),
         )
     )
 
 
 def adafactor_vit(b1: float = 0.9, b2: float = 0.999, mu_dtype: str = 'bfloat16') -> Law:
-    """The Adafactor of arXiv 2106.04560: momentum, no clipping, rates that are not relative.
+    """The Adafactor of arXiv 2106.04560: momentum, no update clipping, absolute rates.
 
-    The average of updates is not corrected for its start at 0, as in big_vision.
+    The momentum is not corrected for its start at 0, as in big_vision.
     """
     second = factored_rms.scale_by_factored_rms(32, cap=b2)
     first = optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(mu_dtype))
@@ -146,19 +146,19 @@ def adafactor_vit(b1: float = 0.9, b2: float = 0.999, mu_dtype: str = 'bfloat16'
 
 
 def lars(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32') -> Law:
-    """LARS (arXiv 1708.03888): momentum accumulates what the rate has multiplied."""
+    """LARS (arXiv 1708.03888); momentum accumulates updates already multiplied by the rate."""
     last = optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [lars_lamb.scale_by_lars_ratio(rules.decay), *_rated(rules), last]
+    return lambda rules: [lars_lamb.scale_by_lars_ratio(rules.decay), *_scale_by_rates(rules), last]
 
 
 def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 'float32') -> Law:
-    """LAMB (arXiv 1904.00962)."""
+    """LAMB (arXiv 1904.00962): AdamW with a trust ratio for each layer."""
     scaler = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.dtype(mu_dtype))
     return lambda rules: [
         scaler,
         add_decayed_weights(rules.decay),
         lars_lamb.scale_by_lamb_ratio(),
-        *_rated(rules),
+        *_scale_by_rates(rules),
     ]
 
 
@@ -174,28 +174,28 @@ def muon(
     eps: float = 1e-8,
     mu_dtype: str = 'float32',
 ) -> Law:
-    """Muon on hidden matrices, AdamW on the rest, both with one rate (arXiv 2502.16982).
+    """Muon for hidden matrices, AdamW for the rest, with one rate for both (arXiv 2502.16982).
 
-    The orthogonalised momentum is multiplied by 0.2 * sqrt(larger side), which makes it as
-    large as an update of AdamW.
+    The factor 0.2 * sqrt(larger side) gives the orthogonalized momentum the size of a typical
+    AdamW update, so that AdamW's rate and decay carry over.
     """
 
     def dimensions(params: Any) -> Any:
-        def of(name: str, x: jax.Array) -> contrib.MuonDimensionNumbers:
-            found = matrices.matrix(name, x.ndim)
-            assert found is not None
-            middle = found.stack + found.inputs
+        def dimensions_of(name: str, x: jax.Array) -> contrib.MuonDimensionNumbers:
+            axes = matrices.matrix(name, x.ndim)
+            assert axes is not None
+            middle = axes.stack + axes.inputs
             return contrib.MuonDimensionNumbers(
-                tuple(range(found.stack, middle)), tuple(range(middle, x.ndim))
+                tuple(range(axes.stack, middle)), tuple(range(middle, x.ndim))
             )
 
-        return trees.map_with_name(of, params)
+        return trees.map_with_name(dimensions_of, params)
 
     def resize(name: str, update: jax.Array) -> jax.Array:
-        found = matrices.matrix(name, update.ndim)
-        assert found is not None
-        rows = int(np.prod(update.shape[found.stack : found.stack + found.inputs]))
-        columns = int(np.prod(update.shape[found.stack + found.inputs :]))
+        axes = matrices.matrix(name, update.ndim)
+        assert axes is not None
+        rows = int(np.prod(update.shape[axes.stack : axes.stack + axes.inputs]))
+        columns = int(np.prod(update.shape[axes.stack + axes.inputs :]))
         return update * (0.2 * max(rows, columns) ** 0.5)
 
     dtype = jnp.dtype(mu_dtype)
@@ -214,7 +214,7 @@ def muon(
 
 
 def schedule_free_adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Law:
-    """Schedule-free AdamW (arXiv 2405.15682); b1 is the share of the average in y."""
+    """Schedule-free AdamW (arXiv 2405.15682); b1 is the share of the average x in y."""
     scaler = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     step = decoupled(scaler)
     return lambda rules: [schedule_free.wrap(optax.chain(*step(rules)), rules.schedule, b1)]
@@ -239,9 +239,9 @@ def shampoo_law(
     root_dtype: str = 'float32',
     gather_dtype: str = 'float32',
 ) -> Law:
-    """Shampoo with the lengths of Adam (arXiv 1802.09568, 2309.06497), Adam on the rest."""
-    options = _typed(locals())
-    _refuse(shampoo.check(shampoo.Options(**options)))
+    """Shampoo grafted to Adam's update length (arXiv 1802.09568, 2309.06497), Adam on the rest."""
+    options = _parse_dtypes(locals())
+    _raise_first(shampoo.check(shampoo.Options(**options)))
     return lambda rules: decoupled(shampoo.scale_by_shampoo(rules.mesh, **options))(rules)
 
 
@@ -258,16 +258,16 @@ def soap_law(
     gather_dtype: str = 'float32',
 ) -> Law:
     """SOAP on matrices, Adam on the rest (arXiv 2409.11321)."""
-    options = _typed(locals())
-    _refuse(blocks.check(block, every, groups, options['stats_dtype']))
+    options = _parse_dtypes(locals())
+    _raise_first(blocks.check(block, every, groups, options['stats_dtype']))
     return lambda rules: decoupled(soap.scale_by_soap(rules.mesh, **options))(rules)
 
 
-def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+def _parse_dtypes(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: jnp.dtype(v) if k.endswith('dtype') else v for k, v in settings.items()}
 
 
-def _refuse(wrong: list[tuple[str, str]]) -> None:
+def _raise_first(wrong: list[tuple[str, str]]) -> None:
     for key, why in wrong:
         raise UserError(f'config: optim.{key}: {why}')
 
@@ -290,52 +290,52 @@ LAWS: dict[str, Callable[..., Law]] = {
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The config keys that an optimizer reads, with its own defaults."""
+    """Config keys that an optimizer reads, with its own defaults."""
     parameters = inspect.signature(LAWS[name]).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters}
 
 
-# What is made of it.
+# Assembly: laws of parameter groups, frozen parameters, clipping.
 
 
 def grouped(laws: dict[str, Law], groups: dict[str, str]) -> Law:
-    """A law for each group of parameters.
+    """Combines laws into one that applies to each parameter the law of its group.
 
     Args:
-      laws: by name of the group.
-      groups: name of the group by parameter path.
+      laws: law by group name.
+      groups: group name by parameter path.
     """
 
     def labels(params: Any) -> Any:
         return trees.map_with_name(lambda name, _: groups[name], params)
 
     def law(rules: Rules) -> list[optax.GradientTransformation]:
-        chains = {name: optax.chain(*one(rules)) for name, one in laws.items()}
+        chains = {name: optax.chain(*law_of_group(rules)) for name, law_of_group in laws.items()}
         return [optax.partition(chains, labels)]
 
     return law
 
 
-def _still(rules: Rules) -> list[optax.GradientTransformation]:
-    """The law of what is frozen."""
-    # -0.0 is what changes no bit when added; 0.0 makes 0.0 of -0.0.
+def _freeze(rules: Rules) -> list[optax.GradientTransformation]:
+    """Law of frozen parameters: an update that leaves every bit as it is."""
+    # Adding -0.0 changes no bit, while 0.0 turns a weight of -0.0 into 0.0.
     return [
         optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
     ]
 
 
 def health(state: Any) -> dict[str, jax.Array]:
-    """What an optimizer tells of itself, for the metrics of a step; nothing of most."""
-    found = {
+    """Health statistics in an optimizer's state, as step metrics; most optimizers have none."""
+    stats = {
         name.rpartition('health/')[2]: leaf
         for name, leaf in trees.flatten(state).items()
         if '/health/' in name
     }
-    return {f'optim_{name}': leaf for name, leaf in found.items()}
+    return {f'optim_{name}': leaf for name, leaf in stats.items()}
 
 
 def frozen(lr_factors: dict[str, Factor]) -> frozenset[str]:
-    """The paths that never move: their factor is 0, for all layers."""
+    """Paths of parameters that never move: their rate factor is 0 in every layer."""
     return frozenset(name for name, factor in lr_factors.items() if not np.any(factor))
 
 
@@ -349,20 +349,21 @@ def make(
     agc: float = 0.0,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole optimizer.
+    """Builds the complete optimizer.
 
     Args:
-      law: one of `LAWS`, called with its settings, or several `grouped`.
-      decay_factors: weight decay by parameter path, multiplied by the rate.
-      lr_factors: factor on the rate by parameter path. What has 0 is frozen: it has no
-        state, and its gradient does not count in the norm that is clipped.
+      law: an entry of `LAWS` called with its settings, or several combined by `grouped`.
+      schedule: learning rate by step.
+      decay_factors: weight decay by parameter path; the rate multiplies it.
+      lr_factors: factor on the rate by parameter path. A factor of 0 freezes the parameter: it
+        gets no optimizer state and its gradient does not count in the norm that is clipped.
       clip: largest global norm of the gradient; 0 is off.
-      agc: largest share of the weights' norm that a unit's gradient may have, before `clip`;
-        0 is off.
-      mesh: over which Shampoo and SOAP spread their blocks.
+      agc: largest norm of a unit's gradient as a share of its weights' norm, applied before
+        `clip`; 0 is off.
+      mesh: mesh over which Shampoo and SOAP spread their blocks.
 
     Returns:
-      A transformation whose `update` takes the keyword `step`.
+      A transformation whose `update` takes the keyword argument `step`.
     """
 
     def moving(rules: Rules) -> list[optax.GradientTransformation]:
@@ -370,10 +371,10 @@ def make(
         limits += [clipping.by_global_norm(clip)] if clip else []
         return [optax.chain(*limits) if limits else optax.identity(), *law(rules)]
 
-    still = frozen(lr_factors)
-    whole: Law = moving
-    if still:
-        groups = {name: 'frozen' if name in still else 'moving' for name in lr_factors}
-        whole = grouped({'moving': moving, 'frozen': _still}, groups)
-    parts = whole(Rules(schedule, decay_factors, lr_factors, mesh))
+    frozen_names = frozen(lr_factors)
+    complete: Law = moving
+    if frozen_names:
+        groups = {name: 'frozen' if name in frozen_names else 'moving' for name in lr_factors}
+        complete = grouped({'moving': moving, 'frozen': _freeze}, groups)
+    parts = complete(Rules(schedule, decay_factors, lr_factors, mesh))
     return optax.with_extra_args_support(optax.chain(*parts))

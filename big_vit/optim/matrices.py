@@ -1,8 +1,8 @@
-"""Which parameters are matrices, along which axes, and which axes only stack layers.
+"""Matrix views of parameters: which axes are inputs and outputs, which only stack layers.
 
-Shampoo, SOAP, Muon and factored second moments treat a kernel as a matrix of inputs by
-outputs; LARS and LAMB need to know which leading axes hold several layers. The names are
-those of the models; a kernel of another name is taken as flax writes it, outputs last.
+Shampoo, SOAP, Muon and factored second moments treat a kernel as a matrix of inputs by outputs;
+LARS and LAMB need to know which leading axes stack layers. Parameter names are those of the
+models; any other kernel is assumed to follow Flax, with outputs last.
 """
 
 import re
@@ -15,13 +15,13 @@ RULES: tuple[tuple[str, int, int], ...] = (
     (r'embedding/kernel', 3, 1),
 )
 
-# Not hidden: what meets the data or the labels (arXiv 2502.16982 keeps these on AdamW).
+# Not hidden: parameters next to the data or the labels (kept on AdamW by arXiv 2502.16982).
 _OUTSIDE = re.compile(r'(^|/)(embedding|head|head_dist|pool)/')
 _SCANNED = re.compile(r'(^|/)encoderblock/')
 
 
 class Matrix(NamedTuple):
-    """How an array of axes [stack..., inputs..., outputs...] is a stack of matrices."""
+    """Number of [stack..., inputs..., outputs...] axes of an array that is a stack of matrices."""
 
     stack: int
     inputs: int
@@ -29,12 +29,12 @@ class Matrix(NamedTuple):
 
 
 def stacked_axes(name: str) -> int:
-    """Leading axes that hold one entry for each scanned layer."""
+    """Number of leading axes that index scanned layers."""
     return 1 if _SCANNED.search(name) else 0
 
 
 def matrix(name: str, ndim: int) -> Matrix | None:
-    """The matrix that a parameter is; None for biases, norms, tokens and positions."""
+    """Matrix view of a parameter; None for biases, norms, tokens and positions."""
     stack = stacked_axes(name)
     if not re.search(r'(^|/)kernel$', name):
         return None
@@ -45,5 +45,5 @@ def matrix(name: str, ndim: int) -> Matrix | None:
 
 
 def is_hidden(name: str, ndim: int) -> bool:
-    """Whether it is a matrix between features: neither patch embedding nor classifier."""
+    """Whether a parameter is a matrix between features: neither patch embedding nor classifier."""
     return matrix(name, ndim) is not None and not _OUTSIDE.search(name)

@@ -1,4 +1,4 @@
-"""First and second moments of one optimizer handed to another: Adam's family and Shampoo."""
+"""Hands moments from one optimizer to another, for Adam's family and Shampoo."""
 
 from typing import Any
 
@@ -12,10 +12,16 @@ from big_vit.optim import blocks
 Flat = dict[str, Any]
 
 
-def found(leaves: Flat, params: Flat) -> tuple[Flat, Flat, int] | None:
-    """(mu, nu, number of updates) in the arrays of an optimizer's state, by parameter path.
+def extract(leaves: Flat, params: Flat) -> tuple[Flat, Flat, int] | None:
+    """Extracts Adam's moments from a flattened optimizer state.
 
-    None where it does not have both moments of every parameter, as Adam and its kin do.
+    Args:
+      leaves: arrays of the optimizer state by path.
+      params: parameters by path.
+
+    Returns:
+      (mu by parameter path, nu by parameter path, number of updates), or None unless the state
+      has both moments of every parameter, as Adam and its kin do.
     """
 
     def all_of(kind: str) -> Flat:
@@ -38,7 +44,7 @@ def _adam_or_blocks(part: Any) -> bool:
     return isinstance(part, optax.ScaleByAdamState | blocks.State)
 
 
-def takes(opt: Any) -> bool:
+def can_hand_over(opt: Any) -> bool:
     """Whether `hand_over` would find a place for moments in this state, abstract or real."""
     return any(map(_adam_or_blocks, jax.tree.leaves(opt, is_leaf=_adam_or_blocks)))
 
@@ -46,36 +52,43 @@ def takes(opt: Any) -> bool:
 def hand_over(
     opt: Any, mu: Flat, nu: Flat, updates: int, block: int = 0, cut: frozenset[str] = frozenset()
 ) -> Any:
-    """An optimizer's first state with these moments.
+    """Puts moments into a freshly initialized optimizer state.
 
-    Statistics of blocks, roots and whatever else there is start afresh; so do the moments of
-    SOAP's matrices, which are in other bases.
+    Block statistics, roots and everything else start afresh; so do the moments of SOAP's
+    matrices, which live in other bases.
 
     Args:
-      block: that of Shampoo.
-      cut: the parameters that Shampoo moves.
+      opt: initial state of the new optimizer.
+      mu, nu: moments by parameter path.
+      updates: number of updates behind these moments.
+      block: block size of Shampoo.
+      cut: paths of the parameters that Shampoo moves.
+
+    Returns:
+      The state with moments and update counts replaced.
     """
     step = jnp.asarray(updates, jnp.int32)
 
     def fill(tree: Any, values: Flat) -> Any:
         return trees.map_with_name(lambda name, x: values[name].astype(x.dtype), tree)
 
-    def give(part: Any) -> Any:
-        if not _adam_or_blocks(part):
-            return part
-        part = part._replace(mu=fill(part.mu, mu), nu=fill(part.nu, nu))
-        if isinstance(part, optax.ScaleByAdamState):
-            return part._replace(count=step)
-        part = part._replace(step=step)
-        if not part.stacks or not hasattr(next(iter(part.stacks.values())), 'left_root'):
-            return part
+    def replace(state: Any) -> Any:
+        if not _adam_or_blocks(state):
+            return state
+        state = state._replace(mu=fill(state.mu, mu), nu=fill(state.nu, nu))
+        if isinstance(state, optax.ScaleByAdamState):
+            return state._replace(count=step)
+        state = state._replace(step=step)
+        # Only Shampoo's stacks have roots. Those of SOAP keep moments in other bases.
+        if not state.stacks or not hasattr(next(iter(state.stacks.values())), 'left_root'):
+            return state
         plan = blocks.plan({name: mu[name].shape for name in cut}, block)
-        stacks = dict(part.stacks)
+        stacks = dict(state.stacks)
         for field, values in (('mu', mu), ('nu', nu)):
             for name, x in blocks.cut(plan, values).items():
                 old = getattr(stacks[name], field)
                 x = jnp.pad(x, ((0, old.shape[0] - x.shape[0]), (0, 0), (0, 0)))
                 stacks[name] = stacks[name]._replace(**{field: x.astype(old.dtype)})
-        return part._replace(stacks=stacks)
+        return state._replace(stacks=stacks)
 
-    return jax.tree.map(give, opt, is_leaf=_adam_or_blocks)
+    return jax.tree.map(replace, opt, is_leaf=_adam_or_blocks)

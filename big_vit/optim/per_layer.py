@@ -1,4 +1,4 @@
-"""What is done to each layer alone, though scanned layers share one array."""
+"""Operations on each layer separately, although scanned layers share one array."""
 
 import math
 import re
@@ -11,11 +11,11 @@ import optax
 from big_vit import trees
 from big_vit.optim import matrices
 
-# A number for all of an array, or one for each of its scanned layers.
+# One number for a whole array, or one for each of its scanned layers.
 Factor = float | tuple[float, ...]
 
-# What makes tokens: the first layer. Blocks are those of the encoder; a stream of several has
-# its own before it, all of which count as making its tokens.
+# Everything that turns inputs into tokens is layer 0. "Blocks" are those of the shared encoder:
+# a stream's own blocks, which come before it, count as part of making its tokens.
 _FIRST = re.compile(
     r'(stem|embedding|pre_norm)/.*|pos_embedding|word_embedding|cls|registers|latents'
 )
@@ -26,55 +26,52 @@ _STREAM = re.compile(
 
 
 def per_layer(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one layer's arrays, for the arrays at this path as they are stacked."""
+    """Lifts a function of one layer's arrays to the arrays at this path, stacked or not."""
     for _ in range(matrices.stacked_axes(name)):
         function = jax.vmap(function)
     return function
 
 
 def as_matrix(name: str, x: jax.Array) -> jax.Array:
-    """One layer's array as [inputs, outputs]; what is no matrix as [size]."""
-    found = matrices.matrix(name, x.ndim + matrices.stacked_axes(name))
-    return x.reshape(-1) if found is None else x.reshape(math.prod(x.shape[: found.inputs]), -1)
+    """Reshapes one layer's array to [inputs, outputs], or [size] if it is not a matrix."""
+    axes = matrices.matrix(name, x.ndim + matrices.stacked_axes(name))
+    return x.reshape(-1) if axes is None else x.reshape(math.prod(x.shape[: axes.inputs]), -1)
 
 
-def alone(
-    inner: optax.GradientTransformation, chosen: Callable[[str], bool] = lambda name: True
-) -> optax.GradientTransformation:
-    """A transformation without a state, of each chosen parameter of each layer by itself."""
+def apply_per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a stateless transformation to each parameter of each layer separately."""
 
-    def change(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
-        if not chosen(name):
-            return update
-        one = per_layer(name, lambda u, p: inner.update(u, optax.EmptyState(), p)[0])
-        return one(update, param)
+    def apply(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        apply_to_layer = per_layer(name, lambda u, p: inner.update(u, optax.EmptyState(), p)[0])
+        return apply_to_layer(update, param)
 
-    return optax.stateless(lambda updates, params: trees.map_with_name(change, updates, params))
+    return optax.stateless(lambda updates, params: trees.map_with_name(apply, updates, params))
 
 
 def decay_factors(decay: float, params: Any) -> dict[str, Factor]:
-    """Factors on the rate by path, smaller the earlier the layer (arXiv 2106.08254).
+    """Layer-wise rate decay: factors on the rate by path (arXiv 2106.08254).
 
-    `decay ** (depth + 1 - layer)`: embeddings are layer 0, blocks 1 to `depth`, and what
-    comes after them, the head among it, is layer `depth + 1` with a factor of 1.
+    The factor is `decay ** (depth + 1 - layer)`. Embeddings are layer 0, blocks layers 1 to
+    `depth`; everything after them, including the head, is layer `depth + 1` with factor 1.
 
     Args:
+      decay: factor from one layer to the one before it.
       params: the parameters, or their shapes.
     """
     flat = trees.flatten(params)
-    numbers = {name: int(found[1]) for name in flat if (found := _BLOCK.fullmatch(name))}
+    numbers = {name: int(match[1]) for name in flat if (match := _BLOCK.fullmatch(name))}
     stacks = {name: x.shape[0] for name, x in flat.items() if matrices.stacked_axes(name)}
-    own = {name: size for name, size in stacks.items() if not _STREAM.fullmatch(name)}
-    depth = max([*own.values(), *(number + 1 for number in numbers.values())], default=0)
+    encoder_stacks = {name: size for name, size in stacks.items() if not _STREAM.fullmatch(name)}
+    depth = max([*encoder_stacks.values(), *(number + 1 for number in numbers.values())], default=0)
 
     def factor(name: str) -> Factor:
-        if name in own:
+        if name in encoder_stacks:
             return tuple(decay ** (depth - i) for i in range(depth))
         if name in numbers:
             return decay ** (depth - numbers[name])
         if name in stacks:
             return (decay ** (depth + 1),) * stacks[name]
-        first = _FIRST.fullmatch(name) or _STREAM.fullmatch(name)
-        return decay ** (depth + 1) if first else 1.0
+        is_first = _FIRST.fullmatch(name) or _STREAM.fullmatch(name)
+        return decay ** (depth + 1) if is_first else 1.0
 
     return {name: factor(name) for name in flat}

@@ -21,32 +21,41 @@ def make(
     cooldown_steps: int = 0,
     timescale: int = 10_000,
 ) -> Schedule:
-    """Linear warmup from 0 to `peak`, then `name`.
+    """Builds a linear warmup from 0 to `peak`, followed by the schedule `name`.
 
     Args:
       name: 'cosine' or 'linear', which reach `end * peak` at `total_steps`; 'constant'; or
         'rsqrt', `peak * sqrt(timescale / (timescale + t))` at t steps after the warmup
-        (arXiv 2106.04560). The last two do not read `end`.
-      cooldown_steps: so long before `total_steps` the rate begins to fall: it is multiplied
-        by what rests of them, down to 0. For 'constant' and 'rsqrt'.
+        (arXiv 2106.04560). The last two ignore `end`.
+      peak: rate at the end of the warmup.
+      total_steps: steps of the entire training.
+      warmup_steps: length of the warmup, part of `total_steps`.
+      end: final rate as a share of `peak`.
+      cooldown_steps: length of a linear decay to 0 that multiplies the rate at the end of
+        training; for 'constant' and 'rsqrt'.
+      timescale: steps, of 'rsqrt'.
+
+    Returns:
+      A function from the step to the rate, a float32 scalar.
 
     Raises:
-      UserError: warmup and cooldown are longer than the training, or `timescale` is 0.
+      UserError: warmup and cooldown are longer than the training, or `timescale` is below 1.
     """
     if warmup_steps + cooldown_steps > total_steps:
-        what, verb = 'schedule.warmup_*', 'comes'
+        keys, verb = 'schedule.warmup_*', 'comes'
         if cooldown_steps:
-            what, verb = 'schedule.warmup_* and cooldown_*', 'come'
+            keys, verb = 'schedule.warmup_* and cooldown_*', 'come'
         raise UserError(
-            f'config: {what} {verb} to {warmup_steps + cooldown_steps} steps, '
+            f'config: {keys} {verb} to {warmup_steps + cooldown_steps} steps, '
             f'more than the {total_steps} of the whole training'
         )
     if timescale < 1:
         raise UserError('config: schedule.timescale_* must be above 0')
-    rest = max(total_steps - warmup_steps, 1)
+    # optax rejects decays of 0 steps, which a run of nothing but warmup would ask for.
+    remaining = max(total_steps - warmup_steps, 1)
     after = {
-        'cosine': lambda: optax.cosine_decay_schedule(peak, rest, alpha=end),
-        'linear': lambda: optax.linear_schedule(peak, end * peak, rest),
+        'cosine': lambda: optax.cosine_decay_schedule(peak, remaining, alpha=end),
+        'linear': lambda: optax.linear_schedule(peak, end * peak, remaining),
         'constant': lambda: optax.constant_schedule(peak),
         'rsqrt': lambda: lambda t: peak * jnp.sqrt(timescale / (timescale + t)),
     }[name]()

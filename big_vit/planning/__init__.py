@@ -1,1 +1,1 @@
-"""What a compiler says of programs for accelerators that are not here."""
+"""Compiling for accelerators that are not attached, and reading what the compiler reports."""

@@ -1,9 +1,8 @@
-"""What a compiled module costs, read from the text that the TPU compiler gives.
+"""Costs of a compiled module, parsed from the text that the TPU compiler prints.
 
-The compiler writes an estimate in cycles into each fused operation. It covers
-the arithmetic and the memory traffic of one core, not the links between chips;
-those are computed here from the bytes of each collective. Other backends write
-no estimates: their modules only have collectives.
+The compiler annotates each fused operation with an estimate in cycles. It covers the arithmetic
+and memory traffic of one core, but not the links between chips; those are derived here from the
+bytes of each collective. Other backends print no estimates: their modules only have collectives.
 """
 
 import math
@@ -37,31 +36,46 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 class Op(NamedTuple):
-    """An instruction with an estimate, and how often it runs in one call of the module."""
+    """An instruction with a cycle estimate, and how often it runs per call of the module.
+
+    Attributes:
+      source: path of the model code that it was made from.
+      cycles: estimate for one execution.
+      branch: the conditional branch or loop of unknown length that it is in, '' if it runs the
+        same number of times in every call; see `Module.cycles_by_branch`.
+    """
 
     name: str
     opcode: str
-    source: str  # The path of the model's code that it was made from.
-    cycles: int  # Of one execution.
+    source: str
+    cycles: int
     times: int
-    branch: str = ''  # What it is in that runs not once in each call, see `cycles_by_branch`.
+    branch: str = ''
 
 
 class Collective(NamedTuple):
-    """A transfer between devices."""
+    """A transfer between devices.
+
+    Attributes:
+      nbytes: size on one device of the full array: before it is scattered, or once gathered.
+      group: number of devices that take part together.
+      overlapped: whether the compiler schedules other work meanwhile.
+      network: whether it uses the data-centre network, between slices.
+      branch: as in `Op`.
+    """
 
     kind: str
     source: str
-    nbytes: int  # Of the array before it is scattered or after it is gathered, on one device.
-    group: int  # Devices that take part together.
+    nbytes: int
+    group: int
     times: int
-    overlapped: bool  # Whether the compiler runs other work meanwhile.
-    network: bool  # Whether it goes over the data-centre network, between slices.
-    branch: str = ''  # As of `Op`.
+    overlapped: bool
+    network: bool
+    branch: str = ''
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends, at least, for one execution."""
+        """Least number of bytes that one device sends in one execution (ring algorithms)."""
         share = (self.group - 1) / self.group
         return {'all-reduce': 2 * share, 'collective-permute': 1.0}.get(self.kind, share) * (
             self.nbytes
@@ -69,10 +83,17 @@ class Collective(NamedTuple):
 
 
 class Module(NamedTuple):
+    """Everything read from a module.
+
+    Attributes:
+      unknown_loops: number of loops whose trip count could not be read; counted as one round.
+      unknown_in: the branches that contain them, '' for those outside of any.
+    """
+
     ops: list[Op]
     collectives: list[Collective]
-    unknown_loops: int  # Loops whose number of rounds could not be read; counted once.
-    unknown_in: tuple[str, ...] = ()  # The branches that they are in, if not in themselves.
+    unknown_loops: int
+    unknown_in: tuple[str, ...] = ()
 
     @property
     def cycles(self) -> int:
@@ -80,12 +101,14 @@ class Module(NamedTuple):
 
     @property
     def cycles_by_branch(self) -> dict[str, int]:
-        """Of what every call runs so often under '', the rest by the outermost branch of a
-        conditional, or loop of unknown length, that it is in."""
-        found: dict[str, int] = defaultdict(int)
+        """Cycles by the outermost conditional branch or loop of unknown length.
+
+        Everything that runs the same number of times in every call is under ''.
+        """
+        cycles: dict[str, int] = defaultdict(int)
         for op in self.ops:
-            found[op.branch] += op.cycles * op.times
-        return dict(found)
+            cycles[op.branch] += op.cycles * op.times
+        return dict(cycles)
 
 
 class _Line(NamedTuple):
@@ -96,31 +119,31 @@ class _Line(NamedTuple):
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
-    """({computation: instructions in the order they run}, name of the entry)."""
-    found: dict[str, list[_Line]] = {}
+    """Splits a module into ({computation: instructions in text order}, name of the entry)."""
+    computations: dict[str, list[_Line]] = {}
     current: list[_Line] = []
     entry = ''
     for row in text.splitlines():
         if not row.startswith(' '):
             header = _COMPUTATION.match(row)
             if header:
-                current = found.setdefault(header[2], [])
+                current = computations.setdefault(header[2], [])
                 entry = header[2] if header[1] else entry
             continue
         line = _INSTRUCTION.match(row)
         if not line:
             continue
-        # The opcode is the first word before a parenthesis, after the shape; shapes have
-        # layouts such as {1,0:T(8,128)}, whose T is a capital letter.
+        # The opcode is the first lower-case word before a parenthesis. Layouts in the shape
+        # before it, such as {1,0:T(8,128)}, use capital letters.
         opcode = _OPCODE.search(line[3])
         if opcode:
             shape, rest = line[3][: opcode.start(1)], line[3][opcode.start(1) :]
             current.append(_Line(line[2], shape, opcode[1], rest))
-    return found, entry
+    return computations, entry
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of all arrays in a shape such as `(f32[2,3]{1,0}, bf16[4])`."""
+    """Total bytes of the arrays in a shape such as `(f32[2,3]{1,0}, bf16[4])`."""
     total = 0
     for kind, sizes in _ARRAY.findall(shape):
         bits = 8 if kind == 'pred' else int(re.sub(r'\D', ' ', kind).split()[0])
@@ -132,13 +155,13 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(',') if n]
 
 
-def group_of(rest: str, devices: int) -> int:
-    """How many devices take part in a collective together, from its attributes."""
+def group_size(rest: str, devices: int) -> int:
+    """Number of devices per group of a collective, from its attributes."""
     mesh = _MESH_GROUPS.search(rest)
     if mesh:
         sizes = dict(part.replace("'", '').split('=') for part in mesh[1].split(','))
         axes = [axis.strip().strip("'") for axis in mesh[2].split(',')]
-        # A part of an axis is written 'axis':(before)size.
+        # Part of an axis is written 'axis':(before)size.
         return math.prod(
             int(axis.rpartition(')')[2]) if ':' in axis else int(sizes[axis]) for axis in axes
         )
@@ -151,21 +174,22 @@ def group_of(rest: str, devices: int) -> int:
     return 2 if 'source_target_pairs=' in rest else devices
 
 
-def _rounds(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
-    """How often a loop's body runs: the bound that its counter is compared with."""
+def _trip_count(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
+    """Trip count of a loop: the annotated one, or the bound its counter is compared with."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest)
     if known:
         return int(known[1])
     condition = re.search(r'condition=%?([\w.-]+)', line.rest)
     lines = computations.get(condition[1], []) if condition else []
     bounds = {
-        one.name: int(value[1])
-        for one in lines
-        if one.opcode == 'constant' and (value := re.match(r'constant\((\d+)\)', one.rest))
+        instruction.name: int(value[1])
+        for instruction in lines
+        if instruction.opcode == 'constant'
+        and (value := re.match(r'constant\((\d+)\)', instruction.rest))
     }
-    for one in lines:
-        if one.opcode == 'compare' and 'direction=LT' in one.rest:
-            operands = re.findall(r'%([\w.-]+)', one.rest.partition(')')[0])
+    for instruction in lines:
+        if instruction.opcode == 'compare' and 'direction=LT' in instruction.rest:
+            operands = re.findall(r'%([\w.-]+)', instruction.rest.partition(')')[0])
             for operand in operands:
                 if operand in bounds:
                     return bounds[operand]
@@ -175,8 +199,12 @@ def _rounds(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
 def _executions(
     computations: dict[str, list[_Line]], entry: str
 ) -> tuple[dict[str, int], dict[str, bool], dict[str, str], list[str]]:
-    """({computation: times it runs}, {computation: whether it is part of a fusion},
-    {computation: branch it is in}, branch of each loop whose number of rounds is unknown)."""
+    """Follows calls from the entry computation.
+
+    Returns:
+      ({computation: number of executions}, {computation: whether it is part of a fusion},
+      {computation: branch it is in}, branch of each loop with an unknown trip count).
+    """
     times: dict[str, int] = defaultdict(int)
     fused: dict[str, bool] = defaultdict(bool)
     branch: dict[str, str] = defaultdict(str)
@@ -188,14 +216,14 @@ def _executions(
         names += [n.strip().lstrip('%') for n in branches[1].split(',')] if branches else []
         rounds: int | None = 1
         if line.opcode == 'while':
-            rounds = _rounds(line, computations)
+            rounds = _trip_count(line, computations)
             unknown.extend([branch[caller]] if rounds is None else [])
         rare = line.opcode == 'conditional' or rounds is None
         for callee in names:
             yield callee, 1 if rounds is None else rounds, rare
 
-    # A computation is called after all of its callers are known: callees come first in the
-    # text, so the reverse of its order is a topological one.
+    # A computation must come after all of its callers. Callees precede callers in the text, so
+    # the reverse of the text order is topological.
     times[entry] = 1
     for name in reversed(list(computations)):
         if not times[name]:
@@ -210,13 +238,14 @@ def _executions(
 
 
 def read(text: str, devices: int = 1, slices: int = 1) -> Module:
-    """The costs of an optimised module, from `compiled.as_text()`.
+    """Reads the costs of an optimized module from `compiled.as_text()`.
 
-    All branches of a conditional count; `cycles_by_branch` tells them apart.
+    All branches of a conditional are counted; `cycles_by_branch` tells them apart.
 
     Args:
-      devices: of the whole run, for collectives that name no group.
-      slices: that the devices are in; transfers between them name no group either.
+      text: the module.
+      devices: number of devices of the run, for collectives that name no group.
+      slices: number of slices, for transfers between them, which name no group either.
     """
     computations, entry = _computations(text)
     times, fused, branch, unknown = _executions(computations, entry)
@@ -227,31 +256,31 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
             continue
         for line in lines:
             source = re.search(r'op_name="([^"]*)"', line.rest)
-            where = source[1] if source else ''
+            path = source[1] if source else ''
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
             if cycles and not fused[computation]:
-                often = times[computation], branch[computation]
-                ops.append(Op(line.name, line.opcode, where, int(cycles[1]), *often))
+                executions = times[computation], branch[computation]
+                ops.append(Op(line.name, line.opcode, path, int(cycles[1]), *executions))
             kind = line.opcode.removesuffix('-start')
             between = _BETWEEN_SLICES.search(line.rest) if kind == 'send' else None
             if kind not in COLLECTIVES and not between:
                 continue
             started = bool(between) or line.opcode.endswith('-start')
-            # The shape of a start holds the operands as well as the results, and flags.
+            # The shape of a -start holds operands as well as results, and u32 flags.
             nbytes = array_bytes(line.shape.replace('u32[]', '') if started else line.shape)
             if between:
                 kind, group = between[1].lower().replace('_', '-'), slices
             else:
-                group = group_of(line.rest, devices)
+                group = group_size(line.rest, devices)
                 if started and kind == 'all-gather':
                     nbytes = nbytes * group // (group + 1)
                 elif started and kind != 'all-reduce':
                     nbytes //= 2
                 if kind == 'reduce-scatter':
                     nbytes *= group
-            one = Collective(
+            collective = Collective(
                 kind=kind,
-                source=where,
+                source=path,
                 nbytes=nbytes,
                 group=group,
                 times=times[computation],
@@ -261,11 +290,11 @@ def read(text: str, devices: int = 1, slices: int = 1) -> Module:
             )
             key: tuple[object, ...] = (computation, line.name)
             if fused[computation]:
-                # One that is split over several fusions keeps its channel and its source;
-                # the channel alone may be that of many.
+                # A collective that is split over several fusions appears in each with the same
+                # channel and source. Channel alone is no key: several collectives may share one.
                 channel = re.search(r'channel_id=(\d+)', line.rest)
-                key = (channel and channel[1], kind, where, nbytes)
-            old = collectives.get(key)
-            if old is None or one.nbytes * one.times > old.nbytes * old.times:
-                collectives[key] = one
+                key = (channel and channel[1], kind, path, nbytes)
+            known = collectives.get(key)
+            if known is None or collective.nbytes * collective.times > known.nbytes * known.times:
+                collectives[key] = collective
     return Module(ops, list(collectives.values()), len(unknown), tuple(unknown))

@@ -1,4 +1,4 @@
-"""TPUs that are not there: their devices, for the compiler, and what their chips can do."""
+"""TPU topologies for ahead-of-time compilation, and the capabilities of their chips."""
 
 import contextlib
 import importlib.metadata
@@ -14,18 +14,24 @@ from big_vit.errors import UserError
 class Chip(NamedTuple):
     """One kind of TPU chip, from Google's data sheets.
 
-    `clock` follows from the peak rate and the number of matrix units; it turns the
-    compiler's cycles into seconds, as an estimate. The data-centre figure is a chip's
-    share of its host's network.
+    Attributes:
+      peak_flops: bfloat16 operations per second and chip.
+      clock: Hz, derived from the peak rate and the number of matrix units; converts the
+        compiler's cycles into seconds, as an estimate.
+      hbm: bytes that a program can use, as reported by the compiler.
+      links: bytes per second out of a chip, over all links to its neighbours.
+      network: bytes per second of the data-centre network, a chip's share of its host's.
+      dimensions: of the torus.
+      options: arguments by which libtpu selects the chip.
     """
 
-    peak_flops: float  # bfloat16, per second and chip.
-    clock: float  # Hz.
-    hbm: float  # Bytes that a program can use, as the compiler says.
-    links: float  # Bytes per second out of a chip, over all of its links to neighbours.
-    network: float  # Bytes per second out of a chip's share of the data-centre network.
-    dimensions: int  # Of the torus.
-    options: dict[str, str]  # How libtpu is asked for it.
+    peak_flops: float
+    clock: float
+    hbm: float
+    links: float
+    network: float
+    dimensions: int
+    options: dict[str, str]
 
 
 GIB = 2**30
@@ -40,20 +46,23 @@ EXAMPLES = {2: '4x4, 8x8 or 16x16', 3: '4x4x4, 4x4x8 or 8x8x8'}
 
 
 class Topology(NamedTuple):
+    """Devices to compile for; `chip` is None for this machine's own CPU or GPU devices."""
+
     name: str
     devices: list[jax.Device]
     chips: int
     hosts: int
     slices: int
-    chip: Chip | None  # None for a machine's own CPU or GPU devices.
+    chip: Chip | None
 
     @property
     def devices_per_chip(self) -> int:
+        """Number of JAX devices per chip; two on chips with separate cores."""
         return len(self.devices) // self.chips
 
 
 def prepare_environment() -> None:
-    """Must run before libtpu is loaded: keeps it from looking for TPUs, and from its lock file."""
+    """Keeps libtpu from searching for TPUs and from its lock file; call before it is loaded."""
     defaults = {
         'TPU_SKIP_MDS_QUERY': '1',
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -67,38 +76,39 @@ def prepare_environment() -> None:
 
 
 def wanted_libtpu() -> str:
-    """The version of libtpu that goes with this jax, such as '0.0.42.*'."""
+    """Version of libtpu that this jax requires, such as '0.0.42.*'; '' if it names none."""
     for line in importlib.metadata.requires('jax') or []:
-        found = re.match(r'libtpu\s*==\s*([\d.*]+)', line.replace('(', ''))
-        if found:
-            return found[1]
+        match = re.match(r'libtpu\s*==\s*([\d.*]+)', line.replace('(', ''))
+        if match:
+            return match[1]
     return ''
 
 
 def check_libtpu() -> None:
-    """Raises UserError, with the pip line, where libtpu is missing or of another version."""
+    """Raises UserError, with the pip command, if libtpu is missing or the wrong version."""
     wanted = wanted_libtpu()
-    how = f"pip install 'libtpu=={wanted}'"
+    fix = f"pip install 'libtpu=={wanted}'"
     try:
-        have = importlib.metadata.version('libtpu')
+        version = importlib.metadata.version('libtpu')
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f'the TPU compiler is not installed: {how} (or pip install -e ".[plan]")'
+            f'the TPU compiler is not installed: {fix} (or pip install -e ".[plan]")'
         ) from None
-    if wanted and not re.match(re.escape(wanted).replace(r'\*', '.*') + '$', have):
+    if wanted and not re.match(re.escape(wanted).replace(r'\*', '.*') + '$', version):
         raise UserError(
-            f'libtpu {have} does not go with jax {jax.__version__}, which wants {wanted}: {how}'
+            f'libtpu {version} does not go with jax {jax.__version__}, which wants {wanted}: {fix}'
         )
 
 
 def load(name: str, slices: int = 1) -> Topology:
-    """'v5e:16x16' and such as a `Topology`; 'cpu:8' and 'gpu:8' are this machine's own devices.
+    """Loads a topology by name: 'v5e:16x16' etc., or 'cpu:8' and 'gpu:8' for local devices.
 
     Args:
-      slices: TPU slices of this shape, joined by the data-centre network.
+      name: kind of chip and shape of a slice.
+      slices: number of TPU slices of this shape, joined by the data-centre network.
 
     Raises:
-      UserError: no such topology, or libtpu does not fit.
+      UserError: no such topology, or libtpu is missing or the wrong version.
     """
     kind, _, shape = name.partition(':')
     valid = '; '.join(f'{k}:{EXAMPLES[c.dimensions]}' for k, c in CHIPS.items()) + '; cpu:8; gpu:8'
@@ -123,7 +133,7 @@ def load(name: str, slices: int = 1) -> Topology:
     if slices > 1:
         options['num_slices'] = slices
     try:
-        found = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
+        description = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
@@ -132,7 +142,7 @@ def load(name: str, slices: int = 1) -> Topology:
     chips = slices
     for n in sizes:
         chips *= int(n)
-    devices: list[Any] = list(found.devices)
+    devices: list[Any] = list(description.devices)
     hosts = len({device.process_index for device in devices})
     return Topology(name, devices, chips, hosts, slices, chip)
 
@@ -142,7 +152,7 @@ def _local(kind: str, count: int, slices: int) -> Topology:
     if slices > 1:
         raise UserError(f'--slices: {name} has no slices')
     if kind == 'cpu':
-        with contextlib.suppress(RuntimeError):  # JAX has started already: they are what they are.
+        with contextlib.suppress(RuntimeError):  # JAX has already started: too late to change.
             jax.config.update('jax_num_cpu_devices', count)
     try:
         devices = jax.devices(kind)

@@ -35,7 +35,7 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
         )
     old = _restored(workdir, step, config, parts)
     params = trees.flatten(old['params'])
-    found = moments.found(trees.flatten(old['opt']), params)
+    found = moments.extract(trees.flatten(old['opt']), params)
     if found is None:
         raise UserError(
             f'{where} has not both moments of every parameter, as those of adam, adamw, nadamw '
@@ -43,7 +43,7 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
         )
     mu, nu, updates = found
 
-    if not moments.takes(parts.abstract_state['opt']):
+    if not moments.can_hand_over(parts.abstract_state['opt']):
         raise UserError(
             f'config: switch: {", ".join(parts.settings)} takes over no moments; adam, adamw, '
             'nadamw, lamb, shampoo and soap do'

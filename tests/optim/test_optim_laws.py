@@ -299,7 +299,7 @@ def test_a_law_is_its_numpy_reference_however_layers_are_stored(name, scanned):
         )
         assert jax.tree.all(same), 'a type that changes compiles again'
     assert update._cache_size() == 1
-    averaged = schedule_free.evaluated(state, params)
+    averaged = schedule_free.evaluation_weights(state, params)
     if name == 'schedule_free_adamw':
         compare(unrolled(averaged), {n: s['x'] for n, s in memory.items()}, start, 1e-4)
     else:
@@ -485,7 +485,7 @@ def test_what_is_frozen_keeps_its_bits_and_has_no_state(name):
     after = jax.device_get(jax.tree.map(jnp.add, params, updates))
     assert after['embedding']['kernel'].tobytes() == start['embedding/kernel'].tobytes()
     if name == 'schedule_free_adamw':
-        average = schedule_free.evaluated(state, params)['embedding']['kernel']
+        average = schedule_free.evaluation_weights(state, params)['embedding']['kernel']
         assert np.asarray(average).tobytes() == start['embedding/kernel'].tobytes()
     # Not even as a part of the norm that is clipped.
     gradients['embedding'] = jax.tree.map(lambda g: g * 1e6, gradients['embedding'])

@@ -82,9 +82,9 @@ def test_other_exponents_are_right_by_eigenvalues():
 
 
 def test_p_is_known_where_it_is_whole():
-    assert [roots.whole(-1 / p) for p in range(1, 9)] == list(range(1, 9))
-    assert roots.whole(-0.33333334) == 3
-    assert [roots.whole(exponent) for exponent in (-0.3, -0.7, -1.5, -2.0)] == [None] * 4
+    assert [roots.root_degree(-1 / p) for p in range(1, 9)] == list(range(1, 9))
+    assert roots.root_degree(-0.33333334) == 3
+    assert [roots.root_degree(exponent) for exponent in (-0.3, -0.7, -1.5, -2.0)] == [None] * 4
 
 
 @pytest.mark.parametrize('method', roots.METHODS)

@@ -149,7 +149,7 @@ def test_bytes_of_shapes(shape, expected):
     ],
 )
 def test_groups(text, expected):
-    assert hlo.group_of(text, 8) == expected
+    assert hlo.group_size(text, 8) == expected
 
 
 def test_a_real_module_of_this_backend():

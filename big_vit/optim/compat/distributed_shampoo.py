@@ -1,10 +1,10 @@
-"""Shampoo as `optax_shampoo` and google-research `precondition` compute it, under their names.
+"""`distributed_shampoo` with the arguments and numbers of `optax_shampoo` and `precondition`.
 
-Who uses `distributed_shampoo` of either changes the import. The order differs from that of
-shampoo.py: the raw gradient is preconditioned and grafted, and what comes out is averaged;
-nothing is corrected for averages that begin at 0. Prefer shampoo.py for new work.
+Users of either package switch by changing an import. The order of operations differs from
+shampoo.py: the raw gradient is preconditioned and grafted, then momentum averages the result, and
+averages are not corrected for their start at 0. Prefer shampoo.py for new work.
 
-Statistics, roots and their application lie in stacks of blocks over all devices of a mesh
+Statistics, roots and their application live in stacks of blocks sharded over all devices of a mesh
 (blocks.py); momenta, grafts and norms have the shapes of the parameters.
 """
 
@@ -25,7 +25,7 @@ from big_vit.optim import blocks, roots
 
 
 class GraftingType(enum.IntEnum):
-    """What gives an update its length, and its direction before the start."""
+    """Source of an update's norm, and of its direction before preconditioning starts."""
 
     NONE = 0
     SGD = 1
@@ -37,7 +37,7 @@ class GraftingType(enum.IntEnum):
 
 
 class PreconditionerType(enum.IntEnum):
-    """Which sides of a matrix of inputs by outputs are preconditioned."""
+    """Which sides of an inputs-by-outputs matrix are preconditioned."""
 
     ALL = 1
     INPUT = 2
@@ -55,18 +55,18 @@ _NORMALIZED = (GraftingType.RMSPROP_NORMALIZED, GraftingType.ADAGRAD_NORMALIZED)
 _SUMS = (GraftingType.ADAGRAD, GraftingType.ADAGRAD_NORMALIZED)
 _AVERAGES = (GraftingType.RMSPROP, GraftingType.RMSPROP_NORMALIZED)
 
-# Of their norms, and of the largest eigenvalue that a ridge is relative to.
+# Lower bounds on norms, and on the largest eigenvalue that a ridge is relative to.
 _LEAST_NORM = 1e-16
 _LEAST_EIGENVALUE = 1e-6
 
 
 class StackState(NamedTuple):
-    """The state of all blocks of one size, by the sides that are preconditioned.
+    """State of all blocks of one size, by preconditioned side.
 
     Attributes:
       statistics: averages of G G' ('left') and G' G ('right').
-      roots: of these, as last computed.
-      error: of these roots.
+      roots: their latest inverse roots.
+      error: errors of these roots.
     """
 
     statistics: dict[str, Float[Array, 'blocks d d']]
@@ -75,15 +75,16 @@ class StackState(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of `distributed_shampoo`.
+    """State of `distributed_shampoo`.
 
     Attributes:
-      step: updates so far.
-      momentum, graft_momentum: averages of updates and of what they are grafted from, like the
+      step: number of updates so far.
+      momentum, graft_momentum: averages of updates and of their grafts, shaped like the
         parameters.
-      square: averages or sums of squares, like the parameters; empty where the graft needs none.
-      stacks: by name of the stack.
-      health: what has happened since the start; empty without generate_training_metrics.
+      square: averages or sums of squares, shaped like the parameters; empty for grafts that need
+        none.
+      stacks: block state by stack name.
+      health: event counts since the start; empty without generate_training_metrics.
     """
 
     step: Int[Array, '']
@@ -95,7 +96,7 @@ class State(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """See `distributed_shampoo`; `root` is a method of roots.py."""
+    """Validated arguments of `distributed_shampoo`; `root` is a method of roots.py."""
 
     learning_rate: float | Callable[[Array], Any]
     block_size: int
@@ -179,42 +180,43 @@ def distributed_shampoo(
 ) -> optax.GradientTransformation:
     """Shampoo with the arguments, defaults and trajectories of the public JAX packages.
 
-    The arguments mean what they mean there, and steps count from 0. What is different:
+    Arguments mean what they mean there, and steps count from 0. The differences:
 
     - A gradient that is not finite counts as zeros, for its whole parameter.
     - The error of a root is that of the root itself, |X^p A - 1|, not of the iteration.
-    - Decoupled decay meets the learning rate once (the newer package), not twice (the older).
-    - Whatever is not done here is refused, before any step.
+    - Decoupled decay is multiplied by the learning rate once (as in the newer package), not
+      twice (as in the older).
+    - Unsupported arguments are rejected before any step.
 
     Args:
-      learning_rate: or a function of the step.
-      block_size: largest side of a block. Dimensions are cut into blocks of just this size and
-        what remains.
-      matrix_epsilon: the ridge; relative to the largest eigenvalue, taken as at least 1e-6,
-        or with relative_matrix_epsilon=False as it is.
-      start_preconditioning_step: the first whose update is preconditioned. Statistics and roots
-        begin at step 0 all the same.
-      best_effort_shape_interpretation: merge neighbouring dimensions from the first on, while
+      learning_rate: a number, or a function of the step.
+      block_size: largest side of a block. Dimensions are cut into blocks of exactly this size plus
+        a remainder.
+      matrix_epsilon: the ridge, relative to the largest eigenvalue (taken as at least 1e-6);
+        absolute with relative_matrix_epsilon=False.
+      start_preconditioning_step: first step whose update is preconditioned. Statistics and roots
+        start at step 0 regardless.
+      best_effort_shape_interpretation: merge neighbouring dimensions, from the first on, while
         their product is at most merge_small_dims_block_size.
-      exponent_override: p, where roots are A^(-1/p); 0 means twice the number of sides.
-      clip_by_scaled_gradient_norm: the largest root mean square of RMSPROP's updates.
-      tensordot_precision: of the products of gradients that are averaged.
-      precondtioner_type: spelt as there.
+      exponent_override: p for roots A^(-1/p); 0 means twice the number of sides.
+      clip_by_scaled_gradient_norm: largest root mean square of RMSPROP's updates.
+      tensordot_precision: precision of the gradient products in the statistics.
+      precondtioner_type: spelled as in the packages.
       generate_training_metrics: count in `State.health` roots `computed` and `refused` and
-        gradients `ignored`, and tell the largest `error` of the roots in use.
-      eigh: compute roots from eigenvalues.
-      reuse_preconditioner: without effect; roots are exact wherever their iteration starts.
-      mesh: over all of whose axes blocks are spread; None computes on one device.
-      matrix: says of a name and a number of axes how that parameter is a stack of matrices,
-        each with norms of its own, or that it only has a graft (None): `matrices.matrix` for
-        models with scanned layers. By default shapes alone decide, as in the packages.
+        gradients `ignored`, and keep the largest `error` of the roots in use.
+      eigh: compute roots by eigendecomposition.
+      reuse_preconditioner: has no effect; roots are exact wherever their iteration starts.
+      mesh: mesh whose devices share the blocks; None computes on one device.
+      matrix: maps a path and its number of axes to a stack of matrices, each with norms of its
+        own, or to None for a parameter that is only grafted: `matrices.matrix` for models with
+        scanned layers. By default shapes alone decide, as in the packages.
 
     Raises:
-      ValueError: an argument that cannot be honoured; by `init` and `update`, a parameter that
-        has more than two dimensions after merging; by `update`, decay without parameters.
+      ValueError: an argument that is not supported; in `init` and `update`, a parameter with more
+        than two dimensions after merging; in `update`, decay without parameters.
     """
     spread = 'under jit a mesh spreads the blocks with their states: leave it out and pass mesh='
-    whole = 'roots are computed whole: leave it out'
+    exact_only = 'roots are computed whole: leave it out'
     refused = {
         'precision': (
             precision != jax.lax.Precision.HIGHEST,
@@ -233,9 +235,9 @@ def distributed_shampoo(
             best_effort_memory_usage_reduction,
             'integers instead of floats would change the result: leave it out; mesh= saves memory',
         ),
-        'lobpcg_topk_precondition': (lobpcg_topk_precondition, whole),
-        'lobpcg_max_iter': (lobpcg_max_iter, whole),
-        'compression_rank': (compression_rank, whole),
+        'lobpcg_topk_precondition': (lobpcg_topk_precondition, exact_only),
+        'lobpcg_max_iter': (lobpcg_max_iter, exact_only),
+        'compression_rank': (compression_rank, exact_only),
         'frequent_directions': (
             frequent_directions,
             'statistics are kept whole: leave it out; mesh= saves memory',
@@ -313,7 +315,7 @@ def _init(o: _Options, params: Any) -> State:
     dtype = jnp.result_type(jnp.float32, *flat.values())
     unit = o.mesh.size if o.mesh is not None else 1
     stacks = {
-        name: _empty(o, stack, blocks.padded_length(stack, unit), name, dtype)
+        name: _init_stack(o, stack, blocks.padded_length(stack, unit), name, dtype)
         for name, stack in cuts.stacks.items()
     }
     if o.mesh is not None and stacks:
@@ -330,7 +332,7 @@ def _init(o: _Options, params: Any) -> State:
         graft_momentum=zeros(),
         square=zeros() if o.graft_type in (*_SUMS, *_AVERAGES) else (),
         stacks=stacks,
-        health={name: x for name, x in _told().items() if o.generate_training_metrics},
+        health={name: x for name, x in _zero_health().items() if o.generate_training_metrics},
     )
 
 
@@ -338,16 +340,16 @@ class _View(NamedTuple):
     """How a parameter is preconditioned.
 
     Attributes:
-      stack: so many leading axes hold one layer each.
-      shape: of a layer: [rows, columns], [length] of a vector, or () where only the graft counts.
+      stack: number of leading axes that index layers.
+      shape: [rows, columns] of one layer, [length] of a vector, or () if it is only grafted.
     """
 
     stack: int
     shape: tuple[int, ...]
 
 
-def _merged(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Neighbouring dimensions multiplied, from the first on, while they make at most `most`."""
+def _merge_dims(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Merges neighbouring dimensions, from the first on, while their product is at most `most`."""
     dims = [1]
     for size in shape:
         if dims[-1] * size <= most:
@@ -365,15 +367,15 @@ def _view(o: _Options, name: str, shape: tuple[int, ...]) -> _View:
     if large or len(shape) < o.skip_preconditioning_rank_lt or 0 in shape or not shape:
         return graft_only
     if o.matrix is not None:
-        found = o.matrix(name, len(shape))
-        if found is None:
+        axes = o.matrix(name, len(shape))
+        if axes is None:
             return graft_only
-        middle = found.stack + found.inputs
-        sides = math.prod(shape[found.stack : middle]), math.prod(shape[middle:])
-        return _View(found.stack, sides)
+        middle = axes.stack + axes.inputs
+        sides = math.prod(shape[axes.stack : middle]), math.prod(shape[middle:])
+        return _View(axes.stack, sides)
     dims = shape
     if o.best_effort_shape_interpretation:
-        dims = _merged(shape, o.merge_small_dims_block_size)
+        dims = _merge_dims(shape, o.merge_small_dims_block_size)
     if len(dims) > 2:
         raise ValueError(
             f'{name} has dimensions {dims}, of which at most two can be preconditioned: raise '
@@ -386,10 +388,14 @@ def _view(o: _Options, name: str, shape: tuple[int, ...]) -> _View:
 def _plan(
     o: _Options, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, _View], dict[str, dict[str, tuple[slice, slice]]], blocks.Plan]:
-    """(view of each parameter, its pieces, how these are cut).
+    """Plans views, pieces and blocks of all parameters.
 
-    A piece is what one or all blocks of one size are in: `blocks` cuts into equal ones only.
-    Vectors are matrices of one row, in stacks of their own.
+    `blocks` only cuts into equal blocks, so each matrix is first cut into pieces that do: the
+    part that `block_size` divides, and the remainder. Vectors are matrices of one row, in stacks
+    of their own.
+
+    Returns:
+      (views by parameter, pieces with their slices by parameter, block plan of the pieces).
     """
     views = {name: _view(o, name, shape) for name, shape in shapes.items()}
     pieces: dict[str, dict[str, tuple[slice, slice]]] = {}
@@ -418,16 +424,18 @@ def _plan(
 
 
 def _spans(size: int, block: int) -> list[slice]:
-    """What divides by `block`, and what remains."""
-    whole = size - size % block
-    return [slice(a, b) for a, b in ((0, whole), (whole, size)) if a < b]
+    """Slices for the largest multiple of `block` and for the remainder, where not empty."""
+    divisible = size - size % block
+    return [slice(a, b) for a, b in ((0, divisible), (divisible, size)) if a < b]
 
 
-def _empty(o: _Options, stack: blocks.BlockStack, length: int, name: str, dtype: Any) -> StackState:
-    real = (jnp.arange(length) < stack.blocks)[:, None, None]
+def _init_stack(
+    o: _Options, stack: blocks.BlockStack, length: int, name: str, dtype: Any
+) -> StackState:
+    is_real = (jnp.arange(length) < stack.blocks)[:, None, None]
     sizes = {'left': stack.rows, 'right': stack.columns}
     sides = _SIDES[o.precondtioner_type] if 'x' in name else ('right',)
-    eyes = {side: jnp.where(real, jnp.eye(sizes[side], dtype=dtype)[None], 0) for side in sides}
+    eyes = {side: jnp.where(is_real, jnp.eye(sizes[side], dtype=dtype)[None], 0) for side in sides}
     return StackState(
         statistics={side: o.matrix_epsilon * eye for side, eye in eyes.items()},
         roots=eyes,
@@ -449,18 +457,18 @@ def _update(o: _Options, updates: Any, state: State, params: Any) -> tuple[Any, 
         usable = jnp.isfinite(jnp.square(g).sum())
         grads[name] = jnp.where(usable, g, 0)
         ignored += ~usable
-    made, stacks, told = _preconditioned(o, grads, state, (views, pieces, cuts))
-    told['ignored'] = ignored
+    preconditioned, stacks, health_now = _precondition(o, grads, state, (views, pieces, cuts))
+    health_now['ignored'] = ignored
     new = {}
     for name, g in grads.items():
         axes = tuple(range(views[name].stack, g.ndim))
-        graft, square = _grafted(o, g, squares.get(name), axes)
+        graft, square = _graft(o, g, squares.get(name), axes)
         if square is not None:
             squares[name] = square
-        at = jnp.asarray(rate, g.dtype)
-        graft = graft if o.decoupled_learning_rate else at * graft
-        update = made.get(name, graft)
-        if o.graft_type != GraftingType.NONE and name in made:
+        rate_now = jnp.asarray(rate, g.dtype)
+        graft = graft if o.decoupled_learning_rate else rate_now * graft
+        update = preconditioned.get(name, graft)
+        if o.graft_type != GraftingType.NONE and name in preconditioned:
             update = update * (_norm(graft, axes) / (_norm(update, axes) + _LEAST_NORM))
         decay = o.weight_decay * weights[name].astype(g.dtype) if o.weight_decay else None
         if decay is not None and not o.decoupled_weight_decay:
@@ -472,16 +480,16 @@ def _update(o: _Options, updates: Any, state: State, params: Any) -> tuple[Any, 
         result = jnp.where(started, momentum[name], graft_momentum[name])
         if o.nesterov:
             result = weight * jnp.where(started, update, graft) + o.beta1 * result
-        result = at * result if o.decoupled_learning_rate else result
+        result = rate_now * result if o.decoupled_learning_rate else result
         if decay is not None and o.decoupled_weight_decay:
-            result = result + at * decay
+            result = result + rate_now * decay
         new[name] = -result.astype(flat[name].dtype)
 
     def tree(arrays: dict[str, Array]) -> Any:
         return trees.map_with_name(lambda name, _: arrays[name], updates)
 
     health = {
-        name: told[name] if name == 'error' else old + told[name].astype(old.dtype)
+        name: health_now[name] if name == 'error' else old + health_now[name].astype(old.dtype)
         for name, old in state.health.items()
     }
     return tree(new), State(
@@ -498,10 +506,10 @@ def _norm(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
 
 
-def _grafted(
+def _graft(
     o: _Options, g: Array, square: Array | None, axes: tuple[int, ...]
 ) -> tuple[Array, Array | None]:
-    """(what the graft makes of a gradient, new squares); norms are over these axes."""
+    """Computes (graft update, new squares or None); norms are taken over `axes`."""
     if o.graft_type == GraftingType.SQRT_N:
         return jnp.sign(g), None
     if square is None:
@@ -518,29 +526,29 @@ def _grafted(
 
 
 def _weights(o: _Options) -> tuple[float, float]:
-    """Of the old and the new in an average, which for beta2=1 is a sum."""
+    """Weights of old and new in a running average; with beta2=1 it is a sum, as in the packages."""
     return o.beta2, 1 - o.beta2 if o.beta2 != 1 else 1.0
 
 
-def _preconditioned(
+def _precondition(
     o: _Options,
     grads: dict[str, Array],
     state: State,
     plan: tuple[dict[str, _View], dict[str, dict[str, tuple[slice, slice]]], blocks.Plan],
 ) -> tuple[dict[str, Array], dict[str, StackState], blocks.HealthStats]:
-    """(gradients between their roots, the states of stacks, what has happened)."""
+    """Preconditions gradients; returns (results by parameter, new stacks, health of this step)."""
     views, pieces, cuts = plan
     if not pieces:
-        return {}, state.stacks, _told()
-    whole: dict[str, Array] = {}
+        return {}, state.stacks, _zero_health()
+    layered: dict[str, Array] = {}
     parts: dict[str, Array] = {}
-    for name, found in pieces.items():
+    for name, slices in pieces.items():
         rows, columns = (1, *views[name].shape)[-2:]
-        whole[name] = grads[name].reshape(-1, rows, columns)
-        parts |= {piece: whole[name][:, i, j] for piece, (i, j) in found.items()}
+        layered[name] = grads[name].reshape(-1, rows, columns)
+        parts |= {piece: layered[name][:, i, j] for piece, (i, j) in slices.items()}
     dtype = jax.tree.leaves(state.stacks[next(iter(state.stacks))].statistics)[0].dtype
     unit = o.mesh.size if o.mesh is not None else 1
-    directions, stacks, told = blocks.advance_all(
+    directions, stacks, health = blocks.advance_all(
         partial(_advance, o),
         blocks.cut_all(cuts, parts, unit, o.mesh, dtype),
         state.stacks,
@@ -548,40 +556,40 @@ def _preconditioned(
         o.mesh,
         dtype,
     )
-    joined, made = blocks.join(cuts, directions, parts), {}
-    for name, found in pieces.items():
-        x = jnp.zeros_like(whole[name])
-        for piece, (i, j) in found.items():
+    joined, results = blocks.join(cuts, directions, parts), {}
+    for name, slices in pieces.items():
+        x = jnp.zeros_like(layered[name])
+        for piece, (i, j) in slices.items():
             x = x.at[:, i, j].set(joined[piece])
-        made[name] = x.reshape(grads[name].shape)
-    return made, stacks, told
+        results[name] = x.reshape(grads[name].shape)
+    return results, stacks, health
 
 
-def _told() -> blocks.HealthStats:
-    none = jnp.zeros((), jnp.int32)
-    return {'computed': none, 'refused': none, 'ignored': none, 'error': jnp.zeros((), jnp.float32)}
+def _zero_health() -> blocks.HealthStats:
+    zero = jnp.zeros((), jnp.int32)
+    return {'computed': zero, 'refused': zero, 'ignored': zero, 'error': jnp.zeros((), jnp.float32)}
 
 
 def _advance(
     o: _Options, grads: dict[str, Array], stacks: dict[str, StackState], step: Int[Array, '']
 ) -> tuple[dict[str, Array], dict[str, StackState], blocks.HealthStats]:
-    """One step of the blocks of one device: statistics and roots where due, directions."""
+    """One step on the blocks of one device: statistics and roots that are due, directions."""
     b2, new = _weights(o)
 
-    def learn(stacks: dict[str, StackState]) -> dict[str, StackState]:
-        learned = {}
+    def update_statistics(stacks: dict[str, StackState]) -> dict[str, StackState]:
+        new_stacks = {}
         for name, stack in stacks.items():
             g, statistics = grads[name], {}
             for side, old in stack.statistics.items():
                 outer = jnp.einsum(_OUTER[side], g, g, precision=o.tensordot_precision)
                 statistics[side] = b2 * old + new * outer
-            learned[name] = stack._replace(statistics=statistics)
-        return learned
+            new_stacks[name] = stack._replace(statistics=statistics)
+        return new_stacks
 
     due = step % o.statistics_compute_steps == 0
-    stacks = jax.lax.cond(due, learn, lambda s: s, stacks)
+    stacks = jax.lax.cond(due, update_statistics, lambda s: s, stacks)
     due = step % o.preconditioning_compute_steps == 0
-    stacks, told = jax.lax.cond(due, partial(_refresh, o), lambda s: (s, _told()), stacks)
+    stacks, health = jax.lax.cond(due, partial(_refresh, o), lambda s: (s, _zero_health()), stacks)
     directions = {}
     for name, x in grads.items():
         high, root = jax.lax.Precision.HIGH, stacks[name].roots
@@ -591,24 +599,24 @@ def _advance(
             x = jnp.einsum('nij,njk->nik', x, root['right'], precision=high)
         directions[name] = x
     errors = [jnp.max(x, initial=0.0) for s in stacks.values() for x in s.error.values()]
-    return directions, stacks, {**told, 'error': jnp.stack(errors).max()}
+    return directions, stacks, {**health, 'error': jnp.stack(errors).max()}
 
 
 def _refresh(
     o: _Options, stacks: dict[str, StackState]
 ) -> tuple[dict[str, StackState], blocks.HealthStats]:
-    """The stacks with new roots, where these are good enough."""
-    # All matrices of a size are computed on together, whichever stack and side they are of.
-    alike: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    """Recomputes all roots and installs those that are accurate enough."""
+    # Matrices of one size are computed in one batch, whatever their stack and side.
+    batches: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for name, stack in stacks.items():
         for side, a in stack.statistics.items():
             p = o.exponent_override or 2 * len(stack.statistics)
-            alike.setdefault((a.shape[-1], p), []).append((name, side))
-    made = {
+            batches.setdefault((a.shape[-1], p), []).append((name, side))
+    new_stacks = {
         name: StackState(s.statistics, dict(s.roots), dict(s.error)) for name, s in stacks.items()
     }
-    told = _told()
-    for (_, p), keys in alike.items():
+    health = _zero_health()
+    for (_, p), keys in batches.items():
         root, error = _inverse_root(
             o, jnp.concatenate([stacks[name].statistics[side] for name, side in keys]), p
         )
@@ -617,28 +625,30 @@ def _refresh(
             old = stacks[name].roots[side]
             part = slice(start, start + len(old))
             start = part.stop
-            # The roots of the blocks of zeros at the end are zeros too, and stay so.
-            real = jnp.trace(old, axis1=1, axis2=2) != 0
+            # Padding at a stack's end has roots of zeros, which must stay zeros.
+            is_real = jnp.trace(old, axis1=1, axis2=2) != 0
             good = error[part] < o.inverse_failure_threshold
-            good &= real & jnp.isfinite(root[part]).all((1, 2))
-            made[name].roots[side] = jnp.where(good[:, None, None], root[part], old)
-            kept = stacks[name].error[side]
-            made[name].error[side] = jnp.where(good, error[part].astype(kept.dtype), kept)
-            told['computed'] += real.sum(dtype=jnp.int32)
-            told['refused'] += (real & ~good).sum(dtype=jnp.int32)
-    return made, told
+            good &= is_real & jnp.isfinite(root[part]).all((1, 2))
+            new_stacks[name].roots[side] = jnp.where(good[:, None, None], root[part], old)
+            old_error = stacks[name].error[side]
+            new_stacks[name].error[side] = jnp.where(
+                good, error[part].astype(old_error.dtype), old_error
+            )
+            health['computed'] += is_real.sum(dtype=jnp.int32)
+            health['refused'] += (is_real & ~good).sum(dtype=jnp.int32)
+    return new_stacks, health
 
 
 def _inverse_root(
     o: _Options, a: Float[Array, 'n d d'], p: int
 ) -> tuple[Float[Array, 'n d d'], Float[Array, ' n']]:
-    """(a with its ridge)^(-1/p), and the error."""
-    none = jnp.zeros(len(a), a.dtype)
-    ridge = none + o.matrix_epsilon
+    """Computes (a + ridge)^(-1/p) and its error."""
+    zeros = jnp.zeros(len(a), a.dtype)
+    ridge = zeros + o.matrix_epsilon
     if o.relative_matrix_epsilon:
-        ridge *= jnp.maximum(roots.normalised(a, none)[1], _LEAST_EIGENVALUE)
+        ridge *= jnp.maximum(roots.normalised(a, zeros)[1], _LEAST_EIGENVALUE)
     a = a + ridge[:, None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
     least = float(jnp.finfo(a.dtype).eps)
     if o.relative_matrix_epsilon:
         least = max(least, o.matrix_epsilon)
-    return roots.inverse_root(a, -1 / p, none, o.root, least)
+    return roots.inverse_root(a, -1 / p, zeros, o.root, least)
