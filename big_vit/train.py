@@ -203,7 +203,7 @@ def run(
             elif came_from:
                 console.say(f'switch  from step {start} of {came_from}')
             if writer.tracked:
-                few = examples.first(parts.data, 32)
+                few = examples.first_examples(parts.data, 32)
                 writer.pictures(start, 'train/images', examples.pictures(few))
             if start < total:
                 compiling = time.perf_counter()
