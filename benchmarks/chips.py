@@ -70,9 +70,7 @@ SIDES = ('plain', 'big_vit')
 
 
 def run_planner(*arguments: str) -> dict[str, Any]:
-    """Run `python -m big_vit.plan` for ViT-B/16 with these changes; `fits` in the result may be
-    False.
-    """
+    """Return the plan of ViT-B/16 with these changes, also if it does not fit."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'plan.json'
         command = [
@@ -116,9 +114,9 @@ def plain(row: Row) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.generated_code_size_in_bytes
-    waiting = [one for one in module.collectives if not one.overlapped]
+    waiting = [collective for collective in module.collectives if not collective.overlapped]
     seconds = module.cycles / place.chip.clock
-    seconds += sum(plan.link_seconds(one, place) for one in waiting)
+    seconds += sum(plan.link_seconds(collective, place) for collective in waiting)
     model = ViT(num_classes=baseline.CLASSES, **variants.parse(row.variant))
     operations = 3 * flops.cost(model, {'image': (224, 224, 3)}).flops * row.batch
     return {
@@ -207,9 +205,11 @@ def main(argv: list[str]) -> None:
                 continue
             command = [sys.executable, '-m', 'benchmarks', 'chips', '--only', row.name]
             done = subprocess.run([*command, '--side', side], capture_output=True, text=True)
-            said = done.stderr.strip().splitlines()[-1:] if done.returncode else ['done']
+            last_line = done.stderr.strip().splitlines()[-1:] if done.returncode else ['done']
             failed += [f'{row.name} {side}'] if done.returncode else []
-            print(f'{row.name} {side}: {said[0] if said else done.returncode}', flush=True)
+            print(
+                f'{row.name} {side}: {last_line[0] if last_line else done.returncode}', flush=True
+            )
     print(table(stored()['rows']))
     if failed:
         raise UserError(f'not compiled: {", ".join(failed)}')

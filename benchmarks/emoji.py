@@ -3,8 +3,8 @@
 A small model is pretrained to match views of the same Google emoji, and pictures of the same
 category and subcategory; or to classify formula images; or not at all. Its frozen features are then
 tested on emoji that it has never seen: which of Twitter's pictures is the same emoji as one of
-Google's, and which category does a picture of Twitter's have, given 20 pictures of each? A
-restart continues where it stopped.
+Google's, and which category does a picture of Twitter's have, given 20 pictures of each? A restart
+continues where it stopped.
 """
 
 import argparse
@@ -89,9 +89,9 @@ def group_of(name: str) -> str:
 def _folder(data: Path, name: str) -> Path:
     """Return the folder of a set; `data` may be npm's prefix or its node_modules."""
     package = f'emoji-datasource-{name}'
-    for found in (data / 'node_modules' / package, data / package):
-        if (found / 'img' / name / '64').is_dir():
-            return found
+    for folder in (data / 'node_modules' / package, data / package):
+        if (folder / 'img' / name / '64').is_dir():
+            return folder
     raise UserError(f'--data: {data} has no {package}/img/{name}/64: fill a folder with {INSTALL}')
 
 
@@ -257,8 +257,7 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
     """Return the pretraining loss.
 
     Views of one emoji are matched by tokens averaged to a grid, as emoji also differ in where
-    things are
-    in the picture; pictures of one kind are matched by the mean of all tokens.
+    things are in the picture; pictures of one kind are matched by the mean of all tokens.
 
     Args:
       kinds: labels of the emoji, [emoji, ways to sort them].
@@ -376,12 +375,13 @@ class StartFeatures:
         size = 64
         for name, images in small.items():
             padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
-            found = [
+            batches = [
                 jax.device_get(blocks(params, padded[i : i + size]))
                 for i in range(0, len(padded), size)
             ]
             self._tokens[name] = [
-                np.concatenate(one)[: len(images)] for one in zip(*found, strict=True)
+                np.concatenate(block_tokens)[: len(images)]
+                for block_tokens in zip(*batches, strict=True)
             ]
 
     def values(self, how: Readout, bank: np.ndarray) -> dict[str, np.ndarray]:
@@ -514,8 +514,8 @@ class Study:
             self._rows.append(row)
             storage.write_text(self._file, ''.join(json.dumps(one) + '\n' for one in self._rows))
             if run.seed:
-                found = row['test']
-                told = f'retrieval {found["retrieval"]:.3f}  category {found["category"]:.3f}'
+                figures = row['test']
+                told = f'retrieval {figures["retrieval"]:.3f}  category {figures["category"]:.3f}'
             else:
                 told = f'chosen: {row["retrieval"]} and {row["category"]}'
             spent = metrics.duration(time.perf_counter() - began)
@@ -552,9 +552,9 @@ class Study:
         tried = []
         for how in readouts(start):
             values = features.values(how, bank)
-            found = recall(values, val, both=True)
+            recall_at_1 = recall(values, val, both=True)
             category = categorised(values, kinds, val, VAL_SHOTS)
-            tried.append({'how': how, 'retrieval': found, 'category': category})
+            tried.append({'how': how, 'retrieval': recall_at_1, 'category': category})
         best = {
             name: list(max(tried, key=lambda one: one[name])['how'])
             for name in ('retrieval', 'category')
@@ -566,38 +566,38 @@ class Study:
         bank, held, kinds = self._learnt, self._sides['test'], self._emoji.categories
         plain = held[kinds[held] != self._emoji.category_names.index(FLAGS)]
         values = features.values(Readout(*choice['retrieval']), bank)
-        found = {
+        figures = {
             'retrieval': recall(values, held),
             'retrieval_no_flags': recall(values, plain),
         }
         values = features.values(Readout(*choice['category']), bank)
         for name, chosen in (('category', held), ('category_no_flags', plain)):
-            found[name] = categorised(values, kinds, chosen, SHOTS)
-        return found
+            figures[name] = categorised(values, kinds, chosen, SHOTS)
+        return figures
 
     def results(self) -> list[dict[str, Any]]:
         """Summarise each start over the seeds that are done."""
-        found = []
+        figures = []
         for start in STARTS:
             choice = self.done(Run(start, 0))
             rows = [row for seed in self.seeds(start) if (row := self.done(Run(start, seed)))]
             if choice is None or not rows:
                 continue
             scores = {name: [row['test'][name] for row in rows] for name in rows[0]['test']}
-            found.append(
+            figures.append(
                 {
                     'start': start,
                     'seeds': len(rows),
                     'readouts': {name: choice[name] for name in ('retrieval', 'category')},
                     'validation': choice['tried'],
                     'scores': scores,
-                    'mean': {name: statistics.mean(each) for name, each in scores.items()},
-                    'error': {name: standard_error(each) for name, each in scores.items()},
+                    'mean': {name: statistics.mean(values) for name, values in scores.items()},
+                    'error': {name: standard_error(values) for name, values in scores.items()},
                     'params': rows[0]['params'],
                     'seconds': statistics.mean(row['seconds'] for row in rows),
                 }
             )
-        return found
+        return figures
 
     def sizes(self) -> dict[str, int]:
         held, kinds = self._sides['test'], self._emoji.categories
@@ -618,12 +618,12 @@ def table(results: list[dict[str, Any]]) -> str:
         'seeds | parameters | seconds'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in results:
-        cells = [one['start']]
-        for name, mean in one['mean'].items():
-            error = one['error'][name]
+    for result in results:
+        cells = [result['start']]
+        for name, mean in result['mean'].items():
+            error = result['error'][name]
             cells.append(f'{100 * mean:.1f}' + ('' if error is None else f' ± {100 * error:.1f}'))
-        cells += [str(one['seeds']), f'{one["params"]:,}', f'{one["seconds"]:.0f}']
+        cells += [str(result['seeds']), f'{result["params"]:,}', f'{result["seconds"]:.0f}']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -636,11 +636,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         'category': f"category of Twitter's, {SHOTS} shots",
     }
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for at, one in enumerate(results):
-            axis.bar(at, 100 * one['mean'][name], 0.7, color=f'C{at}', alpha=0.75)
-            dots = [100 * score for score in one['scores'][name]]
-            axis.plot([at] * len(dots), dots, 'k.', ms=4)
-        labels = [one['start'] for one in results]
+        for position, result in enumerate(results):
+            axis.bar(position, 100 * result['mean'][name], 0.7, color=f'C{position}', alpha=0.75)
+            dots = [100 * score for score in result['scores'][name]]
+            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+        labels = [result['start'] for result in results]
         axis.set_xticks(range(len(results)), labels, fontsize=8)
         axis.set_ylabel('%')
         axis.set_title(title, fontsize=10)

@@ -69,7 +69,7 @@ def plan(point: dict[str, Any]) -> dict[str, Any]:
         f'--config.accumulation={point.get("accumulation", 1)}',
         '--config.schedule.warmup_steps=0',  # Large batches leave fewer steps than the warmup has.
     )
-    moved = sum(one['bytes'] for one in plan_result['collectives'])
+    moved = sum(collective['bytes'] for collective in plan_result['collectives'])
     waiting = plan_result['seconds'].get('collectives not overlapped', 0.0)
     names = ('fits', 'cycles', 'step_seconds', 'hbm_peak', 'mfu', 'examples_per_second')
     return {**{name: plan_result[name] for name in names}, 'moved': moved, 'waiting': waiting}
@@ -189,10 +189,10 @@ def main(argv: list[str]) -> None:
             key = json.dumps({**SHARED, **change})
             if key in stored()['points']:
                 continue
-            found = plan({**SHARED, **change})
+            point_figures = plan({**SHARED, **change})
             all_ = stored()
-            all_['points'][key] = found
+            all_['points'][key] = point_figures
             all_['versions'] = {name: metadata.version(name) for name in ('jax', 'libtpu')}
             FILE.write_text(json.dumps(all_, indent=1) + '\n')
-            print(f'{line} {change}: {found["cycles"] / 1e6:.1f} M cycles', flush=True)
+            print(f'{line} {change}: {point_figures["cycles"] / 1e6:.1f} M cycles', flush=True)
         print(f'\n{table(line, stored()["points"])}\n')

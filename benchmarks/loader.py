@@ -344,14 +344,14 @@ def run(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(medians: dict[str, dict[str, Any]]) -> str:
     """Format median images per second as Markdown, relative to tf.data."""
-    base = found.get('tf.data, decode_and_crop_jpeg')
+    base = medians.get('tf.data, decode_and_crop_jpeg')
     lines = [
         '| loader | images/s, 1 core | × tf.data | 2 cores | scaling | CPU ms an image | peak MB |',
         '|---|---|---|---|---|---|---|',
     ]
-    for name, row in found.items():
+    for name, row in medians.items():
         one, two = row['1']['images_per_s'], row['2']['images_per_s'] if '2' in row else None
         ratio = f'{one / base["1"]["images_per_s"]:.2f}' if base and name not in CACHED else ''
         lines.append(

@@ -298,21 +298,25 @@ def table(results: list[dict[str, Any]]) -> str:
         'compiling, s | bytes of its own a parameter | note'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in sorted(results, key=lambda r: -r['test']):
-        seeds, reached, steps = len(one['tests']), one['reached'], one['steps_to_target']
-        note = [f'best at the {one["edge"]} rate tried'] if one['edge'] else []
-        if one['lost']:
-            note.append(f'lost at {", ".join(f"{rate:g}" for rate in one["lost"])}')
+    for entry in sorted(results, key=lambda r: -r['test']):
+        seeds, reached, steps = (
+            len(entry['tests']),
+            entry['reached'],
+            entry['steps_to_target'],
+        )
+        note = [f'best at the {entry["edge"]} rate tried'] if entry['edge'] else []
+        if entry['lost']:
+            note.append(f'lost at {", ".join(f"{rate:g}" for rate in entry["lost"])}')
         cells = [
-            one['name'],
-            f'{one["best_rate"]:g}',
-            f'{one["test"]:.2%} ± {one["test_error"]:.2%}'.replace('%', ''),
+            entry['name'],
+            f'{entry["best_rate"]:g}',
+            f'{entry["test"]:.2%} ± {entry["test_error"]:.2%}'.replace('%', ''),
             f'{steps:.0f}' if steps else f'{reached} of {seeds} reached it',
-            f'{one["seconds_to_target"]:.1f}' if steps else '-',
-            f'{one["step_seconds"] * 1e3:.1f}',
-            f'{one["seconds"]:.1f}',
-            f'{one["compile_seconds"]:.1f}',
-            f'{one["optimizer_bytes_per_parameter"]:.2f}',
+            f'{entry["seconds_to_target"]:.1f}' if steps else '-',
+            f'{entry["step_seconds"] * 1e3:.1f}',
+            f'{entry["seconds"]:.1f}',
+            f'{entry["compile_seconds"]:.1f}',
+            f'{entry["optimizer_bytes_per_parameter"]:.2f}',
             '; '.join(note),
         ]
         lines.append(f'| {" | ".join(cells)} |')
@@ -324,14 +328,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plots.canvas(2, 1, 6.4, 4.8)
     by_step, by_rate = axes[0]
     ordered = sorted(results, key=lambda r: -r['test'])
-    for i, one in enumerate(ordered):
+    for i, entry in enumerate(ordered):
         # There are ten colours; later lines are dashed.
         style = {'color': f'C{i % 10}', 'ls': '-' if i < 10 else '--', 'lw': 1.4}
-        by_step.plot(*zip(*one['curve'], strict=True), label=one['name'], **style)
-        rates = sorted(one['rates'])
-        by_rate.plot(rates, [one['rates'][r] for r in rates], marker='o', ms=3, **style)
-        by_rate.plot([one['best_rate']], [one['rates'][one['best_rate']]], 'k*', ms=6)
-    top = max(accuracy for one in results for _, accuracy in one['curve'])
+        by_step.plot(*zip(*entry['curve'], strict=True), label=entry['name'], **style)
+        rates = sorted(entry['rates'])
+        by_rate.plot(rates, [entry['rates'][r] for r in rates], marker='o', ms=3, **style)
+        by_rate.plot([entry['best_rate']], [entry['rates'][entry['best_rate']]], 'k*', ms=6)
+    top = max(accuracy for entry in results for _, accuracy in entry['curve'])
     by_step.axhline(TARGET, color='k', lw=0.7, ls=':')
     by_step.set_title('held-out accuracy by step, at the best rate')
     by_step.set_xlabel('step')

@@ -1,5 +1,6 @@
-"""Measure the cost of optimizers: `python -m benchmarks.optimizers [--only NAME;...] [--tpu |
---cpu]`.
+"""Measure the cost of optimizers.
+
+    python -m benchmarks.optimizers [--only NAME;...] [--tpu | --cpu]
 
 Three parts: `tpu`, the complete train step of ViT-B/16 as estimated by the TPU compiler without
 TPUs; `devices`, the update alone compiled for eight devices, with its state; `time`, the update
@@ -94,8 +95,9 @@ def _aliases() -> None:
 
 
 def _same_types(condition: Any, body: Any, first: Any) -> Any:
-    """Run a while loop with consistent types: that of roots has six parts, and the last starts with
-    True for 1.
+    """Run a while loop with constant types.
+
+    The loop that computes roots has six parts, and the last one starts with True instead of 1.
     """
     if isinstance(first, tuple) and len(first) == 6:
         first = (*first[:5], 1.0 if first[5] is True else first[5])
@@ -182,8 +184,7 @@ def operations(name: str, params: Any) -> dict[str, float]:
     """Count floating-point operations of the products of a step and of one refresh.
 
     Only products of blocks count, including padding. 'step' counts each product once;
-    'step_in_passes'
-    counts six passes for full precision, three for high and one for others.
+    'step_in_passes' counts six passes for full precision, three for high and one for others.
     """
     settings = {**factory.defaults(OWN[name]['name']), **OWN[name]}
     if 'block' not in settings:
@@ -232,10 +233,12 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
         program = compiled(lambda: step.lower(parts.abstract_state, batch))
     module = hlo.read(program.as_text(), len(place.devices))
     waits: dict[str, float] = {}
-    for one in module.collectives:
-        if not one.overlapped:
-            seconds = plan.link_seconds(one, place)
-            waits[one.branch] = waits.get(one.branch, 0.0) + seconds * place.chip.clock
+    for collective in module.collectives:
+        if not collective.overlapped:
+            seconds = plan.link_seconds(collective, place)
+            waits[collective.branch] = (
+                waits.get(collective.branch, 0.0) + seconds * place.chip.clock
+            )
     cycles = module.cycles_by_branch
     where = {op.branch: op.source for op in module.ops if 'branch_' in op.source}
     parts_of_step: dict[str, float] = {}
@@ -248,11 +251,11 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
         parts=parts_of_step,
         branches=[
             {
-                'cycles': found + waits.get(branch, 0),
+                'cycles': branch_cycles + waits.get(branch, 0),
                 'source': where.get(branch, ''),
                 'unknown_loops': module.unknown_in.count(branch),
             }
-            for branch, found in cycles.items()
+            for branch, branch_cycles in cycles.items()
         ],
         unknown_loops=module.unknown_in.count(''),
         hbm=plan._memory(program, parts, batch),
@@ -298,9 +301,9 @@ def on_devices(name: str, variant: str) -> None:
         program = compiled(lambda: jitted.lower(params, abstract_state, params))
     module = hlo.read(program.as_text(), 8)
     kinds: dict[str, int] = {}
-    for one in module.collectives:
-        kinds[one.kind] = kinds.get(one.kind, 0) + 1
-    sent = sum(one.nbytes * one.times for one in module.collectives)
+    for collective in module.collectives:
+        kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
+    sent = sum(collective.nbytes * collective.times for collective in module.collectives)
     temporary = program.memory_analysis().temp_size_in_bytes
     say(collectives=kinds, collective_bytes=sent, temporary=temporary)
 
@@ -403,8 +406,7 @@ def amortised(row: dict[str, Any], name: str) -> tuple[float, float] | None:
     """Return the cycles of an average step and of the slowest one.
 
     Branches count at the refresh interval of the optimizer. SOAP's initial branch, which runs once,
-    is
-    left out. Returns None if loops of unknown length matter.
+    is left out. Returns None if loops of unknown length matter.
     """
     branches = [b for b in row['branches'] if 'branch_1_fun' not in b['source'] or name != 'soap']
     if any(b['unknown_loops'] for b in branches):
@@ -450,13 +452,13 @@ def tpu_table(rows: dict[str, dict[str, Any]]) -> str:
         if 'cycles' in row:
             cells[1] = f'{row["cycles"] / 1e6:.1f}'
             cells[10] = f'{sum(row["hbm"].values()) / 2**30:.2f}'
-            found = amortised(row, name)
-            if found is None:
+            step_cycles = amortised(row, name)
+            if step_cycles is None:
                 cells[11] = 'a refresh has loops of unknown length'
             else:
-                cells[2:4] = [f'{one / 1e6:.1f}' for one in found]
+                cells[2:4] = [f'{one / 1e6:.1f}' for one in step_cycles]
                 if 'cycles' in base:
-                    cells[4] = percent(found[0] / base['cycles'] - 1)
+                    cells[4] = percent(step_cycles[0] / base['cycles'] - 1)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -473,9 +475,9 @@ def targets(rows: dict[str, dict[str, Any]]) -> list[str]:
             results.append(
                 f'operations {percent(share)} of {percent(SHARE)} {verdict(share, SHARE)}'
             )
-        found = amortised(row, name) if 'cycles' in row else None
-        if found and 'cycles' in base:
-            more = found[0] / base['cycles'] - 1
+        step_cycles = amortised(row, name) if 'cycles' in row else None
+        if step_cycles and 'cycles' in base:
+            more = step_cycles[0] / base['cycles'] - 1
             results.append(f'cycles {percent(more)} of {percent(SHARE)} {verdict(more, SHARE)}')
         if 'compile_cpu' in row and 'compile_cpu' in base:
             times = row['compile_cpu'] / base['compile_cpu']

@@ -80,9 +80,9 @@ def main(argv: list[str]) -> None:
     }
     FILE.write_text(json.dumps({'steps': args.steps, 'curves': curves}) + '\n')
     rows = []
-    exact = np.array([one['losses'] for one in curves['float32']])
+    exact = np.array([run['losses'] for run in curves['float32']])
     for kind, runs in curves.items():
-        losses = np.array([one['losses'] for one in runs])
+        losses = np.array([run['losses'] for run in runs])
         last = losses[:, -LAST:].mean(1)
         difference = np.abs((losses - exact)[:, -LAST:].mean(1))
         rows.append(
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
                 kind,
                 f'{last.mean():.4f} ± {last.std(ddof=1):.4f}',
                 f'{difference.mean():.4f}',
-                f'{statistics.mean(one["top1"] for one in runs):.2%}',
+                f'{statistics.mean(run["top1"] for run in runs):.2%}',
             )
         )
     header = ('computed in', f'loss of the last {LAST} steps', 'apart from float32', 'test')

@@ -1,8 +1,7 @@
 """Estimate a block's matrix products alone with the TPU compiler: `python -m benchmarks products`.
 
 Each product is compiled by itself, in bfloat16 and with its size in a row of `benchmarks chips`,
-and
-its estimated cycles are compared with the chip's peak. This bounds what a complete step can
+and its estimated cycles are compared with the chip's peak. This bounds what a complete step can
 reach: attention's own products, norms, the optimizer and collectives come on top.
 """
 
@@ -38,8 +37,10 @@ def shapes(tokens: int, width: int, hidden: int) -> dict[str, tuple[int, int, in
 
 
 def cycles(shape: tuple[int, int, int], transposed: bool, device: Any) -> int:
-    """Return the cycles of [rows, summed] @ [summed, columns] on one chip; `transposed` stores the
-    first operand transposed.
+    """Return the cycles of [rows, summed] @ [summed, columns] on one chip.
+
+    Args:
+      transposed: the first operand is stored transposed, as for gradients of kernels.
     """
     rows, summed, columns = shape
     chip = Mesh(np.array([device]), ('chip',))

@@ -3,8 +3,8 @@
 Plain patches, a convolutional stem, a compact convolutional transformer, shifted patches with
 locality attention and a hybrid, each with SGD and AdamW, on 4,000 images of Fashion-MNIST. Every
 run may spend as many operations as six epochs of the plain ViT. The rate of each model and
-optimizer is chosen among four on held-out training images with a quarter of that budget, and
-run again with other seeds. A restart continues where it stopped.
+optimizer is chosen among four on held-out training images with a quarter of that budget, and run
+again with other seeds. A restart continues where it stopped.
 """
 
 import argparse
@@ -107,9 +107,7 @@ class Study:
         return [Run(model, optimizer, rate, 0) for rate in RATES[optimizer]]
 
     def finals(self, model: str, optimizer: str) -> list[Run]:
-        """Return the final runs at the rate that is best on validation; [] until the search is
-        done.
-        """
+        """Return the final runs at the best rate on validation; [] until the search is done."""
         tried = self.search(model, optimizer)
         rows = [row for row in map(self.done, tried) if row is not None]
         if len(rows) < len(tried):
@@ -182,16 +180,16 @@ def table(results: list[dict[str, Any]]) -> str:
         'images seen | seconds'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in results:
+    for result in results:
         cells = [
-            one['model'],
-            one['optimizer'],
-            f'{100 * one["test"]:.2f} ± {100 * one["spread"]:.2f} ({len(one["tests"])})',
-            f'{one["rate"]:g}',
-            f'{one["params"]:,}',
-            f'{one["mflop"]:.1f}',
-            f'{one["examples"]:,.0f}',
-            f'{one["seconds"]:.0f}',
+            result['model'],
+            result['optimizer'],
+            f'{100 * result["test"]:.2f} ± {100 * result["spread"]:.2f} ({len(result["tests"])})',
+            f'{result["rate"]:g}',
+            f'{result["params"]:,}',
+            f'{result["mflop"]:.1f}',
+            f'{result["examples"]:,.0f}',
+            f'{result["seconds"]:.0f}',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -201,15 +199,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Plot a bar per model and optimizer, and a dot per seed."""
     figure, axes = plots.canvas(1, 1, 7.2, 4.0)
     axis = axes[0][0]
-    models = list(dict.fromkeys(one['model'] for one in results))
+    models = list(dict.fromkeys(result['model'] for result in results))
     for i, optimizer in enumerate(RATES):
-        for one in (one for one in results if one['optimizer'] == optimizer):
-            at = models.index(one['model']) + (i - 0.5) * 0.38
-            label = optimizer if one['model'] == models[0] else None
-            axis.bar(at, 100 * one['test'], 0.36, color=f'C{i}', alpha=0.75, label=label)
-            dots = [100 * test for test in one['tests']]
-            axis.plot([at] * len(dots), dots, 'k.', ms=4)
-    low = min(test for one in results for test in one['tests'])
+        for result in (result for result in results if result['optimizer'] == optimizer):
+            position = models.index(result['model']) + (i - 0.5) * 0.38
+            label = optimizer if result['model'] == models[0] else None
+            axis.bar(position, 100 * result['test'], 0.36, color=f'C{i}', alpha=0.75, label=label)
+            dots = [100 * test for test in result['tests']]
+            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+    low = min(test for result in results for test in result['tests'])
     axis.set_ylim(100 * low - 5, None)
     axis.set_xticks(range(len(models)), models)
     axis.set_ylabel('test accuracy, %')

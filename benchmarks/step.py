@@ -1,10 +1,10 @@
 """Compare our train step on this machine with timm in PyTorch: `python -m benchmarks step`.
 
 Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that is already on the
-device; on a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eagerly and
-through `torch.compile`; on a CPU, both sides also process the batch in two parts and add the
-gradients. The best result of each side counts. Each side has its own process, so that threads,
-memory and settings do not interfere; they take turns in rounds of about two seconds.
+device; on a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eagerly and through
+`torch.compile`; on a CPU, both sides also process the batch in two parts and add the gradients. The
+best result of each side counts. Each side has its own process, so that threads, memory and settings
+do not interfere; they take turns in rounds of about two seconds.
 
 On Linux without a GPU, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives both large pages.
 """
@@ -166,9 +166,9 @@ def timm(size: Size, device: str, compiled: bool, parts: int = 1) -> Step:
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            one = forward(*part)
-            one.backward()
-            value = value + one.detach()
+            part_loss = forward(*part)
+            part_loss.backward()
+            value = value + part_loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return value

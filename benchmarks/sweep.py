@@ -1,5 +1,4 @@
-"""Compare eight learning rates trained at once with one after the other: `python -m
-benchmarks.sweep`.
+"""Compare training eight learning rates at once and in turn: `python -m benchmarks.sweep`.
 
 The trials are those of `python -m big_vit.transfer --sweep lr=...`: a small ViT on scikit-learn's
 digits, trained completely or only its head. Both ways take turns in one process and include
@@ -66,9 +65,9 @@ def measure(init: Path, trained: str, steps: int, rounds: int, place: Path) -> d
     for turn in range(rounds):
         results = []
         for way, most in (('at once', None), ('in turn', 1)):
-            spent, found = seconds(config, place / f'{trained}-{turn}-{most}', most)
+            spent, scores = seconds(config, place / f'{trained}-{turn}-{most}', most)
             times[way].append(spent)
-            results.append({trial.lr: row['val/loss'] for trial, row in found.items()})
+            results.append({trial.lr: row['val/loss'] for trial, row in scores.items()})
         difference = max(difference, *(abs(results[0][rate] - results[1][rate]) for rate in RATES))
     medians = {
         way: statistics.median(seconds_of_rounds) for way, seconds_of_rounds in times.items()

@@ -5,8 +5,8 @@
     python -m big_vit.explore runs/fashion --spectra           norms and spectra of each block
     python -m big_vit.explore runs/fashion --image FILE        attention to an image
 
-With `--png FOLDER` the same is drawn instead. PATH is a workdir, one of its checkpoints/STEP, or
-a file or folder with another codebase's weights.
+With `--png FOLDER` the same is drawn instead. PATH is a workdir, one of its checkpoints/STEP, or a
+file or folder with another codebase's weights.
 """
 
 from big_vit import command_line

@@ -1,5 +1,4 @@
-"""Show how examples are transformed: `python -m big_vit.show_data --config configs/x.py --png
-FILE`.
+"""Show transformed examples: `python -m big_vit.show_data --config configs/x.py --png FILE`.
 
 Draws three rows of pictures: as stored in the dataset, after the transform on the host, and after
 the device transform with mixup and cutmix, exactly as the train step sees them.

@@ -3,8 +3,8 @@
     python -m big_vit.train --config configs/fashion_mnist.py --workdir runs/fashion
 
 `data.path` is the folder of the four IDX files; its default is where Debian's package
-dataset-fashion-mnist puts them. --config configs/fashion_mnist.py:optimizer=shampoo (or soap,
-muon, ...) trains with another optimizer; set its learning rate with --config.lr.
+dataset-fashion-mnist puts them. --config configs/fashion_mnist.py:optimizer=shampoo (or soap, muon,
+...) trains with another optimizer; set its learning rate with --config.lr.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m big_vit.train --config configs/pretrain_fdsl.py --workdir runs/fdsl
 
-By default a small model learns 100 classes in two minutes on two CPU cores.
-For accelerators: configs/pretrain_fdsl.py:variant=S/16,classes=21000,size=224.
+By default a small model learns 100 classes in two minutes on two CPU cores. For accelerators:
+configs/pretrain_fdsl.py:variant=S/16,classes=21000,size=224.
 """
 
 from ml_collections import ConfigDict

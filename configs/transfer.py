@@ -5,9 +5,9 @@
 
 The first argument is the dataset: cifar10, cifar100, imagenet2012, oxford_iiit_pet or
 oxford_flowers102 (as in big_vision's configs/transfer.py), vtab_NAME for the 19 tasks of VTAB-1k
-(arXiv 1910.04867; as in scenic's plain ViT), or own, a folder with one sub-folder per class.
-DIR is the data_dir of TensorFlow Datasets; docs/transfer.md explains how to prepare each dataset,
-which rates to sweep, and how these recipes differ from theirs. Other arguments:
+(arXiv 1910.04867; as in scenic's plain ViT), or own, a folder with one sub-folder per class. DIR is
+the data_dir of TensorFlow Datasets; docs/transfer.md explains how to prepare each dataset, which
+rates to sweep, and how these recipes differ from theirs. Other arguments:
 
 * size=224: pixels; crop=inception, resmall or resize: how training images are cropped.
 * final=true: also trains on the validation part, as VTAB does once the settings are chosen.

@@ -2,8 +2,8 @@
 
     python -m big_vit.train --config configs/vit_s16_i1k.py:path=DIR --workdir runs/s16
 
-DIR is the data_dir of TensorFlow Datasets, with imagenet2012 as ArrayRecord (docs/data.md);
-it may be gs://. The published top-1 on the validation split is 76.5 % (80 % with
+DIR is the data_dir of TensorFlow Datasets, with imagenet2012 as ArrayRecord (docs/data.md); it may
+be gs://. The published top-1 on the validation split is 76.5 % (80 % with
 --config.total_epochs=300). It has not been reproduced here: the figure was published for
 big_vision, from which this config differs as follows:
 
@@ -12,8 +12,8 @@ big_vision, from which this config differs as follows:
 * it mixes with a share per example, theirs with one per batch; and its randaug has the corrections
   that docs/data.md names.
 
-With --config configs/vit_s16_i1k.py:path=DIR,optimizer=shampoo it is trained with Shampoo
-instead, using the settings below.
+With --config configs/vit_s16_i1k.py:path=DIR,optimizer=shampoo it is trained with Shampoo instead,
+using the settings below.
 """
 
 from ml_collections import ConfigDict

@@ -63,9 +63,7 @@ def write_idx(folder: Path, examples: int = 64, size: int = 28) -> Path:
 
 
 def write_folder(folder: Path, examples: int = 60, classes: int = 3, splits=None) -> Path:
-    """Write JPEG photographs of several sizes, a folder per class, inside folders `splits` if
-    given.
-    """
+    """Write JPEG photographs of several sizes, one folder per class, within `splits` if given."""
     import cv2
 
     rng = np.random.default_rng(0)

@@ -63,9 +63,7 @@ def standard_error(score: Score) -> float | None:
 
 
 def warnings(rows: Rows) -> list[str]:
-    """Return warnings for the reader: skipped updates, resumes, damaged examples, non-finite
-    values.
-    """
+    """Return warnings: skipped updates, resumes, damaged examples and non-finite values."""
     messages = []
     skipped = series(rows, 'train/skipped')
     if skipped and skipped[-1][1]:

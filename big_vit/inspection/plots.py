@@ -177,9 +177,7 @@ def similarity(cosine: Float[np.ndarray, 'rows columns rows columns']) -> Pictur
 def heat(
     image: UInt8[np.ndarray, 'height width channels'], share: Float[np.ndarray, 'rows columns']
 ) -> UInt8[np.ndarray, 'height width 3']:
-    """Overlay a grey image with a heat map of its patches, from dark violet (least) to yellow
-    (most).
-    """
+    """Overlay a grey image with a map of its patches, from dark violet (least) to yellow."""
     import cv2
     from matplotlib import colormaps
 

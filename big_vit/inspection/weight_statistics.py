@@ -59,9 +59,7 @@ def unrolled(params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def split_block(name: str) -> tuple[str, int, str] | None:
-    """Split the path of an array in a block into (prefix, block number, rest); None for other
-    paths.
-    """
+    """Split a path into (prefix, block number, rest); None for arrays outside blocks."""
     match = _BLOCK.fullmatch(name)
     return (match[1], int(match[2]), match[3]) if match else None
 
@@ -164,8 +162,7 @@ def spectra(params: dict[str, Any]) -> dict[str, Float[np.ndarray, 'depth rank']
     """Return the singular values of each kind of kernel per block, largest first.
 
     They are square roots of the eigenvalues of the smaller Gram matrix, which is ten times as fast
-    as
-    an SVD and exact to about 1e-8 of the largest.
+    as an SVD and exact to about 1e-8 of the largest.
     """
     by_kind = {}
     for part, kernels in matrices(params).items():
@@ -223,8 +220,7 @@ def rollout(
     """Return the share of each input token in each token of the last block (arXiv 2005.00928).
 
     The attention of each block, averaged over heads and mixed half and half with the identity for
-    the
-    residual connection, is multiplied through the blocks.
+    the residual connection, is multiplied through the blocks.
     """
     mixed = np.eye(weights.shape[-1])
     for block in weights:

@@ -1,8 +1,8 @@
 """Read weights of other codebases with `read`, write ours for them with `write`.
 
-The format is recognised from the file. Arrays are only renamed and laid out differently, so a
-round trip is bit-exact, and a missing or unexpected array is an error. Whatever arrays do not
-reveal (epsilon, activation, pooling, image normalisation, licence, source) travels as settings and
+The format is recognised from the file. Arrays are only renamed and laid out differently, so a round
+trip is bit-exact, and a missing or unexpected array is an error. Whatever arrays do not reveal
+(epsilon, activation, pooling, image normalisation, licence, source) travels as settings and
 metadata.
 """
 

@@ -57,9 +57,7 @@ def complete(settings: Mapping[str, Any]) -> Settings:
 
 
 def patch_of(kernel: Sequence[int], resnet: tuple[int, ...] | None) -> tuple[int, int]:
-    """Return the patch size in pixels, given the kernel (height, width) behind the ResNet stem, if
-    any.
-    """
+    """Return the patch size in pixels: that of the kernel times the stride of a ResNet stem."""
     stem_stride = 1 if resnet is None else stems.resnet_stride(resnet)
     return kernel[0] * stem_stride, kernel[1] * stem_stride
 
@@ -167,8 +165,7 @@ def with_prefix(model: Model, count: int) -> Model:
     """Give the learned table exactly `count` rows for the tokens before the patches.
 
     Surplus rows are added to their tokens, which is what the encoder would do with them; missing
-    rows
-    become zeros.
+    rows become zeros.
     """
     settings = model.settings
     old_count = settings['posemb_prefix']

@@ -1,8 +1,8 @@
-"""Hugging Face's formats: ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3,
-ViTMAE.
+"""Hugging Face's formats of vision models.
 
-A folder has model.safetensors and config.json, which says everything that arrays do not. Names are
-those of transformers 4.x, which 5.x still reads and writes, except that 5.x leaves out SigLIP's
+ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3 and ViTMAE. A folder has
+model.safetensors and config.json, which says everything that arrays do not. Names are those of
+transformers 4.x, which 5.x still reads and writes, except that 5.x leaves out SigLIP's
 `vision_model.`.
 """
 

@@ -152,8 +152,9 @@ def _row(modules: list[str], template: str, i: int, shapes: Shapes, flat: bool) 
 
 
 def _transposed(ours: tuple[str, ...], theirs: str, our_shape: tuple[int, ...]) -> Rule:
-    """Return the rule for a PyTorch module: convolutions are OIHW, matrices [out, in], vectors
-    flat.
+    """Return the rule for a PyTorch module.
+
+    Convolutions are OIHW, matrices [out, in], and biases of heads flat.
     """
     size = math.prod(our_shape)
     middle: tuple[int, ...] = (size,)
@@ -206,7 +207,7 @@ def check(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray], where: str) -
         if name in arrays and tuple(arrays[name].shape) != shape
     ]
     kinds = (('missing', missing), ('unexpected', unexpected), ('of other shape', misshapen))
-    parts = [f'{len(found)} {what}: {_list(found)}' for what, found in kinds if found]
+    parts = [f'{len(names)} {what}: {_list(names)}' for what, names in kinds if names]
     if not parts:
         return
     raise UserError(f'{where}: not the expected arrays; ' + '; '.join(parts) + _advice(unexpected))
@@ -266,7 +267,7 @@ def depth_of(names: Iterable[str], pattern: str, where: str) -> int:
     Raises:
       UserError: there are no blocks, or their numbers have gaps.
     """
-    numbers = {int(found[1]) for name in names if (found := re.match(pattern, name))}
+    numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if not numbers:
         raise UserError(f'{where}: there are no blocks in it (names like {pattern})')
     if numbers != set(range(len(numbers))):

@@ -221,31 +221,29 @@ def _heads(name: str, width: int) -> int:
 
 
 def _norm(name: str, args: Mapping[str, Any], where: str) -> Settings:
-    said = args.get('norm_layer')
-    if said is not None:
-        known = _NORMS.get(str(said).replace('_', '').lower())
+    norm_layer = args.get('norm_layer')
+    if norm_layer is not None:
+        known = _NORMS.get(str(norm_layer).replace('_', '').lower())
         if known is None:
-            raise UserError(f'{where}: norm_layer {said!r} is not one that big_vit has')
+            raise UserError(f'{where}: norm_layer {norm_layer!r} is not one that big_vit has')
         return {'norm': known[0], 'norm_eps': known[1]}
     norm = 'rmsnorm' if name == 'test_vit4' else 'layernorm'
     return {'norm': norm, 'norm_eps': 1e-5 if _EPS_1E5.match(name) else 1e-6}
 
 
 def _activation(name: str, args: Mapping[str, Any], where: str) -> str:
-    said = args.get('act_layer')
-    if said is not None:
-        if said not in _ACTIVATIONS:
-            raise UserError(f'{where}: act_layer {said!r} is not one that big_vit has')
-        return _ACTIVATIONS[said]
+    act_layer = args.get('act_layer')
+    if act_layer is not None:
+        if act_layer not in _ACTIVATIONS:
+            raise UserError(f'{where}: act_layer {act_layer!r} is not one that big_vit has')
+        return _ACTIVATIONS[act_layer]
     if _QUICK.match(name):
         return 'quick_gelu'
     return 'gelu_tanh' if _TANH.match(name) else 'gelu'
 
 
 def _mlp(format: str, shapes: Shapes) -> Settings:
-    """Recognise a gated MLP by its first matrix: it has twice as many rows as the second takes
-    inputs.
-    """
+    """Recognise a gated MLP: its first matrix has twice as many rows as the second has inputs."""
     first, second = ('w12', 'w3') if 'blocks.0.mlp.w12.weight' in shapes else ('fc1', 'fc2')
     rows = fit.required_shape(shapes, f'blocks.0.mlp.{first}.weight')[0]
     taken = fit.required_shape(shapes, f'blocks.0.mlp.{second}.weight')[1]
@@ -272,16 +270,16 @@ def _pool(
         return 'cls_dist'
     if 'attn_pool.latent' in shapes:
         return 'map'
-    said = args.get('global_pool') or config.get('global_pool')
-    if said is None:
+    pooling = args.get('global_pool') or config.get('global_pool')
+    if pooling is None:
         gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|beit3', name)
-        said = 'avg' if gap or 'cls_token' not in shapes else 'token'
+        pooling = 'avg' if gap or 'cls_token' not in shapes else 'token'
     pools = {'token': 'cls', 'avg': 'gap'}
-    if said not in pools:
+    if pooling not in pools:
         raise UserError(
-            f'{where}: global_pool {said!r} is not one that big_vit has (token, avg, map)'
+            f'{where}: global_pool {pooling!r} is not one that big_vit has (token, avg, map)'
         )
-    return pools[said]
+    return pools[pooling]
 
 
 def _image_size(args: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[int, int] | None:

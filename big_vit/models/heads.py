@@ -85,8 +85,9 @@ def segment_pool(
 
 
 class Classifier(nn.Module):
-    """Linear classifier in float32. It starts at zero, so the first loss is exactly
-    log(num_classes).
+    """Linear classifier in float32.
+
+    It starts at zero, so that the first loss is exactly log(num_classes).
     """
 
     num_classes: int

@@ -3,9 +3,9 @@
 Parameters are stored in float32; `dtype` is the type of the matrix products and of the residual
 stream. Norm statistics and the softmax are computed in float32.
 
-Norm, softmax and GELU have hand-written derivatives: the backward pass saves tensors of `dtype`
-and a few statistics, and recomputes the float32 intermediates that automatic differentiation
-would keep.
+Norm, softmax and GELU have hand-written derivatives: the backward pass saves tensors of `dtype` and
+a few statistics, and recomputes the float32 intermediates that automatic differentiation would
+keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -309,10 +309,8 @@ def attend(
     """Return softmax(query · key / sqrt(features)) · value, with float32 logits and softmax.
 
     Only two arrays of size queries x keys are ever written to memory, both in the type of the
-    operands:
-    the exponentials here, which are normalised after their product with the values, and the
-    gradient of
-    the logits in the backward pass.
+    operands: the exponentials here, which are normalised after their product with the values, and
+    the gradient of the logits in the backward pass.
     """
     return _attend_forward(query, key, value)[0]
 
@@ -400,9 +398,7 @@ def attention_weights(
     bias: Float[Array, '1 heads queries keys'] | None = None,
     mask: Bool[Array, '#batch 1 #queries keys'] | None = None,
 ) -> Float[Array, 'batch heads queries keys']:
-    """Return the attention probabilities in float32, for inspection rather than for the forward
-    pass.
-    """
+    """Return attention probabilities in float32, for inspection only: they are not fused."""
     logits = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     logits = logits if bias is None else logits + bias.astype(jnp.float32)

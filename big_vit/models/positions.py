@@ -1,7 +1,7 @@
 """Positions of tokens: tables, rotations and relative biases, and resizing of learned tables.
 
-A grid is the number of tokens along each axis: (rows, columns) for images, (frames, rows,
-columns) for videos, (length,) for text. Tokens are in row-major order, the last axis fastest.
+A grid is the number of tokens along each axis: (rows, columns) for images, (frames, rows, columns)
+for videos, (length,) for text. Tokens are in row-major order, the last axis fastest.
 """
 
 import math

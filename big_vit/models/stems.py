@@ -165,10 +165,8 @@ class ConvStem(nn.Module):
     """3x3 convolutions of stride 2 in place of large patches (arXiv 2106.14881).
 
     A norm and a ReLU follow each of them, and each doubles the channels; `Patches` of one pixel
-    project
-    the result. Group norm replaces the paper's batch norm, so that the output for an example
-    depends
-    on nothing but the parameters and that example.
+    project the result. Group norm replaces the paper's batch norm, so that the output for an
+    example depends on nothing but the parameters and that example.
     """
 
     width: int

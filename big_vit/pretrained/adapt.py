@@ -151,9 +151,7 @@ def tubelet_kernel(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
 
 
 def grid_of(config: Config, shapes: dict[str, tuple[int, ...]]) -> Grid | None:
-    """Return the token grid of the config's only input; None if there are several inputs or no
-    grid.
-    """
+    """Return the token grid of the config's only input; None for several inputs or no grid."""
     streams = build_streams(config)
     if len(streams) > 1 or streams[0].tokenizer == 'ragged':
         return None
@@ -161,9 +159,7 @@ def grid_of(config: Config, shapes: dict[str, tuple[int, ...]]) -> Grid | None:
 
 
 def saved_grid(saved: Config) -> Grid | None:
-    """Return the token grid of a checkpoint's config; None for inputs whose size it does not
-    record.
-    """
+    """Return the token grid of a checkpoint's config; None for inputs other than one image."""
     streams = build_streams(saved)
     if len(streams) > 1 or streams[0].reads != 'image':
         return None

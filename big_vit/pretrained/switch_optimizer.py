@@ -18,8 +18,7 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
     """Build the initial state from another run's checkpoint.
 
     Step, parameters, their average and the moments carry over. State that only the new optimizer
-    has
-    starts afresh, and so do the statistics that detect loss spikes.
+    has starts afresh, and so do the statistics that detect loss spikes.
 
     Args:
       path: a workdir (its newest checkpoint) or a `checkpoints/STEP` folder.
