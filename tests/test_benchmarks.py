@@ -69,12 +69,12 @@ def test_without_peers_it_says_what_to_install():
 def test_our_step_trains_and_its_operations_are_counted():
     size = step.Size('mu/4', 16, 4, (('depth', 1),))
     with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):
-        once, flops = step.ours(size, 'cpu', 'adamw', scan=False, devices=2)
+        once, operations = step.ours(size, 'cpu', 'adamw', scan=False, devices=2)
         losses = [step.wait(once()) for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
     assert losses[2] < losses[0]
     model = ViT(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
-    assert flops == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
+    assert operations == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_the_products_of_a_block_are_three_times_those_of_its_forward_pass():
 SHARES = """
 import jax
 from benchmarks import products
-from big_vit import topology
+from big_vit.planning import topology
 
 jax.config.update('jax_enable_compilation_cache', False)
 place = topology.load('v5e:1x1')
