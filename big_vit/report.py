@@ -291,7 +291,7 @@ def curves(runs: list[Run]) -> str:
                 chart_lines.append(Line(shown, points, marked=split != 'train', style=style))
         return chart_lines
 
-    chart_lines = html_pages.charts(
+    charts = html_pages.charts(
         [
             html_pages.chart('Loss', lines('loss')),
             html_pages.chart('Accuracy', lines('accuracy', 'top1')),
@@ -299,7 +299,7 @@ def curves(runs: list[Run]) -> str:
             html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
         ]
     )
-    return chart_lines or html_pages.paragraph('There are no metrics yet.', 'soft')
+    return charts or html_pages.paragraph('There are no metrics yet.', 'soft')
 
 
 def warnings(run: Run) -> str:

@@ -212,7 +212,7 @@ class Line(NamedTuple):
     Attributes:
       marked: draw a dot at each point; for lines with few points.
       joined: connect the points.
-      look: index of the colour and dash pattern; the position in the chart if None.
+      style: index of the colour and dash pattern; the position in the chart if None.
     """
 
     name: str

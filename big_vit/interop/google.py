@@ -87,8 +87,8 @@ def _unstacked(arrays: Arrays) -> Arrays:
         if rest == name:
             unstacked[name] = array
             continue
-        for i, part in enumerate(array):
-            unstacked[f'Transformer/encoderblock_{i}/{rest}'] = part
+        for i, block_array in enumerate(array):
+            unstacked[f'Transformer/encoderblock_{i}/{rest}'] = block_array
     return unstacked
 
 

@@ -42,8 +42,8 @@ KNOWN_EXTRAS = (
 class Rule(NamedTuple):
     """One array of a peer and the arrays of ours that it is made of.
 
-    Each of `ours` has shape `each`. Reshaped to `middle` and transposed by `axes`, they are joined
-    along axis 0 and reshaped to `shape`.
+    Each of `ours` has shape `our_shape`. Reshaped to `middle` and transposed by `axes`, they are
+    joined along axis 0 and reshaped to `shape`.
     """
 
     theirs: str

@@ -159,18 +159,18 @@ def resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, 'new old
         ends = np.linspace(0, old - 1, new)
         return _kernel(ends[:, None] - np.arange(old)[None], None)
     scale = old / new
-    centres = (np.arange(new, dtype=np.float64) + 0.5) * scale - 0.5
+    source_points = (np.arange(new, dtype=np.float64) + 0.5) * scale - 0.5
     if method == 'bicubic_antialias':
         filter_width = max(scale, 1.0)
-        weights = _kernel((centres[:, None] - np.arange(old)[None]) / filter_width, -0.5)
+        weights = _kernel((source_points[:, None] - np.arange(old)[None]) / filter_width, -0.5)
         return weights / weights.sum(1, keepdims=True)
     cubic = -0.75 if method == 'bicubic' else None
     matrix: np.ndarray = np.zeros((new, old))
-    low = np.floor(centres).astype(int)
+    low = np.floor(source_points).astype(int)
     for tap in range(-1, 3) if cubic is not None else range(2):
         # Values outside repeat the border.
         column = np.clip(low + tap, 0, old - 1)
-        np.add.at(matrix, (np.arange(new), column), _kernel(centres - (low + tap), cubic))
+        np.add.at(matrix, (np.arange(new), column), _kernel(source_points - (low + tap), cubic))
     return matrix
 
 
