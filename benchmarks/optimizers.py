@@ -194,9 +194,8 @@ def operations(name: str, params: Any) -> dict[str, float]:
     step = passes = refresh = 0.0
     for stack in cuts.stacks.values():
         r, c, n = stack.rows, stack.columns, stack.blocks
-        turns = (
-            1 if settings['name'] == 'shampoo' else 3
-        )  # SOAP rotates G and M, and rotates the result back.
+        # SOAP rotates G and M, and rotates the result back.
+        turns = 1 if settings['name'] == 'shampoo' else 3
         pair = 2.0 * n * r * c * (r + c)
         step += pair * (1 + turns)
         passes += pair * (1 + 3 * turns)
@@ -309,7 +308,7 @@ def on_devices(name: str, variant: str) -> None:
 
 
 def in_time(name: str, variant: str) -> None:
-    """Time steps of the update alone on this machine, until the process is killed."""
+    """Time steps of the update alone on this machine, as many as the time limit allows."""
     params = shapes(variant)
     optimizer = build_optimizer(name, TREES[variant], params, None)
     rng = np.random.default_rng(0)
