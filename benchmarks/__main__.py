@@ -1,7 +1,7 @@
-"""How fast it is: `python -m benchmarks [PART ...]`, what this machine can measure of
+"""Benchmarks that can run on this machine: `python -m benchmarks [PART ...]`
 
-    chips     the train step on TPUs, by their compiler, beside a plain one
-    products  what a block's matrix products reach alone on TPUs, by their compiler
+    chips     the train step on TPUs, estimated by their compiler, beside a plain one
+    products  a block's matrix products alone on TPUs, estimated by their compiler
     step      the train step on this machine, beside timm in PyTorch
     startup   seconds until help is shown and until the first step is done
     growth    how cost grows with batch, tokens, depth and chips
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
         return
     for part in PARTS:
         print(f'\n## {part}\n', flush=True)
-        # A process each: they want other devices, and one that fails leaves the rest.
+        # One process per part: parts need different devices, and a failure must not stop the
+        # others.
         subprocess.run([sys.executable, '-m', 'benchmarks', part], check=False)
 
 

@@ -1,9 +1,9 @@
-"""The plain train step that ours is measured beside: stock Flax layers, as most have them.
+"""A plain train step to compare ours with: stock Flax layers, as most codebases use them.
 
-What google-research/big_vision publishes of its ViT, in our own words: attention by
-`nn.MultiHeadDotProductAttention` with a kernel each for queries, keys, values and output; products
-and residual stream in bfloat16, norms in float32; blocks not scanned; Adam with its first moment in
-bfloat16, clipping at 1, decoupled decay; parameters whole on each chip, the batch split.
+It follows the ViT of google-research/big_vision, reimplemented: attention by
+`nn.MultiHeadDotProductAttention` with separate kernels for queries, keys, values and output;
+products and residual stream in bfloat16, norms in float32; unscanned blocks; Adam with its first
+moment in bfloat16, clipping at 1, decoupled decay; parameters replicated, the batch split.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """Images [batch, height, width, 3] to logits [batch, 1000], mean-pooled."""
+    """Mean-pooled ViT from images [batch, height, width, 3] to logits [batch, 1000]."""
 
     patch_size: tuple[int, int]
     width: int
@@ -60,7 +60,7 @@ class PlainViT(nn.Module):
 
 
 def lower(variant: str, mesh: Mesh, batch_size: int, size: int = 224) -> Any:
-    """The lowered train step for a mesh, whose state is donated."""
+    """Lower the train step for a mesh, with donated state."""
     model = PlainViT(**variants.parse(variant))
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -84,15 +84,15 @@ def lower(variant: str, mesh: Mesh, batch_size: int, size: int = 224) -> Any:
         updates, opt = optimizer.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), value
 
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    replicated, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
-    def placed(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+    def abstract(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    abstract_state = jax.tree.map(placed, jax.eval_shape(init, jax.random.key(0)))
-    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32, sharding=split)
-    labels = jax.ShapeDtypeStruct((batch_size, CLASSES), jnp.float32, sharding=split)
+    abstract_state = jax.tree.map(abstract, jax.eval_shape(init, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32, sharding=by_batch)
+    labels = jax.ShapeDtypeStruct((batch_size, CLASSES), jnp.float32, sharding=by_batch)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=(whole, whole)).lower(
+        return jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated)).lower(
             abstract_state, images, labels
         )

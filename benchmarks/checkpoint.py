@@ -1,8 +1,8 @@
-"""Seconds to save and restore: `python -m benchmarks.checkpoint [--variants B/16,L/16]`.
+"""Time saving and restoring: `python -m benchmarks.checkpoint [--variants B/16,L/16]`.
 
-Beside each, in the same round, what NumPy needs to write or read the same bytes on the
-same disk. States are parameters and two moments, of random bits, so that nothing
-compresses. What was written is put out of the page cache before it is read.
+Every round also times how long NumPy takes to write and read the same bytes on the same disk.
+States are parameters and two moments of random bits, which do not compress. Files are evicted from
+the page cache before they are read.
 """
 
 import argparse
@@ -29,23 +29,23 @@ RESULTS = Path(__file__).parent / 'results' / 'checkpoint.json'
 
 
 def random_state(variant: str, devices: int) -> Any:
-    """Parameters and AdamW moments of a ViT for ImageNet, as float32 noise, sharded."""
+    """Return parameters and AdamW moments of a ViT for ImageNet, as sharded float32 noise."""
     model = ViT(num_classes=1000, **variants.parse(variant))
     params = state.abstract_params(model, (224, 224, 3))
     mesh = sharding.make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     rng = np.random.default_rng(0)
 
-    def noise(leaf: Any, where: Any) -> jax.Array:
-        return jax.device_put(rng.standard_normal(leaf.shape, np.float32), where)
+    def noise(leaf: Any, shardings: Any) -> jax.Array:
+        return jax.device_put(rng.standard_normal(leaf.shape, np.float32), shardings)
 
-    where = sharding.shardings_for(params, mesh)
-    three = [jax.tree.map(noise, params, where) for _ in range(3)]
+    shardings = sharding.shardings_for(params, mesh)
+    trees = [jax.tree.map(noise, params, shardings) for _ in range(3)]
     step = jax.device_put(np.int32(1), sharding.replicated(mesh))
-    return {'params': three[0], 'opt': {'mu': three[1], 'nu': three[2]}, 'step': step}
+    return {'params': trees[0], 'opt': {'mu': trees[1], 'nu': trees[2]}, 'step': step}
 
 
-def forget(folder: Path) -> None:
-    """Puts files out of the page cache."""
+def evict(folder: Path) -> None:
+    """Evict the files of a folder from the page cache."""
     for path in folder.rglob('*'):
         if path.is_file():
             with path.open('rb') as file:
@@ -54,14 +54,14 @@ def forget(folder: Path) -> None:
 
 
 def timed(run: Any) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def one_round(full: Any, arrays: list[np.ndarray], folder: Path, number: int) -> dict[str, float]:
-    """Seconds of each kind of writing and reading, once."""
-    raw, found = folder / 'raw', {}
+    """Measure each kind of writing and reading once, in seconds."""
+    raw, results = folder / 'raw', {}
 
     def write() -> None:
         with raw.open('wb') as file:
@@ -81,43 +81,44 @@ def one_round(full: Any, arrays: list[np.ndarray], folder: Path, number: int) ->
         )
         jax.block_until_ready(checkpoint.restore(folder, 1, abstract_state))
 
-    found['NumPy write and fsync'] = timed(write)
-    forget(folder)
+    results['NumPy write and fsync'] = timed(write)
+    evict(folder)
     with checkpoint.Manager(folder, keep_last=1) as manager:
         manager.save(full, {}, {})
         manager.wait()
         seconds = manager.timings()
-    found['save, training held up'] = seconds['time/save_blocked_s']
-    found['save, until it is complete'] = seconds['time/save_s']
-    forget(folder)
-    found['NumPy read'] = timed(read)
-    # In turn the first, for the second may find the file in a cache that is not ours to empty.
+    results['save, training held up'] = seconds['time/save_blocked_s']
+    results['save, until it is complete'] = seconds['time/save_s']
+    evict(folder)
+    results['NumPy read'] = timed(read)
+    # Alternate which goes first: the second may find the file in a cache of the host that we cannot
+    # empty.
     for checked in (True, False) if number % 2 else (False, True):
-        forget(folder)
+        evict(folder)
         name = 'restore' if checked else 'restore, hashes not checked'
         hashes, compare = checkpoint.hashes_of, checkpoint._check_hashes
         if not checked:
             checkpoint.hashes_of, checkpoint._check_hashes = lambda _: {}, lambda *_: None
-        found[name] = timed(restore)
+        results[name] = timed(restore)
         checkpoint.hashes_of, checkpoint._check_hashes = hashes, compare
-    found['hashes alone'] = timed(lambda: hashes_of(full))
+    results['hashes alone'] = timed(lambda: hashes_of(full))
     files = [path for path in (folder / 'checkpoints').rglob('*') if path.is_file()]
-    found['bytes on disk'] = sum(path.stat().st_size for path in files)
+    results['bytes on disk'] = sum(path.stat().st_size for path in files)
     shutil.rmtree(folder / 'checkpoints')
-    return found
+    return results
 
 
 def measure(variant: str, devices: int, rounds: int, folder: Path) -> dict[str, Any]:
     full = random_state(variant, devices)
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(full)]
-    hashes_of(full)  # Compiled once in a run; it is not what is measured here.
-    found = [one_round(full, arrays, folder, number) for number in range(rounds)]
-    medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
-    return {'variant': variant, 'bytes': trees.nbytes(full), 'median': medians, 'rounds': found}
+    hashes_of(full)  # Compile it now, so that no round has to.
+    results = [one_round(full, arrays, folder, number) for number in range(rounds)]
+    medians = {name: statistics.median(row[name] for row in results) for name in results[0]}
+    return {'variant': variant, 'bytes': trees.nbytes(full), 'median': medians, 'rounds': results}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: medians, and how many times as long as NumPy they are."""
+    """Format the medians as Markdown, with their ratios to NumPy."""
     lines = ['| state | what | seconds | × NumPy |', '|---|---|---|---|']
     for result in results:
         medians = dict(result['median'])

@@ -1,10 +1,10 @@
-"""The whole train step on TPUs, ours beside a plain one, by the TPU compiler: no TPU is needed.
+"""The complete train step on TPUs beside a plain one, estimated by the TPU compiler without a TPU.
 
     python -m benchmarks chips [--only v5e/B/16,...] [--again]
 
-Each row is compiled by a process of its own, two to ten minutes on two cores, and stored at once;
-started again, what is missing is made. Cycles are the compiler's estimates (docs/planning.md) and
-the same on every machine.
+Each row is compiled in its own process, which takes two to ten minutes on two cores, and is stored
+at once; a restart only makes missing rows. Cycles are the compiler's estimates (docs/planning.md)
+and the same on every machine.
 """
 
 import argparse
@@ -30,7 +30,13 @@ GIB = 2**30
 
 
 class Row(NamedTuple):
-    """A model on one kind of slice; `batch` is a chip's, the last two are of big_vit."""
+    """A model on one kind of slice.
+
+    Attributes:
+      batch: images per chip.
+      mesh: mesh of big_vit; the plain step only splits the batch.
+      accumulation: parts in which big_vit processes the batch.
+    """
 
     variant: str
     topology: str
@@ -63,8 +69,8 @@ ROWS = (
 SIDES = ('plain', 'big_vit')
 
 
-def planned(*arguments: str) -> dict[str, Any]:
-    """What `python -m big_vit.plan` says of ViT-B/16 with such changes; `fits` may be False."""
+def run_planner(*arguments: str) -> dict[str, Any]:
+    """Return the plan of ViT-B/16 with these changes, also if it does not fit."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'plan.json'
         command = [
@@ -78,20 +84,20 @@ def planned(*arguments: str) -> dict[str, Any]:
 
 
 def ours(row: Row) -> dict[str, Any]:
-    """What the planner says of big_vit's step."""
-    found = planned(
+    """Estimate big_vit's step with the planner."""
+    plan_result = run_planner(
         *('--topology', row.topology, '--mesh', row.mesh, f'--config.batch_size={16 * row.batch}'),
         f'--config.model.variant={row.variant}',
         f'--config.accumulation={row.accumulation}',
     )
     return {
-        name: found[name]
+        name: plan_result[name]
         for name in ('fits', 'cycles', 'step_seconds', 'mfu', 'hbm_peak', 'problem')
     }
 
 
 def plain(row: Row) -> dict[str, Any]:
-    """The same of `baseline`, split over the batch alone."""
+    """Estimate the step of `baseline`, split over the batch alone."""
     place = topology.load(row.topology)
     assert place.chip is not None
     mesh = sharding.make_mesh(16, 1, 1, place.devices)
@@ -108,9 +114,9 @@ def plain(row: Row) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.generated_code_size_in_bytes
-    waiting = [one for one in module.collectives if not one.overlapped]
+    waiting = [collective for collective in module.collectives if not collective.overlapped]
     seconds = module.cycles / place.chip.clock
-    seconds += sum(plan.link_seconds(one, place) for one in waiting)
+    seconds += sum(plan.link_seconds(collective, place) for collective in waiting)
     model = ViT(num_classes=baseline.CLASSES, **variants.parse(row.variant))
     operations = 3 * flops.cost(model, {'image': (224, 224, 3)}).flops * row.batch
     return {
@@ -127,25 +133,27 @@ def stored() -> dict[str, Any]:
     return json.loads(FILE.read_text()) if FILE.exists() else {'rows': {}}
 
 
-def stored_sides(row: Row, all_: dict[str, Any]) -> dict[str, Any]:
-    """The sides of a row that are stored; none where they were made for other settings."""
-    found = all_['rows'].get(row.name, {})
-    same = row._asdict().items() <= {k: v for k, v in found.items() if k not in SIDES}.items()
-    return {side: found[side] for side in SIDES if same and side in found}
+def stored_sides(row: Row, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored sides of a row; none if they were made with other settings."""
+    stored_row = results['rows'].get(row.name, {})
+    unchanged = (
+        row._asdict().items() <= {k: v for k, v in stored_row.items() if k not in SIDES}.items()
+    )
+    return {side: stored_row[side] for side in SIDES if unchanged and side in stored_row}
 
 
 def make(row: Row, side: str) -> None:
-    """Compiles one side of a row here and stores it."""
+    """Compile one side of a row in this process and store the result."""
     result = {'plain': plain, 'big_vit': ours}[side](row)
-    all_ = stored()
+    results = stored()
     versions = {name: metadata.version(name) for name in ('jax', 'libtpu', 'flax')}
-    all_['rows'][row.name] = {**row._asdict(), **stored_sides(row, all_)}
-    all_['rows'][row.name][side] = {**result, 'versions': versions}
-    FILE.write_text(json.dumps(all_, indent=2) + '\n')
+    results['rows'][row.name] = {**row._asdict(), **stored_sides(row, results)}
+    results['rows'][row.name][side] = {**result, 'versions': versions}
+    FILE.write_text(json.dumps(results, indent=2) + '\n')
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Markdown; a ratio below 1 is in our favour."""
+    """Format all rows as Markdown; a ratio below 1 means that big_vit is faster."""
     header = (
         'model | slice | images a chip | parts, big_vit | M cycles, plain | M cycles, big_vit | '
         'ratio | step ms, plain | step ms, big_vit | MFU, plain | MFU, big_vit | HBM GiB, plain | '
@@ -197,9 +205,11 @@ def main(argv: list[str]) -> None:
                 continue
             command = [sys.executable, '-m', 'benchmarks', 'chips', '--only', row.name]
             done = subprocess.run([*command, '--side', side], capture_output=True, text=True)
-            said = done.stderr.strip().splitlines()[-1:] if done.returncode else ['done']
+            last_line = done.stderr.strip().splitlines()[-1:] if done.returncode else ['done']
             failed += [f'{row.name} {side}'] if done.returncode else []
-            print(f'{row.name} {side}: {said[0] if said else done.returncode}', flush=True)
+            print(
+                f'{row.name} {side}: {last_line[0] if last_line else done.returncode}', flush=True
+            )
     print(table(stored()['rows']))
     if failed:
         raise UserError(f'not compiled: {", ".join(failed)}')

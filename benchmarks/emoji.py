@@ -1,10 +1,10 @@
 """Transfer from one style of emoji to another: `python -m benchmarks.emoji --data FOLDER`.
 
-A small model learns to find views of the same of Google's emoji among others, and pictures of the
-same category and subcategory, or to tell formula images apart, or nothing; its frozen features are
-then asked about other emoji, which it never saw. Which picture of Twitter's is the same emoji as
-one of Google's, and which category does a picture of Twitter's have, from 20 pictures of each?
-Started again it goes on where it was.
+A small model is pretrained to match views of the same Google emoji, and pictures of the same
+category and subcategory; or to classify formula images; or not at all. Its frozen features are then
+tested on emoji that it has never seen: which of Twitter's pictures is the same emoji as one of
+Google's, and which category does a picture of Twitter's have, given 20 pictures of each? A restart
+continues where it stopped.
 """
 
 import argparse
@@ -46,12 +46,12 @@ INSTALL = (
     'npm install --prefix FOLDER --ignore-scripts emoji-datasource-google emoji-datasource-twitter'
 )
 SIDE, BACKGROUND = 64, 255
-HELD_OUT, VALIDATION = 0.4, 0.12  # Of all emoji.
+HELD_OUT, VALIDATION = 0.4, 0.12  # Shares of all emoji.
 
 # People are drawn as a man, a woman and neither; the joined sequences of the first two are left
-# out. A sign that stands alone is a symbol of its own.
+# out. A gender sign on its own is kept as a symbol.
 _JOINER, _GENDERS = '200D', {'2640', '2642', '1F468', '1F469'}
-# Of a name, what tells variants of one thing apart: they stay on one side of the split.
+# Words that distinguish variants of one thing, which have to stay on one side of the split.
 _VARIANT = re.compile(
     r'\b(MAN|WOMAN|MEN|WOMEN|MALE|FEMALE|BOY|GIRL|PERSON|ADULT|CHILD|OLDER|LEFT|RIGHT|LEFTWARDS|'
     r'RIGHTWARDS|UPWARDS|DOWNWARDS|UP|DOWN|NORTH|SOUTH|EAST|WEST|LIGHT|HEAVY|LARGE|MEDIUM|SMALL|'
@@ -60,7 +60,7 @@ _VARIANT = re.compile(
 
 
 class Emoji(NamedTuple):
-    """Those that are kept, in the order of the file; `group` says what is split together."""
+    """The selected emoji in the order of the file; the split keeps each group together."""
 
     names: tuple[str, ...]
     categories: np.ndarray
@@ -71,32 +71,32 @@ class Emoji(NamedTuple):
 
 
 def is_variant(unified: str) -> bool:
-    """Whether a sequence of code points is one of a pair of genders."""
+    """Return whether a sequence of code points is a gendered variant."""
     points = unified.split('-')
     return _JOINER in points and not _GENDERS.isdisjoint(points)
 
 
 def group_of(name: str) -> str:
-    """What variants of one thing have in common."""
+    """Return what the variants of one thing have in common."""
     name = name.upper()
     for family in ('CLOCK FACE', 'FAMILY', 'KEYCAP'):
         if name.startswith(family):
             return family
-    # A name of nothing but such words, such as WOMAN, is of a person.
+    # A name that consists of such words only, such as WOMAN, is a person.
     return ' '.join(re.findall(r"[\w']+", _VARIANT.sub('', name))) or 'PERSON'
 
 
 def _folder(data: Path, name: str) -> Path:
-    """Of a set: FOLDER may be npm's prefix or its node_modules."""
+    """Return the folder of a set; `data` may be npm's prefix or its node_modules."""
     package = f'emoji-datasource-{name}'
-    for found in (data / 'node_modules' / package, data / package):
-        if (found / 'img' / name / '64').is_dir():
-            return found
+    for folder in (data / 'node_modules' / package, data / package):
+        if (folder / 'img' / name / '64').is_dir():
+            return folder
     raise UserError(f'--data: {data} has no {package}/img/{name}/64: fill a folder with {INSTALL}')
 
 
 def _picture(path: Path) -> np.ndarray:
-    """RGB bytes [64, 64, 3] over white."""
+    """Read a picture as RGB bytes [64, 64, 3] over white."""
     try:
         encoded = Encoded(path.read_bytes(), channels=4)
         if encoded.shape[:2] != (SIDE, SIDE):
@@ -109,7 +109,7 @@ def _picture(path: Path) -> np.ndarray:
 
 
 def read(data: Path) -> Emoji:
-    """All that both sets have, without skin tones, genders and pictures that come twice.
+    """Read the emoji that both sets have, without skin tones, genders and duplicate pictures.
 
     Raises:
       UserError: a folder or a picture is missing, damaged, or not what npm installs.
@@ -119,51 +119,64 @@ def read(data: Path) -> Emoji:
     try:
         entries = json.loads(table.read_text())
         kept = [
-            (one['name'] or one['short_name'], one['category'], one['subcategory'], one['image'])
-            for one in entries
-            if all(one[f'has_img_{name}'] for name in SETS)
-            and one['category'] != 'Component'  # Patches of skin.
-            and not is_variant(one['unified'])
+            (
+                entry['name'] or entry['short_name'],
+                entry['category'],
+                entry['subcategory'],
+                entry['image'],
+            )
+            for entry in entries
+            if all(entry[f'has_img_{name}'] for name in SETS)
+            and entry['category'] != 'Component'  # Skin tone patches.
+            and not is_variant(entry['unified'])
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'--data: {table} is not the list of emoji ({error!r}); install it again: {INSTALL}'
         ) from error
-    rows, seen = [], set()
+    rows, seen_pictures = [], set()
     for name, category, subcategory, image in kept:
         if Path(image).name != image:
             raise UserError(f'--data: {table}: {image!r} is no name of a file')
-        both = [_picture(folders[one] / 'img' / one / '64' / image) for one in SETS]
-        keys = {(one, picture.tobytes()) for one, picture in zip(SETS, both, strict=True)}
-        # Of flags that look the same only the first can be found, or belongs to one side.
-        if seen.isdisjoint(keys):
-            rows.append((name, category, subcategory, both))
-        seen |= keys
+        pictures_of_sets = [
+            _picture(folders[entry] / 'img' / entry / '64' / image) for entry in SETS
+        ]
+        keys = {
+            (entry, picture.tobytes())
+            for entry, picture in zip(SETS, pictures_of_sets, strict=True)
+        }
+        # Some flags look the same. Retrieval could only find one, and a copy might cross the split.
+        if seen_pictures.isdisjoint(keys):
+            rows.append((name, category, subcategory, pictures_of_sets))
+        seen_pictures |= keys
     names, categories, subcategories, pictures = zip(*rows, strict=True)
     known = tuple(sorted(set(categories)))
     pairs = list(zip(categories, subcategories, strict=True))
     known_pairs = sorted(set(pairs))
     return Emoji(
         names,
-        np.array([known.index(one) for one in categories], np.int32),
+        np.array([known.index(entry) for entry in categories], np.int32),
         np.array([known_pairs.index(pair) for pair in pairs], np.int32),
         known,
         tuple(map(group_of, names)),
-        {name: np.stack([both[i] for both in pictures]) for i, name in enumerate(SETS)},
+        {
+            name: np.stack([pictures_of_sets[i] for pictures_of_sets in pictures])
+            for i, name in enumerate(SETS)
+        },
     )
 
 
 def divide(groups: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """{'fit', 'val', 'test'}: which emoji; groups are whole, in an order that is always the same.
+    """Split the emoji into {'fit', 'val', 'test'}: indices; deterministic, and groups stay whole.
 
-    `fit` and `val` are the 60 % that anything is learnt or chosen on, `test` the rest.
+    `fit` and `val` are the 60 % used for training and choices; `test` is the rest.
     """
     names = sorted(set(groups))
-    place = dict(zip(names, np.random.default_rng(0).permutation(len(names)), strict=True))
-    order = np.argsort([place[group] for group in groups], kind='stable')
-    ranks = np.array([place[groups[i]] for i in order])
+    rank_of_group = dict(zip(names, np.random.default_rng(0).permutation(len(names)), strict=True))
+    order = np.argsort([rank_of_group[group] for group in groups], kind='stable')
+    ranks = np.array([rank_of_group[groups[i]] for i in order])
     total = len(order)
-    # A group that lies across a border belongs to the side before it.
+    # A group across a border goes to the side before it.
     borders = [
         int(np.searchsorted(ranks, ranks[round(total * share) - 1], side='right'))
         for share in (1 - HELD_OUT - VALIDATION, 1 - HELD_OUT)
@@ -171,7 +184,7 @@ def divide(groups: tuple[str, ...]) -> dict[str, np.ndarray]:
     return dict(zip(('fit', 'val', 'test'), np.split(order, borders), strict=True))
 
 
-# All starts have this network. Chosen, as all that follows, by trials on `val` alone.
+# The network of every start. Like everything below, it was chosen by trials on `val` alone.
 SHARED: dict[str, Any] = {
     'image_size': 32,
     'model.variant': 'mu/8',
@@ -186,7 +199,7 @@ SHARED: dict[str, Any] = {
     'evals.test.transform': 'resize(size) | rgb',
     'optim.weight_decay': 0.05,
 }
-# Mild: crops and colours that leave what both sets share, the layout and roughly the colours.
+# Mild augmentation that keeps what both sets share: the layout and roughly the colours.
 TRANSFORM = (
     'pad(6, 255) | rrc(size, (0.5, 1), (0.75, 1.333)) | color_jitter(0.3, 0.3, 0.3, 0.05) | '
     'random_grayscale(0.05)'
@@ -195,12 +208,12 @@ BATCH, TEMPERATURE, GRID, BY_KIND = 256, 0.1, 2, 0.5
 EXAMPLES = {'fdsl': 30_000, 'google': 400_000}
 STARTS = ('pixels', 'random', 'google', 'fdsl')
 SEEDS, DRAWS, SHOTS = 3, 10, 20
-# A category needs so many pictures for each that is learnt from.
+# A category needs this many times as many pictures as are learnt from.
 ENOUGH = 1.5
 VAL_SHOTS = 8
 FLAGS = 'Flags'
-# How features are read: the block and the grid that its tokens are averaged to (or the side that
-# pixels are averaged to), and how far they are whitened; 0 only centres.
+# How features are read out: the block and the grid to which its tokens are averaged (or the side to
+# which pixels are averaged), and the power of whitening, where 0 only centres.
 POWERS = (0.0, 0.25, 0.5)
 RIDGE = 0.1
 
@@ -220,32 +233,34 @@ def readouts(start: str) -> list[Readout]:
 
 
 def grid_means(tokens: Any, grid: int) -> Any:
-    """Tokens [N, side * side, width] averaged to [N, grid * grid * width]."""
+    """Average tokens [N, side * side, width] to [N, grid * grid * width]."""
     count, length, width = tokens.shape
     side = math.isqrt(length)
-    each = side // grid
-    cells = tokens.reshape(count, grid, each, grid, each, width)
+    cell = side // grid
+    cells = tokens.reshape(count, grid, cell, grid, cell, width)
     return cells.mean((2, 4)).reshape(count, -1)
 
 
 def contrast(features: Any, label: Any) -> Any:
-    """Each is to find those of its own label among all others of a batch (arXiv 2004.11362)."""
+    """Return the supervised contrastive loss of a batch (arXiv 2004.11362)."""
     unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
-    itself = jnp.eye(len(label), dtype=bool)
-    same = (label[:, None] == label[None]) & ~itself
-    near = jnp.where(itself, -jnp.inf, unit @ unit.T / TEMPERATURE)
-    logs = jnp.where(same, jax.nn.log_softmax(near, axis=1), 0)
+    diagonal = jnp.eye(len(label), dtype=bool)
+    same = (label[:, None] == label[None]) & ~diagonal
+    similarity = jnp.where(diagonal, -jnp.inf, unit @ unit.T / TEMPERATURE)
+    logs = jnp.where(same, jax.nn.log_softmax(similarity, axis=1), 0)
     count = same.sum(1)
-    each = -logs.sum(1) / jnp.maximum(count, 1)
-    return each.sum() / jnp.maximum((count > 0).sum(), 1)
+    per_example = -logs.sum(1) / jnp.maximum(count, 1)
+    return per_example.sum() / jnp.maximum((count > 0).sum(), 1)
 
 
 def objective(apply: Any, kinds: np.ndarray) -> Any:
-    """Views of one identity are to be found by tokens averaged to a grid, as what tells emoji
-    apart is also where in the picture it is; pictures of one kind by the mean of all tokens.
+    """Return the pretraining loss.
+
+    Views of one emoji are matched by tokens averaged to a grid, as emoji also differ in where
+    things are in the picture; pictures of one kind are matched by the mean of all tokens.
 
     Args:
-      kinds: of the identities, [identities, ways to sort them].
+      kinds: labels of the emoji, [emoji, ways to sort them].
     """
 
     def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
@@ -253,16 +268,16 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
         given, train = model_inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
         tokens, label = extra['blocks'][-1], batch['label']
-        found = contrast(grid_means(tokens, GRID), label)
+        total = contrast(grid_means(tokens, GRID), label)
         for way in jnp.asarray(kinds)[label].T:
-            found += BY_KIND * contrast(tokens.mean(1), way)
-        return found, {}
+            total += BY_KIND * contrast(tokens.mean(1), way)
+        return total, {}
 
     return loss
 
 
 def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Config:
-    """Of a start that is trained; seed 0 sees no validation identity."""
+    """Return the config of a start that is trained; seed 0 sees no validation emoji."""
     base = config_lib.load('configs/pretrain_fdsl.py', []).replacing(SHARED)
     size = BATCH if start != 'fdsl' else 64
     count = EXAMPLES[start] // size // (100 if quick else 1)
@@ -275,19 +290,19 @@ def config_of(start: str, seed: int, arrays: Path, fit: int, quick: bool) -> Con
             'data.split': 'train' if seed else f'train[:{fit}]',
             'data.transform': TRANSFORM,
             'evals.test.transform': 'resize(size)',
-            'evals.test.split': 'train',  # Of formulas there is a test split; neither is scored.
+            'evals.test.split': 'train',  # Arrays have no test split; neither is scored.
             'optim.name': 'muon',
             'lr': 0.01,
-            'data.repeats': 2,  # Two views of each identity, to be found in one another.
+            'data.repeats': 2,  # Two views of each emoji, to be matched.
         }
     return base.replacing(changes)
 
 
 def train(config: Config, kinds: np.ndarray) -> tuple[Experiment, Any, float]:
-    """The parts, the averaged parameters and the seconds of the steps.
+    """Train a start; return the experiment, the averaged parameters and the seconds of all steps.
 
     Args:
-      kinds: of the identities that may be learnt from, see `objective`.
+      kinds: labels of the training emoji, see `objective`.
     """
     parts = build_experiment(config)
     if config.data.name == 'fdsl':
@@ -305,38 +320,40 @@ def train(config: Config, kinds: np.ndarray) -> tuple[Experiment, Any, float]:
         step = steps.make_train_step(update, parts.abstract_state, parts.mesh)
     with jax.set_mesh(parts.mesh):
         shape = parts.data.inputs
-        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
-        began = time.perf_counter()
+        train_state = state.create(
+            parts.model, shape, parts.optimizer, config.seed, parts.abstract_state
+        )
+        start = time.perf_counter()
         with train_batches(config, parts, 0) as batches:
             for _ in range(parts.total_steps):
-                now, values = step(now, next(batches))
+                train_state, values = step(train_state, next(batches))
                 jax.block_until_ready(values)
-    # A spike or two are left out, as in any run; many in a row would have ended it.
+    # As in any run, a few non-finite updates are skipped, but many in a row end it.
     if int(values['skipped_in_a_row']) >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(f'{config.data.name}: the updates are no longer finite: lower the rate')
-    return parts, now['ema'], time.perf_counter() - began
+    return parts, train_state['ema'], time.perf_counter() - start
 
 
 def random_network(seed: int) -> tuple[Experiment, Any]:
-    """The network as it begins."""
+    """Return the network with its initial parameters."""
     base = config_lib.load('configs/pretrain_fdsl.py', []).replacing({**SHARED, 'seed': seed})
     parts = build_experiment(base)
     with jax.set_mesh(parts.mesh):
-        made = state.create(
+        initial = state.create(
             parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state
         )
-    return parts, made['params']
+    return parts, initial['params']
 
 
 def shrunk(images: np.ndarray, side: int) -> np.ndarray:
     count, size, _, channels = images.shape
-    each = size // side
-    cells = images.reshape(count, side, each, side, each, channels).astype(np.float32)
+    cell = size // side
+    cells = images.reshape(count, side, cell, side, cell, channels).astype(np.float32)
     return cells.mean((2, 4))
 
 
-class Seen:
-    """What a start makes of pictures, by readout; `parts` is None for pixels."""
+class StartFeatures:
+    """Features of all pictures from one start, by readout; `parts` is None for raw pixels."""
 
     def __init__(self, parts: Experiment | None, params: Any, emoji: Emoji):
         self._emoji, self._tokens = emoji, {}
@@ -354,20 +371,21 @@ class Seen:
             _, extra = parts.model.apply({'params': params}, given, capture=('blocks',))
             return list(extra['blocks'])
 
-        # A round number, so that one program does all.
+        # A fixed batch size, so that one compiled program serves every set.
         size = 64
         for name, images in small.items():
             padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
-            found = [
+            batches = [
                 jax.device_get(blocks(params, padded[i : i + size]))
                 for i in range(0, len(padded), size)
             ]
             self._tokens[name] = [
-                np.concatenate(one)[: len(images)] for one in zip(*found, strict=True)
+                np.concatenate(block_tokens)[: len(images)]
+                for block_tokens in zip(*batches, strict=True)
             ]
 
     def values(self, how: Readout, bank: np.ndarray) -> dict[str, np.ndarray]:
-        """Features of all pictures, by set, centred and whitened by Google's `bank` alone."""
+        """Return features by set, centred and whitened with statistics of Google's `bank` alone."""
         plain = {name: grid_means(x[how.block], how.grid) for name, x in self._tokens.items()}
         centre, matrix = whitening(plain['google'][bank], how.power)
         if matrix is None:
@@ -378,24 +396,31 @@ class Seen:
 def whitening(
     known: np.ndarray, power: float, ridge: float = RIDGE
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The centre of what is known, and what divides its principal axes by variance^power."""
+    """Return the mean and the matrix that divides principal axes by variance^power (None if 0)."""
     centre = known.mean(0)
     if not power:
         return centre, None
     rows = (known - centre).astype(np.float64)
-    wide = rows.shape[1] > len(rows)
-    # Of the two Gram matrices the smaller one has all axes.
-    variances, axes = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows) / len(rows))
-    there = variances > 1e-9 * variances.max()
-    variances, axes = variances[there], axes[:, there]
-    if wide:
+    more_features = rows.shape[1] > len(rows)
+    # The smaller of the two Gram matrices has all non-zero variances.
+    variances, axes = np.linalg.eigh(
+        (rows @ rows.T if more_features else rows.T @ rows) / len(rows)
+    )
+    nonzero = variances > 1e-9 * variances.max()
+    variances, axes = variances[nonzero], axes[:, nonzero]
+    if more_features:
         axes = rows.T @ (axes / np.sqrt(variances * len(rows)))
     scale = (variances + ridge * variances.sum() / rows.shape[1]) ** -power
     return centre, (axes * scale).astype(known.dtype)
 
 
 def recall(values: dict[str, np.ndarray], chosen: np.ndarray, both: bool = False) -> float:
-    """How often the nearest of Twitter's chosen pictures is the same emoji; `both`: and back."""
+    """Return how often the nearest of Twitter's pictures is the same emoji.
+
+    Args:
+      chosen: the emoji to compare.
+      both: average both directions.
+    """
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     sides = [Features(x[chosen].astype(np.float32), chosen) for x in map(values.get, SETS)]
     ways = [retrieval.one_way(*sides, mesh, (1,))['recall@1']]
@@ -411,17 +436,16 @@ def categorised(
     shots: int,
     draws: int = DRAWS,
 ) -> float:
-    """Accuracy on the chosen pictures that are not among the shots, mean of the draws.
+    """Return the mean accuracy over draws on the chosen pictures that are not among the shots.
 
-    Categories of too few pictures are left out. The shots and what is scored are seen in the
-    mirror as well.
+    Categories with too few pictures are left out. Shots and test pictures are also used mirrored.
     """
     kinds, counts = np.unique(categories[chosen], return_counts=True)
     kinds = kinds[counts >= ENOUGH * shots]
     chosen = chosen[np.isin(categories[chosen], kinds)]
     labels = np.searchsorted(kinds, categories[chosen])
     plain, other = values['twitter'][chosen], values['mirrored'][chosen]
-    each = []
+    accuracies = []
     for seed in range(draws):
         rows = fewshot.draw(labels, shots, seed)
         rest = np.setdiff1d(np.arange(len(labels)), rows)
@@ -429,20 +453,20 @@ def categorised(
         scored = np.concatenate([plain[rest], other[rest]])
         answers = fewshot.scores_of(learnt, known, scored, len(kinds), l2=1024.0)
         answers = answers.reshape(2, len(rest), -1).sum(0).argmax(1)
-        each.append(float((answers == labels[rest]).mean()))
-    return statistics.mean(each)
+        accuracies.append(float((answers == labels[rest]).mean()))
+    return statistics.mean(accuracies)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One start from one seed; 0 is the one by which readouts are chosen."""
+    """One start with one seed; seed 0 is the run by which readouts are chosen."""
 
     start: str
     seed: int
 
 
 class Study:
-    """The runs that there are, and those that are done, in WORKDIR/runs.jsonl."""
+    """All runs of the study; finished ones are stored in WORKDIR/runs.jsonl."""
 
     def __init__(self, emoji: Emoji, workdir: Path, quick: bool = False):
         self._emoji, self._quick = emoji, quick
@@ -460,14 +484,14 @@ class Study:
         self._rows = [json.loads(text) for text in lines]
 
     def config(self, run: Run) -> Config | None:
-        """None where nothing is trained."""
+        """Return the config of a run; None if nothing is trained."""
         if run.start not in EXAMPLES:
             return None
         fit = len(self._sides['fit'])
         return config_of(run.start, run.seed, self._arrays, fit, self._quick)
 
     def done(self, run: Run) -> dict[str, Any] | None:
-        """The row of a run, if it is finished and its config still the same."""
+        """Return the stored row of a run, if it is finished and its config has not changed."""
         config = self.config(run)
         digest = config_lib.digest(config) if config else None
         for row in self._rows:
@@ -476,11 +500,11 @@ class Study:
         return None
 
     def seeds(self, start: str) -> list[int]:
-        """After 0: pixels have no seed."""
+        """Return the seeds after 0; pixels do not depend on one."""
         return [1] if start == 'pixels' or self._quick else list(range(1, SEEDS + 1))
 
     def all(self) -> None:
-        """Does what is not done yet, a line each; of each start first the choice, by seed 0."""
+        """Run what is not done yet, with one line per run; seed 0 of each start comes first."""
         for run in (Run(start, seed) for start in STARTS for seed in (0, *self.seeds(start))):
             if self.done(run):
                 continue
@@ -490,17 +514,17 @@ class Study:
             self._rows.append(row)
             storage.write_text(self._file, ''.join(json.dumps(one) + '\n' for one in self._rows))
             if run.seed:
-                found = row['test']
-                told = f'retrieval {found["retrieval"]:.3f}  category {found["category"]:.3f}'
+                figures = row['test']
+                told = f'retrieval {figures["retrieval"]:.3f}  category {figures["category"]:.3f}'
             else:
                 told = f'chosen: {row["retrieval"]} and {row["category"]}'
             spent = metrics.duration(time.perf_counter() - began)
             print(f'{run.start:<18} seed {run.seed}  {told}  {spent}', flush=True)
 
-    def _seen(self, run: Run) -> tuple[Seen, dict[str, Any]]:
+    def _features(self, run: Run) -> tuple[StartFeatures, dict[str, Any]]:
         config = self.config(run)
         if run.start == 'pixels':
-            return Seen(None, None, self._emoji), {'params': 0, 'seconds': 0.0}
+            return StartFeatures(None, None, self._emoji), {'params': 0, 'seconds': 0.0}
         if config is None:
             (parts, params), seconds = random_network(run.seed), 0.0
         else:
@@ -509,71 +533,71 @@ class Study:
             parts, params, seconds = train(config, kinds)
         body = {name: leaf for name, leaf in params.items() if name != 'head'}
         about = {'params': sum(x.size for x in jax.tree.leaves(body)), 'seconds': seconds}
-        return Seen(parts, params, self._emoji), about
+        return StartFeatures(parts, params, self._emoji), about
 
     def _run(self, run: Run) -> dict[str, Any]:
         config = self.config(run)
         row = {**dataclasses.asdict(run), 'config': config_lib.digest(config) if config else None}
-        seen, about = self._seen(run)
+        features, about = self._features(run)
         row |= about
         if run.seed == 0:
-            return row | self._choose(run.start, seen)
+            return row | self._choose(run.start, features)
         choice = self.done(Run(run.start, 0))
         assert choice is not None
-        return row | {'test': self._test(seen, choice)}
+        return row | {'test': self._test(features, choice)}
 
-    def _choose(self, start: str, seen: Seen) -> dict[str, Any]:
-        """The best readout for either question on validation identities, both ways."""
+    def _choose(self, start: str, features: StartFeatures) -> dict[str, Any]:
+        """Choose the best readout for either question on the validation emoji, both ways."""
         bank, val, kinds = self._sides['fit'], self._sides['val'], self._emoji.categories
         tried = []
         for how in readouts(start):
-            values = seen.values(how, bank)
-            found = recall(values, val, both=True)
+            values = features.values(how, bank)
+            recall_at_1 = recall(values, val, both=True)
             category = categorised(values, kinds, val, VAL_SHOTS)
-            tried.append({'how': how, 'retrieval': found, 'category': category})
+            tried.append({'how': how, 'retrieval': recall_at_1, 'category': category})
         best = {
             name: list(max(tried, key=lambda one: one[name])['how'])
             for name in ('retrieval', 'category')
         }
         return {**best, 'tried': tried}
 
-    def _test(self, seen: Seen, choice: dict[str, Any]) -> dict[str, float]:
-        """On the identities that were held out, with flags and without."""
+    def _test(self, features: StartFeatures, choice: dict[str, Any]) -> dict[str, float]:
+        """Score the held-out emoji, with and without flags."""
         bank, held, kinds = self._learnt, self._sides['test'], self._emoji.categories
         plain = held[kinds[held] != self._emoji.category_names.index(FLAGS)]
-        values = seen.values(Readout(*choice['retrieval']), bank)
-        found = {
+        values = features.values(Readout(*choice['retrieval']), bank)
+        figures = {
             'retrieval': recall(values, held),
             'retrieval_no_flags': recall(values, plain),
         }
-        values = seen.values(Readout(*choice['category']), bank)
+        values = features.values(Readout(*choice['category']), bank)
         for name, chosen in (('category', held), ('category_no_flags', plain)):
-            found[name] = categorised(values, kinds, chosen, SHOTS)
-        return found
+            figures[name] = categorised(values, kinds, chosen, SHOTS)
+        return figures
 
     def results(self) -> list[dict[str, Any]]:
-        """Of each start, from the seeds that are done."""
-        found = []
+        """Summarise each start over the seeds that are done."""
+        figures = []
         for start in STARTS:
             choice = self.done(Run(start, 0))
             rows = [row for seed in self.seeds(start) if (row := self.done(Run(start, seed)))]
             if choice is None or not rows:
                 continue
             scores = {name: [row['test'][name] for row in rows] for name in rows[0]['test']}
-            found.append(
+            figures.append(
                 {
                     'start': start,
                     'seeds': len(rows),
                     'readouts': {name: choice[name] for name in ('retrieval', 'category')},
                     'validation': choice['tried'],
                     'scores': scores,
-                    'mean': {name: statistics.mean(each) for name, each in scores.items()},
-                    'error': {name: standard_error(each) for name, each in scores.items()},
+                    'mean': {name: statistics.mean(values) for name, values in scores.items()},
+                    'error': {name: standard_error(values) for name, values in scores.items()},
                     'params': rows[0]['params'],
                     'seconds': statistics.mean(row['seconds'] for row in rows),
                 }
             )
-        return found
+        return figures
 
     def sizes(self) -> dict[str, int]:
         held, kinds = self._sides['test'], self._emoji.categories
@@ -582,41 +606,41 @@ class Study:
         return {**counts, 'test_no_flags': int((~flags).sum())}
 
 
-def standard_error(each: list[float]) -> float | None:
-    """Of a mean of seeds; None of one."""
-    return statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+def standard_error(values: list[float]) -> float | None:
+    """Return the standard error of a mean over seeds; None for a single seed."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each start."""
+    """Format the results as Markdown, one line per start."""
     header = (
         'start | retrieval, % | the same without flags | category, % | the same without flags | '
         'seeds | parameters | seconds'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in results:
-        cells = [one['start']]
-        for name, mean in one['mean'].items():
-            error = one['error'][name]
+    for result in results:
+        cells = [result['start']]
+        for name, mean in result['mean'].items():
+            error = result['error'][name]
             cells.append(f'{100 * mean:.1f}' + ('' if error is None else f' ± {100 * error:.1f}'))
-        cells += [str(one['seeds']), f'{one["params"]:,}', f'{one["seconds"]:.0f}']
+        cells += [str(result['seeds']), f'{result["params"]:,}', f'{result["seconds"]:.0f}']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A bar for each start, and a dot for each seed."""
+    """Plot a bar per start and a dot per seed."""
     figure, axes = plots.canvas(2, 1, 4.8, 3.8)
     titles = {
         'retrieval': "Google's emoji among Twitter's, top-1",
         'category': f"category of Twitter's, {SHOTS} shots",
     }
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for at, one in enumerate(results):
-            axis.bar(at, 100 * one['mean'][name], 0.7, color=f'C{at}', alpha=0.75)
-            dots = [100 * score for score in one['scores'][name]]
-            axis.plot([at] * len(dots), dots, 'k.', ms=4)
-        labels = [one['start'] for one in results]
+        for position, result in enumerate(results):
+            axis.bar(position, 100 * result['mean'][name], 0.7, color=f'C{position}', alpha=0.75)
+            dots = [100 * score for score in result['scores'][name]]
+            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+        labels = [result['start'] for result in results]
         axis.set_xticks(range(len(results)), labels, fontsize=8)
         axis.set_ylabel('%')
         axis.set_title(title, fontsize=10)
@@ -643,7 +667,7 @@ def main(argv: list[str]) -> None:
     if not args.report:
         study.all()
     results = study.results()
-    # What is not the whole study does not replace its results.
+    # A partial study must not replace the published results.
     folder = workdir if args.quick or args.report else RESULTS
     about = {
         'cpu': f'{os.cpu_count()} x {cpu()}',

@@ -1,13 +1,13 @@
-"""How cost grows with batch, tokens, depth and chips, by the TPU compiler: no TPU is needed.
+"""How cost grows with batch, tokens, depth and chips, estimated by the TPU compiler without a TPU.
 
     python -m benchmarks growth [--only batch,tokens,depth,chips,devices]
 
 `devices` is measured: steps of one small model and batch, split over fake CPU devices that share
-the machine, so that what grows is what splitting costs. Each other point is a plan of ViT-B/16 of
-two blocks (the others change one thing), compiled by a process of its own in one to three minutes
-and stored at once; started again, what is missing is made. The share of a step that many chips wait
-for each other is the least time of collectives that the compiler does not run beside other work,
-over all links of a chip.
+this machine, so that any growth is the overhead of splitting. All other points are plans of a
+ViT-B/16 with two blocks that change one setting, compiled in their own process in one to three
+minutes and stored at once; a restart only makes missing points. The share of a step that chips
+spend waiting for each other is a lower bound: the time of the collectives that the compiler does
+not overlap with other work, using all links of a chip.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import jax
 
 from benchmarks import step
 from benchmarks.checkpoint import cpu
-from benchmarks.chips import planned
+from benchmarks.chips import run_planner
 from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.planning import topology
 
 FILE = Path(__file__).parent / 'results' / 'growth.json'
 GIB = 2**30
-# Overrides of the point that all share: one 4x4 slice, 16 images of 196 tokens a chip, two blocks.
+# The common point that each line varies: a 4x4 slice, 16 images of 196 tokens per chip, two blocks.
 SHARED = {'topology': 'v5e:4x4', 'batch': 16, 'size': 224, 'depth': 2, 'fsdp': 16}
 LINES: dict[str, list[dict[str, Any]]] = {
     'batch': [
@@ -50,7 +50,7 @@ LINES: dict[str, list[dict[str, Any]]] = {
 DEVICES, ROUNDS = (1, 2, 4, 8), 5
 
 
-def chips(name: str) -> int:
+def chip_count(name: str) -> int:
     count = 1
     for side in name.partition(':')[2].split('x'):
         count *= int(side)
@@ -58,21 +58,21 @@ def chips(name: str) -> int:
 
 
 def plan(point: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one point."""
-    devices = chips(point['topology'])
-    found = planned(
+    """Plan one point and return its figures."""
+    devices = chip_count(point['topology'])
+    plan_result = run_planner(
         *('--topology', point['topology']),
         *('--mesh', f'replica={devices // point["fsdp"]},fsdp={point["fsdp"]}'),
         f'--config.batch_size={devices * point["batch"]}',
         f'--config.image_size={point["size"]}',
         f'--config.model.depth={point["depth"]}',
         f'--config.accumulation={point.get("accumulation", 1)}',
-        '--config.schedule.warmup_steps=0',  # Of large batches there are few steps.
+        '--config.schedule.warmup_steps=0',  # Large batches leave fewer steps than the warmup has.
     )
-    moved = sum(one['bytes'] for one in found['collectives'])
-    waiting = found['seconds'].get('collectives not overlapped', 0.0)
+    moved = sum(collective['bytes'] for collective in plan_result['collectives'])
+    waiting = plan_result['seconds'].get('collectives not overlapped', 0.0)
     names = ('fits', 'cycles', 'step_seconds', 'hbm_peak', 'mfu', 'examples_per_second')
-    return {**{name: found[name] for name in names}, 'moved': moved, 'waiting': waiting}
+    return {**{name: plan_result[name] for name in names}, 'moved': moved, 'waiting': waiting}
 
 
 def stored() -> dict[str, Any]:
@@ -80,7 +80,7 @@ def stored() -> dict[str, Any]:
 
 
 def table(line: str, points: dict[str, Any]) -> str:
-    """Markdown, a row for each point of a line that is there."""
+    """Format the stored points of a line as Markdown."""
     header = (
         f'{line} | M cycles a chip | step, ms | images/s a chip | HBM, GiB | moved, MB a chip | '
         'waiting for others | MFU'
@@ -88,46 +88,57 @@ def table(line: str, points: dict[str, Any]) -> str:
     lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
     for change in LINES[line]:
         point = {**SHARED, **change}
-        found = points.get(json.dumps(point))
-        if found is None:
+        point_figures = points.get(json.dumps(point))
+        if point_figures is None:
             continue
         label = {
             'batch': f'{point["batch"]} images'
             + (f' in {point["accumulation"]} parts' if 'accumulation' in point else ''),
             'tokens': f'{(point["size"] // 16) ** 2:,} tokens',
             'depth': f'{point["depth"]} blocks',
-            'chips': f'{chips(point["topology"]):,} chips',
+            'chips': f'{chip_count(point["topology"]):,} chips',
         }[line]
-        if not found['fits']:
+        if not point_figures['fits']:
             lines.append(f'| {label} | does not fit |' + ' |' * (header.count('|') - 1))
             continue
-        rate = found['examples_per_second'] / chips(point['topology'])
+        rate = point_figures['examples_per_second'] / chip_count(point['topology'])
         cells = [
-            *(label, f'{found["cycles"] / 1e6:,.1f}', f'{found["step_seconds"] * 1e3:,.2f}'),
-            *(f'{rate:,.0f}', f'{found["hbm_peak"] / GIB:.2f}', f'{found["moved"] / 1e6:,.0f}'),
-            *(f'{found["waiting"] / found["step_seconds"]:.1%}', f'{found["mfu"]:.1%}'),
+            *(
+                label,
+                f'{point_figures["cycles"] / 1e6:,.1f}',
+                f'{point_figures["step_seconds"] * 1e3:,.2f}',
+            ),
+            *(
+                f'{rate:,.0f}',
+                f'{point_figures["hbm_peak"] / GIB:.2f}',
+                f'{point_figures["moved"] / 1e6:,.0f}',
+            ),
+            *(
+                f'{point_figures["waiting"] / point_figures["step_seconds"]:.1%}',
+                f'{point_figures["mfu"]:.1%}',
+            ),
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def split(count: int) -> None:
-    """The process that steps on so many fake devices."""
+def serve_devices(count: int) -> None:
+    """Serve timed steps on this number of fake devices."""
     devices = jax.devices()
     assert len(devices) == count, f'{len(devices)} devices, not {count}'
     with jax.set_mesh(sharding.make_mesh(1, count, 1, devices)):
         step.serve(*step.ours(step.SIZES['cpu'][0], 'cpu', 'adamw', scan=False, devices=count))
 
 
-def measured() -> dict[str, Any]:
-    """Seconds of a step on so many fake devices, which take turns."""
+def measure_devices() -> dict[str, Any]:
+    """Measure seconds per step on different numbers of fake devices, which take turns."""
     running: dict[int, step.Side] = {}
     times: dict[str, list[float]] = {str(count): [] for count in DEVICES}
     try:
         for count in DEVICES:
             environment = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(count)}
             running[count] = step.Side('growth', '--split', str(count), environment=environment)
-            running[count].told()
+            running[count].read_message()
         for _ in range(ROUNDS):
             for count, side in running.items():
                 times[str(count)].append(side.round())
@@ -139,16 +150,16 @@ def measured() -> dict[str, Any]:
     return {'model': size.name, 'batch': size.batch, 'seconds': times, **about}
 
 
-def table_of_devices(found: dict[str, Any]) -> str:
-    """Markdown, a row for each number of devices."""
+def table_of_devices(measurements: dict[str, Any]) -> str:
+    """Format the measurements as Markdown, a row per number of devices."""
     header = 'fake devices | images/s | spread | beside one device'
     lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
-    middle = {count: statistics.median(all_) for count, all_ in found['seconds'].items()}
-    for count, all_ in found['seconds'].items():
+    medians = {count: statistics.median(all_) for count, all_ in measurements['seconds'].items()}
+    for count, all_ in measurements['seconds'].items():
         rate, least, most = (
-            f'{found["batch"] / t:,.0f}' for t in (middle[count], max(all_), min(all_))
+            f'{measurements["batch"] / t:,.0f}' for t in (medians[count], max(all_), min(all_))
         )
-        ratio = f'{middle["1"] / middle[count]:.2f}'
+        ratio = f'{medians["1"] / medians[count]:.2f}'
         lines.append(f'| {count} | {rate} | {least} to {most} | {ratio} |')
     return '\n'.join(lines)
 
@@ -160,7 +171,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--split', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.split:
-        split(args.split)
+        serve_devices(args.split)
         return
     asked = args.only.split(',')
     unknown = [name for name in asked if name not in known]
@@ -170,7 +181,7 @@ def main(argv: list[str]) -> None:
         topology.check_libtpu()
     for line in asked:
         if line == 'devices':
-            all_ = {**stored(), 'devices': measured()}
+            all_ = {**stored(), 'devices': measure_devices()}
             FILE.write_text(json.dumps(all_, indent=1) + '\n')
             print(f'\n{table_of_devices(all_["devices"])}\n')
             continue
@@ -178,10 +189,10 @@ def main(argv: list[str]) -> None:
             key = json.dumps({**SHARED, **change})
             if key in stored()['points']:
                 continue
-            found = plan({**SHARED, **change})
+            point_figures = plan({**SHARED, **change})
             all_ = stored()
-            all_['points'][key] = found
+            all_['points'][key] = point_figures
             all_['versions'] = {name: metadata.version(name) for name in ('jax', 'libtpu')}
             FILE.write_text(json.dumps(all_, indent=1) + '\n')
-            print(f'{line} {change}: {found["cycles"] / 1e6:.1f} M cycles', flush=True)
+            print(f'{line} {change}: {point_figures["cycles"] / 1e6:.1f} M cycles', flush=True)
         print(f'\n{table(line, stored()["points"])}\n')

@@ -1,11 +1,10 @@
-"""Images a second from JPEG to a training batch: `python -m benchmarks.loader --peers PYTHON`.
+"""Benchmark JPEG loading in images per second: `python -m benchmarks.loader --peers PYTHON`.
 
 Every contender reads the same folder of JPEG files of 500x375 pixels, crops at random, resizes to
-224x224, flips half, and gives batches of bytes. Each runs in a process of its own, on one
-processor and on two, in turn with the others in every round; what is printed are medians. PYTHON
-is an interpreter that has the peers (tensorflow, torch, torchvision, timm, grain, pillow); those
-that it has not are left out. Photographs come from packages: scikit-learn, and scikit-image and
-matplotlib where they are there.
+224x224, flips half of them, and yields batches of bytes. Each runs in a process of its own, on one
+and on two cores, taking turns with the others in every round; medians are printed. PYTHON is an
+interpreter with the peers (tensorflow, torch, torchvision, timm, grain, pillow); peers that it
+lacks are left out. Photographs come with packages: scikit-learn, and scikit-image if installed.
 """
 
 import argparse
@@ -26,28 +25,28 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / 'results' / 'loader.json'
 SIZE, BATCH = 224, 64
-# Of a 5-to-100 % area, by TensorFlow's law or by torchvision's: each peer has its own.
+# Crops cover 5 to 100 % of the area, sampled as TensorFlow or torchvision do: peers use their own.
 Batches = Iterator[np.ndarray]
 
 
 def photographs() -> list[np.ndarray]:
-    """RGB photographs that packages bring along."""
-    found = []
+    """Return RGB photographs that come with packages."""
+    photos = []
     from sklearn.datasets import load_sample_images
 
-    found += list(load_sample_images().images)
+    photos += list(load_sample_images().images)
     try:
         from skimage import data
 
         names = ('astronaut', 'chelsea', 'coffee', 'rocket', 'cat')
-        found += [getattr(data, name)()[..., :3] for name in names]
+        photos += [getattr(data, name)()[..., :3] for name in names]
     except ImportError:
         pass
-    return found
+    return photos
 
 
 def write_images(folder: Path, count: int, height: int, width: int) -> dict[str, float]:
-    """JPEG files of quality 95 in two class folders; gives what they are like."""
+    """Write JPEG files of quality 95 into two class folders; return statistics of the files."""
     import cv2
 
     rng, photos, total = np.random.default_rng(0), photographs(), 0
@@ -55,12 +54,14 @@ def write_images(folder: Path, count: int, height: int, width: int) -> dict[str,
         photo = photos[i % len(photos)]
         tall, wide = photo.shape[:2]
         share = rng.uniform(0.7, 1.0)
-        across = int(min(wide, tall * width / height) * share)
-        down = int(across * height / width)
-        top, left = rng.integers(tall - down + 1), rng.integers(wide - across + 1)
-        window = np.ascontiguousarray(photo[top : top + down, left : left + across, ::-1])
-        how = cv2.INTER_AREA if across > width else cv2.INTER_CUBIC
-        image = cv2.resize(window, (width, height), interpolation=how)
+        crop_width = int(min(wide, tall * width / height) * share)
+        crop_height = int(crop_width * height / width)
+        top, left = rng.integers(tall - crop_height + 1), rng.integers(wide - crop_width + 1)
+        window = np.ascontiguousarray(
+            photo[top : top + crop_height, left : left + crop_width, ::-1]
+        )
+        interpolation = cv2.INTER_AREA if crop_width > width else cv2.INTER_CUBIC
+        image = cv2.resize(window, (width, height), interpolation=interpolation)
         path = folder / 'train' / f'class{i % 2}' / f'{i:06d}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
@@ -73,7 +74,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(map(str, (folder / 'train').rglob('*.jpg')))
 
 
-# --- Contenders: each gives batches, uint8 [BATCH, 224, 224, 3], without end -----------------
+# --- Contenders: each yields uint8 batches [BATCH, 224, 224, 3] forever ---------------------
 
 
 def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
@@ -107,7 +108,7 @@ def ours_cached(folder: Path, cores: int) -> Batches:
 
 
 def raw_cached(folder: Path, cores: int) -> Batches:
-    """What a loop over decoded 256x256 images in memory costs, without any loader."""
+    """Loop over decoded 256x256 images in memory: the lower bound without any loader."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -140,7 +141,7 @@ def _box(rng: Any, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def _threads(files: list[str], load: Callable[[str, Any], np.ndarray], cores: int) -> Batches:
-    """A plain pool of threads around a function of one image."""
+    """Load single images with a plain thread pool."""
     from concurrent.futures import ThreadPoolExecutor
 
     rng = np.random.default_rng(0)
@@ -228,7 +229,7 @@ def _torch() -> Any:
 
     try:
         import torchvision
-    except RuntimeError:  # A torchvision built for GPUs beside a torch that is not.
+    except RuntimeError:  # A torchvision built for GPUs fails with a CPU-only torch.
         library = torch.library.Library('torchvision', 'DEF')
         library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
@@ -240,7 +241,7 @@ def _torch() -> Any:
 
 
 class _Folder:
-    """A dataset as torch's DataLoader takes it."""
+    """A map-style dataset for torch's DataLoader."""
 
     def __init__(self, folder: Path, transform: Any):
         self._files, self._transform = files_of(folder), transform
@@ -257,7 +258,7 @@ class _Folder:
 
 def _data_loader(folder: Path, cores: int, transform: Any) -> Batches:
     torch = _torch()
-    # One process more than none would leave this one idle beside it.
+    # With one worker process, this process would be idle beside it and use a second core.
     loader = torch.utils.data.DataLoader(
         _Folder(folder, transform),
         BATCH,
@@ -299,14 +300,14 @@ CACHED = {
     'big_vit, from cache=decoded at 256': ours_cached,
     'a bare loop over decoded images at 256': raw_cached,
 }
-EVERY = {**OURS, **PEERS, **CACHED}
+CONTENDERS = {**OURS, **PEERS, **CACHED}
 
 
 def measure(name: str, folder: Path, cores: int, seconds: float) -> dict[str, float]:
-    """Images by second of the clock and by second of processor time, of this process."""
+    """Measure this process's images per second, and processor time per image."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
-    batches = iter(EVERY[name](folder, cores))
-    warm = 40 if name in CACHED else 5  # The cache has to fill.
+    batches = iter(CONTENDERS[name](folder, cores))
+    warm = 40 if name in CACHED else 5  # The cache has to fill first.
     for _ in range(warm):
         next(batches)
 
@@ -316,15 +317,16 @@ def measure(name: str, folder: Path, cores: int, seconds: float) -> dict[str, fl
             for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         )
 
-    began, used, images = time.perf_counter(), cpu(), 0
-    while time.perf_counter() - began < seconds:
+    start, cpu_start, images = time.perf_counter(), cpu(), 0
+    while time.perf_counter() - start < seconds:
         images += len(next(batches))
-    passed = time.perf_counter() - began
+    elapsed = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {
-        'images_per_s': images / passed,
-        # Of children the time is known when they end, so that of a DataLoader's is not.
-        'cpu_ms_per_image': (cpu() - used) / images * 1e3,
+        'images_per_s': images / elapsed,
+        # The time of child processes is only known when they end, so a DataLoader's workers are
+        # missing.
+        'cpu_ms_per_image': (cpu() - cpu_start) / images * 1e3,
         'peak_memory_mb': memory,
     }
 
@@ -342,14 +344,14 @@ def run(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: medians of images a second, and how they compare with tf.data."""
-    base = found.get('tf.data, decode_and_crop_jpeg')
+def table(medians: dict[str, dict[str, Any]]) -> str:
+    """Format median images per second as Markdown, relative to tf.data."""
+    base = medians.get('tf.data, decode_and_crop_jpeg')
     lines = [
         '| loader | images/s, 1 core | × tf.data | 2 cores | scaling | CPU ms an image | peak MB |',
         '|---|---|---|---|---|---|---|',
     ]
-    for name, row in found.items():
+    for name, row in medians.items():
         one, two = row['1']['images_per_s'], row['2']['images_per_s'] if '2' in row else None
         ratio = f'{one / base["1"]["images_per_s"]:.2f}' if base and name not in CACHED else ''
         lines.append(
@@ -369,7 +371,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=3.0, help='of each measurement')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', default=str(RESULTS), help='where the figures go')
-    parser.add_argument('--contender', choices=EVERY, help='measure one here, and print JSON')
+    parser.add_argument('--contender', choices=CONTENDERS, help='measure one here, and print JSON')
     parser.add_argument('--folder', type=Path)
     parser.add_argument('--cores', type=int, default=1)
     args = parser.parse_args()
@@ -383,16 +385,16 @@ def main() -> None:
         rounds: dict[str, dict[str, list[dict[str, float]]]] = {}
         missing: set[str] = set()
         for number in range(args.rounds):
-            for contender in EVERY:
+            for contender in CONTENDERS:
                 python = args.peers if contender in PEERS else sys.executable
                 for count in cores:
                     if contender in missing:
                         continue
-                    got = run(contender, python, folder, count, args.seconds)
-                    if got is None:
+                    figures = run(contender, python, folder, count, args.seconds)
+                    if figures is None:
                         missing.add(contender)
                         continue
-                    rounds.setdefault(contender, {}).setdefault(str(count), []).append(got)
+                    rounds.setdefault(contender, {}).setdefault(str(count), []).append(figures)
             print(f'round {number + 1} of {args.rounds} done', file=sys.stderr)
     medians = {
         contender: {

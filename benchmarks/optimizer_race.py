@@ -1,8 +1,9 @@
-"""Optimizers on Fashion-MNIST with equal tuning: `python -m benchmarks.optimizer_race`.
+"""Compare optimizers on Fashion-MNIST with equal tuning: `python -m benchmarks.optimizer_race`.
 
-Every optimizer gets as many learning rates, on a grid as wide, and as many steps of the same
-schedule. The best rate on held-out training images is run again from other seeds and scored
-on the test images. About an hour on two cores; started again it goes on where it was.
+Every optimizer gets the same number of learning rates on an equally wide grid, and as many steps of
+the same schedule. The rate that is best on held-out training images is run again with other seeds
+and scored on the test images. Takes about an hour on two cores; a restart continues where it
+stopped.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 RESULTS = Path(__file__).parent / 'results'
 CONFIG = 'configs/fashion_mnist.py'
 
-# name: (what it sets, the rate in the middle of its grid).
+# name: (config overrides, the learning rate in the middle of its grid).
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     'sgd': ({'optim.name': 'sgd', 'optim.momentum': 0}, 0.5),
     'momentum': ({'optim.name': 'sgd', 'optim.momentum': 0.9}, 0.1),
@@ -62,7 +63,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     'soap': (
         {
             'optim.name': 'soap',
-            'optim.block': 64,  # With 256 a step takes twice as long on a CPU.
+            'optim.block': 64,  # With 256, a step takes twice as long on a CPU.
         },
         3e-3,
     ),
@@ -76,12 +77,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
         2e-3,
     ),
 }
-FACTOR = 3.0  # From one rate of a grid to the next.
+FACTOR = 3.0  # Ratio of neighbouring rates of a grid.
 RATES, SEEDS = 5, 3
-TARGET = 0.8  # Accuracy on the images of `often`.
+TARGET = 0.8  # Accuracy on the split `often`.
 
-# Of every trial. No weight decay: one epoch does not overfit, and a decay that is multiplied
-# by the rate would be another one for each optimizer.
+# Overrides of every trial. No weight decay: one epoch does not overfit, and as the decay is
+# multiplied by the rate, it would differ between optimizers.
 SHARED: dict[str, Any] = {
     'model.width': 64,
     'model.depth': 2,
@@ -101,12 +102,12 @@ QUICK = [('total_steps', '150')]
 
 
 def grid(centre: float, count: int) -> list[float]:
-    """Rates around a centre, ascending; for an even count one more of them lies below it."""
+    """Return ascending rates around a centre; for an even count, one more is below it."""
     return [float(f'{centre * FACTOR ** (i - count // 2):.3g}') for i in range(count)]
 
 
 def missing(name: str) -> str:
-    """What an optimizer of the table needs that the schema has not; empty if nothing."""
+    """Return what the schema lacks for an optimizer of the table; '' if nothing."""
     keys = SETTINGS[name][0]
     if keys['optim.name'] not in ledger.optimizers():
         return f'optim.name={keys["optim.name"]}'
@@ -114,7 +115,7 @@ def missing(name: str) -> str:
 
 
 def trial(config: Config, final: bool) -> dict[str, Any]:
-    """Trains once, as `train.run` does, but keeps nothing; {'val', 'curve', 'seconds', ...}.
+    """Train once as `train.run` does, without saving anything; return the figures of the row.
 
     Args:
       final: also score on the test images.
@@ -126,55 +127,57 @@ def trial(config: Config, final: bool) -> dict[str, Any]:
         sums = evaluator.sums
         scorers[name] = steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
     config.audit()
-    counted = ledger.measure(parts.abstract_state)
+    costs = ledger.measure(parts.abstract_state)
     with jax.set_mesh(parts.mesh):
-        shape, every = parts.data.inputs, parts.intervals.evals['often']
-        now = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
+        shape, eval_interval = parts.data.inputs, parts.intervals.evals['often']
+        train_state = state.create(
+            parts.model, shape, parts.optimizer, config.seed, parts.abstract_state
+        )
         held_out = {
             name: list(eval_batches(parts, name))
             for name in ('often', 'val', *(['test'] if final else []))
         }
 
         def accuracy(name: str) -> float:
-            scored = now.get('ema', now['params'])
+            scored = train_state.get('ema', train_state['params'])
             return classification.run(scorers[name], scored, held_out[name])['top1']
 
-        accuracy('often')  # Compiles.
-        began = time.perf_counter()
-        step = step.lower(now, abstract_batch(parts)).compile()
-        compiling, seconds, curve, lost, values = time.perf_counter() - began, 0.0, [], False, None
+        accuracy('often')  # Compiles the evaluation, which is not to be timed.
+        start = time.perf_counter()
+        step = step.lower(train_state, abstract_batch(parts)).compile()
+        compiling, seconds, curve, lost, values = time.perf_counter() - start, 0.0, [], False, None
         with train_batches(config, parts, 0) as batches:
-            began = time.perf_counter()
+            start = time.perf_counter()
             for number in range(1, parts.total_steps + 1):
                 batch, before = next(batches), values
-                now, values = step(now, batch)
-                if before is not None:  # One step in flight, as in a run.
+                train_state, values = step(train_state, batch)
+                if before is not None:  # Keep one step in flight, as in a run.
                     jax.block_until_ready(before)
-                if is_due(every, number, parts.total_steps):
+                if is_due(eval_interval, number, parts.total_steps):
                     jax.block_until_ready(values)
-                    seconds += time.perf_counter() - began
+                    seconds += time.perf_counter() - start
                     curve.append((number, accuracy('often')))
                     lost = int(values['skipped_in_a_row']) >= MAX_SKIPPED_IN_A_ROW
                     if lost:
                         break
-                    began = time.perf_counter()
+                    start = time.perf_counter()
         return {
             'val': accuracy('val'),
             **({'test': accuracy('test')} if final else {}),
             'curve': curve,
             'steps': curve[-1][0],
-            'lost': lost,  # A run would have ended here: its updates are not finite.
+            'lost': lost,  # A run would have stopped here: its updates are not finite.
             'skipped': int(values['skipped']),
             'seconds': seconds,
             'compile_seconds': compiling,
-            'params': counted.params.scalars,
-            'optimizer_bytes': counted.optimizer_total.nbytes,
-            'state_bytes': counted.state.nbytes,
+            'params': costs.params.scalars,
+            'optimizer_bytes': costs.optimizer_total.nbytes,
+            'state_bytes': costs.state.nbytes,
         }
 
 
 class Race:
-    """The trials that there are to run, and those that are done, in WORKDIR/trials.jsonl."""
+    """All trials of the race; finished ones are stored in WORKDIR/trials.jsonl."""
 
     def __init__(
         self,
@@ -196,30 +199,30 @@ class Race:
         return config_lib.override(self._base.replacing(changes), self._overrides)
 
     def done(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
-        """The row of a trial, if it is finished and the config still the same."""
+        """Return the row of a trial, if it is finished and its config has not changed."""
         digest = config_lib.digest(self.config(name, rate, seed))
         return next((row for row in self._rows if row['config'] == digest), None)
 
     def run(self, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """The row of a trial, which is stored whole or not at all."""
-        found = self.done(name, rate, seed)
-        if found:
-            return found
+        """Return the row of a trial, running it if necessary; rows are stored atomically."""
+        stored = self.done(name, rate, seed)
+        if stored:
+            return stored
         config = self.config(name, rate, seed)
         about = {'name': name, 'rate': rate, 'seed': seed, 'config': config_lib.digest(config)}
         row = {**about, **trial(config, final=seed > 0)}
-        jax.clear_caches()  # No program is met again but that of evaluation.
+        jax.clear_caches()  # Apart from the evaluation, no program is used again.
         self._rows.append(row)
         text = ''.join(json.dumps(one) + '\n' for one in self._rows)
         storage.write_text(self._file, text)
         return row
 
     def search(self, name: str) -> list[tuple[float, int]]:
-        """Rates and seeds of the first round."""
+        """Return (rate, seed) of the trials of the first round."""
         return [(rate, 0) for rate in grid(SETTINGS[name][1], self.rates)]
 
     def best(self, name: str) -> dict[str, Any] | None:
-        """The trial of the first round that validation chooses, once all are done."""
+        """Return the trial of the first round that is best on validation, once all are done."""
         rows = [self.done(name, *one) for one in self.search(name)]
         return max(rows, key=lambda row: row['val']) if all(rows) else None
 
@@ -228,19 +231,19 @@ class Race:
         return [(best['rate'], seed) for seed in range(1, self.seeds + 1)] if best else []
 
     def all(self) -> None:
-        """Runs what is not done yet, a line each."""
-        each, left, spent = self.rates + self.seeds, 0, []
+        """Run what is not done yet, with one line per trial."""
+        trials_per_optimizer, left, spent = self.rates + self.seeds, 0, []
         for name in self.names:
             known = [*self.search(name), *self.finals(name)]
-            left += each - sum(self.done(name, *one) is not None for one in known)
+            left += trials_per_optimizer - sum(self.done(name, *one) is not None for one in known)
         for name in self.names:
             for part in (self.search, self.finals):
                 for rate, seed in part(name):
                     if self.done(name, rate, seed):
                         continue
-                    began = time.perf_counter()
+                    start = time.perf_counter()
                     row = self.run(name, rate, seed)
-                    spent.append(time.perf_counter() - began)
+                    spent.append(time.perf_counter() - start)
                     left -= 1
                     rest = metrics.duration(left * statistics.mean(spent))
                     print(
@@ -254,12 +257,12 @@ class Race:
 
 
 def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
-    """The first evaluation at or above the target; inf where there is none."""
+    """Return the step of the first evaluation at or above the target; inf if there is none."""
     return next((number for number, accuracy in curve if accuracy >= target), math.inf)
 
 
 def result(race: Race, name: str) -> dict[str, Any] | None:
-    """What an optimizer came to; None while trials are missing."""
+    """Summarise the trials of an optimizer; None while some are missing."""
     best = race.best(name)
     finals = [race.done(name, *one) for one in race.finals(name)]
     if best is None or not all(finals):
@@ -295,28 +298,32 @@ def result(race: Race, name: str) -> dict[str, Any] | None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, the best on top."""
+    """Format the results as Markdown, the best on top."""
     header = (
         'optimizer | rate | test accuracy, % | '
         f'steps to {TARGET:.0%} | seconds to {TARGET:.0%} | ms a step | seconds in all | '
         'compiling, s | bytes of its own a parameter | note'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in sorted(results, key=lambda r: -r['test']):
-        seeds, reached, steps = len(one['tests']), one['reached'], one['steps_to_target']
-        note = [f'best at the {one["edge"]} rate tried'] if one['edge'] else []
-        if one['lost']:
-            note.append(f'lost at {", ".join(f"{rate:g}" for rate in one["lost"])}')
+    for entry in sorted(results, key=lambda r: -r['test']):
+        seeds, reached, steps = (
+            len(entry['tests']),
+            entry['reached'],
+            entry['steps_to_target'],
+        )
+        note = [f'best at the {entry["edge"]} rate tried'] if entry['edge'] else []
+        if entry['lost']:
+            note.append(f'lost at {", ".join(f"{rate:g}" for rate in entry["lost"])}')
         cells = [
-            one['name'],
-            f'{one["best_rate"]:g}',
-            f'{one["test"]:.2%} ± {one["test_error"]:.2%}'.replace('%', ''),
+            entry['name'],
+            f'{entry["best_rate"]:g}',
+            f'{entry["test"]:.2%} ± {entry["test_error"]:.2%}'.replace('%', ''),
             f'{steps:.0f}' if steps else f'{reached} of {seeds} reached it',
-            f'{one["seconds_to_target"]:.1f}' if steps else '-',
-            f'{one["step_seconds"] * 1e3:.1f}',
-            f'{one["seconds"]:.1f}',
-            f'{one["compile_seconds"]:.1f}',
-            f'{one["optimizer_bytes_per_parameter"]:.2f}',
+            f'{entry["seconds_to_target"]:.1f}' if steps else '-',
+            f'{entry["step_seconds"] * 1e3:.1f}',
+            f'{entry["seconds"]:.1f}',
+            f'{entry["compile_seconds"]:.1f}',
+            f'{entry["optimizer_bytes_per_parameter"]:.2f}',
             '; '.join(note),
         ]
         lines.append(f'| {" | ".join(cells)} |')
@@ -324,18 +331,18 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy by step at the best rate, and by rate."""
+    """Plot accuracy by step at the best rate, and by rate."""
     figure, axes = plots.canvas(2, 1, 6.4, 4.8)
     by_step, by_rate = axes[0]
     ordered = sorted(results, key=lambda r: -r['test'])
-    for i, one in enumerate(ordered):
-        # Ten colours, and dashes for those that come after.
+    for i, entry in enumerate(ordered):
+        # There are ten colours; later lines are dashed.
         style = {'color': f'C{i % 10}', 'ls': '-' if i < 10 else '--', 'lw': 1.4}
-        by_step.plot(*zip(*one['curve'], strict=True), label=one['name'], **style)
-        rates = sorted(one['rates'])
-        by_rate.plot(rates, [one['rates'][r] for r in rates], marker='o', ms=3, **style)
-        by_rate.plot([one['best_rate']], [one['rates'][one['best_rate']]], 'k*', ms=6)
-    top = max(accuracy for one in results for _, accuracy in one['curve'])
+        by_step.plot(*zip(*entry['curve'], strict=True), label=entry['name'], **style)
+        rates = sorted(entry['rates'])
+        by_rate.plot(rates, [entry['rates'][r] for r in rates], marker='o', ms=3, **style)
+        by_rate.plot([entry['best_rate']], [entry['rates'][entry['best_rate']]], 'k*', ms=6)
+    top = max(accuracy for entry in results for _, accuracy in entry['curve'])
     by_step.axhline(TARGET, color='k', lw=0.7, ls=':')
     by_step.set_title('held-out accuracy by step, at the best rate')
     by_step.set_xlabel('step')
@@ -343,7 +350,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     by_rate.set_xscale('log')
     by_rate.set_xlabel('learning rate')
     for axis in axes[0]:
-        # What is far below, or at chance, would press the rest into a line.
+        # Accuracies far below, or at chance, would squeeze all others into a line.
         axis.set_ylim(max(0.0, min(top, TARGET) - 0.3), min(1.0, max(top, TARGET) + 0.02))
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
@@ -352,9 +359,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def report(race: Race, folder: Path) -> None:
-    """Prints the table, and writes it with all figures and the curves to a folder."""
-    found = {name: result(race, name) for name in race.names}
-    results = [one for one in found.values() if one]
+    """Print the table, and write it to a folder with all figures and plots."""
+    by_name = {name: result(race, name) for name in race.names}
+    results = [one for one in by_name.values() if one]
     if not results:
         return
     config = race.config('adamw', SETTINGS['adamw'][1], 0)
@@ -400,7 +407,7 @@ def main(argv: list[str]) -> None:
     rates, seeds = (3, 2) if args.quick else (RATES, SEEDS)
     race = Race(names, workdir, rates, seeds, [*(QUICK if args.quick else []), *overrides])
     race.all()
-    # What is not the whole race does not replace its results.
+    # A partial race must not replace the published results.
     report(race, workdir if args.quick or overrides or args.only else RESULTS)
 
 

@@ -1,9 +1,11 @@
-"""What optimizers cost: `python -m benchmarks.optimizers [--only NAME,...] [--tpu | --cpu]`.
+"""Measure the cost of optimizers.
 
-Three parts: `tpu`, the whole train step of ViT-B/16 as the TPU compiler estimates it, without
-TPUs; `devices`, the update alone compiled for eight devices, and what is kept; `time`, the
-update alone on this machine. Each row is made by a process of its own, which is ended when its
-time is up, and is stored at once: started again, what is missing is made.
+    python -m benchmarks.optimizers [--only NAME;...] [--tpu | --cpu]
+
+Three parts: `tpu`, the complete train step of ViT-B/16 as estimated by the TPU compiler without
+TPUs; `devices`, the update alone compiled for eight devices, with its state; `time`, the update
+alone on this machine. Each row is made in its own process, which is killed at its time limit, and
+is stored at once: a restart only makes missing rows.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from big_vit.planning import hlo, topology
 RESULTS = Path(__file__).parent / 'results'
 TOPOLOGY, BATCH = 'v5e:8x8', 4096
 
-# name: what it sets of `optim`, the first being the optimizer's name.
+# name: settings of `optim`; its `name` is the optimizer's.
 OWN: dict[str, dict[str, Any]] = {
     'adamw': {'name': 'adamw'},
     'muon': {'name': 'muon'},
@@ -56,31 +58,31 @@ OWN: dict[str, dict[str, Any]] = {
     'soap': {'name': 'soap'},
 }
 PEERS = ('optax.adamw', 'optax.contrib.muon', 'optax-shampoo', 'precondition')
-# Without soap: the compiler gives no estimate for its QR decompositions.
+# Without soap: the compiler has no estimate for its QR decompositions.
 TPU = ('adamw', 'shampoo', 'shampoo, sent as bfloat16', 'shampoo, sliced', 'shampoo, groups 4')
-# Blocks that let a refresh end within a minute or so on a CPU; a TPU has 1024, the default.
+# Block sizes with which a refresh ends within a minute or so on a CPU; TPUs use the default, 1024.
 TREES = {'Ti/16': 256, 'S/16': 256, 'B/16': 256}
 LIMITS = {'tpu': 1500, 'devices': 300, 'time': 90}
 ROUNDS = 2
-SHARE = 0.05  # Of the train step, what an optimizer may cost at `every` of its default.
+SHARE = 0.05  # Share of the train step that an optimizer may cost with its default `every`.
 SLOWER_COMPILE = 3.0
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'optax-shampoo', 'precondition-opt'):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = 'not installed'
-    return found
+            installed[name] = 'not installed'
+    return installed
 
 
 # Optimizers.
 
 
 def _aliases() -> None:
-    """The names of JAX that packages of 2022 use."""
+    """Restore names that JAX has removed but packages of 2022 still use."""
     for old, new in (
         ('tree_map', jax.tree.map),
         ('tree_flatten', jax.tree.flatten),
@@ -93,14 +95,17 @@ def _aliases() -> None:
 
 
 def _same_types(condition: Any, body: Any, first: Any) -> Any:
-    """A while loop; that of roots, of six parts, starts with True for the number 1."""
+    """Run a while loop with constant types.
+
+    The loop that computes roots has six parts, and the last one starts with True instead of 1.
+    """
     if isinstance(first, tuple) and len(first) == 6:
         first = (*first[:5], 1.0 if first[5] is True else first[5])
     return jax.lax.while_loop(condition, body, first)
 
 
 def optax_shampoo(block: int) -> optax.GradientTransformation:
-    """The package from PyPI, with the two changes without which no JAX here runs it."""
+    """Return the PyPI package with the two changes that any current JAX needs to run it."""
     _aliases()
     from optax_shampoo import distributed_shampoo as package
 
@@ -111,7 +116,7 @@ def optax_shampoo(block: int) -> optax.GradientTransformation:
 
 
 def precondition(block: int) -> optax.GradientTransformation:
-    """As it is installed: nothing is changed."""
+    """Return the installed package, unchanged."""
     from precondition import distributed_shampoo as package
 
     return package.distributed_shampoo(
@@ -119,8 +124,8 @@ def precondition(block: int) -> optax.GradientTransformation:
     )
 
 
-def made(name: str, block: int, params: Any, mesh: Any) -> Any:
-    """The whole update, with rate and decay."""
+def build_optimizer(name: str, block: int, params: Any, mesh: Any) -> Any:
+    """Return the complete update, including learning rate and decay."""
     peers: dict[str, Callable[[], Any]] = {
         'optax.adamw': lambda: optax.adamw(1e-3),
         'optax.contrib.muon': lambda: optax.contrib.muon(1e-3),
@@ -150,11 +155,11 @@ def shapes(variant: str, scan: bool = True) -> Any:
 
 
 def every(name: str) -> int:
-    """Steps from one refresh to the next."""
+    """Return the number of steps between refreshes."""
     if name not in OWN:
         return 20 if 'shampoo' in name or name == 'precondition' else 0
-    own = {**factory.defaults(OWN[name]['name']), **OWN[name]}
-    return own.get('every', 0) // own.get('groups', 1)
+    settings = {**factory.defaults(OWN[name]['name']), **OWN[name]}
+    return settings.get('every', 0) // settings.get('groups', 1)
 
 
 # The work, each part in a process of its own.
@@ -165,36 +170,39 @@ def say(**figures: Any) -> None:
 
 
 def compiled(lower: Callable[[], Any]) -> Any:
-    """The program; says how long it took, also in seconds of processors, which others do not
-    lengthen."""
-    began, busy = time.perf_counter(), time.process_time()
+    """Compile a program and report the time.
+
+    Processor time is reported as well, as other processes do not lengthen it.
+    """
+    start, cpu_start = time.perf_counter(), time.process_time()
     program = lower().compile()
-    say(compile_seconds=time.perf_counter() - began, compile_cpu=time.process_time() - busy)
+    say(compile_seconds=time.perf_counter() - start, compile_cpu=time.process_time() - cpu_start)
     return program
 
 
 def operations(name: str, params: Any) -> dict[str, float]:
-    """Floating-point operations by arithmetic: of a step's products, and of one refresh.
+    """Count floating-point operations of the products of a step and of one refresh.
 
-    The products of blocks alone, padding included, each counted once however many passes it
-    takes; and the same with the six passes of full precision, three of high, one of others.
+    Only products of blocks count, including padding. 'step' counts each product once;
+    'step_in_passes' counts six passes for full precision, three for high and one for others.
     """
-    own = {**factory.defaults(OWN[name]['name']), **OWN[name]}
-    if 'block' not in own:
+    settings = {**factory.defaults(OWN[name]['name']), **OWN[name]}
+    if 'block' not in settings:
         return {}
     flat = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
-    cuts = blocks.plan(flat, own['block'], matrices.matrix)
+    cuts = blocks.plan(flat, settings['block'], matrices.matrix)
     step = passes = refresh = 0.0
     for stack in cuts.stacks.values():
         r, c, n = stack.rows, stack.columns, stack.blocks
-        turns = 1 if own['name'] == 'shampoo' else 3  # SOAP turns G, M, and the result back.
+        # SOAP rotates G and M, and rotates the result back.
+        turns = 1 if settings['name'] == 'shampoo' else 3
         pair = 2.0 * n * r * c * (r + c)
         step += pair * (1 + turns)
         passes += pair * (1 + 3 * turns)
-        if own['name'] == 'shampoo':
-            # Four products a step of Newton, three for the residual.
-            each = 2 * (4 * roots.newton_steps(4, own['ridge']) + 3)
-            refresh += n * each * (r**3 + c**3)
+        if settings['name'] == 'shampoo':
+            # Four products per Newton step, three for the residual.
+            products = 2 * (4 * roots.newton_steps(4, settings['ridge']) + 3)
+            refresh += n * products * (r**3 + c**3)
         else:
             # A product, one for the error, and Householder's QR with its Q.
             refresh += n * (2 + 2 + 8 / 3) * (r**3 + c**3)
@@ -202,7 +210,7 @@ def operations(name: str, params: Any) -> dict[str, float]:
 
 
 def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
-    """The whole train step, scanned, by the TPU compiler."""
+    """Estimate the complete train step, scanned, with the TPU compiler."""
     place = topology.load(topology_name)
     assert place.chip is not None
     changes = {'batch_size': BATCH, 'mixup': 0, 'model.scan': True}
@@ -210,24 +218,26 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
     config = config_lib.load('configs/vit_b16_i1k.py').replacing(changes)
     parts = build_experiment(config, place.devices)
     step, batch = build_train_step(config, parts), abstract_batch(parts)
-    counted = ledger.measure(parts.abstract_state)
+    costs = ledger.measure(parts.abstract_state)
     say(
         flops=parts.flops_per_example * BATCH,
         **{
             f'operations_{key}': n
             for key, n in operations(name, parts.abstract_state['params']).items()
         },
-        words=counted.optimizer_total.scalars / counted.params.scalars,
-        state_on_device=counted.optimizer_total.on_device,
+        words=costs.optimizer_total.scalars / costs.params.scalars,
+        state_on_device=costs.optimizer_total.on_device,
     )
     with jax.set_mesh(parts.mesh):
         program = compiled(lambda: step.lower(parts.abstract_state, batch))
     module = hlo.read(program.as_text(), len(place.devices))
     waits: dict[str, float] = {}
-    for one in module.collectives:
-        if not one.overlapped:
-            seconds = plan.link_seconds(one, place)
-            waits[one.branch] = waits.get(one.branch, 0.0) + seconds * place.chip.clock
+    for collective in module.collectives:
+        if not collective.overlapped:
+            seconds = plan.link_seconds(collective, place)
+            waits[collective.branch] = (
+                waits.get(collective.branch, 0.0) + seconds * place.chip.clock
+            )
     cycles = module.cycles_by_branch
     where = {op.branch: op.source for op in module.ops if 'branch_' in op.source}
     parts_of_step: dict[str, float] = {}
@@ -240,20 +250,20 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
         parts=parts_of_step,
         branches=[
             {
-                'cycles': found + waits.get(branch, 0),
+                'cycles': branch_cycles + waits.get(branch, 0),
                 'source': where.get(branch, ''),
                 'unknown_loops': module.unknown_in.count(branch),
             }
-            for branch, found in cycles.items()
+            for branch, branch_cycles in cycles.items()
         ],
         unknown_loops=module.unknown_in.count(''),
         hbm=plan._memory(program, parts, batch),
         collectives=plan._collectives(module, place),
         clock=place.chip.clock,
     )
-    # State on one device of larger and smaller slices, which needs no compiler.
+    # State per device of larger and smaller slices, which needs no compiler.
     for others, devices in ((8, 'v5e:2x4'), (64, 'v5e:8x8'), (512, 'v5p:8x8x8')):
-        # Parameters are split over 64 devices at most: their rows are too few for more.
+        # Parameters are split over at most 64 devices: they have too few rows for more.
         axes = {'mesh.fsdp': min(others, 64), 'mesh.replica': max(others // 64, 1)}
         abstract_state = build_experiment(
             config.replacing(axes), topology.load(devices).devices
@@ -262,41 +272,45 @@ def on_tpu(name: str, topology_name: str = TOPOLOGY) -> None:
 
 
 def on_devices(name: str, variant: str) -> None:
-    """The update alone for eight devices that have equal parameters and gradients."""
+    """Compile the update alone for eight devices with equal parameters and gradients."""
     jax.config.update('jax_num_cpu_devices', 8)
     mesh = sharding.make_mesh(8, 1, 1, jax.devices('cpu'))
     params = shapes(variant)
-    optimizer = made(name, TREES[variant], params, mesh)
-    same = sharding.replicated(mesh)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), params)
+    optimizer = build_optimizer(name, TREES[variant], params, mesh)
+    replicated = sharding.replicated(mesh)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), params
+    )
     with jax.set_mesh(mesh):
         abstract_state = jax.eval_shape(optimizer.init, params)
-        where = sharding.shardings_for(abstract_state, mesh, 2**62)
+        shardings = sharding.shardings_for(abstract_state, mesh, 2**62)
         abstract_state = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, where
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            abstract_state,
+            shardings,
         )
         numbers, count = trees.count(abstract_state), trees.count(params)
         say(words=numbers / count, bytes=trees.nbytes(abstract_state), params=count)
-        say(state_on_device=sharding.device_bytes(abstract_state, where))
+        say(state_on_device=sharding.device_bytes(abstract_state, shardings))
 
         def update(grads: Any, old: Any, params: Any) -> Any:
             return optimizer.update(grads, old, params, step=jnp.int32(100))
 
-        jitted = jax.jit(update, donate_argnums=1, out_shardings=(same, where))
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=(replicated, shardings))
         program = compiled(lambda: jitted.lower(params, abstract_state, params))
     module = hlo.read(program.as_text(), 8)
     kinds: dict[str, int] = {}
-    for one in module.collectives:
-        kinds[one.kind] = kinds.get(one.kind, 0) + 1
-    sent = sum(one.nbytes * one.times for one in module.collectives)
+    for collective in module.collectives:
+        kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
+    sent = sum(collective.nbytes * collective.times for collective in module.collectives)
     temporary = program.memory_analysis().temp_size_in_bytes
     say(collectives=kinds, collective_bytes=sent, temporary=temporary)
 
 
 def in_time(name: str, variant: str) -> None:
-    """Steps of the update alone on this machine, until the time is up."""
+    """Time steps of the update alone on this machine, as many as the time limit allows."""
     params = shapes(variant)
-    optimizer = made(name, TREES[variant], params, None)
+    optimizer = build_optimizer(name, TREES[variant], params, None)
     rng = np.random.default_rng(0)
 
     def noise(scale: float) -> Any:
@@ -305,8 +319,8 @@ def in_time(name: str, variant: str) -> None:
         )
 
     weights, grads = noise(0.02), [noise(1e-3), noise(1e-3)]
-    now = jax.jit(optimizer.init)(weights)
-    abstract_state, step = jax.eval_shape(lambda x: x, now), jnp.int32(0)
+    opt_state = jax.jit(optimizer.init)(weights)
+    abstract_state, step = jax.eval_shape(lambda x: x, opt_state), jnp.int32(0)
 
     def update(grads: Any, old: Any, params: Any, step: Any) -> Any:
         return optimizer.update(grads, old, params, step=step)
@@ -314,25 +328,25 @@ def in_time(name: str, variant: str) -> None:
     jitted = jax.jit(update, donate_argnums=1)
     program = compiled(lambda: jitted.lower(grads[0], abstract_state, weights, step))
     for number in range(1, 2 * max(every(name), 20) + 3):
-        began = time.perf_counter()
-        _, now = jax.block_until_ready(program(grads[number % 2], now, weights, step))
-        say(step=number, seconds=time.perf_counter() - began)
+        start = time.perf_counter()
+        _, opt_state = jax.block_until_ready(program(grads[number % 2], opt_state, weights, step))
+        say(step=number, seconds=time.perf_counter() - start)
 
 
 # Jobs and their rows.
 
 
 def jobs(only: list[str], parts: list[str]) -> list[str]:
-    """In the order they run: rounds over all optimizers, the small trees first."""
+    """Return the jobs in their order: rounds over all optimizers, small models first."""
     names = [name for name in (*OWN, *PEERS) if not only or name in only]
-    found = [f'tpu|B/16|{name}|1' for name in TPU if name in names and 'tpu' in parts]
+    all_jobs = [f'tpu|B/16|{name}|1' for name in TPU if name in names and 'tpu' in parts]
     for variant in TREES:
         if 'devices' in parts:
-            found += [f'devices|{variant}|{name}|1' for name in names]
+            all_jobs += [f'devices|{variant}|{name}|1' for name in names]
         for number in range(1, ROUNDS + 1):
             if 'time' in parts:
-                found += [f'time|{variant}|{name}|{number}' for name in names]
-    return found
+                all_jobs += [f'time|{variant}|{name}|{number}' for name in names]
+    return all_jobs
 
 
 def work(job: str) -> None:
@@ -345,7 +359,7 @@ def work(job: str) -> None:
 
 
 def run(job: str, limit: float) -> dict[str, Any]:
-    """What the process said before it ended or was ended."""
+    """Run a job and collect what its process reported before it ended or was killed."""
     topology.prepare_environment()
     child = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.optimizers', '--job', job],
@@ -358,25 +372,25 @@ def run(job: str, limit: float) -> dict[str, Any]:
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(child.stderr or []))
     reader.start()
-    ended = threading.Event()
+    timed_out = threading.Event()
 
     def end() -> None:
-        ended.set()
+        timed_out.set()
         child.kill()
 
     timer = threading.Timer(limit, end)
     timer.start()
     row: dict[str, Any] = {'job': job, 'load': round(os.getloadavg()[0], 1), 'steps': []}
     for text in child.stdout:
-        said = json.loads(text) if text.startswith('{') else {}
-        if 'step' in said:
-            row['steps'].append(round(said['seconds'], 5))
+        message = json.loads(text) if text.startswith('{') else {}
+        if 'step' in message:
+            row['steps'].append(round(message['seconds'], 5))
         else:
-            row.update(said)
+            row.update(message)
     code = child.wait()
     timer.cancel()
     reader.join()
-    if ended.is_set():
+    if timed_out.is_set():
         row['problem'] = f'stopped after {limit:.0f} s'
     elif code:
         named = [text.strip() for text in errors if re.match(r'[\w.]+(Error|Exception)\b', text)]
@@ -388,10 +402,10 @@ def run(job: str, limit: float) -> dict[str, Any]:
 
 
 def amortised(row: dict[str, Any], name: str) -> tuple[float, float] | None:
-    """(cycles of an average step, of the slowest one); None where loops of unknown length matter.
+    """Return the cycles of an average step and of the slowest one.
 
-    What is in branches is counted at the interval of its optimizer. The start of SOAP, which
-    happens once in a run, is left out.
+    Branches count at the refresh interval of the optimizer. SOAP's initial branch, which runs once,
+    is left out. Returns None if loops of unknown length matter.
     """
     branches = [b for b in row['branches'] if 'branch_1_fun' not in b['source'] or name != 'soap']
     if any(b['unknown_loops'] for b in branches):
@@ -437,41 +451,43 @@ def tpu_table(rows: dict[str, dict[str, Any]]) -> str:
         if 'cycles' in row:
             cells[1] = f'{row["cycles"] / 1e6:.1f}'
             cells[10] = f'{sum(row["hbm"].values()) / 2**30:.2f}'
-            found = amortised(row, name)
-            if found is None:
+            step_cycles = amortised(row, name)
+            if step_cycles is None:
                 cells[11] = 'a refresh has loops of unknown length'
             else:
-                cells[2:4] = [f'{one / 1e6:.1f}' for one in found]
+                cells[2:4] = [f'{one / 1e6:.1f}' for one in step_cycles]
                 if 'cycles' in base:
-                    cells[4] = percent(found[0] / base['cycles'] - 1)
+                    cells[4] = percent(step_cycles[0] / base['cycles'] - 1)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def targets(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Whether each of the optimizers keeps what was promised of it, a line each."""
+    """Return a line per optimizer that says whether it meets its targets."""
     base, lines = rows.get('tpu|B/16|adamw|1', {}), []
     for name in TPU[1:]:
         row = rows.get(f'tpu|B/16|{name}|1', {})
-        said = []
+        results = []
         if 'operations_step' in row:
             work = row['operations_step'] + row['operations_refresh'] / max(every(name), 1)
             share = work / row['flops']
-            said.append(f'operations {percent(share)} of {percent(SHARE)} {verdict(share, SHARE)}')
-        found = amortised(row, name) if 'cycles' in row else None
-        if found and 'cycles' in base:
-            more = found[0] / base['cycles'] - 1
-            said.append(f'cycles {percent(more)} of {percent(SHARE)} {verdict(more, SHARE)}')
+            results.append(
+                f'operations {percent(share)} of {percent(SHARE)} {verdict(share, SHARE)}'
+            )
+        step_cycles = amortised(row, name) if 'cycles' in row else None
+        if step_cycles and 'cycles' in base:
+            more = step_cycles[0] / base['cycles'] - 1
+            results.append(f'cycles {percent(more)} of {percent(SHARE)} {verdict(more, SHARE)}')
         if 'compile_cpu' in row and 'compile_cpu' in base:
             times = row['compile_cpu'] / base['compile_cpu']
-            said.append(
+            results.append(
                 f'compiling {times:.1f} of {SLOWER_COMPILE:g} {verdict(times, SLOWER_COMPILE)}'
             )
         if 'state_on_512' in row:
             ratio = row['state_on_512'] * 512 / (row['state_on_8'] * 8)
-            said.append(f'state of 512 devices together {ratio:.2f} times that of 8')
-        if said:
-            lines.append(f'* {name}: {"; ".join(said)}')
+            results.append(f'state of 512 devices together {ratio:.2f} times that of 8')
+        if results:
+            lines.append(f'* {name}: {"; ".join(results)}')
     return lines
 
 
@@ -502,7 +518,7 @@ def update_table(rows: dict[str, dict[str, Any]]) -> str:
             took = [row['compile_cpu'] for row in rounds if 'compile_cpu' in row]
             if took:
                 cells[5] = f'{statistics.median(took):.1f}'
-            # The first step makes all roots of all groups, once in a run.
+            # The first step makes all roots of all groups, which happens once in a run.
             timed = [s for row in rounds for s in row['steps'][1:]]
             if timed:
                 refreshes = sum(
@@ -522,8 +538,8 @@ def update_table(rows: dict[str, dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def page(found: dict[str, Any]) -> str:
-    rows, about = found['rows'], found['about']
+def page(results: dict[str, Any]) -> str:
+    rows, about = results['rows'], results['about']
     packages = ', '.join(f'{name} {number}' for name, number in about['versions'].items())
     blocks_of = ', '.join(f'{block} for ViT-{variant}' for variant, block in TREES.items())
     parts = [
@@ -562,29 +578,29 @@ def main(argv: list[str]) -> None:
         sys.exit(f'no {unknown[0]!r}; there are {"; ".join((*OWN, *PEERS))}')
     parts = ['tpu'] * (not args.cpu) + ['devices', 'time'] * (not args.tpu)
     path, began = Path(args.json), time.monotonic()
-    found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
+    results = json.loads(path.read_text()) if path.exists() else {'rows': {}}
     for job in jobs(only, parts):
         part, variant, *_ = job.split('|')
         if part != 'tpu' and args.trees and variant not in args.trees.split(','):
             continue
-        if job in found['rows'] and not args.again:
+        if job in results['rows'] and not args.again:
             continue
         if time.monotonic() - began > 60 * args.minutes:
             print('time is up; started again, it goes on from here')
             break
         row = run(job, args.limit or LIMITS[part])
-        found['rows'][job] = row
-        found['about'] = {
+        results['rows'][job] = row
+        results['about'] = {
             'cpu': f'{os.cpu_count()} x {cpu()}',
             'load': [round(value, 1) for value in os.getloadavg()],
             'python': platform.python_version(),
             'versions': versions(),
         }
-        path.write_text(json.dumps(found, indent=1) + '\n')
+        path.write_text(json.dumps(results, indent=1) + '\n')
         print(f'{job}: {row.get("problem", "done")}', flush=True)
-    if found['rows']:
-        path.with_suffix('.md').write_text(page(found))
-        print(page(found))
+    if results['rows']:
+        path.with_suffix('.md').write_text(page(results))
+        print(page(results))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""Plans of the configs at scale: `python -m benchmarks.plans [NAME ...]` rewrites docs/plans/.
+"""Plan the large configs: `python -m benchmarks.plans [NAME ...]` rewrites docs/plans/.
 
-Each plan compiles for a TPU that need not be here, and takes one to three minutes on two cores.
+Each plan compiles for a TPU that need not be present, and takes one to three minutes on two cores.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 FOLDER = Path('docs/plans')
 GIB = 2**30
 
-# name: what follows `python -m big_vit.plan`.
+# name: arguments of `python -m big_vit.plan`.
 PLANS: dict[str, list[str]] = {
-    # 64 images a chip, without mixing: what other codebases are compared on.
+    # 64 images per chip without mixup: the setting for comparisons with other codebases.
     'vit_s16_v5e-16': [
         *('--config', 'configs/vit_s16_i1k.py', '--config.mixup=0', '--topology', 'v5e:4x4'),
         *('--mesh', 'fsdp=16', '--config.mesh.min_shard_size=500000'),
@@ -63,7 +63,7 @@ def versions() -> str:
 
 
 def make(name: str) -> bool:
-    """Writes NAME.md and NAME.json; False where the plan failed."""
+    """Write NAME.md and NAME.json; return False if the plan failed."""
     command = ['-m', 'big_vit.plan', *PLANS[name], '--json', str(FOLDER / f'{name}.json')]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if result.returncode:
@@ -72,13 +72,13 @@ def make(name: str) -> bool:
     shown = ' '.join(['python', '-m', 'big_vit.plan', *PLANS[name]])
     text = f'# {name}\n\nWith {versions()}:\n\n```bash\n{shown}\n```\n\n```\n{result.stdout}```\n'
     (FOLDER / f'{name}.md').write_text(text)
-    said = next(line for line in result.stdout.splitlines() if line[:5] in ('speed', 'DOES '))
-    print(f'{name}: {said}', flush=True)
+    summary = next(line for line in result.stdout.splitlines() if line[:5] in ('speed', 'DOES '))
+    print(f'{name}: {summary}', flush=True)
     return True
 
 
 def row(name: str) -> str:
-    """One line of the index."""
+    """Return one line of the index."""
     plan = json.loads((FOLDER / f'{name}.json').read_text())
     s = plan['settings']
     mesh = 'x'.join(str(n) for n in s['mesh'].values())

@@ -1,9 +1,8 @@
-"""Whether what makes a step faster changes what it learns: `python -m benchmarks.precision`.
+"""Check that faster numerics do not change training: `python -m benchmarks.precision`.
 
-The same model on the same batches of Fashion-MNIST, from the same seeds: in float32, in bfloat16
-as it is (norms read their input once, derivatives written out), and in bfloat16 with norms
-by the formula, in two passes and differentiated automatically. Loss curves must agree
-within what seeds differ by.
+The same model is trained on the same batches of Fashion-MNIST from the same seeds: in float32; in
+bfloat16 as implemented (one-pass norm statistics, hand-written derivatives); and in bfloat16 with
+two-pass norms and automatic differentiation. Loss curves must agree within the spread of seeds.
 """
 
 import argparse
@@ -41,16 +40,16 @@ CHANGES: dict[str, Any] = {
 
 
 def two_passes(x: Any, scale: Any, bias: Any, epsilon: float, dtype: Any) -> Any:
-    """Layer normalisation by the formula, in float32."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
+    """Compute layer normalisation by its definition, in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
     unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     lead = (1,) * (x.ndim - 1)
     return (unit * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)).astype(dtype)
 
 
 def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
-    """The loss of each step, and the accuracy on the test images after the last."""
+    """Return the loss of each step, and the final accuracy on the test images."""
     changes = {**CHANGES, 'seed': seed, 'total_steps': steps, 'model.dtype': kind.partition(',')[0]}
     config = config_lib.load('configs/fashion_mnist.py', []).replacing(changes)
     norm = two_passes if 'two passes' in kind else layers.layer_norm
@@ -58,15 +57,15 @@ def curve(kind: str, seed: int, steps: int) -> dict[str, Any]:
         parts = build_experiment(config)
         with jax.set_mesh(parts.mesh):
             step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
-            now = state.create(
+            train_state = state.create(
                 parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state
             )
             losses = []
             with train_batches(config, parts, 0) as batches:
                 for _ in range(steps):
-                    now, values = step(now, next(batches))
+                    train_state, values = step(train_state, next(batches))
                     losses.append(float(values['loss']))
-            top1 = evaluators['test'](now['params'], {})['top1']
+            top1 = evaluators['test'](train_state['params'], {})['top1']
     jax.clear_caches()
     return {'losses': losses, 'top1': top1}
 
@@ -75,22 +74,22 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.precision', allow_abbrev=False)
     parser.add_argument('--steps', type=int, default=300)
     args = parser.parse_args(argv)
-    found = {
+    curves = {
         kind: [curve(kind, seed, args.steps) for seed in range(1, SEEDS + 1)] for kind in KINDS
     }
-    FILE.write_text(json.dumps({'steps': args.steps, 'curves': found}) + '\n')
+    FILE.write_text(json.dumps({'steps': args.steps, 'curves': curves}) + '\n')
     rows = []
-    exact = np.array([one['losses'] for one in found['float32']])
-    for kind, runs in found.items():
-        losses = np.array([one['losses'] for one in runs])
+    exact = np.array([run['losses'] for run in curves['float32']])
+    for kind, runs in curves.items():
+        losses = np.array([run['losses'] for run in runs])
         last = losses[:, -LAST:].mean(1)
-        apart = np.abs((losses - exact)[:, -LAST:].mean(1))
+        difference = np.abs((losses - exact)[:, -LAST:].mean(1))
         rows.append(
             (
                 kind,
                 f'{last.mean():.4f} ± {last.std(ddof=1):.4f}',
-                f'{apart.mean():.4f}',
-                f'{statistics.mean(one["top1"] for one in runs):.2%}',
+                f'{difference.mean():.4f}',
+                f'{statistics.mean(run["top1"] for run in runs):.2%}',
             )
         )
     header = ('computed in', f'loss of the last {LAST} steps', 'apart from float32', 'test')

@@ -1,8 +1,8 @@
-"""What a block's matrix products reach alone, by the TPU compiler: `python -m benchmarks products`.
+"""Estimate a block's matrix products alone with the TPU compiler: `python -m benchmarks products`.
 
-Each product is compiled by itself, in bfloat16 and at the size that it has in a row of
-`benchmarks chips`, and its estimated cycles are set beside the chip's peak. It bounds what a whole
-step can reach: attention's own products, norms, the optimizer and collectives come on top.
+Each product is compiled by itself, in bfloat16 and with its size in a row of `benchmarks chips`,
+and its estimated cycles are compared with the chip's peak. This bounds what a complete step can
+reach: attention's own products, norms, the optimizer and collectives come on top.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from big_vit.models import variants
 from big_vit.planning import hlo, topology
 
 FILE = chips.FILE.parent / 'products.json'
-# How often a block multiplies, forward and for the gradients of inputs and of kernels.
+# Multiplications per block: forward, and for the gradients of inputs and kernels.
 COUNTS = {'projection': 8, 'up': 2, 'down': 2, 'projection kernel': 4, 'mlp kernel': 2}
 
 
 def shapes(tokens: int, width: int, hidden: int) -> dict[str, tuple[int, int, int]]:
-    """Of each product, (rows, what is summed over, columns)."""
+    """Return (rows, summed, columns) of each product."""
     return {
         'projection': (tokens, width, width),
         'up': (tokens, width, hidden),
@@ -37,7 +37,11 @@ def shapes(tokens: int, width: int, hidden: int) -> dict[str, tuple[int, int, in
 
 
 def cycles(shape: tuple[int, int, int], transposed: bool, device: Any) -> int:
-    """Of [rows, summed] @ [summed, columns] on one chip, the first kept transposed or not."""
+    """Return the cycles of [rows, summed] @ [summed, columns] on one chip.
+
+    Args:
+      transposed: the first operand is stored transposed, as for gradients of kernels.
+    """
     rows, summed, columns = shape
     chip = Mesh(np.array([device]), ('chip',))
     place = NamedSharding(chip, PartitionSpec())
@@ -60,7 +64,7 @@ def share_of_peak(shape: tuple[int, int, int], cycles: int, chip: topology.Chip)
 
 
 def of_block(shares: dict[str, float], shape: dict[str, tuple[int, int, int]]) -> float:
-    """What all products of a block together reach, forward and backward."""
+    """Return the share of the peak of all products of a block together, forward and backward."""
     work = {name: COUNTS[name] * float(np.prod(shape[name], dtype=float)) for name in COUNTS}
     return sum(work.values()) / sum(work[name] / shares[name] for name in COUNTS)
 
@@ -72,21 +76,21 @@ def measure(row: chips.Row) -> dict[str, Any]:
     patches = (224 // fields['patch_size'][0]) ** 2
     tokens = row.batch // row.accumulation * patches
     sizes = shapes(tokens, fields['width'], fields['mlp_dim'])
-    found = {}
+    shares = {}
     for name, shape in sizes.items():
-        taken = cycles(shape, name.endswith('kernel'), place.devices[0])
-        found[name] = share_of_peak(shape, taken, place.chip)
-    return {'tokens': tokens, 'shares': found, 'block': of_block(found, sizes)}
+        product_cycles = cycles(shape, name.endswith('kernel'), place.devices[0])
+        shares[name] = share_of_peak(shape, product_cycles, place.chip)
+    return {'tokens': tokens, 'shares': shares, 'block': of_block(shares, sizes)}
 
 
 def table(rows: dict[str, Any], steps: dict[str, Any]) -> str:
     header = ['model', 'slice', 'tokens', *COUNTS, 'all of a block', 'the step, big_vit']
     lines = [f'| {" | ".join(header)} |', f'|{"---|" * len(header)}']
     for row in chips.ROWS:
-        found = rows[row.name]
+        figures = rows[row.name]
         step = steps.get(row.name, {}).get('big_vit')
-        shares = [*found['shares'].values(), found['block']]
-        cells = [row.variant, row.topology, f'{found["tokens"]:,}', *(f'{x:.0%}' for x in shares)]
+        shares = [*figures['shares'].values(), figures['block']]
+        cells = [row.variant, row.topology, f'{figures["tokens"]:,}', *(f'{x:.0%}' for x in shares)]
         cells.append(f'{step["mfu"]:.0%}' if step else '-')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -97,7 +101,7 @@ def main(argv: list[str]) -> None:
         argv
     )
     topology.check_libtpu()
-    # A program for a chip that is not here could be stored in the cache, but not read again.
+    # The cache could store a program for an absent chip, but not load it again.
     jax.config.update('jax_enable_compilation_cache', False)
     rows = {}
     for row in chips.ROWS:

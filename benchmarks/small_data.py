@@ -1,10 +1,10 @@
-"""Which models learn from few images, and how: `python -m benchmarks.small_data`.
+"""Compare small models on few images: `python -m benchmarks.small_data`.
 
 Plain patches, a convolutional stem, a compact convolutional transformer, shifted patches with
-locality attention and a hybrid, each with SGD and AdamW, on 4,000 images of Fashion-MNIST. Each
-run may spend as many operations as six epochs of the plain ViT; the rate of each model and
-optimizer is chosen among four, on held-out training images and a quarter of that budget, and
-run again from other seeds. Started again it goes on where it was.
+locality attention and a hybrid, each with SGD and AdamW, on 4,000 images of Fashion-MNIST. Every
+run may spend as many operations as six epochs of the plain ViT. The rate of each model and
+optimizer is chosen among four on held-out training images with a quarter of that budget, and run
+again with other seeds. A restart continues where it stopped.
 """
 
 import argparse
@@ -36,12 +36,12 @@ MODELS = ('vit', 'conv', 'cct', 'spt', 'hybrid')
 RATES = {'sgd': (0.03, 0.1, 0.3, 1.0), 'adamw': (7e-4, 2e-3, 6e-3, 2e-2)}
 SEEDS = 3
 SHAPE = {'image': (28, 28, 1)}
-BUDGET = 24_000  # Images of the plain ViT.
+BUDGET = 24_000  # Training images of the plain ViT; other models get as many as cost the same.
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training; of the search, if `seed` is 0."""
+    """One training run; a run of the search if `seed` is 0."""
 
     model: str
     optimizer: str
@@ -50,13 +50,13 @@ class Run:
 
 
 def cost_of(config: Config) -> flops.Cost:
-    """Of the model of a config, without its data."""
+    """Return the cost of the model of a config, without opening its data."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     return flops.cost(build_model(config, 10, SHAPE, mesh), SHAPE)
 
 
 def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config:
-    """The config of a run, as long as its share of the budget is."""
+    """Return the config of a run, with the number of steps that its budget allows."""
     plain = config_lib.load('configs/small_data.py:model=vit', [])
     spec = f'configs/small_data.py:model={run.model},optimizer={run.optimizer}'
     base = config_lib.load(spec, overrides)
@@ -80,7 +80,7 @@ def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config
 
 
 class Study:
-    """The runs that there are, and those that are done, in WORKDIR/runs.jsonl."""
+    """All runs of the study; finished ones are stored in WORKDIR/runs.jsonl."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Study:
         return config_of(run, self.budget, self.overrides)
 
     def done(self, run: Run) -> dict[str, Any] | None:
-        """The row of a run, if it is finished and its config still the same."""
+        """Return the row of a run, if it is finished and its config has not changed."""
         digest = config_lib.digest(self.config(run))
         return next((row for row in self._rows if row['config'] == digest), None)
 
@@ -107,7 +107,7 @@ class Study:
         return [Run(model, optimizer, rate, 0) for rate in RATES[optimizer]]
 
     def finals(self, model: str, optimizer: str) -> list[Run]:
-        """With the rate that validation chooses; none before all of the search are done."""
+        """Return the final runs at the best rate on validation; [] until the search is done."""
         tried = self.search(model, optimizer)
         rows = [row for row in map(self.done, tried) if row is not None]
         if len(rows) < len(tried):
@@ -116,22 +116,22 @@ class Study:
         return [Run(model, optimizer, best['rate'], seed) for seed in range(1, SEEDS + 1)]
 
     def all(self) -> None:
-        """Does what is not done yet, a line each; searches first, then seed by seed."""
+        """Run what is not done yet, with one line per run; searches first, then seed by seed."""
         pairs = [(model, optimizer) for model in self.models for optimizer in RATES]
         for model, optimizer in pairs:
             for run in self.search(model, optimizer):
-                self._do(run)
+                self._run_if_missing(run)
         for seed in range(SEEDS):
             for model, optimizer in pairs:
-                self._do(self.finals(model, optimizer)[seed])
+                self._run_if_missing(self.finals(model, optimizer)[seed])
 
-    def _do(self, run: Run) -> None:
+    def _run_if_missing(self, run: Run) -> None:
         if self.done(run):
             return
-        config, began = self.config(run), time.perf_counter()
-        size = cost_of(config)
+        config, start = self.config(run), time.perf_counter()
+        cost = cost_of(config)
         about = {**dataclasses.asdict(run), 'config': config_lib.digest(config)}
-        about |= {'params': size.params, 'flops': size.flops}
+        about |= {'params': cost.params, 'flops': cost.flops}
         about['examples'] = config.total_steps * config.batch_size
         row = {**about, **trial(config, final=run.seed > 0)}
         jax.clear_caches()
@@ -140,13 +140,13 @@ class Study:
         print(
             f'{run.model:<7} {run.optimizer:<6} lr {run.rate:<7g} seed {run.seed}  '
             f'val {row["val"]:.4f}' + (f'  test {row["test"]:.4f}' if 'test' in row else '') +
-            f'  {metrics.duration(time.perf_counter() - began)}',
+            f'  {metrics.duration(time.perf_counter() - start)}',
             flush=True,
         )  # fmt: skip
 
     def results(self) -> list[dict[str, Any]]:
-        """Of each model and optimizer, from the seeds that are done."""
-        found = []
+        """Summarise each model and optimizer over the seeds that are done."""
+        summaries = []
         for model in self.models:
             for optimizer in RATES:
                 rows = [row for run in self.finals(model, optimizer) if (row := self.done(run))]
@@ -155,7 +155,7 @@ class Study:
                 tests, tried = [row['test'] for row in rows], self.search(model, optimizer)
                 searched = {run.rate: row['val'] for run in tried if (row := self.done(run))}
                 spread = statistics.stdev(tests) if len(tests) > 1 else float('nan')
-                found.append(
+                summaries.append(
                     {
                         'model': model,
                         'optimizer': optimizer,
@@ -170,44 +170,44 @@ class Study:
                         'seconds': statistics.mean(row['seconds'] for row in rows),
                     }
                 )
-        return found
+        return summaries
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each model and optimizer."""
+    """Format the results as Markdown, one line per model and optimizer."""
     header = (
         'model | optimizer | test accuracy, % (seeds) | rate | parameters | MFLOP an image | '
         'images seen | seconds'
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
-    for one in results:
+    for result in results:
         cells = [
-            one['model'],
-            one['optimizer'],
-            f'{100 * one["test"]:.2f} ± {100 * one["spread"]:.2f} ({len(one["tests"])})',
-            f'{one["rate"]:g}',
-            f'{one["params"]:,}',
-            f'{one["mflop"]:.1f}',
-            f'{one["examples"]:,.0f}',
-            f'{one["seconds"]:.0f}',
+            result['model'],
+            result['optimizer'],
+            f'{100 * result["test"]:.2f} ± {100 * result["spread"]:.2f} ({len(result["tests"])})',
+            f'{result["rate"]:g}',
+            f'{result["params"]:,}',
+            f'{result["mflop"]:.1f}',
+            f'{result["examples"]:,.0f}',
+            f'{result["seconds"]:.0f}',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A bar for each model and optimizer, and a dot for each seed."""
+    """Plot a bar per model and optimizer, and a dot per seed."""
     figure, axes = plots.canvas(1, 1, 7.2, 4.0)
     axis = axes[0][0]
-    models = list(dict.fromkeys(one['model'] for one in results))
+    models = list(dict.fromkeys(result['model'] for result in results))
     for i, optimizer in enumerate(RATES):
-        for one in (one for one in results if one['optimizer'] == optimizer):
-            at = models.index(one['model']) + (i - 0.5) * 0.38
-            label = optimizer if one['model'] == models[0] else None
-            axis.bar(at, 100 * one['test'], 0.36, color=f'C{i}', alpha=0.75, label=label)
-            dots = [100 * test for test in one['tests']]
-            axis.plot([at] * len(dots), dots, 'k.', ms=4)
-    low = min(test for one in results for test in one['tests'])
+        for result in (result for result in results if result['optimizer'] == optimizer):
+            position = models.index(result['model']) + (i - 0.5) * 0.38
+            label = optimizer if result['model'] == models[0] else None
+            axis.bar(position, 100 * result['test'], 0.36, color=f'C{i}', alpha=0.75, label=label)
+            dots = [100 * test for test in result['tests']]
+            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+    low = min(test for result in results for test in result['tests'])
     axis.set_ylim(100 * low - 5, None)
     axis.set_xticks(range(len(models)), models)
     axis.set_ylabel('test accuracy, %')
@@ -239,7 +239,7 @@ def main(argv: list[str]) -> None:
     if not args.report:
         study.all()
     results = study.results()
-    # What is not the whole study does not replace its results.
+    # A partial study must not replace the published results.
     part = args.quick or args.report or args.only or overrides
     folder = workdir if part else RESULTS
     about = {

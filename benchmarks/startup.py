@@ -1,7 +1,7 @@
-"""Seconds until something happens: `python -m benchmarks startup`.
+"""Time startup: `python -m benchmarks startup`.
 
-Help and imports, and from the command line to the end of the first step of ViT-S/16 at 224 px on
-eight fake CPU devices: cold, and with the program in JAX's persistent cache.
+Measures help and imports, and the time from the command line to the end of the first step of
+ViT-S/16 at 224 px on eight fake CPU devices: cold, and with the program in JAX's persistent cache.
 """
 
 import argparse
@@ -38,15 +38,15 @@ DEVICES = 8
 
 
 def seconds(arguments: list[str]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f'benchmarks startup: {arguments}: {done.stderr.strip()[-300:]}')
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def first_step(cache: Path, workdir: Path) -> float:
-    """From the start of the process until it tells of step 1."""
+    """Return seconds from the start of the process until it reports step 1."""
     flags = [f'--config.{key}={value}' for key, value in RUN.items()]
     config = 'configs/pretrain_fdsl.py:variant=S/16'
     command = [sys.executable, '-m', 'big_vit.train', '--config', config, *flags]
@@ -57,7 +57,7 @@ def first_step(cache: Path, workdir: Path) -> float:
         'JAX_COMPILATION_CACHE_DIR': str(cache),
         'PYTHONUNBUFFERED': '1',
     }
-    began = time.perf_counter()
+    start = time.perf_counter()
     with subprocess.Popen(
         [*command, '--workdir', str(workdir)],
         env=environment,
@@ -70,9 +70,9 @@ def first_step(cache: Path, workdir: Path) -> float:
         for line in process.stdout:
             lines.append(line)
             if line.startswith('train'):
-                found = time.perf_counter() - began
+                elapsed = time.perf_counter() - start
                 process.communicate()
-                return found
+                return elapsed
     raise UserError(f'benchmarks startup: {"".join(lines)[-300:]}')
 
 

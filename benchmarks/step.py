@@ -1,10 +1,10 @@
-"""The train step on this machine, ours beside timm in PyTorch: `python -m benchmarks step`.
+"""Compare our train step on this machine with timm in PyTorch: `python -m benchmarks step`.
 
-Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that lies on the
-device already. On a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eager and
-through `torch.compile`; on a CPU both sides also take the batch in two parts whose gradients are
-added. The best of each side counts. Each has a process of its own, so that threads, memory and
-settings of one do not touch the other; they take turns, a round of about two seconds each.
+Both do the same work: forward, backward, clipping at 1 and AdamW, on a batch that is already on the
+device; on a GPU in bfloat16 (autocast for timm), on a CPU in float32. timm runs eagerly and through
+`torch.compile`; on a CPU, both sides also process the batch in two parts and add the gradients. The
+best result of each side counts. Each side has its own process, so that threads, memory and settings
+do not interfere; they take turns in rounds of about two seconds.
 
 On Linux without a GPU, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives both large pages.
 """
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / 'results'
 
 
 class Size(NamedTuple):
-    """What is trained; `changes` are to the fields of the variant."""
+    """A training setup; `changes` override fields of the variant."""
 
     variant: str
     side: int
@@ -67,7 +67,7 @@ SIZES = {
         Size('H/14', 224, 64),
     ),
 }
-Step = Callable[[], Any]  # Starts a step; what it gives can be waited for.
+Step = Callable[[], Any]  # Starts a step and returns a value to wait for.
 
 
 def ours(
@@ -79,7 +79,7 @@ def ours(
     devices: int = 1,
     parts: int = 1,
 ) -> tuple[Step, int]:
-    """A step of big_vit on random images, and its floating-point operations."""
+    """Return a step of big_vit on random images, and its floating-point operations."""
     overrides = {
         'mixup': '0',
         'accumulation': str(parts),
@@ -96,26 +96,26 @@ def ours(
     experiment = build_experiment(config, jax.devices()[:devices])
     rng = np.random.default_rng(0)
 
-    def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def random_leaf(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.integers(0, 2 if leaf.dtype == np.int32 else 256, leaf.shape)
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-    batch = jax.tree.map(drawn, abstract_batch(experiment))
-    now = state.create(
+    batch = jax.tree.map(random_leaf, abstract_batch(experiment))
+    train_state = state.create(
         experiment.model, experiment.data.inputs, experiment.optimizer, 0, experiment.abstract_state
     )
-    step = build_train_step(config, experiment).lower(now, batch).compile()
+    step = build_train_step(config, experiment).lower(train_state, batch).compile()
 
     def once() -> Any:
-        nonlocal now
-        now, values = step(now, batch)
+        nonlocal train_state
+        train_state, values = step(train_state, batch)
         return values['loss']
 
     return once, experiment.flops_per_example * size.batch
 
 
 def _timm_model() -> Any:
-    """timm's class; the PyPI torchvision that timm imports is not made for a torch without CUDA."""
+    """Import timm's class, although PyPI's torchvision does not work with a torch without CUDA."""
     try:
         from timm.models.vision_transformer import VisionTransformer
     except RuntimeError as error:
@@ -123,7 +123,8 @@ def _timm_model() -> Any:
             raise
         import torch
 
-        # What it declares operators for and does not have; nobody calls them here.
+        # torchvision registers kernels for operators that this torch lacks; nothing here calls
+        # them.
         library = torch.library.Library('torchvision', 'DEF')
         for name in ('nms', 'qnms'):
             library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
@@ -132,7 +133,7 @@ def _timm_model() -> Any:
 
 
 def timm(size: Size, device: str, compiled: bool, parts: int = 1) -> Step:
-    """A step of timm's model of the same shape, mean-pooled and without class token."""
+    """Return a step of timm's model of the same shape, mean-pooled and without a class token."""
     import torch
 
     VisionTransformer = _timm_model()
@@ -165,9 +166,9 @@ def timm(size: Size, device: str, compiled: bool, parts: int = 1) -> Step:
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            one = forward(*part)
-            one.backward()
-            value = value + one.detach()
+            part_loss = forward(*part)
+            part_loss.backward()
+            value = value + part_loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return value
@@ -176,17 +177,17 @@ def timm(size: Size, device: str, compiled: bool, parts: int = 1) -> Step:
 
 
 def wait(value: Any) -> float:
-    """The loss, once it is there."""
+    """Wait for the loss and return it."""
     return float(value)
 
 
 def seconds(step: Step, count: int) -> float:
-    """Of a step, over `count` in a row."""
-    began = time.perf_counter()
+    """Return seconds per step, over `count` consecutive steps."""
+    start = time.perf_counter()
     for _ in range(count):
         value = step()
     wait(value)
-    return (time.perf_counter() - began) / count
+    return (time.perf_counter() - start) / count
 
 
 SIDES = ('big_vit', 'big_vit, cudnn', 'big_vit, shampoo', 'timm', 'timm, compiled')
@@ -194,16 +195,16 @@ PARTS, DEVICES = ' in 2 parts', ' on 2 devices'
 ON_TWO = 'big_vit' + PARTS + DEVICES
 
 
-def told_apart(side: str) -> tuple[str, int, int]:
-    """The entry of `SIDES`, the parts of a batch, and devices."""
-    on_one = side.removesuffix(DEVICES)
-    whole = on_one.removesuffix(PARTS)
-    return whole, 1 if whole == on_one else 2, 1 if on_one == side else 2
+def parse_side(side: str) -> tuple[str, int, int]:
+    """Split the name of a side into its entry of `SIDES`, the parts of a batch, and devices."""
+    one_device = side.removesuffix(DEVICES)
+    one_part = one_device.removesuffix(PARTS)
+    return one_part, 1 if one_part == one_device else 2, 1 if one_device == side else 2
 
 
-def made(side: str, size: Size, device: str) -> tuple[Step, int]:
-    """The step of a side, and its floating-point operations where they are known."""
-    side, parts, devices = told_apart(side)
+def build_step(side: str, size: Size, device: str) -> tuple[Step, int]:
+    """Return the step of a side, and its floating-point operations if known (else 0)."""
+    side, parts, devices = parse_side(side)
     if side.startswith('timm'):
         return timm(size, device, side.endswith('compiled'), parts), 0
     changes = {
@@ -215,18 +216,18 @@ def made(side: str, size: Size, device: str) -> tuple[Step, int]:
 
 
 def work(side: str, size: Size, device: str) -> None:
-    """The process of one side."""
+    """Serve one side in this process."""
     if side.startswith('timm'):
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-    _, _, devices = told_apart(side)
+    _, _, devices = parse_side(side)
     with jax.set_mesh(sharding.make_mesh(1, devices, 1, jax.devices()[:devices])):
-        serve(*made(side, size, device), lambda: gpu_memory(side) if device == 'gpu' else 0)
+        serve(*build_step(side, size, device), lambda: gpu_memory(side) if device == 'gpu' else 0)
 
 
 def gpu_memory(side: str) -> int:
-    """Bytes that arrays took at most on this process's GPU."""
+    """Return the peak of bytes that arrays took on this process's GPU."""
     if side.startswith('timm'):
         import torch
 
@@ -235,53 +236,54 @@ def gpu_memory(side: str) -> int:
 
 
 def serve(step: Step, flops: int, memory: Callable[[], int] = lambda: 0) -> None:
-    """Says that a step is ready, and times a round of it for each line it is given."""
-    # The first compiles, the second warms up.
+    """Report that a step is ready, then time a round of it for each line of standard input."""
+    # The first step compiles, the second warms up.
     wait(step())
     count = max(1, math.ceil(2 / max(seconds(step, 2), 1e-3)))
     print(json.dumps({'flops': flops, 'memory': memory()}), flush=True)
     for _ in sys.stdin:
-        # A virtual machine takes back what was free while this side waited: one step gets it again.
+        # A virtual machine reclaims free memory while this side waits; an untimed step gets it
+        # back.
         wait(step())
         print(json.dumps({'seconds': seconds(step, count)}), flush=True)
 
 
 class Side:
-    """The process of a side, which calls `serve`; it waits between its rounds."""
+    """The process of one side, which calls `serve` and waits between its rounds."""
 
     def __init__(self, *command: str, environment: dict[str, str] | None = None):
-        # No pipe, which nobody empties while it works: compilers say more than one holds.
-        self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115 - `end` closes it.
+        # A file, since nobody drains a pipe meanwhile: compilers write more than a pipe holds.
+        self._stderr = tempfile.TemporaryFile('w+')  # noqa: SIM115 - `end` closes it.
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'benchmarks', *command],
             env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             text=True,
         )
 
-    def told(self) -> dict[str, Any]:
-        """What it says next; raises UserError with its last words where it has ended."""
+    def read_message(self) -> dict[str, Any]:
+        """Return the next message; raises UserError with the last output if the process ended."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith('{'):
                 return json.loads(line)
-        self._said.seek(0)
-        said = self._said.read().strip().splitlines() or ['without a word']
-        raise UserError(f'it ended: {said[-1][-300:]}')
+        self._stderr.seek(0)
+        output = self._stderr.read().strip().splitlines() or ['without a word']
+        raise UserError(f'it ended: {output[-1][-300:]}')
 
     def round(self) -> float:
-        """Seconds of a step."""
+        """Return seconds per step of one round."""
         assert self._process.stdin is not None
         self._process.stdin.write('go\n')
         self._process.stdin.flush()
-        return self.told()['seconds']
+        return self.read_message()['seconds']
 
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
 
 def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str, Any]:
@@ -290,16 +292,17 @@ def measure(size: Size, number: int, rounds: int, names: list[str]) -> dict[str,
     memory: dict[str, int] = {}
     try:
         for name in names:
-            side, _, devices = told_apart(name)
+            side, _, devices = parse_side(name)
             environment = {'JAX_NUM_CPU_DEVICES': str(devices)} if devices > 1 else None
             command = ('step', '--side', name, '--size', str(number))
             running[name] = Side(*command, environment=environment)
             try:
-                said = running[name].told()
-                flops, memory[name] = said['flops'] or flops, said['memory']
+                message = running[name].read_message()
+                flops, memory[name] = message['flops'] or flops, message['memory']
                 times[name] = []
             except UserError as error:
-                # What a machine may lack, Triton or cuDNN, only leaves its side out.
+                # A side that needs what this machine lacks, such as Triton or cuDNN, is only left
+                # out.
                 if side in ('big_vit', 'timm'):
                     raise UserError(f'benchmarks step: {name}, {size.name}: {error}') from error
                 failed[name] = str(error)
@@ -319,9 +322,9 @@ def table(rows: list[dict[str, Any]], peak: float) -> str:
     )
     lines = [f'| {header} |', f'|{"---|" * (header.count("|") + 1)}']
     for row in rows:
-        middle = {name: statistics.median(all_) for name, all_ in row['times'].items()}
-        peer = min(time for name, time in middle.items() if name.startswith('timm'))
-        for name, time_ in middle.items():
+        medians = {name: statistics.median(all_) for name, all_ in row['times'].items()}
+        peer = min(time for name, time in medians.items() if name.startswith('timm'))
+        for name, time_ in medians.items():
             all_ = row['times'][name]
             spread = f'{row["batch"] / max(all_):,.1f} to {row["batch"] / min(all_):,.1f}'
             mfu = row['flops'] / time_ / peak

@@ -1,8 +1,8 @@
-"""Eight learning rates at once against one after the other: `python -m benchmarks.sweep`.
+"""Compare training eight learning rates at once and in turn: `python -m benchmarks.sweep`.
 
-The trials are those of `python -m big_vit.transfer --sweep lr=...`: a small ViT on the digits of
-scikit-learn, all of it trained or a head alone. Both ways run in turns in one process, compiling,
-loading, evaluating and saving included; the persistent cache of programs is off.
+The trials are those of `python -m big_vit.transfer --sweep lr=...`: a small ViT on scikit-learn's
+digits, trained completely or only its head. Both ways take turns in one process and include
+compiling, loading, evaluating and saving; the persistent compilation cache is off.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RATES = tuple(0.003 * 2**i for i in range(8))
 
 
 def pretrain(workdir: Path) -> None:
-    """What the trials start from; how good it is does not matter to their time."""
+    """Train the checkpoint that trials start from; its quality does not affect their time."""
     overrides = [('total_epochs', 'default'), ('total_steps', '20'), ('evals.test.split', 'test')]
     train.run(config_lib.load('configs/pretrain_fdsl.py', overrides), workdir)
 
@@ -47,36 +47,38 @@ def recipe(init: Path, trained: str, steps: int) -> Config:
 
 
 def seconds(config: Config, folder: Path, at_once: int | None) -> tuple[float, dict[Trial, Any]]:
-    """Of all trials, with what they found."""
+    """Return the seconds of all trials, and their scores."""
     jax.clear_caches()
-    began = time.perf_counter()
-    found = sweep.train_all(config, (0,), RATES, lambda trial: folder / f'{trial.lr}', '', at_once)
-    return time.perf_counter() - began, found
+    start = time.perf_counter()
+    scores = sweep.train_all(config, (0,), RATES, lambda trial: folder / f'{trial.lr}', '', at_once)
+    return time.perf_counter() - start, scores
 
 
 KINDS = ('head', 'lora', 'all')
 
 
 def measure(init: Path, trained: str, steps: int, rounds: int, place: Path) -> dict[str, Any]:
-    """Seconds of all trials both ways, and how far their losses are apart."""
+    """Measure all trials both ways, and the largest difference of their losses."""
     config = recipe(init, trained, steps)
     times: dict[str, list[float]] = {'at once': [], 'in turn': []}
-    apart = 0.0
+    difference = 0.0
     for turn in range(rounds):
         results = []
         for way, most in (('at once', None), ('in turn', 1)):
-            spent, found = seconds(config, place / f'{trained}-{turn}-{most}', most)
+            spent, scores = seconds(config, place / f'{trained}-{turn}-{most}', most)
             times[way].append(spent)
-            results.append({trial.lr: row['val/loss'] for trial, row in found.items()})
-        apart = max(apart, *(abs(results[0][rate] - results[1][rate]) for rate in RATES))
-    middle = {way: statistics.median(every) for way, every in times.items()}
-    ratio = middle['in turn'] / middle['at once']
+            results.append({trial.lr: row['val/loss'] for trial, row in scores.items()})
+        difference = max(difference, *(abs(results[0][rate] - results[1][rate]) for rate in RATES))
+    medians = {
+        way: statistics.median(seconds_of_rounds) for way, seconds_of_rounds in times.items()
+    }
+    ratio = medians['in turn'] / medians['at once']
     return {
         'trained': trained,
         'steps': steps,
         'times': times,
         'ratio': ratio,
-        'largest difference of losses': apart,
+        'largest difference of losses': difference,
     }
 
 

@@ -1,11 +1,11 @@
-"""How fast data come: `python -m big_vit.bench_data --config configs/x.py` runs the loader alone.
+"""Benchmark the data loader alone: `python -m big_vit.bench_data --config configs/x.py`.
 
-Whole batches first, as training loads them; then one thread, to say what each operation costs.
+Measures complete batches as in training, then each operation in a single thread.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.bench_data())
 
 import json
@@ -20,50 +20,54 @@ from big_vit.build.data import Data, host_batches, train_data
 from big_vit.data import order, pipeline, transforms
 from big_vit.data.transforms import operations
 
-# Of the part that tells the operations apart.
-_SAMPLE, _TOGETHER = 256, 16
+# For `by_operation`: examples in total, and examples per call.
+_EXAMPLES, _BATCH = 256, 16
 
 
-def whole(found: Data, seconds: float) -> dict[str, float]:
-    """Rates of the loader as training runs it: {'examples_per_s', 'per_core', 'host_memory_mb'}.
+def loader_rates(data: Data, seconds: float) -> dict[str, float]:
+    """Measure the loader as training runs it.
 
     The first batches, which open files and start threads, are not counted.
+
+    Returns:
+      examples, seconds, examples_per_s, and, where they can be measured, examples_per_core_s (per
+      second of processor time) and host_memory_mb.
     """
-    batches = host_batches(found, 0, slice(None))
+    batches = host_batches(data, 0, slice(None))
     try:
         for _ in range(2):
             next(batches)
-        began, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         count = 0
-        while time.perf_counter() - began < seconds:
+        while time.perf_counter() - start < seconds:
             count += len(next(batches)['image'])
-        passed = time.perf_counter() - began
-        used = time.process_time() - cpu
+        elapsed = time.perf_counter() - start
+        cpu_seconds = time.process_time() - cpu
     finally:
         batches.close()  # type: ignore[attr-defined]
-    result = {'examples': count, 'seconds': passed, 'examples_per_s': count / passed}
-    if not found.workers:  # What other processes use is not seen from here.
-        result['examples_per_core_s'] = count / used
+    result = {'examples': count, 'seconds': elapsed, 'examples_per_s': count / elapsed}
+    if not data.workers:  # The processor time of worker processes is not visible here.
+        result['examples_per_core_s'] = count / cpu_seconds
     memory = metrics.host_memory_mb()
     return result if memory is None else {**result, 'host_memory_mb': memory}
 
 
-def by_operation(found: Data) -> dict[str, float]:
-    """Microseconds an example of reading and of each operation, in one thread.
+def by_operation(data: Data) -> dict[str, float]:
+    """Return microseconds per example for reading and for each operation, in one thread.
 
-    An image is decoded by the first operation that needs its pixels, which that one pays for.
+    An image is decoded by the first operation that needs its pixels, so that one bears the cost.
     """
-    source, transform = found.source, found.transform
+    source, transform = data.source, data.transform
     spent: dict[str, float] = {'read': 0.0}
     names = [f'{i + 1} {name}' for i, name in enumerate(transform.names)]
-    assert found.order is not None
-    index, _ = found.order.indices(0, source.length)
-    index = np.resize(index, _SAMPLE)
-    for start in range(0, _SAMPLE, _TOGETHER):
-        at = index[start : start + _TOGETHER]
-        keys = order.example_keys(found.order.seed, 0, at)
+    assert data.order is not None
+    index, _ = data.order.indices(0, source.length)
+    index = np.resize(index, _EXAMPLES)
+    for start in range(0, _EXAMPLES, _BATCH):
+        batch_index = index[start : start + _BATCH]
+        keys = order.example_keys(data.order.seed, 0, batch_index)
         began = time.perf_counter()
-        columns = source.load(at)
+        columns = source.load(batch_index)
         spent['read'] += time.perf_counter() - began
         for position, (name, operation) in enumerate(zip(names, transform.operations, strict=True)):
 
@@ -76,7 +80,7 @@ def by_operation(found: Data) -> dict[str, float]:
         began = time.perf_counter()
         transforms.finished(columns, transform)
         spent['join'] = spent.get('join', 0.0) + time.perf_counter() - began
-    return {name: seconds / _SAMPLE * 1e6 for name, seconds in spent.items()}
+    return {name: seconds / _EXAMPLES * 1e6 for name, seconds in spent.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -84,20 +88,20 @@ def main(argv: list[str]) -> None:
     spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
     config = config_lib.load(spec, overrides)
     runtime.start()
-    found = train_data(config)
-    cost = by_operation(found)
-    rates = whole(found, args.seconds)
+    data = train_data(config)
+    cost = by_operation(data)
+    rates = loader_rates(data, args.seconds)
     if args.json:
         print(json.dumps({**rates, 'microseconds': cost}))
         return
-    source = found.source
+    source = data.source
     print(f'data    {source.name} {source.split}: {source.length:,} examples')
     total = sum(cost.values())
     rows = [(name, f'{us:,.0f}', f'{us / total:.0%}') for name, us in cost.items()]
     print(f'\n{metrics.table(("one thread", "µs an example", "share"), rows)}\n')
     slowest = max(cost, key=lambda name: cost[name])
     print(f'slowest {slowest}: {cost[slowest]:,.0f} of {total:,.0f} µs')
-    workers = found.workers
+    workers = data.workers
     how = f'{workers} processes' if workers else f'{pipeline.default_threads()} threads'
     per_core = rates.get('examples_per_core_s')
     print(

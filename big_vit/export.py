@@ -1,12 +1,12 @@
-"""Weights out of a checkpoint, and into one: `python -m big_vit.export`.
+"""Convert weights between checkpoints of ours and other codebases: `python -m big_vit.export`.
 
---checkpoint RUN --to timm --out PATH     a folder (or .npz) that another codebase reads
---from PATH --out RUN                     a checkpoint of ours from another codebase's weights
+--checkpoint RUN --to timm --out PATH     write a folder (or .npz) that another codebase reads
+--from PATH --out RUN                     write a checkpoint of ours from foreign weights
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.export())
 
 import ast
@@ -28,17 +28,17 @@ from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
 from big_vit.pretrained.load import config_of_weights, image_normalisation, task_parameters
 
-# Beside the checkpoints of a workdir made from weights from elsewhere: what is known of them.
+# Metadata of foreign weights, kept beside the checkpoints of the workdir made from them.
 ORIGIN = 'origin.json'
 
 
 def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` texts as settings; sizes may be written 224,224.
+    """Parse `name=value` texts into settings; sizes may be written as 224,224.
 
     Raises:
-      UserError: no value, or not a setting.
+      UserError: a value is missing, or the name is not a setting.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition('=')
         if not equals:
@@ -49,19 +49,19 @@ def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
             value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
         if name in ('image_size', 'patch_size', 'stride') and isinstance(value, int):
             value = (value, value)
-        found[name] = value
-    fit.complete({name: value for name, value in found.items() if name != 'image_size'})
-    size = found.get('image_size', (1, 1))
+        settings[name] = value
+    fit.complete({name: value for name, value in settings.items() if name != 'image_size'})
+    size = settings.get('image_size', (1, 1))
     if not (isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)):
         raise UserError('--set image_size: write --set image_size=HEIGHT,WIDTH in pixels')
-    return found
+    return settings
 
 
 def from_checkpoint(path: str, which: str | None = None) -> Weights:
-    """The parameters of a checkpoint with what its config says of them.
+    """Load the parameters of a checkpoint with the settings and metadata from its config.
 
     Args:
-      which: 'params' or 'ema'; by default the averaged ones where there are any.
+      which: 'params' or 'ema'; by default 'ema' if it was saved.
 
     Raises:
       UserError: there is no checkpoint, or its model reads something else than one image.
@@ -97,10 +97,10 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
 def to_checkpoint(
     weights: Weights, out: str, overrides: Sequence[tuple[str, str]] = ()
 ) -> tuple[Path, Config]:
-    """Saves the parameters as step 0 of a workdir, with a config of the model.
+    """Save the parameters as step 0 of a workdir, with a matching config.
 
     Raises:
-      UserError: there is a run in that folder already, or it cannot be written.
+      UserError: the folder already has a run, or cannot be written.
     """
     config = config_of_weights(weights, overrides)
     params = stack_blocks(weights.params) if config.model.scan else weights.params
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
     if not args.to:
         raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
-    if args.source:  # From one format to another.
+    if args.source:  # From one foreign format to another.
         weights = interop.read(args.source, args.format, args.drop, given)
         args.drop = []
     else:

@@ -1,12 +1,12 @@
 """Prepare a dataset of TensorFlow Datasets: `python -m big_vit.prepare cifar10 --data_dir DIR`.
 
-Downloads and writes it once, in files that can be read at random. This is the one command that
-may need TensorFlow (`pip install -e '.[prepare]'`): many datasets are written by its code.
+Downloads it and writes files that support random access. This is the only command that may need
+TensorFlow (`pip install -e '.[prepare]'`): the code that writes many datasets uses it.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.prepare())
 
 from pathlib import Path
@@ -19,7 +19,11 @@ from big_vit.errors import UserError
 
 
 def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
-    """The TFDS builder of a dataset; UserError if there is none, or TensorFlow is missing."""
+    """Return the TFDS builder of a dataset.
+
+    Raises:
+      UserError: there is no such dataset, or TFDS or TensorFlow is missing.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -47,17 +51,17 @@ def _needs_tensorflow(name: str, error: Exception) -> UserError:
 def prepare(
     name: str, data_dir: str, file_format: str = 'array_record', downloads: str | None = None
 ) -> Path:
-    """Downloads and writes a dataset; gives the folder where it lies.
+    """Download and write a dataset; return its folder.
 
     Args:
       name: name[/config][:version].
-      data_dir: where datasets are kept.
-      file_format: array_record, or what else TFDS can write.
-      downloads: folder of downloaded files; below data_dir if None.
+      data_dir: root folder of all datasets.
+      file_format: array_record, or another format that TFDS can write.
+      downloads: folder for downloaded files; inside data_dir if None.
 
     Raises:
-      UserError: no such dataset, no network, TensorFlow is needed and missing, or another
-        format is there already.
+      UserError: there is no such dataset or no network, TensorFlow is needed and missing, or the
+        dataset already exists in another format.
     """
     builder = _builder(name, data_dir, file_format)
     try:

@@ -1,12 +1,12 @@
-"""Report: `python -m big_vit.report WORKDIR` writes a run's story as one HTML file.
+"""Write a report of a run as one HTML file: `python -m big_vit.report WORKDIR`.
 
-The file needs no network and no scripts: pictures and charts are in it. Of a transfer the two
-runs are shown side by side. Where the dataset is gone, that is said, and the rest is written.
+The file needs neither network nor scripts: pictures and charts are embedded. A transfer's two runs
+are shown side by side. If the dataset is not available, the report says so and has all the rest.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.report())
 
 import datetime
@@ -43,39 +43,39 @@ from big_vit.inspection.html_pages import Line
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.sweeps import study
 
-# More runs than these in one folder are no transfer, and no chart that can be read.
-MOST_RUNS = 6
+# A folder with more runs is not a transfer, and their charts would be unreadable.
+MAX_RUNS = 6
 # Eigenvalues of wider kernels take minutes.
-WIDEST = 2048
-EXAMPLES, LOOKED_AT = 24, 4
+MAX_SPECTRUM_WIDTH = 2048
+EXAMPLES, ATTENTION_IMAGES = 24, 4
 
 
 class Run(NamedTuple):
-    """A run, its newest checkpoint and its metrics; `name` is '' where it is the only one."""
+    """A run with its newest checkpoint and its metrics; `name` is '' if it is the only one."""
 
     name: str
     workdir: epath.Path
-    found: LoadedModel
+    loaded: LoadedModel
     rows: history.Rows
 
 
 def open_runs(path: str) -> list[Run]:
-    """The run of a workdir (or of one of its checkpoints), or those in the folders of a transfer.
+    """Open the run of a workdir or checkpoint, or the runs in the folders of a transfer.
 
-    Of a sweep it is the first seed of what each start chose.
+    For a sweep, the runs are the first seeds of the settings that each start chose.
 
     Raises:
-      UserError: there is none, or there are too many.
+      UserError: there are no runs, or too many.
     """
     folder = storage.place(path)
     if tested := study.tested(folder):
-        return [_open(str(folder / one['trials'][0]), name) for name, one in tested.items()]
+        return [_open(str(folder / chosen['trials'][0]), name) for name, chosen in tested.items()]
     if not checkpoint.steps(folder) and folder.is_dir():
         names = sorted(
-            (each.name for each in folder.iterdir() if checkpoint.steps(each)),
+            (run_folder.name for run_folder in folder.iterdir() if checkpoint.steps(run_folder)),
             key=lambda name: (name != 'pretrained', name),
         )
-        if len(names) > MOST_RUNS:
+        if len(names) > MAX_RUNS:
             raise UserError(f'{path}: holds {len(names)} runs; name one of them: {path}/{names[0]}')
         if names:
             return [_open(str(folder / name), name) for name in names]
@@ -84,13 +84,13 @@ def open_runs(path: str) -> list[Run]:
 
 def _open(path: str, name: str) -> Run:
     workdir, step = checkpoint.locate(path, 'WORKDIR')
-    found = loaded_model.load(f'{workdir}/checkpoints/{step}')
+    loaded = loaded_model.load(f'{workdir}/checkpoints/{step}')
     rows = [row for row in metrics.read(workdir) if row['step'] <= step]
-    return Run(name, workdir, found, rows)
+    return Run(name, workdir, loaded, rows)
 
 
 def guarded(draw: Callable[[], str], what: str) -> str:
-    """A part of the page, or a line in its place that says why it is not there."""
+    """Return a part of the page, or a notice that says why it is missing."""
     try:
         return draw()
     except (UserError, OSError) as error:
@@ -98,11 +98,11 @@ def guarded(draw: Callable[[], str], what: str) -> str:
 
 
 def titled(run: Run, body: str) -> str:
-    """The part of one of several runs, under its name."""
+    """Put the name of the run above its part of the page, if there are several runs."""
     return html_pages.heading(run.name) + body if run.name and body else body
 
 
-def each(runs: list[Run], draw: Callable[[Run], str], what: str) -> str:
+def for_each_run(runs: list[Run], draw: Callable[[Run], str], what: str) -> str:
     return ''.join(titled(run, guarded(functools.partial(draw, run), what)) for run in runs)
 
 
@@ -110,7 +110,7 @@ def each(runs: list[Run], draw: Callable[[Run], str], what: str) -> str:
 
 
 def when(path: epath.Path) -> str:
-    """When a file was last written."""
+    """Return the time at which a file was last written."""
     moment = datetime.datetime.fromtimestamp(path.stat().mtime, datetime.UTC)
     return moment.strftime('%Y-%m-%d %H:%M UTC')
 
@@ -120,11 +120,11 @@ def header(runs: list[Run], path: str) -> str:
     name = storage.place(path).name if first.name else first.workdir.name
     if name.isdigit():
         name = first.workdir.name
-    settings = first.found.settings()
+    settings = first.loaded.settings()
     data = settings.get('data.tfds_name') or settings.get('data.name') or 'a mixture of datasets'
     model = settings.get('model.variant', '')
-    assert first.found.run is not None
-    written = when(first.workdir / 'checkpoints' / str(first.found.run[1]))
+    assert first.loaded.run is not None
+    written = when(first.workdir / 'checkpoints' / str(first.loaded.run[1]))
     kind = f'Runs {" and ".join(run.name for run in runs)}' if first.name else 'A run'
     lead = f'{kind} of ViT-{model} on {data}; last checkpoint of {written}.'
     return (
@@ -135,28 +135,28 @@ def header(runs: list[Run], path: str) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """The few numbers that people ask for first."""
-    assert run.found.run is not None
-    step, settings = run.found.run[1], run.found.settings()
+    """Return the headline numbers of a run: step, main scores, parameters, speed."""
+    assert run.loaded.run is not None
+    step, settings = run.loaded.run[1], run.loaded.settings()
     total = settings.get('total_steps') or 0
     at = f'{step:,} of {total:,.0f}' if total >= step else f'{step:,}'
-    found = [('Step', at)]
+    pairs = [('Step', at)]
     for split, scores in history.scores(run.rows).items():
         main = next((s for s in scores if s.name == 'top1'), scores[0])
-        found.append((f'{split} {_word(main.name)}', _shown(main, main.last)))
-    found = found[:4]
+        pairs.append((f'{split} {_word(main.name)}', _shown(main, main.last)))
+    pairs = pairs[:4]
     parameters = sum(
-        np.asarray(leaf).size for leaf in weight_statistics.unrolled(run.found.params).values()
+        np.asarray(leaf).size for leaf in weight_statistics.unrolled(run.loaded.params).values()
     )
-    found.append(('Parameters', f'{parameters / 1e6:,.2f} M'))
+    pairs.append(('Parameters', f'{parameters / 1e6:,.2f} M'))
     for name, what, shape in (
         ('examples_per_s', 'Examples a second', '{:,.0f}'),
         ('mfu', 'MFU', '{:.0%}'),
     ):
         values = _timing(run, name)
         if values:
-            found.append((what, shape.format(statistics.median(values))))
-    return found
+            pairs.append((what, shape.format(statistics.median(values))))
+    return pairs
 
 
 def _word(name: str) -> str:
@@ -177,11 +177,15 @@ def _timing(run: Run, name: str) -> list[float]:
 
 
 def versus(runs: list[Run], path: str) -> str:
-    """The runs of a transfer side by side: the last scores, each with its standard error."""
+    """Compare the last scores of a transfer's runs, with standard errors."""
     if len(runs) < 2 or study.tested(storage.place(path)):
         return ''
     scores = [
-        {(split, s.name): s for split, found in history.scores(run.rows).items() for s in found}
+        {
+            (split, s.name): s
+            for split, scores_of_run in history.scores(run.rows).items()
+            for s in scores_of_run
+        }
         for run in runs
     ]
     names = {'pretrained': 'from the checkpoint', 'control': 'from random'}
@@ -189,8 +193,8 @@ def versus(runs: list[Run], path: str) -> str:
     if len(runs) == 2:
         heads.append('difference')
     rows = []
-    for key in dict.fromkeys(key for found in scores for key in found):
-        cells = [found.get(key) for found in scores]
+    for key in dict.fromkeys(key for scores_of_run in scores for key in scores_of_run):
+        cells = [scores_of_run.get(key) for scores_of_run in scores]
         row = [key[0], _word(key[1]), *(_with_error(score) for score in cells)]
         if len(runs) == 2:
             row.append(_difference(*cells))
@@ -208,25 +212,25 @@ def versus(runs: list[Run], path: str) -> str:
 
 
 def swept(path: str) -> str:
-    """What validation said of every setting of a sweep, and the test of what it chose."""
+    """Show the validation scores of all settings of a sweep and the test scores of the chosen."""
     folder = storage.place(path)
     results, rows = study.tested(folder), study.read(folder)
     if not results:
         return ''
     named = {start: study.STARTS[start] for start in results}
     metric = next((key for key in rows[0] if key.endswith('/top1')), None)
-    found = html_pages.heading('Test, scored once')
-    found += html_pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
+    body = html_pages.heading('Test, scored once')
+    body += html_pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
     if metric and all(row.get(metric) is not None for row in rows):
         heads = ('start', 'setting', '', metric, '±', 'seeds')
-        # A line's heading is the start, also where the text table leaves it out.
+        # The text table leaves repeated starts blank; a row of the page needs its heading.
         lines, start = [], ''
         for line in study.lines(rows, metric, named):
             start = line[0] or start
             lines.append([start, *line[1:]])
-        found += html_pages.heading('Validation, * is what it chose')
-        found += html_pages.table('Validation, * is what it chose', heads, lines)
-    return found + html_pages.paragraph(
+        body += html_pages.heading('Validation, * is what it chose')
+        body += html_pages.table('Validation, * is what it chose', heads, lines)
+    return body + html_pages.paragraph(
         '± seeds is the standard error of the mean over seeds, ± size that which the size of the '
         'test alone gives. What follows shows the first seed of what each start chose.',
         'soft',
@@ -272,23 +276,23 @@ def evaluations(run: Run) -> str:
 
 
 def curves(runs: list[Run]) -> str:
-    """Each kind of metric over the steps, all runs and splits in one chart."""
-    order: dict[str, int] = {}  # A run and split looks the same in all charts.
+    """Plot each kind of metric over the steps, with all runs and splits in one chart."""
+    styles: dict[str, int] = {}  # Gives a run and split the same style in all charts.
 
     def lines(*wanted: str) -> list[Line]:
-        found = []
+        chart_lines = []
         for run in runs:
             for name in history.names(run.rows):
                 split, _, key = name.rpartition('/')
                 if key not in wanted or name.startswith(metrics.TIMING):
                     continue
                 shown = f'{run.name} {split}'.strip()
-                look = order.setdefault(shown, len(order))
+                style = styles.setdefault(shown, len(styles))
                 points = history.series(run.rows, name)
-                found.append(Line(shown, points, marked=split != 'train', look=look))
-        return found
+                chart_lines.append(Line(shown, points, marked=split != 'train', style=style))
+        return chart_lines
 
-    found = html_pages.charts(
+    charts = html_pages.charts(
         [
             html_pages.chart('Loss', lines('loss')),
             html_pages.chart('Accuracy', lines('accuracy', 'top1')),
@@ -296,7 +300,7 @@ def curves(runs: list[Run]) -> str:
             html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
         ]
     )
-    return found or html_pages.paragraph('There are no metrics yet.', 'soft')
+    return charts or html_pages.paragraph('There are no metrics yet.', 'soft')
 
 
 def warnings(run: Run) -> str:
@@ -312,26 +316,27 @@ def warnings(run: Run) -> str:
 
 
 def memory(run: Run) -> str:
-    """Parameters, operations, and the bytes of all that the checkpoint keeps, by use."""
-    assert run.found.sidecar is not None
-    leaves = run.found.sidecar['leaves']
+    """Return bytes by use of everything in the checkpoint, and the operation count."""
+    assert run.loaded.sidecar is not None
+    leaves = run.loaded.sidecar['leaves']
     params = {name.split('/')[1] for name in leaves if name.startswith('params/')}
-    held: dict[str, list[int]] = {}
+    by_use: dict[str, list[int]] = {}
     for name, leaf in leaves.items():
         part, _, rest = name.partition('/')
         use = {'params': 'parameters', 'ema': 'averaged parameters'}.get(part, 'counters')
         if part == 'opt':
             use = f'optimizer: {ledger.purpose(rest, len(leaf["shape"]), params)}'
         count = math.prod(leaf['shape'])
-        so_far = held.setdefault(use, [0, 0, 0])
-        so_far[0] += 1
-        so_far[1] += count
-        so_far[2] += count * jnp.dtype(leaf['dtype']).itemsize
-    total = [sum(use[i] for use in held.values()) for i in range(3)]
-    unit = held['parameters'][2]
+        totals = by_use.setdefault(use, [0, 0, 0])
+        totals[0] += 1
+        totals[1] += count
+        totals[2] += count * jnp.dtype(leaf['dtype']).itemsize
+    total = [sum(use[i] for use in by_use.values()) for i in range(3)]
+    unit = by_use['parameters'][2]
+    largest_first = sorted(by_use.items(), key=lambda item: -item[1][2])
     rows = [
         [use, f'{a:,}', f'{count:,}', ledger.amount(size), f'{size / unit:.2f}']
-        for use, (a, count, size) in [*sorted(held.items(), key=lambda x: -x[1][2]), ('all', total)]
+        for use, (a, count, size) in [*largest_first, ('all', total)]
     ]
     head = ['kept', 'arrays', 'numbers', 'bytes', 'of the parameters']
     return html_pages.table('What the checkpoint keeps', head, rows) + guarded(
@@ -340,33 +345,33 @@ def memory(run: Run) -> str:
 
 
 def operations(run: Run) -> str:
-    found, config = run.found, run.found.config
-    assert config is not None and found.run is not None
+    loaded, config = run.loaded, run.loaded.config
+    assert config is not None and loaded.run is not None
     if list(config.streams) or parts_read(config) != ('image',):
-        here = train_data(config)  # Only the data knows the shapes of other inputs.
-        parts, classes = here.example_spec.parts, here.source.num_classes
+        train = train_data(config)  # Only the data knows the shapes of other inputs.
+        parts, classes = train.example_spec.parts, train.source.num_classes
     else:
-        heads = trees.flatten(found.params).get('head/kernel')
+        heads = trees.flatten(loaded.params).get('head/kernel')
         classes = 0 if heads is None else heads.shape[-1]
-        image = (*found.image_size, found.channels)
+        image = (*loaded.image_size, loaded.channels)
         parts = {'image': (image, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
     shapes = {name: shape for name, (shape, _) in parts.items()}
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
-    forward = loss_flops(task, model, found.params, parts, config.batch_size)
+    forward = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
-    seen = found.run[1] * config.batch_size
+    examples_seen = loaded.run[1] * config.batch_size
     return html_pages.paragraph(
         f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
-        f'{found.run[1]:,} steps of {config.batch_size:,} examples have taken '
-        f'{3 * forward * seen:.3g} FLOP. Gradients, while stepping, are as large as the '
+        f'{loaded.run[1]:,} steps of {config.batch_size:,} examples have taken '
+        f'{3 * forward * examples_seen:.3g} FLOP. Gradients, while stepping, are as large as the '
         'parameters in float32.',
         'soft',
     )
 
 
 def times(run: Run) -> str:
-    """Rates over the steps, and all timings that were written."""
+    """Plot rates over the steps, with a table of all timings."""
     names = [n for n in history.names(run.rows) if n.startswith(metrics.TIMING)]
     names = [n for n in names if n not in (metrics.RESUMED, metrics.TIMING + 'eta_s')]
     rows = []
@@ -396,15 +401,15 @@ def times(run: Run) -> str:
     ) + html_pages.table('Timings', ['timing', 'last', 'median', 'least', 'most'], rows)
 
 
-# What it sees.
+# Data and attention.
 
 
 def data(run: Run) -> str:
-    """A training batch as the model sees it."""
-    assert run.found.config is not None
-    config = run.found.config
-    found, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
-    source = found.source
+    """Show a training batch as the model receives it."""
+    assert run.loaded.config is not None
+    config = run.loaded.config
+    train, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
+    source = train.source
     words = (
         f'{source.name} {source.split}: {source.length:,} examples of {source.num_classes:,} '
         'classes. '
@@ -412,9 +417,9 @@ def data(run: Run) -> str:
     if 'image' not in batch:
         parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
         return html_pages.paragraph(f'{words}Examples are no pictures: {parts}.')
-    seen = batch_seen(config, found, batch, 0)
-    titles = [examples.title(found, np.asarray(label)) for label in seen['label']]
-    shown = plots.as_bytes([np.asarray(image, np.float32) for image in seen['image']])
+    model_inputs = batch_seen(config, train, batch, 0)
+    titles = [examples.title(train, np.asarray(label)) for label in model_inputs['label']]
+    shown = plots.as_bytes([np.asarray(image, np.float32) for image in model_inputs['image']])
     mixed = ', mixed among themselves' if config.mixup or config.cutmix else ''
     return html_pages.paragraph(
         f'{words}The first of the run, after all that is done to them{mixed}.'
@@ -425,21 +430,21 @@ def data(run: Run) -> str:
 
 
 def attention(run: Run) -> str:
-    """What the model looks at in some training images."""
-    seen = attention_maps.of_training(run.found, LOOKED_AT)
+    """Show the model's attention to some training images."""
+    maps = attention_maps.from_training_images(run.loaded, ATTENTION_IMAGES)
     rows = ''.join(
         html_pages.pictures(
             [
                 (picture, title, f'Training image {i + 1}: {title}' + _map(title))
-                for title, picture in one.titled()
+                for title, picture in image_maps.panels()
             ],
-            columns=len(one.titled()),
+            columns=len(image_maps.panels()),
         )
-        for i, one in enumerate(seen)
+        for i, image_maps in enumerate(maps)
     )
-    apart = np.mean([one.distances for one in seen], axis=0)
-    heads = [(i + 1, float(value)) for i, block in enumerate(apart) for value in block]
-    mean = [(i + 1, float(block.mean())) for i, block in enumerate(apart)]
+    distances = np.mean([image_maps.distances for image_maps in maps], axis=0)
+    heads = [(i + 1, float(value)) for i, block in enumerate(distances) for value in block]
+    mean = [(i + 1, float(block.mean())) for i, block in enumerate(distances)]
     chart = html_pages.chart(
         'How far heads look, in pixels',
         [Line('a head', heads, marked=True, joined=False), Line('mean of the heads', mean)],
@@ -459,11 +464,11 @@ def _map(title: str) -> str:
 
 
 def weights(run: Run) -> str:
-    """Sizes and stable ranks of kernels by block, the patch embedding, the positions."""
-    params = run.found.params
+    """Plot sizes and stable ranks of the kernels; show the patch embedding and the positions."""
+    params = run.loaded.params
     charts = [_by_block('Root mean square of kernels', weight_statistics.sizes(params))]
     widest = max((min(m[0].shape) for m in weight_statistics.matrices(params).values()), default=0)
-    if widest <= WIDEST:
+    if widest <= MAX_SPECTRUM_WIDTH:
         ranks = {
             p: weight_statistics.stable_rank(v)
             for p, v in weight_statistics.spectra(params).items()
@@ -471,8 +476,8 @@ def weights(run: Run) -> str:
         charts.append(_by_block('Stable rank of kernels', ranks))
     return (
         html_pages.charts(charts)
-        + guarded(lambda: embedding(run.found), 'The patch embedding cannot be drawn')
-        + guarded(lambda: positions(run.found), 'Positions cannot be drawn')
+        + guarded(lambda: embedding(run.loaded), 'The patch embedding cannot be drawn')
+        + guarded(lambda: positions(run.loaded), 'Positions cannot be drawn')
     )
 
 
@@ -483,25 +488,25 @@ def _by_block(title: str, values: dict[str, np.ndarray]) -> str:
     return html_pages.chart(title, lines, below='block', zero=True)
 
 
-def embedding(found: LoadedModel) -> str:
-    kernel = found.embedding()
+def embedding(loaded: LoadedModel) -> str:
+    kernel = loaded.embedding()
     if kernel is None:
         return ''
-    each = plots.stretched(weight_statistics.components(kernel))
+    components = plots.stretched(weight_statistics.components(kernel))
     return (
         html_pages.heading('Patch embedding')
         + html_pages.paragraph('Its principal components, the largest first.', 'soft')
         + html_pages.pictures(
-            ((picture, '', f'Component {i + 1}') for i, picture in enumerate(each)), 'small'
+            ((picture, '', f'Component {i + 1}') for i, picture in enumerate(components)), 'small'
         )
     )
 
 
-def positions(found: LoadedModel) -> str:
-    table = found.positions()
+def positions(loaded: LoadedModel) -> str:
+    table = loaded.positions()
     if table is None:
         return ''
-    cosine = weight_statistics.position_similarity(table, found.grid)
+    cosine = weight_statistics.position_similarity(table, loaded.grid)
     rows, columns = (plots.some_of(n, 5) for n in cosine.shape[:2])
     return (
         html_pages.heading('Positions')
@@ -524,42 +529,42 @@ def positions(found: LoadedModel) -> str:
     )
 
 
-# What made it.
+# Config and versions.
 
 
 def settings(run: Run) -> str:
-    assert run.found.sidecar is not None
-    rows = [[key, _plain(value)] for key, value in run.found.settings().items()]
+    assert run.loaded.sidecar is not None
+    rows = [[key, _plain(value)] for key, value in run.loaded.settings().items()]
     return html_pages.table('What the config sets', ['key', 'value'], rows) + html_pages.details(
-        'The whole config', json.dumps(run.found.sidecar['config'], indent=2)
+        'The whole config', json.dumps(run.loaded.sidecar['config'], indent=2)
     )
 
 
 def _plain(value: Any) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return f'{value:,.0f}' if whole else value if isinstance(value, str) else repr(value)
+    is_integer = isinstance(value, float) and value.is_integer()
+    return f'{value:,.0f}' if is_integer else value if isinstance(value, str) else repr(value)
 
 
 def changes(runs: list[Run]) -> str:
-    """The config of the first run, and in what the others differ from it."""
-    found = settings(runs[0])
+    """Show the config of the first run, and how the others differ from it."""
+    body = settings(runs[0])
     for run in runs[1:]:
-        first, other = (r.found.sidecar['config'] for r in (runs[0], run) if r.found.sidecar)
+        first, other = (r.loaded.sidecar['config'] for r in (runs[0], run) if r.loaded.sidecar)
         lines = config_lib.difference(first, other)
-        said = f'{run.name} differs: ' + '; '.join(lines) if lines else f'{run.name} has the same.'
-        found += html_pages.paragraph(said)
-    return found
+        text = f'{run.name} differs: ' + '; '.join(lines) if lines else f'{run.name} has the same.'
+        body += html_pages.paragraph(text)
+    return body
 
 
 def versions(run: Run) -> str:
-    sidecar: dict[str, Any] = run.found.sidecar or {}
+    sidecar: dict[str, Any] = run.loaded.sidecar or {}
     rows = [*map(list, sidecar['versions'].items())]
     rows.append(['hash of the contents', sidecar['content_hash'][:16]])
     return html_pages.table('Versions', ['of', 'is'], rows)
 
 
 def document(path: str) -> str:
-    """The whole page.
+    """Return the complete page.
 
     Raises:
       UserError: there is no run, or its metrics are damaged.
@@ -570,17 +575,17 @@ def document(path: str) -> str:
         ('Transfer', versus(runs, path)),
         ('Sweep', guarded(lambda: swept(path), 'Sweep')),
         ('Curves', curves(runs)),
-        ('Evaluations', each(runs, evaluations, 'Evaluations')),
-        ('Warnings', each(runs, warnings, 'Warnings')),
+        ('Evaluations', for_each_run(runs, evaluations, 'Evaluations')),
+        ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
-        ('Attention', each(runs, attention, 'Attention cannot be shown')),
-        ('Weights', each(runs, weights, 'Weights')),
+        ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),
+        ('Weights', for_each_run(runs, weights, 'Weights')),
         ('Memory and operations', guarded(lambda: memory(runs[0]), 'Memory')),
-        ('Time', each(runs, times, 'Time')),
+        ('Time', for_each_run(runs, times, 'Time')),
         ('Config', changes(runs)),
         ('Versions', versions(runs[0])),
     ]
-    where = ', '.join(run.found.where for run in runs)
+    where = ', '.join(run.loaded.path for run in runs)
     name = storage.place(path).name
     return html_pages.page(f'{name} – big_vit', header(runs, path), sections, f'Made of {where}')
 

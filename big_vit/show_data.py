@@ -1,12 +1,12 @@
-"""What the model sees: `python -m big_vit.show_data --config configs/x.py --png FILE`.
+"""Show transformed examples: `python -m big_vit.show_data --config configs/x.py --png FILE`.
 
-Three rows of pictures: as they are in the dataset, after the host's part of the transform, and
-after the devices' part with what is mixed, as the train step makes it.
+Draws three rows of pictures: as stored in the dataset, after the transform on the host, and after
+the device transform with mixup and cutmix, exactly as the train step sees them.
 """
 
 from big_vit import command_line
 
-if __name__ == '__main__':  # Before the imports that take their time.
+if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.show_data())
 
 from dataclasses import replace
@@ -26,39 +26,39 @@ from big_vit.inspection import plots
 from big_vit.inspection.examples import title
 
 
-def originals(found: Data, index: np.ndarray) -> list[np.ndarray]:
-    """The pictures as they are in the dataset, uint8 [h, w, c] of any size."""
-    specs = tuple(replace(spec, transform='', cache='none') for spec in found.specs)
+def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
+    """Return the pictures as stored in the dataset, uint8 [h, w, c] of any size."""
+    specs = tuple(replace(spec, transform='', cache='none') for spec in data.specs)
     source, _ = dataset.open_examples(specs)
     columns = transforms.opened(source.load(index), source.channels)
     return list(decoded(columns['image'])) if 'image' in columns else []
 
 
 def draw(config: Config, path: Path, step: int, count: int) -> None:
-    """Writes the PNG of the first examples of the batch of this step."""
-    found = train_data(config)
-    assert found.order is not None
-    index, _ = found.order.indices(step, found.source.length)
+    """Write a PNG of the first examples of the batch of this step."""
+    data = train_data(config)
+    assert data.order is not None
+    index, _ = data.order.indices(step, data.source.length)
     count = min(count, config.batch_size)
-    batches = host_batches(found, step, slice(None))
+    batches = host_batches(data, step, slice(None))
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
-    mixed = jax.device_get(batch_seen(config, found, batch, step))
+    mixed = jax.device_get(batch_seen(config, data, batch, step))
     rows = [
         (
             'in the dataset',
-            originals(found, index[:count]),
-            [f'{i}: {title(found, label)}' for i, label in zip(index, batch['label'], strict=True)],
+            originals(data, index[:count]),
+            [f'{i}: {title(data, label)}' for i, label in zip(index, batch['label'], strict=True)],
         ),
         (
             'after the host',
             list(batch['image'][:count]),
-            [title(found, label) for label in batch['label'][:count]],
+            [title(data, label) for label in batch['label'][:count]],
         ),
         (
             'what the model sees',
             list(mixed['image'][:count]),
-            [title(found, label) for label in mixed['label'][:count]],
+            [title(data, label) for label in mixed['label'][:count]],
         ),
     ]
     plots.picture_rows(rows).save(path)

@@ -163,7 +163,7 @@ def introduce(config: Config, parts: Experiment, origin: str, console: metrics.C
 def write_first_examples(parts: Experiment, start: int, writer: metrics.Writer) -> None:
     """Show the trackers, where there are any, the first training images."""
     if writer.tracked:
-        few = examples.first(parts.data, 32)
+        few = examples.first_examples(parts.data, 32)
         writer.pictures(start, 'train/images', examples.pictures(few))
 
 

@@ -1,10 +1,10 @@
-"""Which picture belongs to which sentence: two streams, one encoder, no label; on a CPU.
+"""Match pictures with sentences: two streams, one encoder, no labels; runs on a CPU.
 
     python -m big_vit.train --config configs/contrastive.py --workdir runs/contrastive
 
-Pictures of a coloured shape and their captions (docs/data.md), by CLIP's loss (loss=sigmoid is
-SigLIP's). Zero-shot classification among 36 kinds: of all, and of the six that training never
-shows.
+Pictures of a coloured shape and their captions (docs/data.md), with CLIP's loss (loss=sigmoid for
+SigLIP's). Evaluates zero-shot classification among 36 kinds: all of them, and the six that training
+never shows.
 """
 
 from ml_collections import ConfigDict

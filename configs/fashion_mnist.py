@@ -1,16 +1,15 @@
-"""A small ViT on Fashion-MNIST from random parameters, for a laptop's CPU.
+"""A small ViT trained from scratch on Fashion-MNIST with a laptop's CPU.
 
     python -m big_vit.train --config configs/fashion_mnist.py --workdir runs/fashion
 
-Where the four IDX files lie is `data.path`; Debian's package
-dataset-fashion-mnist puts them where the default says. With
---config configs/fashion_mnist.py:optimizer=shampoo (or soap, muon, ...) another optimizer
-trains it; its rate is --config.lr.
+`data.path` is the folder of the four IDX files; its default is where Debian's package
+dataset-fashion-mnist puts them. --config configs/fashion_mnist.py:optimizer=shampoo (or soap, muon,
+...) trains with another optimizer; set its learning rate with --config.lr.
 """
 
 from ml_collections import ConfigDict
 
-# What is not the same for a run of some thousand steps as for a long one.
+# Settings that a run of a few thousand steps needs, in place of defaults for long runs.
 SMALL = {'shampoo': {'every': 10, 'start': 10, 'block': 256}}
 
 

@@ -2,8 +2,8 @@
 
     python -m big_vit.train --config configs/own_images.py:path=PHOTOS --workdir runs/photos
 
-Nine tenths of the images are trained on, the rest scores it. If PHOTOS has folders `train` and
-`test` (or others) of classes, say so: path=PHOTOS,split=train,test=test.
+Trains on nine tenths of the images and evaluates on the rest. If PHOTOS has class folders inside
+folders `train` and `test` (or others), name them: path=PHOTOS,split=train,test=test.
 """
 
 from ml_collections import ConfigDict

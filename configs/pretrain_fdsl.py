@@ -1,9 +1,9 @@
-"""Pretrain on images drawn from formulas: needs no file and no network.
+"""Pretrain on images drawn from formulas; needs neither files nor a network.
 
     python -m big_vit.train --config configs/pretrain_fdsl.py --workdir runs/fdsl
 
-As it stands, a small model learns 100 classes in two minutes on two CPU cores.
-For accelerators: configs/pretrain_fdsl.py:variant=S/16,classes=21000,size=224.
+By default a small model learns 100 classes in two minutes on two CPU cores. For accelerators:
+configs/pretrain_fdsl.py:variant=S/16,classes=21000,size=224.
 """
 
 from ml_collections import ConfigDict

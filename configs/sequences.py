@@ -1,17 +1,17 @@
-"""Tasks whose answer lies in time, in the order of words, or in two inputs at once; on a CPU.
+"""Tasks that depend on time, on the order of words, or on two inputs at once; run on a CPU.
 
     python -m big_vit.train --config configs/sequences.py:task=orbit --workdir runs/orbit
 
 task is orbit (video, tubelets), tones (spectrogram, overlapping patches), phrases (words) or quiz
 (a picture and a question, with cross-attention; fusion=concat or latents for the other ways). With
-blind=True the model cannot see what matters, and must stay at chance (1/8, 1/6, 1/6): one frame of
-the video, moments of the sound or words without their positions; the picture without its question
-is right on 17/32 at best.
+blind=True the model cannot see what matters and must stay at chance (1/8, 1/6, 1/6): it gets one
+frame of the video, or moments of the sound or words without their positions; the picture without
+its question can be answered in 17/32 of all cases at best.
 """
 
 from ml_collections import ConfigDict
 
-# Transform, image size, steps, and of the model; then what makes it blind.
+# Transform, image size, steps and model of each task; then the changes for blind=True.
 TASKS: dict[str, tuple] = {
     'orbit': ('', 32, 1500, {'variant': 'mu/8', 'tokenizer': 'tubelets', 'tubelet': 2}),
     'tones': (

@@ -2,9 +2,9 @@
 
     python -m big_vit.train --config configs/small_data.py:model=cct --workdir runs/cct
 
-model is vit, conv, cct, spt or hybrid; optimizer any name of docs/optimizers.md, with its rate as
---config.lr. model=best is a wider compact transformer on all 60,000 images: 93.2 % in 42 minutes
-on two cores.
+model is vit, conv, cct, spt or hybrid; optimizer is any name of docs/optimizers.md, with its
+learning rate set by --config.lr. model=best is a wider compact transformer on all 60,000 images:
+93.2 % in 42 minutes on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ PLAIN = {
 CROP = 'random_crop(size, 2) | flip_lr'
 MODELS: dict[str, dict] = {
     'vit': {},
-    'conv': {'tokenizer': 'conv', 'depth': 3},  # A block less, as its paper does.
+    'conv': {'tokenizer': 'conv', 'depth': 3},  # One block less for the stem, as in its paper.
     'cct': {'tokenizer': 'cct', 'pool': 'seq', 'depth': 2},
     'spt': {'tokenizer': 'spt', 'lsa': True},
     'hybrid': {'variant': 'R+mu/4'},
@@ -58,7 +58,7 @@ def get_config(
 
 
 def best(path: str) -> ConfigDict:
-    """The compact transformer, wider, trained on all images."""
+    """Return the config of a wider compact transformer on all images."""
     return ConfigDict(
         {
             'total_epochs': 14,

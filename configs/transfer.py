@@ -1,24 +1,24 @@
-"""Fine-tune by the field's recipes: SGD with momentum, cosine, no decay, a head that starts at 0.
+"""Fine-tune with established recipes: SGD with momentum, cosine, no decay, a head that starts at 0.
 
     python -m big_vit.transfer --config configs/transfer.py:cifar10,path=DIR \
         --config.init=CHECKPOINT --workdir runs/cifar10 --sweep lr=0.001,0.003,0.01,0.03
 
 The first argument is the dataset: cifar10, cifar100, imagenet2012, oxford_iiit_pet or
 oxford_flowers102 (as in big_vision's configs/transfer.py), vtab_NAME for the 19 tasks of VTAB-1k
-(arXiv 1910.04867; as in scenic's plain ViT), or own, a folder with one sub-folder per class.
-DIR is the data_dir of TensorFlow Datasets; docs/transfer.md has how each is prepared, the rates
-to sweep, and where these recipes differ from theirs. Other arguments:
+(arXiv 1910.04867; as in scenic's plain ViT), or own, a folder with one sub-folder per class. DIR is
+the data_dir of TensorFlow Datasets; docs/transfer.md explains how to prepare each dataset, which
+rates to sweep, and how these recipes differ from theirs. Other arguments:
 
-* size=224: pixels; crop=inception, resmall or resize: how training images are cut.
-* final=true: trains on the validation part too, as VTAB does once the setting is chosen.
-* folders=true: own has folders train, val and test of its own, instead of 80, 10 and 10 %.
+* size=224: pixels; crop=inception, resmall or resize: how training images are cropped.
+* final=true: also trains on the validation part, as VTAB does once the settings are chosen.
+* folders=true: own has folders train, val and test, instead of a split into 80, 10 and 10 %.
 
 Rates to sweep: 0.001,0.003,0.01,0.03; imagenet2012 0.003,0.01,0.03,0.06; VTAB-1k none, 0.01.
 """
 
 from ml_collections import ConfigDict
 
-# Steps, warmup, rate, crop, share of `train` that is trained on, test split, and what is published.
+# Steps, warmup, rate, crop, share of `train` to train on, test split, and the published accuracy.
 NAMED: dict[str, tuple] = {
     'cifar10': (10_000, 500, 0.003, 'resmall', 98, 'test', '98.55 % (98.46 to 98.60)'),
     'cifar100': (10_000, 500, 0.01, 'resmall', 98, 'test', '91.35 % (91.09 to 91.62)'),
@@ -28,14 +28,14 @@ NAMED: dict[str, tuple] = {
 }
 B32 = 'ViT-B/32 of AugReg on ImageNet-21k, five runs (configs/transfer.py of big_vision)'
 G14 = '78.29 % ± 0.53 as mean of the 19 tasks: ViT-G/14 on JFT-3B (arXiv 2106.04560)'
-# Of VTAB-1k: name in TFDS, the 200 to choose by, the test split, what augments; then the label
-# and what is done to all images, where they need it.
+# VTAB-1k: name in TFDS, the 200 validation examples, test split, augmentation; then the label and
+# the transform of all images, where they are needed.
 VAL = 'validation[:200]'
 EYES = 'diabetic_retinopathy_detection/btgraham-300'
 CLEVR = ('clevr', 'train[63000:63200]', 'validation', 'flip')
 SPRITES = ('dsprites', 'train[589824:590024]', 'train[663552:]')
 NORB = ('smallnorb', 'test[:200]', 'test[50%:]')
-BYTES = 'rgb | autocontrast | '  # dSprites holds 0 and 1, which become black and white.
+BYTES = 'rgb | autocontrast | '  # dSprites has values 0 and 1, which become black and white.
 VTAB: dict[str, tuple] = {
     'caltech101': ('caltech101', 'train[2753:2953]', 'test', 'crop flip'),
     'cifar100': ('cifar100', 'train[45000:45200]', 'test', 'crop flip'),
@@ -84,7 +84,7 @@ def get_config(
     if dataset == 'own':
         data = {'name': 'folder', 'path': path or None}
         steps, warmup, lr, usual = 500, 100, 0.01, 'inception'
-        batch = 64  # For few images and one device; the field's is 512.
+        batch = 64  # For few images and one device; published recipes use 512.
         train, val, test = 'train[:80%]', 'train[80%:90%]', 'train[90%:]'
         if folders:
             train, val, test = 'train', 'val', 'test'
@@ -101,7 +101,7 @@ def get_config(
         middle = crops['none']
         data |= {'tfds_name': name, 'label_column': label}
     flip = ' | flip_lr' if 'flip' in augment else ''
-    # The test is looked at once, at the end.
+    # The test split is only scored once, at the end.
     evals = {'test': {'split': test, 'transform': before + middle, 'every_percent': 100}}
     if not final:
         evals['val'] = {'split': val, 'transform': before + middle}
@@ -117,7 +117,7 @@ def get_config(
                 'transform': before + crops[crop or usual] + flip,
             },
             'evals': evals,
-            # Decay is 0, and gradients are clipped to a norm of 1, where nothing is said.
+            # Unset keys leave weight decay at 0 and clip gradients to a norm of 1.
             'optim': {'name': 'sgd', 'momentum': 0.9, 'mu_dtype': 'bfloat16'},
             'schedule': {'name': 'cosine', 'warmup_steps': warmup},
             'checkpoint': {'every_steps': 1000},

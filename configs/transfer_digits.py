@@ -1,4 +1,4 @@
-"""Fine-tune on few labelled digits by the field's protocol: SGD with momentum, cosine.
+"""Fine-tune on few labelled digits with the usual protocol: SGD with momentum, cosine.
 
     python -m big_vit.transfer --config configs/transfer_digits.py \
         --config.init=runs/fdsl --workdir runs/digits

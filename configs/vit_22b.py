@@ -1,13 +1,13 @@
-"""A ViT of 22 billion parameters (arXiv 2302.05442) in the plain pre-norm form.
+"""A ViT with 22 billion parameters (arXiv 2302.05442) in the plain pre-norm form.
 
     python -m big_vit.train --config configs/vit_22b.py:pod=v5p-4096 --workdir gs://BUCKET/22b
 
-The paper's dataset is not public: set `data.*` to yours. ImageNet-21k stands in for it.
+The paper's dataset is not public: ImageNet-21k stands in for it; set `data.*` to yours.
 """
 
 from ml_collections import ConfigDict
 
-# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
     'v5e-256': {'mesh': {'replica': 1, 'fsdp': 256}, 'batch_size': 4096},
     'v5p-512': {'mesh': {'replica': 1, 'fsdp': 512}, 'batch_size': 16_384},

@@ -7,7 +7,7 @@ The dataset is prepared by TensorFlow Datasets as ArrayRecord, see docs/data.md.
 
 from ml_collections import ConfigDict
 
-# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
     'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
     'v5p-512': {'mesh': {'replica': 32, 'fsdp': 16}},
@@ -23,7 +23,7 @@ def get_config(pod: str = ''):
             'image_size': 224,
             'lr': 1e-3,
             'mixup': 0.5,
-            # Unrolled blocks compile for longer and are faster (docs/plans).
+            # Unrolled blocks take longer to compile but run faster (docs/plans).
             'model': {'variant': 'B/16', 'scan': False},
             'data': {
                 'name': 'tfds',

@@ -1,15 +1,15 @@
-"""ViT-g/14, and with variant=G/14 ViT-G/14, for billions of images (arXiv 2106.04560).
+"""ViT-g/14, or with variant=G/14 ViT-G/14, for billions of images (arXiv 2106.04560).
 
     python -m big_vit.train --config configs/vit_g14.py:pod=v5p-512 --workdir gs://BUCKET/g14
     python -m big_vit.train --config configs/vit_g14.py:variant=G/14,pod=v5p-512 \
         --workdir gs://BUCKET/G14
 
-The papers' dataset is not public: set `data.*` to yours. ImageNet-21k stands in for it.
+The papers' dataset is not public: ImageNet-21k stands in for it; set `data.*` to yours.
 """
 
 from ml_collections import ConfigDict
 
-# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
     ('g/14', 'v5e-256'): {'mesh': {'replica': 2, 'fsdp': 128}, 'accumulation': 4},
     ('g/14', 'v5p-512'): {'mesh': {'replica': 4, 'fsdp': 128}},

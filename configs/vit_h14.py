@@ -1,13 +1,13 @@
-"""ViT-H/14 on ImageNet-21k, 90 epochs, after the ViT paper (arXiv 2010.11929, table 3).
+"""ViT-H/14 on ImageNet-21k, 90 epochs, following the ViT paper (arXiv 2010.11929, table 3).
 
     python -m big_vit.train --config configs/vit_h14.py:pod=v5p-512 --workdir gs://BUCKET/h14
 
-`data.tfds_name` is what your ImageNet-21k is called in TensorFlow Datasets.
+`data.tfds_name` is the name of your ImageNet-21k in TensorFlow Datasets.
 """
 
 from ml_collections import ConfigDict
 
-# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
     'v5e-256': {'mesh': {'replica': 8, 'fsdp': 32}},
     'v5p-512': {'mesh': {'replica': 16, 'fsdp': 32}},

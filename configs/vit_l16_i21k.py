@@ -1,13 +1,13 @@
-"""ViT-L/16 on ImageNet-21k, 300 epochs, by the recipe of AugReg (arXiv 2106.10270).
+"""ViT-L/16 on ImageNet-21k, 300 epochs, with the recipe of AugReg (arXiv 2106.10270).
 
     python -m big_vit.train --config configs/vit_l16_i21k.py:pod=v5e-256 --workdir gs://BUCKET/l16
 
-`data.tfds_name` is what your ImageNet-21k is called in TensorFlow Datasets.
+`data.tfds_name` is the name of your ImageNet-21k in TensorFlow Datasets.
 """
 
 from ml_collections import ConfigDict
 
-# What `python -m big_vit.plan --search` found; docs/plans/ has what it said.
+# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
     'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
     'v5p-512': {'mesh': {'replica': 32, 'fsdp': 16}},

@@ -1,4 +1,4 @@
-"""Runs big_vit's commands as a user does: a fresh process, on one fake device unless told."""
+"""Run big_vit's commands as a user does: in a fresh process, by default with one fake device."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def arguments(command: str, *args: object) -> list[str]:
 def run(
     command: str, *args: object, devices: int = 1, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m big_vit.COMMAND ARGS` from the repository's root, with what it printed."""
+    """Run `python -m big_vit.COMMAND ARGS` in the repository's root and capture its output."""
     return subprocess.run(
         arguments(command, *args),
         cwd=ROOT,
@@ -40,7 +40,7 @@ def run(
 
 
 def script(text: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Python text in a fresh process, with what it printed."""
+    """Run Python code in a fresh process and capture its output."""
     return subprocess.run(
         [sys.executable, '-c', text, *map(str, args)],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def script(text: str, *args: object, timeout: float = 240) -> subprocess.Complet
 
 
 def start(command: str, *args: object, devices: int = 1) -> subprocess.Popen[str]:
-    """The same in the background, with output to a pipe."""
+    """Start a command in the background with its output in a pipe."""
     return subprocess.Popen(
         arguments(command, *args),
         cwd=ROOT,
@@ -64,7 +64,7 @@ def start(command: str, *args: object, devices: int = 1) -> subprocess.Popen[str
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a user's mistake should end in; fails the test on anything else."""
+    """Return the only line of a user error; fails the test on anything else."""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 2, result.stdout + result.stderr
     assert len(lines) == 1, result.stderr
@@ -78,11 +78,11 @@ def free_port() -> int:
 
 
 class Processes:
-    """One run of several processes, which find each other on a free port of this machine.
+    """A distributed run of several processes that meet on a free port of this machine.
 
     Args:
-      each: more environment variables, by number of process.
-      cwd: the folder of each process; by default all start in the repository's root.
+      each: additional environment variables by process number.
+      cwd: working directory of each process; the repository's root by default.
     """
 
     def __init__(self, command, *args, processes=2, devices=2, each=None, cwd=None, **variables):
@@ -119,10 +119,10 @@ class Processes:
                 log.close()
 
     def wait(self, timeout=120, but=()):
-        """What each process ended with; all are killed when the time is over.
+        """Return the results of all processes; kills all of them when the time is up.
 
         Args:
-          but: numbers of processes that are not waited for but killed at the end.
+          but: numbers of processes to kill at the end without waiting for them.
         """
         until = time.monotonic() + timeout
         late = []
@@ -151,7 +151,7 @@ def _text(log):
 
 
 def run_many(command, *args, timeout=180, **more):
-    """Several processes to their good end, with what each printed."""
+    """Run several processes, require that all succeed, and return their results."""
     with Processes(command, *args, **more) as processes:
         results = processes.wait(timeout)
     for result in results:

@@ -1,4 +1,4 @@
-"""Eight fake devices, strict broadcasting, and a compile cache that outlives the run."""
+"""Configure JAX for tests: eight fake devices, strict broadcasting, a persistent compile cache."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
-# Tests compile much and compute little: without LLVM's optimisations, by the older emitters and
-# in one piece a program is compiled in a third of the time.
+# Tests compile a lot and compute little: without LLVM's optimisations, with the older emitters and
+# in one piece, programs compile in a third of the time.
 FLAGS = (
     'xla_backend_optimization_level=0',
     'xla_cpu_use_fusion_emitters=false',

@@ -1,4 +1,4 @@
-"""Small sounds, videos and texts, made here: of a known frequency, known frames, known words."""
+"""Generate small sounds, videos and texts with known frequencies, frames and words."""
 
 import io
 import tempfile
@@ -8,7 +8,7 @@ import av
 import numpy as np
 import soundfile
 
-# Bars in a picture, each black or white: the binary digits of the number of its frame.
+# Vertical bars of a picture, black or white: the binary digits of the number of its frame.
 BARS, BAR = 8, 8
 HEIGHT, WIDTH = 48, BARS * BAR
 
@@ -18,32 +18,32 @@ TEXTS = {'animals': 'the cat sat on the mat', 'numbers': 'one and two are three'
 
 
 def tone(frequency, seconds=1.0, rate=8000):
-    """float64 [samples], half of full scale."""
+    """Return float64 [samples] at half of full scale."""
     return 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
 
 
 def sound_file(samples, kind='WAV', rate=8000, subtype=None):
-    """The bytes of a sound file; samples [N] or [N, channels]."""
+    """Encode samples [N] or [N, channels] as a sound file."""
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()
 
 
 def picture(number):
-    """uint8 [48, 64, 3] with bars that `number_of` reads."""
+    """Draw uint8 [48, 64, 3] with bars that `number_of` reads."""
     bits = number >> np.arange(BARS) & 1
     row = np.repeat(np.where(bits, 235, 16), BAR).astype(np.uint8)
     return np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)).copy()
 
 
 def number_of(frame):
-    """The number in a picture, whatever a codec did to it."""
+    """Read the number of a picture, robust to what a codec does to it."""
     bars = frame[8:-8].reshape(HEIGHT - 16, BARS, BAR, 3)[:, :, 2:-2].mean((0, 2, 3))
     return int((bars > 128) @ (1 << np.arange(BARS)))
 
 
 def video_file(numbers, codec='libx264', kind='mp4', pixels='yuv420p', b_frames=None, **options):
-    """The bytes of a video at 10 frames a second whose pictures have these numbers."""
+    """Encode a video at 10 frames per second whose pictures have these numbers."""
     file = io.BytesIO()
     with av.open(file, 'w', format=kind) as container:
         stream = container.add_stream(codec, rate=10, options=options)
@@ -59,10 +59,10 @@ def video_file(numbers, codec='libx264', kind='mp4', pixels='yuv420p', b_frames=
 
 
 def copied(video, *, without=0):
-    """The packets of a video in another MP4, its index in front.
+    """Copy the packets of a video into another MP4 with its index in front.
 
-    An edit list says that the first `without` frames are not to be shown, as programs write it
-    that cut without encoding anew.
+    An edit list hides the first `without` frames, as programs write it that cut without
+    re-encoding.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'copy.mp4'
@@ -90,7 +90,7 @@ def _write(folder, classes, count, extension, make):
 
 
 def write_sounds(folder, count=6):
-    """FOLDER/CLASS/*.wav: `count` tones of 0.3 s at 8 kHz in each of two classes."""
+    """Write FOLDER/CLASS/*.wav: `count` tones of 0.3 s at 8 kHz for each of two classes."""
     _write(
         folder,
         SOUNDS,
@@ -101,7 +101,7 @@ def write_sounds(folder, count=6):
 
 
 def write_videos(folder, count=6):
-    """FOLDER/CLASS/*.mp4: `count` clips of 12 frames that count up or down in two classes."""
+    """Write FOLDER/CLASS/*.mp4: `count` clips of 12 frames that count up or down, by class."""
     _write(
         folder,
         VIDEOS,
@@ -112,5 +112,5 @@ def write_videos(folder, count=6):
 
 
 def write_texts(folder, count=6):
-    """FOLDER/CLASS/*.txt: `count` sentences in each of two classes."""
+    """Write FOLDER/CLASS/*.txt: `count` sentences for each of two classes."""
     _write(folder, TEXTS, count, 'txt', lambda name, i: f'{TEXTS[name]} {i}\n'.encode())

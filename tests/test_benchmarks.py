@@ -69,19 +69,19 @@ def test_without_peers_it_says_what_to_install():
 def test_our_step_trains_and_its_operations_are_counted():
     size = step.Size('mu/4', 16, 4, (('depth', 1),))
     with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):
-        once, flops = step.ours(size, 'cpu', 'adamw', scan=False, devices=2)
+        once, operations = step.ours(size, 'cpu', 'adamw', scan=False, devices=2)
         losses = [step.wait(once()) for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
     assert losses[2] < losses[0]
     model = ViT(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
-    assert flops == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
+    assert operations == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
 
 
 @pytest.mark.slow
 def test_a_side_waits_in_its_own_process_and_times_a_round_when_asked():
     side = step.Side('step', '--side', 'big_vit', '--size', '0')
     try:
-        assert side.told()['flops'] > 1e9
+        assert side.read_message()['flops'] > 1e9
         assert side.round() > 0
         assert side.round() > 0
     finally:
@@ -93,7 +93,7 @@ def test_a_side_that_a_machine_cannot_run_is_left_out_and_the_plain_ones_must_ru
         def __init__(self, *command, environment=None):
             self.name = command[2]
 
-        def told(self):
+        def read_message(self):
             if self.name in broken:
                 raise UserError('it ended: no such library')
             return {'flops': 5, 'memory': 7}
@@ -119,7 +119,7 @@ def test_a_side_that_a_machine_cannot_run_is_left_out_and_the_plain_ones_must_ru
 def test_a_side_that_ends_leaves_its_last_words():
     side = step.Side('step', '--side', 'lightning')
     with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
-        side.told()
+        side.read_message()
     side.end()
 
 
@@ -159,7 +159,7 @@ def test_the_stored_rows_are_those_that_are_compared():
 
 
 def test_chips_of_a_topology():
-    assert growth.chips('v5p:16x16x16') == 4096
+    assert growth.chip_count('v5p:16x16x16') == 4096
 
 
 def test_a_command_that_fails_is_told():
@@ -218,7 +218,7 @@ def test_the_products_of_a_block_are_three_times_those_of_its_forward_pass():
 SHARES = """
 import jax
 from benchmarks import products
-from big_vit import topology
+from big_vit.planning import topology
 
 jax.config.update('jax_enable_compilation_cache', False)
 place = topology.load('v5e:1x1')
@@ -240,6 +240,6 @@ def test_a_product_that_fills_a_chip_is_near_its_peak_and_a_thin_one_is_not():
 
 
 def test_the_name_of_a_side_says_its_parts_and_devices():
-    assert step.told_apart('timm, compiled') == ('timm, compiled', 1, 1)
-    assert step.told_apart('timm, compiled in 2 parts') == ('timm, compiled', 2, 1)
-    assert step.told_apart(step.ON_TWO) == ('big_vit', 2, 2)
+    assert step.parse_side('timm, compiled') == ('timm, compiled', 1, 1)
+    assert step.parse_side('timm, compiled in 2 parts') == ('timm, compiled', 2, 1)
+    assert step.parse_side(step.ON_TWO) == ('big_vit', 2, 2)

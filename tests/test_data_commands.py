@@ -174,7 +174,7 @@ def test_bench_data_names_the_slowest_operation(photos):
     cost = bench_data.by_operation(found)
     assert list(cost) == ['read', '1 decode', '2 rrc', '3 augmix', 'join']
     assert max(cost, key=cost.get) == '3 augmix'
-    rates = bench_data.whole(found, 0.3)
+    rates = bench_data.loader_rates(found, 0.3)
     assert rates['examples'] % 16 == 0
     assert rates['examples_per_s'] == pytest.approx(rates['examples'] / rates['seconds'])
 

@@ -33,7 +33,7 @@ def test_ours_and_a_peers_give_the_same_numbers(places):
     assert ours.grid == theirs.grid == (2, 2) and ours.channels == theirs.channels == 3
     np.testing.assert_array_equal(ours.positions(), theirs.positions())
     assert ours.positions().shape == (4, 48)
-    one, other = (attention_maps.of_file(each, places / 'photo.jpg') for each in (ours, theirs))
+    one, other = (attention_maps.from_file(each, places / 'photo.jpg') for each in (ours, theirs))
     assert one.image.shape == (32, 32, 3)
     np.testing.assert_array_equal(one.image, other.image)
     assert one.weights.shape == (2, 3, 5, 5)
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_picture_is_told(places, monkeypatch):
 def test_attention_that_does_not_fit_is_refused(places, monkeypatch):
     monkeypatch.setattr(loaded_model, 'MOST_ATTENTION', 100)
     with pytest.raises(UserError, match='look at a smaller model'):
-        attention_maps.of_file(loaded_model.load(str(places / 'timm')), places / 'photo.jpg')
+        attention_maps.from_file(loaded_model.load(str(places / 'timm')), places / 'photo.jpg')
 
 
 def test_metrics_that_are_damaged_are_told(places, capsys):

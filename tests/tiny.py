@@ -1,4 +1,4 @@
-"""Overrides that make any config small, and small datasets as MNIST's and as TFDS prepares them."""
+"""Overrides that shrink any config, and small datasets in the formats of MNIST and TFDS."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def flags(*parts: dict[str, str]) -> list[str]:
 
 
 def audited(settings):
-    """The experiment of a config, after all that a run would read of it; refuses unread keys."""
+    """Build an experiment and read all that a run would read; raises if keys remain unread."""
     from big_vit.build.evaluations import build_evaluators
     from big_vit.build.experiment import build_experiment, tracker_options
     from big_vit.build.steps import build_train_step
@@ -48,7 +48,7 @@ def audited(settings):
 
 
 def write_idx(folder: Path, examples: int = 64, size: int = 28) -> Path:
-    """A folder with the four gzipped files of MNIST: class c is a bright column at 2c + 2."""
+    """Write MNIST's four gzipped files; class c has a bright column at 2c + 2."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for prefix in ('train', 't10k'):
@@ -63,7 +63,7 @@ def write_idx(folder: Path, examples: int = 64, size: int = 28) -> Path:
 
 
 def write_folder(folder: Path, examples: int = 60, classes: int = 3, splits=None) -> Path:
-    """Folders of JPEG photographs of several sizes, one for each class, within `splits` or not."""
+    """Write JPEG photographs of several sizes, one folder per class, within `splits` if given."""
     import cv2
 
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def write_folder(folder: Path, examples: int = 60, classes: int = 3, splits=None
 
 
 def write_captioned(folder: Path, examples: int = 32) -> Path:
-    """A shard of webdataset of the first training examples of `captions`: NAME.png, NAME.txt."""
+    """Write a webdataset shard of the first examples of `captions`: NAME.png and NAME.txt."""
     import cv2
 
     from big_vit.data.sources import captions
@@ -98,7 +98,7 @@ def write_captioned(folder: Path, examples: int = 32) -> Path:
 
 
 def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> Path:
-    """A data_dir with JPEG photographs of several sizes; `sizes` are those of the splits."""
+    """Write a TFDS dataset of JPEG photographs of several sizes; `sizes` by split."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -118,7 +118,7 @@ def write_tfds(folder: Path, name: str, classes: int, sizes: dict[str, int]) -> 
 
 
 def png(image: np.ndarray) -> io.BytesIO:
-    """The file of an image [H, W, 1 or 3]; from an array, TFDS makes one by TensorFlow alone."""
+    """Encode an image [H, W, 1 or 3] as a file, since TFDS needs TensorFlow to encode arrays."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -130,9 +130,9 @@ def png(image: np.ndarray) -> io.BytesIO:
 def write_features(
     folder: Path, name: str, features: dict, sizes: dict[str, int], example: Callable
 ) -> Path:
-    """A data_dir with a dataset of any features; `example(i, rng)` makes an example.
+    """Write a TFDS dataset with any features; `example(i, rng)` makes an example.
 
-    'name/config' lies where TFDS keeps a dataset of several configs.
+    'name/config' is written where TFDS expects a dataset with several configs.
     """
     import tensorflow_datasets as tfds
 

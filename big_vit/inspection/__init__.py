@@ -1,1 +1,1 @@
-"""Looking into checkpoints, runs and data."""
+"""Tools to inspect checkpoints, runs and data."""

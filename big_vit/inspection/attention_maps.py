@@ -1,4 +1,4 @@
-"""What a model attends to in a picture: raw attention, its distances, and the rollout."""
+"""Attention of a model to images: raw weights, mean distances and the rollout."""
 
 import dataclasses
 from pathlib import Path
@@ -12,8 +12,15 @@ from big_vit.inspection.loaded_model import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """One image and the attention [depth, heads, tokens, tokens] of a model to it."""
+class AttentionMaps:
+    """One image and a model's attention to it.
+
+    Attributes:
+      image: uint8 [height, width, channels].
+      weights: attention probabilities [depth, heads, tokens, tokens].
+      grid: (rows, columns) of patches.
+      prefix: tokens before those of the patches.
+    """
 
     image: np.ndarray
     weights: np.ndarray
@@ -22,54 +29,56 @@ class Look:
 
     @property
     def rollout(self) -> np.ndarray:
-        """[rows, columns]: the share that each patch has in the end."""
-        return weight_statistics.looked_at(
+        """Share of attention per patch [rows, columns] after all blocks; sums to 1."""
+        return weight_statistics.patch_attention(
             weight_statistics.rollout(self.weights), self.prefix, self.grid
         )
 
     @property
     def distances(self) -> np.ndarray:
-        """[depth, heads], in pixels."""
+        """Mean attention distance [depth, heads], in pixels."""
         rows, columns = self.grid
-        apart = self.image.shape[0] / rows, self.image.shape[1] / columns
-        return weight_statistics.distances(self.weights, self.prefix, self.grid, apart)
+        patch_size = self.image.shape[0] / rows, self.image.shape[1] / columns
+        return weight_statistics.distances(self.weights, self.prefix, self.grid, patch_size)
 
-    def titled(self) -> list[tuple[str, np.ndarray]]:
-        """Itself, what some blocks look at, and the rollout, as pictures with their titles."""
-        return plots.looks(self.image, self.weights, self.grid, self.prefix)
-
-
-def of_file(found: LoadedModel, path: str | Path) -> Look:
-    """What a model looks at in an image file.
-
-    Raises:
-      UserError: no image, or a model that takes none.
-    """
-    image = found.picture(path)
-    weights = found.attention(found.normalised(image))
-    return Look(image, weights, found.grid, found.model.prefix_tokens)
+    def panels(self) -> list[tuple[str, np.ndarray]]:
+        """Return (title, picture) of the image, of the maps of some blocks and of the rollout."""
+        return plots.attention_panels(self.image, self.weights, self.grid, self.prefix)
 
 
-def of_training(found: LoadedModel, count: int = 6) -> list[Look]:
-    """The first training images of a run of ours, and what it looks at in them.
+def from_file(loaded: LoadedModel, path: str | Path) -> AttentionMaps:
+    """Compute the attention to an image file.
 
     Raises:
-      UserError: the data is not here, or the model takes no images.
+      UserError: the file is not an image, or the model does not take images.
     """
-    assert found.config is not None
-    data, batch = examples.batch(found.config, count)
+    image = loaded.picture(path)
+    weights = loaded.attention(loaded.normalised(image))
+    return AttentionMaps(image, weights, loaded.grid, loaded.model.prefix_tokens)
+
+
+def from_training_images(loaded: LoadedModel, count: int = 6) -> list[AttentionMaps]:
+    """Compute the attention to the first training images of one of our runs.
+
+    Images are transformed as in training but not mixed, so that each shows one example.
+
+    Raises:
+      UserError: the data is not available here, or the model does not take images alone.
+    """
+    assert loaded.config is not None
+    data, batch = examples.batch(loaded.config, count)
     if data.reads != ('image',):
-        raise UserError(f'{found.where}: its model reads {", ".join(data.reads)}, no images alone')
-    few = {name: value[:count] for name, value in batch.items()}
-    config = found.config.replacing({'mixup': 0.0, 'cutmix': 0.0})
-    found = dataclasses.replace(found, shape=data.shapes['image'])
-    seen = batch_seen(config, data, few, 0)['image']
+        raise UserError(f'{loaded.path}: its model reads {", ".join(data.reads)}, no images alone')
+    first_images = {name: value[:count] for name, value in batch.items()}
+    config = loaded.config.replacing({'mixup': 0.0, 'cutmix': 0.0})
+    loaded = dataclasses.replace(loaded, image_shape=data.shapes['image'])
+    model_inputs = batch_seen(config, data, first_images, 0)['image']
     return [
-        Look(
+        AttentionMaps(
             image,
-            found.attention(np.asarray(one, np.float32)),
-            found.grid,
-            found.model.prefix_tokens,
+            loaded.attention(np.asarray(model_input, np.float32)),
+            loaded.grid,
+            loaded.model.prefix_tokens,
         )
-        for image, one in zip(examples.pictures(few), seen, strict=True)
+        for image, model_input in zip(examples.pictures(first_images), model_inputs, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A few training examples of a config, without the rest of an experiment."""
+"""A few training examples of a config, without building the rest of an experiment."""
 
 import dataclasses
 
@@ -11,23 +11,23 @@ from big_vit.inspection import plots
 
 
 def batch(config: Config, count: int) -> tuple[Data, dict[str, np.ndarray]]:
-    """The data of a config, and about `count` examples as they are trained on.
+    """Load the data of a config, and about `count` of its first training examples.
 
     Raises:
-      UserError: the dataset is not here, or does not fit.
+      UserError: the dataset is not available here or does not match the config.
     """
-    if config.data.cache in ('auto', 'decoded'):  # A few examples are decoded when they are read.
+    if config.data.cache in ('auto', 'decoded'):  # Filling a cache would decode the whole dataset.
         config = config.replacing({'data.cache': 'none'})
-    found = train_data(config)
-    return found, first(found, count)
+    data = train_data(config)
+    return data, first_examples(data, count)
 
 
-def first(found: Data, count: int) -> dict[str, np.ndarray]:
-    """About `count` examples of data that is open, the first that are trained on."""
-    assert found.order is not None
-    size = max(1, count // found.order.repeats) * found.order.repeats
-    order = dataclasses.replace(found.order, batch_size=size)
-    batches = pipeline.train_batches(found.source, found.transform, order, skip_bad=found.skip_bad)
+def first_examples(data: Data, count: int) -> dict[str, np.ndarray]:
+    """Return the first training examples of opened data, about `count`: whole groups of repeats."""
+    assert data.order is not None
+    size = max(1, count // data.order.repeats) * data.order.repeats
+    order = dataclasses.replace(data.order, batch_size=size)
+    batches = pipeline.train_batches(data.source, data.transform, order, skip_bad=data.skip_bad)
     examples = next(batches)
     examples.pop('replaced', None)
     batches.close()  # type: ignore[attr-defined]
@@ -35,21 +35,21 @@ def first(found: Data, count: int) -> dict[str, np.ndarray]:
 
 
 def pictures(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The images of a batch as bytes, [height, width, channels] each; [] where it has none."""
+    """Return the images of a batch as uint8 [height, width, channels]; [] if it has none."""
     return plots.as_bytes(list(batch['image'])) if 'image' in batch else []
 
 
-def title(found: Data, label: np.ndarray) -> str:
-    """A label in words: its class, or the classes of a mixture with their shares."""
+def title(data: Data, label: np.ndarray) -> str:
+    """Describe a label: its class, or the two largest classes of a mixed label with shares."""
     label = np.asarray(label)
     if label.ndim == 0:
-        return _name(found, int(label))
+        return _name(data, int(label))
     largest = [int(c) for c in np.argsort(-label, kind='stable')[:2] if label[c] > 0]
     if len(largest) == 1 and label[largest[0]] == 1:
-        return _name(found, largest[0])
-    return '\n'.join(f'{label[c]:.2f} {_name(found, c)}' for c in largest)
+        return _name(data, largest[0])
+    return '\n'.join(f'{label[c]:.2f} {_name(data, c)}' for c in largest)
 
 
-def _name(found: Data, number: int) -> str:
-    names = found.source.class_names
+def _name(data: Data, number: int) -> str:
+    names = data.source.class_names
     return names[number] if names else str(number)

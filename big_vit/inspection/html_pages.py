@@ -1,6 +1,6 @@
-"""Pieces of one HTML page that needs nothing else: text, tables, charts as SVG, images in it.
+"""Building blocks of a self-contained HTML page: text, tables, SVG charts, embedded images.
 
-Every function takes plain text and gives HTML in which it is escaped.
+Every function takes plain text, escapes it, and returns HTML.
 """
 
 import base64
@@ -13,7 +13,7 @@ import numpy as np
 
 Points = Sequence[tuple[float, float]]
 
-# Colours of lines, told apart also by those who do not see all; each has a dash of its own.
+# Line colours that colour-blind readers can tell apart; each has its own dash pattern as well.
 _LIGHT = ('#0b62c4', '#b3460b', '#1a7a4c', '#8a3ffc', '#a2191f', '#6b5f00')
 _DARK = ('#6cb2ff', '#ff9e5e', '#5fd39a', '#c8a6ff', '#ff8a8f', '#dcc84a')
 _DASHES = ('', '7 3', '2 3', '9 3 2 3', '4 4', '1 2')
@@ -100,7 +100,7 @@ def text(value: object) -> str:
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
-    """A whole document; sections are (heading, HTML), those without HTML are left out."""
+    """Return a complete document; sections are (heading, HTML), omitted if the HTML is empty."""
     kept = [(name, body) for name, body in sections if body]
     links = ''.join(f'<li><a href="#{_anchor(n)}">{text(n)}</a></li>' for n, _ in kept)
     bodies = ''.join(
@@ -139,13 +139,13 @@ def notices(lines: Sequence[str]) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Short names with large values."""
-    each = ''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in pairs)
-    return f'<dl class="facts">{each}</dl>\n'
+    """Return large values with small labels."""
+    items = ''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in pairs)
+    return f'<dl class="facts">{items}</dl>\n'
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in rows, the first cell a heading; a column of numbers lies to the right."""
+    """Return a table of text with the first cell of a row as its heading; numbers align right."""
     numbers = [
         bool(rows) and all(r[i][:1].isdigit() or r[i][:1] in '-+−–' for r in rows)
         for i in range(len(header))
@@ -173,7 +173,7 @@ def details(summary: str, preformatted: str) -> str:
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """A picture, uint8 [height, width, 1 or 3], as PNG if it is small and as JPEG if not."""
+    """Encode a uint8 picture [height, width, 1 or 3] as a data URI: PNG if small, else JPEG."""
     import cv2
 
     shown = picture[..., 0] if picture.shape[-1] < 3 else picture[..., 2::-1]
@@ -184,42 +184,46 @@ def data_uri(picture: np.ndarray) -> str:
 
 
 def pictures(
-    each: Iterable[tuple[np.ndarray, str, str]], kind: str = '', columns: int | None = None
+    items: Iterable[tuple[np.ndarray, str, str]], kind: str = '', columns: int | None = None
 ) -> str:
-    """(Picture, caption, words for those who do not see it) side by side.
+    """Return a grid of pictures.
 
     Args:
-      columns: so many in a row, however narrow the page is.
+      items: (picture, caption, alternative text).
+      columns: pictures per row, however narrow the page is; as many as fit if None.
     """
-    found = ''
-    for picture, caption, alt in each:
+    figures = ''
+    for picture, caption, alt in items:
         photo = ' class="photo"' if max(picture.shape[:2]) > 96 else ''
         below = f'<figcaption>{text(caption)}</figcaption>' if caption else ''
-        found += (
+        figures += (
             f'<figure><img{photo} src="{data_uri(picture)}" alt="{text(alt)}">{below}</figure>\n'
         )
     rows = f' style="grid-template-columns:repeat({columns},minmax(0,8rem))"' if columns else ''
-    return f'<div class="pictures {kind}"{rows}>{found}</div>\n'
+    return f'<div class="pictures {kind}"{rows}>{figures}</div>\n'
 
 
 # Charts.
 
 
 class Line(NamedTuple):
-    """A line of a chart; `marked` shows each point, for those that are few.
+    """A line of a chart.
 
-    `look` numbers its colour and dashes, where the order in its chart shall not.
+    Attributes:
+      marked: draw a dot at each point; for lines with few points.
+      joined: connect the points.
+      style: index of the colour and dash pattern; the position in the chart if None.
     """
 
     name: str
     points: Points
     marked: bool = False
     joined: bool = True
-    look: int | None = None
+    style: int | None = None
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from low to high."""
+    """Return at most about `most` round numbers between low and high."""
     if not high > low:
         return [low]
     rough = (high - low) / most
@@ -230,7 +234,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A short form: 1,500; 0.001; 2.5e-06."""
+    """Format a number briefly: 1,500; 0.001; 2.5e-06."""
     if value == 0:
         return '0'
     if not math.isfinite(value):
@@ -242,11 +246,11 @@ def number(value: float) -> str:
 
 
 def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = False) -> str:
-    """A card with lines over a common axis; '' where there is nothing to draw.
+    """Return a card with lines over common axes, or '' if there is nothing to draw.
 
     Args:
-      below: name of the horizontal axis.
-      zero: the vertical axis begins at 0.
+      below: label of the horizontal axis.
+      zero: start the vertical axis at 0.
     """
     lines = [
         line._replace(points=[point for point in line.points if math.isfinite(point[1])])
@@ -264,22 +268,22 @@ def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = F
     low, high = (low if zero and low == 0 else low - margin), high + margin
     across, down = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
-    def at(x: float, y: float) -> tuple[float, float]:
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
         share = (x - left) / (right - left) if right > left else 0.5
         return _LEFT + across * share, _TOP + down * (high - y) / (high - low)
 
     drawn = []
     for y in ticks(low, high):
-        _, place = at(left, y)
+        _, position = to_pixels(left, y)
         drawn.append(
-            f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place:.1f}" '
-            f'y2="{place:.1f}"/><text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">'
+            f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{position:.1f}" '
+            f'y2="{position:.1f}"/><text x="{_LEFT - 6}" y="{position + 4:.1f}" text-anchor="end">'
             f'{text(number(y))}</text>'
         )
     for x in ticks(left, right):
-        place, _ = at(x, low)
+        position, _ = to_pixels(x, low)
         drawn.append(
-            f'<text x="{place:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
+            f'<text x="{position:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
             f'{text(number(x))}</text>'
         )
     drawn.append(
@@ -287,35 +291,35 @@ def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = F
         f'{text(below)}</text>'
     )
     for i, line in enumerate(lines):
-        places = [at(*point) for point in _thinned(line.points)]
-        n = _look(line, i)
-        if line.joined and len(places) > 1:
-            path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in places)
+        positions = [to_pixels(*point) for point in _thinned(line.points)]
+        n = _style_index(line, i)
+        if line.joined and len(positions) > 1:
+            path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in positions)
             drawn.append(f'<polyline class="line l{n}" points="{path}"/>')
-        if line.marked or len(places) == 1:
+        if line.marked or len(positions) == 1:
             drawn += [
-                f'<circle class="m{n}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in places
+                f'<circle class="m{n}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in positions
             ]
-    said = '; '.join(
+    summary = '; '.join(
         f'{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}'
         for line in lines
     )
     return (
         f'<figure class="card"><figcaption>{text(title)}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{text(title)}: {text(said)}">'
+        f'aria-label="{text(title)}: {text(summary)}">'
         f'{"".join(drawn)}</svg>{_key(lines) if len(lines) > 1 else ""}</figure>\n'
     )
 
 
-def _look(line: Line, place: int) -> int:
-    return (place if line.look is None else line.look) % len(_DASHES)
+def _style_index(line: Line, place: int) -> int:
+    return (place if line.style is None else line.style) % len(_DASHES)
 
 
 def _key(lines: Sequence[Line]) -> str:
     items = ''
     for i, line in enumerate(lines):
-        n = _look(line, i)
+        n = _style_index(line, i)
         stroke = f'<line class="line l{n}" x1="0" x2="36" y1="7" y2="7"/>' if line.joined else ''
         dot = f'<circle class="m{n}" cx="18" cy="7" r="4"/>' if line.marked else ''
         items += (
@@ -326,11 +330,11 @@ def _key(lines: Sequence[Line]) -> str:
 
 
 def _thinned(points: Points, most: int = 600) -> Points:
-    """At most about so many points, the last one among them: more than a line has pixels."""
-    every = -(-len(points) // most)
-    return [*points[:-1:every], points[-1]]
+    """Keep about `most` points and the last: a chart has fewer pixels than a long run has steps."""
+    stride = -(-len(points) // most)
+    return [*points[:-1:stride], points[-1]]
 
 
-def charts(each: Iterable[str]) -> str:
-    found = ''.join(each)
-    return f'<div class="charts">{found}</div>\n' if found else ''
+def charts(items: Iterable[str]) -> str:
+    cards = ''.join(items)
+    return f'<div class="charts">{cards}</div>\n' if cards else ''

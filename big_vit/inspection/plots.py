@@ -1,4 +1,4 @@
-"""Curves, grids of images and what weights look like, as figures to save or to show."""
+"""Figures to save or to show in a notebook: curves, image grids, weights and attention."""
 
 import io
 from pathlib import Path
@@ -12,13 +12,13 @@ from big_vit.inspection import weight_statistics
 
 
 class Picture:
-    """A finished figure; a notebook shows it where it is the last value of a cell."""
+    """A finished figure, which a notebook displays when it is the last value of a cell."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
 
     def save(self, path: str | Path) -> None:
-        """Writes a PNG file."""
+        """Write a PNG file."""
         self.figure.savefig(path)
 
     def _repr_png_(self) -> bytes:
@@ -28,7 +28,7 @@ class Picture:
 
 
 def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
-    """(figure, axes [rows, columns]); width and height are those of one axis, in inches."""
+    """Return (figure, axes [rows, columns]); width and height are those of one axis, in inches."""
     # An explicit canvas: importing pyplot would pick a backend and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, A
 
 
 def curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
-    """Loss, accuracy and learning rate over the steps, one line for each run and split.
+    """Plot loss, accuracy and learning rate over the steps, with one line per run and split.
 
     Args:
       runs: rows of `metrics.read` by the name of the run.
@@ -77,7 +77,7 @@ def grid(
     labels: list[str],
     columns: int = 10,
 ) -> Picture:
-    """Images with their labels, row by row."""
+    """Show images with their labels, row by row."""
     rows = -(-len(images) // columns)
     figure, axes = canvas(columns, rows, 1.0, 1.15)
     for axis in axes.flat:
@@ -90,11 +90,11 @@ def grid(
 
 
 def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]]) -> Picture:
-    """Rows of pictures, each row with its name and each picture with its title.
+    """Show rows of pictures with a name per row and a title per picture.
 
     Args:
-      rows: (name, pictures [h, w, c] of any sizes and types, titles). Those that are not bytes
-        are stretched, the same for all of a row.
+      rows: (name, pictures [h, w, c] of any size and type, titles). Pictures that are not uint8 are
+        rescaled, all pictures of a row alike.
     """
     columns = max(len(pictures) for _, pictures, _ in rows)
     figure, axes = canvas(columns, len(rows), 1.7, 1.95)
@@ -113,7 +113,7 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]]) -> Picture
 
 
 def as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """Pictures of any type as bytes, stretched alike; the outermost 0.5 % of values are cut off."""
+    """Rescale pictures of any type to uint8 alike, clipping the outermost 0.5 % of values."""
     if not pictures or all(picture.dtype == np.uint8 for picture in pictures):
         return pictures
     values = np.concatenate([np.ravel(picture) for picture in pictures]).astype(np.float32)
@@ -128,15 +128,15 @@ def as_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
 def stretched(
     components: Float[np.ndarray, 'count rows columns channels'],
 ) -> list[np.ndarray]:
-    """Components as bytes, each for itself: their signs and lengths mean nothing."""
+    """Rescale each component to uint8 on its own: signs and lengths of components mean nothing."""
     low = components.min((1, 2, 3), keepdims=True)
     high = components.max((1, 2, 3), keepdims=True)
-    even = (components - low) / np.maximum(high - low, 1e-12)
-    return list(np.rint(255 * even).astype(np.uint8))
+    scaled = (components - low) / np.maximum(high - low, 1e-12)
+    return list(np.rint(255 * scaled).astype(np.uint8))
 
 
 def signed(values: Float[np.ndarray, 'rows columns']) -> UInt8[np.ndarray, 'rows columns 3']:
-    """Values from -1 (blue) over 0 (white) to 1 (red) as colours."""
+    """Map values from -1 (blue) over 0 (white) to 1 (red)."""
     from matplotlib import colormaps
 
     colours = colormaps['RdBu_r']((np.clip(values, -1, 1) + 1) / 2)[..., :3]
@@ -144,21 +144,22 @@ def signed(values: Float[np.ndarray, 'rows columns']) -> UInt8[np.ndarray, 'rows
 
 
 def components(kernel: Float[np.ndarray, '...']) -> Picture:
-    """The principal components of a patch embedding, in rows of seven."""
-    each = stretched(weight_statistics.components(kernel))
+    """Show the principal components of a patch embedding, in rows of seven."""
+    pictures = stretched(weight_statistics.components(kernel))
     rows = [
-        ('', each[i : i + 7], [str(i + k + 1) for k in range(7)]) for i in range(0, len(each), 7)
+        ('', pictures[i : i + 7], [str(i + k + 1) for k in range(7)])
+        for i in range(0, len(pictures), 7)
     ]
     return picture_rows(rows)
 
 
 def some_of(count: int, most: int) -> list[int]:
-    """At most so many of 0..count-1, evenly spread, with both ends."""
+    """Return at most `most` of 0..count-1, evenly spaced, including both ends."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most)).tolist()})
 
 
 def similarity(cosine: Float[np.ndarray, 'rows columns rows columns']) -> Picture:
-    """How alike the positions are: for some of the grid, the cosine with each of the others."""
+    """Show the cosine of some positions of the grid with all positions."""
     rows, columns = (some_of(n, 7) for n in cosine.shape[:2])
     figure, axes = canvas(len(columns), len(rows), 0.95, 0.95)
     for line, row in zip(axes, rows, strict=True):
@@ -176,47 +177,48 @@ def similarity(cosine: Float[np.ndarray, 'rows columns rows columns']) -> Pictur
 def heat(
     image: UInt8[np.ndarray, 'height width channels'], share: Float[np.ndarray, 'rows columns']
 ) -> UInt8[np.ndarray, 'height width 3']:
-    """An image in grey under a map of its patches: dark violet the least share, yellow the most."""
+    """Overlay a grey image with a map of its patches, from dark violet (least) to yellow."""
     import cv2
     from matplotlib import colormaps
 
     low, high = float(share.min()), float(share.max())
-    even = (share - low) / max(high - low, 1e-12)
+    scaled = (share - low) / max(high - low, 1e-12)
     size = image.shape[1], image.shape[0]
-    wide = cv2.resize(even.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    colour = colormaps['inferno'](np.clip(wide, 0, 1))[..., :3]
-    # The map is seen on a black image, and the image under a bright map.
+    upsampled = cv2.resize(scaled.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    colour = colormaps['inferno'](np.clip(upsampled, 0, 1))[..., :3]
+    # Added rather than multiplied, so that the map shows on black images and the image under a
+    # bright map.
     grey = image.mean(-1, keepdims=True) / 255
     return np.rint(255 * (0.6 * colour + 0.4 * grey)).astype(np.uint8)
 
 
-def looks(
+def attention_panels(
     image: UInt8[np.ndarray, 'height width channels'],
     weights: Float[np.ndarray, 'depth heads tokens tokens'],
     grid: tuple[int, int],
     prefix: int,
 ) -> list[tuple[str, np.ndarray]]:
-    """An image itself, what some blocks look at, and the rollout, each with its title."""
-    found = [('image', image)]
+    """Return (title, picture) of the image, of the attention of some blocks, and of the rollout."""
+    panels = [('image', image)]
     for block in some_of(len(weights), 4):
-        share = weight_statistics.looked_at(weights[block].mean(0), prefix, grid)
-        found.append((f'block {block + 1}', heat(image, share)))
-    share = weight_statistics.looked_at(weight_statistics.rollout(weights), prefix, grid)
-    return [*found, ('rollout', heat(image, share))]
+        share = weight_statistics.patch_attention(weights[block].mean(0), prefix, grid)
+        panels.append((f'block {block + 1}', heat(image, share)))
+    share = weight_statistics.patch_attention(weight_statistics.rollout(weights), prefix, grid)
+    return [*panels, ('rollout', heat(image, share))]
 
 
 def attention(rows: list[list[tuple[str, np.ndarray]]]) -> Picture:
-    """What `looks` gives of some images, a row each."""
+    """Show the results of `attention_panels`, one row per image."""
     return picture_rows([('', [p for _, p in row], [t for t, _ in row]) for row in rows])
 
 
 def lines(panels: dict[str, dict[str, Float[np.ndarray, ' depth']]]) -> Picture:
-    """Panels by title, with a line for each name over the blocks."""
+    """Plot one panel per title, with a line over the blocks for each name."""
     figure, axes = canvas(len(panels), 1, 4.6, 3.6)
-    for axis, (title, each) in zip(axes[0], panels.items(), strict=True):
-        for name, values in each.items():
+    for axis, (title, by_name) in zip(axes[0], panels.items(), strict=True):
+        for name, values in by_name.items():
             axis.plot(np.arange(1, len(values) + 1), values, marker='o', ms=3, lw=1.4, label=name)
-        _plain(axis, title, 'block')
+        _style_axis(axis, title, 'block')
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(bottom=0)
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -224,7 +226,7 @@ def lines(panels: dict[str, dict[str, Float[np.ndarray, ' depth']]]) -> Picture:
     return Picture(figure)
 
 
-def _plain(axis: Any, title: str, below: str) -> None:
+def _style_axis(axis: Any, title: str, below: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(below)
     axis.grid(alpha=0.25)
@@ -232,24 +234,24 @@ def _plain(axis: Any, title: str, below: str) -> None:
 
 
 def spectra(values: dict[str, Float[np.ndarray, 'depth rank']]) -> Picture:
-    """The singular values of each kind of kernel, a line for each block, dark the first."""
+    """Plot the singular values of each kind of kernel, one line per block, the first darkest."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     columns = min(len(values), 3)
     figure, axes = canvas(columns, -(-len(values) // columns), 3.6, 2.9)
-    depth = max(len(each) for each in values.values())
+    depth = max(len(by_block) for by_block in values.values())
     colours = colormaps['viridis'](np.linspace(0, 0.92, depth))
     for axis in axes.flat[len(values) :]:
         axis.set_axis_off()
-    for axis, (part, each) in zip(axes.flat, values.items(), strict=False):
-        for colour, row in zip(colours, each, strict=False):
+    for axis, (part, by_block) in zip(axes.flat, values.items(), strict=False):
+        for colour, row in zip(colours, by_block, strict=False):
             axis.plot(np.arange(1, len(row) + 1), row, color=colour, lw=1.2)
-        _plain(axis, part, 'singular value')
-        # Those that rounding has left of zero would fill most of a log scale.
+        _style_axis(axis, part, 'singular value')
+        # Rounding leaves tiny values in place of zeros, which would fill most of a log scale.
         axis.set_yscale('log')
-        axis.set_ylim(bottom=max(float(each.min()) * 0.7, float(each.max()) * 1e-4, 1e-12))
+        axis.set_ylim(bottom=max(float(by_block.min()) * 0.7, float(by_block.max()) * 1e-4, 1e-12))
     scale = ScalarMappable(Normalize(1, max(depth, 2)), colormaps['viridis'])
     bar = figure.colorbar(scale, ax=axes, shrink=0.7, label='block')
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
@@ -257,7 +259,7 @@ def spectra(values: dict[str, Float[np.ndarray, 'depth rank']]) -> Picture:
 
 
 def distances(values: Float[np.ndarray, 'depth heads']) -> Picture:
-    """How far each head of each block looks, in pixels."""
+    """Plot the mean attention distance of each head of each block, in pixels."""
     figure, axes = canvas(1, 1, 5.4, 3.6)
     axis, blocks = axes[0, 0], np.arange(1, len(values) + 1)
     axis.plot(
@@ -265,7 +267,7 @@ def distances(values: Float[np.ndarray, 'depth heads']) -> Picture:
         label='a head',
     )  # fmt: skip
     axis.plot(blocks, values.mean(1), color='0.35', lw=1.2, label='mean of the heads')
-    _plain(axis, 'mean attention distance', 'block')
+    _style_axis(axis, 'mean attention distance', 'block')
     axis.set_ylabel('pixels')
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -273,41 +275,41 @@ def distances(values: Float[np.ndarray, 'depth heads']) -> Picture:
     return Picture(figure)
 
 
-def comparison(found: weight_statistics.Comparison) -> Picture:
-    """Relative change of each array: of those of the blocks as a map, of the rest as bars."""
+def comparison(differences: weight_statistics.Comparison) -> Picture:
+    """Plot the relative change of each array: a map for the blocks, bars for the rest."""
     from matplotlib.colors import LogNorm
 
-    change = {name: each.relative for name, each in found.both.items()}
+    change = {name: difference.relative for name, difference in differences.both.items()}
     blocks = weight_statistics.by_block(change)
     rest = {
         name: value for name, value in change.items() if weight_statistics.split_block(name) is None
     }
     figure, axes = canvas(2, 1, 5.6, max(3.2, 0.28 * max(len(blocks), len(rest))))
     left, right = axes[0]
-    # What has not changed at all has no place on a log scale; what grew from nothing neither.
+    # A log scale has no place for unchanged arrays (0), nor for those that grew from zero (inf).
     finite = [v for v in change.values() if 0 < v < np.inf]
     low, high = (min(finite), max(finite)) if finite else (1e-3, 1.0)
     norm = LogNorm(low, max(high, low * 1.01))
     if blocks:
         table = np.stack(list(blocks.values()))
-        shown = left.imshow(table, norm=norm, cmap='viridis', aspect='auto')
+        heat_map = left.imshow(table, norm=norm, cmap='viridis', aspect='auto')
         left.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1), fontsize=7)
         left.set_yticks(range(len(blocks)), [_short(name) for name in blocks], fontsize=7)
         left.set_xlabel('block')
-        figure.colorbar(shown, ax=left, label='relative change')
+        figure.colorbar(heat_map, ax=left, label='relative change')
     else:
         left.set_axis_off()
-    at = np.arange(len(rest))
-    right.barh(at, [v if v < np.inf else high for v in rest.values()], height=0.7)
-    right.set_yticks(at, [_short(name) for name in rest], fontsize=7)
+    places = np.arange(len(rest))
+    right.barh(places, [v if v < np.inf else high for v in rest.values()], height=0.7)
+    right.set_yticks(places, [_short(name) for name in rest], fontsize=7)
     right.invert_yaxis()
-    _plain(right, 'outside the blocks', 'relative change')
+    _style_axis(right, 'outside the blocks', 'relative change')
     left.set_title('in the blocks', fontsize=10)
     return Picture(figure)
 
 
 def _short(name: str) -> str:
-    """A path with the long words of our names cut."""
+    """Abbreviate the long words in a parameter path."""
     for long, short in (
         ('MultiHeadDotProductAttention_0', 'attention'),
         ('MlpBlock_0', 'mlp'),

@@ -1,7 +1,7 @@
-"""Files of weights: read without ever running what is in them, written whole or not at all.
+"""Read and write weight files without executing their contents, and never leave one half-written.
 
-NumPy archives (.npz), safetensors (one file, or the parts that an index names), and PyTorch's
-zip files, which are read by torch itself with `weights_only=True`.
+Supported are NumPy archives (.npz), safetensors (a single file, or shards listed in an index), and
+PyTorch zip files, which torch itself reads with `weights_only=True`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 from big_vit.errors import UserError
 from big_vit.interop.layout import Arrays
 
-# Under this name our own settings are kept in a safetensors file's metadata.
+# Key of our own settings in the metadata of a safetensors file or the comment of a .npz archive.
 KEY = 'big_vit'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -26,7 +26,7 @@ _FLOATS = (np.dtype(np.float32), _BFLOAT16)
 
 
 def advice(path: Path) -> str:
-    """How to turn a pickled file into one that can be read by anybody."""
+    """Return instructions for converting a pickled file to safetensors."""
     return (
         'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
         f"d = torch.load('{path.name}', map_location='cpu', weights_only=True); "
@@ -36,25 +36,28 @@ def advice(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-      UserError: it cannot be read, or is something else.
+      UserError: the file is unreadable or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        tree = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: cannot be read as JSON: {error}') from None
-    if not isinstance(found, dict):
-        raise UserError(f'{path}: must hold a JSON object, not {type(found).__name__}')
-    return found
+    if not isinstance(tree, dict):
+        raise UserError(f'{path}: must hold a JSON object, not {type(tree).__name__}')
+    return tree
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """(Arrays by name in float32 or bfloat16, the text that the file carries about itself).
+    """Read the arrays and metadata of a weight file.
+
+    Returns:
+      Arrays by name in float32 or bfloat16, and the text metadata embedded in the file.
 
     Raises:
-      UserError: no such file, another kind of file, damaged, or it would need unpickling.
+      UserError: the file is missing, damaged or of another kind, or would have to be unpickled.
     """
     if not path.is_file():
         raise UserError(f'{path}: there is no such file')
@@ -73,16 +76,21 @@ def read(path: Path) -> tuple[Arrays, dict[str, str]]:
         )
     if not arrays:
         raise UserError(f'{path}: there are no arrays in it')
-    return {name: _checked(array, f'{path}: {name}') for name, array in arrays.items()}, metadata
+    return {name: _as_float(array, f'{path}: {name}') for name, array in arrays.items()}, metadata
 
 
-def _checked(array: np.ndarray, where: str) -> np.ndarray:
-    """The array in float32, or bfloat16 where it is that; NumPy's archives lose its name."""
+def _as_float(array: np.ndarray, where: str) -> np.ndarray:
+    """Return the array as float32, or as bfloat16 if that is how it is stored.
+
+    NumPy does not know bfloat16: an archive stores it as the 2-byte void type V2.
+    """
     if array.dtype == np.dtype('V2'):
         array = array.view(_BFLOAT16)
     if array.dtype in _FLOATS:
         return array
-    if array.dtype.kind in 'fiub':  # What is not a weight is still to be named, or dropped.
+    if (
+        array.dtype.kind in 'fiub'
+    ):  # Integers are no weights, but stay so that they can be reported or dropped.
         return array.astype(np.float32)
     raise UserError(f'{where} is of type {array.dtype}: weights are floating-point numbers')
 
@@ -103,14 +111,14 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, str]]:
                 'floating-point numbers'
             ) from None
         raise UserError(f'{path}: cannot be read: {" ".join(str(error).split())[:200]}') from None
-    return arrays, _own(comment)
+    return arrays, _metadata_of_comment(comment)
 
 
-def _own(comment: bytes) -> dict[str, str]:
+def _metadata_of_comment(comment: bytes) -> dict[str, str]:
     with contextlib.suppress(ValueError):
-        found = json.loads(comment)
-        if isinstance(found, dict) and KEY in found:
-            return {KEY: json.dumps(found[KEY])}
+        metadata = json.loads(comment)
+        if isinstance(metadata, dict) and KEY in metadata:
+            return {KEY: json.dumps(metadata[KEY])}
     return {}
 
 
@@ -132,15 +140,15 @@ def _read_parts(index: Path) -> tuple[Arrays, dict[str, str]]:
     arrays: Arrays = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(names.values())):
-        # Only files beside the index: a name from a file must not lead anywhere else.
+        # Accept only files beside the index: a crafted index must not reach other paths.
         if name != os.path.basename(name) or not name.endswith('.safetensors'):  # noqa: PTH119
             raise UserError(f'{index}: {name!r} is not the name of a .safetensors file beside it')
         part = index.parent / name
         if not part.is_file():
             raise UserError(f'{index}: the part {name} is not there')
-        more, said = _read_safetensors(part)
-        arrays.update(more)
-        metadata.update(said)
+        shard, shard_metadata = _read_safetensors(part)
+        arrays.update(shard)
+        metadata.update(shard_metadata)
     absent = [name for name in names if name not in arrays]
     if absent:
         raise UserError(
@@ -158,22 +166,22 @@ def _read_torch(path: Path) -> Arrays:
             f'torch); or {advice(path)}'
         ) from None
     try:
-        found = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # Of many kinds: from the unpickler, the zip file, the disk.
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # The unpickler, zip reader and disk raise many types.
         shown = ' '.join(str(error).split())[:160]
         raise UserError(
             f'{path}: torch does not read this with weights_only=True, and anything else could run '
             f'what is in it ({shown}); {advice(path)}'
         ) from None
     for key in ('state_dict', 'model', 'teacher'):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
-        raise UserError(f'{path}: holds a {type(found).__name__}, not arrays by name')
-    strange = [str(name) for name, value in found.items() if not torch.is_tensor(value)]
-    if strange:
-        raise UserError(f'{path}: {strange[0]} is not an array; {advice(path)}')
-    return {str(name): _from_torch(value, torch) for name, value in found.items()}
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise UserError(f'{path}: holds a {type(state).__name__}, not arrays by name')
+    not_tensors = [str(name) for name, value in state.items() if not torch.is_tensor(value)]
+    if not_tensors:
+        raise UserError(f'{path}: {not_tensors[0]} is not an array; {advice(path)}')
+    return {str(name): _from_torch(value, torch) for name, value in state.items()}
 
 
 def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
@@ -185,10 +193,10 @@ def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name at the end if all went well.
+    """Yield a temporary path beside `path` that replaces it on success.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     partial = path.with_name(f'.{path.name}.partial')
     try:
@@ -202,15 +210,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Raises UserError where it cannot be written."""
+    """Write a JSON file, indented; raises UserError if it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(tree, indent=2) + '\n', encoding='utf-8')
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """An uncompressed archive; what it is goes into the zip file's comment.
+    """Write an uncompressed .npz archive, with our metadata in the zip comment.
 
-    An entry of its own would be taken for a parameter by those who read such files.
+    An extra entry would be taken for a parameter by the codebases that read such files.
     """
     with replacing(path) as partial:
         with partial.open('wb') as file:
@@ -222,13 +230,14 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, 
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> None:
-    """One file, with what it is in its metadata."""
+    """Write one safetensors file with our settings in its metadata."""
     from safetensors.numpy import save_file
 
     # Hugging Face refuses files that do not name a framework.
     metadata = {'format': 'pt', KEY: json.dumps(about)}
     with replacing(path) as partial:
-        # It would be for its writer's eyes only, unlike the config beside it.
+        # safetensors creates files with mode 0600; keep the mode that the umask gives, like that of
+        # the config beside it.
         partial.touch()
         mode = partial.stat().st_mode
         save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, partial, metadata)

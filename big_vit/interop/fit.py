@@ -1,7 +1,8 @@
-"""What a model has to become before a peer can hold it: changes that leave its answers as they are.
+"""Changes that let a peer hold a model without changing what the model computes.
 
-Fixed positions become a table, positions of the class token become part of it, biases that a peer
-always has are zero, and so on. What cannot be said that way is an error.
+For example, fixed positions become a table, the position of the class token is added to the token,
+and biases that a peer always has become zeros. Anything that cannot be expressed this way is an
+error.
 """
 
 import math
@@ -28,21 +29,21 @@ ATTENTION = 'MultiHeadDotProductAttention_0'
 
 
 class Model(NamedTuple):
-    """Flat parameters and what they mean."""
+    """Flat parameters with the settings and metadata that give them meaning."""
 
     params: Arrays
     settings: Settings
     meta: dict[str, Any]
 
-    def having(self, params: Mapping[str, np.ndarray], **settings: Any) -> 'Model':
+    def with_params(self, params: Mapping[str, np.ndarray], **settings: Any) -> 'Model':
         return self._replace(params=dict(params), settings={**self.settings, **settings})
 
 
 def complete(settings: Mapping[str, Any]) -> Settings:
-    """All of FIELDS, with the model's defaults for those that are not given.
+    """Fill in the model's defaults for the FIELDS that are not given.
 
     Raises:
-      UserError: an unknown field.
+      UserError: a field is unknown.
     """
     unknown = [name for name in settings if name not in FIELDS]
     if unknown:
@@ -51,16 +52,16 @@ def complete(settings: Mapping[str, Any]) -> Settings:
 
 
 def patch_of(kernel: Sequence[int], resnet: tuple[int, ...] | None) -> tuple[int, int]:
-    """The size of a patch in pixels, from that of the kernel behind the ResNet stem (or None)."""
-    before = 1 if resnet is None else stems.resnet_stride(resnet)
-    return kernel[0] * before, kernel[1] * before
+    """Return the patch size in pixels: that of the kernel times the stride of a ResNet stem."""
+    stem_stride = 1 if resnet is None else stems.resnet_stride(resnet)
+    return kernel[0] * stem_stride, kernel[1] * stem_stride
 
 
 def kernel_of(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """The opposite of `patch_of`."""
+    """Return the size of the embedding kernel; the inverse of `patch_of`."""
     hybrid = settings['tokenizer'] == 'resnet'
-    before = stems.resnet_stride(settings['resnet']) if hybrid else 1
-    return settings['patch_size'][0] // before, settings['patch_size'][1] // before
+    stem_stride = stems.resnet_stride(settings['resnet']) if hybrid else 1
+    return settings['patch_size'][0] // stem_stride, settings['patch_size'][1] // stem_stride
 
 
 def grid_of(model: Model) -> tuple[int, int]:
@@ -70,18 +71,21 @@ def grid_of(model: Model) -> tuple[int, int]:
     return (rows - patch[0]) // height + 1, (columns - patch[1]) // width + 1
 
 
-def placed(
+def prefix_and_image_size(
     tokens: int | None, prefixes: Sequence[int], settings: Mapping[str, Any], given: Any, where: str
 ) -> tuple[int, tuple[int, int]]:
-    """(Rows of the table that are of the prefix, image size), from the length of a table.
+    """Derive the prefix rows and the image size from the length of a position table.
 
     Args:
-      tokens: rows of the table of positions; None where there is none.
-      prefixes: what the number of rows before those of the patches can be, likeliest first.
-      given: the image size (height, width) where it is known.
+      tokens: rows of the position table; None if there is no table.
+      prefixes: possible numbers of rows before those of the patches, most likely first.
+      given: the image size (height, width) if known.
+
+    Returns:
+      The number of prefix rows, and the image size (height, width).
 
     Raises:
-      UserError: no square grid has so many patches, or not the given one.
+      UserError: the patches fit neither the given image size nor any square grid.
     """
     height, width = settings['patch_size']
     if tokens is None:
@@ -100,11 +104,11 @@ def placed(
     )
 
 
-def sizes(shapes: Shapes, kernel: str) -> tuple[int, ...]:
-    """The shape of an array that must be there.
+def required_shape(shapes: Shapes, kernel: str) -> tuple[int, ...]:
+    """Return the shape of a required array.
 
     Raises:
-      UserError: it is not.
+      UserError: the array is missing.
     """
     if kernel not in shapes:
         raise UserError(f'there is no {kernel} in it, so this is not a ViT of that format')
@@ -112,13 +116,17 @@ def sizes(shapes: Shapes, kernel: str) -> tuple[int, ...]:
 
 
 def require(model: Model, to: str, **allowed: Any) -> None:
-    """Raises UserError naming the settings that a format cannot say, given the values it can."""
-    wrong = [
+    """Check settings against the values that a format supports.
+
+    Raises:
+      UserError: names the unsupported settings and what would help.
+    """
+    unsupported = [
         f'{name}={model.settings[name]!r} (it has {" or ".join(map(repr, values))})'
         for name, values in allowed.items()
         if model.settings[name] not in values
     ]
-    if not wrong:
+    if not unsupported:
         return
     hints = {
         'num_classes': "--drop 'head.*' leaves the head out",
@@ -127,59 +135,61 @@ def require(model: Model, to: str, **allowed: Any) -> None:
         'norm_eps': '--set norm_eps=... accepts what that changes',
     }
     named = [name for name, values in allowed.items() if model.settings[name] not in values]
-    more = ''.join(f'; {hints[name]}' for name in named if name in hints)
-    raise UserError(f'--to {to}: it has no {"; no ".join(wrong)}{more}')
+    advice = ''.join(f'; {hints[name]}' for name in named if name in hints)
+    raise UserError(f'--to {to}: it has no {"; no ".join(unsupported)}{advice}')
 
 
-def learned(model: Model) -> Model:
-    """With a table of positions in place of fixed ones, or of none."""
-    settings, law = model.settings, model.settings['posemb']
-    if law == 'learned':
+def with_position_table(model: Model) -> Model:
+    """Replace fixed positions, or none, by a learned table with the same values."""
+    settings, kind = model.settings, model.settings['posemb']
+    if kind == 'learned':
         return model
-    if law not in (*positions.LAWS, 'none'):
-        raise UserError(f'positions of kind {law!r} cannot be written as a table')
+    if kind not in (*positions.LAWS, 'none'):
+        raise UserError(f'positions of kind {kind!r} cannot be written as a table')
     grid, width = grid_of(model), settings['width']
-    if law == 'none':
+    if kind == 'none':
         table = np.zeros((1, grid[0] * grid[1], width), np.float32)
     else:
-        table = positions.sincos(grid, width, law)
-    return model.having({**model.params, 'pos_embedding': table}, posemb='learned', posemb_prefix=0)
+        table = positions.sincos(grid, width, kind)
+    return model.with_params(
+        {**model.params, 'pos_embedding': table}, posemb='learned', posemb_prefix=0
+    )
 
 
 def with_prefix(model: Model, count: int) -> Model:
-    """With `count` rows of the learned table for the tokens before the patches.
+    """Give the learned table exactly `count` rows for the tokens before the patches.
 
-    Where there are more, a token's own position is added to the token; where there are fewer,
-    zeros are.
+    Surplus rows are added to their tokens, which is what the encoder would do with them; missing
+    rows become zeros.
     """
     settings = model.settings
-    have = settings['posemb_prefix']
-    if settings['posemb'] != 'learned' or have == count:
+    old_count = settings['posemb_prefix']
+    if settings['posemb'] != 'learned' or old_count == count:
         return model
     params = dict(model.params)
     table = params['pos_embedding']
-    if have < count:
-        zeros = np.zeros((1, count - have, table.shape[2]), table.dtype)
-        table = np.concatenate([table[:, :have], zeros, table[:, have:]], axis=1)
+    if old_count < count:
+        zeros = np.zeros((1, count - old_count, table.shape[2]), table.dtype)
+        table = np.concatenate([table[:, :old_count], zeros, table[:, old_count:]], axis=1)
     else:
         tokens = ['cls'] if 'cls' in params else []
         tokens += ['registers'] if 'registers' in params else []
-        at = 0
+        start = 0
         for name in tokens:
             size = params[name].shape[1]
-            # Of the table only the rows that are to go away.
-            rows = np.arange(at, min(at + size, have))
+            # Only the rows that the shorter table has no room for.
+            rows = np.arange(start, min(start + size, old_count))
             rows = rows[rows >= count]
-            added = params[name].copy()
-            added[:, rows - at] += table[:, rows]
-            params[name] = added
-            at += size
-        table = np.concatenate([table[:, :count], table[:, have:]], axis=1)
-    return model.having({**params, 'pos_embedding': table}, posemb_prefix=count)
+            token = params[name].copy()
+            token[:, rows - start] += table[:, rows]
+            params[name] = token
+            start += size
+        table = np.concatenate([table[:, :count], table[:, old_count:]], axis=1)
+    return model.with_params({**params, 'pos_embedding': table}, posemb_prefix=count)
 
 
 def with_biases(model: Model) -> Model:
-    """With zeros where queries, keys and values have no bias."""
+    """Add zero biases where queries, keys and values have none."""
     settings, params = model.settings, dict(model.params)
     if settings['qkv_bias'] and settings['key_bias']:
         return model
@@ -187,7 +197,7 @@ def with_biases(model: Model) -> Model:
         part = name.rpartition('/')[0]
         if part.endswith(tuple(f'{ATTENTION}/{which}' for which in ('query', 'key', 'value'))):
             params.setdefault(f'{part}/bias', np.zeros(kernel.shape[1:], np.float32))
-    return model.having(params, qkv_bias=True, key_bias=True)
+    return model.with_params(params, qkv_bias=True, key_bias=True)
 
 
 def with_embedding_bias(model: Model) -> Model:
@@ -195,11 +205,11 @@ def with_embedding_bias(model: Model) -> Model:
     if settings['embedding_bias']:
         return model
     zeros = np.zeros(settings['width'], np.float32)
-    return model.having({**model.params, 'embedding/bias': zeros}, embedding_bias=True)
+    return model.with_params({**model.params, 'embedding/bias': zeros}, embedding_bias=True)
 
 
 def without_embedding_bias(model: Model) -> Model:
-    """The bias of the patches as part of their positions."""
+    """Move the bias of the patch embedding into the positions of the patches."""
     if not model.settings['embedding_bias']:
         return model
     params, prefix = dict(model.params), model.settings['posemb_prefix']
@@ -208,11 +218,11 @@ def without_embedding_bias(model: Model) -> Model:
         table = params['pos_embedding'].copy()
         table[:, prefix:] += bias
         params['pos_embedding'] = table
-    return model.having(params, embedding_bias=False)
+    return model.with_params(params, embedding_bias=False)
 
 
 def with_layer_scale(model: Model) -> Model:
-    """With factors of one where there is no LayerScale."""
+    """Add LayerScale factors of one where there is no LayerScale."""
     settings = model.settings
     if settings['layer_scale']:
         return model
@@ -221,38 +231,39 @@ def with_layer_scale(model: Model) -> Model:
         for which in (0, 1):
             name = f'Transformer/encoderblock_{i}/LayerScale_{which}/scale'
             params[name] = np.ones(settings['width'], np.float32)
-    return model.having(params, layer_scale=1.0)
+    return model.with_params(params, layer_scale=1.0)
 
 
 def with_head_bias(model: Model) -> Model:
     settings = model.settings
     if settings['head_bias'] or not settings['num_classes']:
-        return model.having(model.params, head_bias=True)
+        return model.with_params(model.params, head_bias=True)
     params = dict(model.params)
     for name in ('head', 'head_dist'):
         if f'{name}/kernel' in params:
             params[f'{name}/bias'] = np.zeros(settings['num_classes'], np.float32)
-    return model.having(params, head_bias=True)
+    return model.with_params(params, head_bias=True)
 
 
 def without_head_bias(model: Model, to: str) -> Model:
-    """Raises UserError where the head has a bias that is not zero."""
+    """Remove a zero bias from the head; raises UserError if the bias is not zero."""
     if not model.settings['head_bias'] or not model.settings['num_classes']:
-        return model.having(model.params, head_bias=False)
+        return model.with_params(model.params, head_bias=False)
     params = dict(model.params)
     if params.pop('head/bias').any():
         raise UserError(
             f"--to {to}: its projection has no bias, and this head has one; --drop 'head/.*' "
             'leaves the head out'
         )
-    return model.having(params, head_bias=False)
+    return model.with_params(params, head_bias=False)
 
 
-def without(model: Model, dropped: Sequence[str]) -> Model:
-    """The settings of what is left when parts after the encoder are dropped.
+def without_dropped(model: Model, dropped: Sequence[str]) -> Model:
+    """Update the settings after parts behind the encoder were dropped.
 
     Raises:
-      UserError: something that a model cannot be without was dropped, or half of a part.
+      UserError: the model cannot work without a dropped parameter, or only half of a part was
+        dropped.
     """
     settings: Settings = {}
     for name in dropped:

@@ -1,7 +1,7 @@
 """NumPy archives of google-research: vit_jax and AugReg (before and after Linen), big_vision.
 
-Their names are ours but for the numbers of a block's parts, the place of the position table, and
-what a training state puts before them. Where a block is scanned its arrays are stacked.
+Their names match ours except for the numbering of a block's parts, the place of the position table
+and the prefix in a training state. Scanned blocks are stored stacked along axis 0.
 """
 
 import re
@@ -16,7 +16,7 @@ from big_vit.interop.fit import Model, Settings
 from big_vit.interop.layout import Arrays, Rule, Shapes, depth_of, identity
 
 FORMATS = ('augreg', 'big_vision')
-# What comes before the parameters in the file of a whole training state.
+# Prefixes of the parameters in the file of a full training state.
 PREFIXES = ('params/', 'opt/target/')
 _OLD = {
     '/LayerNorm_1/': '/LayerNorm_2/',
@@ -28,7 +28,7 @@ _POSITIONS = 'Transformer/posembed_input/pos_embedding'
 
 
 def recognises(names: Any) -> str | None:
-    """'augreg', 'big_vision' or None."""
+    """Return 'augreg', 'big_vision' or None."""
     names = list(names)
     if any('MlpBlock_3/' in name or name.endswith(_POSITIONS) for name in names):
         return 'augreg'
@@ -36,13 +36,16 @@ def recognises(names: Any) -> str | None:
 
 
 def unwrapped(arrays: Arrays, tower: str, where: str) -> tuple[Arrays, dict[str, Any]]:
-    """(The parameters of one model, blocks one by one; how they were in the file).
+    """Extract the parameters of one model, with one set of arrays per block.
 
     Args:
-      tower: the part of a model of several, as 'img'; '' for all.
+      tower: the part of a multi-tower model, such as 'img'; '' for a file with a single model.
+
+    Returns:
+      The parameters, and their layout in the file for `wrapped`.
 
     Raises:
-      UserError: there is no such part, or there are several and none was asked for.
+      UserError: there is no such tower, or there are several and none was chosen.
     """
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in arrays)), '')
     inner = {n.removeprefix(prefix) for n in arrays if n.startswith(prefix)}
@@ -57,20 +60,20 @@ def unwrapped(arrays: Arrays, tower: str, where: str) -> tuple[Arrays, dict[str,
                 f'{where}:{sorted(inside)[0]}'
             )
     prefix += f'{tower}/' if tower else ''
-    kept = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-    stacked = any(name.startswith('Transformer/encoderblock/') for name in kept)
+    params = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    stacked = any(name.startswith('Transformer/encoderblock/') for name in params)
     layout = {
         'prefix': prefix,
-        'old': any('/MlpBlock_3/' in name for name in kept),
-        'posembed_input': _POSITIONS in kept,
+        'old': any('/MlpBlock_3/' in name for name in params),
+        'posembed_input': _POSITIONS in params,
         'scan': stacked,
-        'gn4': any(_GROUP_NORM.fullmatch(n) and a.ndim == 4 for n, a in kept.items()),
+        'gn4': any(_GROUP_NORM.fullmatch(n) and a.ndim == 4 for n, a in params.items()),
     }
-    return (_unstacked(kept) if stacked else kept), layout
+    return (_unstacked(params) if stacked else params), layout
 
 
 def wrapped(arrays: Mapping[str, np.ndarray], layout: Mapping[str, Any]) -> Arrays:
-    """The opposite of `unwrapped`."""
+    """Restore the layout in the file; the inverse of `unwrapped`."""
     arrays = dict(arrays)
     if layout['scan']:
         arrays = _stacked(arrays)
@@ -78,47 +81,49 @@ def wrapped(arrays: Mapping[str, np.ndarray], layout: Mapping[str, Any]) -> Arra
 
 
 def _unstacked(arrays: Arrays) -> Arrays:
-    found: Arrays = {}
+    unstacked: Arrays = {}
     for name, array in arrays.items():
         rest = name.removeprefix('Transformer/encoderblock/')
         if rest == name:
-            found[name] = array
+            unstacked[name] = array
             continue
-        for i, part in enumerate(array):
-            found[f'Transformer/encoderblock_{i}/{rest}'] = part
-    return found
+        for i, block_array in enumerate(array):
+            unstacked[f'Transformer/encoderblock_{i}/{rest}'] = block_array
+    return unstacked
 
 
 def _stacked(arrays: Arrays) -> Arrays:
     parts: dict[str, list[np.ndarray]] = {}
-    found: Arrays = {}
+    stacked: Arrays = {}
     for name, array in arrays.items():
         block = re.match(r'Transformer/encoderblock_\d+/', name)
         if block:
             rest = name.removeprefix(block[0])
             parts.setdefault(f'Transformer/encoderblock/{rest}', []).append(array)
         else:
-            found[name] = array
-    return found | {name: np.stack(each) for name, each in parts.items()}
+            stacked[name] = array
+    return stacked | {name: np.stack(blocks) for name, blocks in parts.items()}
 
 
 def settings_of(
     format: str, shapes: Shapes, layout: Mapping[str, Any], given: Mapping[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any]]:
-    """Fields and metadata, which these files do not tell but by their shapes."""
+    """Derive settings and metadata from the shapes, as these files have no config."""
     depth = depth_of(shapes, r'Transformer/encoderblock_(\d+)/', where)
     block = 'Transformer/encoderblock_0'
     attention, mlp = ('_1', '_3') if layout['old'] else ('_0', '_0')
-    query = fit.sizes(shapes, f'{block}/MultiHeadDotProductAttention{attention}/query/kernel')
+    query = fit.required_shape(
+        shapes, f'{block}/MultiHeadDotProductAttention{attention}/query/kernel'
+    )
     width, heads, head_dim = query
-    *patch, _, _ = fit.sizes(shapes, 'embedding/kernel')
+    *patch, _, _ = fit.required_shape(shapes, 'embedding/kernel')
     hybrid = 'conv_root/kernel' in shapes
     units = _units(shapes) if hybrid else None
     settings: Settings = {
         'patch_size': fit.patch_of(patch, units),
         'width': width,
         'depth': depth,
-        'mlp_dim': fit.sizes(shapes, f'{block}/MlpBlock{mlp}/Dense_0/kernel')[1],
+        'mlp_dim': fit.required_shape(shapes, f'{block}/MlpBlock{mlp}/Dense_0/kernel')[1],
         'num_heads': heads,
         'head_dim': None if heads * head_dim == width else head_dim,
         'embedding_bias': 'embedding/bias' in shapes,
@@ -133,10 +138,12 @@ def settings_of(
         settings |= {'tokenizer': 'resnet', 'resnet': units}
     settings['pool'] = 'map' if 'MAPHead_0/probe' in shapes else 'cls' if 'cls' in shapes else 'gap'
     table = shapes.get(_POSITIONS) or shapes.get('pos_embedding')
-    # In the first layout the class token has a position; in big_vision's it has not.
+    # AugReg's table has a row for the class token; big_vision adds the token after the positions.
     prefixes = ((1, 0) if layout['posembed_input'] else (0, 1)) if 'cls' in shapes else (0,)
     tokens = table[1] if table else None
-    prefix, size = fit.placed(tokens, prefixes, settings, given.get('image_size'), where)
+    prefix, size = fit.prefix_and_image_size(
+        tokens, prefixes, settings, given.get('image_size'), where
+    )
     settings |= {'posemb': 'learned' if table else 'sincos2d', 'posemb_prefix': prefix}
     channels = shapes['conv_root/kernel' if hybrid else 'embedding/kernel'][2]
     meta = {
@@ -149,32 +156,35 @@ def settings_of(
 
 
 def _units(shapes: Shapes) -> tuple[int, ...]:
-    found = {m.groups() for n in shapes if (m := re.match(r'block(\d+)/unit(\d+)/', n))}
-    stages = max((int(stage) for stage, _ in found), default=0)
-    return tuple(sum(int(stage) == s + 1 for stage, _ in found) for s in range(stages))
+    stage_and_unit = {m.groups() for n in shapes if (m := re.match(r'block(\d+)/unit(\d+)/', n))}
+    stages = max((int(stage) for stage, _ in stage_and_unit), default=0)
+    return tuple(sum(int(stage) == s + 1 for stage, _ in stage_and_unit) for s in range(stages))
 
 
 def rules_of(shapes: Shapes, layout: Mapping[str, Any]) -> list[Rule]:
-    """The rules for parameters of ours with these shapes."""
+    """Return the rules that map our parameters of these shapes to the file."""
     rules = []
-    for name, each in shapes.items():
-        theirs, shape = name.removeprefix('stem/'), each
+    for name, our_shape in shapes.items():
+        theirs, their_shape = name.removeprefix('stem/'), our_shape
         if layout['old'] and name.startswith('Transformer/encoderblock'):
             for ours, old in _OLD.items():
                 theirs = theirs.replace(ours, old)
         if name == 'pos_embedding' and layout['posembed_input']:
             theirs = _POSITIONS
         if layout['gn4'] and _GROUP_NORM.fullmatch(name):
-            shape = (1, 1, 1, *each)
-        rules.append(identity(name, theirs, each, shape))
+            their_shape = (1, 1, 1, *our_shape)
+        rules.append(identity(name, theirs, our_shape, their_shape))
     return rules
 
 
-def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
-    """(The model as the format can hold it, how it will be in the file).
+def convert(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
+    """Convert the model to one that the format can hold.
+
+    Returns:
+      The converted model, and its layout in the file.
 
     Raises:
-      UserError: it cannot hold it.
+      UserError: the format cannot hold it.
     """
     fit.require(
         model, format, norm=('layernorm',), norm_eps=(1e-6,), activation=('gelu_tanh',),
@@ -190,7 +200,7 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
         )
     old = format == 'augreg'
     if old or model.settings['posemb'] != 'sincos2d':
-        model = fit.learned(model)
+        model = fit.with_position_table(model)
     model = fit.with_prefix(model, int(old and has_class))
     for change in (fit.with_biases, fit.with_embedding_bias, fit.with_head_bias):
         model = change(model)

@@ -1,7 +1,9 @@
-"""Hugging Face's names: ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3, ViTMAE.
+"""Hugging Face's formats of vision models.
 
-A folder has model.safetensors and config.json, which says all that arrays do not. Names are those
-of transformers 4.x, which 5.x reads and writes as well; 5.x leaves out SigLIP's `vision_model.`.
+ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3 and ViTMAE. A folder has
+model.safetensors and config.json, which says everything that arrays do not. Names are those of
+transformers 4.x, which 5.x still reads and writes, except that 5.x leaves out SigLIP's
+`vision_model.`.
 """
 
 import re
@@ -15,7 +17,7 @@ from big_vit.interop import fit
 from big_vit.interop.fit import ATTENTION, Model, Settings
 from big_vit.interop.layout import Arrays, Row, Rule, Shapes, torch_rules
 
-# model_type of a config: our name of the format, prefixes of an encoder within a larger model.
+# Our format by the model_type of a config. Below: prefixes of an encoder inside a larger model.
 TYPES = {
     'vit': 'hf_vit',
     'deit': 'hf_deit',
@@ -54,7 +56,7 @@ _TO_ACTIVATION = {
     'relu': 'relu',
     'silu': 'silu',
 }
-# 5.x calls the parts of ViT's blocks otherwise while in memory; some files have these names.
+# transformers 5.x renames the parts of a ViT block in memory, and some files have those names.
 _NEWER = (
     (r'(^|\.)layers\.(\d+)\.attention\.q_proj\.', r'\1encoder.layer.\2.attention.attention.query.'),
     (r'(^|\.)layers\.(\d+)\.attention\.k_proj\.', r'\1encoder.layer.\2.attention.attention.key.'),
@@ -70,7 +72,7 @@ _QKV = ('query', 'key', 'value')
 
 
 def recognises(names: Any) -> str | None:
-    """The format of a file without a config, which is then asked for."""
+    """Guess the format of a file without a config, so that the error can ask for one."""
     text = '\n'.join(names)
     signs = {
         'hf_siglip': r'encoder\.layers\.0\.self_attn\.q_proj',
@@ -85,15 +87,15 @@ def recognises(names: Any) -> str | None:
 
 
 def newer_names(format: str, arrays: Mapping[str, Any]) -> dict[str, str]:
-    """{name in the file: name in 4.x} where they differ."""
+    """Map names of transformers 5.x in the file to those of 4.x, where they differ."""
     if format not in ('hf_vit', 'hf_deit', 'hf_mae'):
         return {}
     renamed = {}
     for name in arrays:
         for pattern, other in _NEWER:
-            found = re.sub(pattern, other, name)
-            if found != name:
-                renamed[name] = found
+            renamed_to = re.sub(pattern, other, name)
+            if renamed_to != name:
+                renamed[name] = renamed_to
                 break
     return renamed
 
@@ -135,10 +137,10 @@ def _vit() -> list[Row]:
 
 def _dinov2(gated: bool) -> list[Row]:
     attention, layer = f'{_BLOCK}/{ATTENTION}', 'encoder.layer.{i}'
-    both = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
+    gate_and_up = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
     first: Row = (f'{_BLOCK}/MlpBlock_0/Dense_0', f'{layer}.mlp.fc1.{{leaf}}')
     if gated:
-        first = both, f'{layer}.mlp.weights_in.{{leaf}}'
+        first = gate_and_up, f'{layer}.mlp.weights_in.{{leaf}}'
     return [
         ('embedding', 'embeddings.patch_embeddings.projection.{leaf}'),
         ('cls', 'embeddings.cls_token'),
@@ -202,7 +204,7 @@ def _dinov3() -> list[Row]:
 def rules_of(
     format: str, settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]
 ) -> list[Rule]:
-    """The rules for parameters of ours with these shapes."""
+    """Return the rules that map our parameters of these shapes to the file."""
     table = _table(format, layout, settings['mlp'] == 'swiglu')
     flat = [f'{layout["prefix"]}embeddings.position_embedding.weight']
     return torch_rules(table, shapes, flat, depth=settings['depth'])
@@ -211,10 +213,11 @@ def rules_of(
 def settings_of(
     format: str, shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
-    """(Fields, metadata, layout), from config.json.
+    """Derive settings, metadata and layout from config.json and the shapes.
 
     Raises:
-      UserError: there is no config, it lacks a key, or says what big_vit has not.
+      UserError: the config is missing, lacks a key, or describes something that big_vit does not
+        have.
     """
     if not config:
         raise UserError(
@@ -227,16 +230,16 @@ def settings_of(
     prefix = next((p for p in _PREFIXES[format] if any(n.startswith(p) for n in shapes)), '')
     layout = {'prefix': prefix, 'teacher': 'cls_classifier.weight' in shapes}
     classifier = 'cls_classifier' if layout['teacher'] else 'classifier'
-    size = _pair(_needed(config, 'image_size', where))
+    size = _pair(_required(config, 'image_size', where))
     defaults = {'hf_siglip': 1e-6, 'hf_dinov2': 1e-6, 'hf_dinov2_reg': 1e-6, 'hf_dinov3': 1e-5}
     activation = config.get('hidden_act', 'gelu_pytorch_tanh' if format == 'hf_siglip' else 'gelu')
     if activation not in _ACTIVATIONS:
         raise UserError(f'{where}: hidden_act {activation!r} is not one that big_vit has')
     settings: Settings = {
-        'patch_size': _pair(_needed(config, 'patch_size', where)),
-        'width': _needed(config, 'hidden_size', where),
-        'depth': _needed(config, 'num_hidden_layers', where),
-        'num_heads': _needed(config, 'num_attention_heads', where),
+        'patch_size': _pair(_required(config, 'patch_size', where)),
+        'width': _required(config, 'hidden_size', where),
+        'depth': _required(config, 'num_hidden_layers', where),
+        'num_heads': _required(config, 'num_attention_heads', where),
         'mlp_dim': config.get('intermediate_size'),
         'norm_eps': float(config.get('layer_norm_eps', defaults.get(format, 1e-12))),
         'activation': _ACTIVATIONS[activation],
@@ -248,13 +251,13 @@ def settings_of(
         'num_classes': shapes.get(f'{classifier}.weight', (0,))[0],
     }
     kind = {
-        'hf_vit': _of_vit,
-        'hf_mae': _of_vit,
-        'hf_deit': _of_deit,
-        'hf_dinov2': _of_dinov2,
-        'hf_dinov2_reg': _of_dinov2,
-        'hf_siglip': _of_siglip,
-        'hf_dinov3': _of_dinov3,
+        'hf_vit': _settings_of_vit,
+        'hf_mae': _settings_of_vit,
+        'hf_deit': _settings_of_deit,
+        'hf_dinov2': _settings_of_dinov2,
+        'hf_dinov2_reg': _settings_of_dinov2,
+        'hf_siglip': _settings_of_siglip,
+        'hf_dinov3': _settings_of_dinov3,
     }[format]
     settings |= kind(settings, shapes, config, prefix)
     meta = {
@@ -268,18 +271,18 @@ def settings_of(
 
 
 def about_images(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What preprocessor_config.json says."""
-    found: dict[str, Any] = {}
+    """Return the normalisation and interpolation that preprocessor_config.json gives."""
+    about: dict[str, Any] = {}
     for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
         if isinstance(config.get(theirs), list):
-            found[ours] = tuple(config[theirs])
+            about[ours] = tuple(config[theirs])
     filters = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}
     if config.get('resample') in filters:
-        found['interpolation'] = filters[config['resample']]
-    return found
+        about['interpolation'] = filters[config['resample']]
+    return about
 
 
-def _needed(config: Mapping[str, Any], key: str, where: str) -> Any:
+def _required(config: Mapping[str, Any], key: str, where: str) -> Any:
     if config.get(key) is None:
         raise UserError(f'{where}: its config.json has no {key}')
     return config[key]
@@ -289,20 +292,20 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (value, value)
 
 
-def _of_vit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+def _settings_of_vit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
     pooler = shapes.get(f'{prefix}pooler.dense.weight', (0,))[0]
     if pooler and config.get('pooler_act', 'tanh') != 'tanh':
         raise UserError(f'config.json: pooler_act {config["pooler_act"]!r} is not one big_vit has')
     return {'representation': pooler}
 
 
-def _of_deit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+def _settings_of_deit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
     pool = 'cls_dist' if 'distillation_classifier.weight' in shapes else 'cls'
     more = {'registers': 1, 'posemb_prefix': 2, 'pool': pool}
-    return {**_of_vit(settings, shapes, config, prefix), **more}
+    return {**_settings_of_vit(settings, shapes, config, prefix), **more}
 
 
-def _of_dinov2(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+def _settings_of_dinov2(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
     hidden = int(settings['width'] * config.get('mlp_ratio', 4))
     gated = bool(config.get('use_swiglu_ffn', False))
     registers = shapes.get(f'{prefix}embeddings.register_tokens', (1, 0))[1]
@@ -315,28 +318,28 @@ def _of_dinov2(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> 
     }
 
 
-def _of_siglip(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+def _settings_of_siglip(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
     more = {'class_token': False, 'posemb_prefix': 0, 'mlp_dim': settings['mlp_dim'] or 3072}
-    # Their classifier takes the mean, whether or not a pooling head lies beside it.
+    # SiglipForImageClassification averages the patches even if the file has a pooling head.
     pooled = f'{prefix}head.probe' in shapes and not settings['num_classes']
     return {**more, 'pool': 'map' if pooled else 'gap'}
 
 
-def _of_dinov3(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+def _settings_of_dinov3(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
     if not all(config.get(key, True) for key in ('proj_bias', 'mlp_bias')):
         raise UserError('config.json: big_vit has no DINOv3 without proj_bias and mlp_bias')
     gated = bool(config.get('use_gated_mlp'))
     if gated and settings['activation'] != 'silu':
         raise UserError('config.json: big_vit gates MLPs with silu only, not with its hidden_act')
-    both = {bool(config.get(key, True)) for key in ('query_bias', 'value_bias')}
-    if len(both) > 1:
+    qv_bias = {bool(config.get(key, True)) for key in ('query_bias', 'value_bias')}
+    if len(qv_bias) > 1:
         raise UserError('config.json: big_vit has no DINOv3 with only one of query and value_bias')
     return {
         'posemb': 'rope',
         'posemb_prefix': 0,
         'rope_theta': float(config.get('rope_theta', 100.0)),
         'mlp': 'swiglu' if gated else 'mlp',
-        'qkv_bias': both.pop(),
+        'qkv_bias': qv_bias.pop(),
         'key_bias': bool(config.get('key_bias', False)),
         'layer_scale': float(config.get('layerscale_value', 1.0)) or 1.0,
         'registers': shapes.get(f'{prefix}embeddings.register_tokens', (1, 0))[1],
@@ -350,11 +353,14 @@ _COMMON: dict[str, tuple[Any, ...]] = dict(
 _TABLES = ('learned', 'sincos2d', 'sincos2d_mae', 'none')
 
 
-def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
-    """(The model as transformers can hold it, how it will be in the file).
+def convert(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
+    """Convert the model to one that transformers can hold.
+
+    Returns:
+      The converted model, and its layout in the file.
 
     Raises:
-      UserError: it cannot hold it.
+      UserError: transformers cannot hold it.
     """
     changes: list[Callable[[Model], Model]] = []
     settings = model.settings
@@ -366,7 +372,7 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
                         mlp=('mlp',), representation=(0,))  # fmt: skip
         if 'cls' in model.params:
             raise UserError('--to hf_siglip: it has no class token, this model has one')
-        changes = [fit.learned, fit.with_biases]
+        changes = [fit.with_position_table, fit.with_biases]
     elif format == 'hf_dinov3':
         allowed |= dict(posemb=('rope',), pool=('cls',), num_classes=(0,), representation=(0,))
         changes = [fit.with_layer_scale]
@@ -393,7 +399,7 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
             raise UserError('--to hf_dinov2_reg: this model has no registers; --to hf_dinov2')
         allowed |= dict(posemb=_TABLES, pool=pools, registers=registers)
         count = 2 if format == 'hf_deit' else 1
-        changes = [fit.learned, lambda m: fit.with_prefix(m, count)]
+        changes = [fit.with_position_table, lambda m: fit.with_prefix(m, count)]
         changes += [fit.with_layer_scale] if dinov2 else []
         changes += [fit.with_biases] if settings['qkv_bias'] else []
     fit.require(model, format, **allowed)
@@ -406,25 +412,25 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
 
 
 def constants(format: str, model: Model, layout: Mapping[str, Any]) -> Arrays:
-    """Arrays that a peer always has and that its answers do not depend on."""
-    width, found = model.settings['width'], {}
+    """Return arrays that a peer requires but that do not affect its output, such as mask tokens."""
+    width, arrays = model.settings['width'], {}
     if format == 'hf_dinov3':
-        found['embeddings.mask_token'] = np.zeros((1, 1, width), np.float32)
+        arrays['embeddings.mask_token'] = np.zeros((1, 1, width), np.float32)
         if not model.settings['registers']:
-            found['embeddings.register_tokens'] = np.zeros((1, 0, width), np.float32)
+            arrays['embeddings.register_tokens'] = np.zeros((1, 0, width), np.float32)
     if format == 'hf_dinov2_reg':
-        found['embeddings.mask_token'] = np.zeros((1, width), np.float32)
-    return {layout['prefix'] + name: array for name, array in found.items()}
+        arrays['embeddings.mask_token'] = np.zeros((1, width), np.float32)
+    return {layout['prefix'] + name: array for name, array in arrays.items()}
 
 
 def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The files beside the weights, by name.
+    """Return the JSON files that go beside the weights, by name.
 
     Raises:
-      UserError: a config cannot say it.
+      UserError: the config has no way to express a setting.
     """
     settings, meta = model.settings, model.meta
-    one = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
+    int_or_pair = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
     classes = settings['num_classes']
     config: dict[str, Any] = {
         'architectures': [_class_of(format, settings)],
@@ -433,8 +439,8 @@ def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str,
         'hidden_size': settings['width'],
         'num_hidden_layers': settings['depth'],
         'num_attention_heads': settings['num_heads'],
-        'image_size': one(meta['image_size']),
-        'patch_size': one(settings['patch_size']),
+        'image_size': int_or_pair(meta['image_size']),
+        'patch_size': int_or_pair(settings['patch_size']),
         'num_channels': meta['channels'],
         'hidden_act': _TO_ACTIVATION[settings['activation']],
         'layer_norm_eps': settings['norm_eps'],
@@ -511,16 +517,18 @@ def _class_of(format: str, settings: Mapping[str, Any]) -> str:
 
 
 def _mlp_ratio(hidden: int, width: int, gated: bool) -> int:
-    """The whole number from which transformers computes this hidden width.
+    """Return the integer ratio from which transformers computes this hidden width.
+
+    A gated MLP has 2/3 of the nominal hidden width, rounded up to a multiple of 8.
 
     Raises:
       UserError: there is none.
     """
     for ratio in range(1, 65):
-        made = width * ratio
+        computed = width * ratio
         if gated:
-            made = (int(made * 2 / 3) + 7) // 8 * 8
-        if made == hidden:
+            computed = (int(computed * 2 / 3) + 7) // 8 * 8
+        if computed == hidden:
             return ratio
     rule = 'round(2/3 of a multiple of the width) up to 8' if gated else 'a multiple of the width'
     raise UserError(

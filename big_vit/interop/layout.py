@@ -1,7 +1,7 @@
-"""Which array of a peer is which of ours, and how it lies: rules that can be read both ways.
+"""Bidirectional rules that map the arrays of a peer to ours.
 
-A rule is a bijection: arrays are only renamed, transposed, reshaped, and joined along their first
-axis, so what goes through it and back is the same bits.
+A rule is a bijection: arrays are only renamed, transposed, reshaped and joined along their first
+axis, so a round trip is bit-exact.
 """
 
 import functools
@@ -21,10 +21,10 @@ from big_vit.models.vit import make_vit
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
-# How many names a message shows of each kind of difference.
+# Names listed in a message per kind of mismatch.
 SHOWN = 8
 
-# What is often in a file beside the encoder, and why it may be left out.
+# Arrays that files often hold besides the encoder, and what they are.
 KNOWN_EXTRAS = (
     (r'(mask_token|.*\.mask_token|decoder.*)', 'the decoder and mask token of MAE'),
     (r'.*mask_token', 'the token that stands for masked patches in pretraining'),
@@ -42,27 +42,27 @@ KNOWN_EXTRAS = (
 class Rule(NamedTuple):
     """One array of a peer and the arrays of ours that it is made of.
 
-    Each of `ours` has shape `each`; reshaped to `middle` and transposed by `axes` they are joined
-    along axis 0 and reshaped to `shape`.
+    Each of `ours` has shape `our_shape`. Reshaped to `middle` and transposed by `axes`, they are
+    joined along axis 0 and reshaped to `shape`.
     """
 
     theirs: str
     shape: tuple[int, ...]
     ours: tuple[str, ...]
-    each: tuple[int, ...]
+    our_shape: tuple[int, ...]
     middle: tuple[int, ...]
     axes: tuple[int, ...]
 
 
 def shapes_of(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> Shapes:
-    """Names and shapes of the parameters of the ViT with these fields, blocks one by one.
+    """Return names and shapes of the parameters of a ViT, one set per block.
 
     Args:
       settings: fields of `ViT`.
       meta: `image_size` (height, width) and `channels`.
 
     Raises:
-      UserError: there is no such ViT.
+      UserError: no ViT has these settings.
     """
     try:
         fields = tuple(sorted(settings.items()))
@@ -86,19 +86,19 @@ def _shapes(fields: tuple[Any, ...], image: tuple[int, ...]) -> Shapes:
             shapes[name] = tuple(leaf.shape)
             continue
         for i in range(leaf.shape[0]):
-            one = f'Transformer/encoderblock_{i}/{name.removeprefix(stacked)}'
-            shapes[one] = tuple(leaf.shape[1:])
+            unstacked = f'Transformer/encoderblock_{i}/{name.removeprefix(stacked)}'
+            shapes[unstacked] = tuple(leaf.shape[1:])
     return shapes
 
 
-def identity(ours: str, theirs: str, each: tuple[int, ...], shape: Sequence[int] = ()) -> Rule:
-    """The same array under another name, and in another shape if one is given."""
-    axes = tuple(range(len(each)))
-    return Rule(theirs, tuple(shape) or each, (ours,), each, each, axes)
+def identity(ours: str, theirs: str, our_shape: tuple[int, ...], shape: Sequence[int] = ()) -> Rule:
+    """Return a rule that renames an array, and reshapes it if a shape is given."""
+    axes = tuple(range(len(our_shape)))
+    return Rule(theirs, tuple(shape) or our_shape, (ours,), our_shape, our_shape, axes)
 
 
-# A table's rows: (our module or array, or several that are joined; the peer's name). `{i}` is the
-# number of a block, `{leaf}` stands for weight or bias where the row is of a module.
+# A row of a table: our module or array (or several that are joined), and the peer's name. `{i}` is
+# the number of a block; `{leaf}` stands for weight or bias if the row is a module.
 Row = tuple[str | tuple[str, ...], str]
 
 _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
@@ -107,12 +107,13 @@ _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
 def torch_rules(
     table: Iterable[Row], shapes: Shapes, flat: Sequence[str] = (), depth: int = 0
 ) -> list[Rule]:
-    """The rules of a table for a peer written in PyTorch.
+    """Expand the table of a PyTorch codebase into rules.
 
     Args:
-      table: for all arrays that a peer may have; rows of what `shapes` lacks are left out.
-      shapes: what `shapes_of` gives.
-      flat: names of theirs (as in the table) that have no leading axes of length one.
+      table: rows for every array that a peer may have; rows without a counterpart in `shapes` are
+        skipped.
+      shapes: the result of `shapes_of`.
+      flat: their names (as in the table) that lack our leading axes of length one.
       depth: number of blocks.
 
     Raises:
@@ -124,21 +125,21 @@ def torch_rules(
         for i in range(depth) if '{i}' in row_theirs else (0,):
             joined = (row_ours,) if isinstance(row_ours, str) else row_ours
             modules = [module.format(i=i) for module in joined]
-            for made in _row(modules, row_theirs, i, shapes, row_theirs in flat):
-                rules.append(made)
-                placed.update(made.ours)
-    homeless = [name for name in shapes if name not in placed]
-    if homeless:
-        raise UserError(f'the other format has no place for {_list(homeless)}')
+            for rule in _row(modules, row_theirs, i, shapes, row_theirs in flat):
+                rules.append(rule)
+                placed.update(rule.ours)
+    unplaced = [name for name in shapes if name not in placed]
+    if unplaced:
+        raise UserError(f'the other format has no place for {_list(unplaced)}')
     return rules
 
 
 def _row(modules: list[str], template: str, i: int, shapes: Shapes, flat: bool) -> Iterable[Rule]:
     if '{leaf}' not in template:
         if modules[0] in shapes:
-            each = shapes[modules[0]]
-            shape = tuple(n for n in each if n != 1) if flat else each
-            yield identity(modules[0], template.format(i=i), each, shape)
+            our_shape = shapes[modules[0]]
+            shape = tuple(n for n in our_shape if n != 1) if flat else our_shape
+            yield identity(modules[0], template.format(i=i), our_shape, shape)
         return
     for leaf, theirs in _LEAF.items():
         names = tuple(f'{module}/{leaf}' for module in modules)
@@ -150,35 +151,38 @@ def _row(modules: list[str], template: str, i: int, shapes: Shapes, flat: bool) 
         yield _transposed(names, template.format(i=i, leaf=theirs), shapes[names[0]])
 
 
-def _transposed(ours: tuple[str, ...], theirs: str, each: tuple[int, ...]) -> Rule:
-    """How PyTorch keeps a kernel: convolutions OIHW, matrices [out, in]; vectors have one axis."""
-    size = math.prod(each)
+def _transposed(ours: tuple[str, ...], theirs: str, our_shape: tuple[int, ...]) -> Rule:
+    """Return the rule for a PyTorch module.
+
+    Convolutions are OIHW, matrices [out, in], and biases of heads flat.
+    """
+    size = math.prod(our_shape)
     middle: tuple[int, ...] = (size,)
     axes: tuple[int, ...] = (0,)
-    if len(each) == 4:
-        middle, axes = each, (3, 2, 0, 1)
-    elif ours[0].endswith('/out/kernel'):  # The heads are part of its inputs, ...
-        middle, axes = (size // each[-1], each[-1]), (1, 0)
-    elif ours[0].endswith('/kernel'):  # ... and of the outputs of queries, keys and values.
-        middle, axes = (each[0], size // each[0]), (1, 0)
+    if len(our_shape) == 4:
+        middle, axes = our_shape, (3, 2, 0, 1)
+    elif ours[0].endswith('/out/kernel'):  # [heads, head_dim, width]: the heads are inputs ...
+        middle, axes = (size // our_shape[-1], our_shape[-1]), (1, 0)
+    elif ours[0].endswith('/kernel'):  # ... and for q, k, v [width, heads, head_dim] outputs.
+        middle, axes = (our_shape[0], size // our_shape[0]), (1, 0)
     first, *rest = (middle[axis] for axis in axes)
-    return Rule(theirs, (len(ours) * first, *rest), ours, each, middle, axes)
+    return Rule(theirs, (len(ours) * first, *rest), ours, our_shape, middle, axes)
 
 
 def to_ours(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The peer's arrays as ours; `check` them first."""
+    """Convert the peer's arrays to ours; `check` them first."""
     params: Arrays = {}
     for rule in rules:
-        turned = [rule.middle[axis] for axis in rule.axes]
-        joined = arrays[rule.theirs].reshape(len(rule.ours) * turned[0], *turned[1:])
+        their_middle = [rule.middle[axis] for axis in rule.axes]
+        joined = arrays[rule.theirs].reshape(len(rule.ours) * their_middle[0], *their_middle[1:])
         for name, part in zip(rule.ours, np.split(joined, len(rule.ours)), strict=True):
             inward = np.transpose(part, np.argsort(rule.axes))
-            params[name] = np.ascontiguousarray(inward.reshape(rule.each))
+            params[name] = np.ascontiguousarray(inward.reshape(rule.our_shape))
     return params
 
 
 def to_theirs(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> Arrays:
-    """Our arrays as the peer's, whose names and shapes the rules must fit."""
+    """Convert our arrays to the peer's; names and shapes must match the rules."""
     arrays: Arrays = {}
     for rule in rules:
         parts = [params[name].reshape(rule.middle).transpose(rule.axes) for name in rule.ours]
@@ -188,33 +192,34 @@ def to_theirs(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> Arrays
 
 
 def check(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """Compares names and shapes with what the rules ask for.
+    """Compare names and shapes with those that the rules expect.
 
     Raises:
-      UserError: with all (of each kind the first few) missing, unexpected and mis-shaped arrays.
+      UserError: arrays are missing, unexpected or of another shape; lists the first few of each
+        kind.
     """
     wanted = {rule.theirs: rule.shape for rule in rules}
     missing = [name for name in wanted if name not in arrays]
     unexpected = [name for name in arrays if name not in wanted]
-    other = [
+    misshapen = [
         f'{name} is {_size(arrays[name].shape)}, not {_size(shape)}'
         for name, shape in wanted.items()
         if name in arrays and tuple(arrays[name].shape) != shape
     ]
-    kinds = (('missing', missing), ('unexpected', unexpected), ('of other shape', other))
-    parts = [f'{len(found)} {what}: {_list(found)}' for what, found in kinds if found]
+    kinds = (('missing', missing), ('unexpected', unexpected), ('of other shape', misshapen))
+    parts = [f'{len(names)} {what}: {_list(names)}' for what, names in kinds if names]
     if not parts:
         return
     raise UserError(f'{where}: not the expected arrays; ' + '; '.join(parts) + _advice(unexpected))
 
 
 def _advice(unexpected: Sequence[str]) -> str:
-    """Which --drop to give, where what is unexpected is something known."""
+    """Suggest --drop options for the unexpected arrays that are known extras."""
     hints, left = [], list(unexpected)
     for pattern, what in KNOWN_EXTRAS:
-        found = [name for name in left if re.fullmatch(pattern, name)]
-        if found:
-            left = [name for name in left if name not in found]
+        matching = [name for name in left if re.fullmatch(pattern, name)]
+        if matching:
+            left = [name for name in left if name not in matching]
             hints.append(f"--drop '{pattern}' for {what}")
     if hints:
         return '. To leave things out on purpose: ' + ', '.join(hints)
@@ -224,22 +229,25 @@ def _advice(unexpected: Sequence[str]) -> str:
 def drop(
     arrays: Mapping[str, np.ndarray], patterns: Sequence[str], where: str
 ) -> tuple[Arrays, tuple[str, ...]]:
-    """(The arrays that no regex fully matches, the names of the rest).
+    """Remove the arrays whose full name matches a regex.
+
+    Returns:
+      The remaining arrays, and the names of the dropped ones.
 
     Raises:
-      UserError: a regex does not compile, or matches nothing.
+      UserError: a regex does not compile or matches nothing.
     """
     dropped: set[str] = set()
     for pattern in patterns:
         try:
-            found = {name for name in arrays if re.fullmatch(pattern, name)}
+            matching = {name for name in arrays if re.fullmatch(pattern, name)}
         except re.error as error:
             raise UserError(f'--drop {pattern!r}: not a regular expression: {error}') from None
-        if not found:
+        if not matching:
             raise UserError(
                 f'--drop {pattern!r} matches nothing in {where}, which has {_list(list(arrays))}'
             )
-        dropped |= found
+        dropped |= matching
     kept = {name: array for name, array in arrays.items() if name not in dropped}
     return kept, tuple(sorted(dropped))
 
@@ -254,12 +262,12 @@ def _list(names: Sequence[str]) -> str:
 
 
 def depth_of(names: Iterable[str], pattern: str, where: str) -> int:
-    """The number of blocks, from names in which a regex finds the block's number as group 1.
+    """Return the number of blocks, given a regex whose group 1 is the number of a block.
 
     Raises:
-      UserError: there is none, or one is left out.
+      UserError: there are no blocks, or their numbers have gaps.
     """
-    numbers = {int(found[1]) for name in names if (found := re.match(pattern, name))}
+    numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if not numbers:
         raise UserError(f'{where}: there are no blocks in it (names like {pattern})')
     if numbers != set(range(len(numbers))):

@@ -1,7 +1,7 @@
-"""open_clip's image towers: its own ViT, and timm's behind a name (SigLIP).
+"""open_clip's image towers: its own ViT, and timm models inside open_clip (SigLIP).
 
-A folder has open_clip_model.safetensors and open_clip_config.json. Only the tower is read and
-written: of a whole model the rest has to be dropped, and a tower alone is loaded into
+A folder has open_clip_model.safetensors and open_clip_config.json. Only the image tower is read and
+written: the rest of a full model has to be dropped, and a tower alone loads into
 `open_clip.create_model(...).visual`.
 """
 
@@ -46,13 +46,13 @@ def _table() -> list[Row]:
         (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{_LAYER}.mlp.c_proj.{{leaf}}'),
         (f'{_BLOCK}/LayerScale_1/scale', f'{_LAYER}.ls_2.gamma'),
         ('Transformer/encoder_norm', 'ln_post.{leaf}'),
-        ('encoder_norm', 'ln_post.{leaf}'),  # Of the pooled vector.
+        ('encoder_norm', 'ln_post.{leaf}'),  # Normalises the pooled vector.
         ('head/kernel', 'proj'),
     ]
 
 
 def rules_of(settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]) -> list[Rule]:
-    """The rules for parameters of ours with these shapes."""
+    """Return the rules that map our parameters of these shapes to the file."""
     if layout['trunk']:
         return timm_vit.rules_of('timm', settings, shapes, layout)
     prefix = layout['prefix']
@@ -64,13 +64,13 @@ def rules_of(settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, A
 def settings_of(
     shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
-    """(Fields, metadata, layout), from open_clip_config.json.
+    """Derive settings, metadata and layout from open_clip_config.json and the shapes.
 
     Raises:
-      UserError: nothing says which activation it has, or it is not a ViT of theirs.
+      UserError: nothing tells the activation, or the model is not a ViT of open_clip.
     """
-    whole = config.get('model_cfg') or config
-    vision = whole.get('vision_cfg') or {}
+    model_cfg = config.get('model_cfg') or config
+    vision = model_cfg.get('vision_cfg') or {}
     about = config.get('preprocess_cfg') or {}
     images = {
         'mean': tuple(about.get('mean') or _MEAN),
@@ -83,11 +83,11 @@ def settings_of(
         size = vision['image_size']
         given['image_size'] = tuple(size) if isinstance(size, list) else (size, size)
     if any(name.startswith(_TRUNK) for name in shapes):
-        return _of_trunk(shapes, vision, given, images, where)
-    return _of_tower(shapes, whole, vision, given, images, where)
+        return _settings_of_trunk(shapes, vision, given, images, where)
+    return _settings_of_tower(shapes, model_cfg, vision, given, images, where)
 
 
-def _of_trunk(
+def _settings_of_trunk(
     shapes: Shapes, vision: Mapping[str, Any], given: Any, images: dict[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
     name = vision.get('timm_model_name')
@@ -111,8 +111,8 @@ def _of_trunk(
     return settings, {**meta, **images}, {**layout, 'trunk': _TRUNK, 'head': head}
 
 
-def _of_tower(
-    shapes: Shapes, whole: Any, vision: Any, given: Any, images: dict[str, Any], where: str
+def _settings_of_tower(
+    shapes: Shapes, model_cfg: Any, vision: Any, given: Any, images: dict[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
     if not vision and not given.get('activation'):
         raise UserError(
@@ -121,9 +121,9 @@ def _of_tower(
         )
     prefix = 'visual.' if 'visual.class_embedding' in shapes else ''
     inner = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-    width, channels, *patch = fit.sizes(inner, 'conv1.weight')
+    width, channels, *patch = fit.required_shape(inner, 'conv1.weight')
     norm, act = vision.get('norm_kwargs') or {}, vision.get('act_kwargs') or {}
-    activation = 'quick_gelu' if whole.get('quick_gelu') else 'gelu'
+    activation = 'quick_gelu' if model_cfg.get('quick_gelu') else 'gelu'
     if act.get('approximate') == 'tanh' and activation == 'gelu':
         activation = 'gelu_tanh'
     if vision.get('attentional_pool') or vision.get('pool_type', 'tok') not in ('tok', 'avg'):
@@ -132,7 +132,7 @@ def _of_tower(
         'patch_size': tuple(patch),
         'width': width,
         'depth': depth_of(inner, r'transformer\.resblocks\.(\d+)\.', where),
-        'mlp_dim': fit.sizes(inner, 'transformer.resblocks.0.mlp.c_fc.weight')[0],
+        'mlp_dim': fit.required_shape(inner, 'transformer.resblocks.0.mlp.c_fc.weight')[0],
         'num_heads': width // vision.get('head_width', 64),
         'norm_eps': float(norm.get('eps', 1e-5)),
         'activation': activation,
@@ -147,26 +147,29 @@ def _of_tower(
     }
     if 'transformer.resblocks.0.ls_1.gamma' in inner:
         settings['layer_scale'] = float(vision.get('ls_init_value') or 1e-5)
-    tokens = fit.sizes(inner, 'positional_embedding')[0]
-    settings['posemb_prefix'], size = fit.placed(
+    tokens = fit.required_shape(inner, 'positional_embedding')[0]
+    settings['posemb_prefix'], size = fit.prefix_and_image_size(
         tokens, (1,), settings, given.get('image_size'), where
     )
     meta = {'image_size': size, 'channels': channels, 'architecture': None, **images}
     return settings, meta, {'prefix': prefix, 'trunk': ''}
 
 
-def fitted(model: Model, architecture: str | None) -> tuple[Model, dict[str, Any]]:
-    """(The model as open_clip can hold it, how it will be in the file).
+def convert(model: Model, architecture: str | None) -> tuple[Model, dict[str, Any]]:
+    """Convert the model to one that open_clip can hold.
 
     Args:
-      architecture: a timm model that computes this one, for a tower that is timm's.
+      architecture: a timm model that computes this one, for a tower that is implemented by timm.
+
+    Returns:
+      The converted model, and its layout in the file.
 
     Raises:
-      UserError: it cannot hold it.
+      UserError: open_clip cannot hold it.
     """
     settings = model.settings
     if architecture or 'cls' not in model.params:
-        return _fitted_trunk(model, architecture or _siglip_name(settings, model.meta))
+        return _convert_trunk(model, architecture or _siglip_name(settings, model.meta))
     fit.require(
         model, 'open_clip', norm=('layernorm',), mlp=('mlp',), parallel=(False,), lsa=(False,),
         qk_norm=(False,), registers=(0,), representation=(0,), pool=('cls', 'gap'), stride=(None,),
@@ -177,32 +180,32 @@ def fitted(model: Model, architecture: str | None) -> tuple[Model, dict[str, Any
         raise UserError(
             f'--to open_clip: images have 3 channels there, not {model.meta["channels"]}'
         )
-    model = fit.without_embedding_bias(fit.with_prefix(fit.learned(model), 1))
+    model = fit.without_embedding_bias(fit.with_prefix(fit.with_position_table(model), 1))
     if settings['num_classes']:
         model = fit.without_head_bias(model, 'open_clip')
     else:  # A tower always has a projection.
         eye = np.eye(settings['width'], dtype=np.float32)
-        model = model.having(
+        model = model.with_params(
             {**model.params, 'head/kernel': eye}, num_classes=settings['width'], head_bias=False
         )
     return fit.with_biases(model), {'prefix': 'visual.', 'trunk': ''}
 
 
-def _fitted_trunk(model: Model, architecture: str) -> tuple[Model, dict[str, Any]]:
-    wanted, _ = timm_vit.fitted('timm', model)
-    if wanted.settings['num_classes'] and model.settings['head_bias']:
+def _convert_trunk(model: Model, architecture: str) -> tuple[Model, dict[str, Any]]:
+    converted, _ = timm_vit.convert('timm', model)
+    if converted.settings['num_classes'] and model.settings['head_bias']:
         raise UserError(
             "--to open_clip: its projection has no bias; --drop 'head/.*' leaves it out"
         )
     if model.settings['num_classes']:
-        wanted = fit.without_head_bias(wanted, 'open_clip')
+        converted = fit.without_head_bias(converted, 'open_clip')
     layout = {
         'distilled': False,
         'trunk': _TRUNK,
         'head': 'visual.head.proj',
         'architecture': architecture,
     }
-    return wanted, layout
+    return converted, layout
 
 
 _SIGLIP = {
@@ -217,26 +220,26 @@ _SIGLIP = {
 
 
 def _siglip_name(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """The timm model of these sizes, for open_clip takes its tower by name."""
+    """Return the timm model with these sizes; open_clip builds a trunk from its name."""
     key = tuple(settings[name] for name in ('width', 'depth', 'num_heads', 'mlp_dim'))
     patch = settings['patch_size'][0]
-    found = _SIGLIP.get((*key, patch, settings['activation']))
-    if settings['pool'] != 'map' or found is None:
+    trunk = _SIGLIP.get((*key, patch, settings['activation']))
+    if settings['pool'] != 'map' or trunk is None:
         raise UserError(
             '--to open_clip: without a class token it has SigLIP towers of the published sizes '
             "only (pool='map' and the activation of timm's model of that size), or a timm model "
             'that you name: --architecture NAME'
         )
-    name, known = found
+    name, image_sizes = trunk
     side = meta['image_size'][0]
-    return name.format(side if side in known else known[0])
+    return name.format(side if side in image_sizes else image_sizes[0])
 
 
 def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The files beside the weights, by name."""
+    """Return the JSON files that go beside the weights, by name."""
     settings, meta = model.settings, model.meta
-    one = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
-    vision: dict[str, Any] = {'image_size': one(meta['image_size'])}
+    int_or_pair = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
+    vision: dict[str, Any] = {'image_size': int_or_pair(meta['image_size'])}
     quick = settings['activation'] == 'quick_gelu'
     if layout['trunk']:
         pools = {'map': 'map', 'gap': 'avg', 'cls': 'token'}
@@ -253,7 +256,7 @@ def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, An
             'width': settings['width'],
             'head_width': settings['width'] // settings['num_heads'],
             'mlp_ratio': timm_vit.ratio(settings['mlp_dim'], settings['width']),
-            'patch_size': one(settings['patch_size']),
+            'patch_size': int_or_pair(settings['patch_size']),
             'ls_init_value': settings['layer_scale'] or None,
             'no_ln_pre': not settings['pre_norm'],
             'final_ln_after_pool': settings['norm_after_pool'],

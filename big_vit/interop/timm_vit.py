@@ -1,9 +1,9 @@
-"""timm's names, and those of the PyTorch releases that it grew from: MAE, DeiT-III, DINOv2.
+"""timm's format, and the PyTorch releases that it grew from: MAE, DeiT-III, DINOv2.
 
 A folder has model.safetensors and config.json; `timm.create_model('local-dir:PATH',
-pretrained=True)` reads it. An architecture's name decides what arrays do not show: the epsilon of
-norms, the activation, the number of heads, how tokens are pooled. The releases' .pth files
-have no config at all; what they are is known from their papers.
+pretrained=True)` reads it. The name of the architecture determines what arrays do not reveal: the
+epsilon of the norms, the activation, the number of heads and the pooling. The .pth files of the
+releases have no config at all; their settings are known from the papers.
 """
 
 import re
@@ -20,7 +20,7 @@ _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 _BLOCK = 'Transformer/encoderblock_{i}'
 _MAP = 'MAPHead_0'
 
-# Models whose arrays have our names but whose blocks compute something else, or other names.
+# Architectures whose blocks compute something else under the same names, or that have other names.
 _OTHER = re.compile(
     r'.*(_rpn_|_18x2|_xp_|pwee|dwee|dlittle|aimv2|radio|rope|dinov3|_pe_|naflex|sam_|_mci_|resnet)'
 )
@@ -30,9 +30,9 @@ _QUICK = re.compile(r'.*_clip_quickgelu')
 _TANH = re.compile(
     r'vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_|vit_large_patch16_siglip_(gap_)?512'
 )
-# Where the width of a head is not 64: by the width of the model.
+# Number of heads by model width, where a head is not 64 wide.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-# How a safe `norm_layer` of a config is called, and its epsilon there.
+# A safe `norm_layer` of a config: our norm, and the epsilon that timm gives it.
 _NORMS = {'layernorm': ('layernorm', 1e-6), 'rmsnorm': ('rmsnorm', 1e-6)}
 _ACTIVATIONS = {
     'gelu': 'gelu',
@@ -58,14 +58,14 @@ def recognises(names: Any) -> str | None:
 
 
 def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Row]:
-    three = tuple(f'{_BLOCK}/{ATTENTION}/{name}' for name in ('query', 'key', 'value'))
+    qkv = tuple(f'{_BLOCK}/{ATTENTION}/{name}' for name in ('query', 'key', 'value'))
     scale = ('gamma_1', 'gamma_2') if format == 'deit3' else ('ls1.gamma', 'ls2.gamma')
     registers = 'dist_token' if layout['distilled'] else 'reg_token'
     gated, second = ('w12', 'w3') if format == 'dinov2' else ('fc1', 'fc2')
     block = 'blocks.{i}'
     if settings['mlp'] == 'swiglu':
-        both = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
-        mlp: list[Row] = [(both, f'{block}.mlp.{gated}.{{leaf}}')]
+        gate_and_up = tuple(f'{_BLOCK}/MlpBlock_0/{name}' for name in ('Dense_gate', 'Dense_0'))
+        mlp: list[Row] = [(gate_and_up, f'{block}.mlp.{gated}.{{leaf}}')]
     else:
         second = 'fc2'
         mlp = [(f'{_BLOCK}/MlpBlock_0/Dense_0', f'{block}.mlp.fc1.{{leaf}}')]
@@ -78,7 +78,7 @@ def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) 
         ('pos_embedding', 'pos_embed'),
         ('pre_norm', 'norm_pre.{leaf}'),
         (f'{_BLOCK}/LayerNorm_0', f'{block}.norm1.{{leaf}}'),
-        (three, f'{block}.attn.qkv.{{leaf}}'),
+        (qkv, f'{block}.attn.qkv.{{leaf}}'),
         (f'{attention}/query_norm', f'{block}.attn.q_norm.{{leaf}}'),
         (f'{attention}/key_norm', f'{block}.attn.k_norm.{{leaf}}'),
         (f'{attention}/out', f'{block}.attn.proj.{{leaf}}'),
@@ -88,7 +88,7 @@ def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) 
         (f'{_BLOCK}/MlpBlock_0/Dense_1', f'{block}.mlp.{second}.{{leaf}}'),
         (f'{_BLOCK}/LayerScale_1/scale', f'{block}.{scale[1]}'),
         ('Transformer/encoder_norm', 'norm.{leaf}'),
-        ('encoder_norm', 'fc_norm.{leaf}'),  # Of the pooled vector.
+        ('encoder_norm', 'fc_norm.{leaf}'),  # Normalises the pooled vector.
         (f'{_MAP}/probe', 'attn_pool.latent'),
         (f'{pool}/query', 'attn_pool.q.{leaf}'),
         ((f'{pool}/key', f'{pool}/value'), 'attn_pool.kv.{leaf}'),
@@ -125,13 +125,13 @@ def _stem(settings: Mapping[str, Any]) -> list[Row]:
 def rules_of(
     format: str, settings: Mapping[str, Any], shapes: Shapes, layout: Mapping[str, Any]
 ) -> list[Rule]:
-    """The rules for parameters of ours with these shapes."""
+    """Return the rules that map our parameters of these shapes to the file."""
     rules = torch_rules(_table(format, settings, layout), shapes, depth=settings['depth'])
     trunk = layout.get('trunk', '')
-    own_head = layout.get('head', 'head').startswith('visual.')
+    outer_head = layout.get('head', 'head').startswith('visual.')
     return [
         rule
-        if own_head and rule.theirs.startswith('visual.')
+        if outer_head and rule.theirs.startswith('visual.')
         else rule._replace(theirs=trunk + rule.theirs)
         for rule in rules
     ]
@@ -140,10 +140,10 @@ def rules_of(
 def settings_of(
     format: str, shapes: Shapes, config: Mapping[str, Any], given: Mapping[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
-    """(Fields, metadata, layout), from a config and from shapes.
+    """Derive settings, metadata and layout from a config and the shapes.
 
     Raises:
-      UserError: an architecture that is something else than a ViT, or a config in contradiction.
+      UserError: the architecture is not a ViT, or the config contradicts the arrays.
     """
     name = str(config.get('architecture', '')).partition('.')[0]
     if name and (_OTHER.match(name) or not _PLAIN.fullmatch(name)):
@@ -151,7 +151,7 @@ def settings_of(
     args = config.get('model_args') or {}
     cfg = config.get('pretrained_cfg') or {}
     depth = depth_of(shapes, r'blocks\.(\d+)\.', where)
-    out, channels, *patch = fit.sizes(shapes, 'patch_embed.proj.weight')
+    out, channels, *patch = fit.required_shape(shapes, 'patch_embed.proj.weight')
     stem = _stem_of(shapes)
     settings: Settings = {
         'patch_size': fit.patch_of(patch, stem.get('resnet')),
@@ -180,20 +180,25 @@ def settings_of(
         root = 'patch_embed.backbone.stem.conv.weight'
         channels = shapes[root if root in shapes else 'patch_embed.backbone.conv.weight'][1]
     settings['pool'] = _pool(name, config, args, shapes, where)
-    front = int('cls_token' in shapes) + settings['registers']
-    # Our attention pooling looks at all tokens, our mean at those of patches only.
-    whole = bool(args.get('pool_include_prefix'))
-    if front and settings['pool'] in ('map', 'gap') and whole != (settings['pool'] == 'map'):
+    prefix_tokens = int('cls_token' in shapes) + settings['registers']
+    # Our attention pooling attends to all tokens; our mean covers the patches only.
+    pools_prefix = bool(args.get('pool_include_prefix'))
+    if (
+        prefix_tokens
+        and settings['pool'] in ('map', 'gap')
+        and pools_prefix != (settings['pool'] == 'map')
+    ):
         raise UserError(
-            f'{where}: its pooling {"looks at" if whole else "leaves out"} the {front} tokens '
-            f'before those of patches, and pool={settings["pool"]!r} here does not do the same'
+            f'{where}: its pooling {"looks at" if pools_prefix else "leaves out"} the '
+            f'{prefix_tokens} tokens before those of patches, '
+            f'and pool={settings["pool"]!r} here does not do the same'
         )
-    # Of a class token and registers, DINOv2 has positions for the first only.
-    prefixes = dict.fromkeys((int('cls_token' in shapes), front, 0))
+    # DINOv2's table has a row for the class token but none for the registers.
+    prefixes = dict.fromkeys((int('cls_token' in shapes), prefix_tokens, 0))
     if format == 'timm' and settings['registers']:
-        prefixes = dict.fromkeys((front, 0))
+        prefixes = dict.fromkeys((prefix_tokens, 0))
     table = shapes.get('pos_embed')
-    prefix, size = fit.placed(
+    prefix, size = fit.prefix_and_image_size(
         table[1] if table else None,
         tuple(prefixes),
         settings,
@@ -216,45 +221,45 @@ def _heads(name: str, width: int) -> int:
 
 
 def _norm(name: str, args: Mapping[str, Any], where: str) -> Settings:
-    said = args.get('norm_layer')
-    if said is not None:
-        known = _NORMS.get(str(said).replace('_', '').lower())
+    norm_layer = args.get('norm_layer')
+    if norm_layer is not None:
+        known = _NORMS.get(str(norm_layer).replace('_', '').lower())
         if known is None:
-            raise UserError(f'{where}: norm_layer {said!r} is not one that big_vit has')
+            raise UserError(f'{where}: norm_layer {norm_layer!r} is not one that big_vit has')
         return {'norm': known[0], 'norm_eps': known[1]}
     norm = 'rmsnorm' if name == 'test_vit4' else 'layernorm'
     return {'norm': norm, 'norm_eps': 1e-5 if _EPS_1E5.match(name) else 1e-6}
 
 
 def _activation(name: str, args: Mapping[str, Any], where: str) -> str:
-    said = args.get('act_layer')
-    if said is not None:
-        if said not in _ACTIVATIONS:
-            raise UserError(f'{where}: act_layer {said!r} is not one that big_vit has')
-        return _ACTIVATIONS[said]
+    act_layer = args.get('act_layer')
+    if act_layer is not None:
+        if act_layer not in _ACTIVATIONS:
+            raise UserError(f'{where}: act_layer {act_layer!r} is not one that big_vit has')
+        return _ACTIVATIONS[act_layer]
     if _QUICK.match(name):
         return 'quick_gelu'
     return 'gelu_tanh' if _TANH.match(name) else 'gelu'
 
 
 def _mlp(format: str, shapes: Shapes) -> Settings:
-    """Whether the MLP is gated shows in the first matrix having twice what the second takes."""
+    """Recognise a gated MLP: its first matrix has twice as many rows as the second has inputs."""
     first, second = ('w12', 'w3') if 'blocks.0.mlp.w12.weight' in shapes else ('fc1', 'fc2')
-    rows = fit.sizes(shapes, f'blocks.0.mlp.{first}.weight')[0]
-    taken = fit.sizes(shapes, f'blocks.0.mlp.{second}.weight')[1]
+    rows = fit.required_shape(shapes, f'blocks.0.mlp.{first}.weight')[0]
+    taken = fit.required_shape(shapes, f'blocks.0.mlp.{second}.weight')[1]
     return {'mlp': 'swiglu' if rows == 2 * taken else 'mlp', 'mlp_dim': taken}
 
 
 def _stem_of(shapes: Shapes) -> Settings:
     if not any(name.startswith('patch_embed.backbone.') for name in shapes):
         return {}
-    found = {
+    stage_and_unit = {
         m.groups()
         for name in shapes
         if (m := re.match(r'patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.', name))
     }
-    stages = max((int(stage) + 1 for stage, _ in found), default=0)
-    units = tuple(sum(int(stage) == s for stage, _ in found) for s in range(stages))
+    stages = max((int(stage) + 1 for stage, _ in stage_and_unit), default=0)
+    units = tuple(sum(int(stage) == s for stage, _ in stage_and_unit) for s in range(stages))
     return {'tokenizer': 'resnet', 'resnet': units}
 
 
@@ -265,16 +270,16 @@ def _pool(
         return 'cls_dist'
     if 'attn_pool.latent' in shapes:
         return 'map'
-    said = args.get('global_pool') or config.get('global_pool')
-    if said is None:
+    pooling = args.get('global_pool') or config.get('global_pool')
+    if pooling is None:
         gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|beit3', name)
-        said = 'avg' if gap or 'cls_token' not in shapes else 'token'
+        pooling = 'avg' if gap or 'cls_token' not in shapes else 'token'
     pools = {'token': 'cls', 'avg': 'gap'}
-    if said not in pools:
+    if pooling not in pools:
         raise UserError(
-            f'{where}: global_pool {said!r} is not one that big_vit has (token, avg, map)'
+            f'{where}: global_pool {pooling!r} is not one that big_vit has (token, avg, map)'
         )
-    return pools[said]
+    return pools[pooling]
 
 
 def _image_size(args: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -309,11 +314,14 @@ def _about(format: str, name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
-    """(The model as timm can hold it, how it will be in the file).
+def convert(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
+    """Convert the model to one that timm can hold.
+
+    Returns:
+      The converted model, and its layout in the file.
 
     Raises:
-      UserError: it cannot hold it.
+      UserError: timm cannot hold it.
     """
     if format != 'timm':
         raise UserError(
@@ -334,12 +342,12 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
     if distilled and settings['registers'] != 1:
         raise UserError('--to timm: a distilled model has one register, the distillation token')
     if settings['posemb'] != 'none':
-        model = fit.learned(model)
-    front = int('cls' in model.params) + settings['registers']
+        model = fit.with_position_table(model)
+    prefix_tokens = int('cls' in model.params) + settings['registers']
     if distilled:
         model = fit.with_prefix(model, 2)
-    elif model.settings['posemb_prefix'] not in (0, front):
-        # Its table has rows for all tokens before the patches, or for none.
+    elif model.settings['posemb_prefix'] not in (0, prefix_tokens):
+        # timm's table has rows for all tokens before the patches, or for none.
         model = fit.with_prefix(model, 0)
     if settings['pre_norm']:
         model = fit.without_embedding_bias(model)
@@ -349,14 +357,17 @@ def fitted(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
         model = fit.with_biases(model)
     model = fit.with_head_bias(model)
     layout = {'distilled': distilled}
-    _base(model.settings, distilled)
+    _base_architecture(model.settings, distilled)
     return model, layout
 
 
-def _base(settings: Mapping[str, Any], distilled: bool) -> tuple[str, dict[str, Any]]:
-    """(An architecture, what has to be said beside it) that compute what these settings do.
+def _base_architecture(settings: Mapping[str, Any], distilled: bool) -> tuple[str, dict[str, Any]]:
+    """Choose a timm architecture that computes the same as these settings.
 
-    A config cannot say an epsilon or that the MLP is gated, so the name has to.
+    A config can set neither the epsilon nor a gated MLP, so the name of the architecture has to.
+
+    Returns:
+      The architecture, and the model arguments that it needs in addition.
 
     Raises:
       UserError: no architecture does.
@@ -389,15 +400,15 @@ def _base(settings: Mapping[str, Any], distilled: bool) -> tuple[str, dict[str, 
 
 
 def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The files beside the weights, by name."""
+    """Return the JSON files that go beside the weights, by name."""
     settings, meta = model.settings, model.meta
-    name, more = _base(settings, layout['distilled'])
+    name, extra_args = _base_architecture(settings, layout['distilled'])
     gated = settings['mlp'] == 'swiglu'
-    front = int('cls' in model.params) + settings['registers']
+    prefix_tokens = int('cls' in model.params) + settings['registers']
     pools = {'cls': 'token', 'gap': 'avg', 'map': 'map', 'cls_dist': 'token'}
     args: dict[str, Any] = {
         'img_size': list(meta['image_size']),
-        'patch_size': _one(fit.kernel_of(settings)),
+        'patch_size': _int_or_pair(fit.kernel_of(settings)),
         'in_chans': meta['channels'],
         'embed_dim': settings['width'],
         'depth': settings['depth'],
@@ -408,13 +419,13 @@ def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, An
         'init_values': settings['layer_scale'],
         'class_token': 'cls' in model.params,
         'reg_tokens': 0 if layout['distilled'] else settings['registers'],
-        'no_embed_class': settings['posemb_prefix'] != front,
+        'no_embed_class': settings['posemb_prefix'] != prefix_tokens,
         'pos_embed': 'learn' if settings['posemb'] == 'learned' else 'none',
         'pre_norm': settings['pre_norm'],
         'fc_norm': settings['norm_after_pool'],
         'global_pool': pools[settings['pool']],
-        'pool_include_prefix': settings['pool'] == 'map' and front > 0,
-        **more,
+        'pool_include_prefix': settings['pool'] == 'map' and prefix_tokens > 0,
+        **extra_args,
     }
     if not gated:
         args['act_layer'] = settings['activation']
@@ -456,11 +467,11 @@ def _first_conv(settings: Mapping[str, Any]) -> str:
     return f'patch_embed.backbone.{"stem." if settings["resnet"] else ""}conv'
 
 
-def _one(pair: Sequence[int]) -> int | list[int]:
+def _int_or_pair(pair: Sequence[int]) -> int | list[int]:
     return pair[0] if pair[0] == pair[1] else list(pair)
 
 
 def ratio(hidden: int, width: int) -> float:
-    """A ratio that times the width, rounded down as peers do, is `hidden`."""
+    """Return a ratio r such that int(width * r), as peers compute it, equals `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -1,7 +1,7 @@
-"""The encoder: pre-norm blocks in a row (arXiv 2010.11929), scanned or unrolled.
+"""Transformer encoder of pre-norm blocks (arXiv 2010.11929), scanned or unrolled.
 
-With `scan` the blocks' parameters are stacked along a leading axis of length `depth` under
-`encoderblock`, without it they are `encoderblock_0` and so on. `stack_blocks` and
+With `scan`, parameters of all blocks are stacked along a leading axis of length `depth` under
+`encoderblock`; without it they are under `encoderblock_0` and so on. `stack_blocks` and
 `unstack_blocks` convert between the two.
 """
 
@@ -77,7 +77,7 @@ class EncoderConfig:
 
 
 class DropPath(nn.Module):
-    """Leaves out the whole branch of some examples (stochastic depth, arXiv 1603.09382)."""
+    """Stochastic depth: drops the entire branch for random examples (arXiv 1603.09382)."""
 
     @nn.compact
     def __call__(
@@ -89,12 +89,13 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block. Returns (x, what was captured), the form that `nn.scan` asks for.
+    """Pre-norm encoder block. Returns (x, captured values), the form that `nn.scan` requires.
 
     Attributes:
-      relative: rows of the table of relative biases.
+      relative: rows of the relative bias table.
       cross: attend to `context.memory` between the two branches, as a decoder does.
       capture: which of `CAPTURES` to return.
+      constrain: applied to the output, for instance to fix its sharding.
     """
 
     config: EncoderConfig
@@ -135,23 +136,23 @@ class Block(nn.Module):
         x = x + checkpoint_name(branch(z), 'attention_out')
         if self.cross:
             z = norm(style, 'LayerNorm_2')(x)
-            there = AttentionContext(mask=context.memory_mask)
+            memory_context = AttentionContext(mask=context.memory_mask)
             z, _ = Attention(config.num_heads, style, name='CrossAttention_0')(
-                z, context.memory, there
+                z, context.memory, memory_context
             )
             x = x + checkpoint_name(branch(z), 'attention_out')
         y = y if config.parallel else norm(style, 'LayerNorm_1')(x)
         x = config.constrain(x + branch(mlp(y, deterministic)))
-        seen: dict[str, Array] = {}
+        captured: dict[str, Array] = {}
         if 'blocks' in self.capture:
-            seen['blocks'] = x
+            captured['blocks'] = x
         if weights is not None:
-            seen['attention'] = weights
-        return x, seen
+            captured['attention'] = weights
+        return x, captured
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each feature."""
+    """LayerScale: a learned factor per feature."""
 
     start: float
 
@@ -164,10 +165,13 @@ class LayerScale(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`config.depth` blocks and, with `final_norm`, a norm. Returns (tokens, what was captured).
+    """Stack of `config.depth` blocks, optionally followed by a norm.
+
+    Returns (tokens, captured values).
 
     Attributes:
       relative, cross, capture: see `Block`.
+      final_norm: normalise the output.
     """
 
     config: EncoderConfig
@@ -186,7 +190,8 @@ class Encoder(nn.Module):
         config = self.config
         block: Any = Block
         if config.remat != 'none':
-            # Under scan the loop itself stops the compiler from merging the recomputation back.
+            # prevent_cse is costly and unnecessary under scan: the loop boundary already keeps the
+            # compiler from merging the recomputation with the forward pass.
             block = nn.remat(
                 Block,
                 prevent_cse=not config.scan,
@@ -207,38 +212,41 @@ class Encoder(nn.Module):
                 in_axes=(nn.broadcast, 0, nn.broadcast),
                 length=config.depth,
             )
-            x, seen = stack(name='encoderblock', **fields)(x, deterministic, rates, context)
+            x, captured = stack(name='encoderblock', **fields)(x, deterministic, rates, context)
         else:
-            each = []
+            captures = []
             for i in range(config.depth):
                 rate = None if rates is None else rates[i]
-                one = block(name=f'encoderblock_{i}', **fields)
-                x, found = one(x, deterministic, rate, context)
-                each.append(found)
-            seen = {name: jnp.stack([found[name] for found in each]) for name in self.capture}
+                unrolled_block = block(name=f'encoderblock_{i}', **fields)
+                x, block_captured = unrolled_block(x, deterministic, rate, context)
+                captures.append(block_captured)
+            captured = {
+                name: jnp.stack([block_captured[name] for block_captured in captures])
+                for name in self.capture
+            }
         if self.final_norm:
             x = norm(config.style, 'encoder_norm')(x)
-        return x, seen
+        return x, captured
 
 
-def _every_encoder(
+def _map_encoders(
     params: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The parameters with `change` made to the encoder and to those of streams."""
+    """Apply `change` to the encoder and to the encoders of all streams."""
     changed = {
         name: change(part)
         if name == 'Transformer'
-        else _every_encoder(part, change)
+        else _map_encoders(part, change)
         if isinstance(part, dict)
         else part
         for name, part in params.items()
     }
-    same = all(changed[name] is params[name] for name in params)
-    return params if same else changed
+    unchanged = all(changed[name] is params[name] for name in params)
+    return params if unchanged else changed
 
 
 def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """The scanned form of unrolled parameters (already scanned ones are returned as they are)."""
+    """Convert unrolled parameters to the scanned form; scanned ones are returned unchanged."""
 
     def stack(encoder: dict[str, Any]) -> dict[str, Any]:
         names = sorted(
@@ -251,11 +259,11 @@ def stack_blocks(params: dict[str, Any]) -> dict[str, Any]:
         rest = {name: value for name, value in encoder.items() if name not in names}
         return {**rest, 'encoderblock': stacked}
 
-    return _every_encoder(params, stack)
+    return _map_encoders(params, stack)
 
 
 def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """The unrolled form of scanned parameters (already unrolled ones are returned as they are)."""
+    """Convert scanned parameters to the unrolled form; unrolled ones are returned unchanged."""
 
     def unstack(encoder: dict[str, Any]) -> dict[str, Any]:
         if 'encoderblock' not in encoder:
@@ -267,16 +275,16 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
             rest[f'encoderblock_{i}'] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
         return rest
 
-    return _every_encoder(params, unstack)
+    return _map_encoders(params, unstack)
 
 
 def merge_lora(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters without corrections (`layers.Dense.lora`): each is added to its kernel."""
+    """Add each LoRA correction (`layers.Dense.lora`) to its kernel and remove it."""
     merged = {n: merge_lora(x) if isinstance(x, dict) else x for n, x in params.items()}
     if 'lora_a' not in merged:
         return merged
     kernel, down, up = (np.asarray(merged.pop(n)) for n in ('kernel', 'lora_a', 'lora_b'))
-    # Scanned blocks have one axis more in each of the three.
+    # Scanned blocks add one axis to each of the three arrays.
     scanned = down.ndim + up.ndim - kernel.ndim == 3
     low_rank = (
         np.stack([np.tensordot(a, b, 1) for a, b in zip(down, up, strict=True)])

@@ -1,4 +1,4 @@
-"""From encoded tokens to one vector, and from that to logits."""
+"""Pooling of encoded tokens into one vector, and the classifier on top."""
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from big_vit.models.layers import (
 
 
 class MapPool(nn.Module):
-    """Multi-head attention pooling: one learned probe attends to all tokens (arXiv 2106.04560)."""
+    """Multi-head attention pooling: a learned probe attends to all tokens (arXiv 2106.04560)."""
 
     num_heads: int
     mlp_dim: int
@@ -30,7 +30,7 @@ class MapPool(nn.Module):
         x: Float[Array, 'batch tokens width'],
         mask: Bool[Array, 'batch 1 queries tokens'] | None = None,
     ) -> Float[Array, 'batch queries width']:
-        """One vector for each query of the mask, which says what tokens it sees; else one."""
+        """Pool the tokens into one vector, or into one per query of the mask."""
         batch, _, width = x.shape
         queries = 1 if mask is None else mask.shape[2]
         probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
@@ -44,9 +44,9 @@ class MapPool(nn.Module):
 
 
 class SequencePool(nn.Module):
-    """The mean of tokens, weighted by a softmax of a learned score (CCT, arXiv 2104.05704).
+    """Mean of the tokens, weighted by the softmax of a learned score (CCT, arXiv 2104.05704).
 
-    Without the paper's bias of the score, which the softmax does not see.
+    The score has no bias, unlike the paper's: a softmax is invariant to it.
     """
 
     @nn.compact
@@ -65,7 +65,7 @@ class SequencePool(nn.Module):
 def mean_pool(
     x: Float[Array, 'batch tokens width'], mask: Bool[Array, 'batch tokens'] | None = None
 ) -> Float[Array, 'batch width']:
-    """The mean of tokens (of those that are there) in float32; of none it is zero."""
+    """Return the mean of the unmasked tokens in float32; zero if all are masked."""
     x = x.astype(jnp.float32)
     if mask is None:
         return x.mean(axis=1)
@@ -78,14 +78,17 @@ def segment_pool(
     segment: Int[Array, 'batch tokens'],
     segments: int,
 ) -> Float[Array, 'batch segments width']:
-    """The mean of the tokens of each of the segments 1, 2, ... in float32; of none it is zero."""
-    own = segment[..., None] == 1 + jnp.arange(segments)[None, None]
-    share = own / jnp.maximum(own.sum(1, keepdims=True), 1)
-    return jnp.einsum('bns,bnd->bsd', share.astype(jnp.float32), x.astype(jnp.float32))
+    """Return the mean of each segment 1, 2, ... in float32; zero for empty segments."""
+    member = segment[..., None] == 1 + jnp.arange(segments)[None, None]
+    weight = member / jnp.maximum(member.sum(1, keepdims=True), 1)
+    return jnp.einsum('bns,bnd->bsd', weight.astype(jnp.float32), x.astype(jnp.float32))
 
 
 class Classifier(nn.Module):
-    """Linear logits in float32. Zero at the start: the first loss is log(num_classes) exactly."""
+    """Linear classifier in float32.
+
+    It starts at zero, so that the first loss is exactly log(num_classes).
+    """
 
     num_classes: int
     gather: Gather = ungathered

@@ -1,11 +1,11 @@
-"""Dense, norm, attention and MLP by einsum; parameters are a plain nested dictionary.
+"""Dense, norm, attention and MLP layers, whose parameters are a plain nested dictionary.
 
-Parameters stay in float32; `dtype` is the type of the matrix products and of
-the residual stream. Statistics of the norm and the softmax are in float32.
+Parameters are stored in float32; `dtype` is the type of the matrix products and of the residual
+stream. Norm statistics and the softmax are computed in float32.
 
-The norm, the softmax and the GELU have their derivatives written out: the
-backward pass keeps tensors of `dtype` and a few statistics for them, and makes
-the float32 values in between again, where automatic differentiation keeps those.
+Norm, softmax and GELU have hand-written derivatives: the backward pass saves tensors of `dtype` and
+a few statistics, and recomputes the float32 intermediates that automatic differentiation would
+keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,22 +30,24 @@ def ungathered(name: str, product: Product, x: Array, kernel: Array) -> Array:
 
 @dataclass(frozen=True)
 class Style:
-    """How layers are made, the same in all of a model.
+    """Options shared by all layers of a model.
 
     Attributes:
       norm: 'layernorm' or 'rmsnorm' (arXiv 1910.07467).
-      norm_eps: added to the variance; the papers and their ports differ, and weights depend on it.
-      activation: of the MLP, a name in `ACTIVATIONS`.
+      norm_eps: added to the variance; papers and their ports differ, and weights depend on it.
+      activation: activation of the MLP, a name in `ACTIVATIONS`.
       mlp: 'mlp', or 'swiglu': silu(a) * b in place of the activation (arXiv 2002.05202).
-      head_dim: of one head; None divides the width.
-      qkv_bias, key_bias: whether queries, keys and values (and of them keys) have a bias.
-      qk_norm: normalise queries and keys of each head (arXiv 2302.05442).
-      lsa: attend to all but oneself, at a learned temperature (arXiv 2112.13492).
-      attention: 'fused' is `attend`, the others are backends of `jax.nn.dot_product_attention`.
-      lora: rank of the corrections of attention's kernels, see `Dense`.
-      dropout: rate of the MLP's hidden units and of the branches.
+      head_dim: features of a head; width / heads if None.
+      qkv_bias: queries, keys and values have a bias.
+      key_bias: keys have a bias, provided that `qkv_bias` is set.
+      qk_norm: normalise the queries and keys of each head (arXiv 2302.05442).
+      lsa: locality self-attention: no token attends to itself, learned temperature (arXiv
+        2112.13492).
+      attention: 'fused' is `attend`, other names are backends of `jax.nn.dot_product_attention`.
+      lora: rank of the LoRA correction of attention kernels, see `Dense`.
+      dropout: dropout rate of the MLP's hidden units and of the residual branches.
       dtype: type of the matrix products and of the residual stream.
-      gather: multiplies with a kernel; where a mesh brings its parts together.
+      gather: multiplies by a kernel; a mesh replaces it to collect the shards of the kernel first.
     """
 
     norm: str = 'layernorm'
@@ -68,13 +70,14 @@ PLAIN = Style()
 
 
 class AttentionContext(NamedTuple):
-    """What attention knows of where tokens are; None where there is none of it.
+    """Positions, masks and other tokens that attention depends on; None where there are none.
 
-    rotation: sine and cosine of RoPE, float32 [1 or batch, tokens, 1, head_dim].
-    mask: whether a query may see a key, bool [1 or batch, 1, 1 or tokens, tokens].
-    relative: which row of the table of biases a pair has, int32 [tokens, tokens].
-    context: other tokens to attend to, [batch, others, width].
-    context_mask: as `mask`, [batch, 1, 1, others].
+    Attributes:
+      rotation: sine and cosine of RoPE, float32 [1 or batch, tokens, 1, head_dim].
+      mask: whether a query may attend to a key, bool [1 or batch, 1, 1 or tokens, tokens].
+      relative: row of the relative bias table per (query, key), int32 [tokens, tokens].
+      memory: tokens to cross-attend to, [batch, memory tokens, width].
+      memory_mask: as `mask`, [batch, 1, 1, memory tokens].
     """
 
     rotation: tuple[Array, Array] | None = None
@@ -88,15 +91,15 @@ NO_CONTEXT = AttentionContext()
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias` over the last `len(in_axes)` axes of x.
+    """Linear layer `x @ kernel + bias` over the last `in_axes` axes of x.
 
     Attributes:
       shape: sizes of the output axes.
-      in_axes: number of input axes that are contracted.
-      gather: called as (the kernel's path, product, x, kernel) to multiply them;
-        where a mesh brings the parts of a sharded kernel together.
-      lora: rank of a correction of the kernel, `lora_a @ lora_b`, that begins at zero (arXiv
-        2106.09685; without its factor alpha / rank, which is one on the rate); 0 has none.
+      in_axes: number of contracted input axes.
+      gather: called as (path of the kernel, product, x, kernel) to multiply them; a mesh replaces
+        it to collect the shards of the kernel first.
+      lora: rank of a correction `lora_a @ lora_b` of the kernel that starts at zero; 0 for none.
+        From arXiv 2106.09685 without the factor alpha / rank, which only scales the learning rate.
     """
 
     shape: Sequence[int]
@@ -113,7 +116,8 @@ class Dense(nn.Module):
         inputs, outputs = x.shape[x.ndim - self.in_axes :], tuple(self.shape)
 
         def init(key: Array, shape: Sequence[int]) -> Array:
-            # Fans are those of the flattened matrix, as in the papers, not of the last two axes.
+            # Fans of the flattened matrix, as in the papers; initialisers would take those of the
+            # last two axes.
             matrix = (_product(inputs), _product(outputs))
             return self.kernel_init(key, matrix, jnp.float32).reshape(shape)
 
@@ -147,7 +151,7 @@ def _product(sizes: Sequence[int]) -> int:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (arXiv 1607.06450), statistics in float32."""
+    """Layer normalisation over the last axis (arXiv 1607.06450), with float32 statistics."""
 
     epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
@@ -160,7 +164,7 @@ class LayerNorm(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Division by the root mean square over the last axis (arXiv 1910.07467), in float32."""
+    """RMS normalisation over the last axis (arXiv 1910.07467), computed in float32."""
 
     epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
@@ -172,7 +176,7 @@ class RmsNorm(nn.Module):
 
 
 def norm(style: Style, name: str) -> LayerNorm | RmsNorm:
-    """The norm of this style; its parameters are called `name`."""
+    """Return the normalisation layer of a style, with parameters under `name`."""
     if style.norm == 'rmsnorm':
         return RmsNorm(style.norm_eps, style.dtype, name=name)
     return LayerNorm(style.norm_eps, style.dtype, name=name)
@@ -187,7 +191,7 @@ def _dot(x: Array, kernel: Array, in_axes: int) -> Array:
 def multiply(
     x: Float[Array, '...'], kernel: Float[Array, '...'], in_axes: int
 ) -> Float[Array, '...']:
-    """x @ kernel over the last `in_axes` axes of x and the first of the kernel."""
+    """Return x @ kernel over the last `in_axes` axes of x and the first of the kernel."""
     return _dot(x, kernel, in_axes)
 
 
@@ -195,35 +199,36 @@ def _multiply_forward(x: Array, kernel: Array, in_axes: int):
     return _dot(x, kernel, in_axes), (x, kernel)
 
 
-def _sum_of_rows(a: Array, b: Array) -> Array:
+def _outer_sum(a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _multiply_backward(in_axes: int, saved: tuple[Array, Array], g: Array):
     x, kernel = saved
 
-    def of_matrices(x: Array, g: Array) -> Array:
+    def by_matrices(x: Array, g: Array) -> Array:
         inputs = _product(kernel.shape[:in_axes])
         rows = x.reshape(-1, inputs), g.reshape(-1, kernel.size // inputs)
         if inputs <= kernel.size // inputs:
-            return _sum_of_rows(*rows).reshape(kernel.shape)
-        # Long rows are quicker to make; the barrier keeps XLA from turning the product back.
-        turned = jax.lax.optimization_barrier(_sum_of_rows(*reversed(rows)))
-        return turned.T.reshape(kernel.shape)
+            return _outer_sum(*rows).reshape(kernel.shape)
+        # A product with long rows is faster; the barrier stops XLA from undoing the transposition.
+        transpose = jax.lax.optimization_barrier(_outer_sum(*reversed(rows)))
+        return transpose.T.reshape(kernel.shape)
 
-    def transposed(x: Array, g: Array) -> Array:
+    def by_transposition(x: Array, g: Array) -> Array:
         return jax.linear_transpose(lambda kernel: _dot(x, kernel, in_axes), kernel)(g)[0]
 
     (dx,) = jax.linear_transpose(lambda x: _dot(x, kernel, in_axes), x)(g)
-    # Differentiated automatically the kernel's gradient is made with outputs first and turned: up
-    # to three times as slow on a CPU. On a TPU the other makes the step of B/16 a fifth slower.
-    return dx, jax.lax.platform_dependent(x, g, cpu=of_matrices, default=transposed)
+    # Automatic differentiation would compute the kernel's gradient with outputs first and transpose
+    # it, which is up to three times as slow on a CPU. On a TPU, `by_matrices` makes the step of
+    # B/16 a fifth slower.
+    return dx, jax.lax.platform_dependent(x, g, cpu=by_matrices, default=by_transposition)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def _last(x: Float[Array, ' width'], ndim: int) -> Float[Array, '...']:
+def _to_last_axis(x: Float[Array, ' width'], ndim: int) -> Float[Array, '...']:
     return x.reshape((1,) * (ndim - 1) + x.shape)
 
 
@@ -235,21 +240,22 @@ def layer_norm(
     epsilon: float,
     dtype: Dtype,
 ) -> Float[Array, '*batch width']:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias, computed in float32."""
+    """Return (x - mean) / sqrt(variance + epsilon) * scale + bias, computed in float32."""
     return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype):
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
     if x.dtype == jnp.bfloat16:
-        # Both sums in one pass: what cancels is far below what rounding to bfloat16 took from x.
-        variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)
+        # E[x²] - E[x]² needs one pass over x. Its cancellation error is far below what rounding to
+        # bfloat16 has already taken from x.
+        variance = jnp.square(x32).mean(-1, keepdims=True) - jnp.square(mean)
         variance = jnp.maximum(variance, 0)
     else:
-        variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + epsilon)
-    y = (wide - mean) * inverse * _last(scale, x.ndim) + _last(bias, x.ndim)
+    y = (x32 - mean) * inverse * _to_last_axis(scale, x.ndim) + _to_last_axis(bias, x.ndim)
     return y.astype(dtype), (x, mean[..., 0], inverse[..., 0], scale)
 
 
@@ -259,7 +265,7 @@ def _layer_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...],
     g = g.astype(jnp.float32)
     batch = tuple(range(x.ndim - 1))
     d_scale, d_bias = (g * y).sum(batch), g.sum(batch)
-    g = g * _last(scale, x.ndim)
+    g = g * _to_last_axis(scale, x.ndim)
     dx = g - g.mean(-1, keepdims=True) - y * (g * y).mean(-1, keepdims=True)
     return (dx * inverse[..., None]).astype(x.dtype), d_scale, d_bias
 
@@ -271,14 +277,14 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 def rms_norm(
     x: Float[Array, '*batch width'], scale: Float[Array, ' width'], epsilon: float, dtype: Dtype
 ) -> Float[Array, '*batch width']:
-    """x / sqrt(mean of squares + epsilon) * scale, computed in float32."""
+    """Return x / sqrt(mean(x²) + epsilon) * scale, computed in float32."""
     return _rms_norm_forward(x, scale, epsilon, dtype)[0]
 
 
 def _rms_norm_forward(x: Array, scale: Array, epsilon: float, dtype: Dtype):
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
-    return (wide * inverse * _last(scale, x.ndim)).astype(dtype), (x, inverse[..., 0], scale)
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + epsilon)
+    return (x32 * inverse * _to_last_axis(scale, x.ndim)).astype(dtype), (x, inverse[..., 0], scale)
 
 
 def _rms_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...], g: Array):
@@ -286,7 +292,7 @@ def _rms_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...], g
     y = x.astype(jnp.float32) * inverse[..., None]
     g = g.astype(jnp.float32)
     d_scale = (g * y).sum(tuple(range(x.ndim - 1)))
-    g = g * _last(scale, x.ndim)
+    g = g * _to_last_axis(scale, x.ndim)
     dx = (g - y * (g * y).mean(-1, keepdims=True)) * inverse[..., None]
     return dx.astype(x.dtype), d_scale
 
@@ -300,18 +306,18 @@ def attend(
     key: Float[Array, 'batch keys heads features'],
     value: Float[Array, 'batch keys heads features'],
 ) -> Float[Array, 'batch queries heads features']:
-    """softmax(query . key / sqrt(features)) . value, with logits and softmax in float32.
+    """Return softmax(query · key / sqrt(features)) · value, with float32 logits and softmax.
 
-    Of the arrays of size queries x keys only two are ever written to memory, in the type
-    of the operands: the exponentials here, which are normalised after their product with
-    the values, and the gradient of the logits in the backward pass.
+    Only two arrays of size queries x keys are ever written to memory, both in the type of the
+    operands: the exponentials here, which are normalised after their product with the values, and
+    the gradient of the logits in the backward pass.
     """
     return _attend_forward(query, key, value)[0]
 
 
 def _logits(query: Array, key: Array) -> Float[Array, 'batch heads keys queries']:
-    # Queries come last: TPUs then reduce over the keys without crossing lanes, and the
-    # compiler makes maximum, exponential and sum as part of this product.
+    # With queries last, TPUs reduce over keys without crossing lanes, and the compiler fuses
+    # maximum, exponential and sum into this product.
     return jnp.einsum('bqhd,bkhd->bhkq', query, key, preferred_element_type=jnp.float32)
 
 
@@ -334,7 +340,7 @@ def _attend_backward(saved: tuple[Array, ...], g: Array):
     query, key, value, weights, total, mixed = saved
     g = (g / _per_query(total)).astype(g.dtype)
     d_value = jnp.einsum('bhkq,bqhd->bkhd', weights, g)
-    # The mean of the gradient under the weights, by way of the output (arXiv 2205.14135).
+    # Mean of the weights' gradient per query, computed from the output (arXiv 2205.14135).
     mean = (g.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     d_logits = weights.astype(jnp.float32) * (_logits(g, value) - mean[:, :, None])
     d_logits = d_logits.astype(query.dtype)
@@ -348,14 +354,14 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 @jax.custom_vjp
 def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-    """The tanh form (arXiv 1606.08415)."""
+    """Apply the tanh approximation of GELU (arXiv 1606.08415)."""
     return nn.gelu(x)
 
 
 def _gelu_backward(x: Array, g: Array):
-    root, cubic, wide = (2 / jnp.pi) ** 0.5, 0.044715, x.astype(jnp.float32)
-    tanh = jnp.tanh(root * (wide + cubic * wide**3))
-    slope = 0.5 * wide * (1 - tanh**2) * root * (1 + 3 * cubic * wide**2)
+    root, cubic, x32 = (2 / jnp.pi) ** 0.5, 0.044715, x.astype(jnp.float32)
+    tanh = jnp.tanh(root * (x32 + cubic * x32**3))
+    slope = 0.5 * x32 * (1 - tanh**2) * root * (1 + 3 * cubic * x32**2)
     return ((g * (0.5 * (1 + tanh) + slope)).astype(x.dtype),)
 
 
@@ -363,7 +369,7 @@ gelu.defvjp(lambda x: (nn.gelu(x), x), _gelu_backward)
 
 
 def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-    """x * sigmoid(1.702 x), as CLIP has it (arXiv 1606.08415)."""
+    """Apply x * sigmoid(1.702 x), CLIP's approximation of GELU (arXiv 1606.08415)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -379,11 +385,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def rotate(
     x: Float[Array, 'batch tokens heads features'], rotation: tuple[Array, Array]
 ) -> Float[Array, 'batch tokens heads features']:
-    """Turns each pair of features (i, i + features/2) by its token's angle (arXiv 2104.09864)."""
+    """Rotate each pair of features (i, i + features/2) by its token's angle (arXiv 2104.09864)."""
     sin, cos = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = x.astype(jnp.float32) * cos + jnp.concatenate([-second, first], -1) * sin
-    return turned.astype(x.dtype)
+    rotated = x.astype(jnp.float32) * cos + jnp.concatenate([-second, first], -1) * sin
+    return rotated.astype(x.dtype)
 
 
 def attention_weights(
@@ -392,7 +398,7 @@ def attention_weights(
     bias: Float[Array, '1 heads queries keys'] | None = None,
     mask: Bool[Array, '#batch 1 #queries keys'] | None = None,
 ) -> Float[Array, 'batch heads queries keys']:
-    """The softmax that attention mixes values with, in float32: to look at, not to compute with."""
+    """Return attention probabilities in float32, for inspection only: they are not fused."""
     logits = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
@@ -402,14 +408,14 @@ def attention_weights(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context` (over itself by default; arXiv 1706.03762).
+    """Multi-head attention of `x` to `memory`, by default to itself (arXiv 1706.03762).
 
-    With `capture` it returns (mixed, weights [batch, heads, queries, keys]), else (mixed, None).
+    Returns (output, weights [batch, heads, queries, keys]); weights are None without `capture`.
     """
 
     num_heads: int
     style: Style = PLAIN
-    relative: int = 0  # Rows of the table of biases; 0 has none.
+    relative: int = 0  # Rows of the relative bias table; 0 for none.
     capture: bool = False
 
     @nn.compact
@@ -419,22 +425,22 @@ class Attention(nn.Module):
         memory: Float[Array, 'batch keys width'] | None = None,
         context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch queries width'], Float[Array, '...'] | None]:
-        style, to_itself = self.style, memory is None
+        style, self_attention = self.style, memory is None
         memory = x if memory is None else memory
         width = x.shape[-1]
         heads = (self.num_heads, style.head_dim or width // self.num_heads)
         dense = partial(Dense, dtype=style.dtype, gather=style.gather, lora=style.lora)
-        inward = partial(dense, heads, use_bias=style.qkv_bias)
-        query = checkpoint_name(inward(name='query')(x), 'qkv')
+        query_or_value = partial(dense, heads, use_bias=style.qkv_bias)
+        query = checkpoint_name(query_or_value(name='query')(x), 'qkv')
         key_bias = style.qkv_bias and style.key_bias
         key = checkpoint_name(dense(heads, use_bias=key_bias, name='key')(memory), 'qkv')
-        value = checkpoint_name(inward(name='value')(memory), 'qkv')
+        value = checkpoint_name(query_or_value(name='value')(memory), 'qkv')
         if style.qk_norm:
             query, key = norm(style, 'query_norm')(query), norm(style, 'key_norm')(key)
         if context.rotation is not None:
             query, key = rotate(query, context.rotation), rotate(key, context.rotation)
         mask, bias = context.mask, None
-        if style.lsa and to_itself:
+        if style.lsa and self_attention:
             root = heads[1] ** 0.5
             start = nn.initializers.constant(1 / root)
             scale = jnp.asarray(self.param('temperature', start, heads[:1]))
@@ -462,7 +468,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense, activation, Dense; or, gated, Dense(silu(Dense) * Dense)."""
+    """Dense, activation, Dense; if gated, Dense(silu(Dense) * Dense)."""
 
     hidden: int
     style: Style = PLAIN

@@ -1,4 +1,4 @@
-"""Convolutions in front of a transformer: Early convolutions, CCT, and the ResNet of hybrids."""
+"""Convolutional stems: early convolutions, CCT, and the ResNet of hybrid models."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from big_vit.models.layers import Gather, Style, ungathered
 
-# Block counts of the stages of a ResNet by name and total stride (BiT, arXiv 1912.11370).
+# Units per stage of each ResNet, one entry per total stride (BiT, arXiv 1912.11370).
 RESNETS: dict[str, tuple[tuple[int, ...], ...]] = {
     'R': ((),),
     'R26': ((2, 2, 2, 2),),
@@ -21,7 +21,7 @@ CCT_CHANNELS = 64
 
 
 def resnet_stride(layers: tuple[int, ...]) -> int:
-    """Of a ResNet with so many stages, its root included."""
+    """Return the total stride of a ResNet, given the units of its stages."""
     return 4 * 2 ** max(len(layers) - 1, 0)
 
 
@@ -37,9 +37,12 @@ def convolve(
 
 
 class Conv(nn.Module):
-    """A convolution without bias; `standardised`, its kernel has mean 0 and variance 1.
+    """Convolution without bias.
 
-    That is weight standardisation (arXiv 1903.10520), which BiT's ResNets have.
+    Attributes:
+      standardised: normalise the kernel to mean 0 and variance 1 per output channel (weight
+        standardisation, arXiv 1903.10520), as BiT's ResNets do. The constant is added to the
+        deviation, as in the code that trained them.
     """
 
     features: int
@@ -65,7 +68,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Normalisation over space and groups of channels (arXiv 1803.08494), in float32."""
+    """Group normalisation over space and groups of channels (arXiv 1803.08494), in float32."""
 
     groups: int = 32
     epsilon: float = 1e-6
@@ -78,25 +81,25 @@ class GroupNorm(nn.Module):
         batch, height, width, channels = x.shape
         scale = jnp.asarray(self.param('scale', nn.initializers.ones, (channels,)))
         bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (channels,)))
-        wide = x.astype(jnp.float32).reshape(batch, height * width, self.groups, -1)
-        mean = wide.mean((1, 3), keepdims=True)
-        variance = jnp.square(wide - mean).mean((1, 3), keepdims=True)
-        wide = ((wide - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        x32 = x.astype(jnp.float32).reshape(batch, height * width, self.groups, -1)
+        mean = x32.mean((1, 3), keepdims=True)
+        variance = jnp.square(x32 - mean).mean((1, 3), keepdims=True)
+        x32 = ((x32 - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         lead = (1, 1, 1, channels)
-        return (wide * scale.reshape(lead) + bias.reshape(lead)).astype(self.dtype)
+        return (x32 * scale.reshape(lead) + bias.reshape(lead)).astype(self.dtype)
 
 
-# PyTorch's border, where TensorFlow's 'SAME' is other than this for a stride of two.
-_EVEN = ((1, 1), (1, 1))
+# PyTorch's padding; TensorFlow's 'SAME' pads only at the end for a stride of two on even sizes.
+_SYMMETRIC = ((1, 1), (1, 1))
 
 
 def _max_pool(x: Array, border: Any) -> Array:
-    """The largest of 3x3 pixels, at every second one."""
+    """Return the maximum over 3x3 windows with a stride of two."""
     return nn.max_pool(x, (3, 3), (2, 2), border)
 
 
 class Unit(nn.Module):
-    """A bottleneck of BiT's ResNet after which the ReLU comes (arXiv 1512.03385)."""
+    """Bottleneck unit of BiT's ResNet, with the ReLU after the addition (arXiv 1512.03385)."""
 
     features: int
     stride: int
@@ -109,14 +112,14 @@ class Unit(nn.Module):
         dtype, out = self.style.dtype, 4 * self.features
         conv = partial(Conv, standardised=True, dtype=dtype, gather=self.style.gather)
         normed = partial(GroupNorm, dtype=dtype)
-        rest = x
+        shortcut = x
         if x.shape[-1] != out or self.stride > 1:
-            rest = normed(name='gn_proj')(conv(out, 1, self.stride, name='conv_proj')(x))
+            shortcut = normed(name='gn_proj')(conv(out, 1, self.stride, name='conv_proj')(x))
         y = jax.nn.relu(normed(name='gn1')(conv(self.features, 1, name='conv1')(x)))
         y = conv(self.features, 3, self.stride, name='conv2')(y)
         y = jax.nn.relu(normed(name='gn2')(y))
         y = normed(name='gn3')(conv(out, 1, name='conv3')(y))
-        return jax.nn.relu(rest + y)
+        return jax.nn.relu(shortcut + y)
 
 
 class Stage(nn.Module):
@@ -138,7 +141,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The first stages of BiT's ResNet, as the hybrids of the ViT paper have them."""
+    """The first stages of BiT's ResNet, as in the hybrids of the ViT paper."""
 
     layers: tuple[int, ...]
     style: Style
@@ -161,9 +164,9 @@ class ResNet(nn.Module):
 class ConvStem(nn.Module):
     """3x3 convolutions of stride 2 in place of large patches (arXiv 2106.14881).
 
-    Each is followed by a norm and a ReLU, and widens twice as much; `Patches` of one pixel
-    project what comes out. The norm is over groups and not over the batch: a model is a
-    function of its parameters alone, and of one example at a time.
+    A norm and a ReLU follow each of them, and each doubles the channels; `Patches` of one pixel
+    project the result. Group norm replaces the paper's batch norm, so that the output for an
+    example depends on nothing but the parameters and that example.
     """
 
     width: int
@@ -181,7 +184,7 @@ class ConvStem(nn.Module):
                 features,
                 3,
                 2,
-                padding=_EVEN,
+                padding=_SYMMETRIC,
                 dtype=dtype,
                 gather=self.style.gather,
                 name=f'conv_{i}',
@@ -192,12 +195,12 @@ class ConvStem(nn.Module):
 
 
 def conv_features(width: int, layers: int, i: int) -> int:
-    """Channels of convolution i of a `ConvStem`: the last has the width, each before it half."""
+    """Return the channels of convolution i of a `ConvStem`; the last has the full width."""
     return max(width // 2 ** (layers - 1 - i), 8)
 
 
 class CctStem(nn.Module):
-    """Convolutions, each with ReLU and max-pooling, whose pixels are tokens (arXiv 2104.05704)."""
+    """Convolutions with ReLU and max-pooling, whose pixels are the tokens (arXiv 2104.05704)."""
 
     width: int
     layers: int
@@ -213,5 +216,5 @@ class CctStem(nn.Module):
             conv = Conv(
                 features, 3, dtype=self.style.dtype, gather=self.style.gather, name=f'conv_{i}'
             )
-            x = _max_pool(jax.nn.relu(conv(x)), _EVEN)
+            x = _max_pool(jax.nn.relu(conv(x)), _SYMMETRIC)
         return x

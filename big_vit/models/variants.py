@@ -1,4 +1,4 @@
-"""The published sizes by name."""
+"""Published model sizes by name."""
 
 import difflib
 import re
@@ -26,10 +26,10 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 def parse(variant: str) -> dict[str, object]:
-    """'S/16', 'S/16x8' (patch height x width) or 'R50+B/16' (hybrid) as fields of a `ViT`.
+    """Parse 'S/16', 'S/16x8' (patch height x width) or 'R50+B/16' (hybrid) into fields of `ViT`.
 
     Raises:
-      UserError: an unknown size or a malformed patch.
+      UserError: the size is unknown or the patch is malformed.
     """
     match = re.fullmatch(r'(?:(R\d*)\+)?([\w-]+)/(\d+)(?:x(\d+))?', variant)
     if not match:
@@ -47,14 +47,14 @@ def parse(variant: str) -> dict[str, object]:
     if not (height and width):
         raise UserError(f'config: model.variant {variant!r}: a patch must have at least one pixel')
     names = ('width', 'depth', 'mlp_dim', 'num_heads')
-    found = dict(zip(names, SIZES[size], strict=True), patch_size=(height, width))
+    fields = dict(zip(names, SIZES[size], strict=True), patch_size=(height, width))
     if match[1]:
-        found |= {'tokenizer': 'resnet', 'resnet': _resnet(variant, match[1], height, width)}
-    return found
+        fields |= {'tokenizer': 'resnet', 'resnet': _resnet(variant, match[1], height, width)}
+    return fields
 
 
 def _resnet(variant: str, name: str, height: int, width: int) -> tuple[int, ...]:
-    """Units of each stage of the ResNet, the deepest that leaves patches of whole pixels."""
+    """Return the units of each stage of the deepest ResNet whose stride divides the patch."""
     if name not in stems.RESNETS:
         raise UserError(
             f'config: model.variant {variant!r}: unknown ResNet {name!r}; there are '

@@ -1,1 +1,1 @@
-"""Starting from weights that exist."""
+"""Pretrained parameters: load them, adapt them to another model, or continue a run."""

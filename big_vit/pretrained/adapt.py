@@ -1,4 +1,4 @@
-"""Parameters made to fit another model: new positions, new patches, new head."""
+"""Adapt parameters to another model: resized positions and patches, other channels, new heads."""
 
 import math
 import zlib
@@ -38,27 +38,28 @@ def adapt(
     is_addition: Callable[[str], bool] = is_head,
     additions: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
-    """NumPy parameters for `model`: the encoder is kept, heads start at zero.
+    """Return parameters for `model`: the encoder is kept, and heads start at zero.
 
-    Learned positions are interpolated to the new grid of patches, patches to another size by
-    FlexiViT's law; stacked (scanned) and unrolled blocks are converted into each other; of an
-    image's patches tubelets are made.
+    Learned positions are interpolated to the new grid, patch embeddings are resized by FlexiViT's
+    method, image patches become tubelets, and scanned and unrolled blocks are converted into each
+    other.
 
     Args:
-      params: parameters as `checkpoint.load_params` gives them.
-      old_grid: the grid of tokens that they were trained with; None where there is no one grid.
-      new_grid: that of the inputs that `model` will see.
-      like: abstract parameters of `model`.
+      params: parameters as returned by `checkpoint.load_params`.
+      old_grid: the grid of tokens in their training; None if there is no single grid.
+      new_grid: the grid of tokens of the inputs of `model`.
+      abstract_state: abstract parameters of `model`.
       where: the checkpoint, for messages.
-      channels: how a kernel for other channels is made, of `CHANNELS`; None refuses.
-      video: how tubelets are made of patches, of `VIDEO` (ViViT, arXiv 2103.15691).
-      resize: how positions are, of `positions.METHODS`.
+      channels: how to make a kernel for another number of channels, one of `CHANNELS`; None
+        refuses.
+      video: how to make tubelets of patches, one of `VIDEO` (ViViT, arXiv 2103.15691).
+      resize: how to resize positions, one of `positions.METHODS`.
       keep_head: keep a head of the same shape.
       is_addition: whether a parameter is not of the trunk but of the task.
       additions: initial values of such parameters, of their paths.
 
     Raises:
-      UserError: names the leaves in which the architectures differ.
+      UserError: the architectures differ; the message names the leaves.
     """
     scan = model.encoder.scan
     params = encoder.stack_blocks(params) if scan else encoder.unstack_blocks(params)
@@ -72,8 +73,8 @@ def adapt(
     # A head starts at zero, other parts of the task as in a run of their own.
     fresh = []
     for name, leaf in wanted.items():
-        same = name in flat and flat[name].shape == leaf.shape
-        if not is_addition(name) or (same and (keep_head or not is_head(name))):
+        same_shape = name in flat and flat[name].shape == leaf.shape
+        if not is_addition(name) or (same_shape and (keep_head or not is_head(name))):
             continue
         if is_head(name):
             flat[name] = np.zeros(leaf.shape, leaf.dtype)
@@ -86,7 +87,7 @@ def adapt(
         del flat[name]
     for name, leaf in wanted.items():
         if name.endswith(('lora_a', 'lora_b')):
-            flat[name] = _correction(name, leaf.shape, leaf.dtype)
+            flat[name] = _lora_factor(name, leaf.shape, leaf.dtype)
     name = 'embedding/kernel'
     if name in flat and name in wanted:
         flat[name] = _kernel(flat[name], wanted[name].shape, where, channels, video)
@@ -95,12 +96,15 @@ def adapt(
     return adapted
 
 
-def _correction(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Half of a correction that is zero (LoRA): numbers of its own for each parameter."""
+def _lora_factor(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Initialise one LoRA factor: `lora_b` is zero, `lora_a` random but the same for a given name.
+
+    crc32 rather than hash(), which differs between processes.
+    """
     if name.endswith('lora_b'):
         return np.zeros(shape, dtype)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    # The kernel's own inputs are what is neither the rank nor, if scanned, the block.
+    # Fan-in of the kernel: every axis except the rank and, if scanned, the block.
     inputs = math.prod(shape[:-1]) // (shape[0] if '/encoderblock/' in name else 1)
     return (rng.standard_normal(shape) * inputs**-0.5).astype(dtype)
 
@@ -108,7 +112,7 @@ def _correction(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def _kernel(
     kernel: np.ndarray, wanted: tuple[int, ...], where: str, channels: str | None, video: str
 ) -> np.ndarray:
-    """A patch embedding [.., height, width, channels, features] for other patches."""
+    """Fit the kernel [.., height, width, channels, features] of a patch embedding to `wanted`."""
     kernel = np.asarray(kernel)
     if kernel.shape[-2] != wanted[-2]:
         kernel = _other_channels(kernel, wanted[-2], where, channels)
@@ -121,47 +125,51 @@ def _kernel(
 
 
 def _other_channels(kernel: np.ndarray, wanted: int, where: str, how: str | None) -> np.ndarray:
-    had = kernel.shape[-2]
+    old_channels = kernel.shape[-2]
     if how is None:
         raise UserError(
-            f'{where} was trained on images of {had} channel(s), these have {wanted}: '
-            f'add {"rgb" if had == 3 else "grayscale"} to data.transform and to the '
+            f'{where} was trained on images of {old_channels} channel(s), these have {wanted}: '
+            f'add {"rgb" if old_channels == 3 else "grayscale"} to data.transform and to the '
             'transform of each of evals, or set init_channels to mean, sum or repeat'
         )
     return channels_of(kernel, wanted, how)
 
 
 def channels_of(kernel: np.ndarray, wanted: int, how: str) -> np.ndarray:
-    """A kernel [..., channels, features] for `wanted` channels.
+    """Convert a kernel [..., channels, features] to `wanted` channels.
 
-    'mean': each has the mean of the old ones; 'sum': of them, that a grey image in one channel
-    (or spread evenly over more) gives what it gave in all; 'repeat': the old ones in turn, scaled
-    so that channels of one value give what they gave.
+    Args:
+      how: 'mean' gives every channel the mean of the old ones. 'sum' divides their sum evenly, so
+        that a grey image gives the same output in any number of channels. 'repeat' cycles through
+        the old channels, scaled so that an image with equal channels gives the same output.
     """
-    had = kernel.shape[-2]
+    old_channels = kernel.shape[-2]
     if how == 'repeat':
-        turned = np.take(kernel, np.arange(wanted) % had, axis=-2)
-        return (turned * (had / wanted)).astype(kernel.dtype)
-    one = kernel.sum(-2, keepdims=True)
-    one = one / had if how == 'mean' else one / wanted
-    return np.repeat(one, wanted, axis=-2).astype(kernel.dtype)
+        cycled = np.take(kernel, np.arange(wanted) % old_channels, axis=-2)
+        return (cycled * (old_channels / wanted)).astype(kernel.dtype)
+    shared = kernel.sum(-2, keepdims=True)
+    shared = shared / old_channels if how == 'mean' else shared / wanted
+    return np.repeat(shared, wanted, axis=-2).astype(kernel.dtype)
 
 
 def tubelet_kernel(kernel: np.ndarray, frames: int, how: str) -> np.ndarray:
-    """A kernel [frames, height, width, channels, features] of one for single images.
+    """Inflate the kernel of an image patch to one of [frames, height, width, channels, features].
 
-    'central': the middle frame has it and the others nothing; 'inflate': each has an equal share.
-    Of a still, either gives the image's tokens.
+    Both give a still video the tokens of the image.
+
+    Args:
+      how: 'central' puts the kernel at the middle frame and zeros elsewhere; 'inflate' gives every
+        frame an equal share.
     """
     if how == 'inflate':
         return np.repeat(kernel[None] / frames, frames, axis=0).astype(kernel.dtype)
-    made = np.zeros((frames, *kernel.shape), kernel.dtype)
-    made[frames // 2] = kernel
-    return made
+    tubelet = np.zeros((frames, *kernel.shape), kernel.dtype)
+    tubelet[frames // 2] = kernel
+    return tubelet
 
 
 def grid_of(config: Config, shapes: dict[str, tuple[int, ...]]) -> Grid | None:
-    """How the tokens of the config's one input lie; None where there are several, or no grid."""
+    """Return the token grid of the config's only input; None for several inputs or no grid."""
     streams = build_streams(config)
     if len(streams) > 1 or streams[0].tokenizer == 'ragged':
         return None
@@ -169,7 +177,7 @@ def grid_of(config: Config, shapes: dict[str, tuple[int, ...]]) -> Grid | None:
 
 
 def saved_grid(saved: Config) -> Grid | None:
-    """The same of a checkpoint's config, which says the size of images but not of other inputs."""
+    """Return the token grid of a checkpoint's config; None for inputs other than one image."""
     streams = build_streams(saved)
     if len(streams) > 1 or streams[0].reads != 'image':
         return None

@@ -1,4 +1,4 @@
-"""To go on from another run with another optimizer: its parameters, step and moments."""
+"""Continue another run with another optimizer: take over its parameters, step and moments."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ from big_vit.optim import factory, moments
 
 
 def state_of(path: str, config: Config, parts: Experiment) -> state.State:
-    """The state to begin with: that of another run's checkpoint, as far as it fits.
+    """Build the initial state from another run's checkpoint.
 
-    Step, parameters, their average and the optimizer's moments go on; what only the new
-    optimizer has starts afresh, and so does what spikes are told by.
+    Step, parameters, their average and the moments carry over. State that only the new optimizer
+    has starts afresh, and so do the statistics that detect loss spikes.
 
     Args:
-      path: a workdir, whose newest checkpoint it is, or a `checkpoints/STEP` folder.
+      path: a workdir (its newest checkpoint) or a `checkpoints/STEP` folder.
 
     Raises:
-      UserError: another architecture, no moments to take over, or nothing left to train.
+      UserError: the architecture differs, there are no moments to take over, or no steps are left.
     """
     workdir, step = checkpoint.locate(path, 'config: switch')
     where = f'config: switch: {workdir}/checkpoints/{step}'
@@ -33,15 +33,15 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
             f'{where} is at step {step}, and this run has {parts.total_steps}: set total_steps, '
             'total_epochs or total_examples of the whole run'
         )
-    old = _restored(workdir, step, config, parts)
+    old = _restore(workdir, step, config, parts)
     params = trees.flatten(old['params'])
-    found = moments.extract(trees.flatten(old['opt']), params)
-    if found is None:
+    old_moments = moments.extract(trees.flatten(old['opt']), params)
+    if old_moments is None:
         raise UserError(
             f'{where} has not both moments of every parameter, as those of adam, adamw, nadamw '
             'and lamb have'
         )
-    mu, nu, updates = found
+    mu, nu, updates = old_moments
 
     if not moments.can_hand_over(parts.abstract_state['opt']):
         raise UserError(
@@ -49,34 +49,34 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
             'nadamw, lamb, shampoo and soap do'
         )
 
-    still = factory.frozen(parts.lr_factors)
-    of_shampoo = (name for name, group in parts.groups.items() if group == 'shampoo')
-    cut = frozenset(name for name in of_shampoo if name not in still)
+    frozen = factory.frozen(parts.lr_factors)
+    shampoo_params = (name for name, group in parts.groups.items() if group == 'shampoo')
+    blocked = frozenset(name for name in shampoo_params if name not in frozen)
 
-    def begin(params: Any, mu: Any, nu: Any) -> Any:
+    def initial_opt(params: Any, mu: Any, nu: Any) -> Any:
         opt = parts.optimizer.init(params)
         block = parts.settings.get('shampoo', {}).get('block', 0)
-        return moments.hand_over(opt, mu, nu, updates, block, cut)
+        return moments.hand_over(opt, mu, nu, updates, block, blocked)
 
-    begin = jax.jit(begin, out_shardings=state.shardings(parts.abstract_state)['opt'])
+    initial_opt = jax.jit(initial_opt, out_shardings=state.shardings(parts.abstract_state)['opt'])
     shape = parts.data.inputs
     fresh = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
     new = {**fresh, 'params': old['params'], 'step': old['step']}
-    new['opt'] = begin(old['params'], mu, nu)
+    new['opt'] = initial_opt(old['params'], mu, nu)
     if 'ema' in new:
         new['ema'] = old.get('ema', jax.tree.map(jnp.copy, old['params']))
     return new
 
 
-def _restored(workdir: Any, step: int, config: Config, parts: Experiment) -> state.State:
-    """The checkpoint's whole state, on the mesh of this run."""
+def _restore(workdir: Any, step: int, config: Config, parts: Experiment) -> state.State:
+    """Restore the full state of the checkpoint onto the mesh of this run."""
     sidecar = checkpoint.read_sidecar(workdir, step)
     saved = config_lib.from_json(sidecar['config'])
-    made = build_optimizer(saved, parts.abstract_state['params'], parts.schedule, parts.mesh)
+    optimizer = build_optimizer(saved, parts.abstract_state['params'], parts.schedule, parts.mesh)
     abstract_state = state.abstract(
         parts.model,
         parts.data.inputs,
-        made.transform,
+        optimizer.transform,
         checkpoint.scored_part(sidecar) == 'ema',
         parts.mesh,
         config.mesh.min_shard_size,

@@ -306,7 +306,7 @@ def test_on_needs_a_cluster(tmp_path, command):
 # Without JAX, for the watch needs none: processes of which one does something at step 2.
 WATCHED = """
 import os, signal, sys, time
-from big_vit import cluster, hosts
+from big_vit.distributed import cluster, hosts
 
 found = cluster.detect('on')
 call = hosts.answer_roll if found.process else hosts.call_roll

@@ -128,9 +128,9 @@ def test_looks_are_of_the_class_token_or_of_all_patches():
     matrix = np.diag([0.0, 1, 2, 3, 4])
     matrix[0] = [5.0, 1, 1, 1, 1]
     np.testing.assert_allclose(
-        weight_statistics.looked_at(matrix, 1, (2, 2)), np.full((2, 2), 0.25)
+        weight_statistics.patch_attention(matrix, 1, (2, 2)), np.full((2, 2), 0.25)
     )
-    plain = weight_statistics.looked_at(matrix[1:, 1:], 0, (2, 2))
+    plain = weight_statistics.patch_attention(matrix[1:, 1:], 0, (2, 2))
     np.testing.assert_allclose(plain, np.array([[1, 2], [3, 4]]) / 10)
 
 

@@ -615,9 +615,9 @@ def test_a_pickled_file_without_torch(tmp_path):
     (tmp_path / 'w.pth').write_bytes(b'x')
     code = (
         'import sys; sys.modules["torch"] = None\n'
-        'from big_vit import interop\n'
+        'from big_vit import errors, interop\n'
         f'try: interop.read({str(tmp_path / "w.pth")!r})\n'
-        'except interop.UserError as error: print(error)\n'
+        'except errors.UserError as error: print(error)\n'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert 'read by torch only, which is not installed' in done.stdout

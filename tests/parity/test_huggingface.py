@@ -5,6 +5,7 @@ import pytest
 from peers import CLOSE, WRONG, distance, export_and_read, images, ours, peer, randomise, theirs
 
 from big_vit import interop, trees
+from big_vit.errors import UserError
 
 SIZES = dict(
     hidden_size=48,
@@ -191,7 +192,7 @@ def test_the_classifier_of_siglip_takes_the_mean(tmp_path):
     config = transformers.SiglipConfig(vision_config=vision, num_labels=5)
     model = randomise(transformers.SiglipForImageClassification(config))
     model.save_pretrained(tmp_path / 'theirs')
-    with pytest.raises(interop.UserError, match=r'unexpected: vision_model\.head\..*--drop'):
+    with pytest.raises(UserError, match=r'unexpected: vision_model\.head\..*--drop'):
         interop.read(tmp_path / 'theirs')
     weights = interop.read(tmp_path / 'theirs', drop=[r'vision_model\.head\..*'])
     batch = images(32)
@@ -218,7 +219,7 @@ def test_a_whole_siglip_needs_its_text_tower_dropped(tmp_path):
     config = transformers.SiglipConfig(vision_config=vision, text_config=text)
     model = randomise(transformers.SiglipModel(config))
     model.save_pretrained(tmp_path)
-    with pytest.raises(interop.UserError, match=r'--drop .*text_model'):
+    with pytest.raises(UserError, match=r'--drop .*text_model'):
         interop.read(tmp_path)
     weights = interop.read(tmp_path, drop=[r'text_model\..*', r'logit_(scale|bias)'])
     batch = images(32)

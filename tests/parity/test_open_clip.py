@@ -7,6 +7,7 @@ import pytest
 from peers import CLOSE, WRONG, distance, images, ours, peer, randomise, theirs
 
 from big_vit import interop, trees
+from big_vit.errors import UserError
 
 EMBED = 24
 SIZES = dict(layers=2, width=64, head_width=32, patch_size=16, image_size=32)
@@ -118,7 +119,7 @@ def test_siglip_whose_tower_is_timms(tmp_path):
     assert inward <= CLOSE
     assert outward <= CLOSE
     assert distance(wanted, ours(weights, batch, activation='gelu')) > WRONG
-    with pytest.raises(interop.UserError, match='--architecture'):
+    with pytest.raises(UserError, match='--architecture'):
         interop.write(tmp_path / 'none', 'open_clip', weights)
 
 

@@ -5,6 +5,7 @@ import pytest
 from peers import CLOSE, distance, images, ours, peer, randomise, theirs
 
 from big_vit import interop, trees
+from big_vit.errors import UserError
 
 SIZES = dict(img_size=32, embed_dim=192, depth=2, num_heads=3)
 
@@ -72,5 +73,5 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
             return (print, ('this must not be printed',))
 
     torch.save({'model': Harmful()}, tmp_path / 'w.pth')
-    with pytest.raises(interop.UserError, match=r'weights_only=True.*safetensors'):
+    with pytest.raises(UserError, match=r'weights_only=True.*safetensors'):
         interop.read(tmp_path / 'w.pth')

@@ -1,0 +1,264 @@
+"""Read the weights of other codebases: recognise the format, derive settings, map the arrays."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from big_vit import trees
+from big_vit.errors import UserError
+from big_vit.interop import (
+    files,
+    fit,
+    formats,
+    google,
+    huggingface,
+    layout,
+    openclip,
+    timm_vit,
+)
+from big_vit.interop.formats import READ
+from big_vit.interop.layout import Arrays, Shapes
+from big_vit.interop.weights import META, Weights
+
+# Weight files to look for in a folder, most likely first.
+_IN_FOLDER = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    openclip.WEIGHTS,
+    'open_clip_pytorch_model.bin',
+    'pytorch_model.bin',
+)
+# Settings and metadata that are tuples here but lists in JSON.
+_TUPLES = ('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped')
+
+
+class _SourceFile(NamedTuple):
+    """A weight file as stored: its arrays, its embedded metadata and the configs beside it."""
+
+    path: Path
+    tower: str
+    arrays: Arrays
+    about: dict[str, str]
+    config: dict[str, Any]
+    images: dict[str, Any]
+
+
+def read(
+    spec: str | Path,
+    format: str | None = None,
+    drop: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Read the weights of a file or folder.
+
+    Args:
+      spec: a .npz, .safetensors or .pth file, or a folder with a config; `FILE.npz:img` selects one
+        of several models in an archive.
+      format: one of READ; recognised from the file by default.
+      drop: regexes that match full array names in the file; matching arrays are left out.
+      settings: model settings or `image_size` that the file omits or gets wrong.
+
+    Raises:
+      UserError: the file is unreadable, its format is unknown, or its arrays are not those of the
+        format; the message names them.
+    """
+    given = dict(settings or {})
+    source = _open_source(str(spec))
+    where = str(source.path)
+    if format is not None and format not in READ:
+        raise UserError(f'{where}: format {format!r} is not one of {", ".join(READ)}')
+    format = format or _recognise_format(source)
+    arrays = source.arrays
+    google_layout: dict[str, Any] = {}
+    if format in google.FORMATS:
+        arrays, google_layout = google.unwrapped(arrays, source.tower, where)
+    elif source.tower:
+        raise UserError(f'{spec}: only a .npz file has parts that are named after a colon')
+    recorded = _recorded_by_us(source.about, format, where)
+    # Placeholder arrays that `write` added because the peer insists on them. If one is no longer
+    # zero, the file was edited after we wrote it, so it is checked like any other array.
+    filled = tuple(re.escape(n) for n in recorded.get('filled', ()) if n in arrays)
+    if any(arrays[n].any() for n in recorded.get('filled', ()) if n in arrays):
+        filled = ()
+    arrays, _ = layout.drop(arrays, filled, where)
+    arrays, dropped = layout.drop(arrays, drop, where)
+    renamed = huggingface.newer_names(format, arrays)
+    arrays = {renamed.get(name, name): array for name, array in arrays.items()}
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if recorded and not dropped:
+        fields, meta, file_layout = recorded['settings'], recorded['meta'], recorded['layout']
+        if format in google.FORMATS:
+            file_layout = google_layout
+    else:
+        fields, meta, file_layout = _settings_of(
+            format, shapes, source, google_layout, given, where
+        )
+    if 'image_size' in given:
+        meta['image_size'] = given.pop('image_size')
+    fields = fit.complete({**fields, **given})
+    if fields['pool'] in fit.OF_CLASS_TOKEN:
+        fields['class_token'] = False  # These pooling modes imply the token.
+    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format, 'dropped': dropped}
+    _check_sizes(fields, len(arrays), where)
+    rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
+    layout.check(rules, arrays, where)
+    return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta)
+
+
+def _open_source(spec: str) -> _SourceFile:
+    path, tower = Path(spec).expanduser(), ''
+    if not path.exists() and ':' in spec:
+        before, _, tower = spec.rpartition(':')
+        path = Path(before).expanduser()
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file or folder')
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        names = [name for name in _IN_FOLDER if (folder / name).is_file()]
+        if not names:
+            raise UserError(
+                f'{path}: there are no weights in this folder; it needs one of '
+                f'{", ".join(_IN_FOLDER[:3])}'
+            )
+        path = folder / names[0]
+    config = openclip.CONFIG if path.name.startswith('open_clip') else 'config.json'
+    arrays, about = files.read(path)
+    configs = [
+        files.read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (config, 'preprocessor_config.json')
+    ]
+    if path.suffix == '.npz' or path.suffix in files.PICKLES[1:]:
+        # These are single-file formats: a config in the same folder belongs to something else.
+        configs = [{}, {}]
+    return _SourceFile(path, tower, arrays, about, configs[0], huggingface.about_images(configs[1]))
+
+
+def _recognise_format(source: _SourceFile) -> str:
+    config, names = source.config, list(source.arrays)
+    if source.path.name == openclip.WEIGHTS or 'model_cfg' in config:
+        return 'open_clip'
+    if 'architecture' in config or 'pretrained_cfg' in config:
+        return 'timm'
+    kind = config.get('model_type')
+    if kind is not None:
+        if kind not in huggingface.TYPES:
+            known = ', '.join(huggingface.TYPES)
+            raise UserError(f'{source.path}: model_type {kind!r} is not one of {known}')
+        return huggingface.TYPES[kind]
+    tests: tuple[Callable[[Iterable[str]], str | None], ...] = (
+        google.recognises,
+        openclip.recognises,
+        timm_vit.recognises,
+        huggingface.recognises,
+    )
+    for test in tests:
+        if format := test(names):
+            return format
+    shown = ', '.join(names[:6])
+    raise UserError(
+        f'{source.path}: none of the known formats ({", ".join(READ)}): it has {shown}, ...'
+    )
+
+
+def _settings_of(
+    format: str,
+    shapes: Shapes,
+    source: _SourceFile,
+    google_layout: dict[str, Any],
+    given: Mapping[str, Any],
+    where: str,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Derive (settings, metadata, layout) from the peer's config and the array shapes."""
+    try:
+        if format in google.FORMATS:
+            settings, meta = google.settings_of(format, shapes, google_layout, given, where)
+            return settings, meta, google_layout
+        if format in timm_vit.FORMATS:
+            config = source.config if format == 'timm' else {}
+            required = {'num_heads', 'activation', 'norm_eps'}
+            if format == 'timm' and not config and not required <= given.keys():
+                raise UserError(
+                    f'{where}: config.json must be beside it, as timm writes it: it names the '
+                    'architecture; or say --set num_heads=N, --set activation=gelu and '
+                    '--set norm_eps=1e-6'
+                )
+            return timm_vit.settings_of(format, shapes, config, given, where)
+        if format in openclip.FORMATS:
+            return openclip.settings_of(shapes, source.config, given, where)
+        return huggingface.settings_of(format, shapes, source.config, given, where)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise UserError(
+            f'{where}: its config or its arrays are not as {format} has them ({error!r})'
+        ) from error
+
+
+def _recorded_by_us(about: Mapping[str, str], format: str, where: str) -> dict[str, Any]:
+    """Return what `write` recorded in a file of this format, or {} for any other file."""
+    if files.KEY not in about:
+        return {}
+    try:
+        recorded = json.loads(about[files.KEY])
+        if recorded['format'] != format:
+            return {}
+        for part in ('settings', 'meta'):
+            recorded[part] = {
+                key: tuple(value) if key in _TUPLES and value is not None else value
+                for key, value in recorded[part].items()
+            }
+        dict(recorded['layout'])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'{where}: its metadata of big_vit is damaged ({error!r})') from None
+    return recorded
+
+
+def _check_sizes(settings: Mapping[str, Any], arrays: int, where: str) -> None:
+    """Reject sizes from a config that no file with this many arrays can have.
+
+    Absurd sizes would otherwise be expanded into shapes and rules for every block before
+    `layout.check` could report the mismatch.
+    """
+    for name in ('width', 'depth', 'mlp_dim', 'num_heads'):
+        value = settings[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
+            raise UserError(f'{where}: {name}={value!r} is not a size of a model')
+    if min(settings['patch_size']) < 1:
+        raise UserError(f'{where}: a patch of {settings["patch_size"]} pixels')
+    if settings['depth'] > arrays:
+        raise UserError(f'{where}: {settings["depth"]} blocks, but only {arrays} arrays')
+
+
+def load_init(spec: str) -> Weights | None:
+    """Return the foreign weights that `config.init` names, or None for a workdir of ours.
+
+    Args:
+      spec: as for `read`.
+
+    Returns:
+      Weights with float32 parameters.
+
+    Raises:
+      UserError: `spec` names foreign weights that cannot be read.
+    """
+    if '://' in spec:
+        return None
+    path = Path(spec).expanduser()
+    foreign = path.is_dir() and any((path / name).is_file() for name in _IN_FOLDER)
+    before, colon, _ = spec.rpartition(':')
+    archive = bool(colon) and Path(before).expanduser().is_file()
+    if not (foreign or archive or path.is_file()):
+        return None
+    try:
+        weights = read(spec)
+    except UserError as error:
+        raise UserError(
+            f'{error}. What is left out or corrected is said once, to make a workdir of it: '
+            f'python -m big_vit.export --from {spec} --out RUN'
+        ) from None
+    params = {
+        name: np.asarray(leaf, np.float32) for name, leaf in trees.flatten(weights.params).items()
+    }
+    return weights._replace(params=trees.unflatten(params))

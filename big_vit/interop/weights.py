@@ -1,0 +1,50 @@
+"""A model in our layout, with the settings and metadata that its arrays do not reveal."""
+
+from typing import Any, NamedTuple
+
+from big_vit import trees
+
+META = (
+    'format', 'architecture', 'image_size', 'channels', 'mean', 'std', 'crop_pct', 'interpolation',
+    'licence', 'source', 'dropped',
+)  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """A model in our layout, read from another codebase or about to be written for one.
+
+    Attributes:
+      params: nested parameters under our names, one subtree per block; float32 or bfloat16.
+      settings: fields of `ViT`, which are the keys of `config.model`.
+      meta: format, architecture, image_size (height, width), channels, mean, std, crop_pct,
+        interpolation, licence, source, dropped (names that were left out); None where unknown.
+    """
+
+    params: dict[str, Any]
+    settings: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def describe(weights: Weights) -> str:
+    """Summarise a model in a few lines of text."""
+    settings, meta = weights.settings, weights.meta
+    count = trees.count(weights.params)
+    kinds = (
+        f'width {settings["width"]}, {settings["depth"]} blocks, {settings["num_heads"]} heads, '
+        f'patch {"x".join(map(str, settings["patch_size"]))}'
+    )
+    rest = ', '.join(
+        f'{name}={settings[name]}'
+        for name in ('posemb', 'pool', 'activation', 'norm_eps', 'registers', 'num_classes')
+    )
+    height, width = meta['image_size']
+    images = f'{height}x{width}, mean {meta.get("mean")}, std {meta.get("std")}'
+    return '\n'.join(
+        [
+            f'model    {count:,} parameters: {kinds}',
+            f'         {rest}',
+            f'images   {images}',
+            f'from     {meta.get("source") or "unknown source"}, '
+            f'licence {meta.get("licence") or "unknown"}',
+        ]
+    )
