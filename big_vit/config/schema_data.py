@@ -5,10 +5,10 @@ from big_vit.config.registries import SOURCES
 
 # None as a default means "not set": the value is required, inherited or absent.
 DATASET = {
-    'name': Field(SOURCES.name, None, 'Where examples come from; docs/data.md has them.'),
+    'name': Field(SOURCES.name, None, 'Source of the examples; see docs/data.md.'),
     'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
     'path': Field(check_text, None, 'Folder or files, local or gs://; the data_dir for tfds.'),
-    'tfds_name': Field(check_text, None, "What TFDS calls the dataset, as in 'cifar10'."),
+    'tfds_name': Field(check_text, None, "Name of the TFDS dataset, such as 'cifar10'."),
     'image_column': Field(check_text, None, 'Column of images.'),
     'label_column': Field(
         check_text,

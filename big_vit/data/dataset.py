@@ -107,7 +107,7 @@ def open_mixture(
     # If one part has done the first operations of the transform, all must.
     if any(source.in_memory for source in sources) and not all(s.in_memory for s in sources):
         transform = next(rest for source, rest in opened if not source.in_memory)
-        before, _ = opened[0][1].split()
+        before, _ = next(rest for source, rest in opened if source.in_memory).split()
         sources = [_transformed(s, before) if s.in_memory else s for s in sources]
     name = ' + '.join(source.name for source in sources)
     return concatenate(sources, name, 'mixture'), transform, lengths

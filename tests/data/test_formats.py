@@ -657,6 +657,19 @@ def test_resized_copies_are_found_again_by_what_they_are_made_of(tmp_path, monke
     assert [p.name for p in (tmp_path / 'cache' / 'records').iterdir()] == [mark]
 
 
+@pytest.mark.parametrize('first', ['folder', 'digits'])
+def test_all_parts_of_a_mixture_are_transformed_whichever_comes_first(tmp_path, first):
+    line = 'resize(size) | rgb | flip_lr'
+    parts = [
+        spec_of(write_folder(tmp_path / 'set', 12, 3), transform=line, cache='none'),
+        dataset.Spec('mixture.b', 'digits', 'test', line, (8, 8)),
+    ]
+    parts.sort(key=lambda spec: spec.name != first)
+    source, rest, _ = dataset.open_mixture(tuple(parts))
+    index = np.array([0, source.length - 1])
+    assert rest(source.load(index), np.zeros(2, np.uint64))['image'].shape == (2, 8, 8, 3)
+
+
 def test_splits_overlap_in_one_dataset_only_whatever_columns_are_read(tmp_path):
     root = write_folder(tmp_path / 'set', 12, 3)
     one = spec_of(root, split='train[:8]')

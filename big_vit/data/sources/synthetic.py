@@ -1,4 +1,4 @@
-"""What generated sources share: groups of examples that balance each other, draws and noise.
+"""Shared parts of generated sources: groups of examples that balance each other, draws and noise.
 
 Each of them (`orbit`, `tones`, `phrases`, `questions`, `captions`) is a task whose answer lies in
 time, in the order of words, or in two streams at once. A model that does not look there is at
