@@ -23,14 +23,14 @@ import numpy as np
 from big_vit import checkpoint, metrics, sharding, state, trees
 from big_vit.checkpoint_hashes import hashes_of
 from big_vit.models import variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 RESULTS = Path(__file__).parent / 'results' / 'checkpoint.json'
 
 
 def random_state(variant: str, devices: int) -> Any:
     """Return parameters and AdamW moments of a ViT for ImageNet, as sharded float32 noise."""
-    model = ViT(num_classes=1000, **variants.parse(variant))
+    model = make_vit(num_classes=1000, **variants.parse(variant))
     params = state.abstract_params(model, (224, 224, 3))
     mesh = sharding.make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from benchmarks import baseline
 from big_vit import plan, sharding
 from big_vit.errors import UserError
 from big_vit.models import flops, variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.planning import hlo, topology
 
 FILE = Path(__file__).parent / 'results' / 'chips.json'
@@ -117,7 +117,7 @@ def plain(row: Row) -> dict[str, Any]:
     waiting = [collective for collective in module.collectives if not collective.overlapped]
     seconds = module.cycles / place.chip.clock
     seconds += sum(plan.link_seconds(collective, place) for collective in waiting)
-    model = ViT(num_classes=baseline.CLASSES, **variants.parse(row.variant))
+    model = make_vit(num_classes=baseline.CLASSES, **variants.parse(row.variant))
     operations = 3 * flops.cost(model, {'image': (224, 224, 3)}).flops * row.batch
     return {
         'fits': True,

@@ -36,7 +36,7 @@ from big_vit import ledger, plan, sharding, state, trees
 from big_vit.build.experiment import abstract_batch, build_experiment
 from big_vit.build.steps import build_train_step
 from big_vit.models import variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import blocks, factory, matrices, roots
 from big_vit.optim.factory import Rules
 from big_vit.planning import hlo, topology
@@ -150,7 +150,7 @@ def build_optimizer(name: str, block: int, params: Any, mesh: Any) -> Any:
 
 def shapes(variant: str, scan: bool = True) -> Any:
     sizes: dict[str, Any] = variants.parse(variant)
-    model = ViT(num_classes=1000, scan=scan, **sizes)
+    model = make_vit(num_classes=1000, scan=scan, **sizes)
     return state.abstract_params(model, (224, 224, 3))
 
 

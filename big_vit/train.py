@@ -38,9 +38,6 @@ from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
 from big_vit.workdir import open_workdir, restore_newest
 
-# The metric of training steps that the console shows beside the loss.
-HEADLINE = 'accuracy'
-
 
 class Result(NamedTuple):
     """The last step of a run, its newest metrics, and whether a signal ended it there."""
@@ -87,7 +84,9 @@ def run(
         with (
             checkpoint.Manager(workdir, intervals.keep_last, intervals.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **trackers) as writer,
-            metrics.Console(total, start, label=label, headline=HEADLINE, active=active) as console,
+            metrics.Console(
+                total, start, label=label, headline=parts.task.headline.metric, active=active
+            ) as console,
             runtime.stop_signals() as stop,
             train_batches(config, parts, start) as batches,
             profiler.tracer(workdir / 'trace', start, profiled, console.say) as trace,

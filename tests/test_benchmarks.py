@@ -16,7 +16,7 @@ from benchmarks import baseline, chips, growth, precision, products, startup, st
 from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.models import flops, layers, variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 
 def run(*arguments):
@@ -51,7 +51,9 @@ def test_the_plain_model_is_the_same_model():
     plain = baseline.PlainViT(**fields)
     made = jax.eval_shape(plain.init, jax.random.key(0), jax.numpy.zeros((1, 64, 64, 3)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made))
-    assert count == flops.count_params(ViT(num_classes=baseline.CLASSES, **fields), (64, 64, 3))
+    assert count == flops.count_params(
+        make_vit(num_classes=baseline.CLASSES, **fields), (64, 64, 3)
+    )
 
 
 def test_the_plain_step_compiles_for_a_mesh():
@@ -73,7 +75,7 @@ def test_our_step_trains_and_its_operations_are_counted():
         losses = [step.wait(once()) for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
     assert losses[2] < losses[0]
-    model = ViT(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
+    model = make_vit(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
     assert operations == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
 
 

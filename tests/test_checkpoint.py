@@ -13,7 +13,7 @@ from big_vit import checkpoint, checkpoint_hashes, sharding, state, trees
 from big_vit.checkpoint_hashes import _hash_device, hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.models import variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import factory
 
 IMAGE = (8, 8, 1)
@@ -27,7 +27,7 @@ def make_optimizer():
 
 
 def make_model():
-    return ViT(num_classes=8, **{**variants.parse('mu/4'), 'depth': 2})
+    return make_vit(num_classes=8, **{**variants.parse('mu/4'), 'depth': 2})
 
 
 def abstract(mesh):
@@ -168,7 +168,7 @@ def test_a_damaged_sidecar_is_noticed(copy, damage):
 
 
 def test_another_architecture_is_refused_with_the_leaves_that_differ(saved):
-    model = ViT(num_classes=9, **{**variants.parse('mu/4'), 'depth': 2})
+    model = make_vit(num_classes=9, **{**variants.parse('mu/4'), 'depth': 2})
     abstract_state = state.abstract(model, IMAGE, optax.identity(), True, sharding.make_mesh())
     with pytest.raises(UserError, match=r'head/kernel is \(\(32, 8\).*\(\(32, 9\)'):
         checkpoint.restore(saved[0], 7, abstract_state)
@@ -192,7 +192,7 @@ def test_an_unfinished_checkpoint_does_not_count(copy):
 
 
 def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
-    model = ViT(num_classes=1000, **variants.parse('S/16'))
+    model = make_vit(num_classes=1000, **variants.parse('S/16'))
     shapes = state.abstract_params(model, (224, 224, 3))
     rng = np.random.default_rng(0)
     params = jax.tree.map(

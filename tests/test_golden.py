@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from big_vit import config, sharding, state, trees
 from big_vit.config import schema
 from big_vit.models import variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
@@ -81,7 +81,7 @@ def columns(rows):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_sharding_and_decay_of_all_parameters_are_the_golden_ones(variant):
-    net = ViT(num_classes=1000, **variants.parse(variant))
+    net = make_vit(num_classes=1000, **variants.parse(variant))
     params = trees.flatten(state.abstract_params(net, (224, 224, 3)))
     rules = schema.SCHEMA['optim.weight_decay_rules'].default
     decay = trees.match_rules(rules, params, 'optim.weight_decay_rules')

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from big_vit import sharding, state, trees
 from big_vit.errors import UserError
 from big_vit.models import variants
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 DEVICES = 8
 
@@ -174,7 +174,7 @@ def test_arrays_below_the_smallest_size_are_not_split():
 @pytest.mark.parametrize('size', variants.SIZES)
 def test_every_parameter_of_every_size_divides_on_every_mesh(size):
     fields = variants.parse(f'{size}/14')
-    net = ViT(num_classes=1000, posemb='learned', pool='map', **fields)
+    net = make_vit(num_classes=1000, posemb='learned', pool='map', **fields)
     params = trees.flatten(state.abstract_params(net, (224, 224, 3)))
     for sizes in ((1, 256, 1), (1, 64, 4), (4, 8, 8), (1, 1, 16), (1, 96, 3)):
         mesh = mesh_of(*sizes)
@@ -192,7 +192,7 @@ def test_every_parameter_of_every_size_divides_on_every_mesh(size):
 @pytest.mark.parametrize('size, share', [('B', 0.02), ('L', 0.02), ('H', 0.02), ('22B', 0.01)])
 def test_little_of_a_large_model_is_left_on_every_device(size, share):
     """FSDP over 64 must bring a device near 1/64 of the parameters."""
-    net = ViT(num_classes=1000, **variants.parse(f'{size}/16'))
+    net = make_vit(num_classes=1000, **variants.parse(f'{size}/16'))
     params = state.abstract_params(net, (224, 224, 3))
     mesh = mesh_of(1, 64, 1)
     on_device = sum(
@@ -207,7 +207,7 @@ def test_little_of_a_large_model_is_left_on_every_device(size, share):
 
 @pytest.fixture(scope='module')
 def net():
-    return ViT(num_classes=10, dtype=jnp.float32, **variants.parse('mu/4'))
+    return make_vit(num_classes=10, dtype=jnp.float32, **variants.parse('mu/4'))
 
 
 def abstract(net, mesh, min_shard_size=0):
@@ -319,7 +319,7 @@ def test_a_state_that_fsdp_fails_to_divide_is_refused_with_a_size_that_divides()
 @pytest.mark.parametrize('mesh', [(1, 64, 1), (2, 128, 1), (1, 64, 4)])
 def test_published_sizes_are_spread_on_large_meshes(size, mesh):
     abstract_state = state.abstract_params(
-        ViT(num_classes=1000, **variants.parse(f'{size}/14')), (224, 224, 3)
+        make_vit(num_classes=1000, **variants.parse(f'{size}/14')), (224, 224, 3)
     )
     grid, least = mesh_of(*mesh), 2**20
     where = sharding.shardings_for(abstract_state, grid, least)
@@ -349,7 +349,7 @@ def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     mesh = sharding.make_mesh(*sizes)
     fields = dict(variants.parse('mu/8'), num_classes=8, depth=2, scan=scan, dtype=jnp.float32)
     image = jax.random.normal(jax.random.key(0), (16, 16, 16, 3))
-    plain = ViT(**fields, pool='map')
+    plain = make_vit(**fields, pool='map')
     params = plain.init(jax.random.key(1), image[:1])['params']
     params = jax.tree.map(lambda p: p + 0.02, params)  # A head of zeros passes no gradient.
 
@@ -359,7 +359,9 @@ def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
 
         return jax.jit(jax.value_and_grad(loss))
 
-    model = ViT(**fields, pool='map', remat=remat, gather=sharding.gather_weights(mesh, params))
+    model = make_vit(
+        **fields, pool='map', remat=remat, gather=sharding.gather_weights(mesh, params)
+    )
     where = sharding.shardings_for(params, mesh)
     batch = jax.device_put(image, sharding.batch_sharding(mesh))
     step = gradient(model)

@@ -52,7 +52,7 @@ class Run:
     ):
         self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
         constrain = sharding.constrain_batch(self.mesh, sequence)
-        self.net = vit.ViT(constrain=constrain, **(SIZES | TRANSFORMS | fields))
+        self.net = vit.make_vit(constrain=constrain, **(SIZES | TRANSFORMS | fields))
         params = state.abstract_params(self.net, IMAGE)
         self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
         names = list(trees.flatten(params))
@@ -117,7 +117,7 @@ def mixer(mesh, mixup, cutmix=0.0):
 @functools.cache
 def parameters():
     """Random parameters of all leaves: a zero head would hide the rest of the gradient at first."""
-    abstract_state = state.abstract_params(vit.ViT(**(SIZES | TRANSFORMS)), IMAGE)
+    abstract_state = state.abstract_params(vit.make_vit(**(SIZES | TRANSFORMS)), IMAGE)
     rng = np.random.default_rng(0)
     return trees.map_with_name(
         lambda name, leaf: np.float32(
@@ -138,7 +138,7 @@ def batch_of(i):
 
 def np_logits(batch):
     image = jnp.asarray(batch['image'] / np.float32(127.5) - 1)
-    net = vit.ViT(**(SIZES | TRANSFORMS))
+    net = vit.make_vit(**(SIZES | TRANSFORMS))
     return np.asarray(jax.jit(net.apply)({'params': parameters()}, image)[0], np.float64)
 
 
@@ -338,7 +338,7 @@ def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
     label = share * label + (1 - share) * np.roll(label, 1, 0)
     image = batch['image'].reshape(BATCH, -1) / 127.5 - 1
     image = (share * image + (1 - share) * np.roll(image, 1, 0)).reshape(batch['image'].shape)
-    net = vit.ViT(**(SIZES | TRANSFORMS))
+    net = vit.make_vit(**(SIZES | TRANSFORMS))
     logits, _ = jax.jit(net.apply)({'params': parameters()}, jnp.asarray(image, jnp.float32))
     wide = np.asarray(logits, np.float64)
     logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
@@ -448,7 +448,7 @@ def test_the_keys_are_those_of_all_runs_so_far():
 def test_what_the_model_sees_is_what_was_prepared():
     rows = rows_of(Run(prepare=augment.compose([augment.value_range(0, 3)])), [batch_of(0)])
     image = jnp.asarray(batch_of(0)['image'] / 85, jnp.float32)
-    net = vit.ViT(**(SIZES | TRANSFORMS))
+    net = vit.make_vit(**(SIZES | TRANSFORMS))
     wide = np.asarray(jax.jit(net.apply)({'params': parameters()}, image)[0], np.float64)
     logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     target = 0.9 * np.eye(CLASSES)[batch_of(0)['label']] + 0.1 / CLASSES

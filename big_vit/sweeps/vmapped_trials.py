@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from big_vit import sharding, state, train, training_loop, trees
+from big_vit import sharding, state, training_loop, trees
 from big_vit.build.evaluations import Evaluator, build_evaluators
 from big_vit.build.experiment import (
     Experiment,
@@ -325,7 +325,7 @@ def run(
                 [[Trial(rate, seed) for rate in rates] for seed in seeds],
                 folder,
                 damage=damage,
-                headline=train.HEADLINE,
+                headline=parts.task.headline.metric,
                 label=label,
                 trackers=trackers,
                 state_of=lambda states, i, j: program.state_of(states, frozen, i, j),

@@ -352,9 +352,9 @@ def test_names_of_transformers_5_are_read_too(tmp_path):
 
 
 def answers(weights, size):
-    from big_vit.models.vit import ViT
+    from big_vit.models.vit import make_vit
 
-    model = ViT(**weights.settings, scan=False, dtype=jnp.float32)
+    model = make_vit(**weights.settings, scan=False, dtype=jnp.float32)
     images = np.random.default_rng(3).normal(size=(2, *size, 3)).astype(np.float32)
     with jax.default_matmul_precision('highest'):
         params = jax.tree.map(jnp.asarray, weights.params)

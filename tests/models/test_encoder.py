@@ -15,7 +15,7 @@ from scipy import special
 from big_vit import trees
 from big_vit.models import encoder, layers, positions
 from big_vit.models.tokenizers import Stream
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 SMALL = dict(patch_size=(4, 4), width=24, depth=2, mlp_dim=20, num_heads=2, num_classes=5)
 IMAGE = (2, 8, 12, 3)
@@ -29,7 +29,7 @@ def full_precision():
 
 
 def model(**changes):
-    return ViT(**{**SMALL, 'dtype': jnp.float32, 'scan': False, **changes})
+    return make_vit(**{**SMALL, 'dtype': jnp.float32, 'scan': False, **changes})
 
 
 def images(shape=IMAGE, seed=0):

@@ -25,7 +25,7 @@ def full_precision():
 
 
 def model(**changes):
-    return vit.ViT(**{**SMALL, 'dtype': jnp.float32, **changes})
+    return vit.make_vit(**{**SMALL, 'dtype': jnp.float32, **changes})
 
 
 def images(shape=IMAGE, seed=0):
@@ -477,12 +477,12 @@ def test_norm_of_equal_features_is_the_bias():
 
 def counted_leaves(pool, posemb, scan, size):
     fields = variants.parse(f'{size}/16x8')
-    net = vit.ViT(num_classes=10, pool=pool, posemb=posemb, scan=scan, **fields)
+    net = vit.make_vit(num_classes=10, pool=pool, posemb=posemb, scan=scan, **fields)
     return trees.count(shapes(net, (32, 48, 3)))
 
 
 def counted(pool, posemb, size):
-    net = vit.ViT(num_classes=10, pool=pool, posemb=posemb, **variants.parse(f'{size}/16x8'))
+    net = vit.make_vit(num_classes=10, pool=pool, posemb=posemb, **variants.parse(f'{size}/16x8'))
     return flops.count_params(net, (32, 48, 3))
 
 
@@ -521,7 +521,7 @@ PARAMS = {
 
 
 def cost(variant, **more):
-    return flops.cost(vit.ViT(1000, **variants.parse(variant), **more), (224, 224, 3))
+    return flops.cost(vit.make_vit(1000, **variants.parse(variant), **more), (224, 224, 3))
 
 
 @pytest.mark.parametrize('variant, pool', FLOPS)

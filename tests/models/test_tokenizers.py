@@ -17,7 +17,7 @@ from big_vit.data.transforms import naflex
 from big_vit.errors import UserError
 from big_vit.models import flops, positions, tokenizers, variants, vit
 from big_vit.models.tokenizers import Stream
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.pretrained import adapt
 
 SMALL = dict(patch_size=(4, 4), width=24, depth=1, mlp_dim=20, num_heads=2, num_classes=5)
@@ -31,7 +31,7 @@ def full_precision():
 
 
 def model(**changes):
-    return ViT(**{**SMALL, 'dtype': jnp.float32, 'scan': False, **changes})
+    return make_vit(**{**SMALL, 'dtype': jnp.float32, 'scan': False, **changes})
 
 
 def random_like(shapes, seed=1):
@@ -428,7 +428,7 @@ def test_what_does_not_divide_says_what_would(stream, shape, parts):
 def test_hybrids_by_name(variant, resnet, patch):
     fields = variants.parse(variant)
     assert fields['resnet'] == resnet and fields['tokenizer'] == 'resnet'
-    net = ViT(num_classes=10, **fields)
+    net = make_vit(num_classes=10, **fields)
     params = state.abstract_params(net, (64, 64, 3))
     assert params['embedding']['kernel'].shape[:2] == patch
 
@@ -452,7 +452,7 @@ HYBRIDS = {'R26+S/32': 36.43, 'R50+L/32': 328.99, 'R50+B/16': 98.95}
 @pytest.mark.parametrize('variant', HYBRIDS)
 def test_hybrids_have_the_published_number_of_parameters(variant):
     size = 384 if variant == 'R50+B/16' else 224
-    net = ViT(1000, pool='cls', posemb='learned', posemb_prefix=1, **variants.parse(variant))
+    net = make_vit(1000, pool='cls', posemb='learned', posemb_prefix=1, **variants.parse(variant))
     found = flops.count_params(net, (size, size, 3))
     assert found == trees.count(state.abstract_params(net, (size, size, 3)))
     assert found / 1e6 == pytest.approx(HYBRIDS[variant], abs=0.02 if size == 224 else 0.4)

@@ -11,7 +11,7 @@ import pytest
 from big_vit import trees
 from big_vit.models import variants
 from big_vit.models.encoder import stack_blocks
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import blocks, matrices
 
 
@@ -20,7 +20,7 @@ def shapes_of(size=None, scan=True, pool='map', **fields):
     tiny = dict(width=24, depth=3, mlp_dim=40, num_heads=2, patch_size=(4, 3))
     fields = {**(variants.parse(size) if size else tiny), 'num_classes': 1000, **fields}
     rows, columns = fields['patch_size']
-    vit = ViT(**fields, pool=pool, posemb='learned', scan=scan)
+    vit = make_vit(**fields, pool=pool, posemb='learned', scan=scan)
     image = jax.ShapeDtypeStruct((1, 2 * rows, 2 * columns, 3), jnp.float32)
     params = jax.eval_shape(vit.init, jax.random.key(0), image)['params']
     return {name: leaf.shape for name, leaf in trees.flatten(params).items()}

@@ -29,7 +29,7 @@ SOURCE = SimpleNamespace(length=80)
 
 @functools.cache
 def shapes(scan=True):
-    net = vit.ViT(10, (4, 4), 16, 3, 32, 2, posemb='learned', scan=scan)
+    net = vit.make_vit(10, (4, 4), 16, 3, 32, 2, posemb='learned', scan=scan)
     return jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
 
 

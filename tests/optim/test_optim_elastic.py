@@ -9,10 +9,10 @@ from tiny import MODEL, overrides
 from big_vit import checkpoint, config, metrics, sharding, state, train, trees
 from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import blocks, shampoo, soap
 
-VIT = ViT(10, (4, 4), 24, 2, 48, 2, scan=True)
+VIT = make_vit(10, (4, 4), 24, 2, 48, 2, scan=True)
 IMAGE = (8, 8, 3)
 OPTIONS = {
     'shampoo': (shampoo.scale_by_shampoo, dict(block=24, every=4, start=3, groups=2)),

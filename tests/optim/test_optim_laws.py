@@ -358,7 +358,7 @@ STATE = {
 
 @pytest.mark.parametrize('name', MINE)
 def test_the_state_is_as_large_as_documented(name):
-    net = vit.ViT(10, (16, 16), 512, 12, 2048, 8)
+    net = vit.make_vit(10, (16, 16), 512, 12, 2048, 8)
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
     rules = dict(
         decay_factors=dict.fromkeys(trees.flatten(params), 0.0),
@@ -431,7 +431,7 @@ def test_layer_decay_is_lowest_at_the_embedding_and_one_at_the_head():
 
 
 def test_layer_decay_counts_all_layers_and_spares_what_follows_them():
-    net = vit.ViT(10, (4, 4), 8, 12, 16, 2, posemb='learned', pool='map', scan=False)
+    net = vit.make_vit(10, (4, 4), 8, 12, 16, 2, posemb='learned', pool='map', scan=False)
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
     found = per_layer.decay_factors(0.75, params)
     assert found['Transformer/encoderblock_11/LayerNorm_0/scale'] == 0.75

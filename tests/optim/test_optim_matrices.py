@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from big_vit import trees
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import matrices
 
 
 def shapes(scan, pool='map'):
-    vit = ViT(10, (4, 4), 24, 2, 48, 3, posemb='learned', pool=pool, scan=scan)
+    vit = make_vit(10, (4, 4), 24, 2, 48, 3, posemb='learned', pool=pool, scan=scan)
     image = jnp.zeros((1, 8, 8, 3))
     return trees.flatten(jax.eval_shape(vit.init, jax.random.key(0), image)['params'])
 

@@ -8,7 +8,7 @@ from shampoo_reference import Soap, inputs, load
 
 from big_vit import sharding, trees
 from big_vit.models.encoder import stack_blocks
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.optim import soap
 
 RUNS, _ = load('soap')
@@ -60,7 +60,7 @@ def test_a_block_smaller_than_the_matrix_is_a_matrix_of_its_own(x64):
 
 # Real trees.
 
-VIT = ViT(10, (4, 4), 24, 2, 48, 2, scan=False)
+VIT = make_vit(10, (4, 4), 24, 2, 48, 2, scan=False)
 OPTIONS = dict(block=24, every=3, groups=1)
 STEPS = 8
 

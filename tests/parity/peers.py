@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from big_vit import interop
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
@@ -97,7 +97,7 @@ def theirs(model, batch, answer=lambda y: y):
 def ours(weights, batch, **wrong):
     """The answers of our ViT, with some settings changed on purpose."""
     fields = {**weights.settings, **wrong}
-    model = ViT(**fields, scan=False, dtype=jnp.float32)
+    model = make_vit(**fields, scan=False, dtype=jnp.float32)
     params = jax.tree.map(jnp.asarray, weights.params)
     with jax.default_matmul_precision('highest'):
         y, _ = jax.jit(model.apply)({'params': params}, jnp.asarray(batch))

@@ -21,7 +21,7 @@ from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 from big_vit.models import flops
 from big_vit.models.tokenizers import Stream
-from big_vit.models.vit import ViT
+from big_vit.models.vit import make_vit
 from big_vit.pretrained.load import read_pretrained
 from big_vit.tasks.batch import model_inputs
 from big_vit.tasks.contrastive import contrastive_loss, row_hashes
@@ -49,7 +49,7 @@ TINY = {
 def model(**changes):
     fields = dict(patch_size=(4, 4), width=24, depth=2, mlp_dim=20, num_heads=2, num_classes=0)
     more = dict(dtype=jnp.float32, scan=False, streams=STREAMS, fusion='apart', shared=6)
-    return ViT(**{**fields, **more, **changes})
+    return make_vit(**{**fields, **more, **changes})
 
 
 def batch_of(size, seed=0):
