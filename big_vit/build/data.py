@@ -55,11 +55,19 @@ class Data(NamedTuple):
 DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
 
 
-def _spec(section: Config, key: str, config: Config, classes: int | None, host: str) -> Any:
+def _spec(
+    section: Config,
+    key: str,
+    config: Config,
+    classes: int | None,
+    host: str,
+    labelled: bool = True,
+) -> Any:
     """The section as plain values.
 
     Args:
       classes: those of the model, where it is known already.
+      labelled: whether every example must have a label.
     """
     own = section.num_classes
     if own is None and section.label_map is None and section.classes is None:
@@ -74,6 +82,7 @@ def _spec(section: Config, key: str, config: Config, classes: int | None, host: 
         image_size=config.image_size,
         seed=config.seed,
         settings=settings,
+        labelled=labelled,
         num_classes=own,
         classes=section.classes,
         label_map=section.label_map,
@@ -141,7 +150,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
     sections = {
         f'mixture.{name}': completed_section(config, 'mixture', name) for name in config.mixture
     }
-    counts, whole = None, config.data
+    counts, whole, task = None, config.data, build_task(config.task)
     if sections:
         weights = {key: section.weight for key, section in sections.items()}
         for key, weight in weights.items():
@@ -157,7 +166,8 @@ def train_data(config: Config, absent: bool = False) -> Data:
         whole.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
     )
     specs = tuple(
-        _spec(section, key, config, None, transform.host_text) for key, section in sections.items()
+        _spec(section, key, config, None, transform.host_text, task.needs_labels)
+        for key, section in sections.items()
     )
     known = [(s.num_examples, s.num_classes) for s in sections.values()]
     if absent and all(examples and classes for examples, classes in known):
@@ -194,7 +204,7 @@ def train_data(config: Config, absent: bool = False) -> Data:
     found = Data(
         source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
     )
-    _check_fit(found, 'data', labelled=build_task(config.task).needs_labels)
+    _check_fit(found, 'data', labelled=task.needs_labels)
     return found
 
 
@@ -278,13 +288,17 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     taken = train.reads
     if 'pairs' in build_task(config.task).provides and not needs.all_streams:
         taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
-    own_world = not of_head and section.name != config.data.peek('name')
+    # Features may be of any classes, if the training data has others or none.
+    own_world = not of_head and (
+        section.name != config.data.peek('name') or not train.specs[0].labelled
+    )
     classes = None if own_world else train.source.num_classes
     transform = transforms.parse(
         section.transform, size=config.image_size, key=key, device=DEVICE_OPERATIONS
     )
     transforms.require_deterministic(transform)
-    spec = _spec(section, key, config, classes, transform.host_text)
+    labelled = needs.labels != 'none'
+    spec = _spec(section, key, config, classes, transform.host_text, labelled)
     source, host = dataset.open_spec(spec)
     _check_length(section, key, source)
     example_spec = transforms.check(host, source, config.image_size, taken)
@@ -303,7 +317,7 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     skip = section.on_error == 'skip'
     found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
-    _check_fit(found, key, labelled=needs.labels != 'none')
+    _check_fit(found, key, labelled=labelled)
     if needs.labels == 'numbers' and example_spec.parts['label'][0]:
         raise UserError(
             f'config: {key}.transform gives vectors as labels, {section.type} takes numbers: '

@@ -38,6 +38,7 @@ class Spec:
       image_size: (height, width) that `size` stands for.
       seed: of generated sources.
       settings: (key, value) of the config keys that this source reads; None is not set.
+      labelled: as in `Request`.
       num_classes: as the config key, like the rest.
     """
 
@@ -48,6 +49,7 @@ class Spec:
     image_size: tuple[int, int]
     seed: int = 0
     settings: tuple[tuple[str, Any], ...] = ()
+    labelled: bool = True
     num_classes: int | None = None
     classes: tuple[str | int, ...] | None = None
     label_map: str | None = None
@@ -169,7 +171,9 @@ def _open(spec: Spec) -> Source:
             raise UserError(
                 f'config: {spec.key}.{name} must be set for {spec.key}.name={spec.name!r}'
             )
-    request = Request(spec.split, spec.key, spec.num_classes, spec.image_size, spec.seed)
+    request = Request(
+        spec.split, spec.key, spec.num_classes, spec.image_size, spec.seed, spec.labelled
+    )
     return source(request, **settings)
 
 

@@ -175,7 +175,8 @@ class Console:
             parts.append(f'loader {values[TIMING + "loader_examples_per_s"]:,.0f} ex/s')
         if values.get('train/replaced'):
             parts.append(f'replaced {values["train/replaced"]:.0f}')
-        if (headline := f'train/{self._headline}') in values:
+        headline = f'train/{self._headline}'
+        if headline in values and self._headline != 'loss':
             value = values[headline]
             accuracy = self._headline == 'accuracy'
             parts.append(f'acc {value:.3f}' if accuracy else f'{self._headline} {value:.4g}')

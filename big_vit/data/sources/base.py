@@ -21,6 +21,8 @@ class Request(NamedTuple):
       num_classes: number of classes; None for the source's count.
       image_size: (height, width) in pixels of generated examples.
       seed: of generated examples.
+      labelled: whether every example must have a label; if not, all are of class 0 where the data
+        has none.
     """
 
     split: str
@@ -28,6 +30,7 @@ class Request(NamedTuple):
     num_classes: int | None = None
     image_size: tuple[int, int] = (0, 0)
     seed: int = 0
+    labelled: bool = True
 
 
 @dataclass(frozen=True)

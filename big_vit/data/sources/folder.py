@@ -33,6 +33,8 @@ class _Files(NamedTuple):
 def folder(request: Request, *, path: str) -> Source:
     """Open media files in PATH/SPLIT/CLASS/..., or in PATH/CLASS/... as the only split, `train`.
 
+    Without labels, files may also lie in PATH or PATH/SPLIT itself, at any depth.
+
     Classes are the sorted names of the folders of the split `train` (else of the first whose name
     starts with train, else of the first). The folders of PATH are splits if all are named like
     splits: train, val, test, dev, extra, train2017, test_clean. Files are recognized by their
@@ -49,6 +51,8 @@ def folder(request: Request, *, path: str) -> Source:
     """
     key = request.key
     root = files.place(path, f'{key}.path')
+    if not request.labelled and (loose := _loose_splits(root, key)):
+        return _unlabelled(root, loose, request)
     places = {name: root / name for name in split_folders(root, key)} or {'train': root}
     first = min(places, key=lambda n: (n != 'train', not n.lower().startswith('train'), n))
     classes_of = functools.cache(lambda name: _class_folders(places[name], key))
@@ -83,6 +87,41 @@ def folder(request: Request, *, path: str) -> Source:
         )
 
     return cut(f'folder:{root.name}', places, open_split, request, by_class=True)
+
+
+def _loose_splits(root: files.Place, key: str) -> dict[str, files.Place]:
+    """Find splits whose files lie beside, not within, folders of classes; none if there is none."""
+    if not files.is_folder(root):
+        return {}
+    entries = list_folder(root, key)
+    if any(not is_folder and kind_of(name) for name, is_folder in entries):
+        return {'train': root}
+    splits = {name: root / name for name, is_folder in entries if is_folder}
+    if not splits or not all(_SPLIT.fullmatch(name) for name in splits):
+        return {}
+    inside = [entry for place in splits.values() for entry in list_folder(place, key)]
+    return splits if any(not is_folder and kind_of(name) for name, is_folder in inside) else {}
+
+
+def _unlabelled(root: files.Place, places: dict[str, files.Place], request: Request) -> Source:
+    """Open all media files of some splits as examples of one class without a name."""
+
+    def open_split(name: str) -> Source:
+        names, labels, kind = _scan(places[name], [''], request.key, may_be_empty=False)
+        read = loader(kind, lambda index: files.read(places[name] / names[index]))
+        return Source(
+            name=f'folder:{root.name}',
+            split=name,
+            length=len(labels),
+            num_classes=1,
+            image_shape=None,
+            load=lambda indices: {kind: read(indices.tolist()), 'label': labels[indices]},
+            in_memory=False,
+            labels=lambda: labels,
+            where=lambda index: str(places[name] / names[index]),
+        )
+
+    return cut(f'folder:{root.name}', places, open_split, request)
 
 
 def split_folders(root: files.Place, key: str = 'data') -> list[str]:
@@ -181,14 +220,15 @@ def _scan(folder: files.Place, classes: list[str], key: str, may_be_empty: bool)
 
     def paths() -> Iterator[str]:
         for label, name in enumerate(classes):
-            for file in _walk(folder / name):
+            for file in _walk(folder / name if name else folder):
                 kind = kind_of(file)
                 if kind is None:
                     others.add(os.path.splitext(file)[1] or 'no extension')  # noqa: PTH122
                     continue
-                examples.setdefault(kind, f'{name}/{file}')
+                path = f'{name}/{file}' if name else file
+                examples.setdefault(kind, path)
                 labels.append(label)
-                yield f'{name}/{file}'
+                yield path
 
     try:
         names = Names(paths())

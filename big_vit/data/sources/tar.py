@@ -65,7 +65,7 @@ def tar(
     one; else all shards are `train`. Labels are the member NAME.cls (a number or the name of a
     class), or what a member NAME.json has as `label_column`. With `text_column` the text of each
     image is the member NAME with that extension, as img2dataset writes it, and a sample without
-    a label is of class 0.
+    a label is of class 0; so are all samples without one if no labels are needed.
 
     Args:
       request: the examples to open; classes are those that occur in the split `train` (or in each
@@ -83,7 +83,7 @@ def tar(
 
     @functools.cache
     def index_of(name: str) -> Index:
-        index = indexed(splits[name], label_column, text_column)
+        index = indexed(splits[name], label_column, text_column, request.labelled)
         if not len(index['size']):
             raise UserError(f'{key}.path: no sample with an image, video, sound or text in {path}')
         return index
@@ -317,7 +317,12 @@ def _parse_pax(data: bytes) -> dict[bytes, bytes]:
 # --- The index of samples --------------------------------------------------------------
 
 
-def indexed(shards: list[files.Place], label_column: str, text_column: str | None = None) -> Index:
+def indexed(
+    shards: list[files.Place],
+    label_column: str,
+    text_column: str | None = None,
+    labelled: bool = True,
+) -> Index:
     """Index the samples of some shards; the index is built once and memory-mapped from then on.
 
     Returns:
@@ -328,21 +333,25 @@ def indexed(shards: list[files.Place], label_column: str, text_column: str | Non
 
     def build() -> Index:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            indices = pool.map(lambda shard: _index(shard, label_column, text_column), shards)
+            indices = pool.map(
+                lambda shard: _index(shard, label_column, text_column, labelled), shards
+            )
             return _join(list(indices))
 
-    mark = files.fingerprint(shards, f'{label_column}\0{text_column or ""}', 3)
+    options = f'{label_column}\0{text_column or ""}' + ('' if labelled else '\0unlabelled')
+    mark = files.fingerprint(shards, options, 3)
     return files.kept_arrays('tar', mark, build)
 
 
-def _index(shard: files.Place, label_column: str, text_column: str | None) -> Index:
+def _index(shard: files.Place, label_column: str, text_column: str | None, labelled: bool) -> Index:
     """Index a shard, whose samples are members with one name up to its first dot."""
     take = files.forward(shard)
     groups = itertools.groupby(_sample_members(shard, take), lambda member: member[0])
     samples = [
         sample
         for name, group in groups
-        if (sample := _sample(shard, name, group, take, label_column, text_column)) is not None
+        if (sample := _sample(shard, name, group, take, label_column, text_column, labelled))
+        is not None
     ]
     values: dict[int | str, int] = {}
     texts = [sample.text for sample in samples if sample.text is not None]
@@ -372,6 +381,7 @@ def _sample(
     take: Take,
     label_column: str,
     text_column: str | None,
+    labelled: bool,
 ) -> _Sample | None:
     """Read a sample from its members; None if it has no media file."""
     label_name = label_column.lower()
@@ -395,8 +405,9 @@ def _sample(
         return None
     label = _parse_label(f'{shard}: {name}', labels, label_column)
     present = ', '.join(sorted(parts))
+    if label is None and (text_name is not None or not labelled):
+        label = 0  # Captioned images need no classes.
     if text_name is not None:
-        label = 0 if label is None else label  # Captioned images need no classes.
         if text_name not in parts:
             raise UserError(
                 f'{shard}: sample {name} has no .{text_name} (it has {present}): '
