@@ -407,12 +407,11 @@ def _sample(
     present = ', '.join(sorted(parts))
     if label is None and (text_name is not None or not labelled):
         label = 0  # Captioned images need no classes.
-    if text_name is not None:
-        if text_name not in parts:
-            raise UserError(
-                f'{shard}: sample {name} has no .{text_name} (it has {present}): '
-                'set text_column to the member with its words'
-            )
+    if text_name is not None and text_name not in parts:
+        raise UserError(
+            f'{shard}: sample {name} has no .{text_name} (it has {present}): '
+            'set text_column to the member with its words'
+        )
     if label is None:
         raise UserError(
             f'{shard}: sample {name} has no .cls and no {label_column!r} in a '
