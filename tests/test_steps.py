@@ -11,6 +11,7 @@ import pytest
 from big_vit import augment, sharding, state, steps, trees
 from big_vit.evaluators import classification
 from big_vit.models import encoder, vit
+from big_vit.models.placement import placed
 from big_vit.optim import factory, schedules
 from big_vit.tasks.batch import normalise, targets
 from big_vit.tasks.classification import classification_loss
@@ -54,7 +55,7 @@ class Run:
         constrain = sharding.constrain_batch(self.mesh, sequence)
         self.net = vit.make_vit(constrain=constrain, **(SIZES | TRANSFORMS | fields))
         params = state.abstract_params(self.net, IMAGE)
-        self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
+        self.net = placed(self.net, gather=sharding.gather_weights(self.mesh, params))
         names = list(trees.flatten(params))
         rates = {n: rate(n) for n in names}
         self.optimizer = factory.make(
@@ -68,7 +69,7 @@ class Run:
         self.abstract_state = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
         self.mix = mixer(self.mesh, mixup, cutmix) if mixup else None
         step = steps.update(
-            classification_loss(self.net.apply, 0.1),
+            classification_loss(self.net, 0.1),
             self.optimizer,
             SCHEDULE,
             self.mesh,
@@ -86,7 +87,7 @@ class Run:
 
     def start(self):
         """Everyone's same parameters, in the form that this model takes."""
-        form = encoder.stack_blocks if self.net.scan else encoder.unstack_blocks
+        form = encoder.stack_blocks if self.net.encoder.scan else encoder.unstack_blocks
         return state.create(
             self.net, IMAGE, self.optimizer, 0, self.abstract_state, form(parameters())
         )
@@ -277,11 +278,13 @@ def test_five_steps_compile_once_and_move_nothing_to_or_from_the_host(request, w
 
 def test_microbatches_have_dropout_of_their_own(dropping):
     batch = {name: np.repeat(leaf[:1], BATCH, 0) for name, leaf in batch_of(0).items()}
-    loss = jax.jit(classification_loss(dropping.net.apply, 0.1))
+    loss = jax.jit(classification_loss(dropping.net, 0.1))
     rng = jax.random.fold_in(jax.random.key(0), 0)
     micro = jax.tree.map(lambda x: jnp.asarray(x[: BATCH // 4]), batch)
     with jax.set_mesh(dropping.mesh):
-        parts = [float(loss(parameters(), micro, jax.random.fold_in(rng, i))[0]) for i in range(4)]
+        parts = [
+            float(loss(parameters(), (), micro, jax.random.fold_in(rng, i), 0)[0]) for i in range(4)
+        ]
         _, metrics = dropping.step(dropping.start(), dropping.put(batch))
     assert float(metrics['loss']) == pytest.approx(np.mean(parts), rel=1e-5)
     assert len(set(parts)) == 4
