@@ -160,7 +160,7 @@ def given_settings():
         yield vit.make_vit(7, **variants.parse(variant))
 
 
-@pytest.mark.parametrize('net', given_settings(), ids=lambda net: net.single.tokenizer)
+@pytest.mark.parametrize('net', list(given_settings()), ids=lambda net: net.single.tokenizer)
 def test_settings_of_a_model_make_it_again(net):
     settings = vit.settings_of(net)
     assert set(settings) == set(vit.SETTINGS)
