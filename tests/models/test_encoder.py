@@ -357,7 +357,7 @@ def test_what_is_captured_is_what_was_computed(scan):
     np.testing.assert_allclose(logits, plain, rtol=1e-6, atol=1e-6)
     assert extra.keys() == {'tokens', 'pre_logits'}
     assert seen['blocks'].shape == (2, 2, 8, 24) and seen['attention'].shape == (2, 2, 2, 8, 8)
-    last = np_norm(seen['blocks'][-1], wide(params)['Transformer']['encoder_norm'], net)
+    last = np_norm(seen['blocks'][-1], wide(params)['Transformer']['encoder_norm'], settings(net))
     np.testing.assert_allclose(seen['tokens'], last, atol=2e-5)
     np.testing.assert_allclose(seen['attention'].sum(-1), 1, atol=1e-6)
     own = np.diagonal(seen['attention'], axis1=-2, axis2=-1)
@@ -371,7 +371,7 @@ def test_captured_attention_is_that_of_the_reference():
     _, seen = apply(net, params, image, capture=('attention',))
     p = wide(params)
     b = p['Transformer']['encoderblock_0']
-    x = np_norm(np_patches(image[0], p['embedding']), b['LayerNorm_0'], net)
+    x = np_norm(np_patches(image[0], p['embedding']), b['LayerNorm_0'], settings(net))
     a = b['MultiHeadDotProductAttention_0']
     q, k = (np.einsum('nd,dhf->hnf', x, a[n]['kernel']) for n in ('query', 'key'))
     q, k = q + a['query']['bias'][:, None], k + a['key']['bias'][:, None]
