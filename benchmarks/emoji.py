@@ -39,7 +39,7 @@ from big_vit.evaluators.features import Features
 from big_vit.inspection import plots
 from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 from big_vit.tasks.batch import model_inputs
-from big_vit.tasks.task import Aux
+from big_vit.tasks.task import Aux, Loss
 
 RESULTS = Path(__file__).parent / 'results'
 SETS = ('google', 'twitter')
@@ -254,7 +254,7 @@ def contrast(features: Any, label: Any) -> Any:
     return per_example.sum() / jnp.maximum((count > 0).sum(), 1)
 
 
-def objective(apply: Any, kinds: np.ndarray) -> Any:
+def objective(apply: Any, kinds: np.ndarray) -> Loss:
     """Return the pretraining loss.
 
     Views of one emoji are matched by tokens averaged to a grid, as emoji also differ in where
@@ -264,7 +264,7 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
       kinds: labels of the emoji, [emoji, ways to sort them].
     """
 
-    def loss(params: Any, state: Any, batch: Any, rng: Any, step: Any) -> tuple[Any, Aux]:
+    def loss(params: Any, task_state: Any, batch: Any, rng: Any, step: Any) -> tuple[Any, Aux]:
         rngs = {} if rng is None else {'dropout': rng}
         given, train = model_inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))

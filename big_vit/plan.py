@@ -280,7 +280,8 @@ def advice(plan: Plan) -> str:
     """Suggests settings to try when a plan does not fit."""
     s, hints = plan.settings, []
     remat, mesh = s['remat'], s['mesh']
-    if remat != 'full':
+    # 'offload' is none of them: like 'full' it keeps next to nothing on the device.
+    if remat in REMAT[:-1]:
         hints.append(f'--config.model.remat={REMAT[REMAT.index(remat) + 1]}')
     if mesh['replica'] > s['slices']:
         hints.append(f'--mesh replica={s["slices"]},fsdp=-1,tensor={mesh["tensor"]}')

@@ -22,6 +22,7 @@ from big_vit.build.steps import batch_seen
 from big_vit.config import Config
 from big_vit.data import dataset, transforms
 from big_vit.data.transforms.operations import decoded
+from big_vit.errors import UserError
 from big_vit.inspection import plots
 from big_vit.inspection.examples import title
 
@@ -34,9 +35,25 @@ def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
     return list(decoded(columns['image'])) if 'image' in columns else []
 
 
+def titles(data: Data, batch: dict[str, np.ndarray], count: int) -> list[str]:
+    """Describe the labels of the first examples; empty strings without labels."""
+    if 'label' not in batch:
+        return [''] * count
+    return [title(data, label) for label in batch['label'][:count]]
+
+
 def draw(config: Config, path: Path, step: int, count: int) -> None:
-    """Write a PNG of the first examples of the batch of this step."""
+    """Write a PNG of the first examples of the batch of this step.
+
+    Raises:
+      UserError: the examples have no images.
+    """
     data = train_data(config)
+    if 'image' not in data.shapes:
+        raise UserError(
+            f'config: data: {data.source.name} {data.source.split} has no pictures to draw, only '
+            f'{", ".join(data.shapes)}'
+        )
     assert data.order is not None
     index, _ = data.order.indices(step, data.source.length)
     count = min(count, config.batch_size)
@@ -48,17 +65,20 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
         (
             'in the dataset',
             originals(data, index[:count]),
-            [f'{i}: {title(data, label)}' for i, label in zip(index, batch['label'], strict=True)],
+            [
+                f'{i}: {text}' if text else f'{i}'
+                for i, text in zip(index, titles(data, batch, count), strict=False)
+            ],
         ),
         (
             'after the host',
             list(batch['image'][:count]),
-            [title(data, label) for label in batch['label'][:count]],
+            titles(data, batch, count),
         ),
         (
             'what the model sees',
             list(mixed['image'][:count]),
-            [title(data, label) for label in mixed['label'][:count]],
+            titles(data, mixed, count),
         ),
     ]
     plots.picture_rows(rows).save(path)

@@ -70,7 +70,7 @@ def write_text(path: epath.Path, text: str) -> None:
     for pause in (*PAUSES_S, None):
         try:
             if is_local(path):
-                partial = path.with_suffix('.tmp')
+                partial = path.with_name(f'{path.name}.tmp')
                 partial.write_text(text)
                 partial.replace(path)
             else:  # Objects appear completely or not at all.

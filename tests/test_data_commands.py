@@ -180,6 +180,30 @@ def test_bench_data_names_the_slowest_operation(photos):
     assert rates['examples_per_s'] == pytest.approx(rates['examples'] / rates['seconds'])
 
 
+@pytest.mark.parametrize('task', ['orbit', 'tones', 'phrases', 'quiz'])
+def test_data_without_images_is_measured(task):
+    found = train_data(config.load(f'configs/sequences.py:task={task}'))
+    rates = bench_data.loader_rates(found, 0.1)
+    assert rates['examples'] % 64 == 0 and rates['examples'] > 0
+    assert 'join' in bench_data.by_operation(found)
+
+
+def test_data_without_images_has_no_pictures_to_draw(tmp_path):
+    for task, parts in (('orbit', 'video, label'), ('phrases', 'label, tokens')):
+        loaded = config.load(f'configs/sequences.py:task={task}')
+        with pytest.raises(UserError, match=f'{task} .*no pictures to draw, only {parts}'):
+            show_data.draw(loaded, tmp_path / 'x.png', 0, 4)
+
+
+def test_pictures_without_labels_are_drawn(tmp_path):
+    transform = "byte_tokens(40) | keep('image', 'tokens', 'text_mask')"
+    loaded = config.load('configs/contrastive.py', [('data.transform', transform)])
+    assert 'label' not in train_data(loaded).shapes
+    show_data.draw(loaded, tmp_path / 'x.png', 0, 4)
+    with Image.open(tmp_path / 'x.png') as image:
+        assert image.size[0] > 400
+
+
 def ran(command, *arguments):
     result = run(command, *arguments)
     assert result.returncode == 0, result.stderr

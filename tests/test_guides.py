@@ -34,7 +34,7 @@ def test_the_commands_run_in_their_order(line, places):
     check_run(shlex.split(line), *places)
 
 
-def test_the_objective_trains():
+def test_the_task_trains():
     (text,) = (text for kind, text in BLOCKS if kind == 'python')
     result = script(text)
     assert result.returncode == 0, result.stdout + result.stderr

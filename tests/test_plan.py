@@ -236,6 +236,23 @@ def test_a_step_that_does_not_fit_is_an_answer():
     assert 'Traceback' not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    'remat, more',
+    [('none', 'names'), ('names', 'full'), ('full', None), ('offload', None)],
+)
+def test_advice_goes_up_by_one_kind_of_rematerialization(remat, more):
+    settings = {
+        'remat': remat,
+        'mesh': {'replica': 1, 'fsdp': 4, 'tensor': 1},
+        'slices': 1,
+        'batch_per_device': 8,
+        'accumulation': 2,
+    }
+    said = plan.advice(types.SimpleNamespace(settings=settings)).split(', ')
+    first = [f'--config.model.remat={more}'] if more else []
+    assert said == [*first, '--config.accumulation=4', 'a larger topology', '--search']
+
+
 @needs_compiler
 def test_search_prints_what_it_tries_and_the_fastest():
     result = run('plan', '--config', CONFIG, '--topology', 'v5e:2x2', *SMALL, '--search')

@@ -109,6 +109,22 @@ def test_a_write_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
     assert path.read_text() == 'new'
 
 
+def test_files_of_one_stem_are_written_beside_each_other(tmp_path, monkeypatch):
+    first, second = storage.place(tmp_path / 'run.json'), storage.place(tmp_path / 'run.html')
+    real = os.replace
+
+    def replace(*args):
+        # While one file is about to be replaced, another process writes its neighbour.
+        monkeypatch.setattr(os, 'replace', real)
+        storage.write_text(second, 'page')
+        return real(*args)
+
+    monkeypatch.setattr(os, 'replace', replace)
+    storage.write_text(first, 'figures')
+    assert (first.read_text(), second.read_text()) == ('figures', 'page')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['run.html', 'run.json']
+
+
 def test_what_stays_wrong_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda seconds: pytest.fail('tried again'))
     with pytest.raises(UserError, match='No such file'):

@@ -160,9 +160,12 @@ def _gke_tpu(environ: Mapping[str, str]) -> Cluster | None:
     if not workers or 'TPU_WORKER_ID' not in environ:
         return None
     names = [worker.split(':')[0] for worker in workers.split(',')]
-    slices = {**dict.fromkeys(('MEGASCALE_NUM_SLICES', 'MEGASCALE_SLICE_ID'), ''), **environ}
-    count = int(slices['MEGASCALE_NUM_SLICES'] or 1)
-    index = int(slices['MEGASCALE_SLICE_ID'] or 0) * len(names) + _integer(environ, 'TPU_WORKER_ID')
+    # GKE leaves these two empty, or out, where there is one slice.
+    count, this_slice = (
+        _integer(environ, name) if environ.get(name) else one_slice
+        for name, one_slice in (('MEGASCALE_NUM_SLICES', 1), ('MEGASCALE_SLICE_ID', 0))
+    )
+    index = this_slice * len(names) + _integer(environ, 'TPU_WORKER_ID')
     first = environ.get('MEGASCALE_COORDINATOR_ADDRESS') or names[0]
     port = environ.get('JAX_COORDINATOR_PORT') or TPU_PORT
     address = environ.get('JAX_COORDINATOR_ADDRESS') or f'{first.split(":")[0]}:{port}'

@@ -98,6 +98,11 @@ def test_gke_multislice(detect):
     assert detect({**GKE, **slices}) == ('GKE TPU', 'first.svc:8476', 6, 5, None)
 
 
+def test_gke_variables_of_slices_that_are_empty_mean_one_slice(detect):
+    empty = {'MEGASCALE_NUM_SLICES': '', 'MEGASCALE_SLICE_ID': ''}
+    assert detect({**GKE, **empty}) == ('GKE TPU', 'a.svc:8482', 3, 2, None)
+
+
 def test_one_tpu_worker_is_no_cluster(detect):
     assert detect({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}) is None
 
@@ -185,6 +190,8 @@ def test_a_pod_that_is_of_no_indexed_job_runs_alone(detect):
         ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_COORDINATOR_ADDRESS is set, but not what goes'),
         ({'JAX_NUM_PROCESSES': '2'}, 'JAX_PROCESS_ID is not set'),
         ({**SLURM, 'SLURM_STEP_NODELIST': '', 'SLURM_JOB_ID': 'x'}, 'SLURM was found, but asking'),
+        ({**GKE, 'MEGASCALE_NUM_SLICES': 'two'}, 'MEGASCALE_NUM_SLICES=two is not a number'),
+        ({**GKE, 'MEGASCALE_SLICE_ID': 'x'}, 'MEGASCALE_SLICE_ID=x is not a number'),
     ],
 )
 def test_what_contradicts_itself_is_an_error_and_not_one_process(detect, variables, message):

@@ -52,18 +52,18 @@ def test_every_key_is_in_the_schema_and_its_default_passes_the_check(name):
 
 def test_every_task_provides_what_some_evaluator_needs():
     whole = config.resolve(TINY)
-    assert provided(whole) == {'logits', 'features'}
+    assert build_task(whole.task).provides == {'logits', 'features'}
     apart = config.load('configs/contrastive.py')
-    assert provided(apart) == {'pairs', 'features'}
+    assert build_task(apart.task).provides == {'pairs', 'features'}
     needed = {registry.requirements(name).output for name in registry.EVALUATORS}
-    assert needed == provided(whole) | provided(apart)
+    assert needed == build_task(whole.task).provides | build_task(apart.task).provides
 
 
 REFUSED = [
     (whole, name)
     for whole in (config.resolve(TINY), config.load('configs/contrastive.py'))
     for name in registry.EVALUATORS
-    if registry.requirements(name).output not in provided(whole)
+    if registry.requirements(name).output not in build_task(whole.task).provides
 ]
 
 
@@ -74,7 +74,7 @@ def test_a_type_is_refused_before_data_is_opened_where_the_task_lacks_its_output
         eval_data(settings, 'x', None)
     allowed = re.findall(r"'(\w+)'", str(caught.value).partition('set it to one of')[2])
     outputs = {registry.requirements(other).output for other in allowed}
-    assert outputs == provided(whole) and name not in allowed
+    assert outputs == build_task(whole.task).provides and name not in allowed
 
 
 def test_means_over_examples_are_vmapped_only_without_options():
