@@ -10,6 +10,7 @@ import traceback
 import jax
 import numpy as np
 import pytest
+from gate import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -216,8 +217,10 @@ def spec_of(**changes):
     return dataset.Spec(**{**values, **changes})
 
 
-@pytest.mark.parametrize('workers', [1, 4])
-@pytest.mark.parametrize('cache', ['none', 'auto'])
+@pytest.mark.parametrize(
+    'cache, workers',
+    mostly_slow([('none', 1), ('none', 4), ('auto', 1), ('auto', 4)], ('auto', 1), ('none', 1)),
+)
 def test_worker_processes_give_the_same_batches(workers, cache, tmp_path):
     # Small windows of JPEG files, which are scaled down while they are decoded, or kept whole.
     where = {

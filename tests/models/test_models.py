@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gate import mostly_slow
 from jax.test_util import check_grads
 from scipy import ndimage
 
@@ -198,7 +199,12 @@ def assert_close(tree, other, **tolerance):
 
 @pytest.mark.parametrize(
     'scan, remat',
-    [(True, 'none'), (True, 'names'), (True, 'full'), (False, 'names'), (False, 'full')],
+    mostly_slow(
+        [(True, 'none'), (True, 'names'), (True, 'full'), (False, 'names'), (False, 'full')],
+        (True, 'none'),
+        (True, 'names'),
+        (False, 'full'),
+    ),
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(unrolled, scan, remat):
     params, (loss, gradient) = unrolled
@@ -486,7 +492,7 @@ def counted(pool, posemb, size):
     return flops.count_params(net, (32, 48, 3))
 
 
-@pytest.mark.parametrize('size', variants.SIZES)
+@pytest.mark.parametrize('size', mostly_slow(variants.SIZES, 'mu', 'B', 'So400m', '22B'))
 def test_count_params_counts_the_real_tree_of_every_size(size):
     for pool, posemb in (('gap', 'sincos2d'), ('cls', 'learned'), ('map', 'learned')):
         assert counted(pool, posemb, size) == counted_leaves(pool, posemb, True, size)
