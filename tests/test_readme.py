@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT, environment, free_port, script
+from commands import ROOT, environment, free_port, run, script
 from tiny import MODEL, RUN, flags, write_folder, write_idx
 
 README = (ROOT / 'README.md').read_text()
@@ -61,10 +61,8 @@ def small(words: list[str], data) -> list[str]:
 
 def check_run(words: list[str], folder, data) -> str:
     words = [word.replace('runs/', f'{folder}/') for word in small(words, data)]
-    words = [sys.executable, *words[words.index('-m') :]]
-    result = subprocess.run(
-        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    command, *args = words[words.index('-m') + 1 :]
+    result = run(command.removeprefix('big_vit.'), *args, timeout=300)
     assert result.returncode == 0, ' '.join(words) + result.stdout + result.stderr
     return result.stdout
 

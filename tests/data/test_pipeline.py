@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from gate import mostly_slow
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tiny import write_folder
@@ -271,7 +271,6 @@ def columns_of(source, transform, kept, hosts, steps, start=0, threads=None):
     ]
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     weights=st.lists(st.sampled_from([1, 2, 0.5, 0.37]), min_size=3, max_size=3),
@@ -299,7 +298,6 @@ def test_batches_do_not_depend_on_hosts_threads_or_restarts(
     assert_same(whole[2:], columns_of(source, transform, kept, 1, 2, start + 2, 3))
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4),
