@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import baseline
-from big_vit import plan, sharding
+from big_vit import plan, sharding, state
 from big_vit.errors import UserError
 from big_vit.models import flops, variants
 from big_vit.models.vit import make_vit
@@ -118,7 +119,9 @@ def plain(row: Row) -> dict[str, Any]:
     seconds = module.cycles / place.chip.clock
     seconds += sum(plan.link_seconds(collective, place) for collective in waiting)
     model = make_vit(num_classes=baseline.CLASSES, **variants.parse(row.variant))
-    operations = 3 * flops.cost(model, {'image': (224, 224, 3)}).flops * row.batch
+    params = state.abstract_params(model, (224, 224, 3))
+    images = jax.ShapeDtypeStruct((row.batch, 224, 224, 3), jnp.float32)
+    operations = 3 * flops.count(model.apply, {'params': params}, images)
     return {
         'fits': True,
         'cycles': module.cycles,

@@ -39,6 +39,7 @@ from big_vit.evaluators.features import Features
 from big_vit.inspection import plots
 from big_vit.journal import MAX_SKIPPED_IN_A_ROW
 from big_vit.tasks.batch import model_inputs
+from big_vit.tasks.task import Aux
 
 RESULTS = Path(__file__).parent / 'results'
 SETS = ('google', 'twitter')
@@ -263,7 +264,7 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
       kinds: labels of the emoji, [emoji, ways to sort them].
     """
 
-    def loss(params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
+    def loss(params: Any, state: Any, batch: Any, rng: Any, step: Any) -> tuple[Any, Aux]:
         rngs = {} if rng is None else {'dropout': rng}
         given, train = model_inputs(batch), rng is not None
         _, extra = apply({'params': params}, given, train=train, rngs=rngs, capture=('blocks',))
@@ -271,7 +272,7 @@ def objective(apply: Any, kinds: np.ndarray) -> Any:
         total = contrast(grid_means(tokens, GRID), label)
         for way in jnp.asarray(kinds)[label].T:
             total += BY_KIND * contrast(tokens.mean(1), way)
-        return total, {}
+        return total, Aux({})
 
     return loss
 

@@ -16,20 +16,22 @@ import statistics
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from benchmarks.checkpoint import cpu
 from benchmarks.optimizer_race import trial
-from big_vit import command_line, metrics, runtime, sharding, storage
+from big_vit import command_line, metrics, runtime, sharding, state, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.model import build_model
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.inspection import plots
 from big_vit.models import flops
+from big_vit.models.placement import unplaced
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ('vit', 'conv', 'cct', 'spt', 'hybrid')
@@ -49,10 +51,21 @@ class Run:
     seed: int
 
 
-def cost_of(config: Config) -> flops.Cost:
+class Cost(NamedTuple):
+    """Parameters of a model, and operations of its forward pass of one image."""
+
+    params: int
+    flops: int
+
+
+def cost_of(config: Config) -> Cost:
     """Return the cost of the model of a config, without opening its data."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    return flops.cost(build_model(config, 10, SHAPE, mesh), SHAPE)
+    model = build_model(config, 10, SHAPE, mesh)
+    params = state.abstract_params(model, SHAPE['image'])
+    image = jax.ShapeDtypeStruct((1, *SHAPE['image']), jnp.float32)
+    operations = flops.count(unplaced(model).apply, {'params': params}, image)
+    return Cost(trees.count(params), operations)
 
 
 def config_of(run: Run, budget: int, overrides: list[tuple[str, str]]) -> Config:

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, environment
 
 from benchmarks import baseline, chips, growth, precision, products, startup, step
-from big_vit import sharding
+from big_vit import sharding, state, trees
 from big_vit.errors import UserError
 from big_vit.models import flops, layers, variants
 from big_vit.models.vit import make_vit
@@ -51,9 +51,8 @@ def test_the_plain_model_is_the_same_model():
     plain = baseline.PlainViT(**fields)
     made = jax.eval_shape(plain.init, jax.random.key(0), jax.numpy.zeros((1, 64, 64, 3)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made))
-    assert count == flops.count_params(
-        make_vit(num_classes=baseline.CLASSES, **fields), (64, 64, 3)
-    )
+    ours = make_vit(num_classes=baseline.CLASSES, **fields)
+    assert count == trees.count(state.abstract_params(ours, (64, 64, 3)))
 
 
 def test_the_plain_step_compiles_for_a_mesh():
@@ -76,7 +75,9 @@ def test_our_step_trains_and_its_operations_are_counted():
     assert losses[0] == pytest.approx(math.log(1000), rel=1e-3)  # A head of zeros.
     assert losses[2] < losses[0]
     model = make_vit(num_classes=1000, **{**variants.parse('mu/4'), 'depth': 1})
-    assert operations == 3 * 4 * flops.cost(model, {'image': (16, 16, 3)}).flops
+    variables = {'params': state.abstract_params(model, (16, 16, 3))}
+    images = jax.ShapeDtypeStruct((4, 16, 16, 3), np.float32)
+    assert operations == 3 * flops.count(model.apply, variables, images)
 
 
 @pytest.mark.slow

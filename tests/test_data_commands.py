@@ -42,7 +42,7 @@ def test_every_part_of_the_pipeline_in_one_run(photos, tmp_path):
         **{
             'data.transform': 'decode | rrc(size) | three_augment | to_device | flip_lr '
             '| value_range(-1, 1) | random_erasing(0.5)',
-            'data.repeats': '2', 'mixup': '0.5', 'cutmix': '1.0', 'label_smoothing': '0.1',
+            'data.repeats': '2', 'mixup': '0.5', 'cutmix': '1.0', 'task.label_smoothing': '0.1',
             'evals.test.transform': 'decode | resize(size)', 'data.on_error': 'skip',
         },
     )  # fmt: skip
@@ -80,7 +80,8 @@ def test_several_labels_and_the_sigmoid_loss(tmp_path):
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
     np.savez(tmp_path / 'x.npz', train_images=images, train_labels=labels)
     overrides = {
-        **SMALL, 'data.name': 'arrays', 'data.path': str(tmp_path / 'x.npz'), 'loss': 'sigmoid',
+        **SMALL, 'data.name': 'arrays', 'data.path': str(tmp_path / 'x.npz'),
+        'task.loss': 'sigmoid',
         'data.split': 'train', 'data.transform': 'flip_lr | multihot(5)',
         'evals.test.split': 'train[:10]', 'evals.test.transform': 'multihot(5)',
     }  # fmt: skip

@@ -181,7 +181,7 @@ def test_the_objective_wants_views_of_one_identity_and_pictures_of_one_kind_alik
 
     def loss(label, *kinds):
         batch = {'image': jnp.zeros((4, 8, 8, 3), jnp.uint8), 'label': jnp.array(label)}
-        return float(study.objective(apply, np.array(kinds).T)({}, batch, None)[0])
+        return float(study.objective(apply, np.array(kinds).T)({}, (), batch, None, 0)[0])
 
     sharp, weight = 1 / study.TEMPERATURE, study.BY_KIND
     found = math.log(1 + 2 * math.exp(-sharp))

@@ -13,7 +13,7 @@ from tiny import MODEL, RUN, flags
 
 from big_vit import config, explain, ledger, state, trees
 from big_vit.build.experiment import build_experiment
-from big_vit.models import flops, variants
+from big_vit.models import variants
 from big_vit.models.vit import make_vit
 from big_vit.planning import topology
 
@@ -178,7 +178,7 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert time.monotonic() - began < 60
     assert int(result.stdout.rpartition('grown')[2]) < 500  # Of the 223 GB it tells of.
     net = make_vit(21_843, pool='map', **variants.parse('22B/14'))
-    count = flops.count_params(net, (224, 224, 3))
+    count = trees.count(state.abstract_params(net, (224, 224, 3)))
     assert f'M = {4 * count:,} bytes' in result.stdout
 
 

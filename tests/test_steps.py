@@ -6,15 +6,18 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from gate import mostly_slow
 
-from big_vit import augment, sharding, state, steps, trees
+from big_vit import augment, checkpoint, sharding, state, steps, trees
 from big_vit.evaluators import classification
 from big_vit.models import encoder, vit
+from big_vit.models.placement import placed
 from big_vit.optim import factory, schedules
 from big_vit.tasks.batch import normalise, targets
 from big_vit.tasks.classification import classification_loss
+from big_vit.tasks.task import Aux
 
 IMAGE, CLASSES, BATCH, STEPS = (8, 8, 3), 10, 32, 10
 SIZES = dict(patch_size=(4, 4), width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=CLASSES)
@@ -55,7 +58,7 @@ class Run:
         constrain = sharding.constrain_batch(self.mesh, sequence)
         self.net = vit.make_vit(constrain=constrain, **(SIZES | TRANSFORMS | fields))
         params = state.abstract_params(self.net, IMAGE)
-        self.net = self.net.clone(gather=sharding.gather_weights(self.mesh, params))
+        self.net = placed(self.net, gather=sharding.gather_weights(self.mesh, params))
         names = list(trees.flatten(params))
         rates = {n: rate(n) for n in names}
         self.optimizer = factory.make(
@@ -69,7 +72,7 @@ class Run:
         self.abstract_state = state.abstract(self.net, IMAGE, self.optimizer, bool(ema), self.mesh)
         self.mix = mixer(self.mesh, mixup, cutmix) if mixup else None
         step = steps.update(
-            classification_loss(self.net.apply, 0.1),
+            classification_loss(self.net, 0.1),
             self.optimizer,
             SCHEDULE,
             self.mesh,
@@ -87,7 +90,7 @@ class Run:
 
     def start(self):
         """Everyone's same parameters, in the form that this model takes."""
-        form = encoder.stack_blocks if self.net.scan else encoder.unstack_blocks
+        form = encoder.stack_blocks if self.net.encoder.scan else encoder.unstack_blocks
         return state.create(
             self.net, IMAGE, self.optimizer, 0, self.abstract_state, form(parameters())
         )
@@ -278,11 +281,13 @@ def test_five_steps_compile_once_and_move_nothing_to_or_from_the_host(request, w
 
 def test_microbatches_have_dropout_of_their_own(dropping):
     batch = {name: np.repeat(leaf[:1], BATCH, 0) for name, leaf in batch_of(0).items()}
-    loss = jax.jit(classification_loss(dropping.net.apply, 0.1))
+    loss = jax.jit(classification_loss(dropping.net, 0.1))
     rng = jax.random.fold_in(jax.random.key(0), 0)
     micro = jax.tree.map(lambda x: jnp.asarray(x[: BATCH // 4]), batch)
     with jax.set_mesh(dropping.mesh):
-        parts = [float(loss(parameters(), micro, jax.random.fold_in(rng, i))[0]) for i in range(4)]
+        parts = [
+            float(loss(parameters(), (), micro, jax.random.fold_in(rng, i), 0)[0]) for i in range(4)
+        ]
         _, metrics = dropping.step(dropping.start(), dropping.put(batch))
     assert float(metrics['loss']) == pytest.approx(np.mean(parts), rel=1e-5)
     assert len(set(parts)) == 4
@@ -764,3 +769,141 @@ def test_a_spike_changes_nothing_but_the_counters_and_is_remembered(watching, wh
 @pytest.fixture(scope='module')
 def watching():
     return Run(skip_sigmas=6.0)
+
+
+# A task with a state of its own.
+
+LINEAR, WEIGHT = (16, 8), 0.1
+
+
+def teacher_loss(params, task_state, batch, rng, step):
+    """Squared error of a linear model, drawn to its teacher more with every step."""
+    kernel, teacher = params['head']['kernel'], task_state['teacher']['head']['kernel']
+    answers = batch['x'] @ kernel
+    error = jnp.square(answers - batch['y']).sum(-1).mean() / 2
+    distance = jnp.square(kernel - teacher).sum() / 2
+    return error + WEIGHT * step * distance, Aux({'distance': distance}, answers.mean(0))
+
+
+def teacher_state(params):
+    return {'teacher': jax.tree.map(jnp.copy, params), 'centre': jnp.zeros(LINEAR[1])}
+
+
+def move_teacher(params, task_state, carried, step):
+    keep = (1 + step) / (3 + step)
+    return {
+        'teacher': jax.tree.map(
+            lambda a, p: keep * a + (1 - keep) * p, task_state['teacher'], params
+        ),
+        'centre': 0.9 * task_state['centre'] + 0.1 * carried,
+    }
+
+
+def pairs_of(i):
+    rng = np.random.default_rng(i)
+    x, y = (rng.standard_normal((BATCH, n)).astype(np.float32) for n in LINEAR)
+    return {'x': x, 'y': y}
+
+
+class Teacher:
+    """A run of that task on one mesh."""
+
+    def __init__(self, devices=1, sizes=(1, 1, 1), accumulation=1):
+        self.mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+        self.start = {'head': {'kernel': pairs_of(99)['x'][:16, :8]}}
+        optimizer = optax.with_extra_args_support(optax.sgd(0.05))
+        self.abstract_state = state.abstract(
+            None, (), optimizer, False, self.mesh, 0, jax.eval_shape(lambda: self.start),
+            teacher_state,
+        )  # fmt: skip
+        step = steps.update(
+            teacher_loss, optimizer, lambda step: jnp.float32(0.05), self.mesh,
+            accumulation=accumulation, after_update=move_teacher,
+        )  # fmt: skip
+        self.step = steps.make_train_step(step, self.abstract_state, self.mesh)
+        self.optimizer = optimizer
+
+    def train(self, batches):
+        """(state on the host after each step, metrics of each step, last state)"""
+        with jax.set_mesh(self.mesh):
+            now = state.create(
+                None, (), self.optimizer, 0, self.abstract_state, self.start, teacher_state
+            )
+            states, rows = [jax.device_get(now)], []
+            for batch in batches:
+                now, metrics = self.step(
+                    now, jax.device_put(batch, sharding.batch_sharding(self.mesh))
+                )
+                states.append(jax.device_get(now))
+                rows.append(jax.device_get(metrics))
+        return states, rows, now
+
+
+def np_teacher(start, batches):
+    """The same in float64: (kernel, teacher, centre, loss) after each step."""
+    kernel = start['head']['kernel'].astype(np.float64)
+    teacher, centre = kernel.copy(), np.zeros(LINEAR[1])
+    for step, batch in enumerate(batches):
+        answers = batch['x'] @ kernel
+        miss, away = answers - batch['y'], kernel - teacher
+        loss = np.square(miss).sum(1).mean() / 2 + WEIGHT * step * np.square(away).sum() / 2
+        kernel = kernel - 0.05 * (batch['x'].T @ miss / BATCH + WEIGHT * step * away)
+        teacher = (teacher * (1 + step) + 2 * kernel) / (3 + step)
+        centre = 0.9 * centre + 0.1 * answers.mean(0)
+        yield kernel, teacher, centre, loss
+
+
+TEACHERS = {
+    'one device': dict(),
+    'accumulated': dict(accumulation=4),
+    '1x4x2 accumulated': dict(devices=8, sizes=(1, 4, 2), accumulation=2),
+}
+
+
+@pytest.mark.parametrize('which', TEACHERS)
+def test_the_state_of_a_task_moves_as_its_recurrence_says(which):
+    run, batches = Teacher(**TEACHERS[which]), [pairs_of(i) for i in range(5)]
+    states, rows, _ = run.train(batches)
+    wanted = list(np_teacher(run.start, batches))
+    for now, row, (kernel, teacher, centre, loss) in zip(states[1:], rows, wanted, strict=True):
+        np.testing.assert_allclose(now['params']['head']['kernel'], kernel, rtol=1e-5, atol=1e-6)
+        found = now['task']['teacher']['head']['kernel']
+        np.testing.assert_allclose(found, teacher, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(now['task']['centre'], centre, rtol=1e-5, atol=1e-6)
+        assert float(row['loss']) == pytest.approx(loss, rel=1e-5)
+    assert np.abs(wanted[-1][0] - wanted[-1][1]).max() > 1e-3
+    assert 'distance' in rows[0]
+
+
+@pytest.mark.parametrize('which', ['one device', '1x4x2 accumulated'])
+def test_a_skipped_update_moves_no_state_of_a_task(which):
+    bad = pairs_of(7)
+    bad['x'][3, 2] = np.nan
+    states, rows, _ = Teacher(**TEACHERS[which]).train([pairs_of(0), bad, pairs_of(1)])
+    before, after = (trees.flatten(states[i]['task']) for i in (1, 2))
+    assert [int(row['skipped_in_a_row']) for row in rows] == [0, 1, 0]
+    for name, leaf in after.items():
+        assert leaf.tobytes() == before[name].tobytes(), name
+    for name, leaf in trees.flatten(states[3]['task']).items():
+        assert np.isfinite(leaf).all() and np.abs(leaf - after[name]).max() > 0, name
+
+
+def test_the_state_of_a_task_is_saved_with_the_rest_and_goes_on_on_any_mesh(tmp_path):
+    run = Teacher(**TEACHERS['1x4x2 accumulated'])
+    states, _, last = run.train([pairs_of(i) for i in range(3)])
+    with checkpoint.Manager(tmp_path, keep_last=1) as manager:
+        manager.save(last, {}, {})
+    for other in (run, Teacher(8, (8, 1, 1)), Teacher()):
+        restored = checkpoint.restore(tmp_path, 3, other.abstract_state)
+        found, wanted = trees.flatten(jax.device_get(restored)), trees.flatten(states[-1])
+        assert found.keys() == wanted.keys() and 'task/teacher/head/kernel' in found
+        for name, leaf in wanted.items():
+            assert found[name].tobytes() == leaf.tobytes(), name
+
+
+def test_a_copy_of_the_parameters_in_the_state_of_a_task_lies_like_them():
+    run = Teacher(**TEACHERS['1x4x2 accumulated'])
+    _, _, last = run.train([pairs_of(0)])
+    kernel, teacher = last['params']['head']['kernel'], last['task']['teacher']['head']['kernel']
+    assert teacher.sharding.is_equivalent_to(kernel.sharding, 2)
+    assert {shard.data.shape for shard in teacher.addressable_shards} == {(4, 4)}

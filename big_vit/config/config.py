@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from big_vit.config.old_names import renamed, renamed_dump
+from big_vit.config.old_names import comparable_dump, renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 from big_vit.errors import UserError
 
@@ -408,7 +408,7 @@ RESUMABLE = (
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lists differences between two dumps as 'key: old -> new'."""
-    a, b = (renamed_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
+    a, b = (comparable_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
         for key in sorted(a.keys() | b.keys())

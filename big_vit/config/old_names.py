@@ -12,6 +12,8 @@ RENAMED = {
 MOVED = {('model.fusion', 'apart'): ('task.name', 'contrastive')}
 # Defaults of then, which a dump states whether or not they were set.
 _DEFAULTS = {'loss': 'softmax', 'label_smoothing': 0.0, 'model.shared': 512}
+# Values that a dump with former keys implies, where nothing in it says otherwise.
+_IMPLIED = {'task.name': 'classification', 'model.fusion': 'concat'}
 
 _noted: set[str] = set()
 
@@ -39,7 +41,19 @@ def renamed_dump(flat: dict[str, Any]) -> dict[str, Any]:
             current[new_key] = new_value
         else:
             current[key] = value
+    if RENAMED.keys() & flat.keys():
+        current = {**_IMPLIED, **current}
     return current
+
+
+def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
+    """`renamed_dump` for comparing runs: a default of then is unset, whoever stated it."""
+    current = renamed_dump(flat)
+    defaults = {RENAMED[key]: value for key, value in _DEFAULTS.items()}
+    return {
+        key: None if key in defaults and value == defaults[key] else value
+        for key, value in current.items()
+    }
 
 
 def _note(old: str, new: str) -> None:

@@ -53,6 +53,11 @@ def _check(trunk: ViT) -> None:
             f"config: task.name='contrastive' compares two streams, and there are {there}: name "
             'two as streams.NAME.tokenizer'
         )
+    if trunk.fusion != 'concat':
+        raise UserError(
+            f'config: model.fusion={trunk.fusion!r} joins streams, which '
+            "task.name='contrastive' keeps apart: remove it"
+        )
     if trunk.head.pool not in ('gap', 'map'):
         raise UserError(
             f"config: model.pool={trunk.head.pool!r}, but task.name='contrastive' pools each "

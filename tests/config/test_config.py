@@ -390,9 +390,9 @@ WRONG = {
 }
 GROUPS = {
     'seed': 'int', 'batch_size': 'int', 'accumulation': 'int', 'image_size': 'size',
-    'lr': 'number', 'init': 'str', 'ema': 'share', 'label_smoothing': 'share',
+    'lr': 'number', 'init': 'str', 'ema': 'share', 'task.label_smoothing': 'share',
     'mixup': 'number', 'cutmix': 'number', 'mix_switch': 'share', 'mix_prob': 'share',
-    'loss': 'choice', 'data.repeats': 'int', 'data.workers': 'int',
+    'task.name': 'choice', 'task.loss': 'choice', 'data.repeats': 'int', 'data.workers': 'int',
     'data.max_error_rate': 'share', 'image_column': 'str', 'label_column': 'str',
     'label_map': 'str', 'classes': 'classes', 'cache': 'choice', 'cache_side': 'int',
     'on_error': 'choice', 'weight': 'number',
@@ -435,7 +435,8 @@ GROUPS = {
     'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'probe_updates': 'int',
     'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
     'profile': 'int', 'init_tower': 'str', 'text_column': 'str', 'prompts': 'texts',
-    'model.shared': 'int',
+    'task.embedding_dim': 'int', 'task.mask_ratio': 'below one', 'task.decoder_width': 'int',
+    'task.decoder_depth': 'int', 'task.decoder_heads': 'int', 'task.normalise_pixels': 'bool',
 }  # fmt: skip
 
 

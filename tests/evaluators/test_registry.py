@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from big_vit import config, state
-from big_vit.build.data import eval_data, provided
+from big_vit.build.data import eval_data
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import build_experiment
+from big_vit.build.task import build_task
 from big_vit.config import registries, schema
 from big_vit.errors import UserError
 from big_vit.evaluators import registry
@@ -29,6 +30,10 @@ TINY = {
     'data.transform': 'resize(size)',
     'evals.x.split': 'test[:20]',
 }
+
+
+def provided(settings):
+    return build_task(settings.task).provides
 
 
 @pytest.mark.parametrize('name', registry.EVALUATORS)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from scipy import special
 from big_vit import trees
 from big_vit.models import encoder, layers, positions
 from big_vit.models.tokenizers import Stream
-from big_vit.models.vit import make_vit
+from big_vit.models.vit import make_vit, settings_of
 
 SMALL = dict(patch_size=(4, 4), width=24, depth=2, mlp_dim=20, num_heads=2, num_classes=5)
 IMAGE = (2, 8, 12, 3)
@@ -31,6 +32,11 @@ def full_precision():
 
 def model(**changes):
     return make_vit(**{**SMALL, 'dtype': jnp.float32, 'scan': False, **changes})
+
+
+def settings(net):
+    """All settings of a model by name, for the reference."""
+    return SimpleNamespace(**settings_of(net), fusion=net.fusion)
 
 
 def images(shape=IMAGE, seed=0):
@@ -189,7 +195,7 @@ def np_patches(image, p, patch=(4, 4), stride=None):
 
 def np_vit(params, image, net):
     """Logits of one image."""
-    p = wide(params)
+    net, p = settings(net), wide(params)
     x = np_patches(image, p['embedding'])
     before = [p['cls'][0]] if 'cls' in p else []
     before += [p['registers'][0]] if 'registers' in p else []
@@ -299,7 +305,8 @@ def test_options_are_what_their_papers_say(name):
     wanted = np.stack([np_vit(params, one, net) for one in image])
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
     # Where the plain model has the same parameters, it must answer otherwise.
-    plain = model(depth=1, pool=net.pool, posemb=net.posemb, registers=net.registers)
+    kept = {key: vars(settings(net))[key] for key in ('pool', 'posemb', 'registers')}
+    plain = model(depth=1, **kept)
     shapes = jax.eval_shape(plain.init, jax.random.key(0), image)['params']
     if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params) and plain != net:
         changed = np.abs(apply(plain, params, image)[0] - logits).max()
@@ -350,7 +357,7 @@ def test_what_is_captured_is_what_was_computed(scan):
     np.testing.assert_allclose(logits, plain, rtol=1e-6, atol=1e-6)
     assert extra.keys() == {'tokens', 'pre_logits'}
     assert seen['blocks'].shape == (2, 2, 8, 24) and seen['attention'].shape == (2, 2, 2, 8, 8)
-    last = np_norm(seen['blocks'][-1], wide(params)['Transformer']['encoder_norm'], net)
+    last = np_norm(seen['blocks'][-1], wide(params)['Transformer']['encoder_norm'], settings(net))
     np.testing.assert_allclose(seen['tokens'], last, atol=2e-5)
     np.testing.assert_allclose(seen['attention'].sum(-1), 1, atol=1e-6)
     own = np.diagonal(seen['attention'], axis1=-2, axis2=-1)
@@ -364,7 +371,7 @@ def test_captured_attention_is_that_of_the_reference():
     _, seen = apply(net, params, image, capture=('attention',))
     p = wide(params)
     b = p['Transformer']['encoderblock_0']
-    x = np_norm(np_patches(image[0], p['embedding']), b['LayerNorm_0'], net)
+    x = np_norm(np_patches(image[0], p['embedding']), b['LayerNorm_0'], settings(net))
     a = b['MultiHeadDotProductAttention_0']
     q, k = (np.einsum('nd,dhf->hnf', x, a[n]['kernel']) for n in ('query', 'key'))
     q, k = q + a['query']['bias'][:, None], k + a['key']['bias'][:, None]
@@ -426,13 +433,13 @@ def test_patch_dropout_is_the_model_of_the_patches_that_are_left(posemb):
 
     def of(kept):
         """By masking the others out in the reference."""
-        p = wide(params)
+        p, own = wide(params), settings(net)
         x = np_patches(np.asarray(image[0]), p['embedding'])
         x = x + (p['pos_embedding'][0] if posemb == 'learned' else 0)
         mask = np.zeros((6, 6), bool)
         mask[:, list(kept)] = True
-        x = np_blocks(x, p['Transformer'], net, net.depth, mask=mask)
-        x = np_norm(x, p['Transformer']['encoder_norm'], net)[list(kept)]
+        x = np_blocks(x, p['Transformer'], own, own.depth, mask=mask)
+        x = np_norm(x, p['Transformer']['encoder_norm'], own)[list(kept)]
         return x.mean(0) @ p['head']['kernel'] + p['head']['bias']
 
     params = jax.tree.map(jnp.asarray, params)
@@ -467,7 +474,8 @@ def two(seed=0):
 
 
 def np_streams(params, inputs, row, net):
-    p = wide(params)
+    # Without positions of its one input: streams have theirs.
+    net, p = SimpleNamespace(**vars(settings(net)), posemb='none'), wide(params)
     see, read = p['look'], p['read']
     x = np_patches(inputs['image'][row], see['embedding']) + see['pos_embedding'][0]
     x = np_blocks(x + see['kind'][0], see['Transformer'], net, 1)
@@ -491,7 +499,7 @@ def np_streams(params, inputs, row, net):
 
 @pytest.mark.parametrize('fusion', mostly_slow(['concat', 'cross', 'latents'], 'concat', 'cross'))
 def test_streams_meet_as_the_reference_says_and_padding_does_not_count(fusion):
-    net = model(streams=STREAMS, fusion=fusion, latents=3, posemb='none')
+    net = model(streams=STREAMS, fusion=fusion, latents=3)
     inputs = two()
     params = random_params(net, inputs)
     logits, _ = apply(net, params, inputs)

@@ -16,7 +16,9 @@ from scipy import ndimage
 from big_vit import sharding, state, trees
 from big_vit.data.transforms import naflex
 from big_vit.errors import UserError
-from big_vit.models import flops, positions, tokenizers, variants, vit
+from big_vit.models import flops, positions, tokenizers, variants
+from big_vit.models.encoder import EncoderConfig
+from big_vit.models.placement import placed
 from big_vit.models.tokenizers import Stream
 from big_vit.models.vit import make_vit
 from big_vit.pretrained import adapt
@@ -62,8 +64,8 @@ class Alone(tokenizers.nn.Module):
 
     @tokenizers.nn.compact
     def __call__(self, inputs):
-        style = vit.Style()
-        return tokenizers.tokenize(self, self.stream, self.width, 12, style, inputs).x
+        encoder = EncoderConfig(self.width, depth=1, mlp_dim=1, num_heads=2)
+        return tokenizers.tokenize(self, self.stream, encoder, inputs).x
 
 
 def tokens_of(stream, inputs):
@@ -456,8 +458,7 @@ HYBRIDS = {'R26+S/32': 36.43, 'R50+L/32': 328.99, 'R50+B/16': 98.95}
 def test_hybrids_have_the_published_number_of_parameters(variant):
     size = 384 if variant == 'R50+B/16' else 224
     net = make_vit(1000, pool='cls', posemb='learned', posemb_prefix=1, **variants.parse(variant))
-    found = flops.count_params(net, (size, size, 3))
-    assert found == trees.count(state.abstract_params(net, (size, size, 3)))
+    found = trees.count(state.abstract_params(net, (size, size, 3)))
     assert found / 1e6 == pytest.approx(HYBRIDS[variant], abs=0.02 if size == 224 else 0.4)
 
 
@@ -564,15 +565,14 @@ def example(inputs, batch=1):
         ('cross', 'gap', True),
     ),
 )
-def test_costs_are_those_of_the_tree_and_of_the_trace(name, pooling, scan):
+def test_operations_and_tokens_are_those_of_the_trace(name, pooling, scan):
     net, inputs = combined(name, pooling, scan=scan)
-    params = state.abstract_params(net, inputs)
-    found = flops.cost(net, {part: shape for part, (shape, _) in inputs.items()})
-    assert found.params == trees.count(params)
-    traced = jax.make_jaxpr(lambda p, x: net.apply({'params': p}, x)[0])(params, example(inputs))
-    assert found.flops == operations(traced)
-    _, extra = jax.eval_shape(net.apply, {'params': params}, example(inputs))
-    assert extra['tokens'].shape[1] == found.tokens
+    variables = {'params': state.abstract_params(net, inputs)}
+    traced = jax.make_jaxpr(net.apply)(variables, example(inputs))
+    assert flops.count(net.apply, variables, example(inputs)) == operations(traced) > 0
+    _, extra = jax.eval_shape(net.apply, variables, example(inputs))
+    shapes = {part: shape for part, (shape, _) in inputs.items()}
+    assert extra['tokens'].shape[1] == net.sequence_length(shapes)
 
 
 SPLIT = 2**9
@@ -646,14 +646,15 @@ def test_a_mesh_changes_no_answer(name):
     plain = np.asarray(jax.jit(net.apply)({'params': params}, batch)[0])
     for mesh in meshes():
         shapes = jax.eval_shape(lambda: params)
-        spread = net.clone(
+        spread = placed(
+            net,
             gather=sharding.gather_weights(mesh, shapes, SPLIT),
             constrain=sharding.constrain_batch(mesh),
         )
         with jax.set_mesh(mesh):
             where = sharding.shardings_for(params, mesh, SPLIT)
             assert any(s.spec != () for s in jax.tree.leaves(where))
-            placed = jax.tree.map(jax.device_put, params, where)
+            on_mesh = jax.tree.map(jax.device_put, params, where)
             given = jax.device_put(batch, sharding.batch_sharding(mesh))
-            found = jax.jit(spread.apply)({'params': placed}, given)[0]
+            found = jax.jit(spread.apply)({'params': on_mesh}, given)[0]
         np.testing.assert_allclose(np.asarray(found), plain, rtol=2e-5, atol=2e-5)

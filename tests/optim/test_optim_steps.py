@@ -69,7 +69,11 @@ def test_sam_takes_the_gradient_of_the_same_mixtures_uphill(sharp):
     rng = jax.random.fold_in(jax.random.key(0), 1)
     batch = jax.tree.map(jnp.asarray, batch_of(1))
     mixed = sharp.mix(batch, jax.random.fold_in(rng, steps._MIXING))
-    gradient = jax.jit(jax.value_and_grad(classification_loss(sharp.net.apply, 0.1), has_aux=True))
+    loss_of = classification_loss(sharp.net, 0.1)
+
+    @jax.jit
+    def gradient(params, batch, rng):
+        return jax.value_and_grad(loss_of, has_aux=True)(params, (), batch, rng, 1)
 
     def wide(tree):
         flat = trees.flatten(jax.device_get(tree))
@@ -185,8 +189,9 @@ def test_groups_in_a_real_model_do_not_depend_on_scanning():
 def test_the_gradient_of_what_is_frozen_is_not_reported():
     run = Run(rate=lambda name: float(name.startswith('head')), accumulation=2)
     rows, _ = run.train(1)
-    loss = classification_loss(run.net.apply, 0.1)
+    loss = classification_loss(run.net, 0.1)
     batch = jax.tree.map(jnp.asarray, batch_of(0))
-    grads = jax.jit(jax.grad(loss, has_aux=True))(parameters(), batch, jax.random.key(0))[0]
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    grads, _ = gradient(parameters(), (), batch, jax.random.key(0), 0)
     norm = np.sqrt(sum(np.square(np.float64(g)).sum() for g in grads['head'].values()))
     assert float(rows[0]['grad_norm']) == pytest.approx(norm, rel=1e-5)

@@ -1,5 +1,7 @@
 """Losses and scores, against float64 NumPy."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from big_vit.tasks.classification import classification_loss
 COUNT, CLASSES = 12, 7
 
 
-def model(logits):
+def apply_of(logits):
     """An `apply` that gives these logits, whatever it is shown."""
     return lambda variables, image, **_: (jnp.asarray(logits, jnp.float32), {})
 
@@ -29,9 +31,11 @@ IMAGE = np.zeros((COUNT, 2, 2, 1), np.uint8)
 
 
 def loss_of(logits, label, **more):
-    loss = classification_loss(model(logits), **more)
-    value, aux = jax.jit(lambda batch: loss({}, batch, None))({'image': IMAGE, 'label': label})
-    return float(value), float(aux['accuracy'])
+    loss = classification_loss(SimpleNamespace(apply=apply_of(logits)), **more)
+    batch = {'image': IMAGE, 'label': label}
+    value, aux = jax.jit(lambda batch: loss({}, (), batch, None, 0))(batch)
+    assert aux.carried == ()
+    return float(value), float(aux.metrics['accuracy'])
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -61,7 +65,7 @@ def test_scores_of_several_labels(made, kind):
     logits, _, several = made
     mask = np.ones(COUNT, np.float32)
     mask[3] = 0
-    sums = classification.sums(model(logits), kind=kind)
+    sums = classification.sums(apply_of(logits), kind=kind)
     found = jax.jit(sums)({}, {'image': IMAGE, 'label': several, 'mask': mask})
     top = {1: 0, 5: 0}
     for i in range(COUNT):

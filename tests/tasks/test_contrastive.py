@@ -1,6 +1,7 @@
 """Two streams apart: losses and scores against loops in float64, towers alone, on any mesh."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from gate import mostly_slow
 from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
 from tiny import audited, flags, overrides, write_captioned
 
-from big_vit import checkpoint, config, metrics, sharding, state, train, trees
+from big_vit import checkpoint, config, metrics, sharding, state, train
 from big_vit.build.data import host_batches
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import build_experiment, example_indices
@@ -21,8 +22,10 @@ from big_vit.data.sources import captions, sprites
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 from big_vit.models import flops
+from big_vit.models.encoder import EncoderConfig
+from big_vit.models.layers import Style
 from big_vit.models.tokenizers import Stream
-from big_vit.models.vit import make_vit
+from big_vit.models.two_towers import TwoTowers
 from big_vit.pretrained.load import read_pretrained
 from big_vit.tasks.batch import model_inputs
 from big_vit.tasks.contrastive import contrastive_loss, row_hashes
@@ -37,7 +40,7 @@ TINY = {
     'model.depth': '1',
     'model.mlp_dim': '24',
     'model.num_heads': '2',
-    'model.shared': '8',
+    'task.embedding_dim': '8',
     'batch_size': '16',
     'total_steps': '4',
     'log.every_steps': '1',
@@ -48,9 +51,12 @@ TINY = {
 
 
 def model(**changes):
-    fields = dict(patch_size=(4, 4), width=24, depth=2, mlp_dim=20, num_heads=2, num_classes=0)
-    more = dict(dtype=jnp.float32, scan=False, streams=STREAMS, fusion='apart', shared=6)
-    return make_vit(**{**fields, **more, **changes})
+    sizes = {'scan': False, 'pool': 'gap', 'logit_bias': None, **changes}
+    encoder = EncoderConfig(
+        **dict(width=24, depth=2, mlp_dim=20, num_heads=2, scan=sizes.pop('scan')),
+        style=Style(dtype=jnp.float32),
+    )
+    return TwoTowers(STREAMS, encoder, embedding_dim=6, **sizes)
 
 
 def batch_of(size, seed=0):
@@ -107,14 +113,17 @@ def test_a_tower_alone_says_what_it_says_beside_the_other(tower_pair):
 
 
 @pytest.mark.parametrize('scan', [False, True])
-def test_costs_are_those_of_the_tree_and_of_the_trace(tower_pair, scan):
-    net = tower_pair[0].clone(scan=scan)
-    params = state.abstract_params(net, BOTH)
-    found = flops.cost(net, {part: shape for part, (shape, _) in BOTH.items()})
-    assert found.params == trees.count(params)
-    traced = jax.make_jaxpr(lambda p, x: net.apply({'params': p}, x)[0])(params, example(BOTH))
-    # Less the one pair of a batch of one.
-    assert found.flops == operations(traced) - 2 * net.shared
+def test_operations_and_tokens_are_those_of_the_trace(tower_pair, scan):
+    net = model(pool=tower_pair[0].pool, scan=scan)
+    variables = {'params': state.abstract_params(net, BOTH)}
+    counts = []
+    for batch in (1, 4):
+        traced = jax.make_jaxpr(net.apply)(variables, example(BOTH, batch))
+        counts.append(flops.count(net.apply, variables, example(BOTH, batch)))
+        assert counts[-1] == operations(traced)
+    # Each example of one stream is compared with all of the other.
+    assert counts[1] - 4 * counts[0] == (4 * 4 - 4) * 2 * net.embedding_dim
+    assert net.sequence_length({part: shape for part, (shape, _) in BOTH.items()}) == 16 + 9
 
 
 def test_the_shared_encoder_is_there_once():
@@ -159,14 +168,16 @@ def test_losses_against_loops(kind, repeated):
     def apply(variables, given, train, rngs):
         return logits, {}
 
-    loss = contrastive_loss(apply, kind, 'tokens')
-    found, aux = loss({}, {'tokens': jnp.asarray(tokens)}, None)
+    batch = {'tokens': jnp.asarray(tokens)}
+    loss = contrastive_loss(SimpleNamespace(apply=apply, streams=STREAMS), kind)
+    found, aux = loss({}, (), batch, None, 0)
     wide = wanted_loss(logits.astype(float), together, kind)
     assert float(found) == pytest.approx(wide, rel=1e-6)
     hits = [together[i, logits[i].argmax()] for i in range(7)]
-    assert float(aux['accuracy']) == pytest.approx(np.mean(hits))
+    assert float(aux.metrics['accuracy']) == pytest.approx(np.mean(hits))
     # Without words only the diagonal belongs together.
-    alone, _ = contrastive_loss(apply, kind)({}, {'tokens': jnp.asarray(tokens)}, None)
+    pictures = SimpleNamespace(apply=apply, streams=(STREAMS[0],) * 2)
+    alone, _ = contrastive_loss(pictures, kind)({}, (), batch, None, 0)
     assert float(alone) == pytest.approx(wanted_loss(logits.astype(float), np.eye(7), kind))
 
 
@@ -322,10 +333,10 @@ def test_without_words_each_example_matches_only_itself():
             'model.num_heads': 2,
             'model.mlp_dim': 24,
             'model.dtype': 'float32',
-            'model.fusion': 'apart',
+            'task.name': 'contrastive',
             'streams.fine.patch': 4,
             'streams.rough.patch': 8,
-            'model.shared': 8,
+            'task.embedding_dim': 8,
             'data.name': 'digits',
             'data.transform': 'resize(size)',
             'evals.pairs.type': 'matching',
@@ -354,7 +365,7 @@ def test_without_words_each_example_matches_only_itself():
 
 def test_features_are_of_what_is_seen_whatever_streams_are_called():
     flat = config.flatten(load().to_dict())
-    kept = ('model.', 'data.', 'batch_size', 'image_size', 'lr', 'loss')
+    kept = ('model.', 'task.', 'data.', 'batch_size', 'image_size', 'lr')
     given = {k: v for k, v in flat.items() if k.startswith(kept) and v is not None}
     settings = config.resolve(
         {
@@ -412,16 +423,21 @@ def test_a_tower_goes_on_as_a_model_of_one_input(trained):
 
 
 WRONG = [
-    ({'model.pool': 'cls'}, ("'gap' and 'map'",)),
-    ({'model.registers': '2'}, ('model.registers', 'apart')),
-    ({'mixup': '0.2'}, ('mix images', 'image, tokens')),
-    ({'label_smoothing': '0.1'}, ('label_smoothing', 'never reads')),
+    ({'model.pool': 'cls'}, ("'gap' or 'map'", "task.name='contrastive'")),
+    ({'model.registers': '2'}, ('model.registers', "task.name='contrastive'")),
+    ({'mixup': '0.2'}, ('mix labels', "task.name='contrastive'")),
+    ({'task.label_smoothing': '0.1'}, ('task.label_smoothing', "read by task 'classification'")),
     ({'model.latents': '4'}, ('model.latents', 'never reads')),
     ({'evals.all.type': 'classification'}, ('evals.all.type', "'zero_shot', 'matching'")),
     ({'evals.all.prompts': "('a photo',)"}, ('evals.all.prompts', 'has no {}')),
     ({'evals.pairs.prompts': "('a {}',)"}, ("read by type 'zero_shot'",)),
-    ({'model.fusion': 'concat'}, ('compares two streams', "model.fusion='apart'")),
-    ({'streams.more.tokenizer': 'patches'}, ('two streams, and there are 3',)),
+    ({'model.fusion': 'cross', 'model.queries': 'image'}, ("model.fusion='cross'", 'apart')),
+    ({'model.fusion': 'latents'}, ("model.fusion='latents'", 'apart')),
+    (
+        {'task.name': 'classification', 'task.embedding_dim': 'default'},
+        ('compares two streams', "task.name='contrastive'"),
+    ),
+    ({'streams.more.tokenizer': 'patches'}, ('two streams, and there are 3', 'streams.NAME')),
     ({'data.transform': "keep('image', 'label')"}, ('but no tokens',)),
 ]
 
