@@ -37,10 +37,10 @@ demo: install
 	@echo "             $(BIN)/python -m big_vit.train --config configs/fashion_mnist.py --workdir $(RUNS)/fashion"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

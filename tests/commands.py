@@ -1,6 +1,12 @@
-"""Run big_vit's commands as a user does: in a fresh process, by default with one fake device."""
+"""Run big_vit's commands as a user does: in a process of their own, by default with one device."""
 
+import atexit
+import contextlib
+import functools
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -28,15 +34,61 @@ def arguments(command: str, *args: object) -> list[str]:
 def run(
     command: str, *args: object, devices: int = 1, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m big_vit.COMMAND ARGS` in the repository's root and capture its output."""
-    return subprocess.run(
-        arguments(command, *args),
+    """Run `python -m big_vit.COMMAND ARGS` in the repository's root and capture its output.
+
+    The process is a fork of one that has imported big_vit, which takes more than a second.
+    """
+    server = _fork_server(_what_imports_read(environment()))
+    words = arguments(command, *args)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ('stdout', 'stderr')]
+        for path in paths:
+            path.touch()
+        asked = {
+            'module': words[2],
+            'arguments': words[3:],
+            'environment': environment(devices),
+            'stdout': str(paths[0]),
+            'stderr': str(paths[1]),
+        }
+        server.stdin.write(json.dumps(asked).encode() + b'\n')
+        child = int(server.stdout.readline())
+        late = not select.select([server.stdout], [], [], timeout)[0]
+        if late:
+            os.kill(child, signal.SIGKILL)
+        status = int(server.stdout.readline())
+        output = [path.read_text() for path in paths]
+    if late:
+        raise subprocess.TimeoutExpired(words, timeout, *output)
+    return subprocess.CompletedProcess(words, status, *output)
+
+
+def _what_imports_read(variables: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """All of an environment but what each test changes and a fork is told anew."""
+    anew = 'PYTEST_CURRENT_TEST', 'JAX_NUM_CPU_DEVICES'
+    return tuple(sorted((k, v) for k, v in variables.items() if k not in anew))
+
+
+@functools.cache
+def _fork_server(variables: tuple[tuple[str, str], ...]) -> subprocess.Popen[bytes]:
+    """Start the server of an environment; it ends with the tests."""
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / 'tests' / 'fork_server.py')],
         cwd=ROOT,
-        env=environment(devices),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        env=dict(variables),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
     )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        server.stdin.close()
+    server.wait()
+    server.stdout.close()
 
 
 def script(text: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,25 @@ FLAGS = (
 )
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(f'--{f}' for f in FLAGS)])
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+# Where arrays are checked against the shapes of annotations. That doubles the time to trace, so
+# `make test` does it for the tests of test_shapes.py alone.
+TYPED = (
+    *('big_vit.models', 'big_vit.data', 'big_vit.tasks', 'big_vit.optim', 'big_vit.evaluators'),
+    'big_vit.inspection.plots',
+)
+hypothesis.settings.register_profile('gate', max_examples=6, deadline=None)
+hypothesis.settings.register_profile('full', max_examples=100, deadline=None)
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_configure(config):
+    gate = config.option.markexpr == 'not slow'
+    hypothesis.settings.load_profile('gate' if gate else 'full')
+    if not gate:
+        jaxtyping.install_import_hook(TYPED, 'beartype.beartype')

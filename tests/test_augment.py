@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from scipy import stats
 
 from big_vit import augment, sharding
@@ -91,7 +92,7 @@ def test_flips(name, axis):
     np.testing.assert_array_equal(apply(augment.OPERATIONS[name](1), image), np.flip(image, axis))
 
 
-@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+@pytest.mark.parametrize('mode', mostly_slow(['pixel', 'rand', 'const'], 'rand'))
 def test_random_erasing_follows_timms_law(mode):
     count, (height, width) = 4000, (40, 50)
     marked = np.full((count, height, width, 2), 7, np.float32)
@@ -186,7 +187,14 @@ def test_an_operation_added_at_the_end_changes_none_before():
     assert (same > 0.6).all()
 
 
-MESHES = pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+MESHES = pytest.mark.parametrize(
+    'sizes',
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+)
 
 
 @MESHES

@@ -50,6 +50,7 @@ def test_the_last_checkpoints_of_a_run(run_, tmp_path):
     assert scores['count'] == 20 and np.isfinite(scores['loss'])
 
 
+@pytest.mark.slow
 def test_between_two_runs_the_head_is_the_last_ones(run_, other, tmp_path):
     """WiSE-FT from a checkpoint with another head: its ends are the two, but for that head."""
     for share in (0.0, 0.25, 1.0):

@@ -191,6 +191,7 @@ def test_an_unfinished_checkpoint_does_not_count(copy):
     assert checkpoint.steps(copy) == []
 
 
+@pytest.mark.slow
 def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
     model = make_vit(num_classes=1000, **variants.parse('S/16'))
     shapes = state.abstract_params(model, (224, 224, 3))

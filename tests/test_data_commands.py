@@ -74,6 +74,7 @@ def test_a_key_that_the_source_does_not_read_is_refused(tmp_path):
             train.run(loaded, tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_several_labels_and_the_sigmoid_loss(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     labels = np.random.default_rng(1).integers(0, 2, (40, 5))
@@ -93,6 +94,7 @@ def test_several_labels_and_the_sigmoid_loss(tmp_path):
         train_data(plain)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_on(photos, tmp_path):
     overrides = {
         **SMALL, 'mixture.a.weight': '3', 'mixture.b.name': 'folder',

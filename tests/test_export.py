@@ -250,6 +250,7 @@ def test_what_is_missing_is_named(args, message):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_trained_run_goes_out_and_comes_back_as_init(tmp_path):
     """What training saves is what is exported; what comes back scores the same."""
     data = tiny.write_idx(tmp_path / 'data')

@@ -21,11 +21,11 @@ def places(tmp_path_factory):
     return folder / 'runs', write_idx(folder / 'idx')
 
 
-# What the README has too is run there.
+# The others are slow; test_readme.py and test_recipes.py run their like.
 @pytest.mark.parametrize(
     'line',
     [
-        pytest.param(line, marks=[pytest.mark.slow] * ('plan' in line or 'muon' in line))
+        pytest.param(line, marks=[pytest.mark.slow] * ('pretrain_fdsl' not in line))
         for line in COMMANDS
     ],
     ids=lambda line: ' '.join(line.split()[2:5]),
@@ -34,6 +34,7 @@ def test_the_commands_run_in_their_order(line, places):
     check_run(shlex.split(line), *places)
 
 
+@pytest.mark.slow
 def test_the_task_trains():
     (text,) = (text for kind, text in BLOCKS if kind == 'python')
     result = script(text)

@@ -375,6 +375,7 @@ def test_babysit_gives_up(stage):
     assert 'giving up: 3 attempts' in result.stderr
 
 
+@pytest.mark.slow
 def test_a_long_run_makes_babysit_patient_again(stage):
     stage.answer(' list ', 'READY')
     stage.answer('host.sh outcome', *['lost', 'running'] * 5, 'done 0')
@@ -461,7 +462,7 @@ def babysit(folder, plan, *flags, words=('--workdir=w',)):
         ('75', 75, 3),
         ('killed', 137, 3),
         ('stopped', 1, 4),  # The first saved.
-        ('1@3 1@3 1@6 1@6 1@9 1@9 done', 0, 7),
+        pytest.param('1@3 1@3 1@6 1@6 1@9 1@9 done', 0, 7, marks=pytest.mark.slow),
         ('1@3 1@3 1@3 1@3 done', 1, 4),
     ],
 )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from commands import error_line, run, script
+from gate import mostly_slow
 from tiny import MODEL, RUN, flags
 
 from big_vit import config, explain, ledger, state, trees
@@ -42,8 +43,12 @@ def bytes_by_device(tree):
 # Every optimizer on two axes, and one on the other meshes too.
 @pytest.mark.parametrize(
     'name, mesh',
-    [(name, 'two axes') for name in ledger.optimizers()]
-    + [('adamw', mesh) for mesh in MESHES if mesh != 'two axes'],
+    mostly_slow(
+        [(name, 'two axes') for name in ledger.optimizers()]
+        + [('adamw', mesh) for mesh in MESHES if mesh != 'two axes'],
+        *((name, 'two axes') for name in ('adamw', 'adafactor', 'shampoo')),
+        ('adamw', 'large arrays only'),
+    ),
 )
 def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
     settings = tiny(MESHES[mesh], {'ema': '0.9'} if name == 'adamw' else {})

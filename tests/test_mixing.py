@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from scipy import stats
 
 from big_vit import augment
@@ -34,7 +35,7 @@ def shares_of(size, seed=0, alpha=0.2):
     return mixed(batch, seed, alpha)['label'][np.arange(size), label]
 
 
-@pytest.mark.parametrize('size', [1, 2, 7, 16])
+@pytest.mark.parametrize('size', mostly_slow([1, 2, 7, 16], 1, 7))
 def test_images_and_labels_are_those_of_numpy(size):
     batch = batch_of(size)
     share = np.asarray(jax.random.beta(jax.random.key(3), 0.4, 0.4, (size,)), np.float64)

@@ -44,6 +44,7 @@ def test_it_is_committed_without_outputs_and_in_short_cells():
         assert len(body) <= 12
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_checkpoint(tmp_path):
     more = {'data.num_classes': '10', 'model.posemb': 'learned'}
     settings = config.load('configs/pretrain_fdsl.py', overrides(MODEL, RUN, more, evals=('test',)))

@@ -8,6 +8,7 @@ import types
 import jax
 import pytest
 from commands import error_line, run
+from gate import mostly_slow
 from tiny import MODEL, flags
 
 from big_vit import compiler, config, plan, sharding
@@ -165,7 +166,7 @@ def fully_sharded():
 
 
 @needs_compiler
-@pytest.mark.parametrize('which', ['data_parallel', 'fully_sharded'])
+@pytest.mark.parametrize('which', mostly_slow(['data_parallel', 'fully_sharded'], 'fully_sharded'))
 def test_a_plan_adds_up(request, which):
     found = request.getfixturevalue(which)
     assert (found['chips'], found['hosts'], found['fits']) == (4, 1, True)
@@ -227,6 +228,7 @@ def test_the_estimate_grows_with_the_layers():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_an_answer():
     args = ('--topology', 'v5e:2x2', '--config.batch_size=65536', '--config.model.width=1024')
     result = run('plan', '--config', f'{CONFIG}:size=64', *SMALL, *args, '--config.model.depth=6')
@@ -254,6 +256,7 @@ def test_advice_goes_up_by_one_kind_of_rematerialization(remat, more):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_search_prints_what_it_tries_and_the_fastest():
     result = run('plan', '--config', CONFIG, '--topology', 'v5e:2x2', *SMALL, '--search')
     assert result.returncode == 0, result.stderr
@@ -332,6 +335,7 @@ def test_mistakes_are_one_line(args, said):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_slices_need_copies_on_each():
     args = ('--topology', 'v5e:2x2', '--slices', '2', *SMALL)
     line = error_line(run('plan', '--config', CONFIG, *args, '--mesh', 'fsdp=8'))

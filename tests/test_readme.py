@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT, environment, free_port, script
+from commands import ROOT, environment, free_port, run, script
 from tiny import MODEL, RUN, flags, write_folder, write_idx
 
 README = (ROOT / 'README.md').read_text()
@@ -17,6 +17,11 @@ TWO = next(text for kind, text in BLOCKS if kind == 'bash' and 'JAX_PROCESS_ID' 
 LINES = [line for line in SHELL.splitlines() if line.strip() and line not in TWO]
 COMMANDS = [line for line in LINES if line.startswith('python -m big_vit.')]
 
+# Of each command but those two, which test_plan.py and test_ledger.py run, one is among the others.
+SLOW = (
+    *('big_vit.plan', 'big_vit.ledger', 'optimizer=shampoo', 'evals.near', '--sweep'),
+    *('--workdir runs/photos', 'report runs/photos', '--workdir runs/more'),
+)
 
 # What the README promises of its example: arrays of NumPy, and the sidecar of the last step.
 EXPECTED = """
@@ -56,10 +61,8 @@ def small(words: list[str], data) -> list[str]:
 
 def check_run(words: list[str], folder, data) -> str:
     words = [word.replace('runs/', f'{folder}/') for word in small(words, data)]
-    words = [sys.executable, *words[words.index('-m') :]]
-    result = subprocess.run(
-        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+    command, *args = words[words.index('-m') + 1 :]
+    result = run(command.removeprefix('big_vit.'), *args, timeout=300)
     assert result.returncode == 0, ' '.join(words) + result.stdout + result.stderr
     return result.stdout
 
@@ -71,7 +74,14 @@ def places(tmp_path_factory):
     return folder / 'runs', write_idx(folder / 'idx')
 
 
-@pytest.mark.parametrize('line', COMMANDS, ids=lambda line: ' '.join(line.split()[2:5]))
+@pytest.mark.parametrize(
+    'line',
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * any(word in line for word in SLOW))
+        for line in COMMANDS
+    ],
+    ids=lambda line: ' '.join(line.split()[2:5]),
+)
 def test_the_readme_commands_run_in_their_order(line, places):
     if 'big_vit.plan' in line and importlib.util.find_spec('libtpu') is None:
         pytest.skip('the TPU compiler is not installed')
@@ -103,6 +113,7 @@ def test_the_two_processes_of_the_readme_make_one_run(places):
     assert (places[0] / 'two' / 'checkpoints' / '3').is_dir()
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_says_where_everything_is(places):
     shown = subprocess.run(
         ['make', '-n', 'demo', 'VENV=/nowhere'],

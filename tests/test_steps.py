@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gate import mostly_slow
 
 from big_vit import augment, checkpoint, sharding, state, steps, trees
 from big_vit.evaluators import classification
@@ -161,15 +162,15 @@ def single():
 @pytest.mark.parametrize(
     'run',
     [
-        dict(devices=8, sizes=(8, 1, 1)),
-        dict(devices=8, sizes=(1, 8, 1)),
-        dict(devices=8, sizes=(2, 2, 2)),
+        pytest.param(dict(devices=8, sizes=(8, 1, 1)), marks=pytest.mark.slow),
+        pytest.param(dict(devices=8, sizes=(1, 8, 1)), marks=pytest.mark.slow),
+        pytest.param(dict(devices=8, sizes=(2, 2, 2)), marks=pytest.mark.slow),
         pytest.param(dict(devices=8, sizes=(1, 4, 2)), marks=pytest.mark.slow),
         dict(devices=8, sizes=(2, 2, 2), accumulation=4),
         dict(devices=8, sizes=(2, 2, 2), sequence=True),
-        dict(accumulation=4),
+        pytest.param(dict(accumulation=4), marks=pytest.mark.slow),
         dict(scan=False),
-        dict(remat='names'),
+        pytest.param(dict(remat='names'), marks=pytest.mark.slow),
         dict(remat='offload'),
     ],
     ids=[
@@ -305,8 +306,8 @@ def mixing_run():
     [
         pytest.param(dict(devices=8, sizes=(8, 1, 1)), marks=pytest.mark.slow),
         pytest.param(dict(devices=8, sizes=(1, 8, 1)), marks=pytest.mark.slow),
-        dict(devices=8, sizes=(1, 8, 1), accumulation=4),
-        pytest.param(dict(accumulation=4), marks=pytest.mark.slow),
+        pytest.param(dict(devices=8, sizes=(1, 8, 1), accumulation=4), marks=pytest.mark.slow),
+        dict(accumulation=4),
     ],
     ids=['DP', 'FSDP', 'FSDP accumulated', 'accumulated'],
 )
@@ -395,8 +396,8 @@ def all_at_once():
     'run',
     [
         pytest.param(dict(devices=8, sizes=(8, 1, 1)), marks=pytest.mark.slow),
-        dict(devices=8, sizes=(2, 2, 2), accumulation=4),
-        pytest.param(dict(accumulation=4), marks=pytest.mark.slow),
+        pytest.param(dict(devices=8, sizes=(2, 2, 2), accumulation=4), marks=pytest.mark.slow),
+        dict(accumulation=4),
     ],
     ids=['DP', '2x2x2 accumulated', 'accumulated'],
 )
@@ -417,6 +418,7 @@ def test_examples_that_stand_in_for_others_are_counted_and_else_like_any():
         assert {n: x.tobytes() for n, x in row.items()} == {n: x.tobytes() for n, x in same.items()}
 
 
+@pytest.mark.slow
 def test_preparing_comes_first_and_has_the_only_new_draws():
     seen = []
 
@@ -516,7 +518,12 @@ def floats(i):
 
 
 @pytest.mark.parametrize(
-    'which, value', [('plain', np.nan), ('plain', np.inf), ('accumulating', -np.inf)]
+    'which, value',
+    [
+        ('plain', np.nan),
+        pytest.param('plain', np.inf, marks=pytest.mark.slow),
+        pytest.param('accumulating', -np.inf, marks=pytest.mark.slow),
+    ],
 )
 def test_an_update_that_is_not_finite_is_skipped_and_counted(request, which, value):
     run = request.getfixturevalue(which)
@@ -730,7 +737,7 @@ def test_rounding_of_a_constant_loss_is_no_spike():
     assert steps.is_spike(recent, jnp.float32(2.3), 6.0)
 
 
-@pytest.mark.parametrize('which', ['loss', 'grad_norm'])
+@pytest.mark.parametrize('which', mostly_slow(['loss', 'grad_norm'], 'loss'))
 def test_a_spike_changes_nothing_but_the_counters_and_is_remembered(watching, which):
     run = watching
     with jax.set_mesh(run.mesh):

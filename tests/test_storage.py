@@ -459,6 +459,7 @@ def test_two_processes_save_and_one_or_two_restore(saved_by_two, tmp_path):
         assert status == 0 and 'the same' in output, error
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_do_ends_them_all(saved_by_two, tmp_path):
     import shutil
 

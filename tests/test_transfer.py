@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from commands import run
+from gate import mostly_slow
 from tiny import MODEL, RUN, flags, overrides
 
 from big_vit import checkpoint, config, evaluate, explore, export, metrics, train, transfer, trees
@@ -61,13 +62,16 @@ def test_all_starts_are_trained_and_reported(transferred):
 
 @pytest.mark.parametrize(
     'trained, moved',
-    [
-        ('head', 'head/'),
-        ('bias', '.*bias|head/'),
-        ('norm', '.*([Nn]orm).*|head/'),
-        ('attention', '.*/MultiHeadDotProductAttention_0/|head/'),
+    mostly_slow(
+        [
+            ('head', 'head/'),
+            ('bias', '.*bias|head/'),
+            ('norm', '.*([Nn]orm).*|head/'),
+            ('attention', '.*/MultiHeadDotProductAttention_0/|head/'),
+            ('lora', '.*/lora_[ab]|head/'),
+        ],
         ('lora', '.*/lora_[ab]|head/'),
-    ],
+    ),
 )
 def test_only_what_was_asked_for_is_trained(trained, moved, pretrained, tmp_path):
     still = {'transfer.control': 'false', 'transfer.random_features': 'false'}
@@ -88,6 +92,7 @@ def test_only_what_was_asked_for_is_trained(trained, moved, pretrained, tmp_path
         assert all(np.any(got[name]) for name in got if name.endswith('lora_b'))
 
 
+@pytest.mark.slow
 def test_what_lora_learned_goes_on_and_out_as_plain_kernels(pretrained, tmp_path):
     still = {'transfer.control': 'false', 'transfer.random_features': 'false'}
     settings = small_transfer(pretrained, still, {'transfer.train': 'lora'})
@@ -213,6 +218,7 @@ def test_evaluate_agrees_with_training_and_takes_overrides(pretrained):
     assert more['other']['count'] == 33 and more['test'] == scores
 
 
+@pytest.mark.slow
 def test_evaluate_on_a_command_line_with_another_number_of_devices(pretrained):
     one = run('evaluate', '--checkpoint', pretrained, '--json', devices=1)
     three = run('evaluate', '--checkpoint', pretrained, '--json', devices=3)
@@ -234,6 +240,7 @@ def test_explore_prints_parameters_config_and_history(pretrained, capsys):
     assert "data.name = 'fdsl'" in shown and 'test/top1' in shown
 
 
+@pytest.mark.slow
 def test_explore_draws_curves_and_images(transferred, tmp_path, capsys):
     workdir, _ = transferred
     explore.main(
@@ -248,6 +255,7 @@ def test_explore_draws_curves_and_images(transferred, tmp_path, capsys):
         assert picture.shape[1] > 400 and picture.std() > 5, name
 
 
+@pytest.mark.slow
 def test_transfer_from_the_command_line(pretrained, tmp_path):
     result = run(
         'transfer',
@@ -258,6 +266,7 @@ def test_transfer_from_the_command_line(pretrained, tmp_path):
     assert 'control: same recipe from random' in result.stdout
 
 
+@pytest.mark.slow
 def test_explore_draws_what_the_model_looks_at(pretrained, tmp_path):
     from PIL import Image
 
@@ -267,6 +276,7 @@ def test_explore_draws_what_the_model_looks_at(pretrained, tmp_path):
             assert len(picture.convert('RGB').getcolors(1 << 24)) > 20, name
 
 
+@pytest.mark.slow
 def test_training_starts_from_weights_of_others(pretrained, tmp_path):
     """Out to timm's format and in again: a step at a rate of 0 leaves all as it was."""
     out = run('export', '--checkpoint', pretrained, '--to', 'timm', '--out', tmp_path / 'timm')

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from gate import mostly_slow
 from scipy import stats
 
 from big_vit.data import order
@@ -32,7 +33,7 @@ def test_every_permutation_is_equally_likely(length):
     assert stats.chisquare(seen).pvalue > 1e-3
 
 
-@pytest.mark.parametrize('length', [10, 100, 1000])
+@pytest.mark.parametrize('length', mostly_slow([10, 100, 1000], 1000))
 def test_places_are_uniform_over_epochs_and_over_seeds(length):
     epochs = np.arange(200 * length)
     for position in (0, length // 2, length - 1):

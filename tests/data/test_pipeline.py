@@ -10,7 +10,8 @@ import traceback
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from gate import mostly_slow
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tiny import write_folder
@@ -216,8 +217,10 @@ def spec_of(**changes):
     return dataset.Spec(**{**values, **changes})
 
 
-@pytest.mark.parametrize('workers', [1, 4])
-@pytest.mark.parametrize('cache', ['none', 'auto'])
+@pytest.mark.parametrize(
+    'cache, workers',
+    mostly_slow([('none', 1), ('none', 4), ('auto', 1), ('auto', 4)], ('auto', 1), ('none', 1)),
+)
 def test_worker_processes_give_the_same_batches(workers, cache, tmp_path):
     # Small windows of JPEG files, which are scaled down while they are decoded, or kept whole.
     where = {
@@ -268,7 +271,6 @@ def columns_of(source, transform, kept, hosts, steps, start=0, threads=None):
     ]
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     weights=st.lists(st.sampled_from([1, 2, 0.5, 0.37]), min_size=3, max_size=3),
@@ -296,7 +298,6 @@ def test_batches_do_not_depend_on_hosts_threads_or_restarts(
     assert_same(whole[2:], columns_of(source, transform, kept, 1, 2, start + 2, 3))
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4),

@@ -95,6 +95,7 @@ def wait_for_step(processes, workdir, step):
     raise AssertionError([r.stdout + r.stderr for r in processes.wait(1)])
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_sees_and_only_the_first_speaks(alone, pair):
     workdir, (first, second) = pair
     assert_same_run(workdir, alone, steps=20)
@@ -121,6 +122,7 @@ def stopped(tmp_path_factory, command):
     return workdir, saved
 
 
+@pytest.mark.slow
 def test_what_two_saved_at_sigterm_one_continues_on_another_mesh(tmp_path, command, stopped, alone):
     workdir = shutil.copytree(stopped[0], tmp_path / 'w')
     other = ('--config.mesh.replica=-1', '--config.mesh.fsdp=1', '--config.model.remat=full')

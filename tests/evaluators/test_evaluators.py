@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from scipy import ndimage
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -495,7 +496,13 @@ def test_the_schema_names_all_corruptions():
     assert tuple(robustness.FORMULAS) == schema_evals.CORRUPTIONS
 
 
-@pytest.mark.parametrize('name', robustness.FORMULAS)
+@pytest.mark.parametrize(
+    'name',
+    mostly_slow(
+        robustness.FORMULAS,
+        *('shot_noise', 'gaussian_blur', 'brightness', 'haze', 'translation'),
+    ),
+)
 def test_corruptions_grow_with_severity_and_do_not_depend_on_the_batch(name, pictures, corrupt):
     if 'blur' in name:  # Of few pixels, a blur that is scaled leaves nearly all as it is.
         pictures = np.tile(pictures, (1, 4, 3, 1))

@@ -37,6 +37,7 @@ LEARNED = dict(posemb='learned', posemb_prefix=1, pool='cls')
 GELU = dict(activation='gelu')
 NO_HEAD = dict(num_classes=0)
 # format, settings that it can hold as they are
+SLOW = pytest.mark.slow
 MODELS = {
     'augreg': ('augreg', {**LEARNED, 'representation': 24}),
     'augreg gap': ('augreg', dict(posemb='learned')),
@@ -147,7 +148,11 @@ def place(folder, to):
     return folder / ('x.npz' if to in google.FORMATS else 'x')
 
 
-@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16], ids=['f32', 'bf16'])
+@pytest.mark.parametrize(
+    'dtype',
+    [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16],
+    ids=['f32', 'bf16'],
+)
 @pytest.mark.parametrize('name', MODELS)
 def test_what_is_written_is_read_again_bit_for_bit(name, dtype, tmp_path):
     to, settings = MODELS[name]
@@ -366,14 +371,14 @@ def answers(weights, size):
     ('to', 'settings'),
     [
         ('timm', dict(posemb='sincos2d', pool='cls', head_bias=False, qkv_bias=True)),
-        ('timm', dict(posemb='sincos2d_mae', key_bias=False, **GELU)),
+        pytest.param('timm', dict(posemb='sincos2d_mae', key_bias=False, **GELU), marks=SLOW),
         ('timm', dict(posemb='learned', posemb_prefix=1, registers=2, pool='cls')),
-        ('augreg', dict(posemb='sincos2d', pool='cls')),
-        ('big_vision', dict(posemb='learned', posemb_prefix=1, pool='cls')),
+        pytest.param('augreg', dict(posemb='sincos2d', pool='cls'), marks=SLOW),
+        pytest.param('big_vision', dict(posemb='learned', posemb_prefix=1, pool='cls'), marks=SLOW),
         ('big_vision', dict(posemb='sincos2d_mae', qkv_bias=False)),
         ('hf_dinov2', dict(posemb='sincos2d', pool='cls_gap')),
-        ('hf_vit', dict(posemb='none', pool='cls', qkv_bias=False)),
-        ('open_clip', dict(posemb='learned', pool='cls', num_classes=0)),
+        pytest.param('hf_vit', dict(posemb='none', pool='cls', qkv_bias=False), marks=SLOW),
+        pytest.param('open_clip', dict(posemb='learned', pool='cls', num_classes=0), marks=SLOW),
         ('hf_siglip', dict(posemb='sincos2d', pool='map', num_classes=0, key_bias=False)),
     ],
 )

@@ -35,6 +35,7 @@ def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, capsys, total, coun
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_without_it_leaves_none_and_a_resumed_one_may_ask_for_it(tmp_path):
     train.run(config_lib.resolve({**RUN, 'total_steps': 3}), tmp_path / 'a')
     assert not (tmp_path / 'a' / 'trace').exists()
@@ -43,6 +44,7 @@ def test_a_run_without_it_leaves_none_and_a_resumed_one_may_ask_for_it(tmp_path)
     assert line.startswith(config_lib.RESUMABLE)
 
 
+@pytest.mark.slow
 def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
     train.run(config_lib.resolve({**RUN, 'total_steps': 10, 'profile': 5}), tmp_path)
     assert 'trace   none: this start ended before step 11' in capsys.readouterr().out

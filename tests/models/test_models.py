@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gate import mostly_slow
 from jax.test_util import check_grads
 from scipy import ndimage
 
@@ -205,7 +206,12 @@ def assert_close(tree, other, **tolerance):
 
 @pytest.mark.parametrize(
     'scan, remat',
-    [(True, 'none'), (True, 'names'), (True, 'full'), (False, 'names'), (False, 'full')],
+    mostly_slow(
+        [(True, 'none'), (True, 'names'), (True, 'full'), (False, 'names'), (False, 'full')],
+        (True, 'none'),
+        (True, 'names'),
+        (False, 'full'),
+    ),
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(unrolled, scan, remat):
     params, (loss, gradient) = unrolled
@@ -509,7 +515,7 @@ def closed_form(net, image_shape):
     return params, 2 * multiplied
 
 
-@pytest.mark.parametrize('size', variants.SIZES)
+@pytest.mark.parametrize('size', mostly_slow(variants.SIZES, 'mu', 'B', 'So400m', '22B'))
 def test_parameters_and_operations_of_every_size_are_those_of_the_closed_form(size):
     net = vit.make_vit(num_classes=10, posemb='learned', **variants.parse(f'{size}/16x8'))
     assert counted(net, (32, 48, 3)) == closed_form(net, (32, 48, 3))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from PIL import Image
 from scipy import ndimage
 
@@ -343,7 +344,9 @@ def photos(sizes, channels=3):
 
 
 @pytest.mark.parametrize('posemb, pooling', [
-    ('sincos2d', 'gap'), ('sincos2d_mae', 'map'), ('rope', 'gap'), ('learned', 'map'),
+    ('rope', 'gap'), ('learned', 'map'),
+    pytest.param('sincos2d', 'gap', marks=pytest.mark.slow),
+    pytest.param('sincos2d_mae', 'map', marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_packed_images_are_answered_as_each_alone(posemb, pooling):
     sizes = [(2, 3), (4, 4), (1, 7), (3, 3), (5, 2)]
@@ -510,6 +513,13 @@ def all_models():
         yield name, pooling
 
 
+# Every tokenizer, every pooling, every fusion at least once.
+OFTEN = [
+    *((name, POOLS[i % 2 * 2]) for i, name in enumerate(INPUTS)),
+    *(('patches', pooling) for pooling in POOLS[1:]),
+]
+
+
 def combined(name, pooling, **more):
     fields, inputs = INPUTS[name]
     extras = dict(EXTRAS[pooling])
@@ -548,7 +558,12 @@ def example(inputs, batch=1):
 
 @pytest.mark.parametrize(
     'name, pooling, scan',
-    [(*one, False) for one in all_models()] + [(name, 'gap', True) for name in INPUTS],
+    mostly_slow(
+        [(*one, False) for one in all_models()] + [(name, 'gap', True) for name in INPUTS],
+        *((*one, False) for one in OFTEN),
+        ('patches', 'gap', True),
+        ('cross', 'gap', True),
+    ),
 )
 def test_operations_and_tokens_are_those_of_the_trace(name, pooling, scan):
     net, inputs = combined(name, pooling, scan=scan)
@@ -564,7 +579,7 @@ SPLIT = 2**9
 
 
 @pytest.mark.parametrize('size', ['g', pytest.param('B', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', INPUTS)
+@pytest.mark.parametrize('name', mostly_slow(INPUTS, 'patches', 'conv', 'words', 'ragged', 'cross'))
 def test_no_large_array_lies_whole_on_every_device(name, size):
     width, depth, mlp_dim, heads = variants.SIZES[size]
     fields = {'width': width, 'depth': depth, 'mlp_dim': mlp_dim, 'num_heads': heads}
@@ -578,7 +593,7 @@ def test_no_large_array_lies_whole_on_every_device(name, size):
                 assert any(spec), f'{path} {leaf.shape} is not split'
 
 
-FAST = {('conv', 'gap'), ('spt', 'gap'), ('words', 'gap'), ('cross', 'gap'), ('tubelets', 'gap')}
+FAST = {('spt', 'gap'), ('words', 'gap'), ('cross', 'gap')}
 
 
 @pytest.mark.parametrize(
@@ -617,7 +632,7 @@ def meshes():
 
 @pytest.mark.parametrize(
     'name',
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ('cct', 'tubelets')), 'conv', 'cross'],
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ('cct', 'tubelets', 'conv')), 'cross'],
 )
 def test_a_mesh_changes_no_answer(name):
     net, inputs = combined(name, 'gap', scan=True, width=32, head_dim=16)

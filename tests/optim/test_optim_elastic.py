@@ -182,7 +182,7 @@ def test_the_moments_that_are_handed_over_are_those_of_the_checkpoint(of_adamw, 
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'optim.name': 'muon'}, ''),
+        pytest.param({'optim.name': 'muon'}, '', marks=pytest.mark.slow),
         ({'optim.name': 'lion'}, 'config: switch: lion takes over no moments; adam'),
         ({**SHAMPOO, 'total_steps': '3'}, 'is at step 3, and this run has 3: set total_steps'),
         ({**SHAMPOO, 'model.width': '64'}, 'holds another architecture: '),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gate import mostly_slow
 from shampoo_reference import Shampoo, due, inputs, load
 
 from big_vit import sharding, trees
@@ -80,7 +81,7 @@ def reference(grads, **options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize('shape', [(5, 7), (7, 5)])
+@pytest.mark.parametrize('shape', [(5, 7), pytest.param((7, 5), marks=pytest.mark.slow)])
 def test_a_matrix_moves_as_in_numpy(shape, options):
     grads = draw(shape)
     # At first the larger factor has no full rank, and without a ridge no root.
@@ -94,7 +95,9 @@ def test_a_matrix_moves_as_in_numpy(shape, options):
 
 # The ridge is relative to an eigenvalue known to some percent; Newton stops at its own error.
 @pytest.mark.parametrize('root', roots.METHODS)
-@pytest.mark.parametrize('ridge, tolerance', [(1e-10, 1e-2), (1e-6, 1e-2), (1e-2, 1e-2)])
+@pytest.mark.parametrize(
+    'ridge, tolerance', mostly_slow([(1e-10, 1e-2), (1e-6, 1e-2), (1e-2, 1e-2)], (1e-6, 1e-2))
+)
 def test_a_matrix_with_a_ridge_moves_as_in_numpy(root, ridge, tolerance):
     grads = draw((5, 7))
     options = dict(start=1, every=2, ridge=ridge)
@@ -175,6 +178,7 @@ def test_groups_are_computed_one_after_the_other():
     assert changed == [(), (), (0, 1), (0,), (), (1,), (), (0,), (), (1,)]
 
 
+@pytest.mark.slow
 def test_sliced_roots_come_at_multiples_and_are_those_of_their_first_step():
     grads = draw((4, 6), 1).astype(np.float32).repeat(8, 0)  # Then statistics do not change.
     options = dict(ridge=1e-4, exponent=-0.25)
@@ -229,7 +233,7 @@ def alone(**options):
     return directions(shampoo.scale_by_shampoo(**OPTIONS, **options), tree_of_layers())
 
 
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize('name', mostly_slow(MESHES, 'all'))
 def test_the_mesh_does_not_matter(name):
     mesh = sharding.make_mesh(*MESHES[name])
     grads = [on(mesh, g) for g in tree_of_layers()]
@@ -244,7 +248,9 @@ def test_the_mesh_does_not_matter(name):
         assert x.addressable_shards[0].data.size * 8 == x.size
 
 
-@pytest.mark.parametrize('options', [dict(groups=2), dict(sliced=True)], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(groups=2), pytest.param(dict(sliced=True), marks=pytest.mark.slow)], ids=str
+)
 def test_the_number_of_devices_does_not_matter_to_staggered_roots(options):
     mesh = sharding.make_mesh(8, 1, 1)
     grads = [on(mesh, g) for g in tree_of_layers()]

@@ -131,6 +131,7 @@ def test_asam_composes_with_the_rest():
 # Schedule-free learning.
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_the_schedule_free_optimizer():
     run = Run(law=factory.schedule_free_adamw(b1=0.8), ema=0.5)
     weights = total = 0.0

@@ -95,6 +95,7 @@ def test_trials_at_once_are_those_that_run_alone(more, pretrained, tmp_path):
         assert all(np.abs(a - weights[0]).max() > 1e-5 for a in weights[1:])
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_has_no_axis_of_trials(pretrained, tmp_path):
     """What makes the features shared: the trunk's numbers are there once, not once a trial."""
     settings = load(pretrained, {'transfer.train': 'head'}).without('transfer.', 'evals.test.')
@@ -360,6 +361,7 @@ def test_a_key_without_effect_is_refused_at_once_as_it_is_alone(pretrained, tmp_
             sweep.run(settings, tmp_path / str(at_once), ['lr=0.1,1'], at_once=at_once)
 
 
+@pytest.mark.slow
 def test_trials_at_once_have_event_files_and_evaluations_of_all_types(pretrained, tmp_path):
     more = {
         'log.tensorboard': 'true',

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import error_line, run
+from gate import mostly_slow
 from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
 from tiny import audited, flags, overrides, write_captioned
 
@@ -73,7 +74,7 @@ def call(net, params, given):
     return net.apply({'params': params}, given)
 
 
-@pytest.fixture(scope='module', params=['gap', 'map'])
+@pytest.fixture(scope='module', params=mostly_slow(['gap', 'map'], 'map'))
 def tower_pair(request):
     net = model(pool=request.param, logit_bias=-3.0)
     return net, random_like(state.abstract_params(net, BOTH))
@@ -280,6 +281,7 @@ def as_bytes(texts):
     return {'tokens': tokens, 'text_mask': mask}
 
 
+@pytest.mark.slow
 def test_scores_of_the_command_on_three_devices_are_those_of_loops(trained):
     scores = json.loads(run('evaluate', '--checkpoint', trained, '--json', devices=3).stdout)
     params, _ = checkpoint.load_params(trained, checkpoint.steps(trained)[-1], 'params')
@@ -317,6 +319,7 @@ def test_scores_of_the_command_on_three_devices_are_those_of_loops(trained):
             assert got == pytest.approx(np.mean(np.array(place) < k), abs=0.021)
 
 
+@pytest.mark.slow
 def test_without_words_each_example_matches_only_itself():
     settings = config.resolve(
         {
