@@ -23,7 +23,7 @@ def get_config(loss: str = 'softmax'):
             'batch_size': 64,
             'image_size': 32,
             'lr': 2e-3,
-            'loss': loss,
+            'task': {'name': 'contrastive', 'loss': loss, 'embedding_dim': 32},
             'model': {
                 'variant': 'mu/8',
                 'width': 64,
@@ -32,8 +32,6 @@ def get_config(loss: str = 'softmax'):
                 'mlp_dim': 128,
                 'dtype': 'float32',
                 'scan': False,
-                'fusion': 'apart',
-                'shared': 32,
             },
             'streams': {
                 'image': {'tokenizer': 'patches', 'posemb': 'learned'},

@@ -23,7 +23,7 @@ def get_config(
             'batch_size': 64,
             'image_size': size,
             'lr': 1e-3,
-            'label_smoothing': 0.1,
+            'task': {'label_smoothing': 0.1},
             'model': {'variant': 'Ti/8', 'depth': 6, 'scan': False},
             'data': {
                 'name': 'folder',

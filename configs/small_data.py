@@ -70,7 +70,7 @@ def best(path: str) -> ConfigDict:
             'evals': {'test': {'split': 'test', 'every_epochs': 2}},
             'optim': {'name': 'muon', 'weight_decay': 0.05},
             'schedule': {'warmup_percent': 5},
-            'label_smoothing': 0.1,
+            'task': {'label_smoothing': 0.1},
             'ema': 0.998,
         }
     )

@@ -29,7 +29,7 @@ EVAL = {'transform': 'resize_small(256) | central_crop(size)', 'every_steps': 25
 SHAMPOO = {
     'total_steps': 112_000,
     'lr': 1.438e-3,
-    'label_smoothing': 0.2,
+    'task': {'label_smoothing': 0.2},
     'optim': {
         'name': 'shampoo',
         'b1': 0.97466,
