@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_tokenizers import INPUTS, combined, random_like
+from sample_models import INPUTS, combined, random_like
 
 from big_vit import state
 from big_vit.models import tokenizers, variants, vit

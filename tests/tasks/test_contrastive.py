@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import error_line, run
-from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
+from sample_models import INPUTS, PICTURE, example, operations, random_like
 from tiny import audited, flags, overrides, write_captioned
 
 from big_vit import checkpoint, config, metrics, sharding, state, train
