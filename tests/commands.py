@@ -34,19 +34,25 @@ def arguments(command: str, *args: object) -> list[str]:
 def run(
     command: str, *args: object, devices: int = 1, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m big_vit.COMMAND ARGS` in the repository's root and capture its output.
+    """Run `python -m big_vit.COMMAND ARGS` in the repository's root and capture its output."""
+    return run_module(f'big_vit.{command}', *args, devices=devices, timeout=timeout)
+
+
+def run_module(
+    module: str, *args: object, devices: int = 1, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGS` in the repository's root and capture its output.
 
     The process is a fork of one that has imported big_vit, which takes more than a second.
     """
     server = _fork_server(_what_imports_read(environment()))
-    words = arguments(command, *args)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ('stdout', 'stderr')]
         for path in paths:
             path.touch()
         asked = {
-            'module': words[2],
-            'arguments': words[3:],
+            'module': module,
+            'arguments': [*map(str, args)],
             'environment': environment(devices),
             'stdout': str(paths[0]),
             'stderr': str(paths[1]),
@@ -59,8 +65,8 @@ def run(
         status = int(server.stdout.readline())
         output = [path.read_text() for path in paths]
     if late:
-        raise subprocess.TimeoutExpired(words, timeout, *output)
-    return subprocess.CompletedProcess(words, status, *output)
+        raise subprocess.TimeoutExpired(module, timeout, *output)
+    return subprocess.CompletedProcess(asked['arguments'], status, *output)
 
 
 def _what_imports_read(variables: dict[str, str]) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, environment
+from commands import ROOT, environment, run_module
 
 from benchmarks import baseline, chips, growth, precision, products, startup, step
 from big_vit import sharding, state, trees
@@ -20,14 +20,7 @@ from big_vit.models.vit import make_vit
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'benchmarks', *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_module('benchmarks', *arguments, timeout=120)
 
 
 def test_help_lists_the_parts_and_a_wrong_one_is_named():
@@ -119,6 +112,7 @@ def test_a_side_that_a_machine_cannot_run_is_left_out_and_the_plain_ones_must_ru
         step.measure(step.SIZES['cpu'][0], 0, 2, ['big_vit', *broken])
 
 
+@pytest.mark.slow
 def test_a_side_that_ends_leaves_its_last_words():
     side = step.Side('step', '--side', 'lightning')
     with pytest.raises(UserError, match=r'it ended: .*invalid choice'):
@@ -232,6 +226,7 @@ for shape, transposed in (((2048, 1024, 128), False), ((2048, 8192, 2048), True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='no libtpu')
+@pytest.mark.slow
 def test_a_product_that_fills_a_chip_is_near_its_peak_and_a_thin_one_is_not():
     command = [sys.executable, '-c', SHARES]
     text = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)

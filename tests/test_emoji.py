@@ -2,14 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import ROOT, environment, error_line
+from commands import error_line, run_module
 
 from benchmarks import emoji as study
 from benchmarks.emoji import Run
@@ -18,10 +16,7 @@ CATEGORIES = ('Animals & Nature', 'Flags', 'Objects')
 
 
 def run(*more):
-    return subprocess.run(
-        [sys.executable, '-m', 'benchmarks.emoji', *map(str, more)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    return run_module('benchmarks.emoji', *more, timeout=900)
 
 
 def entry(name, unified, category, image):

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from commands import error_line, run
+from gate import mostly_slow
 from test_export import weights_of
 
 from big_vit import explore, export, interop
@@ -70,7 +71,7 @@ def test_text_is_the_default(name, places, capsys):
     assert 'all of these' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', ['run', 'timm'])
+@pytest.mark.parametrize('name', mostly_slow(['run', 'timm'], 'timm'))
 def test_pictures_need_no_data(name, places, tmp_path, capsys):
     path = str(places / name)
     explore.main([path, '--png', str(tmp_path / 'a')])

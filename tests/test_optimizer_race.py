@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from commands import ROOT, environment, error_line
+from commands import ROOT, environment, error_line, run_module
 from tiny import MODEL, flags, write_idx
 
 from benchmarks import optimizer_race as race
@@ -22,9 +22,7 @@ def arguments(*more):
 
 
 def run(*more):
-    return subprocess.run(
-        arguments(*more), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
+    return run_module('benchmarks.optimizer_race', *more)
 
 
 def test_grids_are_geometric_and_as_wide_for_all():

@@ -298,6 +298,7 @@ def test_a_dry_run_on_fake_cpus_tells_memory_and_collectives():
     assert 'all-reduce' in kinds(found)
 
 
+@pytest.mark.slow
 def test_data_that_is_not_here_is_planned_from_its_figures(tmp_path):
     figures = flags(
         {

@@ -2,12 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, environment, error_line
+from commands import error_line, run_module
 
 from benchmarks import small_data as study
 from benchmarks.small_data import Run
@@ -16,10 +14,7 @@ FASHION = Path('/usr/share/datasets/fashion-mnist')
 
 
 def run(*more):
-    return subprocess.run(
-        [sys.executable, '-m', 'benchmarks.small_data', *map(str, more)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    return run_module('benchmarks.small_data', *more, timeout=600)
 
 
 @pytest.mark.parametrize('model', study.MODELS)

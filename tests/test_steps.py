@@ -462,6 +462,7 @@ def test_what_the_model_sees_is_what_was_prepared():
     assert float(rows[0]['loss']) == pytest.approx(-(target * logp).sum(-1).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_preparing_depends_on_the_seed_and_the_step():
     def losses(seed):
         run = Run(prepare=augment.compose([augment.flip_lr()]), seed=seed)

@@ -145,6 +145,7 @@ def test_sigterm_saves_exits_0_and_the_restart_ends_bit_identical(
     assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_costs_steps_but_not_the_run(
     tmp_path, config_file, uninterrupted
 ):
@@ -170,6 +171,7 @@ def test_a_changed_config_is_refused_and_shown_unless_forced(finished):
     assert (workdir / 'config.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_no_result_depends_on_may_change_and_is_said(tmp_path, finished, capsys):
     workdir = shutil.copytree(finished[0], tmp_path / 'w')
     shutil.rmtree(workdir / 'checkpoints' / '12')
@@ -206,6 +208,7 @@ def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path
     assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
     broken = config.resolve({**TINY, 'total_steps': 60, 'lr': 1e30, 'optim.clip': 0.0})
     with pytest.raises(UserError, match=r'were skipped.*lower lr.*examples \d+, '):
@@ -227,6 +230,7 @@ def test_keep_last_and_keep_every(tmp_path):
     assert checkpoint.steps(tmp_path / 'w') == [6, 10]
 
 
+@pytest.mark.slow
 def test_tensorboard_files_hold_what_the_jsonl_holds(tmp_path):
     train.run(config.resolve({**TINY, 'log.tensorboard': True}), tmp_path / 'w')
     (events,) = (tmp_path / 'w' / 'tensorboard').glob('events.*')

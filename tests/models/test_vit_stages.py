@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_tokenizers import INPUTS, combined, random_like
+from sample_models import INPUTS, combined, random_like
 
 from big_vit import state
 from big_vit.models import tokenizers, variants, vit
@@ -50,8 +50,10 @@ def chained(net, inputs, train):
     return net.classify(pooled), {'tokens': x, 'pre_logits': pooled}
 
 
-@pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case, train',
+    [(case, False) for case in CASES] + [(case, True) for case in ('two heads', 'several streams')],
+)
 def test_the_stages_chained_are_the_model_to_the_bit(case, train):
     name, pooling, more = CASES[case]
     net, inputs = combined(name, pooling, **more, **({'dropout': 0.3} if train else {}))
@@ -70,11 +72,11 @@ def test_the_stages_chained_are_the_model_to_the_bit(case, train):
     assert np.isfinite(whole[0]).all() and np.abs(whole[0]).max() > 0
 
 
-def test_every_stage_of_a_model_of_its_own_parameters_alone():
+def test_each_stage_needs_its_own_parameters_only():
     """The last two stages need no encoder, and encoding needs no head."""
     net, inputs = combined('patches', 'cls_gap')
     batch = batch_for(inputs)
-    params = random_like(state.abstract_params(net, inputs))
+    params = jax.tree.map(jnp.asarray, random_like(state.abstract_params(net, inputs)))
     logits, extra = net.apply({'params': params}, batch)
     head = {'head': params['head'], 'pre_logits': params['pre_logits']}
     alone = net.apply({'params': head}, extra['pre_logits'], method=net.classify)

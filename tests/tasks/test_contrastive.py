@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import error_line, run
 from gate import mostly_slow
-from test_tokenizers import INPUTS, PICTURE, example, operations, random_like
+from sample_models import INPUTS, PICTURE, example, operations, random_like
 from tiny import audited, flags, overrides, write_captioned
 
 from big_vit import checkpoint, config, metrics, sharding, state, train
