@@ -70,6 +70,7 @@ class Ledger(NamedTuple):
       params: parameters.
       average: averaged parameters; zeros if the run keeps none.
       optimizer: optimizer state by purpose, such as 'first moment'.
+      task: the task's own state, such as a teacher's average; zeros if it has none.
       counters: steps, and the loss history that detects spikes.
       gradients: held during a step, in float32, sharded like the parameters.
     """
@@ -77,6 +78,7 @@ class Ledger(NamedTuple):
     params: Usage
     average: Usage
     optimizer: dict[str, Usage]
+    task: Usage
     counters: Usage
     gradients: Usage
 
@@ -88,7 +90,7 @@ class Ledger(NamedTuple):
     @property
     def state(self) -> Usage:
         """Everything that persists from step to step, and is in a checkpoint."""
-        return total(self.params, self.average, self.optimizer_total, self.counters)
+        return total(self.params, self.average, self.optimizer_total, self.task, self.counters)
 
     @property
     def state_and_gradients(self) -> Usage:
@@ -131,7 +133,8 @@ def measure(abstract_state: state.State) -> Ledger:
     parts: dict[str, list[Any]] = {}
     for path, leaf in trees.flatten(abstract_state['opt']).items():
         parts.setdefault(purpose(path, leaf.ndim, abstract_state['params']), []).append(leaf)
-    rest = [abstract_state[name] for name in abstract_state if name not in ('params', 'opt', 'ema')]
+    measured = ('params', 'opt', 'ema', 'task')
+    rest = [abstract_state[name] for name in abstract_state if name not in measured]
     params = usage(abstract_state['params'])
     by_device = sum(
         4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -141,6 +144,7 @@ def measure(abstract_state: state.State) -> Ledger:
         params=params,
         average=usage(abstract_state.get('ema', {})),
         optimizer={name: usage(leaves) for name, leaves in parts.items()},
+        task=usage(abstract_state.get('task', {})),
         counters=usage(rest),
         gradients=params._replace(nbytes=4 * params.scalars, on_device=by_device),
     )
@@ -153,7 +157,12 @@ def amount(nbytes: int) -> str:
 
 def line(ledger: Ledger, optimizer: str, devices: int) -> str:
     """One-line summary for one device; M is the bytes of the parameters there."""
-    uses = {'params': ledger.params, 'average': ledger.average, optimizer: ledger.optimizer_total}
+    uses = {
+        'params': ledger.params,
+        'average': ledger.average,
+        optimizer: ledger.optimizer_total,
+        'task': ledger.task,
+    }
     m = ledger.params.on_device
     sizes = ' + '.join(
         f'{name} {amount(use.on_device)} ({use.on_device / m:.2f} M)'
@@ -225,6 +234,7 @@ def detail(ledger: Ledger) -> str:
         'parameters': ledger.params,
         'averaged parameters': ledger.average,
         **{f'optimizer: {name}': use for name, use in ledger.optimizer.items()},
+        'state of the task': ledger.task,
         'counters of the run': ledger.counters,
         'state': ledger.state,
         'gradients, while stepping': ledger.gradients,
@@ -312,6 +322,7 @@ def to_json(row: Row, capacity: float | None) -> dict[str, Any]:
         'parameters': f.params,
         'averaged_parameters': f.average,
         'optimizer_state': f.optimizer_total,
+        **({'task': f.task} if f.task.arrays else {}),
         'counters': f.counters,
         'state': f.state,
         'gradients': f.gradients,

@@ -110,9 +110,14 @@ def _state_bytes(abstract_state: state.State) -> dict[str, float]:
         name: float(sharding.device_bytes(abstract_state[name], where[name]))
         for name in abstract_state
     }
-    rest = sum(size for name, size in sizes.items() if name not in ('params', 'opt', 'ema'))
-    named = {'parameters': sizes['params'], 'optimizer': sizes['opt'] + rest}
-    return {**named, 'averaged parameters': sizes['ema']} if 'ema' in abstract_state else named
+    more = {'ema': 'averaged parameters', 'task': 'state of the task'}
+    named = ('params', 'opt', *more)
+    rest = sum(size for name, size in sizes.items() if name not in named)
+    return {
+        'parameters': sizes['params'],
+        'optimizer': sizes['opt'] + rest,
+        **{use: sizes[name] for name, use in more.items() if name in sizes},
+    }
 
 
 def _memory(compiled: Any, parts: Experiment, batch: Any) -> dict[str, float]:

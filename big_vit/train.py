@@ -25,6 +25,7 @@ from big_vit.build.experiment import (
     Experiment,
     abstract_batch,
     build_experiment,
+    fresh_state,
     tracker_options,
     train_batches,
 )
@@ -138,10 +139,7 @@ def starting_state(
     if config.switch:
         switched = switch_optimizer.state_of(config.switch, config, parts)
         return switched, f'switch  from step {int(switched["step"])} of {config.switch}'
-    created = state.create(
-        parts.model, parts.data.inputs, parts.optimizer, config.seed, parts.abstract_state, params
-    )
-    return created, ''
+    return fresh_state(parts, config.seed, params), ''
 
 
 def introduce(config: Config, parts: Experiment, origin: str, console: metrics.Console) -> float:

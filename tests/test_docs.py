@@ -146,3 +146,13 @@ def test_every_evaluator_is_documented_with_the_keys_that_it_reads():
     assert rows == {name: set(table.keys(name)) for name in table.entries()}
     for name in schema_evals.CORRUPTIONS:
         assert f'`{name}`' in (ROOT / 'docs' / 'evaluators.md').read_text()
+
+
+def test_every_task_is_documented_with_the_keys_that_it_reads():
+    rows = {}
+    for line in (ROOT / 'docs' / 'tasks.md').read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == 5 and cells[0] != '`task.name`':
+            rows[cells[0].strip('`')] = set(re.findall(r'`(\w+)`', cells[2]))
+    table = registries.TASKS
+    assert rows == {name: set(table.keys(name)) for name in table.entries()}

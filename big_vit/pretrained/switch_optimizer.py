@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from big_vit import checkpoint, state, trees
 from big_vit import config as config_lib
-from big_vit.build.experiment import Experiment
+from big_vit.build.experiment import Experiment, fresh_state
 from big_vit.build.optimizer import build_optimizer
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -59,10 +59,11 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
         return moments.hand_over(opt, mu, nu, updates, block, blocked)
 
     initial_opt = jax.jit(initial_opt, out_shardings=state.shardings(parts.abstract_state)['opt'])
-    shape = parts.data.inputs
-    fresh = state.create(parts.model, shape, parts.optimizer, config.seed, parts.abstract_state)
+    fresh = fresh_state(parts, config.seed)
     new = {**fresh, 'params': old['params'], 'step': old['step']}
     new['opt'] = initial_opt(old['params'], mu, nu)
+    if 'task' in new:
+        new['task'] = old['task']
     if 'ema' in new:
         new['ema'] = old.get('ema', jax.tree.map(jnp.copy, old['params']))
     return new
@@ -80,5 +81,6 @@ def _restore(workdir: Any, step: int, config: Config, parts: Experiment) -> stat
         checkpoint.scored_part(sidecar) == 'ema',
         parts.mesh,
         config.mesh.min_shard_size,
+        task_state=parts.task.state,
     )
     return checkpoint.restore(workdir, step, abstract_state)

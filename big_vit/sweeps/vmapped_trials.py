@@ -26,6 +26,7 @@ from big_vit.build.experiment import (
     abstract_batch,
     build_experiment,
     eval_batches,
+    fresh_state,
     tracker_options,
     train_batches,
 )
@@ -131,9 +132,7 @@ class VmappedTraining:
         """
         parts, paths = self.parts, self._frozen_paths
         created = [
-            state.create(
-                parts.model, parts.data.inputs, parts.optimizer, seed, parts.abstract_state, params
-            )
+            fresh_state(parts, seed, params)
             for seed in (seeds[:1] if self._frozen_axis is None else seeds)
         ]
         frozen = [_split(one['params'], paths)[1] for one in created]
