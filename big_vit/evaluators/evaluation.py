@@ -10,7 +10,6 @@ from jaxtyping import Array
 from big_vit.data.sources import Source
 from big_vit.data.transforms import ExampleSpec
 from big_vit.evaluators.features import Embedding, Features
-from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch
 
 # Features that evaluations of the same parameters share, by the split and the embedding.
@@ -85,7 +84,7 @@ class Evaluation(NamedTuple):
     split: Split
     reference: Split | None
     training: Source
-    model: ViT
+    model: Any  # The task's trunk, a ViT or, where it provides 'pairs', `TwoTowers`.
     loss: str
     seed: int
     mesh: Mesh

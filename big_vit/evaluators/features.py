@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.models import heads, layers, vit
+from big_vit.models.two_towers import TwoTowers
 from big_vit.state import State, shardings
 from big_vit.tasks.batch import Batch, model_inputs
 
@@ -46,7 +47,7 @@ class Embedding(NamedTuple):
 
 
 def choose_embedding(
-    model: vit.ViT, blocks: tuple[int, ...] | None, pool: str | None, key: str
+    model: vit.ViT | TwoTowers, blocks: tuple[int, ...] | None, pool: str | None, key: str
 ) -> Embedding:
     """Return the embedding by pooled blocks, or by the vector before the head.
 
@@ -63,7 +64,9 @@ def choose_embedding(
             raise UserError(f'config: {key}.pool is of {key}.blocks, which is not set')
         return Embedding(None, before_head(model))
     numbers = block_numbers(blocks, model.encoder.depth, f'{key}.blocks')
-    return pooled_blocks(model, numbers, choose_pool(model, pool, f'{key}.pool'))
+    chosen = choose_pool(model, pool, f'{key}.pool')
+    assert isinstance(model, vit.ViT)  # Others were refused.
+    return pooled_blocks(model, numbers, chosen)
 
 
 def pooled_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embedding:
@@ -71,14 +74,15 @@ def pooled_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embeddi
     return Embedding((blocks, pool), of_blocks(model, blocks, pool))
 
 
-def choose_pool(model: vit.ViT, pool: str | None, key: str) -> str:
+def choose_pool(model: vit.ViT | TwoTowers, pool: str | None, key: str) -> str:
     """Return how tokens are pooled: as asked, or by `default_pool`.
 
     Raises:
       UserError: the model does not have such tokens.
     """
     stream = model.streams[0]
-    if stream.name or stream.tokenizer in ('ragged', 'words'):
+    unfit = bool(stream.name) or stream.tokenizer in ('ragged', 'words')
+    if isinstance(model, TwoTowers) or unfit:
         raise UserError(
             f'config: {key.rpartition(".")[0]}: blocks are pooled where all tokens are of one '
             f'image, video or sound, not for model.tokenizer={stream.tokenizer!r} or streams'
@@ -137,7 +141,7 @@ def of_blocks(model: vit.ViT, blocks: tuple[int, ...], pool: str) -> Embed:
     return embed
 
 
-def before_head(model: vit.ViT) -> Embed:
+def before_head(model: vit.ViT | TwoTowers) -> Embed:
     """Make a function of (params, inputs) that returns the pooled vector before the head."""
 
     def embed(params: Any, given: Any) -> Float[Array, 'batch width']:
@@ -148,7 +152,7 @@ def before_head(model: vit.ViT) -> Embed:
 
 
 def stream_vectors(
-    model: vit.ViT, names: tuple[str, ...], label: Callable[[Batch], Array] = LABEL
+    model: TwoTowers, names: tuple[str, ...], label: Callable[[Batch], Array] = LABEL
 ) -> Embedding:
     """Return the embedding of streams that stay apart, their vectors concatenated."""
 

@@ -1,6 +1,6 @@
 """Losses and scores, against float64 NumPy."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from big_vit.evaluators import classification
+from big_vit.models.vit import ViT
 from big_vit.tasks.classification import classification_loss
 
 COUNT, CLASSES = 12, 7
@@ -31,7 +32,7 @@ IMAGE = np.zeros((COUNT, 2, 2, 1), np.uint8)
 
 
 def loss_of(logits, label, **more):
-    loss = classification_loss(SimpleNamespace(apply=apply_of(logits)), **more)
+    loss = classification_loss(Mock(spec=ViT, apply=apply_of(logits)), **more)
     batch = {'image': IMAGE, 'label': label}
     value, aux = jax.jit(lambda batch: loss({}, (), batch, None, 0))(batch)
     assert aux.carried == ()

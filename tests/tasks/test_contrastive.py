@@ -1,7 +1,7 @@
 """Two streams apart: losses and scores against loops in float64, towers alone, on any mesh."""
 
 import json
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from big_vit import checkpoint, config, metrics, sharding, state, train
 from big_vit.build.data import host_batches
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import build_experiment, example_indices
-from big_vit.build.model import build_model, build_streams
+from big_vit.build.model import build_model
 from big_vit.build.steps import build_train_step
 from big_vit.data.sources import captions, sprites
 from big_vit.data.sources.base import Request
@@ -169,14 +169,14 @@ def test_losses_against_loops(kind, repeated):
         return logits, {}
 
     batch = {'tokens': jnp.asarray(tokens)}
-    loss = contrastive_loss(SimpleNamespace(apply=apply, streams=STREAMS), kind)
+    loss = contrastive_loss(Mock(spec=TwoTowers, apply=apply, streams=STREAMS), kind)
     found, aux = loss({}, (), batch, None, 0)
     wide = wanted_loss(logits.astype(float), together, kind)
     assert float(found) == pytest.approx(wide, rel=1e-6)
     hits = [together[i, logits[i].argmax()] for i in range(7)]
     assert float(aux.metrics['accuracy']) == pytest.approx(np.mean(hits))
     # Without words only the diagonal belongs together.
-    pictures = SimpleNamespace(apply=apply, streams=(STREAMS[0],) * 2)
+    pictures = Mock(spec=TwoTowers, apply=apply, streams=(STREAMS[0],) * 2)
     alone, _ = contrastive_loss(pictures, kind)({}, (), batch, None, 0)
     assert float(alone) == pytest.approx(wanted_loss(logits.astype(float), np.eye(7), kind))
 
@@ -379,8 +379,8 @@ def test_features_are_of_what_is_seen_whatever_streams_are_called():
             'evals.near.transform': "keep('image', 'label')",
         }
     )
-    assert [stream.name for stream in build_streams(settings)] == ['picture', 'caption']
     parts = build_experiment(settings)
+    assert [stream.name for stream in parts.model.streams] == ['picture', 'caption']
     assert parts.evals['near'].reads == ('image',)
     build_evaluators(settings, parts)
     params = random_like(state.abstract_params(parts.model, parts.data.inputs))
