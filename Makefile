@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 BIN := $(VENV)/bin
+# Files in the order that tests/conftest.py gives them; tests of a file share what they trained.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # On Linux the C library then asks for large pages: steps on a CPU are a fifth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PRETRAINED := $(RUNS)/demo/pretrain
@@ -37,10 +39,10 @@ demo: install
 	@echo "             $(BIN)/python -m big_vit.train --config configs/fashion_mnist.py --workdir $(RUNS)/fashion"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ LIBTPU = [
 AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=17'], ['tokenizers>=0.21']
 TEST = [
     'pytest>=8',
-    'pytest-xdist>=3.6',
+    'pytest-xdist>=3.7',
     'beartype>=0.18',
     'psutil>=5',
     'hypothesis>=6.100',

@@ -33,9 +33,19 @@ hypothesis.settings.register_profile('full', max_examples=100, deadline=None)
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# These come first, so that at the end no process waits for the other.
+LONG = (
+    *('test_train', 'test_readme', 'test_steps', 'test_contrastive', 'test_evaluate'),
+    *('test_transfer', 'test_plan', 'test_sweep', 'test_hosts'),
+)
+
 
 def pytest_configure(config):
     gate = config.option.markexpr == 'not slow'
     hypothesis.settings.load_profile('gate' if gate else 'full')
     if not gate:
         jaxtyping.install_import_hook(TYPED, 'beartype.beartype')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)

@@ -50,6 +50,7 @@ def test_they_train_and_are_scored(task, tmp_path):
     assert scored['test/count'] == 20 and np.isfinite(scored['test/loss'])
 
 
+@pytest.mark.slow
 def test_ragged_images_train(tmp_path):
     settings = config.load(
         'configs/fashion_mnist.py',

@@ -61,7 +61,7 @@ def test_floats_and_probabilities_are_mixed_as_they_are():
         np.testing.assert_array_equal(leaf, mixed(batch)[name])
 
 
-@pytest.mark.parametrize('alpha', [0.2, 1.0])
+@pytest.mark.parametrize('alpha', mostly_slow([0.2, 1.0], 1.0))
 def test_shares_are_those_of_the_beta_distribution_and_differ(alpha):
     shares = shares_of(4000, alpha=alpha)
     assert len(np.unique(shares)) > (3000 if alpha == 1 else 1000)
@@ -154,7 +154,7 @@ def test_boxes_are_those_of_numpy(shape):
     assert found[2, 4] == 1 and found[:2, 4].max() < 0.9
 
 
-@pytest.mark.parametrize('alpha', [1.0, 0.3])
+@pytest.mark.parametrize('alpha', mostly_slow([1.0, 0.3], 0.3))
 def test_areas_and_places_are_those_of_the_papers_law(alpha):
     count, (height, width) = 4000, (32, 40)
     found = pasted(coordinates(count, (height, width)), cutmix=alpha)

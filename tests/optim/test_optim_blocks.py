@@ -117,7 +117,7 @@ def test_every_block_of_a_stack_belongs_to_just_one_parameter():
 SIDES = (4304, 1408, 6144, 1152, 1000, 1025, 97, 2)
 
 
-@pytest.mark.parametrize('columns', [2, 65, 600])
+@pytest.mark.parametrize('columns', mostly_slow([2, 65, 600], 65))
 def test_sides_that_no_block_divides_are_cut_and_joined_again(columns):
     plan, _, _ = check_round_trip({f'{rows}/kernel': (rows, columns) for rows in SIDES}, 512)
     for cut in plan.cuts.values():
