@@ -20,6 +20,7 @@ os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(f'--{f}' 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 # Where arrays are checked against the shapes of annotations. That doubles the time to trace, so
 # `make test` does it for the tests of test_shapes.py alone.
@@ -49,3 +50,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+    """Free the programs of a file: a process with those of all would take gigabytes."""
+    yield
+    jax.clear_caches()

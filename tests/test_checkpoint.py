@@ -191,9 +191,9 @@ def test_an_unfinished_checkpoint_does_not_count(copy):
     assert checkpoint.steps(copy) == []
 
 
-@pytest.mark.slow
-def test_vit_s_is_saved_in_at_most_20_files(tmp_path):
-    model = make_vit(num_classes=1000, **variants.parse('S/16'))
+@pytest.mark.parametrize('variant', ['Ti/16', pytest.param('S/16', marks=pytest.mark.slow)])
+def test_a_model_is_saved_in_at_most_20_files(tmp_path, variant):
+    model = make_vit(num_classes=1000, **variants.parse(variant))
     shapes = state.abstract_params(model, (224, 224, 3))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
