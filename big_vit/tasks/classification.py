@@ -1,6 +1,7 @@
 """Classification: cross-entropy over classes, or over each class alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -45,7 +46,7 @@ def cross_entropy(
     return optax.sigmoid_binary_cross_entropy(logits, wanted).sum(-1)
 
 
-def classification_loss(model: ViT, label_smoothing: float = 0.0, kind: str = 'softmax') -> Loss:
+def classification_loss(model: Any, label_smoothing: float = 0.0, kind: str = 'softmax') -> Loss:
     """Mean cross-entropy over a batch {'image', 'label'}.
 
     Its metric 'accuracy' is how often the highest logit is that of the (or a) largest label. With
