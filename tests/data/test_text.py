@@ -120,7 +120,7 @@ def test_one_tokenizer_for_all_threads(tmp_path):
 def test_no_thread_is_started(tmp_path):
     made('BPE').save(str(tmp_path / 'tokenizer.json'))
     program = (
-        'import os; from big_vit.data import text\n'
+        'import os; from big_vit.data.transforms import text\n'
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         f'operation = text.tokenize({str(tmp_path / "tokenizer.json")!r}, 8); before = count()\n'
         "operation.apply({'text': ['the cat'] * 2000}, None); print(count() - before)\n"

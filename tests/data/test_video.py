@@ -185,7 +185,7 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(monkeypatch):
 def test_no_thread_is_started(tmp_path):
     (tmp_path / 'clip.mp4').write_bytes(GOOD)
     program = (
-        'import os, threading; from big_vit.data import video\n'
+        'import os, threading; from big_vit.data.transforms import video\n'
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         'import av; before, most, going = count(), [0], [True]\n'
         'def watch():\n'
