@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from big_vit.config.old_names import comparable_dump, renamed, renamed_dump
+from big_vit.config.old_names import comparable_dump, former_dump, renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
 from big_vit.errors import UserError
 
@@ -418,7 +418,11 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def digest(config: Config) -> str:
     """Short hash of a config, to compare hosts with each other."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    tree = config.to_dict()
+    former = _unflatten(former_dump(flatten(tree)))
+    # Sections without entries are no keys.
+    former = {**{name: {} for name in STARRED}, **former}
+    return hashlib.sha256(json.dumps(former, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def steps(

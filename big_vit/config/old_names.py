@@ -56,6 +56,24 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flat dump under the names of then, as far as they can say it; the rest stays as it is.
+
+    Digests of configs are made of it, so that work that earlier versions have done is recognised.
+    """
+    former = dict(flat)
+    for old, new in RENAMED.items():
+        value = former.pop(new, None)
+        former[old] = _DEFAULTS[old] if value is None else value
+    for (old, old_value), (new, new_value) in MOVED.items():
+        if former.get(new) == new_value:
+            former[old] = old_value
+        if former.get(new) in (new_value, _IMPLIED[new]):
+            former.pop(new)
+    # Keys that came with the tasks, where nothing is set.
+    return {k: v for k, v in former.items() if not (k.startswith('task.') and v is None)}
+
+
 def _note(old: str, new: str) -> None:
     if old not in _noted:
         _noted.add(old)

@@ -21,6 +21,7 @@ from big_vit import checkpoint, evaluate, metrics, storage, train
 from big_vit import config as config_lib
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
+from big_vit.config.old_names import renamed
 from big_vit.data import dataset
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
@@ -89,6 +90,7 @@ def settings(config: Config, swept: Sequence[str]) -> list[dict[str, Any]]:
     by_key: dict[str, list[Any]] = {}
     for text in swept:
         key, words = values(text)
+        key, _ = renamed(key, None)
         if key.startswith(('evals.', 'transfer.')) or key in ('seed', 'init'):
             raise UserError(
                 f'--sweep {key}: trials could not be compared; '

@@ -7,6 +7,7 @@ import pytest
 from big_vit import config
 from big_vit.config import old_names
 from big_vit.errors import UserError
+from big_vit.sweeps import sweep
 
 BASE = {
     'total_steps': 100,
@@ -149,4 +150,40 @@ def test_a_default_that_today_is_written_down_is_no_change():
     assert config.difference(dump_of(), dump_of(**stated)) == []
     assert config.difference(dump_of(), dump_of(**{'task.loss': 'sigmoid'})) == [
         "task.loss: None -> 'sigmoid'"
+    ]
+
+
+# As the version before the tasks computed them.
+DIGESTS = {
+    'configs/transfer_digits.py': '1a41b4ab743d25cb',
+    'configs/contrastive.py': '968f7a961138c16b',
+    'configs/contrastive.py:loss=sigmoid': 'f729cdf96847a4a9',
+    'configs/own_images.py:path=x': 'e2d327e2b0dfb8f5',
+    'configs/sequences.py': '873e278f94beebac',
+}
+
+
+@pytest.mark.parametrize('spec', DIGESTS)
+def test_sweeps_that_were_begun_under_former_names_are_recognised(spec):
+    settings = config.load(spec, [('model.variant', 'mu/4')])
+    assert config.digest(settings) == DIGESTS[spec]
+    changed = config.load(spec, [('model.variant', 'mu/4'), ('seed', '1')])
+    assert config.digest(changed) != DIGESTS[spec]
+
+
+def test_digests_tell_tasks_apart():
+    # What no former config could say is in the digest too.
+    base = [('model.variant', 'mu/4'), ('task.name', 'masked')]
+    digests = {
+        config.digest(config.load('configs/pretrain_fdsl.py', more))
+        for more in ([], base, [*base, ('task.mask_ratio', '0.5')])
+    }
+    assert len(digests) == 3
+
+
+def test_a_sweep_over_a_former_name():
+    settings = config.load('configs/transfer_digits.py', [('model.variant', 'mu/4')])
+    assert sweep.settings(settings, ['label_smoothing=0,0.1']) == [
+        {'task.label_smoothing': 0.0},
+        {'task.label_smoothing': 0.1},
     ]
