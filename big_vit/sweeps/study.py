@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from big_vit import storage
+from big_vit.config.old_names import RENAMED
 from big_vit.errors import UserError
 from big_vit.inspection import plots
 
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 
 
 def read(folder: epath.Path) -> list[Row]:
-    """Read the rows of a study; none where there is no study yet.
+    """Read the rows of a study, former names of swept keys under today's; none without a study.
 
     Raises:
       UserError: a line is not JSON.
@@ -38,11 +39,13 @@ def read(folder: epath.Path) -> list[Row]:
     rows = []
     for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             raise UserError(
                 f'{file}: line {number} is not JSON; delete it, and its trial runs again'
             ) from None
+        setting = row.get('setting', {})
+        rows.append({**row, 'setting': {RENAMED.get(k, k): v for k, v in setting.items()}})
     return rows
 
 
