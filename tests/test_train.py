@@ -208,7 +208,6 @@ def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path
     assert not (tmp_path / 'w').exists()
 
 
-@pytest.mark.slow
 def test_a_run_of_nans_ends_with_the_examples(tmp_path, capsys):
     broken = config.resolve({**TINY, 'total_steps': 60, 'lr': 1e30, 'optim.clip': 0.0})
     with pytest.raises(UserError, match=r'were skipped.*lower lr.*examples \d+, '):

@@ -18,6 +18,7 @@ from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
+from big_vit.tasks.registry import TASKS
 
 
 class Data(NamedTuple):
@@ -230,11 +231,11 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     return own.completed(defaults)
 
 
-# Why a task may not provide an output.
-_REASONS = {
-    'logits': 'needs logits over classes, which task.name={} has not',
-    'features': 'needs features, which task.name={} has not',
-    'pairs': "compares two streams, which need task.name='contrastive', not {}",
+# What an evaluation does with an output that a task may not provide.
+_USES = {
+    'logits': 'needs logits over classes',
+    'features': 'needs features',
+    'pairs': 'compares two streams',
 }
 
 
@@ -244,9 +245,11 @@ def _check_provided(config: Config, key: str, kind: str) -> None:
     output, outputs = requirements(kind).output, task.provides
     if output not in outputs:
         others = [other for other in EVALUATORS if requirements(other).output in outputs]
+        providers = [name for name, make in TASKS.items() if output in make().provides]
         raise UserError(
-            f'config: {key}.type={kind!r} {_REASONS[output].format(repr(task.name))}: '
-            'set it to one of ' + ', '.join(map(repr, others))
+            f'config: {key}.type={kind!r} {_USES[output]}, which task.name={task.name!r} does not '
+            f'provide: set it to one of {", ".join(map(repr, others))}, or '
+            + ' or '.join(f'task.name={name!r}' for name in providers)
         )
 
 
