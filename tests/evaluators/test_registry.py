@@ -17,6 +17,7 @@ from big_vit.evaluators.evaluation import BatchMeans
 from big_vit.evaluators.features import Embedding
 from big_vit.evaluators.requirements import requires
 from big_vit.evaluators.two_splits import compare_splits
+from big_vit.tasks.registry import TASKS
 
 TINY = {
     'total_steps': 1,
@@ -72,7 +73,11 @@ def test_a_type_is_refused_before_data_is_opened_where_the_task_lacks_its_output
     settings = whole.replacing({'evals.x.type': name, 'evals.x.path': 'nowhere'})
     with pytest.raises(UserError, match=rf"evals\.x\.type='{name}' .*set it to one of") as caught:
         eval_data(settings, 'x', None)
-    allowed = re.findall(r"'(\w+)'", str(caught.value).partition('set it to one of')[2])
+    types, _, tasks = str(caught.value).partition('set it to one of')[2].partition(', or ')
+    allowed = re.findall(r"'(\w+)'", types)
+    providers = re.findall(r"task\.name='(\w+)'", tasks)
+    output = registry.requirements(name).output
+    assert providers == [task for task, make in TASKS.items() if output in make().provides]
     outputs = {registry.requirements(other).output for other in allowed}
     assert outputs == build_task(whole.task).provides and name not in allowed
 
