@@ -325,7 +325,8 @@ class Manager:
         problem = _first_problem(self._reason_not_to_save(step, trees.nbytes(state)))
         if problem:
             raise self._failure(step, problem)
-        sidecar = describe(state, config, metrics)
+        # A copy: the caller goes on writing metrics while the sidecar is stored.
+        sidecar = describe(state, config, dict(metrics))
         args = self._ocp.args.Composite(
             state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )

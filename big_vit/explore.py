@@ -258,7 +258,8 @@ def show(loaded: LoadedModel) -> None:
     print(f'\nparameters{averaged}\n{parameter_table(loaded.params)}\n\nconfig\n------')
     for key, value in loaded.settings().items():
         print(f'{key} = {value!r}')
-    print(f'\n{history_table(metrics.read(loaded.run[0]))}')
+    history = history_table(metrics.read(loaded.run[0]), headline=loaded.headline)
+    print(f'\n{history}')
 
 
 def main(argv: list[str]) -> None:

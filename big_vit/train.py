@@ -86,7 +86,7 @@ def run(
             checkpoint.Manager(workdir, intervals.keep_last, intervals.keep) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **trackers) as writer,
             metrics.Console(
-                total, start, label=label, headline=parts.task.headline.metric, active=active
+                total, start, label=label, headline=parts.task.headline, active=active
             ) as console,
             runtime.stop_signals() as stop,
             train_batches(config, parts, start) as batches,

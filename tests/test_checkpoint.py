@@ -69,6 +69,14 @@ def test_restores_the_same_bits_on_any_mesh(saved, shape):
     )
 
 
+def test_metrics_are_those_of_the_moment_of_the_save(saved, tmp_path):
+    latest = {'train/loss': 2.0}
+    with checkpoint.Manager(tmp_path, keep_last=1) as manager:
+        manager.save(saved[1], {}, latest)
+        latest['train/loss'] = 1.0  # The run goes on while the sidecar is written.
+    assert checkpoint.read_sidecar(tmp_path, 7)['metrics'] == {'train/loss': 2.0}
+
+
 def test_restores_on_one_device(saved):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     equal(checkpoint.restore(saved[0], 7, abstract(mesh)), saved[1])

@@ -59,6 +59,14 @@ class LoadedModel:
         """Config of a run of ours; None for foreign weights."""
         return config_lib.from_json(self.sidecar['config']) if self.sidecar else None
 
+    @property
+    def headline(self) -> str:
+        """Training metric of the run's task; 'accuracy' if this version cannot read the config."""
+        try:
+            return build_task(self.config.task).headline if self.config else 'accuracy'
+        except UserError:
+            return 'accuracy'
+
     def settings(self) -> dict[str, Any]:
         """Return the config values that a run of ours sets, by dotted key.
 

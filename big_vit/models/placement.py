@@ -12,7 +12,7 @@ Model = TypeVar('Model', bound=nn.Module)
 
 
 def placed(model: Model, **functions: Any) -> Model:
-    """A copy whose `constrain` or `gather`, wherever a module or section has one, is another."""
+    """A copy with other `constrain`, `gather` or the like, wherever a module or section has one."""
     return _replaced(model, functions)
 
 

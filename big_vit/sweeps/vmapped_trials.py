@@ -324,7 +324,7 @@ def run(
                 [[Trial(rate, seed) for rate in rates] for seed in seeds],
                 folder,
                 damage=damage,
-                headline=parts.task.headline.metric,
+                headline=parts.task.headline,
                 label=label,
                 trackers=trackers,
                 state_of=lambda states, i, j: program.state_of(states, frozen, i, j),

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from big_vit.models.vit import HEADS, ViT
 from big_vit.tasks.batch import Batch, model_inputs, targets
-from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
 
 
 def classification(*, loss: str = 'softmax', label_smoothing: float = 0.0) -> Task:
@@ -27,7 +27,7 @@ def classification(*, loss: str = 'softmax', label_smoothing: float = 0.0) -> Ta
         name='classification',
         model=model,
         loss=lambda model: classification_loss(model, label_smoothing, loss),
-        headline=Headline('accuracy', larger_is_better=True),
+        headline='accuracy',
         provides=frozenset({'logits', 'features'}),
         additions=HEADS,
         needs_labels=True,

@@ -10,7 +10,7 @@ from big_vit.errors import UserError
 from big_vit.models.two_towers import TwoTowers
 from big_vit.models.vit import Head, Prefix, ViT
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
 
 # How the logits of pairs start, as CLIP's and as SigLIP's.
 _LOGITS: dict[str, dict[str, Any]] = {
@@ -39,9 +39,8 @@ def contrastive(*, loss: str = 'softmax', embedding_dim: int = 512) -> Task:
         name='contrastive',
         model=model,
         loss=lambda model: contrastive_loss(model, loss),
-        headline=Headline('accuracy', larger_is_better=True),
+        headline='accuracy',
         provides=frozenset({'pairs', 'features'}),
-        streams=2,
     )
 
 

@@ -19,7 +19,7 @@ from big_vit.models.layers import Dense
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT, select_tokens
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Headline, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
 
 
 def masked(
@@ -57,11 +57,10 @@ def masked(
         name='masked',
         model=model,
         loss=lambda model: masked_loss(model, normalise_pixels),
-        headline=Headline('loss', larger_is_better=False),
+        headline='loss',
         provides=frozenset({'features'}),
         additions=('decoder',),
         trunk=lambda model: model.trunk,
-        streams=1,
     )
 
 

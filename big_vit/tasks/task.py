@@ -42,13 +42,6 @@ Loss = Callable[
 AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
 
-class Headline(NamedTuple):
-    """The training metric that console, explore and report show first."""
-
-    metric: str
-    larger_is_better: bool
-
-
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -69,7 +62,7 @@ class Task(NamedTuple):
       model: (trunk, example) -> the Flax module that is trained: the trunk and what the task adds.
         The trunk's parameters keep their paths at the root. UserError where they do not fit.
       loss: model -> `Loss`.
-      headline: see `Headline`.
+      headline: the training metric that console and explore show beside the loss.
       provides: what evaluations may ask for: 'logits' of classes, 'features' of examples, 'pairs'
         of embeddings of two streams.
       additions: first names of parameter paths that the task adds to the trunk; a transfer or an
@@ -78,7 +71,6 @@ class Task(NamedTuple):
       needs_labels: whether each example must have a label.
       least_classes: how many classes the data must have.
       mixes_labels: whether mixup and cutmix make sense.
-      streams: how many inputs the task takes; None for any number.
       logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
       state: parameters -> the task's own state, such as a teacher's average; None without one.
       after_update: moves that state after each accepted update.
@@ -87,14 +79,13 @@ class Task(NamedTuple):
     name: str
     model: Callable[[ViT, ExampleShape], nn.Module]
     loss: Callable[[Any], Loss]
-    headline: Headline
+    headline: str
     provides: frozenset[str]
     additions: tuple[str, ...] = ()
     trunk: Callable[[Any], Any] = lambda model: model
     needs_labels: bool = False
     least_classes: int = 0
     mixes_labels: bool = False
-    streams: int | None = None
     logits_loss: str = 'softmax'
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from big_vit.models import flops, layers
+from big_vit import state
+from big_vit.build.experiment import loss_flops
+from big_vit.models import flops, layers, variants
+from big_vit.models.vit import make_vit
+from big_vit.tasks.classification import classification
+from big_vit.tasks.task import ExampleShape
 
 
 def array(*shape):
@@ -66,3 +71,20 @@ def test_a_gradient_is_two_more_products():
     assert flops.count(backward, array(3, 5), array(5, 7)) == 3 * flops.count(
         loss, array(3, 5), array(5, 7)
     )
+
+
+@pytest.mark.parametrize('attention', ['fused', 'xla', 'cudnn'])
+def test_attention_counts_whichever_kernel_computes_it(attention):
+    """A trace shows cuDNN's kernel as one call; its two products are counted all the same."""
+    sizes = {**variants.parse('mu/4'), 'num_heads': 1}
+    image, task = (16, 16, 3), classification()
+    models = {
+        kind: task.model(make_vit(0, **sizes, attention=kind), ExampleShape({'image': image}, 5))
+        for kind in ('xla', attention)
+    }
+    params = state.abstract_params(models['xla'], image)
+    parts = {'image': (image, jnp.uint8), 'label': ((), jnp.int32)}
+    tokens, width = 16, 32
+    block = 4 * tokens**2 * width + 2 * tokens * (4 * width**2 + 2 * width * 128)
+    products = block + 2 * tokens * 48 * width + 2 * width * 5
+    assert loss_flops(task, models[attention], params, parts, 2) == products

@@ -105,7 +105,9 @@ def test_patches_are_cut_by_rows():
     np.testing.assert_array_equal(masked.patchify(jnp.asarray(image), (4, 4)), patches_of(image))
 
 
-@pytest.mark.parametrize('prefix', [{}, {'class_token': True, 'registers': 2}])
+@pytest.mark.parametrize(
+    'prefix', [{}, {'class_token': True, 'registers': 2}, {'posemb': 'rope', 'registers': 1}]
+)
 def test_predictions_see_visible_patches_alone(prefix):
     model = model_of(**prefix)
     params = initialised(model)
@@ -181,8 +183,9 @@ def test_a_run_resumes_bit_identically_and_its_trunk_goes_on(tmp_path):
     )
     assert moved.returncode == 0, moved.stderr
     assert "learnt task 'masked': its trunk goes on, left is decoder" in moved.stdout
-    shown = run('explore', half)
-    assert shown.returncode == 0, shown.stderr
+    explored = run('explore', half)
+    assert explored.returncode == 0, explored.stderr
+    assert 'train/loss' in explored.stdout and 'accuracy' not in explored.stdout
     out = run('export', '--checkpoint', half, '--to', 'timm', '--out', tmp_path / 'timm')
     assert out.returncode == 0, out.stderr
 
