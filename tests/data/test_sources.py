@@ -12,7 +12,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -398,7 +397,6 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize('name', ['imagenet2012', 'imagenet_v2/matched-frequency:3.0.0'])
 def test_missing_tfds_fails_at_once(tmp_path, monkeypatch, no_network, name):
-    start = time.perf_counter()
     with pytest.raises(UserError) as error:
         tfds(Request('train'), tfds_name=name, path=str(tmp_path))
     message = str(error.value)
@@ -408,7 +406,6 @@ def test_missing_tfds_fails_at_once(tmp_path, monkeypatch, no_network, name):
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'elsewhere'))
     with pytest.raises(UserError, match='elsewhere'):
         tfds(Request('train'), tfds_name=name)
-    assert time.perf_counter() - start < 5
 
 
 def test_unreadable_tfds_name(tmp_path):
