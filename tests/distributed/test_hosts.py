@@ -215,6 +215,66 @@ def test_what_one_process_cannot_read_no_process_resumes_from(tmp_path, command,
     assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
 
 
+# A process that compiles what the other has in its cache, or whose data opens late; Gloo gives up
+# when two processes come to their first collective 30 seconds apart.
+LATE = """
+import os, sys, time
+import jax
+from big_vit import train
+
+compile_step, open_batches = jax.stages.Lowered.compile, train.train_batches
+
+def late(what):
+    if os.environ['JAX_PROCESS_ID'] == '1' and what == sys.argv[1]:
+        time.sleep(35)
+
+def compiled(lowered, *args, **options):
+    late('compile' if 'train_step' in lowered.as_text()[:200] else 'another program')
+    return compile_step(lowered, *args, **options)
+
+def opened(*args):
+    late('data')
+    return open_batches(*args)
+
+jax.stages.Lowered.compile, train.train_batches = compiled, opened
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['compile', 'data'])
+def test_one_that_comes_much_later_to_the_first_step_is_waited_for(tmp_path, command, pair, what):
+    workdir = tmp_path / 'w'
+    began = time.monotonic()
+    run_many([sys.executable, '-c', LATE, what, *map(str, command[1:]), str(workdir)])
+    assert time.monotonic() - began > 35
+    assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
+
+
+# A process that leaves the first collective as Gloo does when its peers do not come.
+UNREACHABLE = """
+import os, sys
+import jax
+from big_vit import train
+
+def lost(*_):
+    raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed: Read timeout')
+
+if os.environ['JAX_PROCESS_ID'] == '0':
+    train.starting_state = lost
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_collective_that_fails_is_a_lost_process_for_all(tmp_path, command):
+    argv = [sys.executable, '-c', UNREACHABLE, *map(str, command[1:]), str(tmp_path / 'w')]
+    with Processes(argv) as processes:
+        lines = ends_alike(processes.wait(90), LOST)
+    for line in lines:
+        assert 'the processes lost each other: UNKNOWN: Gloo all-reduce failed' in line
+        assert 'The same command on all hosts resumes' in line
+
+
 @pytest.mark.slow
 def test_transfer_and_evaluate_as_two_processes(tmp_path, pair):
     init = f'--config.init={pair[0]}'
