@@ -361,7 +361,9 @@ def test_a_launcher_makes_a_secret_of_its_own(stage):
         command = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET"])')
         text = stage.run(LAUNCH / 'slurm.sh', '--dry-run', *command).stdout
         made.add(run_job(stage, text)[1].strip())
-        made.add(tpu(stage, 'install', *TPU, '--dry-run').stdout.split()[-1].strip("'"))
+        made |= set(
+            re.findall(r'\b[0-9a-f]{64}\b', tpu(stage, 'install', *TPU, '--dry-run').stdout)
+        )
     assert len(made) == 6 and all(re.fullmatch('[0-9a-f]{64}', secret) for secret in made)
 
 
