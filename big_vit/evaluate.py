@@ -125,6 +125,7 @@ def _scores(config: Config, load: Callable[[Experiment], Any]) -> dict[str, dict
         sharding.place, load(parts), state.shardings(parts.abstract_state)['params']
     )
     with jax.set_mesh(parts.mesh):
+        hosts.connect(parts.mesh)
         shared: SharedFeatures = {}
         return {name: evaluate(params, shared) for name, evaluate in evaluators.items()}
 

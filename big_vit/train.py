@@ -80,6 +80,7 @@ def run(
     active, dump = jax.process_index() == 0, config.to_dict()
 
     with jax.set_mesh(parts.mesh):
+        hosts.connect(parts.mesh)
         now, origin = starting_state(config, parts, workdir, first)
         start = int(now['step'])
         with (
@@ -171,6 +172,7 @@ def compile_step(
     began = time.perf_counter()
     compiled = train_step.lower(now, abstract_batch(parts)).compile()
     console.say(f'compile {time.perf_counter() - began:.1f}s')
+    hosts.gather('compiled')  # Who had it in its cache waits here, and not in a collective.
     return compiled
 
 

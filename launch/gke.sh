@@ -48,6 +48,8 @@ while [ $# -gt 0 ]; do
   esac
 done
 
+SECRET=${BIG_VIT_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')}
+
 for flag in name image accelerator topology; do
   variable=$(tr a-z- A-Z_ <<< "$flag")
   [ -n "${!variable}" ] || die "--$flag is missing; launch/gke.sh --help says what it is"
@@ -162,6 +164,9 @@ $(words "$@")
               env:
               - name: JAX_COORDINATOR_PORT
                 value: "8476"
+              # Who does not know it cannot join the run.
+              - name: BIG_VIT_SECRET
+                value: $(json "$SECRET")
               resources:
                 requests:
                   google.com/tpu: $CHIPS_PER_HOST

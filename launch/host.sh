@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu.sh runs on every host of a TPU. All of it lies in ~/big_vit:
-#   code/ the commit, venv/ its packages, log what the run printed, run/ pid, command, outcome
+#   code/ the commit, venv/ its packages, log what the run printed, run/ pid, command, outcome,
+#   secret by which the hosts know each other
 set -euo pipefail
 
 ROOT=${BIG_VIT_ROOT:-$HOME/big_vit}
@@ -42,9 +43,9 @@ make_venv() {
   fi
 }
 
-# install COMMIT EXTRA: takes over the code unpacked in code.new; twice is as good as once.
+# install COMMIT EXTRA SECRET: takes over the code unpacked in code.new; twice is as good as once.
 install() {
-  local commit=$1 extra=$2 wanted
+  local commit=$1 extra=$2 secret=$3 wanted
   alive && die 'a run is active; stop it first: launch/tpu.sh kill' 3
   if [ -d "$ROOT/code.new" ]; then
     rm -rf "$ROOT/code"
@@ -58,6 +59,7 @@ install() {
       -r requirements.txt ${extra:+-e ".[$extra]"}
     echo "$wanted" > "$ROOT/venv/installed"
   fi
+  (umask 077 && echo "$secret" > "$ROOT/secret")
   echo "$commit" > "$ROOT/commit"
   echo "$(hostname): commit $commit, $("$ROOT/venv/bin/python" --version)"
 }
@@ -80,6 +82,7 @@ start() {
   export PATH="$ROOT/venv/bin:$PATH"
   # JAX's own default, 8482, is closed between slices by the default firewall.
   export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
+  export BIG_VIT_SECRET_FILE=${BIG_VIT_SECRET_FILE:-$ROOT/secret}
   echo "--- $(date -u +%FT%TZ) $(hostname) commit $(cat "$ROOT/commit"): $words" >> "$ROOT/log"
   setsid "$ROOT/venv/bin/python" launch/babysit --outcome "$RUN/outcome" -- "$@" \
     < /dev/null >> "$ROOT/log" 2>&1 &

@@ -82,6 +82,8 @@ $(for flag in ${PASSED[@]+"${PASSED[@]}"}; do echo "#SBATCH $flag"; done)
 
 END
   cat << 'END'
+# Who does not know it cannot join the run; srun hands it to the tasks.
+export BIG_VIT_SECRET=${BIG_VIT_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')}
 time_is_over= interrupted=
 # Through Slurm: an srun that gets TERM itself kills its tasks before they have saved.
 trap 'interrupted=1; time_is_over=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1

@@ -131,7 +131,9 @@ warm_up() {
 
 # Steps are joined by && because babysit goes on where one fails, and `set -e` then sleeps.
 install() {
-  local commit archive script
+  local commit archive script secret
+  # The same for all hosts: who does not know it cannot join their run.
+  secret=${BIG_VIT_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')}
   commit=$(git -C "$HERE" rev-parse --short=12 --verify --quiet "$COMMIT^{commit}") ||
     die "--commit: $COMMIT is no commit of $HERE"
   if [ "$COMMIT" = HEAD ] && [ -n "$(git -C "$HERE" status --porcelain)" ]; then
@@ -145,7 +147,7 @@ install() {
     call git -C "$HERE" archive --format=tgz "--output=$archive" "$commit" &&
     tpus scp "$archive" "$NAME:big_vit.tgz" --worker=all ${QUEUED:+--node=all} \
       ${INTERNAL_IPS:+--internal-ip} &&
-    at all all bash -c "$script" install "$commit" "$EXTRA"
+    at all all bash -c "$script" install "$commit" "$EXTRA" "$secret"
 }
 
 run() {

@@ -46,6 +46,9 @@ for answer in sorted(here.glob('answer-*')):
 """
 
 
+SECRET = 'secret of the tests 0123456789'
+
+
 class Stage:
     """A PATH with stand-ins that note how they are called."""
 
@@ -61,6 +64,7 @@ class Stage:
             'HOME': str(folder),
             'TMPDIR': str(folder),
             'SSH_AUTH_SOCK': '/nowhere',
+            'BIG_VIT_SECRET': SECRET,
         }
 
     def answer(self, match, *lines):
@@ -331,6 +335,36 @@ def test_the_first_install_unpacks_the_commit_and_the_second_keeps_the_environme
     pips = [x for x in (host.home / 'python').read_text().splitlines() if ' pip ' in f' {x} ']
     assert len(pips) == 1 and pips[0].endswith('-r requirements.txt -e .[tpu]')
     assert (host.root / 'code' / 'big_vit' / 'train.py').exists()
+    secret = host.root / 'secret'
+    assert secret.read_text() == f'{SECRET}\n' and secret.stat().st_mode & 0o777 == 0o600
+
+
+def test_runs_on_hosts_of_every_launcher_know_the_same_secret(stage, host):
+    show = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET_FILE"])')
+    assert on_host(stage, host, 'run', *show).returncode == 0
+    assert host.outcome() == 'done 0'
+    assert f'{host.root}/secret' in (host.root / 'log').read_text().splitlines()
+    *_, pod = jobset(stage, '--topology', '2x4')
+    variables = {item['name']: item['value'] for item in pod['containers'][0]['env']}
+    assert variables['BIG_VIT_SECRET'] == SECRET
+    show = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET"])')
+    text = stage.run(LAUNCH / 'slurm.sh', '--dry-run', *show).stdout
+    assert run_job(stage, text)[1].strip() == SECRET
+
+
+def test_a_launcher_makes_a_secret_of_its_own(stage):
+    made = set()
+    stage.environment.pop('BIG_VIT_SECRET')
+    for _ in range(2):
+        *_, pod = jobset(stage, '--topology', '2x4')
+        made |= {item['value'] for item in pod['containers'][0]['env'][1:]}
+        command = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET"])')
+        text = stage.run(LAUNCH / 'slurm.sh', '--dry-run', *command).stdout
+        made.add(run_job(stage, text)[1].strip())
+        made |= set(
+            re.findall(r'\b[0-9a-f]{64}\b', tpu(stage, 'install', *TPU, '--dry-run').stdout)
+        )
+    assert len(made) == 6 and all(re.fullmatch('[0-9a-f]{64}', secret) for secret in made)
 
 
 # tpu.sh babysit, against answers of gcloud.

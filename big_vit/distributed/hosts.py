@@ -8,7 +8,9 @@ else here does nothing.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import itertools
 import signal
 import socket
 import sys
@@ -20,11 +22,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import big_vit
 from big_vit.distributed import cluster as cluster_lib
 from big_vit.distributed.cluster import Cluster
-from big_vit.distributed.roll_call import answer_roll, call_roll, listed_processes, timeout_seconds
+from big_vit.distributed.roll_call import (
+    answer_roll,
+    bind_address,
+    call_roll,
+    listed_processes,
+    timeout_seconds,
+)
 from big_vit.distributed.watchdog import Watch
+from big_vit.distributed.wire import run_secret
 from big_vit.errors import UserError
 
 
@@ -82,7 +93,7 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
         return
     mine = {'hostname': socket.gethostname(), **versions(), **facts}
     call = call_roll if cluster.process == 0 else answer_roll
-    roll = call(cluster, mine, timeout_seconds('BIG_VIT_START_TIMEOUT'))
+    roll = call(cluster, mine, timeout_seconds('BIG_VIT_START_TIMEOUT'), run_secret())
     import jax
 
     watch = _watch = Watch(cluster, roll)
@@ -96,6 +107,7 @@ def session(mode: str, facts: dict[str, str]) -> Iterator[None]:
             cluster.process,
             cluster.local_devices,
             cluster_detection_method='deactivate',
+            coordinator_bind_address=bind_address(cluster.address),
             initialization_timeout=int(timeout_seconds('BIG_VIT_START_TIMEOUT')) + 60,
         )
         lines = _host_lines(cluster, roll.names, mine)
@@ -140,6 +152,39 @@ def _active_watch() -> Watch | None:
     if _watch is None and jax.process_count() > 1:
         raise UserError('several processes must be started by hosts.session')
     return _watch
+
+
+def connect(mesh: Any) -> None:
+    """Opens the connections between the devices of a mesh, while all processes wait for it.
+
+    XLA opens them at the first collective of each group of devices, and Gloo gives up if a process
+    comes 30 seconds after another: as long as one compiles what the other has in its cache, or
+    opens its data. Here nobody is late; a later wait is limited by BIG_VIT_STEP_TIMEOUT alone.
+    """
+    watch = _active_watch()
+    if watch is None:
+        return
+    import jax
+
+    axes = tuple(name for name, size in mesh.shape.items() if size > 1)
+    groups = [
+        group for count in range(len(axes)) for group in itertools.combinations(axes, count + 1)
+    ]
+    spec = jax.sharding.PartitionSpec(*axes)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def sums(ones: Any) -> Any:
+        return sum(jax.lax.psum(ones, group) / len(groups) + 0 * ones for group in groups)
+
+    place = jax.sharding.NamedSharding(mesh, spec)
+    shape = tuple(mesh.shape[name] for name in axes)
+    ones = jax.make_array_from_callback(
+        shape, place, lambda _: np.ones((1,) * len(axes), np.float32)
+    )
+    compiled = sums.lower(ones).compile()
+    watch.gather('compiled')
+    jax.block_until_ready(compiled(ones))
 
 
 def progress(step: int) -> None:

@@ -1,18 +1,24 @@
-"""Start-up handshake: processes find each other and compare themselves before JAX connects."""
+"""Start-up handshake: processes find each other and compare themselves before JAX connects.
+
+Anyone may reach the port of process 0. A process proves that it belongs to the run by a hash of two
+random numbers, one from each side, keyed by the secret of the run. Who does not is closed, and can
+do nothing else. Without a secret the hash only shows who speaks this protocol.
+"""
 
 import contextlib
-import json
+import hmac
+import ipaddress
 import os
-import selectors
+import secrets
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from big_vit.distributed.cluster import Cluster
-from big_vit.errors import UserError
+from big_vit.distributed.wire import Wire, proof_of, readable
+from big_vit.errors import UserError, printable
 
 # EX_TEMPFAIL of sysexits.h: the same command, started again on all hosts, resumes.
 LOST = 75
@@ -27,8 +33,9 @@ TIMEOUTS = {
 }
 
 
-# A longer line than this comes from something that does not speak this protocol.
-_MAX_MESSAGE = 1 << 20
+# Connections that have proven nothing yet: so many, and for so many seconds.
+_MAX_STRANGERS = 256
+_STRANGER_S = 10.0
 
 # Seconds between two status lines while waiting for other processes.
 _ANNOUNCE_EVERY_S = 10.0
@@ -44,48 +51,6 @@ def timeout_seconds(name: str) -> float:
     if not 0 < seconds < 1e9:
         raise UserError(f'{name}={text} is not a number of seconds above 0')
     return seconds
-
-
-class Wire:
-    """A socket that carries JSON objects, one per line; all failures are OSErrors."""
-
-    def __init__(self, sock: socket.socket):
-        sock.settimeout(5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._rest, self._lock = sock, b'', threading.Lock()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def send(self, **message: Any) -> None:
-        """Sends one message; safe to call from several threads."""
-        with self._lock:
-            self._socket.sendall(json.dumps(message).encode() + b'\n')
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Returns complete messages that have arrived; blocks up to 5 seconds for data."""
-        data = self._socket.recv(1 << 16)
-        *lines, self._rest = (self._rest + data).split(b'\n')
-        if not data or len(self._rest) > _MAX_MESSAGE:
-            raise ConnectionError('closed')
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            raise ConnectionError('not big_vit') from None
-        if not all(isinstance(message, dict) for message in messages):
-            raise ConnectionError('not big_vit')
-        return messages
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def readable(wires: Iterable[Any], timeout: float) -> list[Any]:
-    """Waits up to `timeout` seconds and returns the wires with data to read."""
-    with selectors.DefaultSelector() as selector:
-        for wire in wires:
-            selector.register(wire, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(timeout)]
 
 
 def listed_processes(names: list[str], processes: Iterable[int]) -> str:
@@ -112,7 +77,7 @@ def difference(facts: list[dict[str, str]]) -> str | None:
             differences.append(f'{key} is {other} on {who} and {usual} on the others')
     if not differences:
         return None
-    return f'the processes of this run are not alike: {"; ".join(differences)}'
+    return printable(f'the processes of this run are not alike: {"; ".join(differences)}')
 
 
 def _endpoint(address: str) -> tuple[str, int]:
@@ -120,9 +85,27 @@ def _endpoint(address: str) -> tuple[str, int]:
     return host.strip('[]'), int(port)
 
 
+def bind_address(address: str) -> str:
+    """Returns the host:port at which process 0 listens, given the address that others use.
+
+    That is JAX_COORDINATOR_BIND_ADDRESS if set, and the address itself where it is a number of this
+    machine or `localhost`. Another name may mean another interface on each host, and a number may
+    be translated on the way: process 0 then listens on all interfaces, as JAX does.
+    """
+    if bind := os.environ.get('JAX_COORDINATOR_BIND_ADDRESS'):
+        return bind
+    host, port = _endpoint(address)
+    host = '127.0.0.1' if host == 'localhost' else host
+    try:
+        six = ipaddress.ip_address(host).version == 6
+        with socket.create_server((host, 0), family=socket.AF_INET6 if six else socket.AF_INET):
+            return f'[{host}]:{port}' if six else f'{host}:{port}'
+    except (ValueError, OSError):
+        return f'[::]:{port}'
+
+
 def _listen(address: str) -> socket.socket:
-    bind = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
-    host, port = _endpoint(bind or f'[::]:{_endpoint(address)[1]}')
+    host, port = _endpoint(bind_address(address))
     if host in ('', '::') and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # IPv6 may be off.
             return socket.create_server(
@@ -147,24 +130,15 @@ def _announce(cluster: Cluster, text: str) -> None:
     print(f'process {cluster.process} of {cluster.processes} ({name}) {text}', flush=True)
 
 
-def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll':
-    """Runs in process 0: waits until all others have reported, and compares them.
-
-    Raises:
-      UserError: a process is missing or differs; all that are connected get the same message.
-    """
-    began = last_announced = time.monotonic()
-    others = range(1, cluster.processes)
-    _announce(
-        cluster, f'waits for the {len(others)} other(s) at {cluster.address}, up to {seconds:g} s'
-    )
+def _open_server(cluster: Cluster, deadline: float) -> socket.socket:
+    """Listens at the address of process 0, once it is free; UserError after the deadline."""
+    last_announced = time.monotonic()
     while True:
         try:
-            server = _listen(cluster.address)
-            break
+            return _listen(cluster.address)
         except OSError as error:
             # A run that has just ended may hold the port for a moment.
-            if time.monotonic() - began > seconds:
+            if time.monotonic() > deadline:
                 raise UserError(
                     f'process 0 cannot listen at {cluster.address}: {error.strerror}. Does '
                     'another run use that port? JAX_COORDINATOR_PORT is another'
@@ -173,73 +147,230 @@ def call_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll'
                 last_announced = time.monotonic()
                 _announce(cluster, f'cannot listen at {cluster.address} yet: {error.strerror}')
             time.sleep(0.5)
-    known: dict[int, dict[str, str]] = {0: facts}
-    wires: dict[int, Wire] = {}
-    strangers: list[Wire] = []
 
-    def refuse(message: str) -> NoReturn:
-        for wire in wires.values():
+
+class _Stranger(NamedTuple):
+    """A connection that has not proven to belong to the run, open since a monotonic time."""
+
+    wire: Wire
+    address: str
+    nonce: str
+    since: float
+
+
+class _Hello(NamedTuple):
+    """The first message of another process, proven to come from one that knows the secret."""
+
+    process: int
+    processes: int
+    facts: dict[str, str]
+    nonce: str
+
+
+def _read_hello(stranger: _Stranger, secret: bytes) -> _Hello | None:
+    """Reads the first message of a connection, None while it is incomplete.
+
+    Raises:
+      ConnectionError: it is no such message, or does not prove that it belongs to the run.
+    """
+    messages = stranger.wire.receive()
+    if not messages:
+        return None
+    message = messages[0]
+    facts, nonce, proof = (message.get(key) for key in ('facts', 'nonce', 'proof'))
+    process, processes = (message.get(key) for key in ('process', 'processes'))
+    # JSON also has 1e999 and numbers of any length.
+    if not isinstance(process, int) or not isinstance(processes, int):
+        raise ConnectionError('not big_vit')
+    if not (isinstance(facts, dict) and isinstance(nonce, str) and isinstance(proof, str)):
+        raise ConnectionError('not big_vit')
+    if not all(isinstance(fact, str) for fact in facts.values()) or 'hostname' not in facts:
+        raise ConnectionError('not big_vit')
+    expected = proof_of(secret, 'joins', (stranger.nonce, nonce))
+    if not hmac.compare_digest(expected.encode(), proof.encode()):
+        stranger.wire.send(unknown=True)
+        raise ConnectionError('does not know the secret of this run')
+    return _Hello(process, processes, facts, nonce)
+
+
+class _Reception:
+    """Process 0 at the start: connections that others open, and the processes they turn out to be.
+
+    Attributes:
+      known: facts by process.
+      wires: connection by process.
+    """
+
+    def __init__(self, cluster: Cluster, facts: dict[str, str], secret: bytes):
+        self._cluster, self._secret = cluster, secret
+        self.known: dict[int, dict[str, str]] = {0: facts}
+        self.wires: dict[int, Wire] = {}
+        self._strangers: list[_Stranger] = []
+
+    def missing(self) -> list[int]:
+        return [p for p in range(1, self._cluster.processes) if p not in self.wires]
+
+    def receive(self, server: socket.socket, timeout: float) -> None:
+        """Handles what arrives within `timeout` seconds, and forgets who has left."""
+        wires = [*self.wires.values(), *(stranger.wire for stranger in self._strangers)]
+        ready = readable([*wires, server], timeout)
+        for process, wire in list(self.wires.items()):
+            if wire in ready:  # No message is due now, so this is the end of the connection.
+                self.wires.pop(process).close()
+                self.known.pop(process)
+        now = time.monotonic()
+        for stranger in list(self._strangers):
+            if stranger.wire in ready:
+                self._greet(stranger)
+            elif now - stranger.since > _STRANGER_S:
+                self._close(stranger)
+        if server in ready:
             with contextlib.suppress(OSError):
-                wire.send(refused=message)
+                sock, address = server.accept()
+                wire, nonce = Wire(sock), secrets.token_hex(16)
+                self._strangers.append(_Stranger(wire, printable(str(address[0])), nonce, now))
+                wire.send(big_vit=1, nonce=nonce)
+        # The oldest goes: one of ours answers within milliseconds, and tries again.
+        for stranger in self._strangers[: -_MAX_STRANGERS - self._cluster.processes]:
+            self._close(stranger)
+
+    def _close(self, stranger: _Stranger) -> None:
+        self._strangers.remove(stranger)
+        stranger.wire.close()
+
+    def _greet(self, stranger: _Stranger) -> None:
+        """Admits a process of this run; closes anything else, such as a health check."""
+        try:
+            hello = _read_hello(stranger, self._secret)
+            if hello is None:
+                return
+            proof = proof_of(self._secret, 'admits', (stranger.nonce, hello.nonce))
+            stranger.wire.send(proof=proof)
+        except OSError as error:
+            if 'secret' in str(error):
+                _announce(self._cluster, f'closed a connection from {stranger.address}: it {error}')
+            self._close(stranger)
+            return
+        if problem := self._contradiction(hello):
+            if self._secret:
+                # One of ours for certain, and it can never fit: nobody needs to wait for it.
+                self._strangers.remove(stranger)
+                self.wires[-1] = stranger.wire  # Of no process, so that `refuse` reaches it too.
+                self.refuse(problem)
+            _announce(self._cluster, f'closed a connection from {stranger.address}: {problem}')
+            with contextlib.suppress(OSError):
+                stranger.wire.send(refused=problem)
+            self._close(stranger)
+            return
+        self._strangers.remove(stranger)
+        stranger.wire.trust()
+        self.wires[hello.process], self.known[hello.process] = stranger.wire, hello.facts
+
+    def _contradiction(self, hello: _Hello) -> str | None:
+        """Describes how a process cannot be one of this run; None if it can."""
+        processes, here = self._cluster.processes, hello.process in self.wires
+        if hello.processes == processes and 0 < hello.process < processes and not here:
+            return None
+        return (
+            f'a process on {printable(hello.facts["hostname"])[:100]} says it is process '
+            f'{hello.process:.10g} of {hello.processes:.10g}, but here there are {processes}'
+            + (' and that one is here already' if here else '')
+        )
+
+    def tell(self, **message: Any) -> None:
+        """Sends a message to all processes that are here."""
+        for wire in self.wires.values():
+            with contextlib.suppress(OSError):  # The watch will notice if it is gone.
+                wire.send(**message)
+
+    def refuse(self, message: str) -> NoReturn:
+        """Ends this process and all that are here with the same message."""
+        self.tell(refused=message)
         time.sleep(0.5)  # Closing at once could drop messages that are still in flight.
-        for wire in [*wires.values(), *strangers]:
+        for wire in self.wires.values():
             wire.close()
+        self.close_strangers()
         raise UserError(message)
 
-    with server:
-        while len(wires) < len(others):
-            ready = readable([*wires.values(), *strangers, server], 0.5)
-            for process, wire in list(wires.items()):
-                if wire in ready:  # No message is due now, so this is the end of the connection.
-                    wires.pop(process).close()
-                    known.pop(process)
-            for wire in [x for x in strangers if x in ready]:
-                strangers.remove(wire)
-                try:
-                    (hello,) = wire.receive()
-                    process, count = int(hello['process']), int(hello['processes'])
-                    theirs = {str(k): str(v) for k, v in hello['facts'].items()}
-                except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                    wire.close()  # A health check, a port scan, or half a message.
-                    continue
-                if count != cluster.processes or process not in others or process in wires:
-                    wires[-1] = wire  # Under a key of no process, so that `refuse` reaches it too.
-                    refuse(
-                        f'a process on {theirs.get("hostname")} says it is process {process} of '
-                        f'{count}, but here there are {cluster.processes}'
-                        + (' and that one is here already' if process in wires else '')
-                    )
-                wires[process], known[process] = wire, theirs
-            if server in ready:
-                with contextlib.suppress(OSError):
-                    strangers.append(Wire(server.accept()[0]))
-            missing = [p for p in others if p not in wires]
+    def close_strangers(self) -> None:
+        for stranger in list(self._strangers):
+            self._close(stranger)
+
+
+def call_roll(
+    cluster: Cluster, facts: dict[str, str], seconds: float, secret: bytes = b''
+) -> 'Roll':
+    """Runs in process 0: waits until all others have reported, and compares them.
+
+    Raises:
+      UserError: a process is missing or differs; all that are connected get the same message.
+    """
+    began = last_announced = time.monotonic()
+    address, others = cluster.address, cluster.processes - 1
+    _announce(cluster, f'waits for the {others} other(s) at {address}, up to {seconds:g} s')
+    with _open_server(cluster, began + seconds) as server:
+        reception = _Reception(cluster, facts, secret)
+        while missing := reception.missing():
+            reception.receive(server, 0.5)
             numbers = ', '.join(map(str, missing[:16])) + (', ...' if len(missing) > 16 else '')
             now = time.monotonic()
-            if missing and now - began > seconds:
-                refuse(
+            if now - began > seconds and reception.missing():
+                reception.refuse(
                     f'after {seconds:g} s process(es) {numbers} of {cluster.processes} have not '
-                    f'reached process 0 at {cluster.address}. {_hint(cluster)}'
+                    f'reached process 0 at {address}. {_hint(cluster)}'
                 )
-            if missing and now - last_announced >= _ANNOUNCE_EVERY_S:
+            if now - last_announced >= _ANNOUNCE_EVERY_S:
                 last_announced = now
                 _announce(cluster, f'still waits for process(es) {numbers}')
-                for wire in wires.values():
-                    with contextlib.suppress(OSError):
-                        wire.send(missing=numbers)
-        for stranger in strangers:
-            stranger.close()
-        ordered = [known[p] for p in range(cluster.processes)]
+                reception.tell(missing=numbers)
+        reception.close_strangers()
+        ordered = [reception.known[p] for p in range(cluster.processes)]
         if problem := difference(ordered):
-            refuse(problem)
-    names = [process_facts['hostname'] for process_facts in ordered]
-    for wire in wires.values():
-        with contextlib.suppress(OSError):  # The watch will notice if it is gone.
-            wire.send(names=names)
-    return Roll(names, wires)
+            reception.refuse(problem)
+    names = [printable(process_facts['hostname']) for process_facts in ordered]
+    reception.tell(names=names)
+    return Roll(names, reception.wires)
 
 
-def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Roll':
+def _join(
+    cluster: Cluster, facts: dict[str, str], secret: bytes
+) -> tuple[Wire, list[dict[str, Any]]]:
+    """Connects to process 0; each proves to the other that it belongs to the run.
+
+    Returns:
+      The connection, and the messages that came right behind the proof.
+
+    Raises:
+      OSError: nothing listens there, or it is not process 0 of this run.
+    """
+    wire = Wire(socket.create_connection(_endpoint(cluster.address), timeout=5))
+    try:
+        nonce, theirs = secrets.token_hex(16), str(wire.await_messages()[0].get('nonce'))
+        proof = proof_of(secret, 'joins', (theirs, nonce))
+        about = {'process': cluster.process, 'processes': cluster.processes, 'facts': facts}
+        wire.send(**about, nonce=nonce, proof=proof)
+        answer, *rest = wire.await_messages()
+        expected = proof_of(secret, 'admits', (theirs, nonce))
+        if not hmac.compare_digest(expected.encode(), str(answer.get('proof')).encode()):
+            raise ConnectionError('unknown' if 'unknown' in answer else 'not big_vit')
+    except BaseException:
+        wire.close()
+        raise
+    wire.trust()
+    return wire, rest
+
+
+_REASONS = {
+    'closed': 'process 0 went away',
+    'not big_vit': 'another program listens there',
+    'silent': 'process 0 is there but says nothing yet',
+    'unknown': 'its secret is another one (BIG_VIT_SECRET, BIG_VIT_SECRET_FILE)',
+}
+
+
+def answer_roll(
+    cluster: Cluster, facts: dict[str, str], seconds: float, secret: bytes = b''
+) -> 'Roll':
     """Runs in the other processes: reports to process 0 and waits for its verdict.
 
     Raises:
@@ -252,33 +383,29 @@ def answer_roll(cluster: Cluster, facts: dict[str, str], seconds: float) -> 'Rol
     try:
         # Five seconds longer than process 0, which gives up first and can say why.
         while time.monotonic() - began < seconds + (5 if wire else 0):
-            if wire is None:
-                try:
-                    wire = Wire(socket.create_connection(_endpoint(cluster.address), timeout=5))
-                    wire.send(process=cluster.process, processes=cluster.processes, facts=facts)
-                    why = 'process 0 is there but says nothing yet'
-                except OSError as error:
-                    wire, why = None, f'nothing answers there yet ({error.strerror or error})'
-                    time.sleep(0.2)
-            elif readable([wire], 0.5):
-                try:
+            try:
+                messages: list[dict[str, Any]] = []
+                if wire is None:
+                    wire, messages = _join(cluster, facts, secret)
+                    why = _REASONS['silent']
+                elif readable([wire], 0.5):
                     messages = wire.receive()
-                except OSError as error:
-                    # This may also be the coordinator of an earlier run, which is about to end.
-                    closed = str(error) != 'not big_vit'
-                    why = 'process 0 went away' if closed else 'another program listens there'
-                    wire.close()
-                    wire = None
-                    time.sleep(0.5)
-                    continue
                 for message in messages:
                     if 'refused' in message:
                         raise UserError(str(message['refused']))
                     if 'names' in message:
                         joined, wire = wire, None
-                        return Roll([str(name) for name in message['names']], {0: joined})
+                        return Roll([printable(str(n)) for n in message['names']], {0: joined})
                     if 'missing' in message:
                         why = f'process 0 still waits for process(es) {message["missing"]}'
+            except OSError as error:
+                # This may also be the coordinator of an earlier run, which is about to end.
+                text = error.strerror or str(error)
+                why = _REASONS.get(text, f'nothing answers there yet ({text})')
+                if wire is not None:
+                    wire.close()
+                wire = None
+                time.sleep(0.2)
             if time.monotonic() - last_announced >= _ANNOUNCE_EVERY_S:
                 last_announced = time.monotonic()
                 _announce(cluster, f'waits: {why}')

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import sys
 import threading
 import time
@@ -16,10 +17,28 @@ from big_vit.distributed.roll_call import (
     TIMEOUTS,
     Roll,
     listed_processes,
-    readable,
     timeout_seconds,
 )
-from big_vit.errors import UserError
+from big_vit.distributed.wire import readable
+from big_vit.errors import UserError, printable
+
+# How XLA and its libraries say that a peer, or JAX's service in process 0, cannot be reached.
+_UNREACHABLE = re.compile(
+    r'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl', re.IGNORECASE
+)
+_OF_THIS_PROCESS = re.compile(r'RESOURCE_EXHAUSTED|INVALID_ARGUMENT|out of memory', re.IGNORECASE)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error of JAX is how the loss of another process looks from this one."""
+    import jax
+
+    text = str(error)
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and bool(_UNREACHABLE.search(text))
+        and not _OF_THIS_PROCESS.search(text)
+    )
 
 
 class Watch:
@@ -99,6 +118,8 @@ class Watch:
                     if self._closed:
                         return
                     self.end(LOST, f'{self._label(process)} is gone: its connection broke')
+                except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+                    self.end(LOST, f'{self._label(process)} sent what no big_vit sends')
                 self._heard[process] = time.monotonic()
             now = time.monotonic()
             if now - last_round > 5:
@@ -191,7 +212,7 @@ class Watch:
         if sys.stdout.isatty():
             print('\x1b[?25h', end='')  # A progress bar hides the cursor.
         sys.stdout.flush()
-        line = f'error: {why}{self._resume_hint() if status == LOST else ""}\n'
+        line = f'error: {printable(why)}{self._resume_hint() if status == LOST else ""}\n'
         sys.stderr.flush()
         real = os.dup(2)
         if status == LOST:
@@ -219,6 +240,9 @@ class Watch:
             self.end(130, 'interrupted', local=True)
         if isinstance(error, UserError):
             self.end(2, str(error), local=True)
+        if lost := next((link for link in causes if is_lost_peer(link)), None):
+            reason = ' '.join(str(lost).split())[:300]
+            self.end(LOST, f'the processes lost each other: {reason}', local=True)
         traceback.print_exception(error)
         reason = ' '.join(str(error).split())[:300]
         self.end(1, f'{type(error).__name__}: {reason}', local=True)

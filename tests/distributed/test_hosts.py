@@ -1,5 +1,6 @@
 """Runs of several real processes: the same numbers, and a clear end whatever is lost."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -11,6 +12,8 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, Processes, error_line, free_port, run, run_many
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_train import hashes, rows_without_timing
 
 from big_vit import checkpoint, metrics
@@ -20,10 +23,12 @@ from big_vit.distributed.roll_call import (
     LOST,
     Roll,
     answer_roll,
+    bind_address,
     call_roll,
     difference,
     timeout_seconds,
 )
+from big_vit.distributed.wire import run_secret
 from big_vit.errors import UserError
 
 TOTAL = 40
@@ -210,6 +215,66 @@ def test_what_one_process_cannot_read_no_process_resumes_from(tmp_path, command,
     assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
 
 
+# A process that compiles what the other has in its cache, or whose data opens late; Gloo gives up
+# when two processes come to their first collective 30 seconds apart.
+LATE = """
+import os, sys, time
+import jax
+from big_vit import train
+
+compile_step, open_batches = jax.stages.Lowered.compile, train.train_batches
+
+def late(what):
+    if os.environ['JAX_PROCESS_ID'] == '1' and what == sys.argv[1]:
+        time.sleep(35)
+
+def compiled(lowered, *args, **options):
+    late('compile' if 'train_step' in lowered.as_text()[:200] else 'another program')
+    return compile_step(lowered, *args, **options)
+
+def opened(*args):
+    late('data')
+    return open_batches(*args)
+
+jax.stages.Lowered.compile, train.train_batches = compiled, opened
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['compile', 'data'])
+def test_one_that_comes_much_later_to_the_first_step_is_waited_for(tmp_path, command, pair, what):
+    workdir = tmp_path / 'w'
+    began = time.monotonic()
+    run_many([sys.executable, '-c', LATE, what, *map(str, command[1:]), str(workdir)])
+    assert time.monotonic() - began > 35
+    assert hashes(workdir, TOTAL) == hashes(pair[0], TOTAL)
+
+
+# A process that leaves the first collective as Gloo does when its peers do not come.
+UNREACHABLE = """
+import os, sys
+import jax
+from big_vit import train
+
+def lost(*_):
+    raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed: Read timeout')
+
+if os.environ['JAX_PROCESS_ID'] == '0':
+    train.starting_state = lost
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_collective_that_fails_is_a_lost_process_for_all(tmp_path, command):
+    argv = [sys.executable, '-c', UNREACHABLE, *map(str, command[1:]), str(tmp_path / 'w')]
+    with Processes(argv) as processes:
+        lines = ends_alike(processes.wait(90), LOST)
+    for line in lines:
+        assert 'the processes lost each other: UNKNOWN: Gloo all-reduce failed' in line
+        assert 'The same command on all hosts resumes' in line
+
+
 @pytest.mark.slow
 def test_transfer_and_evaluate_as_two_processes(tmp_path, pair):
     init = f'--config.init={pair[0]}'
@@ -379,7 +444,10 @@ def test_a_bug_in_one_process_shows_its_traceback_there_and_one_line_elsewhere()
 # In threads of this process.
 
 
-def rolls(*members, seconds=10, before=None):
+SECRET = b'0123456789abcdef'
+
+
+def rolls(*members, seconds=10, before=None, secrets=()):
     """What each (process, processes, facts) of a roll call gets: a Roll or an error."""
     address = f'localhost:{free_port()}'
     results = [None] * len(members)
@@ -388,7 +456,8 @@ def rolls(*members, seconds=10, before=None):
         place = Cluster('test', address, processes, process)
         call = answer_roll if process else call_roll
         try:
-            results[slot] = call(place, {'hostname': f'h{slot}', **facts}, seconds)
+            secret = secrets[slot] if secrets else b''
+            results[slot] = call(place, {'hostname': f'h{slot}', **facts}, seconds, secret)
         except UserError as error:
             results[slot] = str(error)
 
@@ -415,36 +484,178 @@ def test_a_roll_call_gives_all_the_names_of_all():
     assert sorted(found[0].wires) == [1, 2] and sorted(found[2].wires) == [0]
 
 
-def test_strangers_at_the_port_do_no_harm():
+def connected(port):
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(('localhost', port), 1)
+        time.sleep(0.05)
+    raise AssertionError('nothing listens')
+
+
+def closed(stranger):
+    """Whether the other side closes this connection within five seconds."""
+    stranger.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        while stranger.recv(1 << 16):
+            pass
+    return True
+
+
+def hello(process, processes, *, proof='00', facts=None):
+    facts = facts or {'hostname': 'old'}
+    said = {'process': process, 'processes': processes, 'facts': facts}
+    return json.dumps({**said, 'nonce': '11', 'proof': proof}).encode() + b'\n'
+
+
+STRANGE = (
+    b'GET / HTTP/1.1\r\n\r\n',
+    b'[]\n',
+    b'{"process": 1}\n',
+    b'\xff\n',
+    b'{"process": Infinity}\n',
+    b'[' * 60_000 + b'\n',
+    b'{"a":' * 20_000 + b'\n',
+    b'x' * 70_000,
+    b'1' * 65_000 + b'\n',
+    b'null\n',
+    hello(1, 3),
+    hello(1, 99),
+    hello(True, 3.0),
+    hello(1e999, float('nan')),
+    hello(10**300, 3),
+    hello(1, 3, facts={'hostname': 5}),
+    hello(1, 3, facts={'hostname': '\x1b[2J'}),
+    hello(1, 3, proof=None),
+    hello(1, 3, proof='\u2603'),
+)
+
+
+@pytest.mark.parametrize('secret', [b'', SECRET], ids=['open', 'secret'])
+def test_strangers_at_the_port_are_closed_and_can_do_nothing_else(secret, capfd):
     def knock(port):
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            try:
-                first = socket.create_connection(('localhost', port), 1)
-                break
-            except OSError:
-                time.sleep(0.05)
-        first.close()
-        for data in (b'GET / HTTP/1.1\r\n\r\n', b'[]\n', b'{"process": 1}\n', b'\xff\n'):
-            with socket.create_connection(('localhost', port), 1) as stranger:
-                stranger.sendall(data)
-        self_closing = socket.create_connection(('localhost', port), 1)
-        self_closing.sendall(b'{"process": 1, "processes": 3, "facts": {"hostname": "old"}}\n')
-        time.sleep(1)
-        self_closing.close()
+        connected(port).close()
+        for data in STRANGE:
+            with connected(port) as stranger:
+                with contextlib.suppress(ConnectionError):
+                    stranger.sendall(data)
+                assert closed(stranger), data
+        silent.extend(connected(port) for _ in range(300))
 
-    found = rolls(*((process, 3, {}) for process in range(3)), before=knock)
+    silent = []
+    members = ((process, 3, {}) for process in range(3))
+    found = rolls(*members, before=knock, secrets=[secret] * 3)
     assert [roll.names for roll in found] == [['h0', 'h1', 'h2']] * 3
+    assert len(silent) == 300 and all(closed(stranger) for stranger in silent)
+    for stranger in silent:
+        stranger.close()
+    assert '\x1b' not in capfd.readouterr().out
 
 
-def test_two_that_say_they_are_the_same_process_are_an_error_for_all():
-    found = rolls((0, 3, {}), (1, 3, {}), (1, 3, {}))
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_bytes_of_a_stranger_end_the_run(data):
+    parts = st.sampled_from(STRANGE) | st.binary(max_size=200)
+    damaged = [data.draw(parts)[: data.draw(st.integers(0, 300))] for _ in range(5)]
+
+    def knock(port):
+        for piece in damaged:
+            with connected(port) as stranger, contextlib.suppress(ConnectionError):
+                stranger.sendall(piece)
+
+    found = rolls((0, 2, {}), (1, 2, {}), before=knock)
+    assert [roll.names for roll in found] == [['h0', 'h1']] * 2
+
+
+def test_who_knows_another_secret_or_none_is_kept_out_and_told_so(capfd):
+    members = ((0, 2, {}), (1, 2, {}), (1, 2, {}), (1, 2, {}))
+    secrets = [SECRET, b'', b'another secret of a run', SECRET]
+    found = rolls(*members, seconds=3, secrets=secrets)
+    assert found[0].names == found[3].names == ['h0', 'h3']
+    for error in found[1:3]:
+        assert 'could not join in 3 s' in error
+    assert 'does not know the secret of this run' in capfd.readouterr().out
+
+
+def test_a_secret_that_only_the_others_know_is_named():
+    first, second = rolls((0, 2, {}), (1, 2, {}), seconds=2, secrets=[SECRET, b''])
+    assert 'process(es) 1 of 2 have not reached process 0' in first
+    assert 'its secret is another one (BIG_VIT_SECRET, BIG_VIT_SECRET_FILE)' in second
+
+
+def test_process_0_without_the_secret_is_not_believed():
+    """It cannot end, rename or feed the others: they take no message before its proof."""
+    first, second = rolls((0, 2, {}), (1, 2, {}), seconds=2, secrets=[b'', SECRET])
+    assert isinstance(first, str) and 'could not join' in second
+
+
+def test_a_hello_that_arrives_in_pieces_is_read(monkeypatch):
+    whole = socket.socket.sendall
+
+    def slowly(sock, data):
+        for part in (data[:30], data[30:]):
+            whole(sock, part)
+            time.sleep(0.3)
+
+    monkeypatch.setattr('socket.socket.sendall', slowly)
+    found = rolls((0, 2, {}), (1, 2, {}), secrets=[SECRET] * 2)
+    assert [roll.names for roll in found] == [['h0', 'h1']] * 2
+
+
+def test_two_that_prove_to_be_the_same_process_are_an_error_for_all():
+    found = rolls((0, 3, {}), (1, 3, {}), (1, 3, {}), secrets=[SECRET] * 3)
     assert all('says it is process 1 of 3' in x and 'is here already' in x for x in found)
 
 
-def test_another_number_of_processes_is_an_error_for_all():
-    found = rolls((0, 2, {}), (1, 3, {}))
+def test_another_number_of_processes_with_proof_is_an_error_for_all():
+    found = rolls((0, 2, {}), (1, 3, {}), secrets=[SECRET] * 2)
     assert all('says it is process 1 of 3, but here there are 2' in x for x in found)
+
+
+def test_without_a_secret_a_wrong_number_ends_only_who_says_it(capfd):
+    def miscount(port):
+        connected(port).close()
+        wrong = Cluster('test', f'localhost:{port}', 3, 1)
+        with pytest.raises(UserError, match='process 1 of 3, but here there are 2'):
+            answer_roll(wrong, {'hostname': 'h9'}, 10)
+
+    found = rolls((0, 2, {}), (1, 2, {}), before=miscount)
+    assert [roll.names for roll in found] == [['h0', 'h1']] * 2
+    assert 'a process on h9 says it is process 1 of 3' in capfd.readouterr().out
+
+
+def test_the_secret_is_in_a_variable_or_a_file_and_long(monkeypatch, tmp_path):
+    assert run_secret() == b''
+    file = tmp_path / 'secret'
+    monkeypatch.setenv('BIG_VIT_SECRET_FILE', str(file))
+    with pytest.raises(UserError, match=r'secret: No such file .*`openssl rand -hex 32`'):
+        run_secret()
+    file.write_text('\n')
+    with pytest.raises(UserError, match='at least 16 characters'):
+        run_secret()
+    file.write_text('0123456789abcdef\n')
+    assert run_secret() == SECRET
+    monkeypatch.setenv('BIG_VIT_SECRET', 'short')
+    with pytest.raises(UserError, match='BIG_VIT_SECRET: a secret has at least 16'):
+        run_secret()
+
+
+@pytest.mark.parametrize(
+    ('address', 'bound'),
+    [
+        ('localhost:77', '127.0.0.1:77'),
+        ('127.0.0.1:77', '127.0.0.1:77'),
+        ('[::1]:77', '[::1]:77'),
+        # Numbers that are translated on the way, and names, which may differ from host to host.
+        ('203.0.113.7:77', '[::]:77'),
+        ('host.example:77', '[::]:77'),
+    ],
+)
+def test_process_0_listens_where_the_address_says(monkeypatch, address, bound):
+    assert bind_address(address) == bound
+    monkeypatch.setenv('JAX_COORDINATOR_BIND_ADDRESS', '0.0.0.0:5')
+    assert bind_address(address) == '0.0.0.0:5'
 
 
 def test_differences_name_the_few_and_not_the_many():
