@@ -218,7 +218,7 @@ def swept(path: str) -> str:
     if not results:
         return ''
     named = {start: study.STARTS[start] for start in results}
-    metric = next((key for key in rows[0] if key.endswith('/top1')), None)
+    metric = next((key for row in rows[:1] for key in row if key.endswith('/top1')), None)
     body = html_pages.heading('Test, scored once')
     body += html_pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
     if metric and all(row.get(metric) is not None for row in rows):

@@ -251,3 +251,11 @@ def test_a_model_of_words_has_all_but_pictures(tmp_path):
     page = Page(report.document(str(tmp_path / 'w')))
     assert 'Examples are no pictures' in page.text
     assert 'An example is 64 tokens' in page.text and 'its model reads tokens' in page.text
+
+
+def test_a_study_whose_rows_are_lost_shows_its_test(tmp_path):
+    scores = {'setting': {'lr': 0.01}, 'tests': [0.5], 'mean': 0.5, 'error': None}
+    scores |= {'sampling_error': 0.1, 'loss': 1.0, 'count': 25}
+    (tmp_path / 'test.json').write_text(json.dumps({'control': scores}))
+    page = report.swept(str(tmp_path))
+    assert '50.00%' in page and 'Validation, * is what it chose' not in page
