@@ -15,13 +15,15 @@ import importlib.util
 import inspect
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from big_vit.config.fields import check_text
 from big_vit.config.old_names import comparable_dump, former_dump, renamed, renamed_dump
-from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
+from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field
 from big_vit.errors import UserError
 
 # Sections with any number of entries, under names that the user chooses.
@@ -188,7 +190,15 @@ def _checked(key: str, value: Any) -> Any:
     try:
         return field.check(value)
     except (ValueError, TypeError) as error:
-        raise UserError(f'config: {key} must be {error}, got {value!r}') from None
+        raise UserError(f'config: {key} must be {error}, got {_shown(value)}') from None
+
+
+def _shown(value: Any) -> str:
+    """A value in an error line: not all of a long one."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no whole number of so many digits.
+        return 'one of too many digits'
 
 
 def resolve(explicit: dict[str, Any]) -> Config:
@@ -244,6 +254,9 @@ def _parsed(key: str, text: str) -> Any:
     """Parses the text of an override: a Python literal if it is one, else the text itself."""
     field = _field(key)
     if field.check is check_text:
+        # An empty variable of a shell: taken for unset, a run would start without its checkpoint.
+        if field.default is None and not text.strip():
+            raise UserError(f'config: {key} is empty: --config.{key}=VALUE, or leave it out')
         return None if text.lower() == 'none' else text
     words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
     if text.lower() in words:
