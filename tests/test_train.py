@@ -16,6 +16,7 @@ from big_vit import checkpoint, config, metrics, train
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.journal import MAX_SKIPPED_IN_A_ROW
+from big_vit.workdir import open_workdir
 
 TINY = {
     'total_steps': 12,
@@ -200,6 +201,32 @@ def test_force_does_not_accept_another_architecture(finished):
     with pytest.raises(UserError, match=r'MlpBlock_0/Dense_0/kernel is .*128.*64'):
         train.run(other, workdir, force=True)
     assert (workdir / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'[]', b'null', b'"x"', b'3', b'', b'{', b'[' * 100_000, b'\xff\xfe', b'{"a":' * 5_000],
+    ids=lambda content: str(content[:12]),
+)
+def test_a_config_of_the_workdir_that_is_none_is_named(tmp_path, content):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(UserError, match=r'config\.json: is not .*; use another --workdir'):
+        open_workdir(tmp_path, config.resolve(TINY), {}, force=True)
+
+
+@pytest.mark.parametrize('tree', [{}, {'lr': []}, {'model': None}, {'evals': 3}, {'': {'': {}}}])
+def test_a_config_of_the_workdir_with_other_values_is_another_config(tmp_path, tree):
+    (tmp_path / 'config.json').write_text(json.dumps(tree))
+    with pytest.raises(UserError, match='holds a run of another config'):
+        open_workdir(tmp_path, config.resolve(TINY), {}, force=False)
+
+
+def test_more_steps_than_a_step_can_count_are_refused_before_the_workdir_exists(tmp_path):
+    for key in ('total_steps', 'total_epochs', 'total_examples'):
+        given = {k: v for k, v in TINY.items() if k != 'total_steps'}
+        with pytest.raises(UserError, match=r'total_\* comes to .*the most are 2\*\*31 - 1'):
+            train.run(config.resolve({**given, key: 1e30}), tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
 
 
 def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path):

@@ -132,8 +132,10 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
             flat.update(flatten(value, f'{prefix}{name}.'))
             if prefix[:-1] in STARRED and not value:  # Takes everything from `data`.
                 flat[f'{prefix}{name}.split'] = None
+            elif not value and f'{prefix}{name}' in SCHEMA:
+                flat[f'{prefix}{name}'] = value  # Not to be lost: it is no value of that key.
         else:
-            flat[prefix + name] = value
+            flat[f'{prefix}{name}'] = value
     return flat
 
 
@@ -349,6 +351,8 @@ def load(
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f'--config: {path}, line {error.lineno}: {error.msg}') from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f'--config: {path} is no Python: {error}') from None
     finally:
         sys.dont_write_bytecode = dont_write
     if not hasattr(module, 'get_config'):
@@ -364,7 +368,12 @@ def load(
             explicit.pop(sibling, None)
         explicit[key] = value
 
-    from_file = flatten(config.to_dict())
+    tree = config.to_dict() if hasattr(config, 'to_dict') else config
+    if not isinstance(tree, dict):
+        raise UserError(
+            f'--config: get_config() of {path} must give a ConfigDict, got {_shown(tree)}'
+        )
+    from_file = flatten(tree)
     for key in from_file:
         for sibling in _siblings(key):
             if sibling in from_file:
@@ -400,8 +409,10 @@ def from_json(tree: dict[str, Any]) -> Config:
     """Restores a config from its own dump; keys that differ from the default count as set.
 
     Raises:
-      UserError: the dump has a key that this version does not know.
+      UserError: the dump has a key that this version does not know, or is none.
     """
+    if not isinstance(tree, dict):
+        raise UserError(f'config: a dump must be an object of keys, got {_shown(tree)}')
     flat = renamed_dump(flatten(tree))
     return resolve(
         {

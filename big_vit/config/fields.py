@@ -121,7 +121,8 @@ def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, F
 def classes(value: Any) -> tuple[str | int, ...]:
     """tuple of names or numbers"""
     choices = value if isinstance(value, tuple) else (value,)
-    if not choices or not all(type(c) is int or isinstance(c, str) for c in choices):
+    numbers = all(isinstance(c, str) or (type(c) is int and 0 <= c <= INT_MAX) for c in choices)
+    if not choices or not numbers:
         raise ValueError("a tuple of names or numbers of classes, such as ('cat', 'dog')")
     return choices
 

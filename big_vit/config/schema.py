@@ -61,8 +61,8 @@ SCHEMA: dict[str, Field] = {
     'skip_sigmas': Field(
         number(0),
         6.0,
-        'Skip updates whose loss or gradient norm is this many standard deviations above the mean '
-        'of the last 128 steps; 0 is off.',
+        'Skip updates whose loss or gradient norm is this many deviations above the median of the '
+        'last 64 steps (docs/optimizers.md); 0 is off.',
     ),
     **TASK,
     'mixup': Field(
@@ -124,7 +124,7 @@ SCHEMA: dict[str, Field] = {
         boolean, False, 'Shard tokens over `tensor` between blocks: less memory, more time.'
     ),
     'mesh.min_shard_size': Field(
-        integer(0, 2**62), 2**20, 'Arrays with fewer elements are replicated on every device.'
+        integer(0, 2**53 - 1), 2**20, 'Arrays with fewer elements are replicated on every device.'
     ),
     'mesh.max_replicated': Field(
         number(0, 1), 0.1, 'Largest share of the state in arrays that fsdp fails to shard.'
@@ -133,7 +133,7 @@ SCHEMA: dict[str, Field] = {
     'checkpoint.keep_last': Field(integer(1), 2, 'Number of newest checkpoints to keep.'),
     **durations('checkpoint.keep_every', 'Keep checkpoints at multiples of this forever'),
     'profile': Field(
-        integer(0),
+        integer(0, 10_000),
         0,
         'Number of steps to trace into WORKDIR/trace, from the tenth step after a start; 0 is off.',
     ),
