@@ -87,7 +87,7 @@ def write_text(path: epath.Path, text: str) -> None:
             time.sleep(pause)
 
 
-def parse_object(text: str, where: str, advice: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, where: str, advice: str) -> dict[str, Any]:
     """Parses the JSON object that a file, or a line of one, must be.
 
     Args:

@@ -40,8 +40,7 @@ def open_workdir(
         if storage.is_local(workdir):
             with tempfile.TemporaryFile(dir=workdir):
                 pass
-        # Bytes that are no text are no JSON either.
-        old_text = file.read_text(errors='replace') if file.exists() else None
+        old_text = file.read_bytes() if file.exists() else None
     except Exception as error:  # Errors of object stores share no base class.
         if storage.is_local(workdir) and not isinstance(error, OSError):
             raise

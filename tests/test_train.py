@@ -16,7 +16,6 @@ from big_vit import checkpoint, config, metrics, train
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.journal import MAX_SKIPPED_IN_A_ROW
-from big_vit.workdir import open_workdir
 
 TINY = {
     'total_steps': 12,
@@ -204,21 +203,14 @@ def test_force_does_not_accept_another_architecture(finished):
 
 
 @pytest.mark.parametrize(
-    'content',
-    [b'[]', b'null', b'"x"', b'3', b'', b'{', b'[' * 100_000, b'\xff\xfe', b'{"a":' * 5_000],
-    ids=lambda content: str(content[:12]),
+    'content, says',
+    [(b'[]', r'config\.json: is not a JSON object'), (b'{"lr": []}', 'holds a run of another')],
 )
-def test_a_config_of_the_workdir_that_is_none_is_named(tmp_path, content):
-    (tmp_path / 'config.json').write_bytes(content)
-    with pytest.raises(UserError, match=r'config\.json: is not .*; use another --workdir'):
-        open_workdir(tmp_path, config.resolve(TINY), {}, force=True)
-
-
-@pytest.mark.parametrize('tree', [{}, {'lr': []}, {'model': None}, {'evals': 3}, {'': {'': {}}}])
-def test_a_config_of_the_workdir_with_other_values_is_another_config(tmp_path, tree):
-    (tmp_path / 'config.json').write_text(json.dumps(tree))
-    with pytest.raises(UserError, match='holds a run of another config'):
-        open_workdir(tmp_path, config.resolve(TINY), {}, force=False)
+def test_a_config_of_the_workdir_that_is_none_is_named(finished, tmp_path, content, says):
+    workdir = shutil.copytree(finished[0], tmp_path / 'w')
+    (workdir / 'config.json').write_bytes(content)
+    with pytest.raises(UserError, match=f'{says}.*use another --workdir'):
+        train.run(config.resolve(TINY), workdir)
 
 
 def test_more_steps_than_a_step_can_count_are_refused_before_the_workdir_exists(tmp_path):

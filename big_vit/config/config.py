@@ -405,15 +405,19 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     return config.replacing(flat)
 
 
+def _flat_dump(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise UserError(f'config: a dump must be an object of keys, got {_shown(tree)}')
+    return flatten(tree)
+
+
 def from_json(tree: dict[str, Any]) -> Config:
     """Restores a config from its own dump; keys that differ from the default count as set.
 
     Raises:
       UserError: the dump has a key that this version does not know, or is none.
     """
-    if not isinstance(tree, dict):
-        raise UserError(f'config: a dump must be an object of keys, got {_shown(tree)}')
-    flat = renamed_dump(flatten(tree))
+    flat = renamed_dump(_flat_dump(tree))
     return resolve(
         {
             key: value
@@ -432,7 +436,7 @@ RESUMABLE = (
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lists differences between two dumps as 'key: old -> new'."""
-    a, b = (comparable_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
+    a, b = (comparable_dump(_flat_dump(json.loads(json.dumps(dump)))) for dump in (old, new))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
         for key in sorted(a.keys() | b.keys())

@@ -47,8 +47,7 @@ def read(folder: epath.Path) -> list[Row]:
     """
     file = folder / ROWS
     rows = []
-    text = file.read_text(errors='replace') if file.exists() else ''
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
         where, advice = f'{file}: line {number}', 'delete it, and its trial runs again'
         row = storage.parse_object(line, where, advice)
         if not _fits(row, _ROW):
@@ -68,7 +67,7 @@ def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
     advice = 'delete it, and the test is scored again'
-    results = storage.parse_object(file.read_text(errors='replace'), str(file), advice)
+    results = storage.parse_object(file.read_bytes(), str(file), advice)
     if not all(isinstance(one, dict) and _fits(one, _RESULT) for one in results.values()):
         raise UserError(f'{file}: is not the result of a test; {advice}')
     return results

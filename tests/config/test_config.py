@@ -596,6 +596,8 @@ def test_a_file_of_bytes_is_refused(tmp_path, content):
 )  # fmt: skip
 def test_a_dump_of_another_kind_is_refused(dump):
     refused(lambda: config.from_json(dump), 'config: ')
+    if not isinstance(dump, dict):
+        refused(lambda: config.difference(dump, {}), 'config: a dump must be an object')
 
 
 @pytest.mark.parametrize('value, pair', [(1, (1, 1)), (16384, (16384, 16384)), ((8, 24), (8, 24))])
