@@ -335,7 +335,7 @@ def test_help_and_one_line_errors_of_the_real_command(tmp_path):
             ['--config.modle.variant=S/16'],
             r'unknown key modle\.variant; did you mean model\.variant',
         ),
-        (['--config.lr=fast'], r"lr must be a number, got 'fast'"),
+        (['--config.lr=fast'], r"lr must be a number of at least 0, got 'fast'"),
         (['--config.batch_size=20'], r'batch_size=20 is not divisible by 8 devices .*; try 16'),
         (['--config.mesh.fsdp=3'], r'mesh\.fsdp=3.* does not multiply to the 8 devices'),
         (['--config.image_size=30'], r'image_size 30x30 is not divisible by the 7x7 patch'),
