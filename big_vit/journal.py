@@ -116,11 +116,10 @@ class Course:
 
     def add(self, step: int, loss: float, skipped: bool) -> str | None:
         """Count update number `step`; say why it is one too many, or return None."""
-        loss = loss if math.isfinite(loss) else math.inf
-        if len(self._first) < 5:
-            self._first.append(loss)
-        self._losses.append(loss)
         self._skips.append(skipped)
+        if math.isfinite(loss):  # If not, the update was skipped.
+            self._losses.append(loss)
+            self._first = [*self._first, loss][:5]
         skips, last = sum(self._skips), step == self._total
         if 2 * skips > len(self._skips) and (skips >= MAX_SKIPPED_IN_A_ROW or last):
             return (
@@ -128,9 +127,10 @@ class Course:
                 'the training has diverged; lower lr, or set skip_sigmas=0 if only spikes were '
                 'skipped'
             )
+        if len(self._losses) < (6 if last else _LOSSES_SEEN):
+            return None
         began, now = statistics.median(self._first), statistics.median(self._losses)
-        enough = len(self._losses) == _LOSSES_SEEN or (last and len(self._losses) > 5)
-        if enough and now > _MAX_RATIO * max(1, began):
+        if now > _MAX_RATIO * max(1, began):
             return (
                 f'the loss of the last {len(self._losses)} updates up to step {step} is {now:.4g}, '
                 f'and was {began:.4g} at first: the training has diverged; lower lr'
