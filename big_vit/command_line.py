@@ -7,6 +7,8 @@ return their parsers.
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from big_vit.errors import UserError
 
@@ -58,8 +60,33 @@ def require_flag(value: str | None, flag: str, example: str) -> str:
     return value
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the config are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix('argument ').replace(': must', ' must', 1))
+
+
+def _number(lowest: float, highest: float, kind: type = int) -> Callable[[str], Any]:
+    """Makes a check of the text of a flag: a number in a range, bounds included."""
+
+    def parsed(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            name = 'whole number' if kind is int else 'number'
+            raise argparse.ArgumentTypeError(f'must be a {name}, got {text[:50]!r}') from None
+        if not value >= lowest:  # Also refuses nan.
+            raise argparse.ArgumentTypeError(f'must be at least {lowest}, got {text[:50]}')
+        if value > highest:
+            raise argparse.ArgumentTypeError(f'must be at most {highest}, got {text[:50]}')
+        return value
+
+    return parsed
+
+
 def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f'python -m big_vit.{name}',
         description=description,
         epilog=epilog,
@@ -118,10 +145,16 @@ def transfer() -> argparse.ArgumentParser:
         help='train each value, choose by evals.val, score evals.test once; may be repeated',
     )
     parser.add_argument(
-        '--seeds', type=int, metavar='N', help='seeds of each setting, for the error of the mean'
+        '--seeds',
+        type=_number(1, 10_000),
+        metavar='N',
+        help='seeds of each setting, for the error of the mean',
     )
     parser.add_argument(
-        '--at-once', type=int, metavar='N', help='most trials in one program (default: what fits)'
+        '--at-once',
+        type=_number(1, 10**6),
+        metavar='N',
+        help='most trials in one program (default: what fits)',
     )
     return parser
 
@@ -135,13 +168,17 @@ def plan() -> argparse.ArgumentParser:
     )
     _add_config(parser)
     parser.add_argument('--topology', help='such as v5e:16x16, v5p:8x8x8, v6e:16x16, cpu:8')
-    parser.add_argument('--slices', type=int, default=1, help='TPU slices of that shape')
+    parser.add_argument(
+        '--slices', type=_number(1, 4096), default=1, help='TPU slices of that shape'
+    )
     parser.add_argument('--mesh', help='replica=1,fsdp=512,tensor=1, instead of the mesh.* keys')
     parser.add_argument('--search', action='store_true', help='find the fastest that fits')
     parser.add_argument(
         '--per-device', default='', metavar='N,N', help='batches a device to search, for batch_size'
     )
-    parser.add_argument('--ops', type=int, default=0, metavar='N', help='show the N costliest')
+    parser.add_argument(
+        '--ops', type=_number(0, 10**6), default=0, metavar='N', help='show the N costliest'
+    )
     parser.add_argument('--json', metavar='FILE', help='also write the figures there; - prints it')
     return parser
 
@@ -154,7 +191,9 @@ def ledger() -> argparse.ArgumentParser:
     )
     _add_config(parser)
     parser.add_argument('--topology', help='such as v5e:16x16 (needs the TPU compiler), cpu:8')
-    parser.add_argument('--devices', type=int, help='so many devices, of any kind; 1 by default')
+    parser.add_argument(
+        '--devices', type=_number(1, 2**16), help='so many devices, of any kind; 1 by default'
+    )
     parser.add_argument('--variants', default='', help='a table of models, as B/16,L/16,22B/14')
     parser.add_argument('--optimizers', default='', help='these instead of all, as adamw,sgd')
     parser.add_argument('--json', metavar='FILE', help='also write the figures there; - prints it')
@@ -220,7 +259,10 @@ def average() -> argparse.ArgumentParser:
         '--weights', metavar='W,W', help='of each, with a sum of 1; by default equal'
     )
     parser.add_argument(
-        '--last', type=int, metavar='N', help='of one run: its last N checkpoints, equally'
+        '--last',
+        type=_number(1, 10**6),
+        metavar='N',
+        help='of one run: its last N checkpoints, equally',
     )
     return parser
 
@@ -274,7 +316,9 @@ def bench_data() -> argparse.ArgumentParser:
         'Any key of the config can be set: --config.data.workers=4.',
     )
     _add_config(parser)
-    parser.add_argument('--seconds', type=float, default=10.0, help='how long to load')
+    parser.add_argument(
+        '--seconds', type=_number(0, 10**6, float), default=10.0, help='how long to load'
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     return parser
 
@@ -287,6 +331,8 @@ def show_data() -> argparse.ArgumentParser:
     )
     _add_config(parser)
     parser.add_argument('--png', metavar='FILE', help='where to draw')
-    parser.add_argument('--step', type=int, default=0, help='of which step the batch is, from 0')
-    parser.add_argument('--count', type=int, default=8, help='how many examples')
+    parser.add_argument(
+        '--step', type=_number(0, 2**31 - 1), default=0, help='of which step the batch is, from 0'
+    )
+    parser.add_argument('--count', type=_number(1, 1024), default=8, help='how many examples')
     return parser

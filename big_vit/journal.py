@@ -1,6 +1,9 @@
 """The journal of a run: metric rows, console lines and checkpoints, and when to give a run up."""
 
 import dataclasses
+import math
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,8 @@ from big_vit.steps import Metrics
 
 # A run whose updates are all skipped is lost; this many in a row are no accident.
 MAX_SKIPPED_IN_A_ROW = 20
+# Nor are half of so many, or losses so many times the first one that stay there.
+_SKIPS_SEEN, _LOSSES_SEEN, _MAX_RATIO = 128, 20, 10
 # Among fewer examples, a few damaged ones say nothing about the rest.
 MIN_EXAMPLES_FOR_RATE = 1000
 # Metrics of a step that decide about warnings and have no place in a row.
@@ -25,7 +30,7 @@ _MAX_EXAMPLES_NAMED = 16
 
 
 class Diverged(UserError):
-    """All of the last updates of a run were skipped."""
+    """A run that learns nothing any more: see `Course`."""
 
 
 class Damage:
@@ -71,11 +76,11 @@ def skipped_text(values: Mapping[str, Any], examples: str, skip_sigmas: float) -
     Args:
       values: metrics of the step, scalars.
       examples: as `examples_of_update` lists them.
-      skip_sigmas: standard deviations above the recent mean that make a spike.
+      skip_sigmas: deviations above the recent median that make a spike.
     """
     loss, norm = (float(jax.device_get(values[name])) for name in ('loss', 'grad_norm'))
     spikes = [
-        f'the {label} lies over {skip_sigmas:g} standard deviations above the last ones'
+        f'the {label} lies over {skip_sigmas:g} deviations above the last ones'
         for name, label in (('loss', 'loss'), ('grad_norm', 'gradient norm'))
         if bool(jax.device_get(values[f'{name}_spike']))
     ]
@@ -91,6 +96,46 @@ def diverged_text(step: int, examples: str) -> str:
         f'the last {MAX_SKIPPED_IN_A_ROW} updates up to step {step} were skipped: the loss '
         f'or the gradient is not finite; lower lr, or look at the examples {examples}, ...'
     )
+
+
+class Course:
+    """How the last updates of a training went, since this process started.
+
+    It has diverged if more than half of its last 128 updates were skipped, or if the median of its
+    last 20 losses is over 10 times that of its first ones (over 10, where those are below 1).
+
+    Args:
+      total: steps of the whole training. The last one decides about fewer updates too.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._first: list[float] = []
+        self._losses: deque[float] = deque(maxlen=_LOSSES_SEEN)
+        self._skips: deque[bool] = deque(maxlen=_SKIPS_SEEN)
+
+    def add(self, step: int, loss: float, skipped: bool) -> str | None:
+        """Count update number `step`; say why it is one too many, or return None."""
+        self._skips.append(skipped)
+        if math.isfinite(loss):  # If not, the update was skipped.
+            self._losses.append(loss)
+            self._first = [*self._first, loss][:5]
+        skips, last = sum(self._skips), step == self._total
+        if 2 * skips > len(self._skips) and (skips >= MAX_SKIPPED_IN_A_ROW or last):
+            return (
+                f'{skips} of the last {len(self._skips)} updates up to step {step} were skipped: '
+                'the training has diverged; lower lr, or set skip_sigmas=0 if only spikes were '
+                'skipped'
+            )
+        if len(self._losses) < (6 if last else _LOSSES_SEEN):
+            return None
+        began, now = statistics.median(self._first), statistics.median(self._losses)
+        if now > _MAX_RATIO * max(1, began):
+            return (
+                f'the loss of the last {len(self._losses)} updates up to step {step} is {now:.4g}, '
+                f'and was {began:.4g} at first: the training has diverged; lower lr'
+            )
+        return None
 
 
 def train_row(values: Metrics) -> dict[str, np.ndarray]:
@@ -121,24 +166,29 @@ class RunJournal:
     manager: checkpoint.Manager
     meter: pipeline.Meter
 
+    def __post_init__(self) -> None:
+        self._course = Course(self.parts.total_steps)
+
     def check(self, step: int, values: Metrics) -> None:
         """Warn of a skipped update, and end a run that cannot go on.
 
         Raises:
           UserError: too many examples are damaged, or a save in the background failed.
-          Diverged: the last updates were all skipped; names the examples of the last.
+          Diverged: the training has, see `Course`, or the last updates were all skipped.
         """
         self.manager.check()
         if 'replaced' in values:
             self.damage.add(int(jax.device_get(values['replaced'])), self.parts.batch_size)
-        skipped_in_a_row = int(jax.device_get(values['skipped_in_a_row']))
-        if not skipped_in_a_row:
-            return
-        examples = examples_of_update(self.parts, step)
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise Diverged(diverged_text(step, examples))
-        text = skipped_text(values, examples, self.config.skip_sigmas)
-        self.console.say(f'WARNING step {step}: {text}')
+        skipped_in_a_row, loss = jax.device_get((values['skipped_in_a_row'], values['loss']))
+        if skipped_in_a_row:
+            examples = examples_of_update(self.parts, step)
+            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(diverged_text(step, examples))
+            text = skipped_text(values, examples, self.config.skip_sigmas)
+            self.console.say(f'WARNING step {step}: {text}')
+        lost = self._course.add(step, float(loss), bool(skipped_in_a_row))
+        if lost:
+            raise Diverged(lost)
 
     def write(self, step: int, values: Metrics) -> None:
         """Write the metrics of a step with its rates and timings, and show them."""

@@ -347,8 +347,6 @@ def main(argv: list[str]) -> None:
     spec = command_line.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
     if args.topology and args.devices is not None:
         raise UserError('--topology and --devices are both given; give one')
-    if args.devices is not None and args.devices < 1:
-        raise UserError(f'--devices must be at least 1, not {args.devices}')
     runtime.check_json(args.json)
     config = config_lib.load(spec, overrides)
     names = _names(args.optimizers) or optimizers()

@@ -11,6 +11,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -62,21 +63,45 @@ def command(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f'error: {printable(str(error))}', file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        match = re.search(
-            r'TPU is already in use by process with pid (\d+)|libtpu[ \w-]*lockfile', str(error)
-        )
-        if not match:
+    except (RuntimeError, AssertionError) as error:
+        line = _about_devices(error)
+        if line is None:
             raise
-        who = f'process {match[1]}' if match[1] else 'another process, or one that was killed'
-        print(
-            f'error: the TPUs of this host are held by {who}: end it, and if there is none any '
-            'more remove /tmp/libtpu_lockfile',
-            file=sys.stderr,
-        )
+        print(f'error: {line}', file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # The reader, `head` or a pager, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _about_devices(error: Exception) -> str | None:
+    """What a user can do about an error of JAX's, None where it is none about devices."""
+    text, asked = str(error), os.environ.get('JAX_PLATFORMS')
+    held = re.search(r'TPU is already in use by process with pid (\d+)|libtpu[ \w-]*lockfile', text)
+    # libtpu, asked for where there is no TPU, complains of its lock file.
+    absent = 'tpu' in (asked or '') and not any(map(glob.glob, _ACCELERATORS))
+    if held and not absent:
+        who = f'process {held[1]}' if held[1] else 'another process, or one that was killed'
+        return (
+            f'the TPUs of this host are held by {who}: end it, and if there is none any more '
+            'remove /tmp/libtpu_lockfile'
+        )
+    if 'RESOURCE_EXHAUSTED' in text:
+        return (
+            f'out of memory ({text.splitlines()[0][:200]}): lower batch_size, raise accumulation, '
+            "or set model.remat='full'; python -m big_vit.plan tells what fits"
+        )
+    # Of CUDA, where it is not installed, JAX says nothing but that an assertion failed.
+    frames = traceback.extract_tb(error.__traceback__)
+    if asked and ('initialize backend' in text or frames[-1].filename.endswith('xla_bridge.py')):
+        jax.config.update('jax_platforms', '')
+        os.environ['JAX_PLATFORMS'] = ''
+        start()
+        there = ', '.join(sorted({device.platform for device in jax.devices()}))
+        return (
+            f'JAX_PLATFORMS={asked}: JAX finds no such device here, only {there}: unset it, or '
+            'install what JAX needs for it, as in pip install "jax[cuda13]"'
+        )
+    return None
 
 
 def check_json(target: str | None) -> None:

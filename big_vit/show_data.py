@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(spec, overrides)
     runtime.start()
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(config, path, max(0, args.step), max(1, args.count))
+    draw(config, path, args.step, args.count)
     print(f'drew    {path}')
 
 

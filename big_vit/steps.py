@@ -23,6 +23,11 @@ Extra = tuple[Any, jax.Array]
 # Of the keys of a step those for mixing and for what the devices do to each example before; those
 # of dropout have the numbers of microbatches.
 _MIXING, _PREPARING = 2**31, 2**31 + 1
+# What a spike is measured against: of the window of recent values the last ones, for loss and norms
+# drift; least ratios to their median, from docs/optimizers.md.
+_COMPARED, _NEWEST, _LEAST_KNOWN = 64, 8, 16
+_LEAST_RATIO = {'loss': 2.0, 'grad_norm': 4.0}
+_NORMAL_90 = 1.2816  # 90th percentile of the normal distribution.
 
 
 def seen(
@@ -49,19 +54,25 @@ def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
 
 def is_spike(
-    recent: Float[Array, ' window'], value: Float[Array, ''], sigmas: float
+    recent: Float[Array, ' window'], value: Float[Array, ''], sigmas: float, least_ratio: float
 ) -> Bool[Array, '']:
-    """Whether a value lies more than `sigmas` standard deviations above the recent ones.
+    """Whether a value lies far above the last ones.
 
-    Never before half of the window is known. A tenth of the mean is always allowed, or
-    rounding would be a spike where the values hardly vary.
+    Far is more than `sigmas` deviations above their median, where a deviation is what lies between
+    median and 90th percentile, in units of the normal distribution: upward only, so that long tails
+    count and falling values do not, and the same with one outlier among them as with none. And it
+    is more than `least_ratio` times the median, or rounding would be a spike where values hardly
+    vary. The median is that of the newest eight if they lie higher, so a lasting change is a spike
+    five times at most. Nothing is a spike before 16 values are known.
+
+    Args:
+      recent: values of the steps before, the newest last; NaN where unknown.
     """
-    known = jnp.isfinite(recent)
-    count = known.sum()
-    mean = jnp.where(known, recent, 0).sum() / jnp.maximum(count, 1)
-    variance = jnp.where(known, jnp.square(recent - mean), 0).sum() / jnp.maximum(count, 1)
-    allowed = jnp.maximum(sigmas * jnp.sqrt(variance), 0.1 * jnp.abs(mean))
-    return (count >= recent.shape[0] // 2) & (value > mean + allowed)
+    centre = jnp.nanmedian(recent)
+    deviation = (jnp.nanquantile(recent, 0.9) - centre) / _NORMAL_90
+    centre = jnp.maximum(centre, jnp.nanmedian(recent[-_NEWEST:]))
+    allowed = jnp.maximum(sigmas * deviation, (least_ratio - 1) * jnp.abs(centre))
+    return (jnp.isfinite(recent).sum() >= _LEAST_KNOWN) & (value > centre + allowed)
 
 
 def update(
@@ -95,8 +106,8 @@ def update(
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
-      skip_sigmas: standard deviations above the last steps' mean at which a loss
-        or a gradient norm is a spike; 0 is off.
+      skip_sigmas: deviations above the last steps' median at which a loss or a gradient norm is
+        a spike, see `is_spike`; 0 is off.
       frozen: paths of parameters whose gradient is not asked for, and counts as 0.
       sam_rho: how far `sam.ascend` goes for the gradient that is used, 0 is off. Both
         gradients are of the same batch with the same dropout, and each of all microbatches;
@@ -140,7 +151,13 @@ def update(
         norm = optax.tree.norm(grads)
         watched = {'loss': value, 'grad_norm': norm}
         spikes = {
-            name: is_spike(state['recent'][name], seen, skip_sigmas) & bool(skip_sigmas)
+            name: is_spike(
+                jnp.roll(state['recent'][name], -step)[-_COMPARED:],
+                seen,
+                skip_sigmas,
+                _LEAST_RATIO[name],
+            )
+            & bool(skip_sigmas)
             for name, seen in watched.items()
         }
         good = jnp.isfinite(value) & jnp.isfinite(norm) & ~spikes['loss'] & ~spikes['grad_norm']

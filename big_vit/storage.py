@@ -1,9 +1,11 @@
 """Paths of runs: local folders, or object stores such as gs://bucket/run."""
 
 import importlib
+import json
 import os
 import shutil
 import time
+from typing import Any
 
 from etils import epath
 
@@ -83,6 +85,25 @@ def write_text(path: epath.Path, text: str) -> None:
             if pause is None or isinstance(error, PERMANENT_ERRORS):
                 raise UserError(f'{path}: cannot be written: {reason(error)}') from error
             time.sleep(pause)
+
+
+def parse_object(text: str | bytes, where: str, advice: str) -> dict[str, Any]:
+    """Parses the JSON object that a file, or a line of one, must be.
+
+    Args:
+      where: name of it, for messages.
+      advice: what to do if it is something else.
+
+    Raises:
+      UserError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}: is not JSON ({reason(error)}); {advice}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: is not a JSON object; {advice}')
+    return value
 
 
 def reason(error: BaseException) -> str:

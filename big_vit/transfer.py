@@ -148,9 +148,6 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.transfer(), argv)
-    for flag, value in (('--seeds', args.seeds), ('--at-once', args.at_once)):
-        if value is not None and value < 1:
-            raise UserError(f'{flag} must be at least 1, got {value}')
     spec = command_line.require_flag(args.config, '--config', 'configs/transfer_digits.py')
     config = load_config(spec, overrides)
     runtime.start()

@@ -40,16 +40,13 @@ def open_workdir(
         if storage.is_local(workdir):
             with tempfile.TemporaryFile(dir=workdir):
                 pass
-        old_text = file.read_text() if file.exists() else None
+        old_text = file.read_bytes() if file.exists() else None
     except Exception as error:  # Errors of object stores share no base class.
         if storage.is_local(workdir) and not isinstance(error, OSError):
             raise
         raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
     if old_text is not None:
-        try:
-            old = json.loads(old_text)
-        except ValueError as error:
-            raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
+        old = storage.parse_object(old_text, str(file), 'use another --workdir')
         changes = config_lib.difference(old, dump)
         refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
         if refused and not force:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from commands import environment
+from gate import mostly_slow
 
 from big_vit import runtime
 from big_vit.errors import UserError
@@ -32,6 +33,23 @@ def test_tpus_that_another_process_holds_are_one_line(capsys, message, holder):
     status, said = ended(capsys, RuntimeError(f"Unable to initialize backend 'tpu': {message}"))
     assert status == 2 and said.startswith('error: ') and said.count('\n') == 1
     assert holder in said and 'libtpu_lockfile' in said
+
+
+def test_too_little_memory_is_one_line(capsys):
+    error = RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace')
+    status, said = ended(capsys, error)
+    assert status == 2 and said.count('\n') == 1 and 'lower batch_size' in said
+
+
+@pytest.mark.parametrize('platform', mostly_slow(['cuda', 'cdua', 'cpu,tqu'], 'cuda'))
+def test_a_platform_that_is_not_there_is_one_line_that_says_what_is(platform):
+    text = 'from big_vit import runtime; import jax; runtime.command(lambda argv: jax.devices())'
+    variables = {**environment(), 'JAX_PLATFORMS': platform}
+    done = subprocess.run(
+        [sys.executable, '-c', text], env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert f'JAX_PLATFORMS={platform}: ' in done.stderr and 'only cpu: unset it' in done.stderr
 
 
 def test_mistakes_are_status_2_and_bugs_are_not_hidden(capsys):

@@ -592,3 +592,21 @@ path.write_bytes(path.read_bytes()[:-3])
     for name, args in (('explore', [remote]), ('evaluate', ['--checkpoint', remote])):
         result = run(name, *args)
         assert result.returncode == 0 and 'checkpoints/200' in result.stdout, result.stderr
+
+
+ODD = [b'[]', b'null', b'"x"', b'3', b'', b'{', b'[' * 100_000, b'{"a":' * 100_000, b'\xff\xfe']
+
+
+@pytest.mark.parametrize('content', ODD, ids=lambda content: str(content[:12]))
+def test_what_is_no_json_object_is_named_with_what_to_do(content):
+    with pytest.raises(UserError, match=r'^FILE: is not .*; use another$') as caught:
+        storage.parse_object(content, 'FILE', 'use another')
+    assert len(str(caught.value)) < 400
+    assert storage.parse_object('{"a": [1, null]}', 'FILE', '') == {'a': [1, None]}
+
+
+@pytest.mark.parametrize('line', ODD, ids=lambda line: str(line[:12]))
+def test_a_row_of_metrics_that_is_none_is_named(tmp_path, line):
+    (tmp_path / metrics.FILE).write_bytes(b'{"step": 1, "a": 2}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match='line 2: is not a row of metrics'):
+        metrics.read(tmp_path)

@@ -202,6 +202,25 @@ def test_force_does_not_accept_another_architecture(finished):
     assert (workdir / 'config.json').read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    'content, says',
+    [(b'[]', r'config\.json: is not a JSON object'), (b'{"lr": []}', 'holds a run of another')],
+)
+def test_a_config_of_the_workdir_that_is_none_is_named(finished, tmp_path, content, says):
+    workdir = shutil.copytree(finished[0], tmp_path / 'w')
+    (workdir / 'config.json').write_bytes(content)
+    with pytest.raises(UserError, match=f'{says}.*use another --workdir'):
+        train.run(config.resolve(TINY), workdir)
+
+
+def test_more_steps_than_a_step_can_count_are_refused_before_the_workdir_exists(tmp_path):
+    for key in ('total_steps', 'total_epochs', 'total_examples'):
+        given = {k: v for k, v in TINY.items() if k != 'total_steps'}
+        with pytest.raises(UserError, match=r'total_\* comes to .*the most are 2\*\*31 - 1'):
+            train.run(config.resolve({**given, key: 1e30}), tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
+
+
 def test_a_key_that_nothing_reads_is_an_error_before_the_workdir_exists(tmp_path):
     with pytest.raises(UserError, match=r'optim\.momentum is set, but this run never reads it'):
         train.run(config.resolve({**TINY, 'optim.momentum': 0.5}), tmp_path / 'w')
@@ -316,7 +335,7 @@ def test_help_and_one_line_errors_of_the_real_command(tmp_path):
             ['--config.modle.variant=S/16'],
             r'unknown key modle\.variant; did you mean model\.variant',
         ),
-        (['--config.lr=fast'], r"lr must be a number, got 'fast'"),
+        (['--config.lr=fast'], r"lr must be a number of at least 0, got 'fast'"),
         (['--config.batch_size=20'], r'batch_size=20 is not divisible by 8 devices .*; try 16'),
         (['--config.mesh.fsdp=3'], r'mesh\.fsdp=3.* does not multiply to the 8 devices'),
         (['--config.image_size=30'], r'image_size 30x30 is not divisible by the 7x7 patch'),

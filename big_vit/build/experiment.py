@@ -21,6 +21,7 @@ from big_vit.build.model import build_model
 from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule
 from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.config.fields import INT_MAX
 from big_vit.data import pipeline, sources, to_device
 from big_vit.errors import UserError
 from big_vit.models import flops
@@ -101,6 +102,8 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
     total = in_steps(config, 'total', config, train.source)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
+    if total > INT_MAX:
+        raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
     schedule = rate_schedule(config, train.source, total)
     shapes = state.abstract_params(model, train.inputs)
     model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))

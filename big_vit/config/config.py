@@ -15,13 +15,15 @@ import importlib.util
 import inspect
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from big_vit.config.fields import check_text
 from big_vit.config.old_names import comparable_dump, former_dump, renamed, renamed_dump
-from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field, check_text
+from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field
 from big_vit.errors import UserError
 
 # Sections with any number of entries, under names that the user chooses.
@@ -130,8 +132,10 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
             flat.update(flatten(value, f'{prefix}{name}.'))
             if prefix[:-1] in STARRED and not value:  # Takes everything from `data`.
                 flat[f'{prefix}{name}.split'] = None
+            elif not value and f'{prefix}{name}' in SCHEMA:
+                flat[f'{prefix}{name}'] = value  # Not to be lost: it is no value of that key.
         else:
-            flat[prefix + name] = value
+            flat[f'{prefix}{name}'] = value
     return flat
 
 
@@ -188,7 +192,15 @@ def _checked(key: str, value: Any) -> Any:
     try:
         return field.check(value)
     except (ValueError, TypeError) as error:
-        raise UserError(f'config: {key} must be {error}, got {value!r}') from None
+        raise UserError(f'config: {key} must be {error}, got {_shown(value)}') from None
+
+
+def _shown(value: Any) -> str:
+    """A value in an error line: not all of a long one."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no whole number of so many digits.
+        return 'one of too many digits'
 
 
 def resolve(explicit: dict[str, Any]) -> Config:
@@ -244,6 +256,9 @@ def _parsed(key: str, text: str) -> Any:
     """Parses the text of an override: a Python literal if it is one, else the text itself."""
     field = _field(key)
     if field.check is check_text:
+        # An empty variable of a shell: taken for unset, a run would start without its checkpoint.
+        if field.default is None and not text.strip():
+            raise UserError(f'config: {key} is empty: --config.{key}=VALUE, or leave it out')
         return None if text.lower() == 'none' else text
     words: dict[str, Any] = {'true': True, 'false': False, 'none': None}
     if text.lower() in words:
@@ -336,6 +351,8 @@ def load(
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f'--config: {path}, line {error.lineno}: {error.msg}') from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f'--config: {path} is no Python: {error}') from None
     finally:
         sys.dont_write_bytecode = dont_write
     if not hasattr(module, 'get_config'):
@@ -351,7 +368,12 @@ def load(
             explicit.pop(sibling, None)
         explicit[key] = value
 
-    from_file = flatten(config.to_dict())
+    tree = config.to_dict() if hasattr(config, 'to_dict') else config
+    if not isinstance(tree, dict):
+        raise UserError(
+            f'--config: get_config() of {path} must give a ConfigDict, got {_shown(tree)}'
+        )
+    from_file = flatten(tree)
     for key in from_file:
         for sibling in _siblings(key):
             if sibling in from_file:
@@ -383,13 +405,19 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     return config.replacing(flat)
 
 
+def _flat_dump(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise UserError(f'config: a dump must be an object of keys, got {_shown(tree)}')
+    return flatten(tree)
+
+
 def from_json(tree: dict[str, Any]) -> Config:
     """Restores a config from its own dump; keys that differ from the default count as set.
 
     Raises:
-      UserError: the dump has a key that this version does not know.
+      UserError: the dump has a key that this version does not know, or is none.
     """
-    flat = renamed_dump(flatten(tree))
+    flat = renamed_dump(_flat_dump(tree))
     return resolve(
         {
             key: value
@@ -408,7 +436,7 @@ RESUMABLE = (
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lists differences between two dumps as 'key: old -> new'."""
-    a, b = (comparable_dump(flatten(json.loads(json.dumps(dump)))) for dump in (old, new))
+    a, b = (comparable_dump(_flat_dump(json.loads(json.dumps(dump)))) for dump in (old, new))
     return [
         f'{key}: {a.get(key)!r} -> {b.get(key)!r}'
         for key in sorted(a.keys() | b.keys())

@@ -1,11 +1,14 @@
 """Checks of config values: functions that validate and convert a value of one kind."""
 
 import difflib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 UNITS = ('steps', 'epochs', 'examples', 'percent')
+# The largest numbers of the types in which steps compute.
+INT_MAX, FLOAT_MAX = 2**31 - 1, 3.4e38
+# More features or layers than any model has: a slip of the keyboard.
+WIDEST, DEEPEST = 2**16, 1024
 
 
 class Field(NamedTuple):
@@ -19,59 +22,46 @@ class Field(NamedTuple):
     doc: str
 
 
-def number(lowest: float = -math.inf, highest: float = math.inf) -> Callable[[Any], float]:
-    """Makes a check for finite numbers in a range, bounds included."""
+def number(
+    lowest: float = -FLOAT_MAX, highest: float = FLOAT_MAX, excluded: float | None = None
+) -> Callable[[Any], float]:
+    """Makes a check for numbers in a range, bounds included except the one named `excluded`."""
+    if highest == FLOAT_MAX:
+        span = f'above {lowest:g}' if excluded == lowest else f'of at least {lowest:g}'
+    else:
+        start = 'above' if excluded == lowest else 'from'
+        span = f'{start} {lowest:g} to {"below " * (excluded == highest)}{highest:g}'
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError('a number')
-        if abs(value) > 1e300:  # Also catches inf, as which 1e999 is parsed.
-            raise ValueError('a finite number')
-        if not lowest <= value <= highest:
-            raise ValueError(f'a number from {lowest:g} to {highest:g}')
+            raise ValueError(f'a number {span}')
+        if not abs(value) <= FLOAT_MAX:  # Also refuses inf, as which 1e999 is parsed, and nan.
+            raise ValueError(f'a finite number {span}')
+        if not lowest <= value <= highest or value == excluded:
+            raise ValueError(f'a number {span}')
         return float(value)
 
-    check.__doc__ = 'number'
+    check.__doc__ = f'number {span}'
     return check
 
 
-def below_one(value: Any) -> float:
-    """number"""
-    share = number(0, 1)(value)
-    if share == 1:
-        raise ValueError('a number from 0 to below 1')
-    return share
+below_one = number(0, 1, excluded=1)
 
 
-def positive_share(value: Any) -> float:
-    """number"""
-    share = number(0, 1)(value)
-    if share == 0:
-        raise ValueError('a number above 0, to 1')
-    return share
-
-
-def negative_power(value: Any) -> float:
-    """number"""
-    power = number(-1, 0)(value)
-    if power == 0:
-        raise ValueError('a number below 0, such as -0.25')
-    return power
-
-
-def integer(lowest: float = -math.inf) -> Callable[[Any], int]:
-    """Makes a check for integers of at least `lowest`; whole floats such as 1e6 are accepted."""
+def integer(lowest: int, highest: int = INT_MAX) -> Callable[[Any], int]:
+    """Makes a check for whole numbers in a range; whole floats such as 1e6 are accepted."""
+    power = highest.bit_length()
+    last = f'2**{power} - 1' if highest == 2**power - 1 and power > 24 else str(highest)
+    span = f'whole number from {lowest} to {last}'
 
     def check(value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError('a whole number')
-        if value < lowest:
-            raise ValueError(f'a whole number of at least {lowest}')
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+            raise ValueError(f'a {span}')
         return value
 
-    check.__doc__ = 'whole number'
+    check.__doc__ = span
     return check
 
 
@@ -84,7 +74,7 @@ def boolean(value: Any) -> bool:
 
 def check_text(value: Any) -> str:
     """text"""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or '\0' in value:  # No file's name holds a NUL.
         raise ValueError('a text')
     return value
 
@@ -114,11 +104,13 @@ def size(value: Any) -> tuple[int, int]:
 
 
 def rules(value: Any) -> tuple[tuple[str, float], ...]:
-    """pairs of (regex, factor)"""
+    """pairs of (regex, factor of at least 0)"""
     try:
-        return tuple((check_text(pattern), number()(factor)) for pattern, factor in value)
+        return tuple((check_text(pattern), number(0)(factor)) for pattern, factor in value)
     except (TypeError, ValueError):
-        raise ValueError("a tuple of (regex on the parameter's path, factor)") from None
+        raise ValueError(
+            "a tuple of (regex on the parameter's path, factor of at least 0)"
+        ) from None
 
 
 def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
@@ -129,7 +121,8 @@ def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, F
 def classes(value: Any) -> tuple[str | int, ...]:
     """tuple of names or numbers"""
     choices = value if isinstance(value, tuple) else (value,)
-    if not choices or not all(type(c) is int or isinstance(c, str) for c in choices):
+    numbers = all(isinstance(c, str) or (type(c) is int and 0 <= c <= INT_MAX) for c in choices)
+    if not choices or not numbers:
         raise ValueError("a tuple of names or numbers of classes, such as ('cat', 'dog')")
     return choices
 

@@ -3,6 +3,7 @@
 from big_vit.config.fields import (
     UNITS,
     Field,
+    below_one,
     boolean,
     check_text,
     choice,
@@ -19,11 +20,11 @@ from big_vit.config.schema_task import TASK
 
 SCHEMA: dict[str, Field] = {
     'seed': Field(
-        integer(0), 0, 'Random seed of parameters, data order, augmentation and dropout.'
+        integer(0, 2**32 - 1), 0, 'Random seed of parameters, data order, augmentation and dropout.'
     ),
     **durations('total', 'Length of training', UNITS[:3]),
-    'batch_size': Field(integer(1), None, 'Examples per step, over all devices.'),
-    'accumulation': Field(integer(1), 1, 'Number of microbatches per step.'),
+    'batch_size': Field(integer(1, 2**24), None, 'Examples per step, over all devices.'),
+    'accumulation': Field(integer(1, 2**24), 1, 'Number of microbatches per step.'),
     'image_size': Field(size, None, 'Image size in pixels: one side, or (height, width).'),
     'lr': Field(number(0), None, 'Peak learning rate.'),
     'init': Field(check_text, None, 'Workdir or checkpoint to initialize the parameters from.'),
@@ -56,19 +57,21 @@ SCHEMA: dict[str, Field] = {
         'Workdir or checkpoint to continue with another optimizer: keeps step, parameters and '
         'moments.',
     ),
-    'ema': Field(number(0, 1), 0.0, 'Decay of the moving average of the parameters; 0 is off.'),
+    'ema': Field(below_one, 0.0, 'Decay of the moving average of the parameters; 0 is off.'),
     'skip_sigmas': Field(
         number(0),
         6.0,
-        'Skip updates whose loss or gradient norm is this many standard deviations above the mean '
-        'of the last 128 steps; 0 is off.',
+        'Skip updates whose loss or gradient norm is this many deviations above the median of the '
+        'last 64 steps (docs/optimizers.md); 0 is off.',
     ),
     **TASK,
     'mixup': Field(
-        number(0), 0.0, 'Blend pairs of examples with weights from Beta(mixup, mixup); 0 is off.'
+        number(0, 1000),
+        0.0,
+        'Blend pairs of examples with weights from Beta(mixup, mixup); 0 is off.',
     ),
     'cutmix': Field(
-        number(0),
+        number(0, 1000),
         0.0,
         'Paste a box of one example into another, with its area from Beta(cutmix, cutmix); 0 is '
         'off.',
@@ -81,10 +84,10 @@ SCHEMA: dict[str, Field] = {
     **{f'data.{name}': field for name, field in DATASET.items()},
     'data.shuffle': Field(boolean, True, 'Reshuffle every epoch, or keep the order of the source.'),
     'data.repeats': Field(
-        integer(1), 1, 'Augmented views of each example per batch (repeated augmentation).'
+        integer(1, 2**24), 1, 'Augmented views of each example per batch (repeated augmentation).'
     ),
     'data.workers': Field(
-        integer(0),
+        integer(0, 1024),
         0,
         'Processes that load and transform examples; 0 uses threads of the main process.',
     ),
@@ -105,19 +108,23 @@ SCHEMA: dict[str, Field] = {
     **durations('evals.*.every', 'Interval between evaluations; also runs at the end'),
     **OPTIMIZATION,
     'mesh.replica': Field(
-        integer(-1), 1, 'Number of copies of the parameters (data parallelism); -1 uses the rest.'
+        integer(-1, 2**20),
+        1,
+        'Number of copies of the parameters (data parallelism); -1 uses the rest.',
     ),
     'mesh.fsdp': Field(
-        integer(-1), -1, 'Number of devices that parameters are sharded over; -1 uses the rest.'
+        integer(-1, 2**20),
+        -1,
+        'Number of devices that parameters are sharded over; -1 uses the rest.',
     ),
     'mesh.tensor': Field(
-        integer(-1), 1, 'Number of devices that attention heads and MLPs are split over.'
+        integer(-1, 2**20), 1, 'Number of devices that attention heads and MLPs are split over.'
     ),
     'mesh.sequence': Field(
         boolean, False, 'Shard tokens over `tensor` between blocks: less memory, more time.'
     ),
     'mesh.min_shard_size': Field(
-        integer(0), 2**20, 'Arrays with fewer elements are replicated on every device.'
+        integer(0, 2**53 - 1), 2**20, 'Arrays with fewer elements are replicated on every device.'
     ),
     'mesh.max_replicated': Field(
         number(0, 1), 0.1, 'Largest share of the state in arrays that fsdp fails to shard.'
@@ -126,7 +133,7 @@ SCHEMA: dict[str, Field] = {
     'checkpoint.keep_last': Field(integer(1), 2, 'Number of newest checkpoints to keep.'),
     **durations('checkpoint.keep_every', 'Keep checkpoints at multiples of this forever'),
     'profile': Field(
-        integer(0),
+        integer(0, 10_000),
         0,
         'Number of steps to trace into WORKDIR/trace, from the tenth step after a start; 0 is off.',
     ),

@@ -20,9 +20,11 @@ DATASET = {
         None,
         "Extension of the members with the text of each image, such as 'txt'.",
     ),
-    'num_classes': Field(integer(1), None, "Classes; by default the source's own count."),
+    'num_classes': Field(integer(1, 2**24), None, "Classes; by default the source's own count."),
     'num_examples': Field(
-        integer(1), None, 'Examples the split must have; with num_classes, `plan` needs no data.'
+        integer(1, 2**40),
+        None,
+        'Examples the split must have; with num_classes, `plan` needs no data.',
     ),
     'label_map': Field(check_text, None, 'JSON file {"class": number}; null leaves out a class.'),
     'classes': Field(
@@ -39,7 +41,7 @@ DATASET = {
         'Keep decoded images in memory (auto: if they take at most 1 GiB), or smaller ones on '
         'disk.',
     ),
-    'cache_side': Field(integer(8), 256, "Shorter side of the images of cache='resized'."),
+    'cache_side': Field(integer(8, 16384), 256, "Shorter side of the images of cache='resized'."),
     'on_error': Field(
         choice('stop', 'skip'),
         'stop',

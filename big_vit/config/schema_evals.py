@@ -16,14 +16,6 @@ from big_vit.config.fields import (
 from big_vit.config.registries import EVALUATORS
 
 
-def _severity(value: Any) -> int:
-    """whole number from 1 to 5"""
-    level = integer(1)(value)
-    if level > 5:
-        raise ValueError('a whole number from 1 to 5')
-    return level
-
-
 def _subset(value: Any) -> tuple[str | int, ...] | str:
     """present, or tuple of names or numbers"""
     return 'present' if value == 'present' else classes(value)
@@ -62,7 +54,7 @@ EVALUATION = {
         check_text, None, 'Split that is searched; the default is that of `train_split`.'
     ),
     'blocks': Field(
-        several(integer(), 'number of a block'),
+        several(integer(-1024, 1023), 'number of a block'),
         None,
         'Blocks whose pooled tokens are the features, -1 is the last; by default the features are '
         'the vector before the head.',
@@ -87,16 +79,16 @@ EVALUATION = {
     'skip_unlabelled': Field(
         boolean, None, 'Do not count examples without a label, as ImageNet-ReaL.'
     ),
-    'shots': Field(several(integer(1), 'whole number'), None, 'Examples of each class.'),
-    'seeds': Field(integer(1), None, 'How many draws of the shots are averaged.'),
+    'shots': Field(several(integer(1), 'whole number from 1'), None, 'Examples of each class.'),
+    'seeds': Field(integer(1, 1000), None, 'How many draws of the shots are averaged.'),
     'whiten': Field(boolean, None, 'Standardise features by the shots.'),
-    'bias': Field(number(0), None, 'Constant feature that is added; 0 is none.'),
+    'bias': Field(number(0, 1e6), None, 'Constant feature that is added; 0 is none.'),
     'l2': Field(
         several(number(0), 'number'),
         None,
         'Penalty on squared weights; of several, linear_probe takes the best on `held_out`.',
     ),
-    'k': Field(several(integer(1), 'whole number'), None, 'Neighbours.'),
+    'k': Field(several(integer(1), 'whole number from 1'), None, 'Neighbours.'),
     'metric': Field(choice('cosine', 'euclidean'), None, 'Nearness.'),
     'vote': Field(
         choice('temperature', 'uniform'),
@@ -104,9 +96,9 @@ EVALUATION = {
         'Weight of neighbours: exp(cosine / temperature), or 1; by default the former for '
         'cosines, the latter for euclidean.',
     ),
-    'temperature': Field(number(1e-3), None, "Of vote='temperature', by default 0.07."),
+    'temperature': Field(number(1e-3, 1e6), None, "Of vote='temperature', by default 0.07."),
     'held_out': Field(below_one, None, 'Share of train_split to choose on.'),
-    'iterations': Field(integer(1), None, 'Most iterations of L-BFGS.'),
+    'iterations': Field(integer(1, 10**6), None, 'Most iterations of L-BFGS.'),
     'rates': Field(several(number(0), 'number'), None, 'Learning rates for 256 examples.'),
     'prompts': Field(
         several(check_text, 'sentence with {} for the name of a class'),
@@ -114,17 +106,19 @@ EVALUATION = {
         "Sentences that stand for a class, as 'a photo of a {}'.",
     ),
     'last_blocks': Field(
-        several(integer(1), 'whole number'),
+        several(integer(1), 'whole number from 1'),
         None,
         'How many last blocks are joined; by default 1 and 4, or all if there are fewer.',
     ),
     'probe_updates': Field(integer(1), None, 'Updates by SGD.'),
-    'probe_batch': Field(integer(1), None, 'Examples a step.'),
-    'ranks': Field(several(integer(1), 'whole number'), None, 'k of the recalls at k.'),
+    'probe_batch': Field(integer(1, 2**24), None, 'Examples a step.'),
+    'ranks': Field(several(integer(1), 'whole number from 1'), None, 'k of the recalls at k.'),
     'corruptions': Field(
         several(choice(*CORRUPTIONS), 'one of ' + ', '.join(CORRUPTIONS)),
         None,
         'What is done to images; by default all that the images allow.',
     ),
-    'severities': Field(several(_severity, 'whole number from 1 to 5'), None, 'How much of it.'),
+    'severities': Field(
+        several(integer(1, 5), 'whole number from 1 to 5'), None, 'How much of it.'
+    ),
 }

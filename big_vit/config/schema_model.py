@@ -1,6 +1,8 @@
 """Schema of `model` and `streams`."""
 
 from big_vit.config.fields import (
+    DEEPEST,
+    WIDEST,
     Field,
     below_one,
     boolean,
@@ -16,12 +18,18 @@ MODEL: dict[str, Field] = {
     'model.variant': Field(
         check_text, None, "Model size and patch size, as in 'S/16' or 'B/16x8'."
     ),
-    'model.width': Field(integer(1), None, 'Width of the residual stream; overrides the variant.'),
-    'model.depth': Field(integer(1), None, 'Number of blocks; overrides the variant.'),
-    'model.mlp_dim': Field(integer(1), None, 'Hidden width of the MLPs; overrides the variant.'),
-    'model.num_heads': Field(integer(1), None, 'Number of attention heads; overrides the variant.'),
+    'model.width': Field(
+        integer(1, WIDEST), None, 'Width of the residual stream; overrides the variant.'
+    ),
+    'model.depth': Field(integer(1, DEEPEST), None, 'Number of blocks; overrides the variant.'),
+    'model.mlp_dim': Field(
+        integer(1, 2**20), None, 'Hidden width of the MLPs; overrides the variant.'
+    ),
+    'model.num_heads': Field(
+        integer(1, WIDEST), None, 'Number of attention heads; overrides the variant.'
+    ),
     'model.head_dim': Field(
-        integer(1), None, 'Width of an attention head; width / num_heads by default.'
+        integer(1, WIDEST), None, 'Width of an attention head; width / num_heads by default.'
     ),
     'model.tokenizer': Field(
         TOKENIZERS.name,
@@ -31,8 +39,8 @@ MODEL: dict[str, Field] = {
     'model.stride': Field(
         size, None, 'Pixels from one patch to the next, for overlapping patches.'
     ),
-    'model.tubelet': Field(integer(1), 2, 'Frames per tubelet.'),
-    'model.vocab': Field(integer(1), 259, 'Vocabulary size; 259 is that of byte_tokens.'),
+    'model.tubelet': Field(integer(1, 1024), 2, 'Frames per tubelet.'),
+    'model.vocab': Field(integer(1, 2**24), 259, 'Vocabulary size; 259 is that of byte_tokens.'),
     'model.embedding_bias': Field(boolean, True, 'Use a bias in the patch embedding.'),
     'model.posemb': Field(
         choice('sincos2d', 'sincos2d_mae', 'learned', 'rope', 'relative', 'none'),
@@ -40,7 +48,7 @@ MODEL: dict[str, Field] = {
         'Type of position embeddings.',
     ),
     'model.posemb_prefix': Field(
-        integer(0),
+        integer(0, 4097),
         0,
         'Number of prefix tokens (class token, registers) with a learned position of their own.',
     ),
@@ -52,7 +60,7 @@ MODEL: dict[str, Field] = {
     ),
     'model.class_token': Field(boolean, False, 'Add a class token even if `pool` needs none.'),
     'model.registers': Field(
-        integer(0), 0, 'Number of register tokens: learned, and ignored at the output.'
+        integer(0, 4096), 0, 'Number of register tokens: learned, and ignored at the output.'
     ),
     'model.pool': Field(
         choice('gap', 'cls', 'map', 'seq', 'cls_gap', 'cls_dist'),
@@ -60,7 +68,7 @@ MODEL: dict[str, Field] = {
         'How the final tokens are pooled into one vector.',
     ),
     'model.norm': Field(choice('layernorm', 'rmsnorm'), 'layernorm', 'Type of normalization.'),
-    'model.norm_eps': Field(number(0, 1), 1e-6, 'Added to the variance in normalization.'),
+    'model.norm_eps': Field(number(1e-38, 1), 1e-6, 'Added to the variance in normalization.'),
     'model.pre_norm': Field(boolean, False, 'Normalize before the first block, as in CLIP.'),
     'model.norm_after_pool': Field(
         boolean, False, 'Apply the last norm after pooling instead of before.'
@@ -83,7 +91,9 @@ MODEL: dict[str, Field] = {
         'learned.',
     ),
     'model.lora': Field(
-        integer(0), 0, 'Rank of trainable low-rank corrections to attention kernels; 0 is off.'
+        integer(0, WIDEST),
+        0,
+        'Rank of trainable low-rank corrections to attention kernels; 0 is off.',
     ),
     'model.attention': Field(
         choice('fused', 'xla', 'cudnn'), 'fused', 'Implementation of attention.'
@@ -101,7 +111,7 @@ MODEL: dict[str, Field] = {
     ),
     'model.patch_dropout': Field(below_one, 0.0, 'Share of tokens dropped in training.'),
     'model.representation': Field(
-        integer(0), 0, 'Width of a dense tanh layer before the head; 0 is off.'
+        integer(0, WIDEST), 0, 'Width of a dense tanh layer before the head; 0 is off.'
     ),
     'model.head_bias': Field(boolean, True, 'Use a bias in the head.'),
     'model.fusion': Field(
@@ -113,7 +123,9 @@ MODEL: dict[str, Field] = {
         check_text, None, 'Stream whose tokens attend to the others, with cross-attention fusion.'
     ),
     'model.latents': Field(
-        integer(1), 64, 'Number of learned latents that attend to all tokens, with latent fusion.'
+        integer(1, WIDEST),
+        64,
+        'Number of learned latents that attend to all tokens, with latent fusion.',
     ),
     'streams.*.tokenizer': Field(
         TOKENIZERS.name,
@@ -129,17 +141,19 @@ MODEL: dict[str, Field] = {
     'streams.*.stride': Field(
         size, None, 'Pixels from one patch to the next, for overlapping patches.'
     ),
-    'streams.*.tubelet': Field(integer(1), 2, 'Frames per tubelet.'),
-    'streams.*.vocab': Field(integer(1), 259, 'Vocabulary size; 259 is that of byte_tokens.'),
+    'streams.*.tubelet': Field(integer(1, 1024), 2, 'Frames per tubelet.'),
+    'streams.*.vocab': Field(
+        integer(1, 2**24), 259, 'Vocabulary size; 259 is that of byte_tokens.'
+    ),
     'streams.*.posemb': Field(
         choice('sincos2d', 'sincos2d_mae', 'learned', 'rope', 'none'),
         'sincos2d',
         'Type of position embeddings.',
     ),
     'streams.*.depth': Field(
-        integer(0), 0, 'Number of blocks of this stream alone, before it meets the others.'
+        integer(0, DEEPEST), 0, 'Number of blocks of this stream alone, before it meets the others.'
     ),
-    'model.dropout': Field(number(0, 1), 0.0, 'Dropout rate in the residual branches.'),
+    'model.dropout': Field(below_one, 0.0, 'Dropout rate in the residual branches.'),
     'model.dtype': Field(choice('bfloat16', 'float32'), 'bfloat16', 'Computation type.'),
     'model.scan': Field(
         boolean, True, 'Compile one block and scan over layers, instead of unrolling them.'

@@ -10,9 +10,7 @@ from big_vit.config.fields import (
     choice,
     durations,
     integer,
-    negative_power,
     number,
-    positive_share,
     rules,
 )
 from big_vit.config.registries import OPTIMIZERS
@@ -49,7 +47,7 @@ OPTIMIZATION: dict[str, Field] = {
         None,
         'Decay of the second moment (adafactor_vit: its upper limit; lion: decay of the momentum).',
     ),
-    'optim.eps': Field(number(0), None, 'Added to the square root of the second moment.'),
+    'optim.eps': Field(number(1e-38, 1), None, 'Added to the square root of the second moment.'),
     'optim.mu_dtype': Field(
         choice('float32', 'bfloat16'),
         None,
@@ -81,12 +79,14 @@ OPTIMIZATION: dict[str, Field] = {
         'How roots are computed: by matrix products, or by eigenvalues, for any exponent.',
     ),
     'optim.ridge': Field(
-        positive_share,
+        number(0, 1, excluded=0),
         None,
         'Regularization added to the statistics, relative to their largest eigenvalue.',
     ),
     'optim.exponent': Field(
-        negative_power, None, 'Exponent of the statistics on each side; -0.25 is Shampoo.'
+        number(-1, 0, excluded=0),
+        None,
+        'Exponent of the statistics on each side; -0.25 is Shampoo.',
     ),
     'optim.graft': Field(
         choice('adam', 'sgd', 'none'),

@@ -33,7 +33,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       UserError: another line is damaged.
     """
     path = storage.place(workdir) / FILE
-    rows, damaged = _parse(path.read_text() if path.exists() else '')
+    rows, damaged = _parse(path.read_bytes() if path.exists() else b'')
     if damaged:
         raise UserError(
             f'{path}, line {damaged[0]}: is not a row of metrics; delete that line, or resume the '
@@ -42,7 +42,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+def _parse(text: bytes) -> tuple[list[dict[str, Any]], list[int]]:
     """Parse the file into (rows, numbers of damaged lines), not counting a last one cut off."""
     rows, damaged = [], []
     lines = text.splitlines()
@@ -50,8 +50,8 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
         try:
             row = {n: math.nan if v is None else v + 0 for n, v in json.loads(line).items()}
             rows.append({'step': row.pop('step'), **row})
-        except (ValueError, TypeError, AttributeError, KeyError):
-            if number < len(lines) or text.endswith('\n'):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            if number < len(lines) or text.endswith(b'\n'):
                 damaged.append(number)
     return rows, damaged
 
@@ -132,7 +132,7 @@ class Writer:
             return
         folder = storage.place(workdir)
         self._path = folder / FILE
-        old_rows, _ = _parse(self._path.read_text() if self._path.exists() else '')
+        old_rows, _ = _parse(self._path.read_bytes() if self._path.exists() else b'')
         rows = [row for row in old_rows if row['step'] <= start_step]
         self._mark = {RESUMED: float(start_step)} if old_rows and start_step else {}
         self.latest = latest(rows)

@@ -31,7 +31,7 @@ def parse(variant: str) -> dict[str, object]:
     Raises:
       UserError: the size is unknown or the patch is malformed.
     """
-    match = re.fullmatch(r'(?:(R\d*)\+)?([\w-]+)/(\d+)(?:x(\d+))?', variant)
+    match = re.fullmatch(r'(?:(R\d*)\+)?([\w-]+)/(\d{1,5})(?:x(\d{1,5}))?', variant)
     if not match:
         raise UserError(
             f"config: model.variant must look like 'S/16', 'S/16x8' or 'R50+B/16', got {variant!r}"

@@ -27,24 +27,32 @@ STARTS = {
     'features': 'control: head on random features',
 }
 Row = dict[str, Any]
+# What is in these files beside metrics, which are numbers, or null where there is none.
+_ROW = {
+    'start': str,
+    'setting': dict,
+    'config': str,
+    'workdir': str,
+    'seed': int,
+    'lr': float | int,
+}
+_RESULT = {'setting': dict, 'trials': list, 'tests': list}
 
 
 def read(folder: epath.Path) -> list[Row]:
     """Read the rows of a study, former names of swept keys under today's; none without a study.
 
     Raises:
-      UserError: a line is not JSON.
+      UserError: a line is not the JSON of a row.
     """
     file = folder / ROWS
     rows = []
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(
-                f'{file}: line {number} is not JSON; delete it, and its trial runs again'
-            ) from None
-        setting = row.get('setting', {})
+    for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
+        where, advice = f'{file}: line {number}', 'delete it, and its trial runs again'
+        row = storage.parse_object(line, where, advice)
+        if not _fits(row, _ROW):
+            raise UserError(f'{where}: is not a row of a trial; {advice}')
+        setting = row['setting']
         rows.append({**row, 'setting': {RENAMED.get(k, k): v for k, v in setting.items()}})
     return rows
 
@@ -53,13 +61,25 @@ def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
     """Read the chosen setting and its test scores by start; {} before the test is scored.
 
     Raises:
-      UserError: the file is not JSON.
+      UserError: the file is not a JSON object.
     """
     file = folder / TEST
-    try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
-        raise UserError(f'{file}: is not JSON; delete it, and the test is scored again') from None
+    if not file.exists():
+        return {}
+    advice = 'delete it, and the test is scored again'
+    results = storage.parse_object(file.read_bytes(), str(file), advice)
+    if not all(isinstance(one, dict) and _fits(one, _RESULT) for one in results.values()):
+        raise UserError(f'{file}: is not the result of a test; {advice}')
+    return results
+
+
+def _fits(row: Row, kinds: Mapping[str, Any]) -> bool:
+    """Whether a row has values of these kinds, and numbers or nothing beside them."""
+    return all(isinstance(row.get(name), kind) for name, kind in kinds.items()) and all(
+        value is None or isinstance(value, int | float)
+        for name, value in row.items()
+        if name not in kinds
+    )
 
 
 def write(folder: epath.Path, rows: Sequence[Row]) -> None:

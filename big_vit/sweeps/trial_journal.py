@@ -12,7 +12,7 @@ import numpy as np
 from big_vit import checkpoint, journal, metrics, storage
 from big_vit.build.experiment import Experiment
 from big_vit.config import Config
-from big_vit.journal import Damage
+from big_vit.journal import Course, Damage
 from big_vit.steps import Metrics
 
 Place = str | os.PathLike[str]
@@ -61,6 +61,8 @@ class TrialJournal:
             trial: config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
             for _, _, trial in self._trials()
         }
+        self._courses = {trial: Course(self._total) for _, _, trial in self._trials()}
+        self._lost: set[Trial] = set()
         active = jax.process_index() == 0
         self.writers: dict[Trial, metrics.Writer] = {}
         with contextlib.ExitStack() as stack:
@@ -91,15 +93,17 @@ class TrialJournal:
             replaced = jax.device_get(values['replaced'])[:, 0]
             for damage, count, parts in zip(self._damage, replaced, self._experiments, strict=True):
                 damage.add(int(count), parts.batch_size)
-        skipped = jax.device_get(values['skipped_in_a_row'])
-        if not skipped.any():
-            return
-        fetched = jax.device_get(values)
+        skipped, losses = jax.device_get((values['skipped_in_a_row'], values['loss']))
+        fetched = jax.device_get(values) if skipped.any() else {}
         for i, j, trial in self._trials():
             if 0 < skipped[i, j] <= journal.MAX_SKIPPED_IN_A_ROW:
                 scalars = {name: value[i, j] for name, value in fetched.items()}
                 examples = journal.examples_of_update(self._experiments[i], step)
                 self._warn(step, trial, scalars, examples)
+            lost = self._courses[trial].add(step, float(losses[i, j]), bool(skipped[i, j]))
+            if lost and trial not in self._lost:
+                self.console.say(f'WARNING lr {trial.lr:g} seed {trial.seed}: {lost}; it goes on')
+                self._lost.add(trial)
 
     def _warn(self, step: int, trial: Trial, values: dict[str, Any], examples: str) -> None:
         name = f'lr {trial.lr:g} seed {trial.seed}'
@@ -107,6 +111,7 @@ class TrialJournal:
             text = journal.skipped_text(values, examples, self._skip_sigmas)
             self.console.say(f'WARNING step {step}, {name}: {text}')
         else:
+            self._lost.add(trial)
             text = journal.diverged_text(step, examples)
             self.console.say(f'WARNING {name}: {text}; it goes on without updates')
 

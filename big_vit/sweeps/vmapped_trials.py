@@ -179,7 +179,7 @@ class VmappedTraining:
         batches = (abstract_batch(self.parts),) * seeds
         numbers = [
             jax.ShapeDtypeStruct((n,), t, sharding=self._replicated)
-            for n, t in ((seeds, jnp.int32), (rates, jnp.float32))
+            for n, t in ((seeds, jnp.uint32), (rates, jnp.float32))
         ]
         return jitted.lower(states, frozen, batches, *numbers).compile()
 
@@ -188,7 +188,7 @@ class VmappedTraining:
     ) -> tuple[Int[Array, ' seeds'], Float[Array, ' rates']]:
         """Put seeds and rates on the devices, as the compiled step takes them."""
         return (
-            jax.device_put(np.asarray(seeds, np.int32), self._replicated),
+            jax.device_put(np.asarray(seeds, np.uint32), self._replicated),
             jax.device_put(np.asarray(rates, np.float32), self._replicated),
         )
 

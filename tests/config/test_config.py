@@ -5,6 +5,7 @@ import fractions
 import json
 import math
 import random
+import re
 import string
 from pathlib import Path
 
@@ -367,7 +368,7 @@ def test_every_one_letter_typo_of_every_key_is_refused_by_name():
 
 # What each key refuses; every key of the schema is in one of these groups.
 WRONG = {
-    'int': ['x', 1.5, True, (1,), float('nan'), float('inf'), -2],
+    'int': ['x', 1.5, True, (1,), float('nan'), float('inf'), -2, 1e30, 2**63],
     'number': ['x', True, (1,), float('nan'), -1],
     'share': ['x', True, 1.5, -0.1, float('nan')],
     'bool': ['yes', 1, 0, 1.0],
@@ -386,11 +387,21 @@ WRONG = {
     'severities': ['x', 0, 6, 1.5, True, (), (1, 6)],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
     'classes': [1.5, True, (), (1.5,), (True,), (None,)],
-    'rules': ['x', 5, ('.*', 1.0), (('.*',),), ((1, 1.0),), (('.*', 'x'),), (('.*', True),)],
+    'rules': [
+        'x',
+        5,
+        ('.*', 1.0),
+        (('.*',),),
+        ((1, 1.0),),
+        (('.*', 'x'),),
+        (('.*', True),),
+        (('.*', -1.0),),
+        (('.*', float('inf')),),
+    ],
 }
 GROUPS = {
     'seed': 'int', 'batch_size': 'int', 'accumulation': 'int', 'image_size': 'size',
-    'lr': 'number', 'init': 'str', 'ema': 'share', 'task.label_smoothing': 'share',
+    'lr': 'number', 'init': 'str', 'ema': 'below one', 'task.label_smoothing': 'below one',
     'mixup': 'number', 'cutmix': 'number', 'mix_switch': 'share', 'mix_prob': 'share',
     'task.name': 'choice', 'task.loss': 'choice', 'data.repeats': 'int', 'data.workers': 'int',
     'data.max_error_rate': 'share', 'image_column': 'str', 'label_column': 'str',
@@ -398,9 +409,9 @@ GROUPS = {
     'on_error': 'choice', 'weight': 'number',
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
-    'model.dropout': 'share', 'model.dtype': 'choice', 'model.scan': 'bool',
+    'model.dropout': 'below one', 'model.dtype': 'choice', 'model.scan': 'bool',
     'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
-    'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'number',
+    'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'positive',
     'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',
     'optim.clip': 'number', 'optim.agc': 'number', 'optim.sam_rho': 'number',
     'optim.sam_adaptive': 'bool', 'optim.group_rules': 'groups', 'optim.layer_decay': 'share',
@@ -418,7 +429,7 @@ GROUPS = {
     'tubelet': 'int', 'vocab': 'int', 'posemb': 'choice', 'model.embedding_bias': 'bool',
     'model.posemb_prefix': 'int', 'model.posemb_grid': 'size', 'model.rope_theta': 'number',
     'model.class_token': 'bool', 'model.registers': 'int', 'model.norm': 'choice',
-    'model.norm_eps': 'share', 'model.pre_norm': 'bool', 'model.norm_after_pool': 'bool',
+    'model.norm_eps': 'positive', 'model.pre_norm': 'bool', 'model.norm_after_pool': 'bool',
     'model.activation': 'choice', 'model.mlp': 'choice', 'model.qkv_bias': 'bool',
     'model.key_bias': 'bool', 'model.qk_norm': 'bool', 'model.lsa': 'bool',
     'model.attention': 'choice', 'model.parallel': 'bool', 'model.layer_scale': 'share',
@@ -470,6 +481,123 @@ def test_a_value_of_the_wrong_kind_is_refused_and_says_what_is_wanted(key, value
 def test_numbers_are_finite(key, value):
     values = {k: v for k, v in REQUIRED.items() if not k.startswith('total') or k == key}
     refused(lambda: config.resolve({'total_epochs': 1} | values | {key: value}), key, 'must be')
+
+
+NONSENSE = [-1, 0, 1e30, -1e30, 1e300, float('nan'), float('inf'), -float('inf'), 2**63, 10**5000,
+            '', 'x', '\0', 'x' * 10_000, [], (), {}, set(), b'x', 1j, None, True, [[]], (None,),
+            [{}], ((),), (('.*', -1.0),), (('.*', 1e300),)]  # fmt: skip
+
+
+@pytest.mark.parametrize('key', KEYS)
+def test_any_value_is_accepted_or_refused_by_one_line(key):
+    """What is accepted is dumped and read again as it was."""
+    for value in NONSENSE:
+        given = {
+            k: v
+            for k, v in REQUIRED.items()
+            if key.rpartition('_')[0] != 'total' or k[:6] != 'total_'
+        }
+        try:
+            made = config.resolve(given | {key: value})
+        except UserError as error:
+            text = str(error)
+            assert (text.startswith('config: ') and key in text) or 'must be set' in text, text
+            assert '\n' not in text and len(text) < 1200, text
+            continue
+        dump = json.dumps(made.to_dict(), allow_nan=False)
+        assert config.from_json(json.loads(dump)).to_dict() == made.to_dict()
+
+
+# Every number has bounds, and docs/config.md says which.
+BOUNDS = re.compile(
+    r'(?:whole )?number (?:from|(?P<above>above)) (?P<low>\S+) '
+    r'to (?P<below>below )?(?P<high>[^ ,]+( - 1)?)'
+)
+
+
+def bounded():
+    for key, field in schema.SCHEMA.items():
+        says = BOUNDS.fullmatch(field.check.__doc__ or '')
+        if says:
+            high = says['high'].replace(' ', '')
+            base, _, power = high.removesuffix('-1').partition('**')
+            high = int(base) ** int(power) - 1 if power else float(high)
+            yield key.replace('*', 'test'), float(says['low']), high, says
+
+
+@pytest.mark.parametrize('key, low, high, says', [pytest.param(*b, id=b[0]) for b in bounded()])
+def test_bounds_are_as_documented(key, low, high, says):
+    whole = says[0].startswith('whole')
+    inside = [low if not says['above'] else (low + high) / 2]
+    inside += [high if not says['below'] else (low + high) / 2]
+    outside = [low if says['above'] else low - 1, high if says['below'] else high + 1]
+    optional = {k: v for k, v in REQUIRED.items() if k != key}
+    for value in inside:
+        config.resolve(optional | {key: int(value) if whole else value})
+    for value in outside:
+        refused(
+            lambda v=value: config.resolve(optional | {key: v}), f'config: {key} must be', says[0]
+        )
+
+
+def test_no_whole_number_is_without_bounds():
+    found = {b[0] for b in bounded()}
+    wholes = {key for key in KEYS if group_of(key) == 'int'}
+    assert wholes <= found, wholes - found
+
+
+@pytest.mark.parametrize(
+    'key, value',
+    [
+        ('ema', 1), ('task.label_smoothing', 1), ('model.dropout', 1), ('model.drop_path', 1),
+        ('model.patch_dropout', 1), ('task.mask_ratio', 1), ('optim.b1', 1), ('optim.b2', 1.5),
+        ('optim.momentum', 1), ('optim.eps', 0), ('optim.eps', -1e-8), ('model.norm_eps', 0),
+        ('optim.lr_rules', (('.*', -1.0),)), ('optim.weight_decay_rules', (('.*', -0.1),)),
+        ('mixup', -0.1), ('cutmix', 1e9), ('data.workers', 100_000), ('model.registers', 10**6),
+        ('model.lora', 1e30), ('batch_size', 1e30), ('seed', 2**63), ('seed', 2**32),
+        ('optim.layer_decay', 1.1), ('optim.weight_decay', -1), ('model.width', 10**9),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused(key, value):
+    refused(lambda: resolved(**{key.replace('.', '__'): value}), f'config: {key} must be ')
+
+
+@pytest.mark.parametrize('key', ['init', 'switch', 'data.path', 'log.wandb', 'data.label_map'])
+def test_an_empty_variable_of_a_shell_is_no_value(file, key):
+    refused(lambda: config.load(str(file), [(key, '')]), f'config: {key} is empty')
+
+
+@pytest.mark.parametrize(
+    'body',
+    ['return None', 'return []', 'return 3', "return 'x'", "return {'lr': {}}", "return {1: 2}",
+     "return {'model': 3}", "return {'evals': 3}", "return {'evals': {'test': 3}}",
+     "return {'evals': {'': {'split': 'test'}}}", "return {'lr': 10**5000}"],
+)  # fmt: skip
+def test_a_file_that_gives_no_config_is_refused(tmp_path, body):
+    path = tmp_path / 'odd.py'
+    path.write_text(f'def get_config():\n    {body}\n')
+    refused(
+        lambda: config.load(str(path), [(k, str(v)) for k, v in REQUIRED.items() if k != 'lr']),
+        'config: ',
+    )
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe', b'x = 1\0', b''])
+def test_a_file_of_bytes_is_refused(tmp_path, content):
+    path = tmp_path / 'odd.py'
+    path.write_bytes(content)
+    refused(lambda: config.load(str(path)), '--config: ', 'odd.py')
+
+
+@pytest.mark.parametrize(
+    'dump',
+    [[], None, 'x', 3, {'lr': []}, {'model': []}, {'evals': 3}, {'evals': {'a': None}},
+     {'evals': []}, {'': {'': 1}}, {'model': {'depth': {'x': 1}}}, {'lr': {}}],
+)  # fmt: skip
+def test_a_dump_of_another_kind_is_refused(dump):
+    refused(lambda: config.from_json(dump), 'config: ')
+    if not isinstance(dump, dict):
+        refused(lambda: config.difference(dump, {}), 'config: a dump must be an object')
 
 
 @pytest.mark.parametrize('value, pair', [(1, (1, 1)), (16384, (16384, 16384)), ((8, 24), (8, 24))])
