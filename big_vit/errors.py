@@ -7,3 +7,14 @@ class UserError(Exception):
     Commands print it as one line and exit with status 2; any other exception is
     a bug of ours and keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        # What files and users named may hold codes that would control the terminal.
+        return '\n'.join(map(printable, super().__str__().split('\n')))
+
+
+def printable(text: str) -> str:
+    """Escape control characters, line breaks among them, and what else is not printed."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
