@@ -22,7 +22,7 @@ from big_vit import config as config_lib
 from big_vit.build.model import build_model
 from big_vit.build.task import build_task
 from big_vit.config import Config
-from big_vit.errors import UserError, printable
+from big_vit.errors import UserError
 from big_vit.interop import Weights, fit
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
@@ -117,25 +117,23 @@ def main(argv: list[str]) -> None:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
     if args.source and args.which:
         raise UserError(f'--which is of --checkpoint; of a file: --from {args.source}:KEY')
+    if args.checkpoint and not args.to:
+        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
+    if args.to and overrides:
+        raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
     if args.source:
         weights = interop.read(args.source, args.format, args.drop, given, args.architecture)
+        print(f'read     {args.source} ({weights.meta["format"]})')
+        if weights.meta['dropped']:
+            print(f'dropped  {len(weights.meta["dropped"])} arrays')
     if args.source and not args.to:
         if args.licence:
             weights.meta['licence'] = args.licence
-        print(f'read     {args.source} ({weights.meta["format"]})')
         print(interop.describe(weights))
-        if weights.meta['part']:
-            print(f'part     {printable(weights.meta["part"])}')
-        if weights.meta['dropped']:
-            print(f'dropped  {len(weights.meta["dropped"])} arrays')
         workdir, config = to_checkpoint(weights, out, overrides)
         print(f'wrote    {workdir}/checkpoints/0')
         print(f'use      --config.init={workdir}   (model.variant {config.model.variant})')
         return
-    if overrides:
-        raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
-    if not args.to:
-        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
     if args.source:  # From one foreign format to another.
         args.drop = []
     else:

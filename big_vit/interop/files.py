@@ -65,6 +65,7 @@ def read(path: Path) -> tuple[Sections, dict[str, str]]:
     with path.open('rb') as file:
         if file.read(len(_LFS)) == _LFS:
             raise UserError(f'{path}: a pointer of Git LFS, not the file itself: run git lfs pull')
+    sections: Sections
     metadata: dict[str, str] = {}
     if path.suffix == '.npz':
         arrays, metadata = _read_npz(path)

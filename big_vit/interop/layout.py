@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from big_vit import trees
 from big_vit.errors import UserError, printable
 from big_vit.models.vit import make_vit
 
+T = TypeVar('T')
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -97,9 +98,9 @@ def identity(ours: str, theirs: str, our_shape: tuple[int, ...], shape: Sequence
     return Rule(theirs, tuple(shape) or our_shape, (ours,), our_shape, our_shape, axes)
 
 
-# A row of a table: our module or array, and the peer's name. `{i}` is the number of a block; `{leaf}`
-# stands for weight or bias if the row is a module. Several modules are joined, and so are arrays,
-# which (even one in a tuple) are laid out as PyTorch has them; an array alone stays as it is.
+# A row of a table: our module or array, and the peer's name. `{i}` is the number of a block,
+# `{leaf}` weight or bias if the row is a module. Several modules or arrays are joined. Arrays in a
+# tuple are laid out as PyTorch has them; one that is not in a tuple stays as it is.
 Row = tuple[str | tuple[str, ...], str]
 
 _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
@@ -237,9 +238,9 @@ def _advice(unexpected: Sequence[str]) -> str:
 
 
 def drop(
-    arrays: Mapping[str, np.ndarray], patterns: Sequence[str], where: str
-) -> tuple[Arrays, tuple[str, ...]]:
-    """Remove the arrays whose full name matches a regex.
+    arrays: Mapping[str, T], patterns: Sequence[str], where: str
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Remove the arrays (or what stands for them) whose full name matches a regex.
 
     Returns:
       The remaining arrays, and the names of the dropped ones.

@@ -37,15 +37,15 @@ _SETS = ('builtins.set', '__builtin__.set', 'builtins.frozenset', '__builtin__.f
 
 
 class Storage(NamedTuple):
-    """Numbers in the file: their key there, their type (an entry of _DTYPES) and count."""
+    """Numbers in the file: their key there, their type (an entry of _DTYPES) and how many."""
 
     key: str
     dtype: str
-    count: int
+    size: int
 
     @property
     def nbytes(self) -> int:
-        return self.count * np.dtype(_DTYPES[self.dtype]).itemsize
+        return self.size * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
 class Tensor(NamedTuple):
@@ -78,6 +78,7 @@ def load(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # The stacks below each mark.
     memo: dict[int, Any] = {}
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if count > _MOST_OPCODES:
@@ -258,7 +259,7 @@ def dense(tensor: Tensor, raw: bytes) -> np.ndarray:
     last = tensor.offset + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)
     )
-    if size and (last >= numbers.size or size > numbers.size) or len(tensor.shape) > 16:
+    if (size and (last >= numbers.size or size > numbers.size)) or len(tensor.shape) > 16:
         raise ValueError(f'a tensor of shape {tensor.shape} in {numbers.size} numbers')
     if not size:
         return np.zeros(tensor.shape, numbers.dtype)

@@ -120,9 +120,7 @@ def read(
     return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta)
 
 
-def _encoder(
-    source: _SourceFile, format: str | None, drop: Sequence[str], where: str
-) -> _Encoder:
+def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where: str) -> _Encoder:
     """Find the encoder in a file, read its arrays, and leave out what is to be dropped."""
     listed = {section: list(table) for section, table in source.sections.items()}
     format = format or _format_of_config(source)
@@ -138,24 +136,23 @@ def _encoder(
     if not fitting and not source.part and format is not None and len(listed) == 1:
         fitting = [parts.Part(next(iter(listed)), '', (format,))]  # `check` says what is missing.
     if not fitting and not found:
-        names = [name for table in listed.values() for name in table]
+        shown = layout.shown([name for names in listed.values() for name in names][:6])
         raise UserError(
-            f'{where}: none of the known formats ({", ".join(READ)}): it has '
-            f'{layout.shown(names[:6])}, ...'
+            f'{where}: none of the known formats ({", ".join(READ)}): it has {shown}, ...'
         )
     part, others = parts.choose(fitting or found, source.part, where)
     table = source.sections[part.section]
-    names, beside = parts.inside(part, table, source.part, drop, where)
+    inside, beside = parts.inside(part, table, source.part, drop, where)
     if format is None:
         format = (
-            openclip.recognises(names)
-            or timm_vit.recognises(names, source.path.name)
-            or huggingface.recognises(names)
+            openclip.recognises(inside)
+            or timm_vit.recognises(inside, source.path.name)
+            or huggingface.recognises(inside)
         )
     if format is None:
         raise UserError(f'{where}: none of the known formats ({", ".join(READ)})')
     patterns = [regex for regex in drop if not any(re.fullmatch(regex, n) for n in beside)]
-    kept, dropped = layout.drop(names, patterns, where)
+    kept, dropped = layout.drop(inside, patterns, where)
     arrays = {name: table[stored]() for name, stored in kept.items()}
     renamed = huggingface.newer_names(format, arrays)
     arrays = {renamed.get(name, name): array for name, array in arrays.items()}

@@ -47,11 +47,11 @@ _RELEASED_HEADS = {
 # Architectures that big_vit has. Others have blocks that compute something else, some under the
 # same names, so that a name with an unknown part is refused.
 _PLAIN = re.compile(
-    r'test_vit[234]?|(vit|deit3?|flexivit|beit3|eva)_(?!pwee|dwee|dpwee|dlittle)([a-z0-9]+)'
+    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|beit3|eva)_(?!pwee|dwee|dpwee|dlittle)(?P<size>[a-z0-9]+)'
     r'(_distilled)?(_patch\d+)?(_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?'
     r'(_plus|_clip|_quickgelu|_siglip|_gap|_map|_reg\d+|_dinov2|_tipsv2|_miil|_36x1|_\d+)*'
 )
-_DINOV3 = re.compile(r'vit_([a-z0-9]+)(_plus)?_patch\d+_dinov3(_qkvb)?')
+_DINOV3 = re.compile(r'vit_(?P<size>[a-z0-9]+)(_plus)?_patch\d+_dinov3(_qkvb)?')
 # Arguments of models that settings come from, or that arrays show, or that are of training.
 _ARGUMENTS = {
     *('img_size', 'patch_size', 'in_chans', 'num_classes', 'global_pool', 'embed_dim', 'depth'),
@@ -224,7 +224,7 @@ def settings_of(
         'depth': depth,
         'num_heads': given.get('num_heads')
         or args.get('num_heads')
-        or _heads(format, name, out, 'embed_dim' in args, where),
+        or heads_of(format, name, out, 'embed_dim' in args, where),
         'class_token': 'cls_token' in shapes,
         'embedding_bias': 'patch_embed.proj.bias' in shapes,
         'qkv_bias': 'blocks.0.attn.qkv.bias' in shapes,
@@ -295,7 +295,8 @@ def _check_known(
     if format != 'timm' and 'pos_embed' not in shapes:
         raise UserError(f'{where}: {format} has positions, and there is no pos_embed in it')
     if format == 'timm' and not name:
-        also = '; or --format deit3, if it is that' if 'blocks.0.gamma_1' in shapes else ''
+        like_deit3 = {'blocks.0.gamma_1', 'pos_embed'} <= shapes.keys()
+        also = '; or --format deit3, if it is that' if like_deit3 else ''
         raise UserError(
             f'{where}: arrays do not show what a model of timm computes (heads, epsilon, '
             'activation, pooling, RoPE): config.json must be beside it, or say --architecture '
@@ -308,7 +309,7 @@ def _check_known(
         raise UserError(f'{where}: big_vit does not know what {unknown[0]} in model_args does')
 
 
-def _heads(format: str, name: str, width: int, other_width: bool, where: str) -> int:
+def heads_of(format: str, name: str, width: int, other_width: bool, where: str) -> int:
     """The number of heads of a release, or of an architecture where its config says no other.
 
     Raises:
@@ -319,8 +320,7 @@ def _heads(format: str, name: str, width: int, other_width: bool, where: str) ->
     else:
         named = (size for pattern, size in _NAMED_SIZES if re.fullmatch(pattern, name))
         match = _DINOV3.fullmatch(name) or _PLAIN.fullmatch(name)
-        size = match[1] if match and match.re is _DINOV3 else match[2] if match else ''
-        usual, heads = next(named, _SIZES.get(size, (0, None)))
+        usual, heads = next(named, _SIZES.get(match['size'] if match else '', (0, None)))
         heads = heads if other_width or usual == width else None
     if heads is None or width % heads:
         raise UserError(

@@ -123,7 +123,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[pickles.Sto
         tree = pickles.load(file, storages)
         for key in pickles.load(file):
             count = int.from_bytes(file.read(8), 'little')
-            if count != storages[key].count:
+            if count != storages[key].size:
                 raise ValueError(f'storage {key} has {count} numbers')
             places[key] = file.tell()
             file.seek(storages[key].nbytes, io.SEEK_CUR)

@@ -18,8 +18,8 @@ class Weights(NamedTuple):
       params: nested parameters under our names, one subtree per block; float32 or bfloat16.
       settings: fields of `ViT`, which are the keys of `config.model`.
       meta: format, architecture, image_size (height, width), channels, mean, std, crop_pct,
-        interpolation, licence, source, dropped (names that were left out), part (the place of the encoder in
-        the file); None where unknown.
+        interpolation, licence, source, dropped (names that were left out), part (the place of the
+        encoder in the file); None where unknown.
     """
 
     params: dict[str, Any]
@@ -49,6 +49,7 @@ def describe(weights: Weights) -> str:
             printable(
                 f'from     {meta.get("source") or "unknown source"}, '
                 f'licence {meta.get("licence") or "unknown"}'
+                + (f', part {meta["part"]}' if meta.get('part') else '')
             ),
         ]
     )
