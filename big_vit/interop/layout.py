@@ -237,6 +237,14 @@ def _advice(unexpected: Sequence[str]) -> str:
     return ". To leave an array out on purpose, --drop 'REGEX'" if unexpected else ''
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regex of --drop is that of a whole name; raises UserError if it is no regex."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f'--drop {pattern!r}: not a regular expression: {error}') from None
+
+
 def drop(
     arrays: Mapping[str, T], patterns: Sequence[str], where: str
 ) -> tuple[dict[str, T], tuple[str, ...]]:
@@ -250,10 +258,7 @@ def drop(
     """
     dropped: set[str] = set()
     for pattern in patterns:
-        try:
-            matching = {name for name in arrays if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise UserError(f'--drop {pattern!r}: not a regular expression: {error}') from None
+        matching = {name for name in arrays if matches(pattern, name)}
         if not matching:
             raise UserError(
                 f'--drop {pattern!r} matches nothing in {where}, which has {shown(list(arrays))}'

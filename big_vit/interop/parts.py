@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from big_vit.errors import UserError
 from big_vit.interop import huggingface, openclip, timm_vit
-from big_vit.interop.layout import shown
+from big_vit.interop.layout import matches, shown
 
 _TRUNK = re.escape(openclip.TRUNK)
 # By the formats that have it: the array, as a regex of its name, and another that is beside it.
@@ -105,7 +105,7 @@ def inside(
     beside = [name for name in listed if not name.startswith(part.prefix)]
     if wanted and f'.{part.place}'.endswith(f'.{wanted}'):
         return found, []
-    left = [name for name in beside if not any(re.fullmatch(regex, name) for regex in drop)]
+    left = [name for name in beside if not any(matches(regex, name) for regex in drop)]
     if left:
         raise UserError(
             f'{where}: beside the encoder behind {shown([part.prefix])} there are {shown(left)}; '

@@ -1,7 +1,6 @@
 """Read the weights of other codebases: recognise the format, derive settings, map the arrays."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,7 +150,7 @@ def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where
         )
     if format is None:
         raise UserError(f'{where}: none of the known formats ({", ".join(READ)})')
-    patterns = [regex for regex in drop if not any(re.fullmatch(regex, n) for n in beside)]
+    patterns = [regex for regex in drop if not any(layout.matches(regex, n) for n in beside)]
     kept, dropped = layout.drop(inside, patterns, where)
     arrays = {name: table[stored]() for name, stored in kept.items()}
     renamed = huggingface.newer_names(format, arrays)

@@ -92,6 +92,8 @@ def test_a_projection_head_is_not_left_out_unsaid(tmp_path):
         read(path)
     same(read(f'{path}:teacher.backbone'), ours)
     same(read(f'{path}:student.module.backbone'), ours)
+    with pytest.raises(UserError, match='not a regular expression'):
+        read(path, drop=['('])
     weights = read(path, drop=[r'head\.mlp\..*'])
     same(weights, ours)
     assert weights.meta['dropped'] == ('head.mlp.0.weight',)
