@@ -35,7 +35,8 @@ def advice(path: Path) -> str:
         'torch, safetensors.torch as s; '
         "d = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
         "d = d if isinstance(d, dict) else d.state_dict(); d = d.get('state_dict', d.get('model', "
-        'd)); s.save_file({k: v.to_dense().contiguous().clone() for k, v in d.items() if '
+        'd)); s.save_file({k: (v.dequantize() if v.is_quantized else v.to_dense())'
+        '.contiguous().clone() for k, v in d.items() if '
         f"torch.is_tensor(v)}}, 'model.safetensors')\" {shlex.quote(str(path))}"
     )
 
@@ -62,7 +63,10 @@ def read(path: Path) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
     for table in sections.values():
         _check_sizes(path, table)
     if not sections:
-        raise UserError(f'{path}: there are no tensors of PyTorch by name in it; {advice(path)}')
+        raise UserError(
+            f'{path}: there are no tensors of PyTorch by name in it; arrays of NumPy are read as '
+            '.npz or .safetensors: save them so where you trust the file'
+        )
     return {
         place: {name: functools.partial(_array, path, name, x, fetch) for name, x in table.items()}
         for place, table in sections.items()

@@ -11,6 +11,7 @@ from torch_writer import save
 from big_vit import export, interop, trees
 from big_vit.errors import UserError
 from big_vit.interop import Weights, fit, layout, parts, timm_vit
+from big_vit.pretrained import load
 
 pytest.importorskip('safetensors')
 
@@ -181,6 +182,18 @@ def test_numbers_that_are_none_are_refused_in_every_format(format, tmp_path):
     path = interop.write(tmp_path / 'x.npz', format, mine)
     with pytest.raises(UserError, match='1 of its 48 numbers are NaN or infinite'):
         interop.read(path)
+
+
+def test_a_run_that_diverged_is_no_start(tmp_path):
+    ours, _ = model()
+    meta = {**dict.fromkeys(interop.META), 'image_size': (32, 32), 'channels': 3}
+    weights = Weights(trees.unflatten(ours), fit.complete(SETTINGS), meta)
+    fine, _ = export.to_checkpoint(weights, str(tmp_path / 'fine'))
+    assert load.read_pretrained(str(fine)).part is None
+    ours['head/bias'][2] = np.inf
+    workdir, _ = export.to_checkpoint(weights, str(tmp_path / 'run'))
+    with pytest.raises(UserError, match=r'checkpoints/0 has NaN or infinite numbers in head/bias'):
+        load.read_pretrained(str(workdir))
 
 
 def test_numbers_beyond_float32_and_integers_are_no_weights(tmp_path):

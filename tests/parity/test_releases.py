@@ -120,16 +120,22 @@ def test_files_of_torch_in_every_form_have_what_torch_reads(kind, tmp_path):
     assert distance(theirs(model.eval(), images(32)), ours(weights, images(32))) <= CLOSE
 
 
-def test_the_advice_for_what_is_not_dense_makes_safetensors(tmp_path):
+@pytest.mark.parametrize('kind', ['sparse', 'qtensor'])
+def test_the_advice_for_what_is_not_dense_makes_safetensors(kind, tmp_path):
     timm = peer('timm')
     import torch
 
     model = randomise(timm.create_model('vit_small_patch16_224', num_classes=5, **SIZES))
-    arrays = {**model.state_dict(), 'cls_token': model.cls_token.detach().to_sparse()}
+    token = model.cls_token.detach()
+    with torch.no_grad():
+        token.copy_((token * 1000).round() / 1000)
+    changed = torch.quantize_per_tensor(token, 0.001, 0, torch.qint32)
+    changed = token.to_sparse() if kind == 'sparse' else changed
+    arrays = {**model.state_dict(), 'cls_token': changed}
     file = tmp_path / "it's.pth"
     torch.save({'state_dict': arrays, 'args': argparse.Namespace()}, file)
     told = {'settings': {'num_heads': 3}, 'architecture': 'vit_small_patch16_224'}
-    with pytest.raises(UserError, match=r'cls_token is made by .*_rebuild_sparse') as error:
+    with pytest.raises(UserError, match=f'cls_token is made by .*_rebuild_{kind}') as error:
         interop.read(file, **told)
     command = str(error.value).partition('convert it once: ')[2]
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
