@@ -69,9 +69,8 @@ def read(
 
     Args:
       spec: a .npz, .safetensors or .pth file, or a folder with a config; `FILE:PART` selects one of
-        several models in it: a key (`model_ema`, `student`), a prefix of names (`backbone`), or
-        several of them (`student.backbone`). An average of the parameters is read before what it
-        is the average of.
+        several models in it, by keys and prefixes of names (`model_ema`, `student.backbone`). An
+        average of the parameters is read before what it is the average of.
       format: one of READ; recognised from the file by default.
       drop: regexes that match full array names in the file; matching arrays are left out.
       settings: model settings or `image_size` that the file omits or gets wrong.
@@ -110,8 +109,8 @@ def read(
     fields = fit.complete({**fields, **given})
     if fields['pool'] in fit.OF_CLASS_TOKEN:
         fields['class_token'] = False  # These pooling modes imply the token.
-    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format, 'dropped': dropped}
-    meta['part'] = encoder.part
+    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
+    meta |= {'dropped': dropped, 'part': encoder.part}
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)

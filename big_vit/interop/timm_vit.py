@@ -24,7 +24,7 @@ _MAP = 'MAPHead_0'
 _SIZES = {
     'tiny': (192, 3), 'xsmall': (256, 4), 'wee': (256, 4), 'little': (320, 5), 'small': (384, 6),
     'medium': (512, 8), 'mediumd': (512, 8), 'betwixt': (640, 10), 'base': (768, 12),
-    'so150m2': (832, 13), 'so150m': (896, 14), 'large': (1024, 16), 'intern300m': (1024, 16),
+    'so150m2': (832, 13), 'so150m': (896, 14), 'large': (1024, 16),
     'so400m': (1152, 16), 'huge': (1280, 16), 'giant': (1408, 16), 'giantopt': (1536, 16),
     'gigantic': (1664, 16),
 }  # fmt: skip
@@ -47,7 +47,8 @@ _RELEASED_HEADS = {
 # Architectures that big_vit has. Others have blocks that compute something else, some under the
 # same names, so that a name with an unknown part is refused.
 _PLAIN = re.compile(
-    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|beit3|eva)_(?!pwee|dwee|dpwee|dlittle)(?P<size>[a-z0-9]+)'
+    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|beit3|eva)_'
+    r'(?!pwee|dwee|dpwee|dlittle|intern)(?P<size>[a-z0-9]+)'
     r'(_distilled)?(_patch\d+)?(_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?'
     r'(_plus|_clip|_quickgelu|_siglip|_gap|_map|_reg\d+|_dinov2|_tipsv2|_miil|_36x1|_\d+)*'
 )

@@ -23,7 +23,7 @@ MODULES = (
 OTHER = re.compile(
     r'aimv2.*|.*(_radio_|_rpn_|_xp_|18x2|pwee|dwee|dlittle|_mci_|_resnet\d\d).*|samvit.*|.*relpos.*'
     r'|eva02.*|eva_giant.*|.*_rope_.*|vit_pe_.*|beit(v2)?_.*|naflexvit.*|cait.*|xcit.*|volo.*|convit.*'
-    r'|.*lingbot.*|.*sapiens2.*'
+    r'|.*lingbot.*|.*sapiens2.*|vit_intern.*'
 )
 # Their pooling leaves out the tokens before those of patches.
 OTHER_POOL = ('test_vit3', 'vit_so150m_patch16_reg4_map_256')
