@@ -47,7 +47,7 @@ _RELEASED_HEADS = {
 # Architectures that big_vit has. Others have blocks that compute something else, some under the
 # same names, so that a name with an unknown part is refused.
 _PLAIN = re.compile(
-    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|beit3|eva)_'
+    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|eva)_'
     r'(?!pwee|dwee|dpwee|dlittle|intern)(?P<size>[a-z0-9]+)'
     r'(_distilled)?(_patch\d+)?(_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?'
     r'(_plus|_clip|_quickgelu|_siglip|_gap|_map|_reg\d+|_dinov2|_tipsv2|_miil|_36x1|_\d+)*'
@@ -64,7 +64,7 @@ _ARGUMENTS = {
 }
 _DINOV3_ARGUMENTS = _ARGUMENTS - {'norm_layer', 'act_layer', 'qk_norm', 'pos_embed', 'pre_norm'} | {
     'num_reg_tokens', 'rope_temperature'}  # fmt: skip
-_EPS_1E5 = re.compile(r'.*_clip_|beit3')
+_EPS_1E5 = re.compile(r'.*_clip_')
 _QUICK = re.compile(r'.*_clip_quickgelu')
 _TANH = re.compile(
     r'vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_|vit_large_patch16_siglip_(gap_)?512'
@@ -386,7 +386,7 @@ def _pool(
         return 'map'
     pooling = args.get('global_pool') or config.get('global_pool')
     if pooling is None:
-        gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|beit3|_dinov3', name)
+        gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|_dinov3', name)
         pooling = 'avg' if gap or 'cls_token' not in shapes else 'token'
     pools = {'token': 'cls', 'avg': 'gap'}
     if pooling not in pools:

@@ -22,7 +22,7 @@ MODULES = (
 # What big_vit has no blocks for, or names that it does not tell from such.
 OTHER = re.compile(
     r'aimv2.*|.*(_radio_|_rpn_|_xp_|18x2|pwee|dwee|dlittle|_mci_|_resnet\d\d).*|samvit.*|.*relpos.*'
-    r'|eva02.*|eva_giant.*|.*_rope_.*|vit_pe_.*|beit(v2)?_.*|naflexvit.*|cait.*|xcit.*|volo.*|convit.*'
+    r'|eva02.*|eva_giant.*|.*_rope_.*|vit_pe_.*|beit.*|naflexvit.*|cait.*|xcit.*|volo.*|convit.*'
     r'|.*lingbot.*|.*sapiens2.*|vit_intern.*'
 )
 # Their pooling leaves out the tokens before those of patches.
