@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({'checkpoint': where, **scores}))
         return
-    part = weights.meta['part'] if weights is not None else None
+    part = weights.meta.get('part') if weights is not None else None
     print(where + (printable(f' ({part})') if part else ''))
     print(tables(scores))
 

@@ -59,7 +59,7 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
             raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
-        part = weights.meta['part']
+        part = weights.meta.get('part')
         return Pretrained(weights.params, config_of_weights(weights), init, known, part)
     source, step = checkpoint.locate(init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
