@@ -7,6 +7,7 @@ object (`argparse.Namespace`, an optimizer, NumPy scalars, paths) becomes an `Op
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -75,11 +76,18 @@ def load(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
     Raises:
       ValueError, IndexError, KeyError, TypeError, AttributeError: it is damaged.
     """
+    with warnings.catch_warnings():
+        # Text of old protocols may hold escapes that Python only warns of.
+        warnings.simplefilter('ignore', DeprecationWarning)
+        return _followed(pickletools.genops(file), {} if storages is None else storages)
+
+
+def _followed(program: Iterator[Any], storages: dict[str, Storage]) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # The stacks below each mark.
     memo: dict[int, Any] = {}
     argument: Any
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (opcode, argument, _) in enumerate(program):
         name = opcode.name
         if count > _MOST_OPCODES:
             raise ValueError(f'a pickle of more than {_MOST_OPCODES} opcodes')
@@ -100,7 +108,7 @@ def load(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
         elif name == 'BINPERSID':
             made = _persistent(stack.pop())
             stack.append(made)
-            if isinstance(made, Storage) and storages is not None:
+            if isinstance(made, Storage):
                 storages[made.key] = made
         elif name in _OF_STACK:
             _OF_STACK[name](stack)
