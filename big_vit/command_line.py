@@ -276,7 +276,11 @@ def export() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
     source.add_argument(
-        '--from', dest='source', metavar='PATH', help='a file or folder of weights; FILE.npz:img'
+        '--from',
+        dest='source',
+        metavar='PATH',
+        help='a file or folder of weights; FILE:PART is one model of several: model.npz:img, '
+        'checkpoint.pth:state_dict_ema, dino.pth:student.backbone',
     )
     parser.add_argument(
         '--to',
@@ -292,7 +296,11 @@ def export() -> argparse.ArgumentParser:
         '--set', action='append', default=[], metavar='NAME=VALUE', help='a setting to correct'
     )
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
-    parser.add_argument('--architecture', help='of open_clip: the timm model of the tower')
+    parser.add_argument(
+        '--architecture',
+        help="timm's name of the model: of --from where no config.json is beside it, of --to "
+        'open_clip that of the tower',
+    )
     parser.add_argument('--licence', help='of the weights, as in apache-2.0')
     return parser
 

@@ -8,7 +8,13 @@ class UserError(Exception):
     a bug of ours and keeps its traceback.
     """
 
+    def __str__(self) -> str:
+        # What files and users named may hold codes that would control the terminal.
+        return '\n'.join(map(printable, super().__str__().split('\n')))
+
 
 def printable(text: str) -> str:
-    """Escape what a terminal would act on, in text that files or other hosts chose."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Escape control characters, line breaks among them, and what else is not printed."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

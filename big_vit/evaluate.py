@@ -23,7 +23,7 @@ from big_vit.build.evaluations import SharedFeatures, build_evaluators
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
 from big_vit.distributed import hosts
-from big_vit.errors import UserError
+from big_vit.errors import UserError, printable
 from big_vit.evaluators.registry import requirements
 from big_vit.pretrained.load import initial_params, read_pretrained
 
@@ -156,7 +156,8 @@ def tables(scores: dict[str, dict[str, float]]) -> str:
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.evaluate(), argv)
     path = command_line.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
-    foreign = interop.load_init(path) is not None
+    weights = interop.load_init(path)
+    foreign = weights is not None
     workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, '--checkpoint')
     where = path if foreign else f'{workdir}/checkpoints/{step}'
     runtime.start()
@@ -168,7 +169,8 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({'checkpoint': where, **scores}))
         return
-    print(where)
+    part = weights.meta.get('part') if weights is not None else None
+    print(where + (printable(f' ({part})') if part else ''))
     print(tables(scores))
 
 

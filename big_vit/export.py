@@ -115,24 +115,26 @@ def main(argv: list[str]) -> None:
     out = command_line.require_flag(args.out, '--out', 'exported/')
     if not args.source and not args.checkpoint:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
-    if args.source and not args.to:
-        weights = interop.read(args.source, args.format, args.drop, given)
-        if args.licence:
-            weights.meta['licence'] = args.licence
+    if args.source and args.which:
+        raise UserError(f'--which is of --checkpoint; of a file: --from {args.source}:KEY')
+    if args.checkpoint and not args.to:
+        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
+    if args.to and overrides:
+        raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
+    if args.source:
+        weights = interop.read(args.source, args.format, args.drop, given, args.architecture)
         print(f'read     {args.source} ({weights.meta["format"]})')
-        print(interop.describe(weights))
         if weights.meta['dropped']:
             print(f'dropped  {len(weights.meta["dropped"])} arrays')
+    if args.source and not args.to:
+        if args.licence:
+            weights.meta['licence'] = args.licence
+        print(interop.describe(weights))
         workdir, config = to_checkpoint(weights, out, overrides)
         print(f'wrote    {workdir}/checkpoints/0')
         print(f'use      --config.init={workdir}   (model.variant {config.model.variant})')
         return
-    if overrides:
-        raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
-    if not args.to:
-        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
     if args.source:  # From one foreign format to another.
-        weights = interop.read(args.source, args.format, args.drop, given)
         args.drop = []
     else:
         weights = from_checkpoint(args.checkpoint, args.which)

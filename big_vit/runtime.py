@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from big_vit.errors import UserError, printable
+from big_vit.errors import UserError
 
 # Peak bfloat16 operations per second of one device (a multiply-add is two), from data sheets.
 PEAK_FLOPS = {
@@ -61,7 +61,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f'error: {printable(str(error))}', file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, AssertionError) as error:
         line = _about_devices(error)

@@ -62,7 +62,7 @@ ONLY_IN = {
     'pyarrow': {'data/sources/arrow.py'},
     'simplejpeg': {'data/decode.py', 'data/transforms/pixels.py'},
     'av': {'data/transforms/video.py'},
-    'torch': {'interop/files.py'},
+    'torch': set(),
     'safetensors': {'interop/files.py'},
     'soundfile': {'data/transforms/audio.py'},
     'tokenizers': {'data/transforms/text.py'},

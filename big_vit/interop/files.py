@@ -1,14 +1,15 @@
 """Read and write weight files without executing their contents, and never leave one half-written.
 
-Supported are NumPy archives (.npz), safetensors (a single file, or shards listed in an index), and
-PyTorch zip files, which torch itself reads with `weights_only=True`.
+Supported are NumPy archives (.npz), safetensors, PyTorch's files (`torch_files`), and an index of
+several files of the last two kinds.
 """
 
 import contextlib
+import functools
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,18 @@ import ml_dtypes
 import numpy as np
 
 from big_vit.errors import UserError
+from big_vit.interop import torch_files
 from big_vit.interop.layout import Arrays
 
 # Key of our own settings in the metadata of a safetensors file or the comment of a .npz archive.
 KEY = 'big_vit'
-PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
+# Endings of files of PyTorch that stand for themselves; a .bin has a config beside it.
+_SINGLE = ('.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle')
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_LFS = b'version https://git-lfs'
 _FLOATS = (np.dtype(np.float32), _BFLOAT16)
-
-
-def advice(path: Path) -> str:
-    """Return instructions for converting a pickled file to safetensors."""
-    return (
-        'convert it once where you trust it: python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load('{path.name}', map_location='cpu', weights_only=True); "
-        "d = d.get('state_dict', d.get('model', d)); "
-        "s.save_file({k: v.contiguous().clone() for k, v in d.items()}, 'model.safetensors')\""
-    )
+_ROUNDED = (np.dtype(np.float16), np.dtype(np.float64))  # These become float32.
+_SAFETENSORS_TYPES = ('F16', 'BF16', 'F32', 'F64', 'I8', 'I16', 'I32', 'I64', 'U8', 'BOOL')
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,59 +46,85 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def read(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """Read the arrays and metadata of a weight file.
+# Dictionaries of arrays in a file, by the dotted keys that lead to each; most have one, named ''.
+# An array is read when it is called for: files hold optimizers and averages, too.
+Sections = dict[str, dict[str, Callable[[], np.ndarray]]]
+
+
+def read(path: Path) -> tuple[Sections, dict[str, str]]:
+    """Open a weight file.
 
     Returns:
-      Arrays by name in float32 or bfloat16, and the text metadata embedded in the file.
+      What reads each array, by section and name, and the text metadata embedded in the file.
 
     Raises:
-      UserError: the file is missing, damaged or of another kind, or would have to be unpickled.
+      UserError: the file is missing, damaged or of another kind.
     """
     if not path.is_file():
         raise UserError(f'{path}: there is no such file')
+    with path.open('rb') as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(f'{path}: a pointer of Git LFS, not the file itself: run git lfs pull')
+    sections: Sections
+    metadata: dict[str, str] = {}
     if path.suffix == '.npz':
         arrays, metadata = _read_npz(path)
-    elif path.name.endswith('.safetensors.index.json'):
-        arrays, metadata = _read_parts(path)
+        sections = {'': {name: functools.partial(lambda x: x, x) for name, x in arrays.items()}}
+    elif path.name.endswith('.index.json'):
+        sections, metadata = _read_parts(path)
     elif path.suffix == '.safetensors':
-        arrays, metadata = _read_safetensors(path)
-    elif path.suffix in PICKLES:
-        arrays, metadata = _read_torch(path), {}
+        sections, metadata = _read_safetensors(path)
+    elif is_single(path) or path.suffix == '.bin':
+        sections = torch_files.read(path)
     else:
         raise UserError(
-            f'{path}: not a kind of file that holds weights: .npz, .safetensors, or (with torch '
-            f'installed) {", ".join(PICKLES[:3])}'
+            f'{path}: not a kind of file that holds weights: .npz, .safetensors, .bin, '
+            f'{", ".join(_SINGLE)}'
         )
-    if not arrays:
+    if not any(sections.values()):
         raise UserError(f'{path}: there are no arrays in it')
-    return {name: _as_float(array, f'{path}: {name}') for name, array in arrays.items()}, metadata
+    return sections, metadata
 
 
-def _as_float(array: np.ndarray, where: str) -> np.ndarray:
+def is_single(path: Path) -> bool:
+    """Whether a file of PyTorch stands for itself, whatever configs lie beside it."""
+    return path.name.endswith(_SINGLE)
+
+
+def as_float(array: np.ndarray, where: str) -> np.ndarray:
     """Return the array as float32, or as bfloat16 if that is how it is stored.
 
     NumPy does not know bfloat16: an archive stores it as the 2-byte void type V2.
+
+    Raises:
+      UserError: the array is not of floating-point numbers, too coarse, or not finite.
     """
     if array.dtype == np.dtype('V2'):
         array = array.view(_BFLOAT16)
-    if array.dtype in _FLOATS:
-        return array
-    if (
-        array.dtype.kind in 'fiub'
-    ):  # Integers are no weights, but stay so that they can be reported or dropped.
-        return array.astype(np.float32)
-    raise UserError(f'{where} is of type {array.dtype}: weights are floating-point numbers')
+    if array.dtype not in (*_FLOATS, *_ROUNDED):
+        raise UserError(
+            f'{where} is of type {array.dtype}: weights are of float16, bfloat16, float32 or '
+            'float64; quantised ones need their scales: save the model as it was before that'
+        )
+    stored = array
+    with np.errstate(over='ignore'):  # What becomes infinite is told below.
+        array = array if array.dtype in _FLOATS else array.astype(np.float32)
+    if not np.isfinite(array).all():
+        bad = int(np.size(array) - np.isfinite(array).sum())
+        what = 'NaN or infinite' if not np.isfinite(stored).all() else 'beyond float32'
+        raise UserError(f'{where}: {bad} of its {array.size} numbers are {what}: a damaged model')
+    return array
 
 
 def _read_npz(path: Path) -> tuple[Arrays, dict[str, str]]:
     if not zipfile.is_zipfile(path):
         raise UserError(f'{path}: cannot be read: it is not a NumPy archive')
     try:
+        with zipfile.ZipFile(path) as file:
+            torch_files.check_zip(path, file)
+            comment = file.comment
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        with zipfile.ZipFile(path) as file:
-            comment = file.comment
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         if 'pickle' in str(error).lower():
             raise UserError(
@@ -122,73 +144,56 @@ def _metadata_of_comment(comment: bytes) -> dict[str, str]:
     return {}
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[Sections, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework='numpy') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:
-        shown = ' '.join(str(error).split())[:200]
-        raise UserError(f'{path}: cannot be read as safetensors: {shown}') from None
+    def get(name: str) -> np.ndarray:
+        with open_() as file:
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _SAFETENSORS_TYPES:
+                raise UserError(
+                    f'{path}: {name} is of type {kind}: weights are of F16, BF16, F32 or F64; '
+                    'quantised ones need their scales: save the model as it was before that'
+                )
+            return file.get_tensor(name)
+
+    @contextlib.contextmanager
+    def open_() -> Iterator[Any]:
+        try:
+            with safe_open(path, framework='numpy') as file:
+                yield file
+        except (OSError, SafetensorError, TypeError, AttributeError, KeyError) as error:
+            shown = ' '.join(str(error).split())[:200]
+            raise UserError(f'{path}: cannot be read as safetensors: {shown}') from None
+
+    with open_() as file:
+        names, metadata = list(file.keys()), file.metadata() or {}
+    return {'': {name: functools.partial(get, name) for name in names}}, metadata
 
 
-def _read_parts(index: Path) -> tuple[Arrays, dict[str, str]]:
+def _read_parts(index: Path) -> tuple[Sections, dict[str, str]]:
     names = read_json(index).get('weight_map')
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f'{index}: has no weight_map of array to file')
-    arrays: Arrays = {}
+    arrays: dict[str, Callable[[], np.ndarray]] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(names.values())):
         # Accept only files beside the index: a crafted index must not reach other paths.
-        if name != os.path.basename(name) or not name.endswith('.safetensors'):  # noqa: PTH119
-            raise UserError(f'{index}: {name!r} is not the name of a .safetensors file beside it')
-        part = index.parent / name
-        if not part.is_file():
+        if name != os.path.basename(name) or not name.endswith(('.safetensors', '.bin')):  # noqa: PTH119
+            raise UserError(
+                f'{index}: {name!r} is not the name of a .safetensors or .bin file beside it'
+            )
+        if not (index.parent / name).is_file():
             raise UserError(f'{index}: the part {name} is not there')
-        shard, shard_metadata = _read_safetensors(part)
-        arrays.update(shard)
+        shards, shard_metadata = read(index.parent / name)
+        arrays.update(shards.get('', {}))
         metadata.update(shard_metadata)
     absent = [name for name in names if name not in arrays]
     if absent:
         raise UserError(
             f'{index}: {len(absent)} arrays are in none of its files, first {absent[0]}'
         )
-    return arrays, metadata
-
-
-def _read_torch(path: Path) -> Arrays:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f'{path}: a pickled file is read by torch only, which is not installed (pip install '
-            f'torch); or {advice(path)}'
-        ) from None
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # The unpickler, zip reader and disk raise many types.
-        shown = ' '.join(str(error).split())[:160]
-        raise UserError(
-            f'{path}: torch does not read this with weights_only=True, and anything else could run '
-            f'what is in it ({shown}); {advice(path)}'
-        ) from None
-    for key in ('state_dict', 'model', 'teacher'):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping):
-        raise UserError(f'{path}: holds a {type(state).__name__}, not arrays by name')
-    not_tensors = [str(name) for name, value in state.items() if not torch.is_tensor(value)]
-    if not_tensors:
-        raise UserError(f'{path}: {not_tensors[0]} is not an array; {advice(path)}')
-    return {str(name): _from_torch(value, torch) for name, value in state.items()}
-
-
-def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.numpy()
+    return {'': arrays}, metadata
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ _PREFIXES = {
     'hf_siglip': ('vision_model.',),
     'hf_dinov3': ('dinov3_vit.', 'model.'),
 }
+PREFIXES = tuple(dict.fromkeys(prefix for some in _PREFIXES.values() for prefix in some))
 _ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_python': 'gelu',

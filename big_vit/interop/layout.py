@@ -8,16 +8,17 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from big_vit import trees
-from big_vit.errors import UserError
+from big_vit.errors import UserError, printable
 from big_vit.models.vit import make_vit
 
+T = TypeVar('T')
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -97,8 +98,9 @@ def identity(ours: str, theirs: str, our_shape: tuple[int, ...], shape: Sequence
     return Rule(theirs, tuple(shape) or our_shape, (ours,), our_shape, our_shape, axes)
 
 
-# A row of a table: our module or array (or several that are joined), and the peer's name. `{i}` is
-# the number of a block; `{leaf}` stands for weight or bias if the row is a module.
+# A row of a table: our module or array, and the peer's name. `{i}` is the number of a block,
+# `{leaf}` weight or bias if the row is a module. Several modules or arrays are joined. Arrays in a
+# tuple are laid out as PyTorch has them; one that is not in a tuple stays as it is.
 Row = tuple[str | tuple[str, ...], str]
 
 _LEAF = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
@@ -124,17 +126,25 @@ def torch_rules(
     for row_ours, row_theirs in table:
         for i in range(depth) if '{i}' in row_theirs else (0,):
             joined = (row_ours,) if isinstance(row_ours, str) else row_ours
-            modules = [module.format(i=i) for module in joined]
-            for rule in _row(modules, row_theirs, i, shapes, row_theirs in flat):
+            modules = tuple(module.format(i=i) for module in joined)
+            if '{leaf}' not in row_theirs and not isinstance(row_ours, str):
+                present = [module for module in modules if module in shapes]
+                name, shape = row_theirs.format(i=i), shapes.get(modules[0], ())
+                expanded = [_transposed(modules, name, shape)] if present else []
+            else:
+                expanded = list(_row(modules, row_theirs, i, shapes, row_theirs in flat))
+            for rule in expanded:
                 rules.append(rule)
                 placed.update(rule.ours)
     unplaced = [name for name in shapes if name not in placed]
     if unplaced:
-        raise UserError(f'the other format has no place for {_list(unplaced)}')
+        raise UserError(f'the other format has no place for {shown(unplaced)}')
     return rules
 
 
-def _row(modules: list[str], template: str, i: int, shapes: Shapes, flat: bool) -> Iterable[Rule]:
+def _row(
+    modules: tuple[str, ...], template: str, i: int, shapes: Shapes, flat: bool
+) -> Iterable[Rule]:
     if '{leaf}' not in template:
         if modules[0] in shapes:
             our_shape = shapes[modules[0]]
@@ -147,7 +157,7 @@ def _row(modules: list[str], template: str, i: int, shapes: Shapes, flat: bool) 
             continue
         missing = [name for name in names if name not in shapes]
         if missing:
-            raise UserError(f'the other format joins {names[0]} with {_list(missing)}, not there')
+            raise UserError(f'the other format joins {names[0]} with {shown(missing)}, not there')
         yield _transposed(names, template.format(i=i, leaf=theirs), shapes[names[0]])
 
 
@@ -202,12 +212,12 @@ def check(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray], where: str) -
     missing = [name for name in wanted if name not in arrays]
     unexpected = [name for name in arrays if name not in wanted]
     misshapen = [
-        f'{name} is {_size(arrays[name].shape)}, not {_size(shape)}'
+        f'{printable(name)} is {_size(arrays[name].shape)}, not {_size(shape)}'
         for name, shape in wanted.items()
         if name in arrays and tuple(arrays[name].shape) != shape
     ]
     kinds = (('missing', missing), ('unexpected', unexpected), ('of other shape', misshapen))
-    parts = [f'{len(names)} {what}: {_list(names)}' for what, names in kinds if names]
+    parts = [f'{len(names)} {what}: {shown(names)}' for what, names in kinds if names]
     if not parts:
         return
     raise UserError(f'{where}: not the expected arrays; ' + '; '.join(parts) + _advice(unexpected))
@@ -216,7 +226,8 @@ def check(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray], where: str) -
 def _advice(unexpected: Sequence[str]) -> str:
     """Suggest --drop options for the unexpected arrays that are known extras."""
     hints, left = [], list(unexpected)
-    for pattern, what in KNOWN_EXTRAS:
+    of_mae = any(name.startswith('decoder') for name in unexpected)
+    for pattern, what in KNOWN_EXTRAS if of_mae else KNOWN_EXTRAS[1:]:
         matching = [name for name in left if re.fullmatch(pattern, name)]
         if matching:
             left = [name for name in left if name not in matching]
@@ -226,10 +237,18 @@ def _advice(unexpected: Sequence[str]) -> str:
     return ". To leave an array out on purpose, --drop 'REGEX'" if unexpected else ''
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regex of --drop is that of a whole name; raises UserError if it is no regex."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f'--drop {pattern!r}: not a regular expression: {error}') from None
+
+
 def drop(
-    arrays: Mapping[str, np.ndarray], patterns: Sequence[str], where: str
-) -> tuple[Arrays, tuple[str, ...]]:
-    """Remove the arrays whose full name matches a regex.
+    arrays: Mapping[str, T], patterns: Sequence[str], where: str
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """Remove the arrays (or what stands for them) whose full name matches a regex.
 
     Returns:
       The remaining arrays, and the names of the dropped ones.
@@ -239,13 +258,10 @@ def drop(
     """
     dropped: set[str] = set()
     for pattern in patterns:
-        try:
-            matching = {name for name in arrays if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise UserError(f'--drop {pattern!r}: not a regular expression: {error}') from None
+        matching = {name for name in arrays if matches(pattern, name)}
         if not matching:
             raise UserError(
-                f'--drop {pattern!r} matches nothing in {where}, which has {_list(list(arrays))}'
+                f'--drop {pattern!r} matches nothing in {where}, which has {shown(list(arrays))}'
             )
         dropped |= matching
     kept = {name: array for name, array in arrays.items() if name not in dropped}
@@ -256,9 +272,10 @@ def _size(shape: Sequence[int]) -> str:
     return 'x'.join(map(str, shape)) or 'a scalar'
 
 
-def _list(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """List the first names, with what would control a terminal escaped."""
     more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-    return ', '.join(names[:SHOWN]) + more
+    return ', '.join(map(printable, names[:SHOWN])) + more
 
 
 def depth_of(names: Iterable[str], pattern: str, where: str) -> int:

@@ -20,13 +20,13 @@ WEIGHTS, CONFIG = 'open_clip_model.safetensors', 'open_clip_config.json'
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _BLOCK = 'Transformer/encoderblock_{i}'
 _LAYER = 'transformer.resblocks.{i}'
-_TRUNK = 'visual.trunk.'
+TRUNK = 'visual.trunk.'
 
 
 def recognises(names: Any) -> str | None:
     names = set(names)
     native = 'visual.class_embedding' in names or 'class_embedding' in names
-    return 'open_clip' if native or any(n.startswith(_TRUNK) for n in names) else None
+    return 'open_clip' if native or any(n.startswith(TRUNK) for n in names) else None
 
 
 def _table() -> list[Row]:
@@ -82,7 +82,7 @@ def settings_of(
     if vision.get('image_size') and not given.get('image_size'):
         size = vision['image_size']
         given['image_size'] = tuple(size) if isinstance(size, list) else (size, size)
-    if any(name.startswith(_TRUNK) for name in shapes):
+    if any(name.startswith(TRUNK) for name in shapes):
         return _settings_of_trunk(shapes, vision, given, images, where)
     return _settings_of_tower(shapes, model_cfg, vision, given, images, where)
 
@@ -96,7 +96,7 @@ def _settings_of_trunk(
             f'{where}: the timm model behind it is named in {CONFIG} (vision_cfg.timm_model_name), '
             'which must be beside it'
         )
-    inner = {n.removeprefix(_TRUNK): s for n, s in shapes.items() if n.startswith(_TRUNK)}
+    inner = {n.removeprefix(TRUNK): s for n, s in shapes.items() if n.startswith(TRUNK)}
     pool = {'map': 'map', 'avg': 'avg', 'token': 'token', '': None}.get(
         vision.get('timm_pool', 'avg')
     )
@@ -108,16 +108,16 @@ def _settings_of_trunk(
     head = 'visual.head.proj'
     settings['num_classes'] = shapes.get(f'{head}.weight', (0,))[0]
     settings['head_bias'] = f'{head}.bias' in shapes or not settings['num_classes']
-    return settings, {**meta, **images}, {**layout, 'trunk': _TRUNK, 'head': head}
+    return settings, {**meta, **images}, {**layout, 'trunk': TRUNK, 'head': head}
 
 
 def _settings_of_tower(
     shapes: Shapes, model_cfg: Any, vision: Any, given: Any, images: dict[str, Any], where: str
 ) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
-    if not vision and not given.get('activation'):
+    if not vision and not {'activation', 'num_heads'} <= given.keys():
         raise UserError(
-            f'{where}: {CONFIG} must be beside it, or say which activation it has: '
-            '--set activation=quick_gelu (OpenAI) or --set activation=gelu'
+            f'{where}: {CONFIG} must be beside it, or say --set activation=quick_gelu (OpenAI) or '
+            '--set activation=gelu, and --set num_heads=N'
         )
     prefix = 'visual.' if 'visual.class_embedding' in shapes else ''
     inner = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
@@ -133,7 +133,7 @@ def _settings_of_tower(
         'width': width,
         'depth': depth_of(inner, r'transformer\.resblocks\.(\d+)\.', where),
         'mlp_dim': fit.required_shape(inner, 'transformer.resblocks.0.mlp.c_fc.weight')[0],
-        'num_heads': width // vision.get('head_width', 64),
+        'num_heads': given.get('num_heads') or width // vision.get('head_width', 64),
         'norm_eps': float(norm.get('eps', 1e-5)),
         'activation': activation,
         'embedding_bias': False,
@@ -201,7 +201,7 @@ def _convert_trunk(model: Model, architecture: str) -> tuple[Model, dict[str, An
         converted = fit.without_head_bias(converted, 'open_clip')
     layout = {
         'distilled': False,
-        'trunk': _TRUNK,
+        'trunk': TRUNK,
         'head': 'visual.head.proj',
         'architecture': architecture,
     }

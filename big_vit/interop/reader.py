@@ -1,8 +1,7 @@
 """Read the weights of other codebases: recognise the format, derive settings, map the arrays."""
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from big_vit.interop import (
     huggingface,
     layout,
     openclip,
+    parts,
     timm_vit,
 )
 from big_vit.interop.formats import READ
@@ -31,6 +31,7 @@ _IN_FOLDER = (
     openclip.WEIGHTS,
     'open_clip_pytorch_model.bin',
     'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
 )
 # Settings and metadata that are tuples here but lists in JSON.
 _TUPLES = ('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped')
@@ -40,11 +41,21 @@ class _SourceFile(NamedTuple):
     """A weight file as stored: its arrays, its embedded metadata and the configs beside it."""
 
     path: Path
-    tower: str
-    arrays: Arrays
+    part: str
+    sections: files.Sections
     about: dict[str, str]
     config: dict[str, Any]
     images: dict[str, Any]
+
+
+class _Encoder(NamedTuple):
+    """The arrays of one encoder, as stored, and where they were."""
+
+    format: str
+    arrays: Arrays
+    part: str | None
+    dropped: tuple[str, ...]
+    google_layout: dict[str, Any]
 
 
 def read(
@@ -52,67 +63,105 @@ def read(
     format: str | None = None,
     drop: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
 ) -> Weights:
     """Read the weights of a file or folder.
 
     Args:
-      spec: a .npz, .safetensors or .pth file, or a folder with a config; `FILE.npz:img` selects one
-        of several models in an archive.
+      spec: a .npz, .safetensors or .pth file, or a folder with a config; `FILE:PART` selects one of
+        several models in it, by keys and prefixes of names (`model_ema`, `student.backbone`). An
+        average of the parameters is read before what it is the average of.
       format: one of READ; recognised from the file by default.
       drop: regexes that match full array names in the file; matching arrays are left out.
       settings: model settings or `image_size` that the file omits or gets wrong.
+      architecture: timm's name of the model, where no config names it.
 
     Raises:
       UserError: the file is unreadable, its format is unknown, or its arrays are not those of the
-        format; the message names them.
+        format, or not finite; the message names them.
     """
     given = dict(settings or {})
     source = _open_source(str(spec))
     where = str(source.path)
     if format is not None and format not in READ:
         raise UserError(f'{where}: format {format!r} is not one of {", ".join(READ)}')
-    format = format or _recognise_format(source)
-    arrays = source.arrays
-    google_layout: dict[str, Any] = {}
-    if format in google.FORMATS:
-        arrays, google_layout = google.unwrapped(arrays, source.tower, where)
-    elif source.tower:
-        raise UserError(f'{spec}: only a .npz file has parts that are named after a colon')
+    if architecture and not source.config:
+        source = source._replace(config={'architecture': architecture})
+    encoder = _encoder(source, format, drop, where)
+    format, arrays, dropped = encoder.format, encoder.arrays, encoder.dropped
     recorded = _recorded_by_us(source.about, format, where)
     # Placeholder arrays that `write` added because the peer insists on them. If one is no longer
     # zero, the file was edited after we wrote it, so it is checked like any other array.
-    filled = tuple(re.escape(n) for n in recorded.get('filled', ()) if n in arrays)
-    if any(arrays[n].any() for n in recorded.get('filled', ()) if n in arrays):
-        filled = ()
-    arrays, _ = layout.drop(arrays, filled, where)
-    arrays, dropped = layout.drop(arrays, drop, where)
-    renamed = huggingface.newer_names(format, arrays)
-    arrays = {renamed.get(name, name): array for name, array in arrays.items()}
+    filled = [n for n in recorded.get('filled', ()) if n in arrays]
+    if not any(arrays[n].any() for n in filled):
+        arrays = {n: array for n, array in arrays.items() if n not in filled}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if recorded and not dropped:
         fields, meta, file_layout = recorded['settings'], recorded['meta'], recorded['layout']
         if format in google.FORMATS:
-            file_layout = google_layout
+            file_layout = encoder.google_layout
     else:
         fields, meta, file_layout = _settings_of(
-            format, shapes, source, google_layout, given, where
+            format, shapes, source, encoder.google_layout, given, where
         )
     if 'image_size' in given:
         meta['image_size'] = given.pop('image_size')
     fields = fit.complete({**fields, **given})
     if fields['pool'] in fit.OF_CLASS_TOKEN:
         fields['class_token'] = False  # These pooling modes imply the token.
-    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format, 'dropped': dropped}
+    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
+    meta |= {'dropped': dropped, 'part': encoder.part}
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
+    arrays = {n: files.as_float(a, f'{where}: {n}') for n, a in arrays.items()}
     return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta)
 
 
+def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where: str) -> _Encoder:
+    """Find the encoder in a file, read its arrays, and leave out what is to be dropped."""
+    listed = {section: list(table) for section, table in source.sections.items()}
+    format = format or _format_of_config(source)
+    if format is None and '' in listed:
+        format = google.recognises(listed[''])
+    if format in google.FORMATS:
+        raw = {name: get() for name, get in source.sections.get('', {}).items()}
+        arrays, google_layout = google.unwrapped(raw, source.part, where)
+        arrays, dropped = layout.drop(arrays, drop, where)
+        return _Encoder(format, arrays, source.part or None, dropped, google_layout)
+    found = parts.of(listed)
+    fitting = [part for part in found if format is None or format in part.formats]
+    if not fitting and not source.part and format is not None and len(listed) == 1:
+        fitting = [parts.Part(next(iter(listed)), '', (format,))]  # `check` says what is missing.
+    if not fitting and not found:
+        shown = layout.shown([name for names in listed.values() for name in names][:6])
+        raise UserError(
+            f'{where}: none of the known formats ({", ".join(READ)}): it has {shown}, ...'
+        )
+    part, others = parts.choose(fitting or found, source.part, where)
+    table = source.sections[part.section]
+    inside, beside = parts.inside(part, table, source.part, drop, where)
+    if format is None:
+        format = (
+            openclip.recognises(inside)
+            or timm_vit.recognises(inside, source.path.name)
+            or huggingface.recognises(inside)
+        )
+    if format is None:
+        raise UserError(f'{where}: none of the known formats ({", ".join(READ)})')
+    patterns = [regex for regex in drop if not any(layout.matches(regex, n) for n in beside)]
+    kept, dropped = layout.drop(inside, patterns, where)
+    arrays = {name: table[stored]() for name, stored in kept.items()}
+    renamed = huggingface.newer_names(format, arrays)
+    arrays = {renamed.get(name, name): array for name, array in arrays.items()}
+    dropped = (*sorted(beside), *dropped)
+    return _Encoder(format, arrays, parts.about(part, others), dropped, {})
+
+
 def _open_source(spec: str) -> _SourceFile:
-    path, tower = Path(spec).expanduser(), ''
+    path, part = Path(spec).expanduser(), ''
     if not path.exists() and ':' in spec:
-        before, _, tower = spec.rpartition(':')
+        before, _, part = spec.rpartition(':')
         path = Path(before).expanduser()
     if not path.exists():
         raise UserError(f'{path}: there is no such file or folder')
@@ -126,42 +175,32 @@ def _open_source(spec: str) -> _SourceFile:
             )
         path = folder / names[0]
     config = openclip.CONFIG if path.name.startswith('open_clip') else 'config.json'
-    arrays, about = files.read(path)
+    sections, about = files.read(path)
     configs = [
         files.read_json(folder / name) if (folder / name).is_file() else {}
         for name in (config, 'preprocessor_config.json')
     ]
-    if path.suffix == '.npz' or path.suffix in files.PICKLES[1:]:
+    if path.suffix == '.npz' or files.is_single(path):
         # These are single-file formats: a config in the same folder belongs to something else.
         configs = [{}, {}]
-    return _SourceFile(path, tower, arrays, about, configs[0], huggingface.about_images(configs[1]))
+    images = huggingface.about_images(configs[1])
+    return _SourceFile(path, part, sections, about, configs[0], images)
 
 
-def _recognise_format(source: _SourceFile) -> str:
-    config, names = source.config, list(source.arrays)
+def _format_of_config(source: _SourceFile) -> str | None:
+    """The format that the config says or the file's name; None if neither does."""
+    config = source.config
     if source.path.name == openclip.WEIGHTS or 'model_cfg' in config:
         return 'open_clip'
     if 'architecture' in config or 'pretrained_cfg' in config:
         return 'timm'
     kind = config.get('model_type')
-    if kind is not None:
-        if kind not in huggingface.TYPES:
-            known = ', '.join(huggingface.TYPES)
-            raise UserError(f'{source.path}: model_type {kind!r} is not one of {known}')
-        return huggingface.TYPES[kind]
-    tests: tuple[Callable[[Iterable[str]], str | None], ...] = (
-        google.recognises,
-        openclip.recognises,
-        timm_vit.recognises,
-        huggingface.recognises,
-    )
-    for test in tests:
-        if format := test(names):
-            return format
-    shown = ', '.join(names[:6])
-    raise UserError(
-        f'{source.path}: none of the known formats ({", ".join(READ)}): it has {shown}, ...'
-    )
+    if kind is None:
+        return None
+    if kind not in huggingface.TYPES:
+        known = ', '.join(huggingface.TYPES)
+        raise UserError(f'{source.path}: model_type {kind!r} is not one of {known}')
+    return huggingface.TYPES[kind]
 
 
 def _settings_of(
@@ -179,13 +218,6 @@ def _settings_of(
             return settings, meta, google_layout
         if format in timm_vit.FORMATS:
             config = source.config if format == 'timm' else {}
-            required = {'num_heads', 'activation', 'norm_eps'}
-            if format == 'timm' and not config and not required <= given.keys():
-                raise UserError(
-                    f'{where}: config.json must be beside it, as timm writes it: it names the '
-                    'architecture; or say --set num_heads=N, --set activation=gelu and '
-                    '--set norm_eps=1e-6'
-                )
             return timm_vit.settings_of(format, shapes, config, given, where)
         if format in openclip.FORMATS:
             return openclip.settings_of(shapes, source.config, given, where)
@@ -246,10 +278,11 @@ def load_init(spec: str) -> Weights | None:
     if '://' in spec:
         return None
     path = Path(spec).expanduser()
-    foreign = path.is_dir() and any((path / name).is_file() for name in _IN_FOLDER)
     before, colon, _ = spec.rpartition(':')
-    archive = bool(colon) and Path(before).expanduser().is_file()
-    if not (foreign or archive or path.is_file()):
+    if colon and not path.exists():
+        path = Path(before).expanduser()
+    foreign = path.is_dir() and any((path / name).is_file() for name in _IN_FOLDER)
+    if not (foreign or path.is_file()):
         return None
     try:
         weights = read(spec)

@@ -20,18 +20,55 @@ _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 _BLOCK = 'Transformer/encoderblock_{i}'
 _MAP = 'MAPHead_0'
 
-# Architectures whose blocks compute something else under the same names, or that have other names.
-_OTHER = re.compile(
-    r'.*(_rpn_|_18x2|_xp_|pwee|dwee|dlittle|aimv2|radio|rope|dinov3|_pe_|naflex|sam_|_mci_|resnet)'
+# Width and number of heads by the size in an architecture's name.
+_SIZES = {
+    'tiny': (192, 3), 'xsmall': (256, 4), 'wee': (256, 4), 'little': (320, 5), 'small': (384, 6),
+    'medium': (512, 8), 'mediumd': (512, 8), 'betwixt': (640, 10), 'base': (768, 12),
+    'so150m2': (832, 13), 'so150m': (896, 14), 'large': (1024, 16),
+    'so400m': (1152, 16), 'huge': (1280, 16), 'giant': (1408, 16), 'giantopt': (1536, 16),
+    'gigantic': (1664, 16),
+}  # fmt: skip
+# Those of names that say something else than their size does.
+_NAMED_SIZES = (
+    (r'vit_base_patch16_gap_224', (768, 16)),
+    (r'vit_base_patch\d+_plus_.*', (896, 14)),
+    (r'vit_giant_.*_(dinov2|tipsv2)', (1536, 24)),
+    (r'vit_huge_plus_.*_dinov3.*', (1280, 20)),
+    (r'vit_7b_.*', (4096, 32)),
+    (r'test_vit2?', (64, 2)),
+    (r'test_vit[34]', (96, 3)),
 )
-_PLAIN = re.compile(r'(vit|deit|deit3|flexivit|test_vit|eva_large|beit3)\d?(_.*)?')
-_EPS_1E5 = re.compile(r'.*_clip_|beit3')
+# Heads of the releases, by width.
+_RELEASED_HEADS = {
+    'mae': {768: 12, 1024: 16, 1280: 16},
+    'deit3': {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},
+    'dinov2': {384: 6, 768: 12, 1024: 16, 1536: 24},
+}
+# Architectures that big_vit has. Others have blocks that compute something else, some under the
+# same names, so that a name with an unknown part is refused.
+_PLAIN = re.compile(
+    r'test_vit[234]?|(?!eva_giant)(vit|deit3?|flexivit|eva)_'
+    r'(?!pwee|dwee|dpwee|dlittle|intern)(?P<size>[a-z0-9]+)'
+    r'(_distilled)?(_patch\d+)?(_r_s16_p8|_r26_s32|_r50_s16|_r50_s32)?'
+    r'(_plus|_clip|_quickgelu|_siglip|_gap|_map|_reg\d+|_dinov2|_tipsv2|_miil|_36x1|_\d+)*'
+)
+_DINOV3 = re.compile(r'vit_(?P<size>[a-z0-9]+)(_plus)?_patch\d+_dinov3(_qkvb)?')
+# Arguments of models that settings come from, or that arrays show, or that are of training.
+_ARGUMENTS = {
+    *('img_size', 'patch_size', 'in_chans', 'num_classes', 'global_pool', 'embed_dim', 'depth'),
+    *('num_heads', 'mlp_ratio', 'qkv_bias', 'qk_norm', 'proj_bias', 'init_values', 'class_token'),
+    *('reg_tokens', 'no_embed_class', 'pos_embed', 'pre_norm', 'fc_norm', 'final_norm'),
+    *('pool_include_prefix', 'norm_layer', 'act_layer', 'dynamic_img_size', 'dynamic_img_pad'),
+    *('strict_img_size', 'drop_rate', 'pos_drop_rate', 'patch_drop_rate', 'proj_drop_rate'),
+    *('attn_drop_rate', 'drop_path_rate', 'weight_init', 'fix_init'),
+}
+_DINOV3_ARGUMENTS = _ARGUMENTS - {'norm_layer', 'act_layer', 'qk_norm', 'pos_embed', 'pre_norm'} | {
+    'num_reg_tokens', 'rope_temperature'}  # fmt: skip
+_EPS_1E5 = re.compile(r'.*_clip_')
 _QUICK = re.compile(r'.*_clip_quickgelu')
 _TANH = re.compile(
     r'vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_|vit_large_patch16_siglip_(gap_)?512'
 )
-# Number of heads by model width, where a head is not 64 wide.
-_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 # A safe `norm_layer` of a config: our norm, and the epsilon that timm gives it.
 _NORMS = {'layernorm': ('layernorm', 1e-6), 'rmsnorm': ('rmsnorm', 1e-6)}
 _ACTIVATIONS = {
@@ -44,11 +81,13 @@ _ACTIVATIONS = {
 }
 
 
-def recognises(names: Any) -> str | None:
+def recognises(names: Any, file: str = '') -> str | None:
+    """Return the format of arrays with these names, in a file of this name."""
     names = set(names)
     if 'patch_embed.proj.weight' not in names:
         return None
-    if 'blocks.0.gamma_1' in names:
+    # Models with RoPE beside their table have DeiT-III's very arrays: the name of its files tells.
+    if 'blocks.0.gamma_1' in names and re.match(r'(?i)deit_?3', file):
         return 'deit3'
     if 'decoder_embed.weight' in names:
         return 'mae'
@@ -61,6 +100,8 @@ def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) 
     qkv = tuple(f'{_BLOCK}/{ATTENTION}/{name}' for name in ('query', 'key', 'value'))
     scale = ('gamma_1', 'gamma_2') if format == 'deit3' else ('ls1.gamma', 'ls2.gamma')
     registers = 'dist_token' if layout['distilled'] else 'reg_token'
+    if layout.get('dinov3'):
+        return _dinov3_table('fc1_x' if settings['mlp'] == 'swiglu' else 'fc1')
     gated, second = ('w12', 'w3') if format == 'dinov2' else ('fc1', 'fc2')
     block = 'blocks.{i}'
     if settings['mlp'] == 'swiglu':
@@ -98,6 +139,31 @@ def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) 
         (f'{_MAP}/MlpBlock_0/Dense_1', 'attn_pool.mlp.fc2.{leaf}'),
         ('head', layout.get('head', 'head') + '.{leaf}'),
         ('head_dist', 'head_dist.{leaf}'),
+    ]
+
+
+def _dinov3_table(first: str) -> list[Row]:
+    """DINOv3 as timm has it: keys have no bias, and gated MLPs have their two matrices apart."""
+    attention, mlp, block = f'{_BLOCK}/{ATTENTION}', f'{_BLOCK}/MlpBlock_0', 'blocks.{i}'
+    kernels = tuple(f'{attention}/{name}/kernel' for name in ('query', 'key', 'value'))
+    return [
+        ('embedding', 'patch_embed.proj.{leaf}'),
+        ('cls', 'cls_token'),
+        ('registers', 'reg_token'),
+        (f'{_BLOCK}/LayerNorm_0', f'{block}.norm1.{{leaf}}'),
+        (kernels, f'{block}.attn.qkv.weight'),
+        ((f'{attention}/query/bias',), f'{block}.attn.q_bias'),
+        ((f'{attention}/value/bias',), f'{block}.attn.v_bias'),
+        (f'{attention}/out', f'{block}.attn.proj.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_0/scale', f'{block}.gamma_1'),
+        (f'{_BLOCK}/LayerNorm_1', f'{block}.norm2.{{leaf}}'),
+        (f'{mlp}/Dense_gate', f'{block}.mlp.fc1_g.{{leaf}}'),
+        (f'{mlp}/Dense_0', f'{block}.mlp.{first}.{{leaf}}'),
+        (f'{mlp}/Dense_1', f'{block}.mlp.fc2.{{leaf}}'),
+        (f'{_BLOCK}/LayerScale_1/scale', f'{block}.gamma_2'),
+        ('Transformer/encoder_norm', 'norm.{leaf}'),
+        ('encoder_norm', 'fc_norm.{leaf}'),
+        ('head', 'head.{leaf}'),
     ]
 
 
@@ -145,11 +211,11 @@ def settings_of(
     Raises:
       UserError: the architecture is not a ViT, or the config contradicts the arrays.
     """
-    name = str(config.get('architecture', '')).partition('.')[0]
-    if name and (_OTHER.match(name) or not _PLAIN.fullmatch(name)):
-        raise UserError(f'{where}: {name} is not a ViT that big_vit has')
+    name = str(config.get('architecture') or '').partition('.')[0]
     args = config.get('model_args') or {}
     cfg = config.get('pretrained_cfg') or {}
+    _check_known(format, name, args, shapes, where)
+    dinov3 = bool(_DINOV3.fullmatch(name))
     depth = depth_of(shapes, r'blocks\.(\d+)\.', where)
     out, channels, *patch = fit.required_shape(shapes, 'patch_embed.proj.weight')
     stem = _stem_of(shapes)
@@ -157,7 +223,9 @@ def settings_of(
         'patch_size': fit.patch_of(patch, stem.get('resnet')),
         'width': out,
         'depth': depth,
-        'num_heads': given.get('num_heads') or args.get('num_heads') or _heads(name, out),
+        'num_heads': given.get('num_heads')
+        or args.get('num_heads')
+        or heads_of(format, name, out, 'embed_dim' in args, where),
         'class_token': 'cls_token' in shapes,
         'embedding_bias': 'patch_embed.proj.bias' in shapes,
         'qkv_bias': 'blocks.0.attn.qkv.bias' in shapes,
@@ -206,18 +274,61 @@ def settings_of(
         where,
     )
     settings |= {'posemb': 'learned' if table else 'none', 'posemb_prefix': prefix}
+    if dinov3:
+        theta = float(args.get('rope_temperature') or 100.0)
+        bias = 'blocks.0.attn.q_bias' in shapes
+        settings |= {'posemb': 'rope', 'rope_theta': theta, 'key_bias': False, 'qkv_bias': bias}
     meta = {'image_size': size, 'channels': channels, **_about(format, name, cfg)}
-    layout = {'distilled': registers == 'dist_token'}
+    layout = {'distilled': registers == 'dist_token', 'dinov3': dinov3}
     return settings, meta, layout
 
 
-def _heads(name: str, width: int) -> int:
-    exceptions = {'vit_base_patch16_gap_224': 16, 'test_vit': 2, 'test_vit2': 2}
-    if name in exceptions:
-        return exceptions[name]
-    if name.startswith('vit_giantopt_'):
-        return 16
-    return _HEADS.get(width) or max(width // 64, 1)
+def _check_known(
+    format: str, name: str, args: Mapping[str, Any], shapes: Shapes, where: str
+) -> None:
+    """Raise UserError for architectures whose arrays could be read and whose answers are others."""
+    known = _DINOV3_ARGUMENTS if _DINOV3.fullmatch(name) else _ARGUMENTS
+    if 'storage_tokens' in shapes:
+        raise UserError(
+            f"{where}: DINOv3 as it was released: big_vit reads Hugging Face's folder of it, and "
+            "timm's"
+        )
+    if format != 'timm' and 'pos_embed' not in shapes:
+        raise UserError(f'{where}: {format} has positions, and there is no pos_embed in it')
+    if format == 'timm' and not name:
+        like_deit3 = {'blocks.0.gamma_1', 'pos_embed'} <= shapes.keys()
+        also = '; or --format deit3, if it is that' if like_deit3 else ''
+        raise UserError(
+            f'{where}: arrays do not show what a model of timm computes (heads, epsilon, '
+            'activation, pooling, RoPE): config.json must be beside it, or say --architecture '
+            f"NAME with timm's name, as in vit_small_patch16_224{also}"
+        )
+    if name and not _PLAIN.fullmatch(name) and not _DINOV3.fullmatch(name):
+        raise UserError(f'{where}: {name} is not a ViT that big_vit has')
+    unknown = [key for key in args if key not in known]
+    if unknown:
+        raise UserError(f'{where}: big_vit does not know what {unknown[0]} in model_args does')
+
+
+def heads_of(format: str, name: str, width: int, other_width: bool, where: str) -> int:
+    """The number of heads of a release, or of an architecture where its config says no other.
+
+    Raises:
+      UserError: nothing tells.
+    """
+    if format != 'timm':
+        heads = _RELEASED_HEADS[format].get(width)
+    else:
+        named = (size for pattern, size in _NAMED_SIZES if re.fullmatch(pattern, name))
+        match = _DINOV3.fullmatch(name) or _PLAIN.fullmatch(name)
+        usual, heads = next(named, _SIZES.get(match['size'] if match else '', (0, None)))
+        heads = heads if other_width or usual == width else None
+    if heads is None or width % heads:
+        raise UserError(
+            f'{where}: nothing tells the heads of {name or format} of width {width}: '
+            '--set num_heads=N'
+        )
+    return heads
 
 
 def _norm(name: str, args: Mapping[str, Any], where: str) -> Settings:
@@ -228,7 +339,8 @@ def _norm(name: str, args: Mapping[str, Any], where: str) -> Settings:
             raise UserError(f'{where}: norm_layer {norm_layer!r} is not one that big_vit has')
         return {'norm': known[0], 'norm_eps': known[1]}
     norm = 'rmsnorm' if name == 'test_vit4' else 'layernorm'
-    return {'norm': norm, 'norm_eps': 1e-5 if _EPS_1E5.match(name) else 1e-6}
+    coarse = _EPS_1E5.match(name) or _DINOV3.fullmatch(name)
+    return {'norm': norm, 'norm_eps': 1e-5 if coarse else 1e-6}
 
 
 def _activation(name: str, args: Mapping[str, Any], where: str) -> str:
@@ -244,6 +356,8 @@ def _activation(name: str, args: Mapping[str, Any], where: str) -> str:
 
 def _mlp(format: str, shapes: Shapes) -> Settings:
     """Recognise a gated MLP: its first matrix has twice as many rows as the second has inputs."""
+    if 'blocks.0.mlp.fc1_g.weight' in shapes:  # Or there are two matrices.
+        return {'mlp': 'swiglu', 'mlp_dim': shapes['blocks.0.mlp.fc1_g.weight'][0]}
     first, second = ('w12', 'w3') if 'blocks.0.mlp.w12.weight' in shapes else ('fc1', 'fc2')
     rows = fit.required_shape(shapes, f'blocks.0.mlp.{first}.weight')[0]
     taken = fit.required_shape(shapes, f'blocks.0.mlp.{second}.weight')[1]
@@ -272,7 +386,7 @@ def _pool(
         return 'map'
     pooling = args.get('global_pool') or config.get('global_pool')
     if pooling is None:
-        gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|beit3', name)
+        gap = 'fc_norm.weight' in shapes or re.search(r'_gap_|eva_large|_dinov3', name)
         pooling = 'avg' if gap or 'cls_token' not in shapes else 'token'
     pools = {'token': 'cls', 'avg': 'gap'}
     if pooling not in pools:

@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 from big_vit import trees
+from big_vit.errors import printable
 
 META = (
     'format', 'architecture', 'image_size', 'channels', 'mean', 'std', 'crop_pct', 'interpolation',
-    'licence', 'source', 'dropped',
+    'licence', 'source', 'dropped', 'part',
 )  # fmt: skip
 
 
@@ -17,7 +18,8 @@ class Weights(NamedTuple):
       params: nested parameters under our names, one subtree per block; float32 or bfloat16.
       settings: fields of `ViT`, which are the keys of `config.model`.
       meta: format, architecture, image_size (height, width), channels, mean, std, crop_pct,
-        interpolation, licence, source, dropped (names that were left out); None where unknown.
+        interpolation, licence, source, dropped (names that were left out), part (the place of the
+        encoder in the file); None where unknown.
     """
 
     params: dict[str, Any]
@@ -44,7 +46,10 @@ def describe(weights: Weights) -> str:
             f'model    {count:,} parameters: {kinds}',
             f'         {rest}',
             f'images   {images}',
-            f'from     {meta.get("source") or "unknown source"}, '
-            f'licence {meta.get("licence") or "unknown"}',
+            printable(
+                f'from     {meta.get("source") or "unknown source"}, '
+                f'licence {meta.get("licence") or "unknown"}'
+                + (f', part {meta["part"]}' if meta.get('part') else '')
+            ),
         ]
     )

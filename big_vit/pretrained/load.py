@@ -16,7 +16,7 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.schema import SCHEMA
 from big_vit.data import transforms
-from big_vit.errors import UserError
+from big_vit.errors import UserError, printable
 from big_vit.interop import Weights, fit
 from big_vit.models import encoder, stems, variants, vit
 from big_vit.pretrained import adapt
@@ -35,12 +35,13 @@ _UNSEEN = (
 
 
 class Pretrained(NamedTuple):
-    """Parameters, the config of their model, and where they are from."""
+    """Parameters, the config of their model, where they are from, and which part of a file."""
 
     params: dict[str, Any]
     config: Config
     where: str
     normalised: tuple[Sequence[float], Sequence[float]] | None = None
+    part: str | None = None
 
 
 def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
@@ -58,13 +59,25 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
             raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
-        return Pretrained(weights.params, config_of_weights(weights), init, known)
+        part = weights.meta.get('part')
+        return Pretrained(weights.params, config_of_weights(weights), init, known, part)
     source, step = checkpoint.locate(init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
     saved = config_lib.from_json(sidecar['config']).without('model.lora')
     found = Pretrained(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
+    _check_finite(found)
     return found if tower is None else _tower(found, tower)
+
+
+def _check_finite(pretrained: Pretrained) -> None:
+    """Raise UserError for a run that had diverged; `interop.read` checks files itself."""
+    for name, leaf in trees.flatten(pretrained.params).items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise UserError(
+                f'config: init: {pretrained.where} has NaN or infinite numbers in {name}: its run '
+                'had diverged; name an earlier checkpoint'
+            )
 
 
 def _has_towers(config: Config) -> bool:
@@ -177,6 +190,8 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
     def load(parts: Experiment) -> dict[str, Any]:
         pretrained = read_pretrained(init, tower)
         trunk, task = parts.task.trunk(parts.model), build_task(pretrained.config.task)
+        if pretrained.part:
+            print(f'init    {init}: {printable(pretrained.part)} is read')
         if isinstance(trunk, vit.ViT):
             _check_unseen(config, trunk, pretrained)
         _tell_normalisation(config, parts, pretrained)

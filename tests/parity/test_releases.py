@@ -1,4 +1,10 @@
-"""The `.pth` files of MAE, DeiT-III and DINOv2: read by torch, answering as timm's models do."""
+"""Files of MAE, DeiT-III and DINOv2, as torch writes them, answer as timm's models do."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,9 +56,11 @@ def test_a_release_answers_as_timm_does(name, half, tmp_path):
 
     if half:
         arrays = {key: array.to(torch.bfloat16) for key, array in arrays.items()}
-    file = tmp_path / 'weights.pth'
-    torch.save({'model': arrays} if name != 'dinov2' else arrays, file)
-    weights = interop.read(file, drop=['mask_token|decoder.*'] if name != 'deit3' else [])
+    file = tmp_path / 'deit_3_small.pth'
+    more = {'args': argparse.Namespace(out=Path('x')), 'best': np.float64(3)}
+    torch.save({'model': arrays, **more} if name != 'dinov2' else arrays, file)
+    drop = ['mask_token|decoder.*'] if name != 'deit3' else []
+    weights = interop.read(file, drop=drop, settings={'num_heads': 3})
     assert weights.meta['format'] == name
     assert weights.meta['image_size'] == ((28, 28) if name == 'dinov2' else (32, 32))
     if half:
@@ -64,14 +72,73 @@ def test_a_release_answers_as_timm_does(name, half, tmp_path):
     assert distance(theirs(model, batch), ours(weights, batch)) <= CLOSE
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
+def test_nothing_in_a_file_is_run(tmp_path):
     peer('timm')
     import torch
 
     class Harmful:
         def __reduce__(self):
-            return (print, ('this must not be printed',))
+            return (os.mkdir, (str(tmp_path / 'mark'),))
 
     torch.save({'model': Harmful()}, tmp_path / 'w.pth')
-    with pytest.raises(UserError, match=r'weights_only=True.*safetensors'):
+    with pytest.raises(UserError, match='no tensors of PyTorch by name'):
         interop.read(tmp_path / 'w.pth')
+    model, arrays = release('deit3')
+    torch.save({'model': arrays, 'args': Harmful()}, tmp_path / 'deit3.pth')
+    weights = interop.read(tmp_path / 'deit3.pth', settings={'num_heads': 3})
+    assert distance(theirs(model, images(32)), ours(weights, images(32))) <= CLOSE
+    assert not (tmp_path / 'mark').exists()
+
+
+FILES = ['zip', 'legacy', 'protocol 5', 'parameters', 'module', 'script', 'compiled']
+
+
+@pytest.mark.parametrize('kind', FILES)
+def test_files_of_torch_in_every_form_have_what_torch_reads(kind, tmp_path):
+    timm = peer('timm')
+    import torch
+
+    name, file = 'vit_small_patch16_224', tmp_path / 'model_best.pth.tar'
+    model = randomise(timm.create_model(name, num_classes=5, **{**SIZES, 'embed_dim': 48}))
+    saved = {'epoch': 3, 'arch': name, 'state_dict': model.state_dict()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    saved['optimizer'] = optimizer.state_dict()
+    if kind == 'parameters':
+        saved['state_dict'] = dict(model.named_parameters())
+    elif kind == 'compiled':
+        saved['state_dict'] = {f'module._orig_mod.{n}': x for n, x in model.state_dict().items()}
+    more = {'_use_new_zipfile_serialization': False} if kind == 'legacy' else {}
+    if kind == 'module':
+        torch.save(model, file)
+    elif kind == 'script':
+        torch.jit.trace(model, torch.zeros(1, 3, 32, 32)).save(str(file))
+    else:
+        torch.save(saved, file, pickle_protocol=5 if kind == 'protocol 5' else 2, **more)
+    weights = interop.read(file, settings={'num_heads': 3}, architecture=name)
+    assert distance(theirs(model.eval(), images(32)), ours(weights, images(32))) <= CLOSE
+
+
+@pytest.mark.parametrize('kind', ['sparse', 'qtensor'])
+def test_the_advice_for_what_is_not_dense_makes_safetensors(kind, tmp_path):
+    timm = peer('timm')
+    import torch
+
+    model = randomise(timm.create_model('vit_small_patch16_224', num_classes=5, **SIZES))
+    token = model.cls_token.detach()
+    with torch.no_grad():
+        token.copy_((token * 1000).round() / 1000)
+    changed = torch.quantize_per_tensor(token, 0.001, 0, torch.qint32)
+    changed = token.to_sparse() if kind == 'sparse' else changed
+    arrays = {**model.state_dict(), 'cls_token': changed}
+    file = tmp_path / "it's.pth"
+    torch.save({'state_dict': arrays, 'args': argparse.Namespace()}, file)
+    told = {'settings': {'num_heads': 3}, 'architecture': 'vit_small_patch16_224'}
+    with pytest.raises(UserError, match=f'cls_token is made by .*_rebuild_{kind}') as error:
+        interop.read(file, **told)
+    command = str(error.value).partition('convert it once: ')[2]
+    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=env)
+    weights = interop.read(tmp_path / 'model.safetensors', **told)
+    assert distance(theirs(model, images(32)), ours(weights, images(32))) <= CLOSE

@@ -182,3 +182,21 @@ def test_timm_reads_the_archives_that_we_write(old, hybrid, tmp_path):
         assert distance(theirs(model, batch), theirs(loaded.eval(), batch)) <= CLOSE
     again = interop.read(file)
     assert distance(theirs(model, batch), ours(again, batch)) <= CLOSE
+
+
+@pytest.mark.parametrize('name', ['vit_small_patch16_dinov3', 'vit_small_plus_patch16_dinov3_qkvb'])
+@pytest.mark.parametrize('pool', ['token', 'avg'])
+def test_dinov3_of_timm(name, pool, tmp_path):
+    """It has RoPE, biases of queries and values only, and a gated MLP of two matrices."""
+    timm = peer('timm')
+    from timm.models._hub import save_for_hf
+
+    args = dict(img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=5, global_pool=pool)
+    model = randomise(timm.create_model(name, **args))
+    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    weights = interop.read(tmp_path)
+    batch = images((64, 64))
+    wanted = theirs(model, batch)
+    assert distance(wanted, ours(weights, batch)) <= CLOSE
+    assert distance(wanted, ours(weights, batch, rope_theta=1e4)) > WRONG
+    assert distance(wanted, ours(weights, batch, norm_eps=1e-6)) > WRONG
