@@ -8,14 +8,16 @@ import argparse
 import difflib
 import sys
 
+from big_vit import signals
 from big_vit.errors import UserError
 
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
-    """Prints a command's help and exits, if that is asked for.
+    """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
 
     Commands call it before their other imports, which take more than a second.
     """
+    signals.handle(lambda number, _: signals.leave(number))
     if not {'-h', '--help'}.isdisjoint(sys.argv[1:]):
         parser.print_help()
         sys.exit()
