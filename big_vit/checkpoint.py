@@ -27,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import big_vit
-from big_vit import sharding, storage, trees
+from big_vit import ownership, sharding, storage, trees
 from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.state import State
@@ -162,6 +162,14 @@ def set_aside(workdir: Place, step: int) -> None:
         folder = storage.place(workdir) / 'damaged'
         number = len(list(folder.iterdir())) if folder.is_dir() else 0
         storage.move(_folder(workdir, step), storage.absolute(folder) / f'{step}-{number}')
+
+
+def remove_after(workdir: Place, step: int) -> None:
+    """Deletes the checkpoints of later steps."""
+    if jax.process_index() == 0:
+        for later in steps(workdir):
+            if later > step:
+                _remove(_folder(workdir, later))
 
 
 def _remove(path: epath.Path) -> None:
@@ -527,13 +535,15 @@ def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> e
     workdir = storage.place(out)
     if storage.is_local(workdir):
         workdir = workdir.expanduser()
-    if steps(workdir):
-        raise UserError(
-            f'--out {workdir}: there are checkpoints in it already; name another folder'
-        )
     float32_params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
-    with Manager(workdir, keep_last=1) as manager:
-        manager.save({'params': float32_params, 'step': jnp.asarray(step, jnp.int32)}, config, {})
+    with ownership.own(workdir, '--out'):
+        if steps(workdir):
+            raise UserError(
+                f'--out {workdir}: there are checkpoints in it already; name another folder'
+            )
+        with Manager(workdir, keep_last=1) as manager:
+            step_leaf = jnp.asarray(step, jnp.int32)
+            manager.save({'params': float32_params, 'step': step_leaf}, config, {})
     return workdir
 
 
