@@ -5,7 +5,7 @@
 
 A local directory gets its final name once it is complete. An object store cannot rename, so there
 the file COMMITTED is written last. Every leaf has a hash of its bits that does not depend on the
-sharding, so damage is detected on reading.
+sharding, and the sidecar one of all that it says, so damage is detected on reading.
 """
 
 import contextlib
@@ -27,12 +27,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import big_vit
-from big_vit import sharding, storage, trees
+from big_vit import ownership, sharding, storage, trees
 from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.state import State
 
-FORMAT = 1
+# Format 1 has a hash of its leaves alone; from 2 on, one of all that the sidecar says as well.
+FORMAT = 2
 COMMITTED = 'commit_success.txt'
 # A save that is not committed after this long is considered hung.
 TIMEOUT_S = 30 * 60
@@ -69,7 +70,7 @@ def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) ->
         for name, leaf in trees.flatten(state).items()
     }
     packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-    return {
+    sidecar = {
         'format': FORMAT,
         'step': int(state['step']),
         'config': config,
@@ -82,11 +83,26 @@ def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) ->
         'leaves': leaves,
         'content_hash': _content_hash(leaves),
     }
+    return {**sidecar, 'sidecar_hash': _sidecar_hash(sidecar)}
 
 
 def _content_hash(leaves: dict[str, Any]) -> str:
-    text = json.dumps({name: leaf['hash'] for name, leaf in leaves.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest({name: leaf['hash'] for name, leaf in leaves.items()})
+
+
+def _sidecar_hash(sidecar: dict[str, Any]) -> str:
+    said = {name: value for name, value in sidecar.items() if name != 'sidecar_hash'}
+    return _digest(json.loads(json.dumps(said)))  # As it will be read: keys are text.
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _is_intact(sidecar: dict[str, Any]) -> bool:
+    if sidecar['format'] != 1 and sidecar['sidecar_hash'] != _sidecar_hash(sidecar):
+        return False
+    return sidecar['content_hash'] == _content_hash(sidecar['leaves'])
 
 
 def _folder(workdir: Place, step: int | None = None) -> epath.Path:
@@ -148,6 +164,14 @@ def set_aside(workdir: Place, step: int) -> None:
         storage.move(_folder(workdir, step), storage.absolute(folder) / f'{step}-{number}')
 
 
+def remove_after(workdir: Place, step: int) -> None:
+    """Deletes the checkpoints of later steps."""
+    if jax.process_index() == 0:
+        for later in steps(workdir):
+            if later > step:
+                _remove(_folder(workdir, later))
+
+
 def _remove(path: epath.Path) -> None:
     """Deletes a checkpoint such that, if killed half-way, the remains do not look like one."""
     if storage.is_local(path):
@@ -176,11 +200,11 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
     path = storage.place(workdir) / 'checkpoints' / str(step) / 'sidecar' / 'metadata'
     try:
         sidecar = json.loads(path.read_text())
-        intact = sidecar['content_hash'] == _content_hash(sidecar['leaves'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        intact = _is_intact(sidecar)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f'{path}: cannot be read: {error!r}') from None
     if not intact:
-        raise CorruptCheckpointError(f'{path}: does not match its own content hash')
+        raise CorruptCheckpointError(f'{path}: does not match its own hash')
     if sidecar['format'] > FORMAT:
         raise UserError(f'{path}: format {sidecar["format"]} is newer than this big_vit reads')
     return sidecar
@@ -511,13 +535,15 @@ def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> e
     workdir = storage.place(out)
     if storage.is_local(workdir):
         workdir = workdir.expanduser()
-    if steps(workdir):
-        raise UserError(
-            f'--out {workdir}: there are checkpoints in it already; name another folder'
-        )
     float32_params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
-    with Manager(workdir, keep_last=1) as manager:
-        manager.save({'params': float32_params, 'step': jnp.asarray(step, jnp.int32)}, config, {})
+    with ownership.own(workdir, '--out'):
+        if steps(workdir):
+            raise UserError(
+                f'--out {workdir}: there are checkpoints in it already; name another folder'
+            )
+        with Manager(workdir, keep_last=1) as manager:
+            step_leaf = jnp.asarray(step, jnp.int32)
+            manager.save({'params': float32_params, 'step': step_leaf}, config, {})
     return workdir
 
 
@@ -561,8 +587,16 @@ def load_params(
             raise CorruptCheckpointError(
                 f'{where}: cannot be read: {storage.reason(error)}'
             ) from error
-    hashes = {name: hash_array(leaf) for name, leaf in trees.flatten(tree).items()}
-    _check_hashes(hashes, sidecar, where)
+    flat = trees.flatten(tree)
+    # The hash of an array says nothing of its shape.
+    unlike = [
+        name
+        for name, like in trees.flatten(wanted).items()
+        if name not in flat or (flat[name].shape, flat[name].dtype) != (like.shape, like.dtype)
+    ]
+    if unlike:
+        raise CorruptCheckpointError(f'{where}: {unlike[0]} is not what was saved')
+    _check_hashes({name: hash_array(leaf) for name, leaf in flat.items()}, sidecar, where)
     return tree[which], sidecar
 
 

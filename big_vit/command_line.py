@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from big_vit import signals
 from big_vit.errors import UserError
 
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
-    """Prints a command's help and exits, if that is asked for.
+    """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
 
     Commands call it before their other imports, which take more than a second.
     """
+    signals.handle(lambda number, _: signals.leave(number))
     if not {'-h', '--help'}.isdisjoint(sys.argv[1:]):
         parser.print_help()
         sys.exit()

@@ -12,7 +12,9 @@ if __name__ == '__main__':  # Before the slow imports.
 from pathlib import Path
 from typing import Any
 
-from big_vit import runtime
+from etils import epath
+
+from big_vit import ownership, runtime
 from big_vit.data.sources import prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
@@ -65,7 +67,10 @@ def prepare(
     """
     builder = _builder(name, data_dir, file_format)
     try:
-        builder.download_and_prepare(download_dir=downloads, file_format=file_format)
+        with ownership.own(epath.Path(builder.data_path).parent, '--data_dir'):
+            builder.download_and_prepare(download_dir=downloads, file_format=file_format)
+    except UserError:
+        raise
     except Exception as error:  # TFDS and its downloader raise classes of their own.
         reason = ' '.join(str(error).split())
         if "No module named 'tensorflow'" in reason:

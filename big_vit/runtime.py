@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from big_vit import signals
 from big_vit.errors import UserError
 
 # Peak bfloat16 operations per second of one device (a multiply-add is two), from data sheets.
@@ -57,12 +58,18 @@ def start() -> None:
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Runs a command's `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Runs a command's `main`; a UserError becomes one line on stderr and exit status 2.
+
+    So do Ctrl-C and SIGTERM, with 130 and 143.
+    """
     try:
-        main(sys.argv[1:])
+        with signals.raised():
+            main(sys.argv[1:])
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except signals.Interrupted as error:
+        sys.exit(signals.say(error.number))
     except (RuntimeError, AssertionError) as error:
         line = _about_devices(error)
         if line is None:
@@ -163,8 +170,13 @@ _sync_points = itertools.count(1)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
+def stop_signals(on_stop: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], bool]]:
     """Context in which SIGTERM and the first Ctrl-C request a stop instead of killing.
+
+    A second Ctrl-C ends the process at once, also while a program compiles.
+
+    Args:
+      on_stop: called in a thread when the first signal arrives.
 
     Yields:
       A function of the step that returns whether to save and stop at that step. Call it at
@@ -172,18 +184,29 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
       host got the signal.
     """
     received: list[int] = []
+    presses: list[int] = []
     multiprocess = jax.process_count() > 1
 
     def on_signal(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else on_signal)
+        if received.count(signal.SIGINT) > 1:
+            raise signals.Interrupted(number)
         if multiprocess:  # JAX broadcasts SIGTERM to all hosts, but not SIGINT.
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def act(number: int) -> None:
+        on_stop()
+        presses.extend([number] if number == signal.SIGINT else [])
+        if len(presses) > 1:  # With several processes the others must hear of it.
+            signals.leave_command(number, at_once=not multiprocess)
+
     def stop(_: int) -> bool:
-        if multiprocess:
-            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
-        return bool(received)
+        if not multiprocess:
+            return bool(received)
+        reached = multihost_utils.reached_preemption_sync_point(next(_sync_points))
+        if reached:  # JAX's handler does not call ours.
+            on_stop()
+        return reached
 
     # With several processes JAX's own handler of SIGTERM tells the other hosts.
     handled = (signal.SIGINT,) if multiprocess else (signal.SIGTERM, signal.SIGINT)
@@ -193,7 +216,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
         yield stop
         return
     try:
-        yield stop
+        with signals.heard(act):
+            yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

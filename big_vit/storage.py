@@ -106,6 +106,20 @@ def parse_object(text: str | bytes, where: str, advice: str) -> dict[str, Any]:
     return value
 
 
+def create_object(path: epath.Path, text: str) -> bool:
+    """Creates an object unless it is there; of several processes at once, one succeeds."""
+    import fsspec
+
+    if path.exists():
+        return False
+    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    try:
+        files.pipe_file(name, text.encode(), mode='create')
+    except FileExistsError:
+        return False
+    return True
+
+
 def reason(error: BaseException) -> str:
     """An error as one line, without the path, which the message around it already names."""
     text = getattr(error, 'strerror', None) or str(error) or repr(error)

@@ -10,15 +10,16 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.train())
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from big_vit import checkpoint, explain, metrics, runtime, state, storage, training_loop
+from big_vit import checkpoint, explain, metrics, ownership, runtime, state, storage, training_loop
 from big_vit import config as config_lib
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import (
@@ -37,7 +38,7 @@ from big_vit.journal import Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
-from big_vit.workdir import open_workdir, restore_newest
+from big_vit.workdir import check_workdir, owned, restore_newest, write_config
 
 
 class Result(NamedTuple):
@@ -68,18 +69,18 @@ def run(
       UserError: anything the user can fix, before anything is compiled where it can be known.
     """
     began = time.perf_counter()
+    config_lib.check_names(config.evals)
     parts = build_experiment(config)
     train_step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
     damage = Damage(max_damage_rate(config, parts))
     trackers, profiled, _ = tracker_options(config), config.profile, config.switch
     config.audit()  # Every key that is set must have been read by now.
-    fresh = params is not None and not checkpoint.steps(storage.place(path))
-    first = params(parts) if fresh and params is not None else None
-    workdir = shared_workdir(path, config, parts, force)
+    begun = checkpoint.steps(storage.place(path))
+    first = None if params is None or begun else params(parts)
     total, intervals, clock = parts.total_steps, parts.intervals, metrics.Clock()
     active, dump = jax.process_index() == 0, config.to_dict()
 
-    with jax.set_mesh(parts.mesh):
+    with shared_workdir(path, config, parts, force) as workdir, jax.set_mesh(parts.mesh):
         hosts.connect(parts.mesh)
         now, origin = starting_state(config, parts, workdir, first)
         start = int(now['step'])
@@ -89,7 +90,7 @@ def run(
             metrics.Console(
                 total, start, label=label, headline=parts.task.headline, active=active
             ) as console,
-            runtime.stop_signals() as stop,
+            runtime.stop_signals(ownership.ending) as stop,
             train_batches(config, parts, start) as batches,
             profiler.tracer(workdir / 'trace', start, profiled, console.say) as trace,
         ):
@@ -97,6 +98,8 @@ def run(
             write_first_examples(parts, start, writer)
             if start < total:
                 train_step = compile_step(train_step, now, parts, console)
+            if active:
+                write_config(workdir, config)  # Not before: a start that fails changes nothing.
             clock.add('start', time.perf_counter() - began)
             journal = RunJournal(
                 config, parts, peak_flops, damage,
@@ -112,15 +115,16 @@ def run(
             return finish(outcome, journal, workdir)
 
 
+@contextlib.contextmanager
 def shared_workdir(
     path: str | os.PathLike[str], config: Config, parts: Experiment, force: bool
-) -> epath.Path:
-    """Open the workdir in process 0, and check that every process sees the same one."""
-    hosts.lead(lambda: str(open_workdir(path, config, parts.abstract_state, force)))
-    workdir = storage.place(path)
-    hosts.check_shared(workdir)
-    hosts.register_saved_steps(lambda: checkpoint.steps(workdir))
-    return workdir
+) -> Iterator[epath.Path]:
+    """Context in which process 0 owns the workdir, which is the same one for every process."""
+    with owned(path) as workdir:
+        hosts.lead(lambda: check_workdir(workdir, config, parts.abstract_state, force))
+        hosts.check_shared(workdir)
+        hosts.register_saved_steps(lambda: checkpoint.steps(workdir))
+        yield workdir
 
 
 def starting_state(
@@ -185,12 +189,11 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
     writer.checkpoint(workdir / 'checkpoints' / str(end), end)
     console.say(f'time    {clock.summary()}')
     if outcome.stopped:
-        last = f'stopped by a signal: saved step {end} of {journal.parts.total_steps}; '
-        last += 'the same command resumes there'
+        training_loop.say_stopped(end, journal.parts.total_steps, console)
     else:
+        # On all hosts: a supervisor of any one of them must know whether to start it again.
         last = f'done    step {end}, checkpoint {workdir}/checkpoints/{end}'
-    # On all hosts: a supervisor of any one of them must know whether to start it again.
-    (console.say if jax.process_index() == 0 else print)(last)
+        (console.say if jax.process_index() == 0 else print)(last)
     return Result(end, dict(writer.latest), outcome.stopped)
 
 

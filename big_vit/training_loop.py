@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from big_vit import metrics
+from big_vit import metrics, ownership
 from big_vit.build.evaluations import SharedFeatures
 from big_vit.build.experiment import Intervals, is_due
 from big_vit.distributed import hosts
@@ -56,6 +56,12 @@ class Outcome(NamedTuple):
     stopped: bool
 
 
+def say_stopped(step: int, total: int, console: metrics.Console) -> None:
+    """Say that a signal ended the loop; on all hosts, since a supervisor of any must know."""
+    line = f'stopped by a signal: saved step {step} of {total}; the same command resumes there'
+    (console.say if jax.process_index() == 0 else print)(line)
+
+
 def run(
     state: Any,
     start: int,
@@ -89,6 +95,8 @@ def run(
     def write_pending() -> None:
         if pending:
             step, values = pending.pop()
+            ownership.check()
+            ownership.began()
             journal.check(step, values)
             if duties(intervals, step, total).log:
                 journal.write(step, values)

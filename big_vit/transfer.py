@@ -28,6 +28,7 @@ from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.pretrained.load import model_keys_of
 from big_vit.sweeps import study, sweep
+from big_vit.workdir import owned
 
 
 def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
@@ -76,22 +77,21 @@ def run(
     Returns:
       The last metrics by start ('pretrained', 'control'); None if a signal ended it early.
     """
-    workdir = storage.place(path)
     results = {}
-    for start, start_config in sweep.starts(config).items():
-        result = train.run(
-            start_config,
-            workdir / start,
-            force=force,
-            params=sweep.make_params(start_config),
-            label=start,
-        )
-        if result.stopped:
-            return None
-        results[start] = result.metrics
-
-    text = json.dumps(results, indent=2) + '\n'
-    hosts.lead(lambda: storage.write_text(workdir / 'transfer.json', text))
+    with owned(path) as workdir:
+        for start, start_config in sweep.starts(config).items():
+            result = train.run(
+                start_config,
+                workdir / start,
+                force=force,
+                params=sweep.make_params(start_config),
+                label=start,
+            )
+            if result.stopped:
+                return None
+            results[start] = result.metrics
+        text = json.dumps(results, indent=2) + '\n'
+        hosts.lead(lambda: storage.write_text(workdir / 'transfer.json', text))
     return results
 
 

@@ -4,50 +4,64 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
+from collections.abc import Iterator
 
-import jax
 from etils import epath
 
-from big_vit import checkpoint, state, storage
+from big_vit import checkpoint, metrics, ownership, state, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
 
+CONFIG = 'config.json'
 
-def open_workdir(
-    path: str | os.PathLike[str], config: Config, abstract_state: state.State, force: bool
-) -> epath.Path:
-    """Create the workdir, or check that the existing one belongs to this config.
 
-    Every process checks; only process 0 writes.
+@contextlib.contextmanager
+def owned(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """Context in which this run alone writes into a workdir; of its processes, process 0 owns it.
 
-    Args:
-      path: a local folder, or a place in an object store such as gs://bucket/run.
-      abstract_state: the shapes, dtypes and shardings that checkpoints there must have.
-      force: accept another config, though not another architecture.
+    All processes must enter it. See `ownership.own` for what stays of a run that fails at once.
 
     Raises:
-      UserError: it cannot be reached or written, or holds a run of another config.
+      UserError: the place is unknown, cannot be written, or belongs to a run that lives.
     """
     try:
         workdir = storage.place(path)
     except UserError as error:
         raise UserError(f'--workdir: {error}') from None
-    file, dump = workdir / 'config.json', config.to_dict()
+    with contextlib.ExitStack() as stack:
+        hosts.lead(lambda: stack.enter_context(ownership.own(workdir)))
+        yield workdir
+
+
+def check_workdir(
+    workdir: epath.Path, config: Config, abstract_state: state.State, force: bool
+) -> None:
+    """Check that what a workdir holds, if anything, goes on with this config.
+
+    Args:
+      abstract_state: the shapes, dtypes and shardings that checkpoints there must have.
+      force: accept another config, though not another architecture.
+
+    Raises:
+      UserError: it cannot be read, or holds a run of another config.
+    """
+    file = workdir / CONFIG
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if storage.is_local(workdir):
-            with tempfile.TemporaryFile(dir=workdir):
-                pass
-        old_text = file.read_bytes() if file.exists() else None
+        text = file.read_bytes() if file.exists() else b''
+        saved = checkpoint.steps(workdir)
+        rows = workdir / metrics.FILE
+        begun = bool(saved or (rows.exists() and rows.read_bytes().strip()))
     except Exception as error:  # Errors of object stores share no base class.
-        if storage.is_local(workdir) and not isinstance(error, OSError):
+        if isinstance(error, UserError) or (
+            storage.is_local(workdir) and not isinstance(error, OSError)
+        ):
             raise
-        raise UserError(f'--workdir: cannot write to {workdir}: {storage.reason(error)}') from error
-    if old_text is not None:
-        old = storage.parse_object(old_text, str(file), 'use another --workdir')
-        changes = config_lib.difference(old, dump)
+        raise UserError(f'--workdir: cannot read {workdir}: {storage.reason(error)}') from error
+    if text and begun:  # What ended before its first row has nothing to go on with.
+        old = storage.parse_object(text, str(file), 'use another --workdir')
+        changes = config_lib.difference(old, config.to_dict())
         refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
         if refused and not force:
             raise UserError(
@@ -56,15 +70,17 @@ def open_workdir(
             )
         if changes:
             print(f'config  changed since the last start: {"; ".join(changes)}', flush=True)
-    for step in checkpoint.steps(workdir)[-1:]:
+    for step in saved[-1:]:
         with contextlib.suppress(
             checkpoint.CorruptCheckpointError
         ):  # `restore_newest` will say so.
             sidecar = checkpoint.read_sidecar(workdir, step)
             checkpoint.check_leaves(sidecar, abstract_state, f'{workdir}/checkpoints/{step}')
-    if jax.process_index() == 0:
-        storage.write_text(file, json.dumps(dump, indent=2) + '\n')
-    return workdir
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Write the config of the run that starts now; in process 0 alone."""
+    storage.write_text(workdir / CONFIG, json.dumps(config.to_dict(), indent=2) + '\n')
 
 
 def restore_newest(workdir: epath.Path, abstract_state: state.State) -> state.State | None:

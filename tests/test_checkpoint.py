@@ -1,5 +1,6 @@
 """Checkpoints: exact, few files, any mesh, NumPy without a config, and damage is noticed."""
 
+import hashlib
 import json
 
 import jax
@@ -172,6 +173,74 @@ def test_a_damaged_sidecar_is_noticed(copy, damage):
     else:
         path.unlink()
     with pytest.raises(checkpoint.CorruptCheckpointError, match='sidecar'):
+        checkpoint.read_sidecar(copy, 7)
+
+
+def flipped(path, positions, bits):
+    """Flip a bit of one byte after the other, and put the file back as it was."""
+    intact = path.read_bytes()
+    for position in positions(len(intact)):
+        for bit in bits:
+            content = bytearray(intact)
+            content[position] ^= 1 << bit
+            path.write_bytes(content)
+            yield position
+    path.write_bytes(intact)
+
+
+@pytest.mark.parametrize(
+    'positions, bits',
+    [
+        (lambda size: range(0, size, size // 150), (0,)),
+        pytest.param(range, (0, 3, 5), marks=pytest.mark.slow),
+    ],
+    ids=['sample', 'all'],
+)
+def test_no_changed_byte_of_a_sidecar_goes_unnoticed(copy, positions, bits):
+    path, intact = (
+        copy / 'checkpoints' / '7' / 'sidecar' / 'metadata',
+        checkpoint.read_sidecar(copy, 7),
+    )
+    refused = 0
+    for _ in flipped(path, positions, bits):
+        try:
+            assert checkpoint.read_sidecar(copy, 7) == intact
+        except checkpoint.CorruptCheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused >= 150
+
+
+@pytest.mark.parametrize('section', ['config', 'metrics', 'step', 'versions', 'leaves'])
+def test_all_that_a_sidecar_says_is_covered_by_its_hash(copy, section):
+    path = copy / 'checkpoints' / '7' / 'sidecar' / 'metadata'
+    sidecar = json.loads(path.read_text())
+    value = sidecar[section]
+    sidecar[section] = value + 1 if section == 'step' else {**value, 'norm_eps': 1e-3}
+    path.write_text(json.dumps(sidecar))
+    with pytest.raises(checkpoint.CorruptCheckpointError, match='metadata: does not match its own'):
+        checkpoint.load_params(copy, 7)
+
+
+def test_a_sidecar_of_before_whose_hash_is_of_the_arrays_alone_is_read(copy, saved):
+    path = copy / 'checkpoints' / '7' / 'sidecar' / 'metadata'
+    sidecar = json.loads(path.read_text())
+    hashes = {name: leaf['hash'] for name, leaf in sidecar['leaves'].items()}
+    text = json.dumps(hashes, sort_keys=True)
+    assert sidecar['content_hash'] == hashlib.sha256(text.encode()).hexdigest()
+    del sidecar['sidecar_hash']
+    path.write_text(json.dumps({**sidecar, 'format': 1}))
+    equal(checkpoint.load_params(copy, 7)[0], saved[1]['params'])
+    path.write_text(json.dumps({**sidecar, 'format': 2}))
+    with pytest.raises(checkpoint.CorruptCheckpointError):
+        checkpoint.read_sidecar(copy, 7)
+
+
+def test_a_newer_format_is_said_to_be_newer(copy):
+    path = copy / 'checkpoints' / '7' / 'sidecar' / 'metadata'
+    sidecar = {**json.loads(path.read_text()), 'format': 3}
+    path.write_text(json.dumps({**sidecar, 'sidecar_hash': checkpoint._sidecar_hash(sidecar)}))
+    with pytest.raises(UserError, match='format 3 is newer'):
         checkpoint.read_sidecar(copy, 7)
 
 

@@ -18,8 +18,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Units are modules or subpackages; a unit may import those of the layers before its own.
 LAYERS = [
     {'errors'},
-    {'storage', 'trees'},
-    {'runtime', 'config', 'command_line', 'distributed'},
+    {'storage', 'trees', 'signals'},
+    {'runtime', 'config', 'command_line', 'distributed', 'ownership'},
     {'models', 'optim', 'data', 'sharding', 'planning', 'compiler'},
     {'tasks', 'augment', 'state', 'checkpoint_hashes', 'metrics', 'interop'},
     {'checkpoint', 'workdir'},

@@ -14,9 +14,9 @@ import pytest
 from commands import ROOT, environment, run, script, start
 from fsspec.implementations.memory import MemoryFileSystem
 
-from big_vit import checkpoint, config, metrics, storage
+from big_vit import checkpoint, config, metrics, ownership, storage
 from big_vit.errors import UserError
-from big_vit.workdir import open_workdir
+from big_vit.workdir import check_workdir, owned, write_config
 
 
 class Store(MemoryFileSystem):
@@ -39,7 +39,7 @@ class Store(MemoryFileSystem):
         pass
 
     def _open(self, path, mode='rb', **kwargs):
-        assert mode in ('rb', 'wb'), mode
+        assert mode in ('rb', 'wb', 'xb'), mode
         if mode == 'wb':
             self.writes.append(path)
         return super()._open(path, mode, **kwargs)
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_reached_is_one_line(path, message, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     for command in (
         lambda: checkpoint.locate(path),
-        lambda: open_workdir(path, config.resolve(TINY), {}, False),
+        lambda: owned(path).__enter__(),
     ):
         with pytest.raises(UserError, match='--workdir: .*' + message) as caught:
             command()
@@ -165,10 +165,16 @@ def test_a_row_that_the_disk_refuses_once_is_written_again(tmp_path, monkeypatch
 
 
 def test_the_workdir_and_the_checkpoints_of_a_store(store):
-    workdir = open_workdir('gs://bucket/run', config.resolve(TINY), {}, False)
-    assert json.loads((workdir / 'config.json').read_text())['lr'] == 1e-2
-    with pytest.raises(UserError, match=r'gs://bucket/run holds a run of another config \(lr'):
-        open_workdir('gs://bucket/run', config.resolve({**TINY, 'lr': 1.0}), {}, False)
+    with owned('gs://bucket/run') as workdir:
+        write_config(workdir, config.resolve(TINY))
+        assert json.loads((workdir / 'config.json').read_text())['lr'] == 1e-2
+        other = config.resolve({**TINY, 'lr': 1.0})
+        check_workdir(workdir, other, {}, False)  # Nothing was made yet.
+        (workdir / metrics.FILE).write_text('{"step": 1}\n')
+        check_workdir(workdir, config.resolve(TINY), {}, False)
+        with pytest.raises(UserError, match=r'gs://bucket/run holds a run of another config \(lr'):
+            check_workdir(workdir, other, {}, False)
+        ownership.began()
     for step in (3, 6, 9):
         folder = workdir / 'checkpoints' / str(step)
         (folder / 'sidecar' / 'metadata').write_text('{}')

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import time
 
 import jax
@@ -272,6 +273,94 @@ def test_unwritable_workdir(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'--workdir: cannot write to .*Not a directory'):
         train.run(config.resolve(TINY), tmp_path / 'file' / 'w')
+
+
+def without_wandb(monkeypatch, settings):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    return settings.replacing({'log.wandb': 'project'}), 'log.wandb needs'
+
+
+def without_a_compiler(monkeypatch, settings):
+    def compile_step(*_):
+        raise UserError('out of memory')
+
+    monkeypatch.setattr(train, 'compile_step', compile_step)
+    return settings, 'out of memory'
+
+
+@pytest.mark.parametrize('fault', [without_wandb, without_a_compiler])
+def test_a_start_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch, fault):
+    settings, message = fault(monkeypatch, config.resolve(TINY))
+    with pytest.raises(UserError, match=message):
+        train.run(settings, tmp_path / 'runs' / 'w')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forced_start_that_fails_leaves_the_config_of_the_run(tmp_path, finished, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / 'w')
+    before = contents(tmp_path / 'w')
+    settings, message = without_a_compiler(
+        monkeypatch, config.resolve({**TINY, 'lr': 0.5, 'total_steps': 14})
+    )
+    with pytest.raises(UserError, match=message):
+        train.run(settings, tmp_path / 'w', force=True)
+    assert contents(tmp_path / 'w') == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_what_was_killed_before_its_first_row_refuses_no_other_config(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(config.resolve(TINY).to_dict()))
+    (tmp_path / 'metrics.jsonl').write_text('')
+    settings = config.resolve({**TINY, 'total_steps': 2})
+    assert train.run(settings, tmp_path).step == 2
+    assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 2
+
+
+@pytest.mark.slow
+def test_of_two_starts_at_once_one_trains_and_all_its_rows_are_there(
+    tmp_path, config_file, uninterrupted
+):
+    for attempt in range(5):
+        workdir = tmp_path / str(attempt)
+        command = ('--config', config_file, '--workdir', workdir)
+        both = [start('train', *command) for _ in range(2)]
+        said = [process.communicate(timeout=240)[0] for process in both]
+        by_status = {process.returncode: text for process, text in zip(both, said, strict=True)}
+        assert sorted(by_status) == [0, 2], said
+        winner = both[0 if both[0].returncode == 0 else 1].pid
+        assert by_status[2].startswith(f'error: --workdir: {workdir} belongs to process {winner} ')
+        assert by_status[2].count('\n') == 1
+        assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+        assert hashes(workdir, 400) == hashes(uninterrupted[0], 400)
+
+
+@pytest.mark.slow
+def test_force_does_not_take_over_a_run_that_lives(tmp_path, config_file, uninterrupted):
+    workdir = tmp_path / 'w'
+    command = ('--config', config_file, '--workdir', workdir)
+    process = start('train', *command)
+    while process.poll() is None and not metrics.read(workdir):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    before = contents(workdir)
+    result = run('train', *command, '--force', '--config.lr=0.5')
+    assert f'belongs to process {process.pid} on ' in error_line(result)
+    assert contents(workdir) == before
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
+
+
+def test_an_evaluation_must_not_have_the_name_of_other_metrics(tmp_path):
+    for name in ('train', 'time'):
+        settings = config.resolve({**TINY, f'evals.{name}.split': 'test[:50]'})
+        with pytest.raises(UserError, match=f"evals.{name}: '{name}' is the name of "):
+            train.run(settings, tmp_path / 'w')
+    assert not (tmp_path / 'w').exists()
 
 
 def test_batch_must_divide_by_devices(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,7 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
     if total > INT_MAX:
         raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
     schedule = rate_schedule(config, train.source, total)
-    shapes = state.abstract_params(model, train.inputs)
+    shapes = _abstract_params(config, model, train)
     model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = build_optimizer(config, shapes, schedule, mesh)
     averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
@@ -136,6 +137,20 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
         batch_size=config.batch_size,
         intervals=_intervals(config, train.source, total),
     )
+
+
+def _abstract_params(config: Config, model: Any, train: Data) -> Any:
+    """Trace the shapes of the parameters; refuse a stream with the name of another part."""
+    try:
+        return state.abstract_params(model, train.inputs)
+    except flax.errors.NameInUseError as error:
+        taken = next((name for name in config.streams if f'"{name}"' in str(error)), None)
+        if taken is None:
+            raise
+        raise UserError(
+            f'config: streams.{taken}: another part of the model has this name: rename the stream, '
+            f'as in streams.of_{taken}'
+        ) from None
 
 
 def _check_classes(task: Task, source: sources.Source) -> None:

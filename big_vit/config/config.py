@@ -17,7 +17,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ from big_vit.errors import UserError
 
 # Sections with any number of entries, under names that the user chooses.
 STARRED = ('evals', 'mixture', 'streams')
+# Names of evaluations that something else beside their scores has.
+RESERVED_EVALUATIONS = {
+    'train': 'metrics of the training itself',
+    'time': 'timings',
+    'step': 'the column of steps',
+    'checkpoint': 'the place of the checkpoint, in what evaluate prints as JSON',
+}
 
 
 class Config:
@@ -384,7 +391,25 @@ def load(
         put(key, _parsed(key, text))
         if text == 'default':
             del explicit[key]
-    return resolve(explicit)
+    loaded = resolve(explicit)
+    check_names(loaded.evals)
+    return loaded
+
+
+def check_names(evaluations: Iterable[str]) -> None:
+    """Check that the scores of evaluations have names of their own among the metrics of a run.
+
+    Separate from `resolve`, so that checkpoints of before go on loading.
+
+    Raises:
+      UserError: one has a name that is taken.
+    """
+    for name in evaluations:
+        if name in RESERVED_EVALUATIONS:
+            raise UserError(
+                f'config: evals.{name}: {name!r} is the name of {RESERVED_EVALUATIONS[name]}, '
+                f'which this would overwrite or hide; rename it, as in evals.on_{name}'
+            )
 
 
 def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
@@ -393,7 +418,9 @@ def override(config: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     for key, text in (renamed(*pair) for pair in overrides):
         values.pop(key, None)  # Reinserted last: it also beats other units given in between.
         values[key] = _field(key).default if text == 'default' else _parsed(key, text)
-    return with_values(config, values)
+    changed = with_values(config, values)
+    check_names(set(changed.evals) - set(config.evals))
+    return changed
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:

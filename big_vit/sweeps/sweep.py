@@ -30,6 +30,7 @@ from big_vit.journal import Diverged
 from big_vit.pretrained.load import initial_params
 from big_vit.sweeps import study, vmapped_trials
 from big_vit.sweeps.trial_journal import Trial
+from big_vit.workdir import owned
 
 # Patterns of the parameters that are trained beside the head, by transfer.train.
 TRAINED: dict[str, tuple[str, ...]] = {
@@ -149,10 +150,6 @@ def make_params(config: Config) -> Callable[[Experiment], Any] | None:
     return initial_params(config, keep_head=False) if config.init else None
 
 
-class Stopped(Exception):
-    """A signal ended a trial; the same command resumes it."""
-
-
 def _train_alone(config: Config, trial: Trial, workdir: epath.Path, label: str) -> dict[str, float]:
     """Train or resume one trial by `train.run`; return its last metrics, {} where it diverged."""
     trial_config = config.replacing({'lr': trial.lr, 'seed': trial.seed})
@@ -162,7 +159,7 @@ def _train_alone(config: Config, trial: Trial, workdir: epath.Path, label: str) 
         print(f'WARNING {label} lr {trial.lr:g} seed {trial.seed}: {error}', file=sys.stderr)
         return {}
     if result.stopped:
-        raise Stopped
+        raise vmapped_trials.Stopped
     return result.metrics
 
 
@@ -234,12 +231,30 @@ def run(
       UserError: anything the user can fix, before anything is trained.
     """
     combinations = settings(config, swept)
+    config_lib.check_names(config.evals)
     validation: str | None = config.transfer.validation
     test = config.transfer.test
     _check_evals(config, validation, test, len(combinations))
     if validation not in config.evals:
         validation = None
     check_splits(build_experiment(config), validation, test)
+    with owned(workdir):
+        wanted = _train_missing(config, workdir, combinations, seeds, at_once, validation, test)
+        if wanted is None:
+            return None
+        return _test_chosen(config, workdir, wanted, validation, test, force)
+
+
+def _train_missing(
+    config: Config,
+    workdir: epath.Path,
+    combinations: Sequence[dict[str, Any]],
+    seeds: int,
+    at_once: int | None,
+    validation: str | None,
+    test: str,
+) -> list[study.Row] | None:
+    """Train the trials that the study lacks; return the rows of all, None if a signal ended it."""
     rows, wanted = study.read(workdir), []
     for start, base in starts(config, f'evals.{test}.').items():
         for other in _without_rates(combinations):
@@ -251,11 +266,11 @@ def run(
             for group in [[row] for row in missing] if at_once == 1 else _rectangles(missing):
                 try:
                     _train(setting_config, workdir, group, validation, at_once)
-                except Stopped:
+                except vmapped_trials.Stopped:
                     return None
                 rows += group
                 hosts.lead(functools.partial(study.write, workdir, rows))
-    return _test_chosen(config, workdir, wanted, validation, test, force)
+    return wanted
 
 
 def _without_rates(combinations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -274,7 +289,7 @@ def _train(
     """Train a group of trials and add their last metrics to their rows.
 
     Raises:
-      Stopped: a signal ended it.
+      vmapped_trials.Stopped: a signal ended it.
     """
     began, rows = time.perf_counter(), {Trial(row['lr'], row['seed']): row for row in group}
     seeds, rates = (

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from big_vit import checkpoint, journal, metrics, storage
+from big_vit import checkpoint, journal, metrics
 from big_vit.build.experiment import Experiment
 from big_vit.config import Config
 from big_vit.journal import Course, Damage
@@ -34,7 +34,8 @@ class TrialJournal:
       config: the config of all trials but for `lr` and `seed`.
       experiments: the experiment of each seed.
       grid: trials [seeds, rates].
-      folder: gives the workdir of a trial.
+      folder: gives the workdir of a trial, which is there.
+      start: the step that the trials start or resume at.
       trackers: arguments of `metrics.Writer` for the trackers.
       state_of: gives the state of one trial as `train.run` has it, from the states of all, and
         the trial's places in `grid`.
@@ -46,6 +47,7 @@ class TrialJournal:
         experiments: Sequence[Experiment],
         grid: Sequence[Sequence[Trial]],
         folder: Callable[[Trial], Place],
+        start: int,
         *,
         damage: Sequence[Damage],
         headline: str,
@@ -56,7 +58,7 @@ class TrialJournal:
         self.clock = metrics.Clock()
         self._experiments, self._grid, self._folder = experiments, grid, folder
         self._damage, self._state_of, self._skip_sigmas = damage, state_of, config.skip_sigmas
-        self._total = experiments[0].total_steps
+        self._total, self._intervals = experiments[0].total_steps, experiments[0].intervals
         self._config_dumps = {
             trial: config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
             for _, _, trial in self._trials()
@@ -67,12 +69,11 @@ class TrialJournal:
         self.writers: dict[Trial, metrics.Writer] = {}
         with contextlib.ExitStack() as stack:
             self.console = stack.enter_context(
-                metrics.Console(self._total, 0, label=label, headline=headline, active=active)
+                metrics.Console(self._total, start, label=label, headline=headline, active=active)
             )
             for trial, dump in self._config_dumps.items():
-                storage.place(folder(trial)).mkdir(parents=True, exist_ok=True)
                 self.writers[trial] = stack.enter_context(
-                    metrics.Writer(folder(trial), 0, active=active, config=dump, **trackers)
+                    metrics.Writer(folder(trial), start, active=active, config=dump, **trackers)
                 )
             self._open = stack.pop_all()
 
@@ -148,10 +149,16 @@ class TrialJournal:
         self.console.evaluation(step, title, best)
 
     def save(self, states: Any) -> None:
-        """Save the state of each trial in its own workdir, and wait for it."""
+        """Save the state of each trial in its own workdir, one after the other.
+
+        All keep the step before too, for a kill between the saves of two trials.
+        """
+        keep_last = max(2, self._intervals.keep_last)
         for i, j, trial in self._trials():
             self.writers[trial].flush()
-            with checkpoint.Manager(self._folder(trial), 1) as manager:
+            with checkpoint.Manager(
+                self._folder(trial), keep_last, self._intervals.keep
+            ) as manager:
                 manager.save(
                     self._state_of(states, i, j),
                     self._config_dumps[trial],

@@ -9,17 +9,19 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from big_vit import sharding, state, training_loop, trees
+from big_vit import checkpoint, ownership, runtime, sharding, state, training_loop, trees
 from big_vit.build.evaluations import Evaluator, build_evaluators
 from big_vit.build.experiment import (
     Experiment,
@@ -33,11 +35,14 @@ from big_vit.build.experiment import (
 from big_vit.build.optimizer import build_optimizer, rate_schedule
 from big_vit.build.steps import build_train_step, build_update
 from big_vit.config import Config
+from big_vit.distributed import hosts
+from big_vit.errors import UserError
 from big_vit.evaluators import classification
 from big_vit.evaluators.evaluation import BatchMeans, Sums
 from big_vit.journal import Damage, max_damage_rate
 from big_vit.optim import factory
 from big_vit.sweeps.trial_journal import Place, Trial, TrialJournal
+from big_vit.workdir import owned
 
 # Share of a device's memory that trials may take together.
 MEMORY_SHARE = 0.8
@@ -49,6 +54,10 @@ _PARAMETERS = ('params', 'ema')
 
 class DoNotFit(Exception):
     """So many trials at once need more memory than there is."""
+
+
+class Stopped(Exception):
+    """A signal ended the trials; the same command resumes them."""
 
 
 def memory_limit() -> int:
@@ -92,6 +101,7 @@ class VmappedTraining:
         self._shapes = state.abstract_params(parts.model, parts.data.inputs)
         self._unit_schedule = rate_schedule(config, parts.data.source, parts.total_steps, 1.0)
         self._replicated = sharding.replicated(parts.mesh)
+        self._put: Callable[..., dict[str, Any]] | None = None
 
     def _joined(self, trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
         """Put the parameters of one trial back together."""
@@ -136,24 +146,38 @@ class VmappedTraining:
             for seed in (seeds[:1] if self._frozen_axis is None else seeds)
         ]
         frozen = [_split(one['params'], paths)[1] for one in created]
-        trained = [
-            {n: _split(x, paths)[0] if n in _PARAMETERS else x for n, x in one.items()}
-            for one in created
-        ]
+        trained = [self.trained_part(one) for one in created]
         repeats = len(seeds) // len(created)
 
         def stacked(*leaves: Array) -> Array:
             by_seed = jnp.stack(leaves * repeats)[:, None]
             return jnp.broadcast_to(by_seed, (len(seeds), rates, *leaves[0].shape))
 
-        with_trials = jax.tree.map(lambda leaf: self._behind_axes(leaf, 2), trained[0])
-        states = jax.jit(lambda t: jax.tree.map(stacked, *t), out_shardings=with_trials)(trained)
+        where = jax.tree.map(lambda leaf: self._behind_axes(leaf, 2), trained[0])
+        states = jax.jit(lambda t: jax.tree.map(stacked, *t), out_shardings=where)(trained)
         if self._frozen_axis is None:
             return states, frozen[0]
         with_seeds = jax.tree.map(lambda leaf: self._behind_axes(leaf, 1), frozen[0])
         return states, jax.jit(
             lambda f: jax.tree.map(lambda *leaves: jnp.stack(leaves), *f), out_shardings=with_seeds
         )(frozen)
+
+    def trained_part(self, one: state.State) -> dict[str, Any]:
+        """Take what a step changes from the state of one trial, as `states` have it."""
+        paths = self._frozen_paths
+        return {n: _split(x, paths)[0] if n in _PARAMETERS else x for n, x in one.items()}
+
+    def with_trial(self, states: Any, one: state.State, seed: int, rate: int) -> dict[str, Any]:
+        """Replace a trial's part of the states, which are donated; see `state_of`."""
+        if self._put is None:
+
+            def put(states: Any, one: Any, seed: Array, rate: Array) -> dict[str, Any]:
+                return jax.tree.map(lambda all_, leaf: all_.at[seed, rate].set(leaf), states, one)
+
+            where = jax.tree.map(lambda leaf: leaf.sharding, states)
+            self._put = jax.jit(put, donate_argnums=0, out_shardings=where)
+        at = jax.device_put((np.int32(seed), np.int32(rate)), self._replicated)
+        return self._put(states, self.trained_part(one), *at)
 
     def _behind_axes(self, leaf: Array, axes: int) -> NamedSharding:
         """Shard a leaf as it is, behind leading axes of trials, which are not sharded."""
@@ -272,6 +296,92 @@ def _evaluators(
     }
 
 
+def _common_steps(folders: Sequence[epath.Path]) -> list[int]:
+    """List the steps of which every trial has a checkpoint, ascending."""
+    saved = hosts.lead(lambda: [checkpoint.steps(folder) for folder in folders])
+    return sorted(set.intersection(*map(set, saved)))
+
+
+def _resumed(
+    training: VmappedTraining, states: Any, folders: Sequence[epath.Path], sizes: tuple[int, int]
+) -> tuple[Any, int]:
+    """Restore all trials from the newest step that is intact in every one of their workdirs.
+
+    Saves that a kill left with some of the trials alone are removed: they will be made again.
+
+    Returns:
+      The states and that step; 0 and the states as they were where there is none.
+
+    Raises:
+      UserError: there are such steps, but none can be read.
+    """
+    common, resumed = _common_steps(folders), 0
+    damaged: list[tuple[epath.Path, int]] = []
+    for step in reversed(common):
+        try:
+            for (i, j), folder in zip(np.ndindex(sizes), folders, strict=True):
+                one = checkpoint.restore(folder, step, training.parts.abstract_state)
+                states = training.with_trial(states, one, i, j)
+        except checkpoint.CorruptCheckpointError as error:
+            print(f'WARNING: {error}; falling back to the checkpoint before', file=sys.stderr)
+            damaged.append((folder, step))
+            continue
+        resumed = step
+        break
+    if common and not resumed:
+        raise UserError(
+            f'{folders[0].parent}: none of the checkpoints of steps {common} can be read for all '
+            'trials; remove the folders of these trials to train them afresh'
+        )
+    for folder, step in damaged:
+        checkpoint.set_aside(folder, step)
+    for folder in folders:
+        checkpoint.remove_after(folder, resumed)
+    return states, resumed
+
+
+class _Program(NamedTuple):
+    """The compiled step with its states at the step where the trials begin or go on."""
+
+    training: VmappedTraining
+    states: Any
+    frozen: Any
+    start: int
+    step: Any
+    lines: list[str]
+
+
+def _prepared(
+    config: Config,
+    parts: Experiment,
+    params: Any,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    folders: Sequence[epath.Path],
+) -> _Program:
+    """Compile the step of all trials, and create or restore their states.
+
+    Raises:
+      DoNotFit: they need more memory than there is.
+    """
+    sizes, began = (len(seeds), len(rates)), time.perf_counter()
+    training = VmappedTraining(config, parts, same_start=params is not None)
+    states, frozen = training.start(seeds, len(rates), params)
+    step = training.compile_step(states, frozen, *sizes)
+    size = bytes_needed(step)
+    if math.prod(sizes) > 1 and size > memory_limit():
+        raise DoNotFit
+    lines = [
+        f'trials  {math.prod(sizes)} at once, {size / 1e6:,.0f} MB: '
+        f'lr {", ".join(f"{rate:g}" for rate in rates)}; seed {", ".join(map(str, seeds))}',
+        f'compile {time.perf_counter() - began:.1f}s',
+    ]
+    states, start = _resumed(training, states, folders, sizes)
+    if start:
+        lines.append(f'resume  from step {start} of {folders[0]} and the other trials')
+    return _Program(training, states, frozen, start, step, lines)
+
+
 def run(
     config: Config,
     seeds: Sequence[int],
@@ -281,7 +391,7 @@ def run(
     start: Callable[[Config], Callable[[Experiment], Any] | None],
     label: str = 'trials',
 ) -> dict[Trial, dict[str, float]]:
-    """Train every rate with every seed at once; each leaves metrics and its last state.
+    """Train every rate with every seed at once, each saving what it would alone, or resume them.
 
     A trial that diverges goes on without updates and does not disturb the others.
 
@@ -296,6 +406,7 @@ def run(
 
     Raises:
       DoNotFit: they need more memory than there is; nothing was trained.
+      Stopped: a signal ended them, and all are saved.
       UserError: anything the user can fix, such as too many damaged examples.
     """
     configs = [config.replacing({'seed': seed}) for seed in seeds]
@@ -307,48 +418,48 @@ def run(
     evaluators, trackers = build_evaluators(first, parts), tracker_options(first)
     damage = [Damage(max_damage_rate(first, parts)) for _ in seeds]
     first.audit()
-    sizes = len(seeds), len(rates)
-    with jax.set_mesh(parts.mesh), contextlib.ExitStack() as stack:
-        program = VmappedTraining(first, parts, same_start=params is not None)
-        states, frozen = program.start(seeds, len(rates), params)
-        began = time.perf_counter()
-        step = program.compile_step(states, frozen, *sizes)
-        size = bytes_needed(step)
-        if math.prod(sizes) > 1 and size > memory_limit():
-            raise DoNotFit
-        scorers = _evaluators(parts, program, evaluators, sizes)
+    grid = [[Trial(rate, seed) for rate in rates] for seed in seeds]
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(owned(folder(trial))) for row in grid for trial in row]
+        stack.enter_context(jax.set_mesh(parts.mesh))
+        program = _prepared(first, parts, params, seeds, rates, folders)
+        training, frozen = program.training, program.frozen
+        scorers = _evaluators(parts, training, evaluators, (len(seeds), len(rates)))
         journal = stack.enter_context(
             TrialJournal(
                 config,
                 experiments,
-                [[Trial(rate, seed) for rate in rates] for seed in seeds],
+                grid,
                 folder,
+                program.start,
                 damage=damage,
                 headline=parts.task.headline,
                 label=label,
                 trackers=trackers,
-                state_of=lambda states, i, j: program.state_of(states, frozen, i, j),
+                state_of=lambda states, i, j: training.state_of(states, frozen, i, j),
             )
         )
-        journal.console.say(
-            f'trials  {math.prod(sizes)} at once, {size / 1e6:,.0f} MB: '
-            f'lr {", ".join(f"{rate:g}" for rate in rates)}; seed {", ".join(map(str, seeds))}',
-            f'compile {time.perf_counter() - began:.1f}s',
-        )
+        stop = stack.enter_context(runtime.stop_signals(ownership.ending))
+        journal.console.say(*program.lines)
         loaders = [
-            stack.enter_context(train_batches(seed_config, seed_parts, 0))
+            stack.enter_context(train_batches(seed_config, seed_parts, program.start))
             for seed_config, seed_parts in zip(configs, experiments, strict=True)
         ]
-        numbers = program.numbers(seeds, rates)
-        training_loop.run(
-            states,
-            0,
+        numbers = training.numbers(seeds, rates)
+        outcome = training_loop.run(
+            program.states,
+            program.start,
             parts.total_steps,
-            parts.intervals._replace(save=0),  # Only at the end: no trial is resumed.
+            parts.intervals,
             journal,
             evaluate=lambda name, states, _: scorers[name](states, frozen),
             batches=zip(*loaders, strict=True),
-            train_step=lambda states, batches: step(states, frozen, batches, *numbers),
+            train_step=lambda states, batches: program.step(states, frozen, batches, *numbers),
+            stop=stop,
         )
         journal.console.say(f'time    {journal.clock.summary()}')
+        if outcome.stopped:
+            step = int(jax.device_get(outcome.state['step']).flat[0])
+            training_loop.say_stopped(step, parts.total_steps, journal.console)
+            raise Stopped
         return {trial: dict(writer.latest) for trial, writer in journal.writers.items()}

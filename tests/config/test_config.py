@@ -785,3 +785,16 @@ def test_exact_products_lose_no_step_to_rounding():
         exact = fractions.Fraction(tenths, 10) * 1_281_167 / batch
         found = steps_of('epochs', tenths / 10, batch_size=batch, examples=1_281_167)
         assert found == max(1, math.floor(exact)), (tenths, batch)
+
+
+@pytest.mark.parametrize('name', ['train', 'time', 'step', 'checkpoint'])
+def test_evaluations_have_no_names_of_other_metrics(name):
+    spec, taken = 'configs/pretrain_fdsl.py', f"evals.{name}: '{name}' is the name of"
+    with pytest.raises(UserError, match=taken):
+        config.load(spec, [(f'evals.{name}.split', 'test')])
+    with pytest.raises(UserError, match=taken):
+        config.override(config.load(spec), [(f'evals.{name}.split', 'test')])
+    # What was trained before goes on loading, and takes other evaluations.
+    plain = config.load(spec)
+    saved = config.from_json(plain.replacing({f'evals.{name}.split': 'test'}).to_dict())
+    assert name in config.override(saved, [('evals.other.split', 'test')]).evals

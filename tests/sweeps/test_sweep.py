@@ -1,7 +1,9 @@
 """Sweeps: trials in one program are those that run alone; validation chooses, the test is once."""
 
+import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,12 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, environment, error_line, run
+from commands import start as start_process
 from test_data_commands import damaged
 from test_data_commands import load as load_photos
 from tiny import MODEL, RUN, flags, overrides
 
-from big_vit import checkpoint, config, journal, metrics, report, train, transfer, trees
+from big_vit import checkpoint, config, journal, metrics, report, runtime, train, transfer, trees
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.sweeps import study, sweep, vmapped_trials
@@ -123,22 +126,28 @@ DIGITS = {
     'evals.test.split': 'test[:50]',
     'evals.test.every_steps': 8,
     'log.every_steps': 8,
+    'checkpoint.every_steps': 8,
 }
 
 
-def test_a_trial_that_diverges_is_said_and_the_others_go_on_to_the_bit(tmp_path, capsys):
-    settings = config.resolve(DIGITS)
+def ran_at_once(folder, rates=(0.02, 0.1)):
+    return vmapped_trials.run(
+        config.resolve(DIGITS), [3], rates, lambda t: folder / f'{t.lr:g}', start=sweep.make_params
+    )
 
-    def ran(name, rates):
-        return vmapped_trials.run(
-            settings, [3], rates, lambda t: tmp_path / name / f'{t.lr:g}', start=sweep.make_params
-        )
 
-    found = ran('lost', [0.02, 1e30])
+@pytest.fixture(scope='module')
+def healthy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('healthy')
+    return folder, ran_at_once(folder)
+
+
+def test_a_trial_that_diverges_is_said_and_the_others_go_on_to_the_bit(tmp_path, healthy, capsys):
+    found = ran_at_once(tmp_path, (0.02, 1e30))
     warnings = [line for line in capsys.readouterr().out.splitlines() if 'WARNING' in line]
     assert len(warnings) == journal.MAX_SKIPPED_IN_A_ROW
     assert all('lr 1e+30 seed 3: ' in line for line in warnings)
-    own = settings.replacing({'seed': 3})
+    own = config.resolve({**DIGITS, 'seed': 3})
     for line in warnings[:-1]:
         step, examples = re.match(
             r'WARNING step (\d+), .*: update skipped, .* not finite; its examples: (.*), \.\.\.',
@@ -147,15 +156,49 @@ def test_a_trial_that_diverges_is_said_and_the_others_go_on_to_the_bit(tmp_path,
         expected = example_indices(build_experiment(own), int(step) - 1)[:16]
         assert [int(n) for n in examples.split(', ')] == expected
     assert re.search(r'the last 20 updates up to step 2\d were skipped', warnings[-1])
-    healthy = ran('healthy', [0.02, 0.1])
-    assert 'WARNING' not in capsys.readouterr().out
-    assert found[Trial(0.02, 3)] == healthy[Trial(0.02, 3)]
-    for name, leaf in trees.flatten(last(tmp_path / 'healthy' / '0.02')).items():
-        np.testing.assert_array_equal(trees.flatten(last(tmp_path / 'lost' / '0.02'))[name], leaf)
-    rows = metrics.read(tmp_path / 'lost' / '1e+30')
+    folder, others = healthy
+    assert all(values['train/skipped'] == 0 for values in others.values())
+    assert found[Trial(0.02, 3)] == others[Trial(0.02, 3)]
+    for name, leaf in trees.flatten(last(folder / '0.02')).items():
+        np.testing.assert_array_equal(trees.flatten(last(tmp_path / '0.02'))[name], leaf)
+    rows = metrics.read(tmp_path / '1e+30')
     assert rows[-1]['step'] == 24 and found[Trial(1e30, 3)]['train/skipped'] >= 20
     hidden = {'train/skipped_in_a_row', 'train/loss_spike', 'train/grad_norm_spike'}
     assert not hidden & {name for row in rows for name in row}
+
+
+def rows_without_timing(folder):
+    return [
+        {name: x for name, x in row.items() if not name.startswith(metrics.TIMING)}
+        for row in metrics.read(folder)
+    ]
+
+
+def test_trials_that_a_signal_stops_go_on_to_the_bit(tmp_path, healthy, capsys, monkeypatch):
+    """Also where a kill has left the newest save with some of them alone."""
+
+    @contextlib.contextmanager
+    def stop_signals(_):
+        yield lambda step: step == 10
+
+    with monkeypatch.context() as patch, pytest.raises(vmapped_trials.Stopped):
+        patch.setattr(runtime, 'stop_signals', stop_signals)
+        ran_at_once(tmp_path)
+    said = capsys.readouterr().out
+    assert 'stopped by a signal: saved step 10 of 24' in said and 'resume  ' not in said
+    assert checkpoint.steps(tmp_path / '0.02') == checkpoint.steps(tmp_path / '0.1') == [8, 10]
+    shutil.rmtree(tmp_path / '0.1' / 'checkpoints' / '10')
+    folder, whole = healthy
+    assert ran_at_once(tmp_path) == whole
+    assert re.search(r'resume  from step 8 of .*/0\.02', capsys.readouterr().out)
+    for rate in ('0.02', '0.1'):
+        rows = rows_without_timing(tmp_path / rate)
+        assert rows == rows_without_timing(folder / rate) and rows[-1]['step'] == 24
+        content = [
+            checkpoint.read_sidecar(each / rate, 24)['content_hash'] for each in (folder, tmp_path)
+        ]
+        assert content[0] == content[1]
+        assert not (tmp_path / rate / 'owner.json').exists()
 
 
 def test_damaged_examples_of_trials_are_counted_and_too_many_end_them(tmp_path, monkeypatch):
@@ -268,6 +311,39 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_missing(pretrained, tmp_pat
     assert result.returncode == 0, result.stdout + result.stderr
     assert file.read_text().splitlines()[: len(lines)] == lines
     assert len(rows_of(tmp_path / 'w')) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('at_once', [(), ('--at-once', '1')], ids=['at once', 'one by one'])
+def test_a_sweep_that_is_stopped_ends_as_one_that_was_not(pretrained, tmp_path, at_once):
+    more = {'total_steps': '300', 'checkpoint.every_steps': '50', 'log.every_steps': '10'}
+    words = ['--config', 'configs/transfer_digits.py', '--sweep', 'lr=0.01,0.1', *at_once]
+    words += flags(RUN, FAST, SPLITS, NO_CONTROLS, more, {'init': pretrained})
+    assert run('transfer', *words, '--workdir', tmp_path / 'whole').returncode == 0
+    process = start_process('transfer', *words, '--workdir', tmp_path / 'parts')
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        files = list((tmp_path / 'parts').glob('trials/*/*/metrics.jsonl'))
+        if files and files[0].stat().st_size:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and 'stopped by a signal: saved step' in output, output
+    again = run('transfer', *words, '--workdir', tmp_path / 'parts')
+    assert again.returncode == 0 and 'resume  from step' in again.stdout, again.stderr
+    whole, parts = (rows_of(tmp_path / name) for name in ('whole', 'parts'))
+    for row in (*whole, *parts):
+        del row['seconds']
+    assert parts == whole
+    for row in whole:
+        hashes = [
+            checkpoint.read_sidecar(tmp_path / name / row['workdir'], 300)['content_hash']
+            for name in ('whole', 'parts')
+        ]
+        assert hashes[0] == hashes[1]
+    tests = [json.loads((tmp_path / name / study.TEST).read_text()) for name in ('whole', 'parts')]
+    assert tests[0] == tests[1]
 
 
 @pytest.mark.slow

@@ -450,6 +450,14 @@ def test_bad_configs_say_what_is_wrong(change, parts):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize('name', ['Transformer', 'logit_scale'])
+def test_a_stream_has_the_name_of_no_other_part(name):
+    given = load({})._given().items()
+    renamed = {key.replace('streams.image.', f'streams.{name}.'): value for key, value in given}
+    with pytest.raises(UserError, match=f'streams.{name}: another part of the model has this name'):
+        build_experiment(config.resolve(renamed))
+
+
 def test_a_tower_that_is_not_there_is_named(trained, tmp_path):
     command = ['transfer', '--config', 'configs/transfer_digits.py', '--workdir', tmp_path / 'w']
     for tower, parts in (
