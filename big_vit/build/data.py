@@ -108,6 +108,7 @@ def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
       labelled: whether labels are needed.
     """
     classes = found.source.num_classes
+    _check_levels(found, key)
     if not labelled:
         _check_device(found, key)
         return
@@ -122,6 +123,27 @@ def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
         f'config: {key}.transform gives labels of shape {shape} for {classes} classes: write '
         f'onehot({classes}) or multihot({classes})'
     )
+
+
+# No image is larger once it is normalised; none of 16 bits is so dark that was scaled to them.
+_MOST_NORMALISED, _DARKEST = 32, 1 << 14
+
+
+def _check_levels(found: Data, key: str) -> None:
+    """UserError for pixels of which it must be said what is white, judged by the first example."""
+    _, dtype = found.example_spec.parts.get('image', ((), np.dtype(np.uint8)))
+    peak, device = found.example_spec.peak, [operation for _, operation in found.device]
+    operations = [*found.transform.operations, *device]
+    if any(operation.states_levels for operation in device) or not peak:
+        return
+    is_dark = dtype == np.uint16 and peak < _DARKEST
+    is_raw = dtype.kind == 'f' and peak > _MOST_NORMALISED
+    if is_dark or (is_raw and all(operation.normalisation is None for operation in operations)):
+        dark = ', or 65535 if it is so dark' if is_dark else ''
+        raise UserError(
+            f'config: {key}.transform gives images of {dtype} up to {peak:g}, and nothing says '
+            f'what is white: add value_range(-1, 1, in_low=0, in_high=WHITE){dark}'
+        )
 
 
 def _check_device(found: Data, key: str) -> None:
@@ -187,7 +209,8 @@ def train_data(config: Config, absent: bool = False) -> Data:
         if len(specs) == 1:
             _check_length(*next((s, k) for k, s in sections.items()), source)
     taken = parts_read(config)
-    example_spec = transforms.check(host, source, config.image_size, taken)
+    skip = whole.on_error == 'skip'
+    example_spec = transforms.check(host, source, config.image_size, taken, skip)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -201,7 +224,6 @@ def train_data(config: Config, absent: bool = False) -> Data:
         lengths=lengths,
         counts=counts,
     )
-    skip = whole.on_error == 'skip'
     found = Data(
         source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
     )
@@ -304,7 +326,8 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     spec = _spec(section, key, config, classes, transform.host_text, labelled)
     source, host = dataset.open_spec(spec)
     _check_length(section, key, source)
-    example_spec = transforms.check(host, source, config.image_size, taken)
+    skip = section.on_error == 'skip'
+    example_spec = transforms.check(host, source, config.image_size, taken, skip)
     _check_same_parts(example_spec, train, taken, key)
     if of_head and classes is not None and source.num_classes > classes:
         raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
@@ -318,7 +341,6 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
         )
     # By default devices do as in training, for the model to see numbers of the same range.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
-    skip = section.on_error == 'skip'
     found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
     _check_fit(found, key, labelled=labelled)
     if needs.labels == 'numbers' and example_spec.parts['label'][0]:

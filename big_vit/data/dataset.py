@@ -220,14 +220,18 @@ def _resized(source: Source, spec: Spec) -> Source:
         raise UserError(
             f"config: {spec.key}.cache='resized' keeps no words (text_column): set it to 'auto'"
         )
-    path = files.cache_folder() / 'records' / _mark(source, spec, settings)
+    # What belongs to the file is lost in the copy, so that it is used first.
+    transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
+    first = transform.before(lambda name: name not in transforms.OF_FILES)
+    path = files.cache_folder() / 'records' / _mark(source, spec, settings, first)
+    source = _transformed(source, first) if first.names else source
     if not path.exists():
         records.write_records(source, path, 'train', spec.cache_side)
     copy = records.records(Request('train', spec.key), path=str(path))
     return replace(copy, split=spec.split)
 
 
-def _mark(source: Source, spec: Spec, settings: dict[str, Any]) -> str:
+def _mark(source: Source, spec: Spec, settings: dict[str, Any], first: Transform) -> str:
     """Hash what a resized copy is made of; existing copies are found by the order of the values."""
     settings = {name: value for name, value in settings.items() if value is not None}
     take = settings.pop
@@ -237,5 +241,6 @@ def _mark(source: Source, spec: Spec, settings: dict[str, Any]) -> str:
         *(take('image_column', None), take('label_column', None)),
         *(source.name, source.length, source.num_classes, spec.cache_side),
         *sorted(settings.items()),
+        *([first.host_text] if first.host_text not in ('', 'decode') else []),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]

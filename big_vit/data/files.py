@@ -121,11 +121,12 @@ def walk(folder: Place, below: str = '') -> Iterator[Entry]:
 
 
 def exists(file: Place) -> bool:
-    return Path(file.path).exists() if file.is_local else bool(file.system.exists(file.path))
+    # Unlike Path, os.path says no to what can be no name.
+    return os.path.exists(file.path) if file.is_local else bool(file.system.exists(file.path))  # noqa: PTH110
 
 
 def is_folder(file: Place) -> bool:
-    return Path(file.path).is_dir() if file.is_local else bool(file.system.isdir(file.path))
+    return os.path.isdir(file.path) if file.is_local else bool(file.system.isdir(file.path))  # noqa: PTH112
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
 from big_vit.data.sources.classes import MAX_CLASSES
 from big_vit.data.sources.splits import cut
@@ -201,6 +202,7 @@ def _pairs(readers: dict[str, Reader]) -> dict[str, tuple[Reader, Reader]]:
 
 def _npz_readers(path: Path) -> dict[str, Reader]:
     try:
+        files.check_regular(path)
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix('.npy') for n in archive.namelist() if n.endswith('.npy')]
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
@@ -240,6 +242,7 @@ def _read_npz(path: Path, name: str) -> np.ndarray:
 
 def _map_npy(path: Path) -> np.ndarray:
     try:
+        files.check_regular(path)
         return np.lib.format.open_memmap(path, mode='r')
     except Exception as error:  # NumPy raises anything for a damaged header.
         if 'Python objects' in str(error):

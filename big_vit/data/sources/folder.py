@@ -315,7 +315,9 @@ def _scan(
         for label, name in enumerate(classes):
             place = folder / name if name else folder
             for file in tree.walk(place):
-                kind = sniffed_kind(file, functools.partial(_start, place / file))
+                kind = kind_of(file)
+                if kind is None:
+                    kind = sniffed_kind(file, functools.partial(_start, place / file))
                 path = f'{name}/{file}' if name else file
                 if kind is None:
                     others.append(path)

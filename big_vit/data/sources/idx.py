@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.sources.base import Request, Source, from_arrays
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
@@ -111,6 +112,7 @@ def _open(path: Path, ndim: int) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """
     header_bytes = 4 + 4 * ndim
     try:
+        files.check_regular(path)
         with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
             header = file.read(header_bytes)
             if len(header) < header_bytes:

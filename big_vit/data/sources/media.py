@@ -68,19 +68,32 @@ def sniffed_kind(name: str, start: Callable[[], bytes]) -> str | None:
     return kind
 
 
+def is_missed(name: str) -> bool:
+    """Whether a file that is no example may have been meant as one, by its ending."""
+    return ending_of(name) not in _NOTES
+
+
 class LeftOut:
     """Counts files that are no examples, by their endings."""
 
     def __init__(self) -> None:
         self._counts: collections.Counter[str] = collections.Counter()
-        self._missed: list[str] = []
+        self._missed, self._example = 0, ''
 
-    def add(self, name: str, is_companion: bool = False, count: int = 1) -> None:
+    def add(self, name: str, is_companion: bool = False) -> None:
         """Count a file; a companion belongs to an example, so that nothing is lost with it."""
         ending = ending_of(name)
-        self._counts[ending] += count
-        if ending not in _NOTES and not is_companion:
-            self._missed.append(name)
+        if is_companion or not is_missed(name):
+            self._counts[ending] += 1
+        else:
+            self.update({ending: (1, name)})
+
+    def update(self, counts: dict[str, tuple[int, str]]) -> None:
+        """Add files that are missed, as {ending: (number, example)}."""
+        for ending, (count, example) in counts.items():
+            self._counts[ending] += count
+            self._missed += count
+            self._example = self._example or example
 
     def __str__(self) -> str:
         """'12 files left out (10 .heic, 2 .json), such as a/1.heic'; '' if there are none."""
@@ -88,7 +101,7 @@ class LeftOut:
             f'{count:,} {"without an ending" if ending == "." else ending}'
             for ending, count in self._counts.most_common(6)
         ]
-        example = f', such as {self._missed[0]}' if self._missed else ''
+        example = f', such as {self._example}' if self._example else ''
         total = self._counts.total()
         files = 'file' if total == 1 else 'files'
         return f'{total:,} {files} left out ({", ".join(parts)}){example}' if total else ''
@@ -101,8 +114,7 @@ class LeftOut:
         """
         if not self._counts:
             return
-        missed = len(self._missed)
-        if missed > _MOST_LEFT_OUT * (missed + taken):
+        if self._missed > _MOST_LEFT_OUT * (self._missed + taken):
             raise UserError(
                 f'{key}.path: {where} has {taken:,} {kind} files, and {self}, which cannot be '
                 f'read: {_CONVERT}'

@@ -128,6 +128,8 @@ def _reader(
         if value is not None:
             return value
         path = paths[index] if paths is not None else None
+        if path and '\0' in path:
+            raise OSError('has a path with characters that no name of a file has')
         if not path:
             raise OSError('has neither bytes nor a path')
         shard = shard_of(index)

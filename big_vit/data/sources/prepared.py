@@ -297,7 +297,10 @@ def _image(features: Any, info: Any, tfds_name: str, key: str) -> _Image:
         shape=feature.shape if not is_video and None not in feature.shape else None,
         # Decoded to bytes, 16 bits would be lost.
         channels=channels if feature.np_dtype == np.uint8 else 0,
-        is_encoded=not is_video and isinstance(feature, tensorflow_datasets.features.Image),
+        # TFDS stores floats as PNGs of their bytes, which it must put together itself.
+        is_encoded=not is_video
+        and isinstance(feature, tensorflow_datasets.features.Image)
+        and feature.np_dtype != np.float32,
     )
 
 

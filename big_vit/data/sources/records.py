@@ -126,7 +126,7 @@ def _open_split(name: str, description: Path) -> Source:
 def _read_description(file: Path) -> dict[str, Any]:
     """Read SPLIT.json and check that the files that it lists exist; UserError."""
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(files.read(files.place(str(file), 'path')))
         if about.get('format') != _FORMAT:
             raise ValueError('another version wrote it')
         parts = [(part['name'], part['records'], part['bytes']) for part in about['files']]
@@ -134,7 +134,7 @@ def _read_description(file: Path) -> dict[str, Any]:
             raise ValueError(f'says that there are {about["length"]} examples')
         for name, _, size in parts:
             path = file.parent / Path(name).name
-            if not path.exists() or path.stat().st_size != size:
+            if not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f'{path.name} is missing or has not the {size} bytes it had')
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = f'it has no {error}' if isinstance(error, KeyError) else error
@@ -146,6 +146,7 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 def _read_labels(file: Path) -> np.ndarray:
     try:
+        files.check_regular(file)
         return np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f'{file.parent}: cannot be read ({error}): delete it') from error

@@ -24,6 +24,9 @@ from big_vit.errors import UserError
 _ENDINGS = ('.csv', '.tsv', '.jsonl')
 _SEPARATORS = re.compile('[|;]')
 _KINDS = (None, *KINDS)
+# What the file systems of Linux allow; halves of characters, which JSON can hold.
+_MOST_NAME = 255
+_SURROGATE = re.compile('[\ud800-\udfff]')
 # Number of files that are looked for when a split is opened; a million would take minutes.
 _PROBES = 9
 
@@ -228,6 +231,8 @@ def _parse(
             raise UserError(f'{file}, line {line}: {image!r} is no path of a file')
         if image[0] == '/' or '..' in image or '://' in image:  # Few of a million rows.
             _check_path(image, file, line, home)
+        if len(image) > _MOST_NAME or not image.isascii() or '\0' in image:
+            _check_name(image, file, line, home)
         split = None if 'split' not in row else str(row['split'] or '').strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
@@ -257,10 +262,22 @@ def _check_path(name: str, table: files.Place, line: int, home: files.Place) -> 
         raise UserError(f'{table}, line {line}: {name} {reason}')
 
 
+def _check_name(name: str, table: files.Place, line: int, home: files.Place) -> None:
+    reason = None
+    if '\0' in name or _SURROGATE.search(name):
+        reason = 'has characters that no name of a file has'
+    elif home.is_local and any(len(part.encode()) > _MOST_NAME for part in name.split('/')):
+        reason = f'has {len(name):,} characters: names of files have at most {_MOST_NAME} bytes'
+    if reason:
+        raise UserError(f'{table}, line {line}: {name[:40]!a}... {reason}: give the path of a file')
+
+
 @contextlib.contextmanager
 def _open_text(file: files.Place, newline: str, key: str) -> Iterator[io.TextIOWrapper]:
     """Open a text file to be read as a stream; what fails while it is read is a UserError too."""
     try:
+        if file.is_local:
+            files.check_regular(file.path)
         with (
             file.system.open(file.path, 'rb') as handle,
             io.TextIOWrapper(handle, 'utf-8-sig', newline=newline) as text,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.transforms.operations import (
     MOST_TOKENS,
     BadExampleError,
@@ -79,6 +80,7 @@ def tokenize(path, length) -> Operation:
         raise UnfitError(f'takes the path of a tokenizer file, not {path!r}')
     file = Path(path).expanduser()
     try:
+        files.check_regular(file)
         tokenizer, padding = _tokenizer(str(file), file.stat().st_mtime_ns, length)
     except OSError as error:
         raise UnfitError(f'cannot read {str(file)!r} ({error.strerror})') from error
