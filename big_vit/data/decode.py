@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 Pixels = Shaped[np.ndarray, 'height width channels']
+# The values of black and white.
+Levels = tuple[float | int, float | int]
 
 # 16384 x 16384, the largest size that a config can set; larger images are decompression bombs.
 MAX_PIXELS = 1 << 28
@@ -69,7 +71,7 @@ class Encoded:
 
     __slots__ = ('_header', 'data', 'levels', 'shape')
 
-    def __init__(self, data: bytes, channels: int = 3, levels: tuple[float, float] | None = None):
+    def __init__(self, data: bytes, channels: int = 3, levels: Levels | None = None):
         """Read the header.
 
         Args:
@@ -208,12 +210,12 @@ def is_image(start: bytes) -> bool:
 
 # --- TIFF ------------------------------------------------------------------------------
 
-# Byte order, and 42 or 43 (BigTIFF): the sizes of the count and of an entry, and types of offsets.
+# By byte order and 42 or 43 (BigTIFF): types of offsets, counts and values, and bytes of an entry.
 _TIFF = {
-    b'II*\0': ('<', 'IHI', 12),
-    b'MM\0*': ('>', 'IHI', 12),
-    b'II+\0': ('<', 'QQQ', 20),
-    b'MM\0+': ('>', 'QQQ', 20),
+    b'II*\0': ('<', ('I', 'H', 'I'), 12),
+    b'MM\0*': ('>', ('I', 'H', 'I'), 12),
+    b'II+\0': ('<', ('Q', 'Q', 'Q'), 20),
+    b'MM\0+': ('>', ('Q', 'Q', 'Q'), 20),
 }
 _WIDTH, _HEIGHT, _BITS, _ORIENTATION, _SAMPLES, _EXTRA = 256, 257, 258, 274, 277, 338
 _MOST_TAGS = 4096
@@ -360,7 +362,7 @@ def _opencv(data: bytes, channels: int) -> Pixels:
     return _with_alpha(image) if channels == 4 else image
 
 
-def _pillow(data: bytes, channels: int, levels: tuple[float, float] | None) -> Pixels:
+def _pillow(data: bytes, channels: int, levels: Levels | None) -> Pixels:
     try:
         with _pillow_image(data) as image:
             mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels) or _own_mode(image)
@@ -389,7 +391,7 @@ def _with_alpha(image: np.ndarray) -> Pixels:
     return np.concatenate([colour, opaque], axis=2)
 
 
-def _fitted(image: np.ndarray, channels: int, levels: tuple[float, float] | None) -> Pixels:
+def _fitted(image: np.ndarray, channels: int, levels: Levels | None) -> Pixels:
     """Convert pixels of any type to 1, 3 or 4 bytes; 0 channels only applies `levels`."""
     import cv2
 
@@ -418,18 +420,18 @@ def _by_type(image: np.ndarray, channels: int) -> Pixels:
         return (image >> 8).astype(np.uint8)
     if image.dtype == np.uint16:
         bits = next(bits for bits in (8, 10, 12, 14) if high < 1 << bits)
-        wanted = f'white={(1 << bits) - 1} (or white=65535 if it is so dark)'
+        wanted = f'decode({channels}, white={(1 << bits) - 1}), or white=65535 if it is so dark'
     else:
-        usual = ((0, 1), (-1, 1), (0, 255), (0, 65535))
+        usual = ((0, 1), (-1, 1), (0, 255))
         black, white = next((x for x in usual if x[0] <= low and high <= x[1]), (low, high))
-        wanted = f'black={black:g}, white={white:g}'
+        wanted = f'decode({channels}, black={black:g}, white={white:g})'
     raise DecodeError(
         f'its pixels are {image.dtype} from {low:g} to {high:g}, and nothing says which of them is '
-        f'white: begin the transform with decode({channels}, {wanted})'
+        f'white: begin the transform with {wanted}'
     )
 
 
-def as_bytes(image: np.ndarray, levels: tuple[float, float]) -> Pixels:
+def as_bytes(image: np.ndarray, levels: Levels) -> Pixels:
     """Scale pixels so that black is 0 and white 255, with what is beyond cut off; bytes stay.
 
     Raises:

@@ -160,7 +160,7 @@ def test_mistakes_with_folders(tmp_path):
     write(tmp_path / 'docs' / 'a' / 'x.pdf', b'')
     refused(
         lambda: folder.folder(Request('train'), path=str(tmp_path / 'docs')),
-        r'only files with \.pdf\)',
+        r'\(1 file left out \(1 \.pdf\)\)',
     )
     write(tmp_path / 'both' / 'a' / 'x.png', b'')
     write(tmp_path / 'both' / 'b' / 'x.mp4', b'')
@@ -470,7 +470,7 @@ def test_mistakes_with_shards(tmp_path):
 def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
     count = 10_000_000
     shard = archive_of(tmp_path / 'x.tar', members(range(3)))
-    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls\0', 3)
+    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls\0', 4)
 
     def made():
         return {
@@ -481,6 +481,7 @@ def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
             'label': np.zeros(count, np.int32),
             'words': np.zeros((0, 2), np.uint64),
             'values': np.frombuffer(b'0\n1\n2', np.uint8),
+            'left': np.frombuffer(b'{}', np.uint8),
         }
 
     files.kept_arrays('tar', mark, made)

@@ -112,7 +112,7 @@ def _loose_splits(root: files.Place, key: str) -> dict[str, files.Place]:
     entries = list_folder(root, key)
     if any(not is_folder and kind_of(name) for name, is_folder in entries):
         return {'train': root}
-    splits = {name: root / name for name, is_folder in entries if is_folder}
+    splits = {name: _innermost(root / name, key) for name, is_folder in entries if is_folder}
     if not splits or not all(_SPLIT.fullmatch(name) for name in splits):
         return {}
     inside = [entry for place in splits.values() for entry in list_folder(place, key)]

@@ -157,8 +157,10 @@ class Names:
 def main_kind(kinds: Iterable[str]) -> str | None:
     """Return the most frequent kind; texts beside media only describe them. None for nothing."""
     counts = collections.Counter(kinds)
-    media = [kind for kind, _ in counts.most_common() if kind != 'text']
-    return media[0] if media else next(iter(counts), None)
+    order = list(KINDS)
+    media = [kind for kind in counts if kind != 'text'] or list(counts)
+    # Phones put a video beside each photograph, so that images come first of equally many.
+    return max(media, key=lambda kind: (counts[kind], -order.index(kind)), default=None)
 
 
 def examples(

@@ -17,7 +17,7 @@ from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
 from big_vit.data.sources.classes import infer_classes
 from big_vit.data.sources.folder import list_folder
-from big_vit.data.sources.media import KINDS, Names, kind_of, loader
+from big_vit.data.sources.media import KINDS, Names, ending_of, kind_of, loader
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
@@ -191,7 +191,9 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
                 codes.extend([numbers.setdefault(label, len(numbers)) for label in row.labels])
                 ends.append(len(codes))
                 lines.append(row.line)
-                kinds.append(_KINDS.index(kind_of(row.image)))
+                # Of a file without an ending, the bytes decide when it is decoded.
+                kind = kind_of(row.image) or ('image' if ending_of(row.image) == '.' else None)
+                kinds.append(_KINDS.index(kind))
                 multilabel = multilabel or row.multilabel
                 if unlabelled is None and not row.labels:
                     unlabelled = f'{file}, line {row.line}'

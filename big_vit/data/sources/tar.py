@@ -90,7 +90,12 @@ def tar(
     def index_of(name: str) -> Index:
         index = indexed(splits[name], label_column, text_column, request.labelled)
         if not len(index['size']):
-            raise UserError(f'{key}.path: no sample with an image, video, sound or text in {path}')
+            left_out = LeftOut()
+            left_out.update(json.loads(bytes(index['left'])))
+            what = f' ({left_out})' if str(left_out) else ''
+            raise UserError(
+                f'{key}.path: no sample with an image, video, sound or text in {path}{what}'
+            )
         return index
 
     def open_split(name: str) -> Source:
@@ -157,7 +162,7 @@ def _class_numbers(index: Index, classes: Classes, name: str, key: str) -> np.nd
     return labels
 
 
-def _examples(index: Index, where: str, key: str) -> tuple[str, np.ndarray]:
+def _examples(index: Index, where: str, key: str) -> tuple[str, slice | np.ndarray]:
     """Return the kind of a split and its samples; texts beside media are none. Tells of the rest.
 
     Raises:
@@ -169,12 +174,16 @@ def _examples(index: Index, where: str, key: str) -> tuple[str, np.ndarray]:
         raise UserError(f'{key}.path: shards of {where} hold {names}: keep those of one kind')
     kind = main_kind(present)
     assert kind is not None
-    rows = np.flatnonzero(index['kind'] == _KINDS.index(kind))
+    rows: slice | np.ndarray = slice(None)
+    taken = len(index['kind'])
+    if len(present) > 1:
+        rows = np.flatnonzero(index['kind'] == _KINDS.index(kind))
+        taken = len(rows)
     left_out = LeftOut()
     left_out.update(json.loads(bytes(index['left'])))
-    for _ in range(len(index['kind']) - len(rows)):
+    for _ in range(len(index['kind']) - taken):
         left_out.add('x.txt')
-    left_out.tell(where, len(rows), kind, key)
+    left_out.tell(where, taken, kind, key)
     return kind, rows
 
 

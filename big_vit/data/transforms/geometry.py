@@ -240,7 +240,7 @@ def pad(n, value=0, mode='constant') -> Operation:
     """Add n pixels on each side, of one value or continuing the image by 'reflect' or 'edge'."""
     n = whole_number('n', n, 0, MOST_SIDE)
     choice('mode', mode, 'constant', 'reflect', 'edge')
-    whole_number('value', value, 0)
+    whole_number('value', value, 0, 255)
     return on_images(lambda images, draw: _padded(images, n, value, mode))
 
 

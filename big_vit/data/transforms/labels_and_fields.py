@@ -47,7 +47,8 @@ def decode(channels=None, black=None, white=None) -> Operation:
             return images
         if isinstance(images, np.ndarray) and levels is None:
             return images
-        return stacked([_decoding(image, channels, levels, i) for i, image in enumerate(images)])
+        made = [_decoding(image, channels, levels, row) for row, image in enumerate(images)]
+        return stacked(made) if isinstance(images, np.ndarray) else made
 
     return on_images(apply)
 

@@ -223,7 +223,7 @@ def resize_video(size, method='area') -> Operation:
     def apply(columns: Columns, draw: Draw) -> Columns:
         clips = []
         for row, clip in enumerate(_clips(columns)):
-            need_room(row, *size, len(clip))
+            need_room(row, size[0], size[1], len(clip))
             clips.append(np.stack([geometry.resized(frame, size, method) for frame in clip]))
         return {**columns, 'video': stacked(clips)}
 
