@@ -16,6 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import cv2
 import fsspec
 import numpy as np
 import psutil
@@ -604,6 +605,55 @@ def test_a_resized_copy_has_smaller_pictures(tmp_path):
         wanted = Image.fromarray(whole).resize(image.shape[1::-1], Image.Resampling.BOX)
         assert np.abs(image.astype(int) - np.asarray(wanted).astype(int)).mean() < 3
     assert [path for path in tmp_path.iterdir() if path.name.startswith('.new')] == []
+
+
+def test_a_copy_is_made_of_what_the_first_operations_make(tmp_path):
+    """What only the file tells is lost in a copy: its orientation, and what is white in it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(file, 'PNG', exif=exif)
+    write(tmp_path / 'set' / 'a' / '0.png', file.getvalue())
+    shades = np.arange(24, dtype=np.float32).reshape(4, 6) / 24
+    write(tmp_path / 'deep' / 'a' / '0.tif', cv2.imencode('.tif', shades)[1].tobytes())
+
+    def loaded(name, transform):
+        spec = dataset.Spec(
+            'data', 'folder', 'train', transform, (4, 6), cache='resized',
+            settings=(('path', str(tmp_path / name)),),
+        )  # fmt: skip
+        source, rest = dataset.open_spec(spec)
+        columns = rest(source.load(np.arange(1)), np.zeros(1, np.uint64))
+        return transforms.finished(columns, rest)['image'][0, ..., 0]
+
+    plain = np.arange(24).reshape(4, 6)
+    np.testing.assert_array_equal(loaded('set', ''), plain)
+    np.testing.assert_array_equal(loaded('set', 'exif_transpose'), np.rot90(plain, -1))
+    np.testing.assert_array_equal(loaded('set', 'decode'), plain)
+    found = loaded('deep', 'decode(3, white=1) | flip_ud(1)')[::-1]
+    assert np.abs(found - shades * 255).max() <= 0.51
+    refused(lambda: loaded('deep', ''), r'0\.tif: its pixels are float32 .*decode\(3, black=0')
+
+
+@pytest.mark.parametrize(
+    ('name', 'file', 'settings'),
+    [
+        ('idx', 'train-images-idx3-ubyte', {}),
+        ('arrays', 'train.npz', {}),
+        ('arrays', 'x_train.npy', {}),
+        ('parquet', 'train.parquet', {}),
+        ('parquet', 'train.arrow', {}),
+        ('table', 'train.csv', {}),
+        ('tar', 'train.tar', {}),
+        ('records', 'train.json', {}),
+    ],
+)
+def test_no_source_waits_for_a_pipe(tmp_path, name, file, settings):
+    os.mkfifo(tmp_path / file)
+    if file.endswith('.npy'):
+        os.mkfifo(tmp_path / 'y_train.npy')
+    read = SOURCES[name]
+    refused(lambda: read(Request('train'), path=str(tmp_path)), r'pipe or a device|truncated')
 
 
 def test_mistakes_with_records(tmp_path):

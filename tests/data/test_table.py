@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 
 import fsspec
@@ -169,3 +170,34 @@ def test_a_large_table_is_read_in_a_few_arrays(put):
     assert psutil.Process().memory_info().rss - memory < 40e6
     picked = np.array([count - 1, 7])
     assert source.load(picked)['label'].tolist() == [999, 7]
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('x.csv', f'image,label\n{"a" * 300}.jpg,0\n', r'line 2: .a+.\.\.\. has 304 characters'),
+        ('x.csv', f'image,label\n{"ä" * 130}.jpg,0\n', 'at most 255 bytes'),
+        ('x.jsonl', '{"image": "\\ud800.jpg", "label": 0}\n', r'line 1: .*ud800.* characters that'),
+        ('x.jsonl', '{"image": "\\u0000.jpg", "label": 0}\n', 'characters that no name'),
+        ('x.csv', f'image,label\n{"d/" * 3000}0.png,0\n', 'there is no file'),
+    ],
+)
+def test_paths_that_no_file_can_have(put, name, text, message):
+    refused(lambda: table.table(Request('train'), path=put(name, text)), message)
+
+
+def test_only_regular_files_are_read(put, tmp_path):
+    path = put('x.csv', 'image,label\nzero.jpg,0\nwait.jpg,1\n0,1\n')
+    (tmp_path / 'zero.jpg').symlink_to('/dev/zero')
+    os.mkfifo(tmp_path / 'wait.jpg')
+    (tmp_path / '0').write_bytes(b'no ending')
+    source = table.table(Request('train'), path=path)
+    for row in (0, 1):
+        with pytest.raises(OSError, match='a pipe or a device'):
+            source.load(np.array([row]))
+    assert source.load(np.array([2]))['image'] == [b'no ending']
+    os.mkfifo(tmp_path / 'pipe.csv')
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path / 'pipe.csv')),
+        r'cannot read .*pipe\.csv: it is a pipe',
+    )

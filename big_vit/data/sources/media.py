@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class LeftOut:
         else:
             self.update({ending: (1, name)})
 
-    def update(self, counts: dict[str, tuple[int, str]]) -> None:
+    def update(self, counts: dict[str, Any]) -> None:
         """Add files that are missed, as {ending: (number, example)}."""
         for ending, (count, example) in counts.items():
             self._counts[ending] += count
