@@ -532,3 +532,9 @@ def test_damaged_first_examples_are_skipped_where_others_are():
     few = dataclasses.replace(source, length=3)
     with pytest.raises(UserError, match='damaged'):
         transforms.check(transform, few, (8, 8), skip_bad=True)
+
+
+def test_files_are_turned_before_they_are_decoded():
+    transforms.parse('decode | exif_transpose | flip_lr', size=(8, 8))
+    with pytest.raises(UserError, match='exif_transpose comes before flip_lr'):
+        transforms.parse('flip_lr | exif_transpose', size=(8, 8))

@@ -209,6 +209,8 @@ def parse(
             continue
         if call.name == 'decode' and position:
             raise UserError(f'{key}: decode comes first, where it is written at all')
+        if call.name == 'exif_transpose' and set(names) - OF_FILES:
+            raise UserError(f'{key}: exif_transpose comes before {names[-1]}, which decodes files')
         names.append(call.name)
         operations.append(grammar.make(call, {**device.table, **OPERATIONS}, key))
         random += [call.name] if operations[-1].random else []
