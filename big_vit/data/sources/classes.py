@@ -1,7 +1,15 @@
-"""Numbers and names of classes: from the labels of a dataset, by a map, or a chosen few."""
+"""Numbers and names of classes: from the labels of a dataset, by a map, or those of a model.
 
-from collections.abc import Sequence
-from dataclasses import replace
+A label is a number or a name. Numbers may be written as text ('2', '2.0'), names are compared in
+Unicode's normal form C, and a number meets the class that is called so.
+"""
+
+import collections
+import difflib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,94 +19,363 @@ from big_vit.errors import UserError
 
 # Labels are int32.
 MAX_CLASSES = 1 << 31
+# Numbers that leave more classes than these empty, nine of ten, are dates or keys, not classes.
+_MOST_EMPTY = 1000
+# Names of digits may be longer; Python refuses to read thousands of them.
+_NUMBER = re.compile(r'[+-]?[0-9]{1,18}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?')
 
 
 class Classes(NamedTuple):
     """The classes of a dataset.
 
     Attributes:
-      numbers: class number of each label value.
-      num_classes: number of classes.
-      names: in order; None if classes have no names, or not all of them.
+      num_classes: their number.
+      names: in order; None if labels are numbers.
     """
 
-    numbers: dict[Any, int]
     num_classes: int
     names: tuple[str, ...] | None
 
+    def numbers(
+        self, values: Iterable[Any], place: object, split: str, train: str, key: str
+    ) -> np.ndarray:
+        """Return the class number of each label value of a split, int32.
 
-def named_classes(names: Sequence[str], request: Request, title: object) -> Classes:
-    """Number the classes of a dataset that lists their names.
+        Args:
+          place: the dataset or file, for messages.
+          split: the split that holds the values.
+          train: the split that the classes are of.
+          key: section of the config.
+
+        Raises:
+          UserError: a value is of no class.
+        """
+        values = list(values)
+        if self.names is None:
+            numbers = [whole_number(value) for value in values]
+            wrong = [v for v, n in zip(values, numbers, strict=True) if not _below(n, self[0])]
+            if wrong:
+                number = whole_number(wrong[0])
+                count = 0 if number is None else number + 1
+                at_least = f'set {key}.num_classes={count}, or ' if count > 0 else ''
+                raise UserError(
+                    f'{place}: label {wrong[0]!r} of {split} is not one of the '
+                    f'{self.num_classes} classes of {train}: {at_least}see whether the splits '
+                    'belong together'
+                )
+            return np.array(numbers, np.int32)
+        order = {name: number for number, name in reversed(list(enumerate(self.names)))}
+        names = [label_name(value) for value in values]
+        unknown = [name for name in names if name not in order]
+        if unknown:
+            raise UserError(
+                f'{place}: {split} has classes that {train} has not '
+                f'({unknown_text(unknown, self.names)}): a model cannot be scored on what it '
+                'never saw'
+            )
+        return np.array([order[name] for name in names], np.int32)
+
+
+def _below(number: int | None, count: int) -> bool:
+    return number is not None and 0 <= number < count
+
+
+# --- Labels as numbers and as names ----------------------------------------------------
+
+
+def whole_number(value: Any) -> int | None:
+    """Return the number that a label is, or that its text says, such as '2' or '2.0'; else None."""
+    if isinstance(value, str):
+        if not _NUMBER.fullmatch(value):
+            return None
+        # Not by way of a float, which has 53 bits.
+        value = int(value) if value.lstrip('+-').isdigit() else float(value)
+    if isinstance(value, float | np.floating):
+        return int(value) if float(value).is_integer() else None
+    return int(value) if isinstance(value, int | np.integer | np.bool_) else None
+
+
+def label_name(value: Any) -> str:
+    """Return a label as the name of a class: in normal form C, whichever the file system uses."""
+    if not isinstance(value, str):
+        number = whole_number(value)
+        value = str(value if number is None else number)
+    return unicodedata.normalize('NFC', value)
+
+
+def names_as_numbers(names: Sequence[str]) -> list[int | None] | None:
+    """Return the numbers that names say, None for classes without one.
+
+    Returns:
+      None if a name says none, or two say the same.
+    """
+    numbers = [whole_number(name) if name else None for name in names]
+    said = [number for number in numbers if number is not None]
+    complete = len(said) == sum(map(bool, names)) == len(set(said)) > 0
+    return numbers if complete else None
+
+
+def choose(choice: Any, names: Sequence[str] | None, count: int, holder: str, key: str) -> int:
+    """Return the number of the class that a config names, by its name or number.
+
+    Args:
+      holder: whose classes they are, for messages.
 
     Raises:
-      UserError: `num_classes` is set to fewer than there are.
+      UserError: there is no such class.
     """
-    count = class_count(len(names), request, title)
-    numbers = {name: number for number, name in enumerate(names)}
-    return Classes(numbers, count, tuple(names) if count == len(names) else None)
+    if names is not None and label_name(choice) in names:
+        return list(names).index(label_name(choice))
+    numbers = names_as_numbers(names or ()) or list(range(count))
+    number = whole_number(choice)
+    if number is None or number not in numbers:
+        known = shown(filter(None, names), 12) if names else f'0 to {count - 1}'
+        raise UserError(f'{key}: {holder} has no class {choice!r}; it has {known}')
+    return numbers.index(number)
 
 
-def class_count(known: int, request: Request, title: object) -> int:
-    """Return `num_classes` if it is set, else the number of classes known of the dataset.
-
-    Raises:
-      UserError: it is set to less than that.
-    """
-    count = request.num_classes or known
-    if count < known:
-        raise UserError(
-            f'{request.key}.num_classes is {count} but {title} has {known} classes: '
-            'set at least that'
-        )
-    return count
+def shown(names: Iterable[str], most: int = 6) -> str:
+    """List names in one line, those with odd characters in quotes."""
+    texts = [
+        name if name.isprintable() and name == name.strip() and ',' not in name else repr(name)
+        for name in names
+    ]
+    more = f', and {len(texts) - most} more' if len(texts) > most else ''
+    return ', '.join(texts[:most]) + more
 
 
-def infer_classes(values: Sequence[Any], request: Request, title: object) -> Classes:
+def unknown_text(unknown: Sequence[str], known: Collection[str]) -> str:
+    """List unknown names, each with the known one that is most like it, if one is."""
+    folded = {name.casefold(): name for name in known if name}
+    texts = []
+    for name in unknown[:5]:
+        near = difflib.get_close_matches(name.casefold(), folded, 1)
+        texts.append(f'{name!r}, nearest {folded[near[0]]!r}' if near else repr(name))
+    more = f', and {len(unknown) - 5} more' if len(unknown) > 5 else ''
+    none = '' if any('nearest' in text for text in texts) else f'; it has {shown(folded.values())}'
+    return ', '.join(texts) + more + none
+
+
+# --- The classes of a dataset ----------------------------------------------------------
+
+
+def named_classes(names: Iterable[str]) -> Classes:
+    """Number the classes of a dataset that lists their names."""
+    normal = tuple(map(label_name, names))
+    return Classes(len(normal), normal)
+
+
+def sorted_classes(names: Iterable[str]) -> Classes:
+    """Number the classes that names occur of, in the order of the names as they are written."""
+    return named_classes(dict.fromkeys(label_name(name) for name in sorted(names)))
+
+
+def infer_classes(values: Iterable[Any], request: Request, title: object) -> Classes:
     """Infer classes from label values, which are numbers or names.
 
     Args:
-      values: all labels that occur, in any order.
+      values: all labels that occur, in any order. Numbers beside names are names.
       request: may set `num_classes`.
       title: the dataset, for error messages.
 
     Raises:
-      UserError: the labels are of both kinds, negative, or more than `num_classes`.
+      UserError: the labels are neither, negative, or more than `num_classes`.
     """
-    different = set(values)
-    numbers = {value: number for value in different if (number := _as_number(value)) is not None}
-    if len(numbers) == len(different):
-        return _numbered_classes(numbers, request, title)
-    odd = [value for value in different if not isinstance(value, str)]
+    different = dict.fromkeys(values)
+    numbers = {value: whole_number(value) for value in different}
+    known = [number for number in numbers.values() if number is not None]
+    if len(known) == len(different):
+        return numbered_classes(known, request, title)
+    odd = [
+        value
+        for value, number in numbers.items()
+        if not isinstance(value, str) and (number is None or isinstance(value, bool))
+    ]
     if odd:
         raise UserError(f'{title}: labels must be numbers or names, not {odd[0]!r}')
-    return named_classes(sorted(different), request, title)
+    fractions = [v for v, number in numbers.items() if number is None and _NUMBER.fullmatch(v)]
+    if len(fractions) + len(known) == len(different):
+        raise UserError(
+            f'{title}: label {fractions[0]!r} is a fraction: number the classes from 0, or give '
+            'them names that are no numbers'
+        )
+    return sorted_classes(v if isinstance(v, str) else label_name(v) for v in different)
 
 
-def _as_number(value: Any) -> int | None:
-    if isinstance(value, bool | int | np.integer):
-        return int(value)
-    text = str(value)
-    if len(text) > 18:  # A name made of digits; Python refuses to read thousands of them.
-        return None
-    return int(text) if text.isdecimal() or (text[1:].isdecimal() and text[0] == '-') else None
+def numbered_classes(numbers: Collection[int], request: Request, title: object) -> Classes:
+    """Count the classes of labels that are numbers from 0.
 
+    Args:
+      numbers: the different labels that occur.
 
-def _numbered_classes(numbers: dict[Any, int], request: Request, title: object) -> Classes:
-    largest = max(numbers.values(), default=-1)
-    negative = [value for value, number in numbers.items() if number < 0]
-    count = request.num_classes or largest + 1
+    Raises:
+      UserError: one is negative, not below `num_classes`, or far beyond what there are.
+    """
+    smallest, largest = min(numbers, default=0), max(numbers, default=-1)
+    count = request.num_classes or max(largest + 1, request.least_classes)
     if largest >= MAX_CLASSES:
         raise UserError(f'{title}: label {largest} is too large for the number of a class')
-    if negative or largest >= count:
+    if smallest < 0 or largest >= count:
         raise UserError(
-            f'{title}: label {negative[0] if negative else largest} is not one of {count} classes: '
+            f'{title}: label {smallest if smallest < 0 else largest} is not one of {count} '
+            'classes: '
             + (
                 'label from 0'
-                if negative
+                if smallest < 0
                 else f'set {request.key}.num_classes={largest + 1} or more'
             )
         )
-    return Classes(numbers, count, None)
+    if request.num_classes is None and largest >= max(
+        request.least_classes, _MOST_EMPTY, 10 * len(numbers)
+    ):
+        raise UserError(
+            f'{title}: labels up to {largest:,} would make {count:,} classes, and only '
+            f'{len(numbers):,} of them occur: number them from 0, give them names, or set '
+            f'{request.key}.num_classes={count}'
+        )
+    return Classes(count, None)
+
+
+def with_count(source: Source, count: int | None, key: str) -> Source:
+    """Give a source as many classes as `num_classes` says; those beyond its own have no examples.
+
+    Raises:
+      UserError: it is set to less than the source has.
+    """
+    if count is None or count == source.num_classes:
+        return source
+    if count < source.num_classes:
+        raise UserError(
+            f'{key}.num_classes is {count} but {source.name} has {source.num_classes} classes: '
+            'set at least that'
+        )
+    names = source.class_names
+    padded = None if names is None else names + ('',) * (count - source.num_classes)
+    return replace(source, num_classes=count, class_names=padded)
+
+
+# --- The classes of a model ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """Classes that those of a dataset must meet: of a model, or of another dataset.
+
+    Attributes:
+      num_classes: their number.
+      names: as of `Source`.
+      holder: whose they are, for messages.
+      may_grow: classes that are not known follow those that are, instead of being refused.
+    """
+
+    num_classes: int
+    names: tuple[str, ...] | None
+    holder: str
+    may_grow: bool = False
+
+    @property
+    def least_classes(self) -> int:
+        """The number below which a number may be the label of one of them."""
+        numbers = names_as_numbers(self.names or ())
+        return max([n for n in numbers if n is not None]) + 1 if numbers else self.num_classes
+
+
+def known_of(source: Source, holder: str) -> Known:
+    """Return the classes of a source as those to be met."""
+    return Known(source.num_classes, source.class_names, holder)
+
+
+def meet(source: Source, known: Known, key: str, *, by_number: bool = False) -> tuple[Source, str]:
+    """Number the classes of a source as a model or another dataset does: by name.
+
+    Names that are numbers meet numbers. Where one side has other names and the other none, classes
+    meet by number.
+
+    Args:
+      key: section of the config, for messages.
+      by_number: the numbers of the source are meant as they are, as those of a label map.
+
+    Returns:
+      (the source, what was done in one line, or '' where that is nothing).
+
+    Raises:
+      UserError: examples are of a class that is not known.
+    """
+    ours, theirs, nameless = _comparable(source, known, by_number)
+    targets = _places(ours, theirs)
+    lacking = [i for i, name in enumerate(ours) if name is not None and targets[i] is None]
+    count, names = known.num_classes, known.names
+    if known.may_grow:
+        names = names and source.class_names and (*names, *(source.class_names[i] for i in lacking))
+        for i in lacking:
+            targets[i], count = count, count + 1
+    elif lacking:
+        _check_unknown(source, lacking, ours, known, key)
+    moved = [i for i, name in enumerate(ours) if name is not None and targets[i] not in (i, None)]
+    if names is None and not moved and source.class_names is not None:
+        names = (source.class_names + ('',) * count)[:count]
+    met = replace(source, num_classes=count, class_names=names)
+    if moved:
+        table = np.array([target or 0 for target in targets], np.int32)
+        titles = source.class_names or ours
+        pairs = shown([f'{titles[i]} {i} -> {targets[i]}' for i in moved])
+        line = f'{key}: {source.name} numbers classes in another way than {known.holder}: by name, '
+        return _renumbered(met, table, count, names, key), line + pairs
+    if nameless:
+        one, other = (source.name, known.holder)[:: 1 if source.class_names else -1]
+        return met, f'{key}: classes have names in {one} and none in {other}: they meet by number'
+    return met, ''
+
+
+def _places(ours: list, theirs: list) -> list[int | None]:
+    """Return where each of ours is in theirs; of two with one name, at its own place alone."""
+    places = {name: number for number, name in enumerate(theirs)}
+    twice = {name for name, count in collections.Counter(theirs).items() if count > 1}
+    return [
+        i if theirs[i : i + 1] == [name] else None if name in twice else places.get(name)
+        for i, name in enumerate(ours)
+    ]
+
+
+def _comparable(source: Source, known: Known, by_number: bool) -> tuple[list, list, bool]:
+    """Return what the classes of both sides are compared by, None for a class without a name.
+
+    Returns:
+      (of the source, of those known, whether it is the number because one side has no names).
+    """
+    names, theirs = source.class_names, known.names
+    places, their_places = list(range(source.num_classes)), list(range(known.num_classes))
+    if by_number:
+        return places, their_places, False
+    numbers = places if names is None else names_as_numbers(names)
+    their_numbers = their_places if theirs is None else names_as_numbers(theirs)
+    if numbers is not None and their_numbers is not None:
+        return numbers, their_numbers, False
+    if names is None or theirs is None:
+        return places, their_places, True
+    return [name or None for name in names], [name or None for name in theirs], False
+
+
+def _check_unknown(source: Source, lacking: list[int], ours: list, known: Known, key: str) -> None:
+    """Raise `UserError` if there are examples of the classes that are not known."""
+    if source.labels is not None:
+        present = set(np.unique(source.labels()).tolist())
+        lacking = [number for number in lacking if number in present]
+    if not lacking:
+        return
+    what = f'config: {key}: {source.name} {source.split} has'
+    if source.class_names is None:
+        raise UserError(
+            f'{what} label {ours[lacking[-1]]}, and {known.holder} no class for it among its '
+            f'{known.num_classes}{f" ({shown(known.names)})" if known.names else ""}: choose other '
+            f'labels by {key}.classes, or number them by {key}.label_map'
+        )
+    unknown = [source.class_names[number] for number in lacking]
+    theirs = known.names or tuple(map(str, range(known.num_classes)))
+    raise UserError(
+        f'{what} classes that {known.holder} has not ({unknown_text(unknown, theirs)}): rename '
+        f'them, choose others by {key}.classes, or number them by {key}.label_map'
+    )
 
 
 def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
@@ -112,20 +389,13 @@ def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
       UserError: no such class, a class given twice, or no example left.
     """
     names = source.class_names
-    chosen = []
-    for choice in classes:
-        if isinstance(choice, str) and names is not None and choice in names:
-            chosen.append(names.index(choice))
-        elif str(choice).isdigit() and int(choice) < source.num_classes:
-            chosen.append(int(choice))
-        else:
-            known = ', '.join(names[:12]) if names else f'0 to {source.num_classes - 1}'
-            raise UserError(f'{key}: {source.name} has no class {choice!r}; it has {known}')
+    chosen = [choose(choice, names, source.num_classes, source.name, key) for choice in classes]
     if len(set(chosen)) != len(chosen):
         raise UserError(f'{key}: a class is named twice in {tuple(classes)!r}')
     targets = np.full(source.num_classes, -1, np.int32)
     targets[chosen] = np.arange(len(chosen))
-    kept = tuple(names[i] for i in chosen) if names else None
+    # Classes that were numbers are named by them: another subset may be in another order.
+    kept = tuple(names[i] if names else str(i) for i in chosen)
     return _renumbered(source, targets, len(chosen), kept, key)
 
 
@@ -138,13 +408,20 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
       UserError: the mapping lacks a class of the source, or maps one to no whole number.
     """
     names = source.class_names or tuple(map(str, range(source.num_classes)))
-    missing = [n for i, n in enumerate(names) if n not in mapping and str(i) not in mapping]
+    given = {label_name(name): target for name, target in mapping.items()}
+    # A number is that of a class, unless a class is called so.
+    given |= {
+        name: given[str(number)]
+        for number, name in enumerate(names)
+        if name not in given and str(number) in given and str(number) not in names
+    }
+    missing = [name for name in names if name and name not in given]
     if missing:
         raise UserError(
             f'{key}: says nothing of class {missing[0]!r} of {source.name}'
             f' (nor of {len(missing) - 1} others): give each class a number, or null to drop it'
         )
-    targets = [mapping.get(n, mapping.get(str(i))) for i, n in enumerate(names)]
+    targets = [given.get(name) for name in names]
     for name, target in zip(names, targets, strict=True):
         valid = target is None or (type(target) is int and 0 <= target < MAX_CLASSES)
         if not valid:
