@@ -68,6 +68,23 @@ def test_one_row_of_several_labels_makes_lists_of_all_in_all_splits(put, tmp_pat
         assert (source.class_names, source.labels) == (('a', 'b', 'c'), None)
 
 
+@pytest.mark.parametrize(
+    ('cell', 'labels'),
+    [
+        ('AT&amp;T', ['AT&amp;T']),
+        ('caf&eacute;|&#8364;;x', ['&#8364;', 'caf&eacute;', 'x']),
+        ('R&D;x', ['R&D', 'x']),
+        ('&amp;', ['&amp;']),
+        ('a&amp|x;', ['a&amp', 'x']),
+        ('&lt;&gt;', ['&lt;&gt;']),
+    ],
+)
+def test_the_end_of_an_entity_is_no_separator(put, cell, labels):
+    source = table.table(Request('train'), path=put('x.csv', f'image,label\n0.png,{cell}\n'))
+    assert list(source.class_names) == sorted(labels)
+    assert (source.labels is None) == (len(labels) > 1 or cell.endswith('x;'))
+
+
 def test_a_single_label_is_needed_in_each_row_where_none_has_several(put):
     for text in ('image,label\n0.png,a\n1.png, \n', 'image,label\n0.png,a\n1.png\n'):
         refused(

@@ -134,6 +134,11 @@ def choose(choice: Any, names: Sequence[str] | None, count: int, holder: str, ke
     return numbers.index(number)
 
 
+def printable(name: str) -> str:
+    """Return a name for one line of text: control characters are written as escapes."""
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in name)
+
+
 def shown(names: Iterable[str], most: int = 6) -> str:
     """List names in one line, those with odd characters in quotes."""
     texts = [
@@ -409,12 +414,12 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
     """
     names = source.class_names or tuple(map(str, range(source.num_classes)))
     given = {label_name(name): target for name, target in mapping.items()}
-    # A number is that of a class, unless a class is called so.
-    given |= {
-        name: given[str(number)]
-        for number, name in enumerate(names)
-        if name not in given and str(number) in given and str(number) not in names
-    }
+    if names_as_numbers(names) is None:  # A number is of a class, unless one is called so.
+        given |= {
+            name: given[str(number)]
+            for number, name in enumerate(names)
+            if name not in given and str(number) in given and str(number) not in names
+        }
     missing = [name for name in names if name and name not in given]
     if missing:
         raise UserError(

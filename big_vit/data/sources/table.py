@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import html.entities
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from big_vit.errors import UserError
 
 _ENDINGS = ('.csv', '.tsv', '.jsonl')
 _SEPARATORS = re.compile('[|;]')
+_NUMERIC = re.compile('#([0-9]+|[xX][0-9a-fA-F]+);')
 _KINDS = (None, *KINDS)
 # Number of files that are looked for when a split is opened; a million would take minutes.
 _PROBES = 9
@@ -252,8 +254,8 @@ def _parse(
         cell = row[label_column]
         multilabel = isinstance(cell, list)
         if isinstance(cell, str) and not is_json:
-            multilabel = _SEPARATORS.search(cell) is not None
-            cell = [part.strip() for part in _SEPARATORS.split(cell) if part.strip()]
+            parts = _split_labels(cell)
+            multilabel, cell = len(parts) > 1, [part.strip() for part in parts if part.strip()]
         labels = cell if isinstance(cell, list) else [] if cell in (None, '') else [cell]
         for label in labels:
             if not isinstance(label, str) and whole_number(label) is None:
@@ -261,6 +263,23 @@ def _parse(
                     f'{file}, line {line}: labels must be numbers or names, not {label!r}'
                 )
         yield _Row(line, image, labels, multilabel, split)
+
+
+def _split_labels(cell: str) -> list[str]:
+    """Split a cell at its separators, of which the end of an entity such as &amp; is none."""
+    parts = _SEPARATORS.split(cell)
+    if '&' not in cell:
+        return parts
+    ends = itertools.accumulate(len(part) + 1 for part in parts)
+    joined = ['']
+    for part, end in zip(parts, ends, strict=True):
+        joined[-1] += part
+        entity = part.rpartition('&')[2] + cell[end - 1 : end]
+        if '&' in part and (entity in html.entities.html5 or _NUMERIC.fullmatch(entity)):
+            joined[-1] += ';'
+        else:
+            joined.append('')
+    return joined[:-1] if joined[-1] == '' else joined
 
 
 def _check_path(name: str, table: files.Place, line: int, home: files.Place) -> None:
