@@ -22,7 +22,7 @@ from big_vit.build.data import completed_section
 from big_vit.build.evaluations import SharedFeatures, build_evaluators
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
-from big_vit.data.sources.classes import Known
+from big_vit.data.sources.known import Known
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import requirements

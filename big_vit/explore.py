@@ -257,7 +257,7 @@ def show(loaded: LoadedModel) -> None:
     print(', '.join(f'{name} {version}' for name, version in versions))
     averaged = ' (averaged ones)' if loaded.part == 'ema' else ''
     if (names := checkpoint.class_names(loaded.sidecar)) is not None:
-        print(f'{len(names)} classes: {shown(names, len(names))}')
+        print(f'{len(names)} classes: {shown(names, 100)}')
     print(f'\nparameters{averaged}\n{parameter_table(loaded.params)}\n\nconfig\n------')
     for key, value in loaded.settings().items():
         print(f'{key} = {value!r}')

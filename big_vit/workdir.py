@@ -12,7 +12,7 @@ from etils import epath
 from big_vit import checkpoint, state, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
-from big_vit.data.sources.classes import Known
+from big_vit.data.sources.known import Known
 from big_vit.errors import UserError
 
 

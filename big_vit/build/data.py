@@ -15,7 +15,7 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
-from big_vit.data.sources.classes import Known, known_of
+from big_vit.data.sources.known import Known, known_of
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements

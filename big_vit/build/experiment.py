@@ -22,7 +22,7 @@ from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import pipeline, sources, to_device
-from big_vit.data.sources.classes import Known
+from big_vit.data.sources.known import Known
 from big_vit.errors import UserError
 from big_vit.models import flops
 from big_vit.models.placement import placed, unplaced

@@ -13,7 +13,8 @@ import numpy as np
 from big_vit.data import cache, files, transforms
 from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
-from big_vit.data.sources.classes import Known, known_of, meet, relabel, shown, subset
+from big_vit.data.sources.classes import relabel, shown, subset
+from big_vit.data.sources.known import Known, known_of, meet
 from big_vit.data.sources.registry import SOURCES
 from big_vit.data.sources.splits import parse_split, split_name
 from big_vit.data.transforms import Transform

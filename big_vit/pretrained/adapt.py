@@ -49,13 +49,13 @@ def head_by_name(
     if names is None or wanted is None:
         named = names or wanted or ()
         if all(flat[name].shape[-1] == len(named) for name in heads):
-            _say(f'only one of {where} and the data has names of classes: they meet by number')
+            _say(f'{where}: classes have names on one side only, so the head goes on by number')
         return params
     if sorted(names) != sorted(wanted) or len({*names}) < len(names):
         _say(f'the head of {where} is of {shown(names)}, not of {shown(wanted)}: a new one')
         return trees.unflatten({n: leaf for n, leaf in flat.items() if n not in heads})
     order = [list(names).index(name) for name in wanted]
-    _say(f'{where} numbers classes in another way than the data: its head is ordered by name')
+    _say(f'{where} numbers classes in another way: its head is ordered by name')
     return trees.unflatten(
         {n: np.asarray(leaf)[..., order] if n in heads else leaf for n, leaf in flat.items()}
     )

@@ -1,15 +1,14 @@
-"""Numbers and names of classes: from the labels of a dataset, by a map, or those of a model.
+"""Numbers and names of classes: from the labels of a dataset, by a map, or a chosen few.
 
-A label is a number or a name. Numbers may be written as text ('2', '2.0'), names are compared in
-Unicode's normal form C, and a number meets the class that is called so.
+A label is a number or a name. Numbers may be written as text ('2', '2.0'), and names are compared
+in Unicode's normal form C.
 """
 
-import collections
 import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,16 +52,15 @@ class Classes(NamedTuple):
         values = list(values)
         if self.names is None:
             numbers = [whole_number(value) for value in values]
-            wrong = [v for v, n in zip(values, numbers, strict=True) if not _below(n, self[0])]
-            if wrong:
-                number = whole_number(wrong[0])
-                count = 0 if number is None else number + 1
-                at_least = f'set {key}.num_classes={count}, or ' if count > 0 else ''
-                raise UserError(
-                    f'{place}: label {wrong[0]!r} of {split} is not one of the '
-                    f'{self.num_classes} classes of {train}: {at_least}see whether the splits '
-                    'belong together'
-                )
+            for value, number in zip(values, numbers, strict=True):
+                if number is None or not 0 <= number < self.num_classes:
+                    least = 0 if number is None else number + 1
+                    advice = f'set {key}.num_classes={least}, or ' if least > 0 else ''
+                    raise UserError(
+                        f'{place}: label {value!r} of {split} is not one of the '
+                        f'{self.num_classes} classes of {train}: {advice}see whether the splits '
+                        'belong together'
+                    )
             return np.array(numbers, np.int32)
         order = {name: number for number, name in reversed(list(enumerate(self.names)))}
         names = [label_name(value) for value in values]
@@ -74,10 +72,6 @@ class Classes(NamedTuple):
                 'never saw'
             )
         return np.array([order[name] for name in names], np.int32)
-
-
-def _below(number: int | None, count: int) -> bool:
-    return number is not None and 0 <= number < count
 
 
 # --- Labels as numbers and as names ----------------------------------------------------
@@ -259,130 +253,6 @@ def with_count(source: Source, count: int | None, key: str) -> Source:
     return replace(source, num_classes=count, class_names=padded)
 
 
-# --- The classes of a model ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Known:
-    """Classes that those of a dataset must meet: of a model, or of another dataset.
-
-    Attributes:
-      num_classes: their number.
-      names: as of `Source`.
-      holder: whose they are, for messages.
-      may_grow: classes that are not known follow those that are, instead of being refused.
-    """
-
-    num_classes: int
-    names: tuple[str, ...] | None
-    holder: str
-    may_grow: bool = False
-
-    @property
-    def least_classes(self) -> int:
-        """The number below which a number may be the label of one of them."""
-        numbers = names_as_numbers(self.names or ())
-        return max([n for n in numbers if n is not None]) + 1 if numbers else self.num_classes
-
-
-def known_of(source: Source, holder: str) -> Known:
-    """Return the classes of a source as those to be met."""
-    return Known(source.num_classes, source.class_names, holder)
-
-
-def meet(source: Source, known: Known, key: str, *, by_number: bool = False) -> tuple[Source, str]:
-    """Number the classes of a source as a model or another dataset does: by name.
-
-    Names that are numbers meet numbers. Where one side has other names and the other none, classes
-    meet by number.
-
-    Args:
-      key: section of the config, for messages.
-      by_number: the numbers of the source are meant as they are, as those of a label map.
-
-    Returns:
-      (the source, what was done in one line, or '' where that is nothing).
-
-    Raises:
-      UserError: examples are of a class that is not known.
-    """
-    ours, theirs, nameless = _comparable(source, known, by_number)
-    targets = _places(ours, theirs)
-    lacking = [i for i, name in enumerate(ours) if name is not None and targets[i] is None]
-    count, names = known.num_classes, known.names
-    if known.may_grow:
-        names = names and source.class_names and (*names, *(source.class_names[i] for i in lacking))
-        for i in lacking:
-            targets[i], count = count, count + 1
-    elif lacking:
-        _check_unknown(source, lacking, ours, known, key)
-    moved = [i for i, name in enumerate(ours) if name is not None and targets[i] not in (i, None)]
-    if names is None and not moved and source.class_names is not None:
-        names = (source.class_names + ('',) * count)[:count]
-    met = replace(source, num_classes=count, class_names=names)
-    if moved:
-        table = np.array([target or 0 for target in targets], np.int32)
-        titles = source.class_names or ours
-        pairs = shown([f'{titles[i]} {i} -> {targets[i]}' for i in moved])
-        line = f'{key}: {source.name} numbers classes in another way than {known.holder}: by name, '
-        return _renumbered(met, table, count, names, key), line + pairs
-    if nameless:
-        one, other = (source.name, known.holder)[:: 1 if source.class_names else -1]
-        return met, f'{key}: classes have names in {one} and none in {other}: they meet by number'
-    return met, ''
-
-
-def _places(ours: list, theirs: list) -> list[int | None]:
-    """Return where each of ours is in theirs; of two with one name, at its own place alone."""
-    places = {name: number for number, name in enumerate(theirs)}
-    twice = {name for name, count in collections.Counter(theirs).items() if count > 1}
-    return [
-        i if theirs[i : i + 1] == [name] else None if name in twice else places.get(name)
-        for i, name in enumerate(ours)
-    ]
-
-
-def _comparable(source: Source, known: Known, by_number: bool) -> tuple[list, list, bool]:
-    """Return what the classes of both sides are compared by, None for a class without a name.
-
-    Returns:
-      (of the source, of those known, whether it is the number because one side has no names).
-    """
-    names, theirs = source.class_names, known.names
-    places, their_places = list(range(source.num_classes)), list(range(known.num_classes))
-    if by_number:
-        return places, their_places, False
-    numbers = places if names is None else names_as_numbers(names)
-    their_numbers = their_places if theirs is None else names_as_numbers(theirs)
-    if numbers is not None and their_numbers is not None:
-        return numbers, their_numbers, False
-    if names is None or theirs is None:
-        return places, their_places, True
-    return [name or None for name in names], [name or None for name in theirs], False
-
-
-def _check_unknown(source: Source, lacking: list[int], ours: list, known: Known, key: str) -> None:
-    """Raise `UserError` if there are examples of the classes that are not known."""
-    if source.labels is not None:
-        present = set(np.unique(source.labels()).tolist())
-        lacking = [number for number in lacking if number in present]
-    if not lacking:
-        return
-    what = f'config: {key}: {source.name} {source.split} has'
-    if source.class_names is None:
-        raise UserError(
-            f'{what} label {ours[lacking[-1]]}, and {known.holder} no class for it among its '
-            f'{known.num_classes}{f" ({shown(known.names)})" if known.names else ""}: choose other '
-            f'labels by {key}.classes, or number them by {key}.label_map'
-        )
-    unknown = [source.class_names[number] for number in lacking]
-    theirs = known.names or tuple(map(str, range(known.num_classes)))
-    raise UserError(
-        f'{what} classes that {known.holder} has not ({unknown_text(unknown, theirs)}): rename '
-        f'them, choose others by {key}.classes, or number them by {key}.label_map'
-    )
-
-
 def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
     """Keep the examples of some classes, which become classes 0, 1, ... in the given order.
 
@@ -401,7 +271,7 @@ def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
     targets[chosen] = np.arange(len(chosen))
     # Classes that were numbers are named by them: another subset may be in another order.
     kept = tuple(names[i] if names else str(i) for i in chosen)
-    return _renumbered(source, targets, len(chosen), kept, key)
+    return renumbered(source, targets, len(chosen), kept, key)
 
 
 def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
@@ -439,10 +309,10 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
     for name, target in zip(names, table.tolist(), strict=True):
         if target >= 0:
             merged[target] = f'{merged[target]}, {name}' if merged[target] else name
-    return _renumbered(source, table, count, tuple(merged), key)
+    return renumbered(source, table, count, tuple(merged), key)
 
 
-def _renumbered(
+def renumbered(
     source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None, key: str
 ) -> Source:
     """Map labels by `targets` and leave out examples that it maps to -1."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from big_vit.data import order
 from big_vit.data.sources.base import Request, Source, concatenate, select
-from big_vit.data.sources.classes import known_of, meet, with_count
+from big_vit.data.sources.classes import with_count
+from big_vit.data.sources.known import known_of, meet
 from big_vit.errors import UserError
 
 Range = tuple[str, int, int]
