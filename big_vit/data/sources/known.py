@@ -53,7 +53,7 @@ def meet(source: Source, known: Known, key: str, *, by_number: bool = False) -> 
       (the source, what was done in one line, or '' where that is nothing).
 
     Raises:
-      UserError: examples are of a class that is not known.
+      UserError: a class is not known.
     """
     ours, theirs, nameless = _comparable(source, known, by_number)
     targets = _places(ours, theirs)
@@ -111,8 +111,8 @@ def _comparable(source: Source, known: Known, by_number: bool) -> tuple[list, li
 
 
 def _check_unknown(source: Source, lacking: list[int], ours: list, known: Known, key: str) -> None:
-    """Raise `UserError` if there are examples of the classes that are not known."""
-    if source.labels is not None:
+    """Raise `UserError` for classes that are not known; numbers must occur as labels for that."""
+    if source.class_names is None and source.labels is not None:
         present = set(np.unique(source.labels()).tolist())
         lacking = [number for number in lacking if number in present]
     if not lacking:
