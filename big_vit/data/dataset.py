@@ -158,7 +158,7 @@ def open_mixture(
 
 def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:
     """Return the classes of the part with the most; of parts with a label map, of all together."""
-    if len(specs) == 1:
+    if len(specs) == 1 or not specs[0].labelled:
         return None
     parts = list(zip(sources, specs, strict=True))
     mapped = [source for source, spec in parts if spec.label_map is not None]
@@ -278,7 +278,7 @@ def _resized(source: Source, spec: Spec) -> Source:
     if not path.exists():
         records.write_records(source, path, 'train', spec.cache_side)
     copy = records.records(Request('train', spec.key), path=str(path))
-    # Copies made before this was so lack names where `num_classes` was known.
+    # Copies of former versions lack names where the number of classes was known.
     names = copy.class_names or source.class_names
     if names != source.class_names:
         raise UserError(

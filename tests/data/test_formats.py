@@ -5,6 +5,7 @@ hf_disk by datasets 5.2 (to_parquet and save_to_disk), each with PNG pictures of
 `picture`.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import io
@@ -779,6 +780,9 @@ def test_a_class_that_no_other_part_of_a_mixture_has_is_refused(tmp_path):
         lambda: dataset.open_mixture(specs),
         r"mixture\.b: .* has classes that mixture\.a has not \('Class1', nearest 'class1'\)",
     )
+    # Without labels there is nothing to meet.
+    free, _, _ = dataset.open_mixture(tuple(dataclasses.replace(s, labelled=False) for s in specs))
+    assert (free.num_classes, free.length) == (3, 24)
     # A label map says the numbers itself.
     numbers = {'class0': 2, 'Class1': 1}
     mapping = tmp_path / 'map.json'
