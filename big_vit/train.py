@@ -37,7 +37,7 @@ from big_vit.journal import Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
-from big_vit.workdir import open_workdir, restore_newest
+from big_vit.workdir import known_classes, open_workdir, restore_newest
 
 
 class Result(NamedTuple):
@@ -68,7 +68,7 @@ def run(
       UserError: anything the user can fix, before anything is compiled where it can be known.
     """
     began = time.perf_counter()
-    parts = build_experiment(config)
+    parts = build_experiment(config, known=known_classes(path, config, force))
     train_step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
     damage = Damage(max_damage_rate(config, parts))
     trackers, profiled, _ = tracker_options(config), config.profile, config.switch
@@ -83,7 +83,9 @@ def run(
         now, origin = starting_state(config, parts, workdir, first)
         start = int(now['step'])
         with (
-            checkpoint.Manager(workdir, intervals.keep_last, intervals.keep) as manager,
+            checkpoint.Manager(
+                workdir, intervals.keep_last, intervals.keep, parts.class_names
+            ) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **trackers) as writer,
             metrics.Console(
                 total, start, label=label, headline=parts.task.headline, active=active

@@ -12,6 +12,7 @@ from etils import epath
 from big_vit import checkpoint, state, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
+from big_vit.data.sources.known import Known
 from big_vit.errors import UserError
 
 
@@ -51,7 +52,7 @@ def open_workdir(
         except ValueError as error:
             raise UserError(f'{file}: is not JSON ({error}); use another --workdir') from None
         changes = config_lib.difference(old, dump)
-        refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+        refused = _refused(changes)
         if refused and not force:
             raise UserError(
                 f'--workdir: {workdir} holds a run of another config ({"; ".join(refused[:8])}); '
@@ -68,6 +69,35 @@ def open_workdir(
     if jax.process_index() == 0:
         storage.write_text(file, json.dumps(dump, indent=2) + '\n')
     return workdir
+
+
+def _refused(changes: list[str]) -> list[str]:
+    return [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+
+
+def known_classes(path: str | os.PathLike[str], config: Config, force: bool) -> Known | None:
+    """Return the classes of the parameters that a run goes on with.
+
+    Returns:
+      None if it starts afresh, its classes have no names, or `open_workdir` refuses the config.
+    """
+    try:
+        workdir = storage.place(path)
+        saved, file = checkpoint.steps(workdir), workdir / 'config.json'
+        old = json.loads(file.read_text()) if saved and file.exists() else None
+    except Exception:  # `open_workdir` says what is wrong with the folder.
+        return None
+    if old and not force and _refused(config_lib.difference(old, config.to_dict())):
+        return None
+    if config.switch and not saved:
+        workdir, step = checkpoint.locate(config.switch, 'config: switch')
+        saved = [step]
+    for step in reversed(saved):
+        with contextlib.suppress(checkpoint.CorruptCheckpointError):
+            names = checkpoint.class_names(checkpoint.read_sidecar(workdir, step))
+            holder = f'{workdir}/checkpoints/{step}'
+            return None if names is None else Known(len(names), names, holder)
+    return None
 
 
 def restore_newest(workdir: epath.Path, abstract_state: state.State) -> state.State | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,8 +168,13 @@ def test_an_evaluation_of_other_classes_is_refused(photos, tmp_path):
     other = write_folder(tmp_path / 'other', 12, 3)
     (other / 'class1').rename(other / 'zebra')
     changes = {'evals.test.name': 'folder', 'evals.test.path': str(other)}
-    with pytest.raises(UserError, match=r"evals\.test has other classes .*'class2' is not class 1"):
+    with pytest.raises(UserError, match=r"evals\.test: .* the model has not \('zebra'; it has"):
         build_experiment(load(photos, **changes))
+    # Chosen ones meet the model by name.
+    chosen = {'evals.test.classes': "('class2', 'class0')", 'evals.test.split': 'train'}
+    source = build_experiment(load(photos, **changes, **chosen)).evals['test'].source
+    folders = [Path(source.place(i)).parent.name for i in range(source.length)]
+    assert folders == [f'class{label}' for label in source.labels()]
 
 
 def test_an_evaluation_sees_the_numbers_that_training_sees(photos):

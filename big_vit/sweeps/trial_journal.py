@@ -146,7 +146,8 @@ class TrialJournal:
         """Save the state of each trial in its own workdir, and wait for it."""
         for i, j, trial in self._trials():
             self.writers[trial].flush()
-            with checkpoint.Manager(self._folder(trial), 1) as manager:
+            names = self._experiments[i].class_names
+            with checkpoint.Manager(self._folder(trial), 1, class_names=names) as manager:
                 manager.save(
                     self._state_of(states, i, j),
                     self._config_dumps[trial],

@@ -5,12 +5,14 @@ hf_disk by datasets 5.2 (to_parquet and save_to_disk), each with PNG pictures of
 `picture`.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import time
 import zipfile
@@ -92,7 +94,7 @@ def test_folders_of_splits(tmp_path):
     (root / 'val' / 'class1').rename(root / 'val' / 'other')
     refused(
         lambda: folder.folder(Request('val'), path=str(root)),
-        r'val has classes that train has not \(other\)',
+        r"val has classes that train has not \('other'; it has class0, class1, class2\)",
     )
     refused(
         lambda: folder.folder(Request('test'), path=str(root)), r"no split 'test', only train, val"
@@ -712,7 +714,9 @@ def test_resized_copies_are_found_again_by_what_they_are_made_of(tmp_path, monke
 def test_all_parts_of_a_mixture_are_transformed_whichever_comes_first(tmp_path, first):
     line = 'resize(size) | rgb | flip_lr'
     parts = [
-        spec_of(write_folder(tmp_path / 'set', 12, 3), transform=line, cache='none'),
+        spec_of(
+            write_folder(tmp_path / 'set', 12, 3), transform=line, cache='none', num_classes=10
+        ),
         dataset.Spec('mixture.b', 'digits', 'test', line, (8, 8)),
     ]
     parts.sort(key=lambda spec: spec.name != first)
@@ -796,12 +800,46 @@ def raises(call, kind):
     return False
 
 
-def test_parts_of_a_mixture_must_have_the_same_classes(tmp_path):
+def test_parts_of_a_mixture_meet_by_the_names_of_their_classes(tmp_path):
+    a, b = write_folder(tmp_path / 'a', 12, 3), write_folder(tmp_path / 'b', 12, 3)
+    shutil.rmtree(next(b.rglob('class0')))
+    # Without class0, class1 is the first there, also where the number of classes is known.
+    for count in (None, 3, 4):
+        specs = tuple(
+            spec_of(path, key=f'mixture.{path.name}', num_classes=count, cache='none')
+            for path in (a, b)
+        )
+        said = []
+        source, _, lengths = dataset.open_mixture(specs, say=said.append)
+        folders = [Path(source.place(i)).parent.name for i in range(sum(lengths))]
+        assert lengths == (12, 8)
+        assert [source.class_names[label] for label in source.labels()] == folders
+        loaded = source.load(np.arange(20))['label']
+        np.testing.assert_array_equal(loaded, source.labels())
+        assert len(said) == 1
+        assert 'class1 0 -> 1, class2 1 -> 2' in said[0]
+        again, _ = dataset.open_examples(specs)  # As worker processes do.
+        np.testing.assert_array_equal(again.labels(), source.labels())
+
+
+def test_a_class_that_no_other_part_of_a_mixture_has_is_refused(tmp_path):
     a, b = write_folder(tmp_path / 'a', 12, 3), write_folder(tmp_path / 'b', 12, 2)
+    class1 = next(b.rglob('class1'))
+    class1.rename(class1.with_name('Class1'))
     specs = (spec_of(a, key='mixture.a'), spec_of(b, key='mixture.b'))
     refused(
-        lambda: dataset.open_mixture(specs), r'mixture\.b: its classes are not those of mixture\.a'
+        lambda: dataset.open_mixture(specs),
+        r"mixture\.b: .* has classes that mixture\.a has not \('Class1', nearest 'class1'\)",
     )
-    source, _, lengths = dataset.open_mixture((specs[0], spec_of(a, split='train[:50%]')))
-    assert lengths == (12, 6)
-    assert source.length == 18
+    # Without labels there is nothing to meet.
+    free, _, _ = dataset.open_mixture(tuple(dataclasses.replace(s, labelled=False) for s in specs))
+    assert (free.num_classes, free.length) == (3, 24)
+    # A label map says the numbers itself.
+    numbers = {'class0': 2, 'Class1': 1}
+    mapping = tmp_path / 'map.json'
+    mapping.write_text(json.dumps(numbers))
+    specs = (specs[0], spec_of(b, key='mixture.b', label_map=str(mapping)))
+    source, _, _ = dataset.open_mixture(specs)
+    assert source.class_names == ('class0', 'class1', 'class2')
+    folders = [Path(source.place(i)).parent.name for i in range(12, 24)]
+    assert source.labels()[12:].tolist() == [numbers[name] for name in folders]

@@ -12,9 +12,9 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import named_classes
+from big_vit.data.sources.classes import sorted_classes
 from big_vit.data.sources.media import Names, examples, kind_of, loader, sniffed_kind
-from big_vit.data.sources.splits import cut
+from big_vit.data.sources.splits import cut, training_split
 from big_vit.errors import UserError
 
 # A suffix is allowed, as in train2017 or test_clean; devkit and valley are no splits.
@@ -70,20 +70,15 @@ def folder(request: Request, *, path: str) -> Source:
         if request.labelled:
             _check_wrapped(root, key)
         places = {'train': root}
-    first = min(places, key=lambda n: (n != 'train', not n.lower().startswith('train'), n))
+    first = training_split(places) or min(places)
     classes_of = functools.cache(lambda name: _class_folders(places[name], key))
 
     def open_split(name: str) -> Source:
         place, class_names = places[name], classes_of(name)
-        unknown = [word for word in class_names if word not in classes_of(first)]
-        if unknown:
-            raise UserError(
-                f'{key}.path: {place} has classes that {first} has not '
-                f'({", ".join(unknown[:5])}): a model cannot be scored on what it never saw'
-            )
+        classes = sorted_classes(classes_of(first))
+        numbers = classes.numbers(class_names, f'{key}.path: {root}', name, first, key)
         names, rows, labels, kind = _scan(root, place, class_names, key, may_be_empty=name != first)
-        classes = named_classes(classes_of(first), request, root)
-        labels = np.array([classes.numbers[word] for word in class_names], np.int32)[labels]
+        labels = numbers[labels]
         read = loader(kind, lambda index: files.read(place / names[int(rows[index])]))
 
         def load(indices: np.ndarray) -> Columns:

@@ -32,6 +32,7 @@ import numpy as np
 from big_vit.data import files
 from big_vit.data.decode import DecodeError, Encoded
 from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.data.transforms.geometry import resized
 from big_vit.data.transforms.operations import BadExampleError
@@ -117,7 +118,7 @@ def _open_split(name: str, description: Path) -> Source:
         load=load,
         in_memory=False,
         channels=about['channels'],
-        class_names=tuple(names) if names else None,
+        class_names=tuple(map(label_name, names)) if names else None,
         labels=None if labels is None else lambda: np.asarray(labels),
         where=where,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from big_vit.data import files
 from big_vit.data.decode import is_image
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import Classes, infer_classes
+from big_vit.data.sources.classes import infer_classes
 from big_vit.data.sources.media import KINDS, LeftOut, is_missed, kind_of, loader, main_kind
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
@@ -102,7 +102,8 @@ def tar(
         index, shards = index_of(name), splits[name]
         known = index_of('train' if 'train' in splits else name)
         classes = infer_classes(_unpack_values(known['values']), request, title)
-        labels = _class_numbers(index, classes, name, key)
+        values = _unpack_values(index['values'])
+        labels = classes.numbers(values, f'{key}.path: {title}', name, 'train', key)[index['label']]
         kind, rows = _examples(index, f'{title}, {name}', key)
         shard, offset, size = (index[n][rows] for n in ('shard', 'offset', 'size'))
         texts, labels = (
@@ -138,28 +139,6 @@ def tar(
         )
 
     return cut(title, splits, open_split, request)
-
-
-def _class_numbers(index: Index, classes: Classes, name: str, key: str) -> np.ndarray:
-    """Return the class number of each sample of a split, int32 [samples].
-
-    Raises:
-      UserError: a label is no class of the training split.
-    """
-    values = _unpack_values(index['values'])
-    unknown = [value for value in values if value not in classes.numbers]
-    if unknown and (classes.names is not None or not isinstance(unknown[0], int)):
-        raise UserError(
-            f'{key}.path: shards of {name} have the class {unknown[0]!r}, those of train not'
-        )
-    numbers = np.array([classes.numbers.get(value, value) for value in values], np.int32)
-    labels = numbers[index['label']]
-    if labels.size and labels.max() >= classes.num_classes:
-        raise UserError(
-            f'{key}.num_classes is {classes.num_classes} but shards of {name} have label '
-            f'{labels.max()}: set {key}.num_classes={labels.max() + 1} or more'
-        )
-    return labels
 
 
 def _examples(index: Index, where: str, key: str) -> tuple[str, slice | np.ndarray]:
