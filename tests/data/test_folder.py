@@ -224,6 +224,17 @@ def test_a_link_to_another_class_is_refused(tmp_path):
     assert paths(opened(root), root) == ['a/1.png', 'a/pool/3.png', 'b/1.png', 'b/deep/2.png']
 
 
+def test_a_dataset_and_its_splits_may_be_links(tmp_path):
+    written(tmp_path / 'set', 'train/a/1.png', 'test/a/2.png')
+    (tmp_path / 'set' / 'val').symlink_to(tmp_path / 'set' / 'test')
+    written(tmp_path / 'flat', '1.png')
+    for name in ('set', 'flat'):
+        (tmp_path / f'link-{name}').symlink_to(tmp_path / name)
+    assert opened(tmp_path / 'link-set').length == 1
+    assert opened(tmp_path / 'link-set', 'val').place(0).endswith('val/a/2.png')
+    assert opened(tmp_path / 'link-flat', labelled=False).length == 1
+
+
 def test_a_pipe_is_not_read(tmp_path):
     root = written(tmp_path, 'a/1.png')
     os.mkfifo(tmp_path / 'a' / '2.png')

@@ -252,7 +252,7 @@ class _Tree:
         """
         if not folder.is_local:
             yield from (entry.name for entry in files.walk(folder))
-        elif self._leads_out(folder.path):
+        else:
             yield from self._below(folder.path, '', set())
 
     def _below(self, path: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
@@ -266,7 +266,7 @@ class _Tree:
             )
         for entry in entries:
             if entry.is_dir():
-                if self._leads_out(entry.path):
+                if self.leads_out(entry.path):
                     yield from self._below(entry.path, f'{prefix}{entry.name}/', seen)
             elif entry.is_file():
                 yield prefix + entry.name
@@ -275,7 +275,7 @@ class _Tree:
                 what = 'a pipe or a device' if Path(entry.path).exists() else what
                 raise FileNotFoundError(errno.ENOENT, f'it is {what}', entry.path)
 
-    def _leads_out(self, path: str) -> bool:
+    def leads_out(self, path: str) -> bool:
         """Whether a folder is none that is walked anyway: false for a link to one around it.
 
         Raises:
@@ -309,6 +309,8 @@ def _scan(
     def paths() -> Iterator[str]:
         for label, name in enumerate(classes):
             place = folder / name if name else folder
+            if name and place.is_local and not tree.leads_out(place.path):
+                continue
             for file in tree.walk(place):
                 kind = kind_of(file)
                 if kind is None:
