@@ -26,10 +26,12 @@ class Operation:
     Attributes:
       apply: the function; it does not change its arguments.
       normalisation: the map of pixel values that it is, or None if it does not rescale them.
+      states_levels: whether it was given which values are black and white.
     """
 
     apply: Function
     normalisation: Normalisation | None = None
+    states_levels: bool = False
 
     def __call__(self, batch: Batch, rng: Array) -> Batch:
         return self.apply(batch, rng)
@@ -113,7 +115,7 @@ def value_range(low, high, in_low=None, in_high=None) -> Operation:
         return {**batch, 'image': image}
 
     black, white = given or _BYTES
-    return Operation(apply, of_range(low, high, black, white))
+    return Operation(apply, of_range(low, high, black, white), given is not None)
 
 
 def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Operation:
@@ -143,7 +145,7 @@ def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Ope
         return {**batch, 'image': image.astype(jnp.float32) * times + plus}
 
     black, white = given or _BYTES
-    return Operation(apply, of_mean_and_std(means, stds, black, white))
+    return Operation(apply, of_mean_and_std(means, stds, black, white), given is not None)
 
 
 def _flip(p: object, axis: int) -> Operation:

@@ -21,6 +21,7 @@ from big_vit import checkpoint, runtime, trees
 from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.models.encoder import merge_lora, unstack_blocks
+from big_vit.pretrained.adapt import head_by_name
 
 HEADS = ('head/', 'head_dist/')
 
@@ -94,15 +95,20 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
 
     It gets the config of the last checkpoint, so that `evaluate`, `export` and `init` accept it.
     """
-    models, sidecar = [], {}
+    models, names, sidecar = [], [], {}
     for path in paths:
         source, step = checkpoint.locate(path, 'CHECKPOINT')
         sidecar = checkpoint.read_sidecar(source, step)
         models.append(checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))[0])
+        names.append(checkpoint.class_names(sidecar))
+    models = [
+        head_by_name(params, own, names[-1], path)
+        for params, own, path in zip(models, names, paths, strict=True)
+    ]
     mean = average(models, weights, paths)
     config = config_lib.from_json(sidecar['config']).without('model.lora', 'ema')
     config = config.replacing({'model.scan': False})
-    return Path(checkpoint.save_params(out, mean, step, config.to_dict())), step
+    return Path(checkpoint.save_params(out, mean, step, config.to_dict(), names[-1])), step
 
 
 def main(argv: list[str]) -> None:

@@ -62,7 +62,12 @@ def _first_problem(problem: str) -> str:
     return next(filter(None, problems), '')
 
 
-def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def describe(
+    state: State,
+    config: dict[str, Any],
+    metrics: dict[str, float],
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Builds the sidecar of a state: everything needed to read, check and understand it."""
     hashes = hashes_of(state)
     leaves = {
@@ -75,6 +80,7 @@ def describe(state: State, config: dict[str, Any], metrics: dict[str, float]) ->
         'step': int(state['step']),
         'config': config,
         'metrics': metrics,
+        'class_names': None if class_names is None else list(class_names),
         'versions': {
             'big_vit': big_vit.__version__,
             'python': sys.version.split()[0],
@@ -210,6 +216,16 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
     return sidecar
 
 
+def class_names(sidecar: dict[str, Any]) -> tuple[str, ...] | None:
+    """Names of the classes of the head, in order, '' for one without a name.
+
+    Returns:
+      None if the classes have no names, or an older version wrote the sidecar.
+    """
+    names = sidecar.get('class_names')
+    return tuple(names) if names else None
+
+
 def check_leaves(sidecar: dict[str, Any], abstract_state: Any, where: str) -> None:
     """Compares saved shapes and dtypes with an abstract tree, before any array is read.
 
@@ -298,9 +314,16 @@ class Manager:
       workdir: folder of the run.
       keep_last: number of newest checkpoints to keep.
       keep_every: multiples of this step are kept forever; None keeps none.
+      class_names: those of the run's classes, if they have names.
     """
 
-    def __init__(self, workdir: Place, keep_last: int, keep_every: int | None = None):
+    def __init__(
+        self,
+        workdir: Place,
+        keep_last: int,
+        keep_every: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
         with _silence_orbax():
             import orbax.checkpoint as ocp
 
@@ -327,6 +350,7 @@ class Manager:
             )
         self._workdir, self._folder = workdir, _folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._class_names = class_names
         self._saving: threading.Thread | None = None
         self._step, self._began = 0, 0.0
         self._error: BaseException | None = None
@@ -350,7 +374,7 @@ class Manager:
         if problem:
             raise self._failure(step, problem)
         # A copy: the caller goes on writing metrics while the sidecar is stored.
-        sidecar = describe(state, config, dict(metrics))
+        sidecar = describe(state, config, dict(metrics), self._class_names)
         args = self._ocp.args.Composite(
             state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )
@@ -517,7 +541,13 @@ def scored_part(sidecar: dict[str, Any]) -> str:
     return 'ema' if averaged else 'params'
 
 
-def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> epath.Path:
+def save_params(
+    out: Place,
+    params: Any,
+    step: int,
+    config: dict[str, Any],
+    class_names: Sequence[str] | None = None,
+) -> epath.Path:
     """Makes a workdir whose only checkpoint holds these parameters, in float32.
 
     Args:
@@ -525,6 +555,7 @@ def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> e
       params: parameters.
       step: step of the checkpoint.
       config: config that describes the model.
+      class_names: as for `Manager`.
 
     Returns:
       The workdir as a path.
@@ -541,7 +572,7 @@ def save_params(out: Place, params: Any, step: int, config: dict[str, Any]) -> e
             raise UserError(
                 f'--out {workdir}: there are checkpoints in it already; name another folder'
             )
-        with Manager(workdir, keep_last=1) as manager:
+        with Manager(workdir, keep_last=1, class_names=class_names) as manager:
             step_leaf = jnp.asarray(step, jnp.int32)
             manager.save({'params': float32_params, 'step': step_leaf}, config, {})
     return workdir

@@ -22,6 +22,7 @@ from big_vit.build.data import completed_section
 from big_vit.build.evaluations import SharedFeatures, build_evaluators
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
+from big_vit.data.sources.known import Known
 from big_vit.distributed import hosts
 from big_vit.errors import UserError, printable
 from big_vit.evaluators.registry import requirements
@@ -53,7 +54,8 @@ def run(
         )
         return params
 
-    return _scores(config, load)
+    names = checkpoint.class_names(sidecar)
+    return _scores(config, load, None if names is None else Known(len(names), names, 'the model'))
 
 
 def run_weights(
@@ -118,8 +120,10 @@ def _here(saved: Config, overrides: Sequence[tuple[str, str]]) -> Config:
     return config
 
 
-def _scores(config: Config, load: Callable[[Experiment], Any]) -> dict[str, dict[str, float]]:
-    parts = build_experiment(config)
+def _scores(
+    config: Config, load: Callable[[Experiment], Any], known: Known | None = None
+) -> dict[str, dict[str, float]]:
+    parts = build_experiment(config, known=known, to_train=False)
     evaluators = build_evaluators(config, parts)
     params = jax.tree.map(
         sharding.place, load(parts), state.shardings(parts.abstract_state)['params']

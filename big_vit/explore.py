@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from big_vit import interop, metrics, runtime, trees
+from big_vit import checkpoint, interop, metrics, runtime, trees
 from big_vit.build.data import train_data
+from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError
 from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
 from big_vit.inspection.loaded_model import LoadedModel
@@ -255,6 +256,8 @@ def show(loaded: LoadedModel) -> None:
     versions = loaded.sidecar['versions'].items()
     print(', '.join(f'{name} {version}' for name, version in versions))
     averaged = ' (averaged ones)' if loaded.part == 'ema' else ''
+    if (names := checkpoint.class_names(loaded.sidecar)) is not None:
+        print(f'{len(names)} classes: {shown(names, 100)}')
     print(f'\nparameters{averaged}\n{parameter_table(loaded.params)}\n\nconfig\n------')
     for key, value in loaded.settings().items():
         print(f'{key} = {value!r}')

@@ -29,7 +29,9 @@ from big_vit.inspection.examples import title
 
 def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
     """Return the pictures as stored in the dataset, uint8 [h, w, c] of any size."""
-    specs = tuple(replace(spec, transform='', cache='none') for spec in data.specs)
+    # What the files themselves need to be pictures.
+    first = data.transform.before(lambda name: name not in transforms.OF_FILES).host_text
+    specs = tuple(replace(spec, transform=first, cache='none') for spec in data.specs)
     source, _ = dataset.open_examples(specs)
     columns = transforms.opened(source.load(index), source.channels)
     return list(decoded(columns['image'])) if 'image' in columns else []

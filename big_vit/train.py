@@ -38,7 +38,7 @@ from big_vit.journal import Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
-from big_vit.workdir import check_workdir, owned, restore_newest, write_config
+from big_vit.workdir import check_workdir, known_classes, owned, restore_newest, write_config
 
 
 class Result(NamedTuple):
@@ -70,7 +70,7 @@ def run(
     """
     began = time.perf_counter()
     config_lib.check_names(config.evals)
-    parts = build_experiment(config)
+    parts = build_experiment(config, known=known_classes(path, config, force))
     train_step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
     damage = Damage(max_damage_rate(config, parts))
     trackers, profiled, _ = tracker_options(config), config.profile, config.switch
@@ -85,7 +85,9 @@ def run(
         now, origin = starting_state(config, parts, workdir, first)
         start = int(now['step'])
         with (
-            checkpoint.Manager(workdir, intervals.keep_last, intervals.keep) as manager,
+            checkpoint.Manager(
+                workdir, intervals.keep_last, intervals.keep, parts.class_names
+            ) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **trackers) as writer,
             metrics.Console(
                 total, start, label=label, headline=parts.task.headline, active=active

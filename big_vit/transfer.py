@@ -62,9 +62,10 @@ def unread_splits(config: Config) -> list[str]:
     if data.peek('name') != 'folder' or not data.peek('path'):
         return []
     texts = [data.peek('split'), *(config.evals[name].peek('split') for name in config.evals)]
-    read = {splits.split_name(part) for text in texts for part in (text or 'test').split('+')}
+    parts = [part for text in texts for part in (text or 'test').split('+')]
+    read = {splits.split_name(part).casefold() for part in parts}
     folders = folder.split_folders(files.place(data.peek('path'), 'data.path'))
-    return [name for name in folders if name not in read]
+    return [name for name in folders if name.casefold() not in read]
 
 
 def run(

@@ -11,6 +11,7 @@ from etils import epath
 from big_vit import checkpoint, metrics, ownership, state, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
+from big_vit.data.sources.known import Known
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 
@@ -62,7 +63,7 @@ def check_workdir(
     if text and begun:  # What ended before its first row has nothing to go on with.
         old = storage.parse_object(text, str(file), 'use another --workdir')
         changes = config_lib.difference(old, config.to_dict())
-        refused = [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+        refused = _refused(changes)
         if refused and not force:
             raise UserError(
                 f'--workdir: {workdir} holds a run of another config ({"; ".join(refused[:8])}); '
@@ -81,6 +82,35 @@ def check_workdir(
 def write_config(workdir: epath.Path, config: Config) -> None:
     """Write the config of the run that starts now; in process 0 alone."""
     storage.write_text(workdir / CONFIG, json.dumps(config.to_dict(), indent=2) + '\n')
+
+
+def _refused(changes: list[str]) -> list[str]:
+    return [line for line in changes if not line.startswith(config_lib.RESUMABLE)]
+
+
+def known_classes(path: str | os.PathLike[str], config: Config, force: bool) -> Known | None:
+    """Return the classes of the parameters that a run goes on with.
+
+    Returns:
+      None if it starts afresh, its classes have no names, or `check_workdir` refuses the config.
+    """
+    try:
+        workdir = storage.place(path)
+        saved, file = checkpoint.steps(workdir), workdir / CONFIG
+        old = json.loads(file.read_text()) if saved and file.exists() else None
+    except Exception:  # `check_workdir` says what is wrong with the folder.
+        return None
+    if old and not force and _refused(config_lib.difference(old, config.to_dict())):
+        return None
+    if config.switch and not saved:
+        workdir, step = checkpoint.locate(config.switch, 'config: switch')
+        saved = [step]
+    for step in reversed(saved):
+        with contextlib.suppress(checkpoint.CorruptCheckpointError):
+            names = checkpoint.class_names(checkpoint.read_sidecar(workdir, step))
+            holder = f'{workdir}/checkpoints/{step}'
+            return None if names is None else Known(len(names), names, holder)
+    return None
 
 
 def restore_newest(workdir: epath.Path, abstract_state: state.State) -> state.State | None:

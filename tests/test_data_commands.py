@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,37 @@ def test_several_labels_and_the_sigmoid_loss(tmp_path):
         train_data(plain)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'most', 'scaled', 'refused'),
+    [
+        (
+            np.uint16,
+            4095,
+            'in_low=0, in_high=4095',
+            'uint16 up to 4095, .*in_high=WHITE., or 65535',
+        ),
+        (np.float32, 1000, 'in_low=0, in_high=1000', 'float32 up to 1000, .*value_range'),
+        (np.uint16, 65535, '', ''),
+        (np.float32, 1, '', ''),
+        (np.uint8, 3, '', ''),
+    ],
+)
+def test_arrays_whose_white_is_unknown_are_refused(tmp_path, kind, most, scaled, refused):
+    images = np.linspace(0, most, 8 * 16 * 16).reshape(8, 16, 16, 1).repeat(3, 3)[::-1].astype(kind)
+    np.savez(tmp_path / 'x.npz', train_images=images, train_labels=np.arange(8) % 2)
+    plain = {
+        **SMALL, 'data.name': 'arrays', 'data.path': str(tmp_path / 'x.npz'),
+        'data.split': 'train', 'data.transform': 'flip_lr', 'evals.test.split': 'train[:4]',
+    }  # fmt: skip
+    loaded = config.load('configs/own_images.py', list(plain.items()))
+    if refused:
+        with pytest.raises(UserError, match=f'data.transform gives images of {refused}'):
+            train_data(loaded)
+        transform = f'flip_lr | value_range(-1, 1, {scaled})'
+        loaded = config.override(loaded, [('data.transform', transform)])
+    assert train_data(loaded).shapes['image'] == (16, 16, 3)
+
+
 @pytest.mark.slow
 def test_a_mixture_is_trained_on(photos, tmp_path):
     overrides = {
@@ -136,8 +168,13 @@ def test_an_evaluation_of_other_classes_is_refused(photos, tmp_path):
     other = write_folder(tmp_path / 'other', 12, 3)
     (other / 'class1').rename(other / 'zebra')
     changes = {'evals.test.name': 'folder', 'evals.test.path': str(other)}
-    with pytest.raises(UserError, match=r"evals\.test has other classes .*'class2' is not class 1"):
+    with pytest.raises(UserError, match=r"evals\.test: .* the model has not \('zebra'; it has"):
         build_experiment(load(photos, **changes))
+    # Chosen ones meet the model by name.
+    chosen = {'evals.test.classes': "('class2', 'class0')", 'evals.test.split': 'train'}
+    source = build_experiment(load(photos, **changes, **chosen)).evals['test'].source
+    folders = [Path(source.place(i)).parent.name for i in range(source.length)]
+    assert folders == [f'class{label}' for label in source.labels()]
 
 
 def test_an_evaluation_sees_the_numbers_that_training_sees(photos):

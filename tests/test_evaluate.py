@@ -268,7 +268,7 @@ WRONG = [
     ),
     ({'x.type': 'robustness', 'x.corruptions': 'saturate'}, r'saturate is of three channels'),
     ({'x.type': 'knn', 'x.transform': 'onehot(10)'}, r'leave out onehot or multihot'),
-    ({'x.subset': "('3', 4)"}, r"evals\.x\.subset: the model has no class '3'; it has 0 to 9"),
+    ({'x.subset': "('x', 4)"}, r"evals\.x\.subset: the model has no class 'x'; it has 0 to 9"),
     ({'x.split': 'test[5:5]'}, r'holds no example'),
 ]
 

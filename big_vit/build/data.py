@@ -1,6 +1,7 @@
 """The `data`, `mixture` and `evals` sections as datasets that fit the model."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
+from big_vit.data.sources.known import Known, known_of
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
@@ -60,19 +62,20 @@ def _spec(
     section: Config,
     key: str,
     config: Config,
-    classes: int | None,
     host: str,
     labelled: bool = True,
+    known: Known | None = None,
+    least_classes: int = 0,
 ) -> Any:
     """The section as plain values.
 
     Args:
-      classes: those of the model, where it is known already.
       labelled: whether every example must have a label.
+      known: classes that those of the section must meet.
+      least_classes: where nothing is known, the number of classes that labels may be of.
     """
-    own = section.num_classes
-    if own is None and section.label_map is None and section.classes is None:
-        own = classes
+    is_whole = section.label_map is None and section.classes is None
+    least_classes = known.least_classes if known else least_classes
     # A key that this source does not read stays unread, so that `Config.audit` refuses it.
     settings = tuple((name, section[name]) for name in SOURCES.keys(section.name))
     return dataset.Spec(
@@ -84,12 +87,21 @@ def _spec(
         seed=config.seed,
         settings=settings,
         labelled=labelled,
-        num_classes=own,
+        least_classes=least_classes if is_whole else 0,
+        known=known,
+        num_classes=section.num_classes,
         classes=section.classes,
         label_map=section.label_map,
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
     )
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print what was done to classes, once."""
+    if jax.process_index() == 0:
+        print(f'classes {line}', file=sys.stderr, flush=True)
 
 
 def _check_length(section: Config, key: str, source: sources.Source) -> None:
@@ -108,6 +120,7 @@ def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
       labelled: whether labels are needed.
     """
     classes = found.source.num_classes
+    _check_levels(found, key)
     if not labelled:
         _check_device(found, key)
         return
@@ -124,6 +137,27 @@ def _check_fit(found: Data, key: str, labelled: bool = True) -> None:
     )
 
 
+# No image is larger once it is normalised; none of 16 bits is so dark that was scaled to them.
+_MOST_NORMALISED, _DARKEST = 32, 1 << 14
+
+
+def _check_levels(found: Data, key: str) -> None:
+    """UserError for pixels of which it must be said what is white, judged by the first example."""
+    _, dtype = found.example_spec.parts.get('image', ((), np.dtype(np.uint8)))
+    peak, device = found.example_spec.peak, [operation for _, operation in found.device]
+    operations = [*found.transform.operations, *device]
+    if any(operation.states_levels for operation in device) or not peak:
+        return
+    is_dark = dtype == np.uint16 and peak < _DARKEST
+    is_raw = dtype.kind == 'f' and peak > _MOST_NORMALISED
+    if is_dark or (is_raw and all(operation.normalisation is None for operation in operations)):
+        dark = ', or 65535 if it is so dark' if is_dark else ''
+        raise UserError(
+            f'config: {key}.transform gives images of {dtype} up to {peak:g}, and nothing says '
+            f'what is white: add value_range(-1, 1, in_low=0, in_high=WHITE){dark}'
+        )
+
+
 def _check_device(found: Data, key: str) -> None:
     """UserError where the devices' part cannot be applied to what the host's part gives."""
     if not found.device:
@@ -138,12 +172,16 @@ def _check_device(found: Data, key: str) -> None:
         raise UserError(f'config: {key}.transform: {error}') from error
 
 
-def train_data(config: Config, absent: bool = False) -> Data:
+def train_data(
+    config: Config, absent: bool = False, known: Known | None = None, to_train: bool = True
+) -> Data:
     """The training data: `data`, or the parts of `mixture`.
 
     Args:
       absent: take the number of examples and classes from the config where it has both,
         without opening anything.
+      known: classes of the parameters that are there already, of which labels become numbers.
+      to_train: whether examples are trained on; if not, what is known stands for their classes.
 
     Raises:
       UserError: something is missing or does not fit.
@@ -166,28 +204,39 @@ def train_data(config: Config, absent: bool = False) -> Data:
     transform = transforms.parse(
         whole.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
     )
+    known = known if task.needs_labels else None
     specs = tuple(
-        _spec(section, key, config, None, transform.host_text, task.needs_labels)
+        _spec(
+            section,
+            key,
+            config,
+            transform.host_text,
+            task.needs_labels,
+            known if to_train else None,
+        )
         for key, section in sections.items()
     )
-    known = [(s.num_examples, s.num_classes) for s in sections.values()]
-    if absent and all(examples and classes for examples, classes in known):
+    declared = [(s.num_examples, s.num_classes) for s in sections.values()]
+    if absent and all(examples and classes for examples, classes in declared):
         name = ' + '.join(section.tfds_name or section.name for section in sections.values())
         source = sources.declared(
             name,
             whole.split if not config.mixture else 'mixture',
-            sum(examples for examples, _ in known),
-            max(classes for _, classes in known),
+            sum(examples for examples, _ in declared),
+            max(classes for _, classes in declared),
             config.image_size,
         )
-        lengths: tuple[int, ...] = tuple(examples for examples, _ in known)
+        lengths: tuple[int, ...] = tuple(examples for examples, _ in declared)
         host = transforms.parse(transform.host_text, size=config.image_size, key='data')
     else:
-        source, host, lengths = dataset.open_mixture(specs)
+        source, host, lengths = dataset.open_mixture(specs, say=_say)
+        if known and not to_train:
+            source = replace(source, num_classes=known.num_classes, class_names=known.names)
         if len(specs) == 1:
             _check_length(*next((s, k) for k, s in sections.items()), source)
     taken = parts_read(config)
-    example_spec = transforms.check(host, source, config.image_size, taken)
+    skip = whole.on_error == 'skip'
+    example_spec = transforms.check(host, source, config.image_size, taken, skip)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -201,7 +250,6 @@ def train_data(config: Config, absent: bool = False) -> Data:
         lengths=lengths,
         counts=counts,
     )
-    skip = whole.on_error == 'skip'
     found = Data(
         source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
     )
@@ -253,13 +301,16 @@ def _check_provided(config: Config, key: str, kind: str) -> None:
         )
 
 
-def eval_data(config: Config, name: str, train: Data) -> Data:
+def eval_data(config: Config, name: str, train: Data, reference: Data | None = None) -> Data:
     """Open the split of an evaluation, checked against the training data.
+
+    Args:
+      reference: what `reference_data` gives.
 
     Raises:
       UserError: something is missing or does not fit.
     """
-    return _held_out(config, name, completed_section(config, 'evals', name), train)
+    return _held_out(config, name, completed_section(config, 'evals', name), train, reference)
 
 
 def reference_data(config: Config, name: str, train: Data) -> Data | None:
@@ -281,7 +332,9 @@ def reference_data(config: Config, name: str, train: Data) -> Data | None:
         raise UserError(str(error).replace(f'{key}.split', f'{key}.{which}')) from error
 
 
-def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
+def _held_out(
+    config: Config, name: str, section: Config, train: Data, reference: Data | None = None
+) -> Data:
     """Open a split of an evaluation."""
     key, needs = f'evals.{name}', requirements(section.type)
     if section.name is None:
@@ -295,30 +348,30 @@ def _held_out(config: Config, name: str, section: Config, train: Data) -> Data:
     own_world = not of_head and (
         section.name != config.data.peek('name') or not train.specs[0].labelled
     )
-    classes = None if own_world else train.source.num_classes
+    classes = 0 if own_world else train.source.num_classes
     transform = transforms.parse(
         section.transform, size=config.image_size, key=key, device=DEVICE_OPERATIONS
     )
     transforms.require_deterministic(transform)
     labelled = needs.labels != 'none'
-    spec = _spec(section, key, config, classes, transform.host_text, labelled)
-    source, host = dataset.open_spec(spec)
+    known = known_of(train.source, 'the model') if of_head else None
+    if reference is not None:
+        known = known_of(reference.source, f'{key}.{needs.reference}')
+        # What is searched for need not be there.
+        known = replace(known, may_grow=needs.reference == 'gallery_split')
+    spec = _spec(section, key, config, transform.host_text, labelled, known, classes)
+    lines: list[str] = []
+    source, host = dataset.open_spec(spec, say=lines.append)
+    for line in lines:
+        _say(line)
+    # Evaluations share the features of equal splits.
+    spec = replace(spec, known=known if lines else None, least_classes=0)
     _check_length(section, key, source)
-    example_spec = transforms.check(host, source, config.image_size, taken)
+    skip = section.on_error == 'skip'
+    example_spec = transforms.check(host, source, config.image_size, taken, skip)
     _check_same_parts(example_spec, train, taken, key)
-    if of_head and classes is not None and source.num_classes > classes:
-        raise UserError(f'config: {key} has {source.num_classes} classes, the model {classes}')
-    ours, theirs = train.source.class_names, source.class_names
-    # A label map gives the numbers of the classes itself, and may leave most out.
-    if of_head and config.evals[name].label_map is None and ours and theirs and ours != theirs:
-        strange = next((b for a, b in zip(ours, theirs, strict=False) if a != b), theirs[-1])
-        raise UserError(
-            f'config: {key} has other classes than the training data ({strange!r} is not class '
-            f'{theirs.index(strange)} there): give both the same label_map or classes'
-        )
     # By default devices do as in training, for the model to see numbers of the same range.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
-    skip = section.on_error == 'skip'
     found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
     _check_fit(found, key, labelled=labelled)
     if needs.labels == 'numbers' and example_spec.parts['label'][0]:

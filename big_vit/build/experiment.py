@@ -24,6 +24,7 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.fields import INT_MAX
 from big_vit.data import pipeline, sources, to_device
+from big_vit.data.sources.known import Known
 from big_vit.errors import UserError
 from big_vit.models import flops
 from big_vit.models.placement import placed, unplaced
@@ -60,6 +61,11 @@ class Experiment(NamedTuple):
     batch_size: int
     intervals: 'Intervals'
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that the head tells apart, in order; None if it has no names."""
+        return self.data.source.class_names if 'logits' in self.task.provides else None
+
 
 class Intervals(NamedTuple):
     """Every how many steps what is due; 0 is never. `keep_last` is a number of checkpoints."""
@@ -76,12 +82,19 @@ def is_due(every: int, step: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def build_experiment(config: Config, devices: list[jax.Device] | None = None) -> Experiment:
+def build_experiment(
+    config: Config,
+    devices: list[jax.Device] | None = None,
+    known: Known | None = None,
+    to_train: bool = True,
+) -> Experiment:
     """Everything that the config describes; reads every key that it uses, computes nothing.
 
     Args:
       devices: of a machine that is not there, to plan for: then datasets need not be here
         either, and evaluations are left out. By default the devices of this run.
+      known: classes of the parameters that this is for, if there are some already.
+      to_train: whether these are trained on, and not only scored.
 
     Raises:
       UserError: parts that do not exist or do not fit together.
@@ -89,12 +102,12 @@ def build_experiment(config: Config, devices: list[jax.Device] | None = None) ->
     m, planning = config.mesh, devices is not None
     mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor, devices)
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
-    train = train_data(config, absent=planning)
+    train = train_data(config, absent=planning, known=known, to_train=to_train)
     classes = train.source.num_classes
     held_out, references = {}, {}
     for name in () if planning else config.evals:
-        held_out[name] = eval_data(config, name, train)
         reference = reference_data(config, name, train)
+        held_out[name] = eval_data(config, name, train, reference)
         if reference is not None:
             references[name] = reference
     task = build_task(config.task)

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from big_vit.data import cache, files, transforms
 from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
-from big_vit.data.sources.classes import relabel, subset
+from big_vit.data.sources.classes import relabel, shown, subset
+from big_vit.data.sources.known import Known, known_of, meet
 from big_vit.data.sources.registry import SOURCES
 from big_vit.data.sources.splits import parse_split, split_name
 from big_vit.data.transforms import Transform
@@ -38,7 +40,8 @@ class Spec:
       image_size: (height, width) that `size` stands for.
       seed: of generated sources.
       settings: (key, value) of the config keys that this source reads; None is not set.
-      labelled: as in `Request`.
+      labelled, least_classes: as in `Request`.
+      known: classes whose numbers the labels become, those of a model; None keeps the dataset's.
       num_classes: as the config key, like the rest.
     """
 
@@ -50,6 +53,8 @@ class Spec:
     seed: int = 0
     settings: tuple[tuple[str, Any], ...] = ()
     labelled: bool = True
+    least_classes: int = 0
+    known: Known | None = None
     num_classes: int | None = None
     classes: tuple[str | int, ...] | None = None
     label_map: str | None = None
@@ -57,7 +62,9 @@ class Spec:
     cache_side: int = 256
 
 
-def open_spec(spec: Spec, share: int = 1) -> tuple[Source, Transform]:
+def open_spec(
+    spec: Spec, share: int = 1, say: Callable[[str], None] = lambda line: None
+) -> tuple[Source, Transform]:
     """Open a dataset and apply the deterministic first part of its transform.
 
     Images may still be encoded: the first operation that needs pixels decodes what it needs.
@@ -65,6 +72,7 @@ def open_spec(spec: Spec, share: int = 1) -> tuple[Source, Transform]:
     Args:
       spec: the dataset.
       share: number of processes that open it, each of which caches its part in memory.
+      say: is called with a line for the user where classes meet those of a model.
 
     Returns:
       (the source, the rest of the transform).
@@ -72,12 +80,39 @@ def open_spec(spec: Spec, share: int = 1) -> tuple[Source, Transform]:
     Raises:
       UserError: something is missing or does not fit.
     """
-    transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
+    return _transform_first(_meet(open_labels(spec), spec, spec.known, say), spec, share)
+
+
+def open_labels(spec: Spec) -> Source:
+    """Open a dataset as it is stored, with its own classes, or those that the config makes of them.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
     source = _relabelled(_open(spec), spec)
-    if source.in_memory and source.image_shape and math.prod(source.image_shape) < _LARGE_IMAGE:
+    return _resized(source, spec) if spec.cache == 'resized' and not _is_small(source) else source
+
+
+def _is_small(source: Source) -> bool:
+    shape = source.image_shape
+    return bool(source.in_memory and shape and math.prod(shape) < _LARGE_IMAGE)
+
+
+def _meet(source: Source, spec: Spec, known: Known | None, say: Callable[[str], None]) -> Source:
+    """Number the classes as those that are known; a label map says the numbers itself."""
+    if known is None:
+        return source
+    source, line = meet(source, known, spec.key, by_number=spec.label_map is not None)
+    if line:
+        say(line)
+    return source
+
+
+def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Transform]:
+    """Apply the first part of a transform and cache what it makes; returns the rest too."""
+    transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
+    if _is_small(source):
         return source, transform
-    if spec.cache == 'resized':
-        source = _resized(source, spec)
     before, after = transform.split()
     was_in_memory = source.in_memory
     source = _transformed(source, before)
@@ -90,19 +125,25 @@ def open_spec(spec: Spec, share: int = 1) -> tuple[Source, Transform]:
 
 
 def open_mixture(
-    specs: tuple[Spec, ...], share: int = 1
+    specs: tuple[Spec, ...], share: int = 1, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Source, Transform, tuple[int, ...]]:
-    """Open datasets and concatenate them.
+    """Open datasets and concatenate them. Their classes are those of the part that has the most.
+
+    Args: as for `open_spec`.
 
     Returns:
       (the source, the rest of the transform, the length of each part).
 
     Raises:
-      UserError: as `open_spec`, or the parts have different classes.
+      UserError: as `open_spec`, or a part has classes that the others have not.
     """
-    opened = [open_spec(spec, share) for spec in specs]
+    stored = [open_labels(spec) for spec in specs]
+    known = specs[0].known or _classes_of_mixture(specs, stored)
+    opened = [
+        _transform_first(_meet(source, spec, known, say), spec, share)
+        for source, spec in zip(stored, specs, strict=True)
+    ]
     sources, (transform, *_) = (list(part) for part in zip(*opened, strict=True))
-    _check_same_classes(specs, sources)
     lengths = tuple(source.length for source in sources)
     if len(sources) == 1:
         return sources[0], transform, lengths
@@ -115,16 +156,23 @@ def open_mixture(
     return concatenate(sources, name, 'mixture'), transform, lengths
 
 
-def _check_same_classes(specs: tuple[Spec, ...], sources: list[Source]) -> None:
-    first: tuple[str, tuple[str, ...]] | None = None
-    for spec, source in zip(specs, sources, strict=True):
-        if source.class_names is None:
-            continue
-        first = first or (spec.key, source.class_names)
-        if source.class_names != first[1]:
-            raise UserError(
-                f'{spec.key}: its classes are not those of {first[0]}: give both a label_map'
-            )
+def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:
+    """Return the classes of the part with the most; of parts with a label map, of all together."""
+    if len(specs) == 1 or not specs[0].labelled:
+        return None
+    parts = list(zip(sources, specs, strict=True))
+    mapped = [source for source, spec in parts if spec.label_map is not None]
+    free = [pair for pair in parts if pair[1].label_map is None]
+    named = [pair for pair in free if pair[0].class_names is not None] or free
+    count = max(source.num_classes for source in sources)
+    if not mapped and all(source.class_names is not None for source, _ in named):
+        source, spec = max(named, key=lambda pair: sum(map(bool, pair[0].class_names or ())))
+        return known_of(source, spec.key)
+    names = [''] * count
+    for source in (*(source for source, _ in named), *mapped):
+        for number, name in enumerate(source.class_names or ()):
+            names[number] = names[number] or name
+    return Known(count, tuple(names) if any(names) else None, 'the mixture')
 
 
 def open_examples(specs: tuple[Spec, ...], share: int = 1) -> tuple[Source, Transform]:
@@ -147,7 +195,7 @@ def in_both(one: Spec, other: Spec) -> int:
         max(0, min(stop, last) - max(start, first))
         for name, start, stop in ours
         for other_name, first, last in theirs
-        if name == other_name
+        if name.casefold() == other_name.casefold()
     )
 
 
@@ -172,7 +220,13 @@ def _open(spec: Spec) -> Source:
                 f'config: {spec.key}.{name} must be set for {spec.key}.name={spec.name!r}'
             )
     request = Request(
-        spec.split, spec.key, spec.num_classes, spec.image_size, spec.seed, spec.labelled
+        spec.split,
+        spec.key,
+        spec.num_classes,
+        spec.image_size,
+        spec.seed,
+        spec.labelled,
+        spec.least_classes,
     )
     return source(request, **settings)
 
@@ -220,14 +274,25 @@ def _resized(source: Source, spec: Spec) -> Source:
         raise UserError(
             f"config: {spec.key}.cache='resized' keeps no words (text_column): set it to 'auto'"
         )
-    path = files.cache_folder() / 'records' / _mark(source, spec, settings)
+    # What belongs to the file is lost in the copy, so that it is used first.
+    transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
+    first = transform.before(lambda name: name not in transforms.OF_FILES)
+    path = files.cache_folder() / 'records' / _mark(source, spec, settings, first)
+    source = _transformed(source, first) if first.names else source
     if not path.exists():
         records.write_records(source, path, 'train', spec.cache_side)
     copy = records.records(Request('train', spec.key), path=str(path))
-    return replace(copy, split=spec.split)
+    # Copies of former versions lack names where the number of classes was known.
+    names = copy.class_names or source.class_names
+    if names != source.class_names:
+        raise UserError(
+            f'{path}: is a copy of classes {shown(names or ())}, and {source.name} has now '
+            f'{shown(source.class_names or ())}: delete it, and it is made again'
+        )
+    return replace(copy, split=spec.split, class_names=names)
 
 
-def _mark(source: Source, spec: Spec, settings: dict[str, Any]) -> str:
+def _mark(source: Source, spec: Spec, settings: dict[str, Any], first: Transform) -> str:
     """Hash what a resized copy is made of; existing copies are found by the order of the values."""
     settings = {name: value for name, value in settings.items() if value is not None}
     take = settings.pop
@@ -237,5 +302,6 @@ def _mark(source: Source, spec: Spec, settings: dict[str, Any]) -> str:
         *(take('image_column', None), take('label_column', None)),
         *(source.name, source.length, source.num_classes, spec.cache_side),
         *sorted(settings.items()),
+        *([first.host_text] if first.host_text not in ('', 'decode') else []),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]

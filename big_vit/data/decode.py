@@ -1,23 +1,39 @@
 """Decoding of images; of a JPEG, only the rows that a crop needs.
 
-libjpeg-turbo (simplejpeg) decodes JPEG, OpenCV decodes PNG, WebP, TIFF and BMP, Pillow the rest.
-All of them release the interpreter lock. EXIF orientations are ignored, as in TensorFlow,
-torchvision and timm.
+libjpeg-turbo (simplejpeg) decodes JPEG, OpenCV decodes PNG, WebP and what of TIFF is deeper than
+bytes, Pillow the rest. All of them release the interpreter lock. The bytes decide which, not the
+name, and only decoders on a list are tried: others start programs (Ghostscript). Pixels come as
+they are stored, in any format: orientation tags are ignored, as in TensorFlow, torchvision and
+timm.
 """
 
+import functools
 import io
 import re
 import struct
 import threading
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
 Pixels = Shaped[np.ndarray, 'height width channels']
+# The values of black and white.
+Levels = tuple[float | int, float | int]
 
 # 16384 x 16384, the largest size that a config can set; larger images are decompression bombs.
 MAX_PIXELS = 1 << 28
 _JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'
+# What Pillow may be asked to read. Its other decoders need a program or a plugin, or make pictures
+# of what is none.
+_PILLOW = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'ICO', 'TGA')
+# Bytes that only formats of `_PILLOW` begin with, to recognize a file without an ending.
+_SIGNATURES = re.compile(
+    rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavi[fs]|\0\0\0\x0cjP  \r\n',
+    re.DOTALL,
+)
+# No pixel of 16 bits is above this if an image has 14 bits or fewer.
+_FOURTEEN_BITS = (1 << 14) - 1
 # Data left over after a reduced height are no error; anything before them is.
 _TRIMMED = re.compile(r'extraneous bytes before marker 0xd[0-79]')
 
@@ -26,44 +42,88 @@ class DecodeError(ValueError):
     """Not an image, damaged, or too large; the message tells which."""
 
 
+class _Header(NamedTuple):
+    """What the beginning of a file tells.
+
+    Attributes:
+      decoder: 'turbo', 'opencv' or 'pillow'.
+      gray: whether a JPEG has one channel.
+      is_deep: whether pixels may be of another type than bytes.
+      orientation: of a TIFF, (value of its tag, where it lies in the file).
+    """
+
+    height: int
+    width: int
+    decoder: str
+    gray: bool = False
+    is_deep: bool = False
+    orientation: tuple[int, slice] | None = None
+
+
 class Encoded:
     """An encoded image whose header is read and whose pixels are not decoded yet.
 
     Attributes:
       data: content of the file.
+      levels: (black, white), the values that become 0 and 255 where pixels are not bytes.
       shape: (height, width, channels) of `pixels()`; channels is 0 if the file decides.
     """
 
-    __slots__ = ('_jpeg', 'data', 'shape')
+    __slots__ = ('_header', 'data', 'levels', 'shape')
 
-    def __init__(self, data: bytes, channels: int = 3):
+    def __init__(self, data: bytes, channels: int = 3, levels: Levels | None = None):
         """Read the header.
 
         Args:
           data: content of a file.
           channels: 1, 3 or 4 (RGBA) bytes a pixel; 0 keeps channels and depth of the file.
+          levels: (black, white) of pixels that are not bytes; by default 0 and 65535 for 16 bits.
 
         Raises:
           DecodeError: unknown format, damaged, or more than MAX_PIXELS.
         """
-        self.data = data
-        height, width, self._jpeg = _read_header(data)
+        self.data, self.levels = data, levels
+        self._header = header = _read_header(data)
+        height, width = header.height, header.width
         if not 0 < height * width <= MAX_PIXELS:
             raise DecodeError(f'{height}x{width} pixels are more than the {MAX_PIXELS:,} allowed')
-        if channels == 0 and self._jpeg is not None:
-            channels = 1 if self._jpeg == 'Gray' else 3
+        if channels == 0 and data[:3] == _JPEG:
+            channels = 1 if header.gray else 3
         self.shape = (height, width, channels)
+
+    @property
+    def orientation(self) -> int:
+        """How a viewer turns the image, 1 (not at all) to 8: the tag of EXIF, or of a TIFF."""
+        if self._header.orientation is not None:
+            tag = self._header.orientation[0]
+        else:
+            try:
+                with _pillow_image(self.data) as image:
+                    tag = image.getexif().get(0x0112, 1)
+            except Exception:  # Pillow raises anything for a damaged tag.
+                return 1
+        return tag if tag in range(1, 9) else 1
 
     def pixels(self) -> Pixels:
         """Decode the image into a new array.
 
         Raises:
-          DecodeError: damaged.
+          DecodeError: damaged, or its pixels are not bytes and it is not known what is white.
         """
         height, width, channels = self.shape
-        if self._jpeg in _TURBO and channels in (1, 3):
+        header = self._header
+        if header.decoder == 'turbo' and channels in (1, 3):
             return _turbo(self.data, height, height, width, channels, 1)[0].copy()
-        return _opencv(self.data, channels)
+        if header.decoder == 'opencv' and not header.is_deep:
+            return _opencv(self.data, channels)
+        data = self.data
+        if header.orientation is not None:  # Both decoders would turn the image.
+            start, stop = header.orientation[1].start, header.orientation[1].stop
+            upright = (1).to_bytes(stop - start, 'little' if data[:2] == b'II' else 'big')
+            data = data[:start] + upright + data[stop:]
+        if header.decoder == 'opencv' or (data[:1] == b'P' and channels == 0):
+            return _fitted(_opencv(data, 0), channels, self.levels)
+        return _pillow(data, channels, self.levels)
 
     def window(
         self, top: int, left: int, height: int, width: int, least: tuple[int, int]
@@ -77,7 +137,7 @@ class Encoded:
           DecodeError: damaged within the window or above it.
         """
         full, across, channels = self.shape
-        if self._jpeg not in _TURBO or channels not in (1, 3):
+        if self._header.decoder != 'turbo' or channels not in (1, 3):
             return self.pixels()[top : top + height, left : left + width]
         # A scaled window begins and ends on integer pixels of the scaled image, so it may be off by
         # less than one of those, of which there are at least `least`.
@@ -96,8 +156,8 @@ class Encoded:
 _TURBO = ('YCbCr', 'Gray', 'RGB')
 
 
-def _read_header(data: bytes) -> tuple[int, int, str | None]:
-    """Return (height, width, colour space of a JPEG); DecodeError."""
+def _read_header(data: bytes) -> _Header:
+    """Read the beginning of a file; DecodeError."""
     if data[:3] == _JPEG:
         import simplejpeg
 
@@ -105,21 +165,94 @@ def _read_header(data: bytes) -> tuple[int, int, str | None]:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
             raise DecodeError(f'damaged JPEG ({error})') from error
-        return height, width, space
-    if data[:8] == _PNG and len(data) >= 24:
+        # Pillow's colours are those of other libraries where libjpeg-turbo converts nothing.
+        return _Header(height, width, 'turbo' if space in _TURBO else 'opencv', space == 'Gray')
+    if data[:8] == _PNG and len(data) > 24:
         width, height = struct.unpack('>II', data[16:24])
-        return height, width, None
-    from PIL import Image, UnidentifiedImageError
+        return _Header(height, width, 'opencv', is_deep=data[24] == 16)
+    if data[:4] in _TIFF:
+        return _tiff_header(data)
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _pillow_image(data) as image:
             width, height = image.size
+            decoder = 'opencv' if image.format == 'WEBP' else 'pillow'
     except UnidentifiedImageError as error:
         start = data[:8].hex(' ') or 'nothing'
         raise DecodeError(f'not an image ({len(data)} bytes that begin with {start})') from error
     except Exception as error:  # Pillow raises anything for a damaged header.
         raise DecodeError(f'damaged image ({error})') from error
-    return height, width, None
+    return _Header(height, width, decoder)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """List the formats that this build of Pillow reads, of those that are allowed."""
+    from PIL import Image
+
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Above, `Encoded` refuses.
+    return tuple(name for name in _PILLOW if name in Image.OPEN)
+
+
+def _pillow_image(data: bytes) -> Any:
+    """Open an image with Pillow: the only place that does."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+def is_image(start: bytes) -> bool:
+    """Whether bytes are the beginning of an image, by a signature that nothing else has."""
+    return _SIGNATURES.match(start) is not None
+
+
+# --- TIFF ------------------------------------------------------------------------------
+
+# By byte order and 42 or 43 (BigTIFF): types of offsets, counts and values, and bytes of an entry.
+_TIFF = {
+    b'II*\0': ('<', ('I', 'H', 'I'), 12),
+    b'MM\0*': ('>', ('I', 'H', 'I'), 12),
+    b'II+\0': ('<', ('Q', 'Q', 'Q'), 20),
+    b'MM\0+': ('>', ('Q', 'Q', 'Q'), 20),
+}
+_WIDTH, _HEIGHT, _BITS, _ORIENTATION, _SAMPLES, _EXTRA = 256, 257, 258, 274, 277, 338
+_MOST_TAGS = 4096
+
+
+def _tiff_header(data: bytes) -> _Header:
+    """Read the tags of the first image of a TIFF; DecodeError.
+
+    Pillow does not open all that OpenCV reads, and OpenCV does not tell without decoding.
+    """
+    order, (of_start, of_count, of_value), size = _TIFF[data[:4]]
+    tags: dict[int, tuple[int, slice]] = {}
+    try:
+        (at,) = struct.unpack_from(order + of_start, data, 4 if size == 12 else 8)
+        (count,) = struct.unpack_from(order + of_count, data, at)
+        at += struct.calcsize(of_count)
+        for entry in range(at, at + size * min(count, _MOST_TAGS), size):
+            tag, kind, values = struct.unpack_from(f'{order}HH{of_value}', data, entry)
+            letter = {1: 'B', 3: 'H', 4: 'I', 16: 'Q'}.get(kind)
+            if letter is None or not values:
+                continue
+            width = struct.calcsize(letter)
+            place = entry + 4 + struct.calcsize(of_value)
+            if values * width > struct.calcsize(of_value):
+                (place,) = struct.unpack_from(order + of_value, data, place)
+            (value,) = struct.unpack_from(order + letter, data, place)
+            tags[tag] = value, slice(place, place + width)
+        width, height = tags[_WIDTH][0], tags[_HEIGHT][0]
+    except (struct.error, KeyError, OverflowError) as error:
+        raise DecodeError(f'damaged TIFF ({error})') from error
+    bits, samples, extra = (tags.get(t, (1,))[0] for t in (_BITS, _SAMPLES, _EXTRA))
+    is_deep = bits > 8 or samples > 4 or (samples == 4 and _EXTRA in tags and extra == 0)
+    decoder = 'opencv' if is_deep else 'pillow'
+    return _Header(height, width, decoder, False, is_deep, tags.get(_ORIENTATION))
+
+
+# --- JPEG ------------------------------------------------------------------------------
 
 
 _buffers = threading.local()
@@ -133,19 +266,31 @@ def _buffer(size: int) -> np.ndarray:
     return buffer[:size]
 
 
-def _sequential_height(data: bytes) -> int | None:
-    """Return the offset of the height in a JPEG with one sequential scan; None for others."""
+def _first_scan(data: bytes) -> tuple[int, int | None]:
+    """Return where the first scan of a JPEG begins, and its frame's header if it is sequential."""
     at, frame = 2, None
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], (data[at + 2] << 8) | data[at + 3]
         if marker in (0xC0, 0xC1):
             frame = at
         elif marker == 0xDA:
-            if frame is None or data[at + 4] != data[frame + 9]:
-                return None
-            return frame + 5
-        at += 2 + length
-    return None
+            return at, frame
+        at += 2 + length if marker != 0xFF else 1  # Any number of 0xFF may come before a marker.
+    return at, None
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG has its end marker; phones and editors write videos and notes behind it."""
+    # Within scans 0xFF comes before 0 and restart markers only; within headers anything may come.
+    return data.endswith(b'\xff\xd9') or data.find(b'\xff\xd9', _first_scan(data)[0]) >= 0
+
+
+def _sequential_height(data: bytes) -> int | None:
+    """Return the offset of the height in a JPEG with one sequential scan; None for others."""
+    at, frame = _first_scan(data)
+    if frame is None or at + 4 >= len(data) or data[at + 4] != data[frame + 9]:
+        return None
+    return frame + 5
 
 
 def _turbo(
@@ -158,7 +303,7 @@ def _turbo(
     """
     import simplejpeg
 
-    if data[-2:] != b'\xff\xd9' and b'\xff\xd9' not in data[-1024:]:
+    if not _has_end(data):
         raise DecodeError('truncated JPEG (it has no end)')
     # Blocks are up to 16 pixels high, and the colour of the row below affects the last two.
     kept = min(height, -(-(rows + 2) // 16) * 16)
@@ -194,15 +339,13 @@ def _turbo(
     return buffer.reshape(*least, channels), scale
 
 
+# --- Other formats ---------------------------------------------------------------------
+
+
 def _opencv(data: bytes, channels: int) -> Pixels:
     import cv2
 
-    flags = {
-        0: cv2.IMREAD_UNCHANGED,
-        1: cv2.IMREAD_GRAYSCALE,
-        3: cv2.IMREAD_COLOR_RGB,
-        4: cv2.IMREAD_UNCHANGED,
-    }[channels]
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}.get(channels, cv2.IMREAD_UNCHANGED)
     if channels in (1, 3):
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
     try:
@@ -210,27 +353,94 @@ def _opencv(data: bytes, channels: int) -> Pixels:
     except cv2.error as error:
         raise DecodeError(f'damaged image ({" ".join(str(error).split())})') from error
     if image is None:
-        return _pillow(data, channels)
+        return _pillow(data, channels, None)
     if image.ndim == 2:
         image = image[..., None]
     if channels in (0, 4) and image.shape[2] in (3, 4):
         order = [2, 1, 0, 3][: image.shape[2]]
         image = np.ascontiguousarray(image[..., order])
-    if channels == 4 and image.shape[2] != 4:
-        colour = np.broadcast_to(image[..., :3], (*image.shape[:2], 3))
-        most = np.iinfo(np.dtype(image.dtype.str)).max
-        opaque = np.full((*image.shape[:2], 1), most, image.dtype)
-        image = np.concatenate([colour, opaque], axis=2)
-    return image
+    return _with_alpha(image) if channels == 4 else image
 
 
-def _pillow(data: bytes, channels: int) -> Pixels:
-    from PIL import Image
-
+def _pillow(data: bytes, channels: int, levels: Levels | None) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels)
-            pixels = np.array(image.convert(mode) if mode else image)
+        with _pillow_image(data) as image:
+            mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels) or _own_mode(image)
+            is_deep = image.mode.startswith(('I', 'F'))
+            pixels = np.array(image if is_deep else image.convert(mode))
     except Exception as error:  # Pillow raises anything for damaged data.
         raise DecodeError(f'damaged image ({error})') from error
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    if pixels.dtype == np.int32:  # Pillow scales the grey of a PGM to 16 bits.
+        pixels = pixels.astype(np.uint16)
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    return _fitted(pixels, channels, levels) if is_deep else pixels
+
+
+def _own_mode(image: Any) -> str:
+    """Return the mode with the channels that an image has; a palette is no channel."""
+    if image.mode in ('P', 'PA'):
+        return 'RGBA' if image.has_transparency_data else 'RGB'
+    return {'1': 'L', 'CMYK': 'RGB', 'YCbCr': 'RGB', 'LAB': 'RGB'}.get(image.mode, image.mode)
+
+
+def _with_alpha(image: np.ndarray) -> Pixels:
+    if image.shape[2] == 4:
+        return image
+    colour = np.broadcast_to(image[..., :3], (*image.shape[:2], 3))
+    opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
+    return np.concatenate([colour, opaque], axis=2)
+
+
+def _fitted(image: np.ndarray, channels: int, levels: Levels | None) -> Pixels:
+    """Convert pixels of any type to 1, 3 or 4 bytes; 0 channels only applies `levels`."""
+    import cv2
+
+    if levels is not None:
+        image = as_bytes(image, levels)
+    if channels == 0:
+        return image
+    if image.dtype != np.uint8:
+        image = _by_type(image, channels)
+    if channels == 4:
+        return _with_alpha(image)
+    colours = image[..., :3] if image.shape[2] > 2 else image[..., :1]
+    if channels == 3:
+        return np.ascontiguousarray(np.broadcast_to(colours, (*image.shape[:2], 3)))
+    if colours.shape[2] == 3:
+        return cv2.cvtColor(np.ascontiguousarray(colours), cv2.COLOR_RGB2GRAY)[..., None]
+    return np.ascontiguousarray(colours)
+
+
+def _by_type(image: np.ndarray, channels: int) -> Pixels:
+    """Convert full 16 bits to bytes; DecodeError for all whose white is not known."""
+    low, high = float(image.min()), float(image.max())
+    if not np.isfinite([low, high]).all():
+        raise DecodeError('some of its pixels are no numbers')
+    if image.dtype == np.uint16 and (high > _FOURTEEN_BITS or high == 0):
+        return (image >> 8).astype(np.uint8)
+    if image.dtype == np.uint16:
+        bits = next(bits for bits in (8, 10, 12, 14) if high < 1 << bits)
+        wanted = f'decode({channels}, white={(1 << bits) - 1}), or white=65535 if it is so dark'
+    else:
+        usual = ((0, 1), (-1, 1), (0, 255))
+        black, white = next((x for x in usual if x[0] <= low and high <= x[1]), (low, high))
+        wanted = f'decode({channels}, black={black:g}, white={white:g})'
+    raise DecodeError(
+        f'its pixels are {image.dtype} from {low:g} to {high:g}, and nothing says which of them is '
+        f'white: begin the transform with {wanted}'
+    )
+
+
+def as_bytes(image: np.ndarray, levels: Levels) -> Pixels:
+    """Scale pixels so that black is 0 and white 255, with what is beyond cut off; bytes stay.
+
+    Raises:
+      DecodeError: some are not finite.
+    """
+    if image.dtype == np.uint8:
+        return image
+    black, white = levels
+    scaled = (image.astype(np.float64) - black) * (255 / (white - black))
+    if not np.isfinite(scaled).all():
+        raise DecodeError('some of its pixels are no numbers')
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)

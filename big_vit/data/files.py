@@ -1,10 +1,12 @@
 """Local files, and those of the file systems of fsspec (gs://, s3://, hf://, memory://)."""
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,17 @@ from big_vit.errors import UserError
 
 # Packages of the file systems that fsspec does not ship.
 _PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub'}
+
+
+# Folders and files that systems put beside those of users, thumbnails among them.
+_CLUTTER = frozenset(
+    (
+        *('__MACOSX', '@eaDir', '@tmp', '#recycle', '$RECYCLE.BIN', 'System Volume Information'),
+        *('lost+found', 'Thumbs.db', 'desktop.ini'),
+    )
+)
+# No example is larger; a file that grows without end is none.
+_MOST_BYTES = 1 << 32
 
 
 class Place(NamedTuple):
@@ -70,8 +83,13 @@ def place(path: str, key: str) -> Place:
     return Place(system, inside)
 
 
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or one of those that systems make."""
+    return name.startswith('.') or name in _CLUTTER
+
+
 def entries(folder: Place) -> list[Entry]:
-    """List a folder, sorted by name; hidden files are left out.
+    """List a folder, sorted by name; hidden files and what systems add are left out.
 
     Raises:
       OSError: it cannot be read.
@@ -89,7 +107,7 @@ def entries(folder: Place) -> list[Entry]:
             for e in folder.system.ls(folder.path, detail=True)
             if e['name'].rstrip('/') != folder.path.rstrip('/')
         ]
-    return sorted(entry for entry in listed if not entry.name.startswith('.'))
+    return sorted(entry for entry in listed if not is_clutter(entry.name))
 
 
 def walk(folder: Place, below: str = '') -> Iterator[Entry]:
@@ -103,25 +121,51 @@ def walk(folder: Place, below: str = '') -> Iterator[Entry]:
 
 
 def exists(file: Place) -> bool:
-    return Path(file.path).exists() if file.is_local else bool(file.system.exists(file.path))
+    # Unlike Path, os.path says no to what can be no name.
+    return os.path.exists(file.path) if file.is_local else bool(file.system.exists(file.path))  # noqa: PTH110
 
 
 def is_folder(file: Place) -> bool:
-    return Path(file.path).is_dir() if file.is_local else bool(file.system.isdir(file.path))
+    return os.path.isdir(file.path) if file.is_local else bool(file.system.isdir(file.path))  # noqa: PTH112
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a local file by `os.open`, but no pipe or device, which never ends; OSError."""
+    number = os.open(path, flags | os.O_NONBLOCK)  # A pipe would wait for its writer.
+    try:
+        _check_regular(os.fstat(number), path)
+    except OSError:
+        os.close(number)
+        raise
+    return number
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError unless a local path leads to a regular file, for libraries that open it."""
+    _check_regular(os.stat(path), str(path))  # noqa: PTH116
+
+
+def _check_regular(info: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        what = 'a folder' if stat.S_ISDIR(info.st_mode) else 'a pipe or a device'
+        raise OSError(errno.EINVAL, f'it is {what}, not a file', path)
 
 
 def read(file: Place) -> bytes:
     """Read a file; OSError."""
-    if file.is_local:
-        with open(file.path, 'rb', buffering=0) as handle:  # noqa: PTH123  Hot: Path costs more.
-            return handle.read()
-    return file.system.cat_file(file.path)
+    if not file.is_local:
+        return file.system.cat_file(file.path)
+    # Hot: Path costs more.
+    with open(file.path, 'rb', buffering=0, opener=open_regular) as handle:
+        if os.fstat(handle.fileno()).st_size >= _MOST_BYTES:
+            raise OSError(errno.EFBIG, 'it has 4 GiB or more', file.path)
+        return handle.read()
 
 
 # Threads share descriptors, because pread has no position; the cache bounds and closes them.
 class _Descriptor:
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = open_regular(path)
 
     def __del__(self):
         os.close(self.number)

@@ -20,13 +20,12 @@ from big_vit.data import order
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
+from big_vit.data.transforms.transform import TRIED
 from big_vit.errors import UserError
 
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
 _ROWS_PER_TASK = 16
-# Number of examples after a damaged one that are tried in its place.
-_NEIGHBOURS = 16
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -166,7 +165,7 @@ def _load_one(
 ) -> tuple[Columns, bool]:
     """Load an example or one that follows it; return (columns, whether it is another)."""
     first: Exception | None = None
-    for step in range(_NEIGHBOURS + 1 if skip_bad else 1):
+    for step in range(TRIED if skip_bad else 1):
         at = np.array([(index + step) % source.length], np.int64)
         try:
             return _columns(source, transform, at, order.example_keys(seed, view, at)), step > 0
@@ -174,7 +173,7 @@ def _load_one(
             first = first or error
     section = transform.key.rpartition('.')[0]
     hint = (
-        f'so are the {_NEIGHBOURS} examples after it'
+        f'so are the {TRIED - 1} examples after it'
         if skip_bad
         else f"repair or remove it, or set {section}.on_error='skip' to go on without it"
     )

@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from big_vit.data.sources import Source
-from big_vit.errors import UserError
+from big_vit.data.sources.classes import choose
+from big_vit.errors import UserError, printable
 from big_vit.evaluators.evaluation import (
     BatchMeans,
     Evaluation,
@@ -87,8 +88,8 @@ def head_sums(evaluation: Evaluation, **options: Any) -> Sums:
 
 
 def class_names(source: Source) -> tuple[str, ...]:
-    """Return the names of the classes, or their numbers as text."""
-    return source.class_names or tuple(map(str, range(source.num_classes)))
+    """Return the names of the classes in one line each, or their numbers as text."""
+    return tuple(map(printable, source.class_names or map(str, range(source.num_classes))))
 
 
 def competing(chosen: Any, source: Source, training: Source, key: str) -> tuple[int, ...]:
@@ -111,15 +112,10 @@ def competing(chosen: Any, source: Source, training: Source, key: str) -> tuple[
             )
         return tuple(np.unique(source.labels()).tolist())
     names, classes = training.class_names, training.num_classes
-    numbers = []
-    for one in chosen:
-        number = names.index(one) if names and one in names else one
-        if not isinstance(number, int) or not 0 <= number < classes:
-            known = ', '.join(names[:12]) if names else f'0 to {classes - 1}'
-            raise UserError(f'config: {key}.subset: the model has no class {one!r}; it has {known}')
-        numbers.append(number)
+    key = f'config: {key}.subset'
+    numbers = [choose(one, names, classes, 'the model', key) for one in chosen]
     if len(set(numbers)) != len(numbers):
-        raise UserError(f'config: {key}.subset names a class twice')
+        raise UserError(f'{key} names a class twice')
     return tuple(sorted(numbers))
 
 

@@ -37,11 +37,14 @@ def zero_shot(evaluation: Evaluation, *, prompts: tuple[str, ...] = ('{}',)) -> 
         )
     words, other = (model.streams[is_words.index(wanted)].name for wanted in (True, False))
     names = split.source.class_names
-    if not names:
+    # Classes without a name have no examples.
+    named = np.array([bool(name) for name in names or ()])
+    if named.sum() < 2:
         raise UserError(
-            f'config: {key}: the classes of {split.source.name} have no names, so there are no '
-            'sentences for them: give the data classes with names'
+            f'config: {key}: {named.sum()} of the classes of {split.source.name} have names, so '
+            'there are no sentences to choose from: give the data two classes with names or more'
         )
+    names, places = tuple(filter(None, names or ())), named.cumsum() - 1
     texts = evaluation.as_split(sentences(names, prompts, key))
     embed_words, embed_other = (stream_vectors(model, (name,)) for name in (words, other))
 
@@ -50,7 +53,7 @@ def zero_shot(evaluation: Evaluation, *, prompts: tuple[str, ...] = ('{}',)) -> 
             written = evaluation.compute_features(texts, embed_words, params, shared)
             seen = evaluation.compute_features(split, embed_other, params, shared)
         by_class = written.values.reshape(len(names), len(prompts), -1)
-        return scores(seen.values, seen.labels, ensemble(by_class))
+        return scores(seen.values, places[seen.labels], ensemble(by_class))
 
     return evaluate
 

@@ -7,6 +7,7 @@ import numpy as np
 from big_vit.build.data import Data, train_data
 from big_vit.config import Config
 from big_vit.data import pipeline
+from big_vit.errors import printable
 from big_vit.inspection import plots
 
 
@@ -52,4 +53,4 @@ def title(data: Data, label: np.ndarray) -> str:
 
 def _name(data: Data, number: int) -> str:
     names = data.source.class_names
-    return names[number] if names else str(number)
+    return printable(names[number]) if names else str(number)

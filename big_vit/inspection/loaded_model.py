@@ -17,7 +17,7 @@ from big_vit import config as config_lib
 from big_vit.build.model import build_model, build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
-from big_vit.data import decode
+from big_vit.data import decode, files
 from big_vit.errors import UserError
 from big_vit.interop import Weights
 from big_vit.models import tokenizers
@@ -185,6 +185,7 @@ class LoadedModel:
 
         file = Path(path).expanduser()
         try:
+            files.check_regular(file)
             if file.stat().st_size > MOST_BYTES:
                 raise UserError(
                     f'--image {file}: is larger than {MOST_BYTES >> 20} MiB; make it smaller'

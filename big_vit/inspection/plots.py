@@ -85,7 +85,7 @@ def grid(
     for axis, image, label in zip(axes.flat, images, labels, strict=False):
         shown = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
         axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        axis.set_title(label, fontsize=7, pad=2)
+        axis.set_title(label, fontsize=7, pad=2, parse_math=False)
     return Picture(figure)
 
 
@@ -108,7 +108,8 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]]) -> Picture
             grey = picture.shape[-1] < 3
             shown = picture[..., 0] if grey else picture[..., :3]
             axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-            axis.set_title(text, fontsize=7, pad=2)
+            # A class may be called $5.
+            axis.set_title(text, fontsize=7, pad=2, parse_math=False)
     return Picture(figure)
 
 

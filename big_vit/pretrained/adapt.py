@@ -1,8 +1,9 @@
 """Adapt parameters to another model: resized positions and patches, other channels, new heads."""
 
 import math
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from big_vit import checkpoint, trees
 from big_vit.build.model import build_streams
 from big_vit.config import Config
+from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError
 from big_vit.models import encoder, positions, tokenizers, vit
 from big_vit.models.positions import Grid
@@ -21,6 +23,46 @@ VIDEO = ('central', 'inflate')
 def is_head(name: str) -> bool:
     """Whether a parameter belongs to a classifier."""
     return name.partition('/')[0] in vit.HEADS
+
+
+def head_by_name(
+    params: dict[str, Any],
+    names: Sequence[str] | None,
+    wanted: Sequence[str] | None,
+    where: str,
+) -> dict[str, Any]:
+    """Return parameters whose classifiers have their classes in another order.
+
+    What was done is printed, unless that is nothing.
+
+    Args:
+      names: of the classes, in order; None if they have none.
+      wanted: the same in the order that is wanted. Classifiers of other classes are left out, but
+        where one side has no names, classes are the same by number.
+      where: the checkpoint, for messages.
+    """
+    flat = trees.flatten(params)
+    heads = [name for name in flat if is_head(name)]
+    alike = names is None or wanted is None or len(names) == len(wanted)
+    if names == wanted or not heads or not alike:
+        return params
+    if names is None or wanted is None:
+        named = names or wanted or ()
+        if all(flat[name].shape[-1] == len(named) for name in heads):
+            _say(f'{where}: classes have names on one side only, so the head goes on by number')
+        return params
+    if sorted(names) != sorted(wanted) or len({*names}) < len(names):
+        _say(f'the head of {where} is of {shown(names)}, not of {shown(wanted)}: a new one')
+        return trees.unflatten({n: leaf for n, leaf in flat.items() if n not in heads})
+    order = [list(names).index(name) for name in wanted]
+    _say(f'{where} numbers classes in another way: its head is ordered by name')
+    return trees.unflatten(
+        {n: np.asarray(leaf)[..., order] if n in heads else leaf for n, leaf in flat.items()}
+    )
+
+
+def _say(line: str) -> None:
+    print(f'classes {line}', file=sys.stderr, flush=True)
 
 
 def adapt(

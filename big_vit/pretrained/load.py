@@ -35,13 +35,14 @@ _UNSEEN = (
 
 
 class Pretrained(NamedTuple):
-    """Parameters, the config of their model, where they are from, and which part of a file."""
+    """Parameters, the config of their model, where they are from, and what is known of them."""
 
     params: dict[str, Any]
     config: Config
     where: str
     normalised: tuple[Sequence[float], Sequence[float]] | None = None
     part: str | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
@@ -65,7 +66,8 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
     saved = config_lib.from_json(sidecar['config']).without('model.lora')
-    found = Pretrained(encoder.merge_lora(params), saved, f'{source}/checkpoints/{step}')
+    where, names = f'{source}/checkpoints/{step}', checkpoint.class_names(sidecar)
+    found = Pretrained(encoder.merge_lora(params), saved, where, class_names=names)
     _check_finite(found)
     return found if tower is None else _tower(found, tower)
 
@@ -196,6 +198,10 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
             _check_unseen(config, trunk, pretrained)
         _tell_normalisation(config, parts, pretrained)
         params, left = task_parameters(pretrained.params, task, parts.task)
+        if keep_head and 'logits' in parts.task.provides:
+            params = adapt.head_by_name(
+                params, pretrained.class_names, parts.class_names, pretrained.where
+            )
         if task.name != parts.task.name:
             names = sorted({name.partition('/')[0] for name in left})
             print(

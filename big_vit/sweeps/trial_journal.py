@@ -156,8 +156,9 @@ class TrialJournal:
         keep_last = max(2, self._intervals.keep_last)
         for i, j, trial in self._trials():
             self.writers[trial].flush()
+            names = self._experiments[i].class_names
             with checkpoint.Manager(
-                self._folder(trial), keep_last, self._intervals.keep
+                self._folder(trial), keep_last, self._intervals.keep, class_names=names
             ) as manager:
                 manager.save(
                     self._state_of(states, i, j),

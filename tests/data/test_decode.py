@@ -1,16 +1,20 @@
 """Decoding: Pillow's pixels to the last bit, no more of a file than a window needs, and damage."""
 
 import io
+import os
+import re
+import subprocess
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from big_vit.data import decode
+from big_vit.data import decode, transforms
 
 ImageFile.MAXBLOCK = 1 << 22  # Noise takes more room than Pillow expects.
 
@@ -131,12 +135,138 @@ def test_a_cmyk_jpeg_becomes_rgb():
     assert np.abs(found.astype(int) - picture(32, 32)).mean() < 6
 
 
-def test_orientation_is_ignored():
+def turned(kind, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(picture(20, 30), exif=exif.tobytes())
-    assert decode.Encoded(data).pixels().shape == (20, 30, 3)
-    assert decode.Encoded(data, 1).pixels().shape == (20, 30, 1)
+    exif[0x0112] = orientation
+    more = {'WEBP': {'lossless': True}, 'AVIF': {'quality': 100}}.get(kind, {})
+    return encoded(picture(20, 30), kind, exif=exif, **more)
+
+
+KINDS = ['JPEG', 'PNG', 'WEBP', 'TIFF', 'AVIF']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_orientation_is_ignored_in_every_format(kind):
+    upright = decode.Encoded(turned(kind, 1)).pixels()
+    for orientation in (3, 6):
+        for channels in (3, 1, 4):
+            found = decode.Encoded(turned(kind, orientation), channels)
+            assert found.pixels().shape == found.shape == (20, 30, channels)
+        colours = decode.Encoded(turned(kind, orientation)).pixels()
+        np.testing.assert_array_equal(colours, upright)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_exif_transpose_is_that_of_pillow(kind):
+    transform = transforms.parse('exif_transpose', size=(8, 8))
+    for orientation in range(1, 9):
+        data = turned(kind, orientation)
+        columns = transforms.opened({'image': [data]}, 3)
+        found = transforms.finished(transform(columns, np.zeros(1, np.uint64)), transform)['image']
+        with Image.open(io.BytesIO(data)) as image:
+            wanted = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(found[0], wanted)
+
+
+# --- Pixels that are no bytes ----------------------------------------------------------
+
+
+SHADES = np.linspace(0, 1, 72, dtype=np.float32).reshape(8, 9)
+BYTES = np.rint(SHADES * 255)
+
+
+def tiff(pixels):
+    return cv2.imencode('.tiff', pixels)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ('data', 'white', 'advice'),
+    [
+        (tiff(SHADES), (0, 1), 'float32 from 0 to 1,.*decode(3, black=0, white=1)'),
+        (tiff(SHADES * 2 - 1), (-1, 1), 'decode(3, black=-1, white=1)'),
+        (tiff(SHADES * 1000), (0, 1000), 'decode(3, black=0, white=1000)'),
+        (tiff(SHADES.astype(np.float64)), (0, 1), 'float64'),
+        (tiff((SHADES * 4095).astype(np.int32)), (0, 4095), 'int32'),
+        (tiff(np.repeat(SHADES[..., None], 4, 2)), (0, 1), 'float32'),
+        (
+            cv2.imencode('.png', (SHADES * 4095).astype(np.uint16))[1].tobytes(),
+            (0, 4095),
+            'uint16 from 0 to 4095,.*decode(3, white=4095), or white=65535 if it is so dark',
+        ),
+        (tiff((SHADES * 1023).astype(np.uint16)), (0, 1023), 'white=1023'),
+        (encoded((SHADES * 16383).astype(np.uint16)[..., None], 'PNG'), (0, 16383), 'white=16383'),
+    ],
+)
+def test_pixels_whose_white_is_unknown_are_refused_and_scaled_by_what_is_said(data, white, advice):
+    with pytest.raises(decode.DecodeError, match=re.escape(advice).replace(re.escape('.*'), '.*')):
+        decode.Encoded(data).pixels()
+    for channels in (1, 3, 4):
+        found = decode.Encoded(data, channels, white).pixels()
+        assert found.shape == (8, 9, channels)
+        assert found.dtype == np.uint8
+        assert np.abs(found[..., 0] - BYTES).max() <= 1
+    # As they are, for operations on the devices.
+    assert decode.Encoded(data, 0).pixels().dtype != np.uint8
+
+
+def test_full_sixteen_bits_need_no_word():
+    deep = (SHADES * 65535).astype(np.uint16)
+    for data in (
+        tiff(deep),
+        encoded(deep[..., None], 'PNG'),
+        tiff(np.repeat(deep[..., None], 3, 2)),
+    ):
+        np.testing.assert_array_equal(decode.Encoded(data).pixels()[..., 1], deep >> 8)
+    assert not decode.Encoded(tiff(deep * 0)).pixels().any()
+
+
+def test_the_range_of_a_pgm_is_what_its_header_says():
+    for most, kind in ((15, '>u1'), (4095, '>u2'), (65535, '>u2')):
+        pixels = np.rint(SHADES * most).astype(kind)
+        data = f'P5 9 8 {most}\n'.encode() + pixels.tobytes()
+        found = decode.Encoded(data).pixels()
+        assert np.abs(found[..., 2] - pixels / most * 255).max() <= 1
+
+
+def test_pixels_that_are_no_numbers_are_damaged():
+    with pytest.raises(decode.DecodeError, match='no numbers'):
+        decode.Encoded(tiff(SHADES * np.nan), 3, (0, 1)).pixels()
+
+
+def test_the_operation_that_errors_name_does_what_they_say():
+    for text in ('decode(3, black=-1, white=1)', 'decode(white=1, black=-1)'):
+        transform = transforms.parse(text, size=(8, 9))
+        columns = transforms.opened({'image': [tiff(SHADES * 2 - 1)]}, 3)
+        found = transform(columns, np.zeros(1, np.uint64))
+        pixels = transforms.finished(found, transform)['image'][0]
+        assert pixels.shape == (8, 9, 3)
+        assert np.abs(pixels[..., 0] - BYTES).max() <= 1
+        # Arrays of floats are scaled as well, bytes never.
+        arrays = transform({'image': (SHADES * 2 - 1)[None, ..., None]}, np.zeros(1, np.uint64))
+        assert np.abs(arrays['image'][0, ..., 0] - BYTES).max() <= 1
+    jpeg = transforms.opened({'image': [encoded(picture(8, 9))]}, 3)
+    same = transforms.finished(transform(jpeg, np.zeros(1, np.uint64)), transform)['image'][0]
+    np.testing.assert_array_equal(same, pillow(encoded(picture(8, 9)), 'RGB'))
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'GIF', 'BMP', 'TGA', 'JPEG2000', 'AVIF', 'ICO'])
+def test_every_mode_has_the_colours_of_pillow(kind):
+    image, tried = Image.fromarray(picture(16, 16, 4)), 0
+    for mode in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'clear'):
+        more = {'transparency': 3} if mode == 'clear' else {}
+        palette = mode in ('P', 'clear')
+        other = image.convert('RGB').quantize(64) if palette else image.convert(mode)
+        file = io.BytesIO()
+        try:
+            other.save(file, kind, **more)
+        except (OSError, ValueError, KeyError):
+            continue  # No such mode in this format.
+        data = file.getvalue()
+        for channels, target in ((3, 'RGB'), (1, 'L'), (4, 'RGBA')):
+            found = decode.Encoded(data, channels).pixels().astype(int)
+            assert np.abs(found - pillow(data, target)).max() <= 1, (mode, channels)
+        tried += 1
+    assert tried >= 4
 
 
 # --- Damage ----------------------------------------------------------------------------
@@ -154,6 +284,49 @@ def test_other_truncated_files_are_damaged(kind):
     data = encoded(picture(64, 64), kind)
     with pytest.raises(decode.DecodeError):
         decode.Encoded(data[: len(data) // 2]).pixels()
+
+
+@pytest.mark.parametrize('kind', JPEGS)
+def test_data_behind_the_end_of_a_jpeg_do_no_harm(kind):
+    """Phones write a video there, editors their notes."""
+    data = encoded(picture(120, 160), **JPEGS[kind])
+    for behind in (bytes(5000), b'\0\0\0\x18ftypmp42' + bytes(1 << 16), data):
+        found = decode.Encoded(data + behind)
+        np.testing.assert_array_equal(found.pixels(), pillow(data, 'RGB'))
+        np.testing.assert_array_equal(
+            found.window(0, 0, 20, 30, (20, 30)), pillow(data, 'RGB')[:20, :30]
+        )
+        for share in (0.5, 0.98):
+            with pytest.raises(decode.DecodeError, match=r'truncated|damaged'):
+                decode.Encoded(data[: int(share * len(data))] + bytes(5000)).pixels()
+
+
+def test_a_thumbnail_has_an_end_of_its_own():
+    thumbnail = encoded(picture(16, 16))
+    data = encoded(picture(120, 160), exif=b'Exif\0\0' + thumbnail)
+    assert decode.Encoded(data).pixels().shape == (120, 160, 3)
+    with pytest.raises(decode.DecodeError, match='truncated'):
+        decode.Encoded(data[:-500] + bytes(2000)).window(0, 0, 10, 10, (10, 10))
+
+
+@pytest.mark.parametrize('start', [b'%!PS-Adobe-3.0 EPSF-3.0\n', b'\xc5\xd0\xd3\xc6'])
+def test_no_image_starts_a_program(start, tmp_path, monkeypatch):
+    """Pillow hands PostScript to the `gs` that it finds."""
+    program, mark = tmp_path / 'gs', tmp_path / 'started'
+    program.write_text(f'#!/bin/sh\ntouch {mark}\necho 10.0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    subprocess.run(['gs', '--version'], check=True, capture_output=True)
+    mark.unlink()
+    body = b'%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n'
+    if start[0] == 0xC5:  # With a preview, as DOS has it.
+        text = b'%!PS-Adobe-3.0 EPSF-3.0\n' + body
+        start += (32).to_bytes(4, 'little') + len(text).to_bytes(4, 'little') + bytes(20)
+        body = text
+    for channels in (0, 1, 3, 4):
+        with pytest.raises(decode.DecodeError, match='not an image'):
+            decode.Encoded(start + body, channels)
+    assert not mark.exists()
 
 
 def test_a_jpeg_with_damage_inside_is_damaged():
@@ -217,3 +390,58 @@ def test_threads_do_not_share_memory():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(st.data())
+def test_odd_files_are_what_pillow_makes_of_them_or_refused(data):
+    """Whatever is cut or changed: the pixels of Pillow, or an error, and no other."""
+    kinds = ['JPEG', 'PNG', 'WEBP', 'TIFF', 'GIF', 'BMP', 'PPM', 'TGA', 'ICO', 'AVIF', 'JPEG2000']
+    kind = data.draw(st.sampled_from(kinds))
+    mode = data.draw(st.sampled_from(['L', 'RGB', 'RGBA', 'P', '1', 'CMYK', 'LA', 'I;16']))
+    source = Image.fromarray(picture(24, 31, 4, seed=data.draw(st.integers(0, 5))))
+    if mode == 'I;16':
+        image = Image.fromarray(picture(24, 31, 1)[..., 0].astype(np.uint16) * 257)
+    else:
+        image = source.convert('RGB').quantize(40) if mode == 'P' else source.convert(mode)
+    file = io.BytesIO()
+    try:
+        image.save(file, kind)
+    except (OSError, ValueError, KeyError):
+        return
+    content = bytearray(file.getvalue())
+    damage = data.draw(st.sampled_from(['none', 'cut', 'behind', 'changed']))
+    if damage == 'cut':
+        content = content[: data.draw(st.integers(0, len(content)))]
+    elif damage == 'behind':
+        content += data.draw(st.binary(max_size=3000))
+    elif damage == 'changed':
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        wanted = pillow(bytes(content), 'RGB').astype(int)
+    except Exception:  # Pillow raises anything.
+        wanted = None
+    known = damage != 'changed' and mode != 'I;16'
+    try:
+        found = decode.Encoded(bytes(content))
+        if found.shape[0] * found.shape[1] > 1 << 20:
+            return
+        pixels = found.pixels()
+        _ = found.orientation
+    except decode.DecodeError:
+        assert wanted is None or not known
+        return
+    assert pixels.shape == found.shape
+    if known:
+        assert wanted is not None
+        assert np.abs(pixels - wanted).max() <= 1
+
+
+def test_pillow_is_opened_in_one_place():
+    """Every other place would have to remember the list of formats."""
+    package = Path(decode.__file__).parents[1]
+    opening = [f for f in package.rglob('*.py') if re.search(r'Image\.open\(', f.read_text())]
+    assert opening == [Path(decode.__file__)]
+    assert Path(decode.__file__).read_text().count('Image.open(') == 1

@@ -5,16 +5,19 @@ hf_disk by datasets 5.2 (to_parquet and save_to_disk), each with PNG pictures of
 `picture`.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
+import cv2
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -88,7 +91,7 @@ def test_folders_of_splits(tmp_path):
     (root / 'val' / 'class1').rename(root / 'val' / 'other')
     refused(
         lambda: folder.folder(Request('val'), path=str(root)),
-        r'val has classes that train has not \(other\)',
+        r"val has classes that train has not \('other'; it has class0, class1, class2\)",
     )
     refused(
         lambda: folder.folder(Request('test'), path=str(root)), r"no split 'test', only train, val"
@@ -155,7 +158,7 @@ def test_mistakes_with_folders(tmp_path):
     write(tmp_path / 'docs' / 'a' / 'x.pdf', b'')
     refused(
         lambda: folder.folder(Request('train'), path=str(tmp_path / 'docs')),
-        r'only files with \.pdf\)',
+        r'\(1 file left out \(1 \.pdf\)\)',
     )
     write(tmp_path / 'both' / 'a' / 'x.png', b'')
     write(tmp_path / 'both' / 'b' / 'x.mp4', b'')
@@ -465,7 +468,7 @@ def test_mistakes_with_shards(tmp_path):
 def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
     count = 10_000_000
     shard = archive_of(tmp_path / 'x.tar', members(range(3)))
-    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls\0', 3)
+    mark = files.fingerprint([files.place(str(shard), 'data')], 'cls\0', 4)
 
     def made():
         return {
@@ -476,6 +479,7 @@ def test_ten_million_examples_open_at_once(tmp_path, monkeypatch):
             'label': np.zeros(count, np.int32),
             'words': np.zeros((0, 2), np.uint64),
             'values': np.frombuffer(b'0\n1\n2', np.uint8),
+            'left': np.frombuffer(b'{}', np.uint8),
         }
 
     files.kept_arrays('tar', mark, made)
@@ -601,6 +605,55 @@ def test_a_resized_copy_has_smaller_pictures(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.name.startswith('.new')] == []
 
 
+def test_a_copy_is_made_of_what_the_first_operations_make(tmp_path):
+    """What only the file tells is lost in a copy: its orientation, and what is white in it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(file, 'PNG', exif=exif)
+    write(tmp_path / 'set' / 'a' / '0.png', file.getvalue())
+    shades = np.arange(24, dtype=np.float32).reshape(4, 6) / 24
+    write(tmp_path / 'deep' / 'a' / '0.tif', cv2.imencode('.tif', shades)[1].tobytes())
+
+    def loaded(name, transform):
+        spec = dataset.Spec(
+            'data', 'folder', 'train', transform, (4, 6), cache='resized',
+            settings=(('path', str(tmp_path / name)),),
+        )  # fmt: skip
+        source, rest = dataset.open_spec(spec)
+        columns = rest(source.load(np.arange(1)), np.zeros(1, np.uint64))
+        return transforms.finished(columns, rest)['image'][0, ..., 0]
+
+    plain = np.arange(24).reshape(4, 6)
+    np.testing.assert_array_equal(loaded('set', ''), plain)
+    np.testing.assert_array_equal(loaded('set', 'exif_transpose'), np.rot90(plain, -1))
+    np.testing.assert_array_equal(loaded('set', 'decode'), plain)
+    found = loaded('deep', 'decode(3, white=1) | flip_ud(1)')[::-1]
+    assert np.abs(found - shades * 255).max() <= 0.51
+    refused(lambda: loaded('deep', ''), r'0\.tif: its pixels are float32 .*decode\(3, black=0')
+
+
+@pytest.mark.parametrize(
+    ('name', 'file', 'settings'),
+    [
+        ('idx', 'train-images-idx3-ubyte', {}),
+        ('arrays', 'train.npz', {}),
+        ('arrays', 'x_train.npy', {}),
+        ('parquet', 'train.parquet', {}),
+        ('parquet', 'train.arrow', {}),
+        ('table', 'train.csv', {}),
+        ('tar', 'train.tar', {}),
+        ('records', 'train.json', {}),
+    ],
+)
+def test_no_source_waits_for_a_pipe(tmp_path, name, file, settings):
+    os.mkfifo(tmp_path / file)
+    if file.endswith('.npy'):
+        os.mkfifo(tmp_path / 'y_train.npy')
+    read = SOURCES[name]
+    refused(lambda: read(Request('train'), path=str(tmp_path)), r'pipe or a device|truncated')
+
+
 def test_mistakes_with_records(tmp_path):
     refused(lambda: records.records(Request('train'), path=str(tmp_path)), 'holds no records')
     source, copy = resized_copy(tmp_path)
@@ -657,7 +710,9 @@ def test_resized_copies_are_found_again_by_what_they_are_made_of(tmp_path, monke
 def test_all_parts_of_a_mixture_are_transformed_whichever_comes_first(tmp_path, first):
     line = 'resize(size) | rgb | flip_lr'
     parts = [
-        spec_of(write_folder(tmp_path / 'set', 12, 3), transform=line, cache='none'),
+        spec_of(
+            write_folder(tmp_path / 'set', 12, 3), transform=line, cache='none', num_classes=10
+        ),
         dataset.Spec('mixture.b', 'digits', 'test', line, (8, 8)),
     ]
     parts.sort(key=lambda spec: spec.name != first)
@@ -741,12 +796,46 @@ def raises(call, kind):
     return False
 
 
-def test_parts_of_a_mixture_must_have_the_same_classes(tmp_path):
+def test_parts_of_a_mixture_meet_by_the_names_of_their_classes(tmp_path):
+    a, b = write_folder(tmp_path / 'a', 12, 3), write_folder(tmp_path / 'b', 12, 3)
+    shutil.rmtree(next(b.rglob('class0')))
+    # Without class0, class1 is the first there, also where the number of classes is known.
+    for count in (None, 3, 4):
+        specs = tuple(
+            spec_of(path, key=f'mixture.{path.name}', num_classes=count, cache='none')
+            for path in (a, b)
+        )
+        said = []
+        source, _, lengths = dataset.open_mixture(specs, say=said.append)
+        folders = [Path(source.place(i)).parent.name for i in range(sum(lengths))]
+        assert lengths == (12, 8)
+        assert [source.class_names[label] for label in source.labels()] == folders
+        loaded = source.load(np.arange(20))['label']
+        np.testing.assert_array_equal(loaded, source.labels())
+        assert len(said) == 1
+        assert 'class1 0 -> 1, class2 1 -> 2' in said[0]
+        again, _ = dataset.open_examples(specs)  # As worker processes do.
+        np.testing.assert_array_equal(again.labels(), source.labels())
+
+
+def test_a_class_that_no_other_part_of_a_mixture_has_is_refused(tmp_path):
     a, b = write_folder(tmp_path / 'a', 12, 3), write_folder(tmp_path / 'b', 12, 2)
+    class1 = next(b.rglob('class1'))
+    class1.rename(class1.with_name('Class1'))
     specs = (spec_of(a, key='mixture.a'), spec_of(b, key='mixture.b'))
     refused(
-        lambda: dataset.open_mixture(specs), r'mixture\.b: its classes are not those of mixture\.a'
+        lambda: dataset.open_mixture(specs),
+        r"mixture\.b: .* has classes that mixture\.a has not \('Class1', nearest 'class1'\)",
     )
-    source, _, lengths = dataset.open_mixture((specs[0], spec_of(a, split='train[:50%]')))
-    assert lengths == (12, 6)
-    assert source.length == 18
+    # Without labels there is nothing to meet.
+    free, _, _ = dataset.open_mixture(tuple(dataclasses.replace(s, labelled=False) for s in specs))
+    assert (free.num_classes, free.length) == (3, 24)
+    # A label map says the numbers itself.
+    numbers = {'class0': 2, 'Class1': 1}
+    mapping = tmp_path / 'map.json'
+    mapping.write_text(json.dumps(numbers))
+    specs = (specs[0], spec_of(b, key='mixture.b', label_map=str(mapping)))
+    source, _, _ = dataset.open_mixture(specs)
+    assert source.class_names == ('class0', 'class1', 'class2')
+    folders = [Path(source.place(i)).parent.name for i in range(12, 24)]
+    assert source.labels()[12:].tolist() == [numbers[name] for name in folders]

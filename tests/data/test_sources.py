@@ -553,7 +553,7 @@ def test_tfds_refuses(tmp_path, no_network):
     prepare(tmp_path, varying=False)
     with pytest.raises(UserError, match=r'there is no split .val., only test, train'):
         tfds(Request('val'), tfds_name='tiny', path=str(tmp_path))
-    with pytest.raises(UserError, match=r'data.num_classes is 2 but tiny has 3 classes'):
+    with pytest.raises(UserError, match=r'data.num_classes is 2 but tfds:tiny has 3 classes'):
         tfds(Request('train', num_classes=2), tfds_name='tiny', path=str(tmp_path))
     with pytest.raises(UserError, match=r'tiny:2\.0\.0 is not prepared .*there is 1\.0\.0'):
         tfds(Request('train'), tfds_name='tiny:2.0.0', path=str(tmp_path))

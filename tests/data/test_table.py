@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import fsspec
 import numpy as np
@@ -59,12 +60,29 @@ def test_ends_of_lines_within_texts_of_json(put):
 
 @pytest.mark.parametrize('separator', ['|', ';', ' | '])
 def test_one_row_of_several_labels_makes_lists_of_all_in_all_splits(put, tmp_path, separator):
-    put('train.csv', f'image,label\n0.png,b{separator}a\n1.png,\n')
+    put('train.csv', f'image,label\n0.png,c{separator}a{separator}b\n1.png,\n')
     put('test.csv', 'image,label\n1.png,c\n0.png,a\n')
-    for split, wanted in (('train', [[1, 0], []]), ('test', [[2], [0]])):
+    for split, wanted in (('train', [[2, 0, 1], []]), ('test', [[2], [0]])):
         source = table.table(Request(split), path=str(tmp_path))
         assert [label.tolist() for label in source.load(np.arange(2))['label']] == wanted
         assert (source.class_names, source.labels) == (('a', 'b', 'c'), None)
+
+
+@pytest.mark.parametrize(
+    ('cell', 'labels'),
+    [
+        ('AT&amp;T', ['AT&amp;T']),
+        ('caf&eacute;|&#8364;;x', ['&#8364;', 'caf&eacute;', 'x']),
+        ('R&D;x', ['R&D', 'x']),
+        ('&amp;', ['&amp;']),
+        ('a&amp|x;', ['a&amp', 'x']),
+        ('&lt;&gt;', ['&lt;&gt;']),
+    ],
+)
+def test_the_end_of_an_entity_is_no_separator(put, cell, labels):
+    source = table.table(Request('train'), path=put('x.csv', f'image,label\n0.png,{cell}\n'))
+    assert list(source.class_names) == sorted(labels)
+    assert (source.labels is None) == (len(labels) > 1 or cell.endswith('x;'))
 
 
 def test_a_single_label_is_needed_in_each_row_where_none_has_several(put):
@@ -95,7 +113,7 @@ def test_a_single_label_is_needed_in_each_row_where_none_has_several(put):
         ('x.csv', b'image,label\n0.png,a\n1.png,\xff\n', 'not text in UTF-8'),
         ('x.jsonl', '{"image": "0.png", "label": {"a": 1}}', r"line 1: labels .* not \{'a': 1\}"),
         ('x.jsonl', '{"image": "0.png", "label": [["a"]]}', r"line 1: labels .* not \['a'\]"),
-        ('x.jsonl', '{"image": "0.png", "label": 1}\n{"image": "1.png", "label": 1.0}', 'line 2'),
+        ('x.jsonl', '{"image": "0.png", "label": 1}\n{"image": "1.png", "label": 1.5}', 'line 2'),
         ('x.jsonl', '{"image": "0.png", "label": null}', 'line 1: has no label'),
         ('x.jsonl', '{"image": "0.png", "label": []}', r'no row of .*x\.jsonl has a label'),
         ('x.jsonl', '{"image": 5, "label": 1}', 'line 1: 5 is no path'),
@@ -166,3 +184,34 @@ def test_a_large_table_is_read_in_a_few_arrays(put):
     assert peak < 40e6
     picked = np.array([count - 1, 7])
     assert source.load(picked)['label'].tolist() == [999, 7]
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('x.csv', f'image,label\n{"a" * 300}.jpg,0\n', r'line 2: .a+.\.\.\. has 304 characters'),
+        ('x.csv', f'image,label\n{"ä" * 130}.jpg,0\n', 'at most 255 bytes'),
+        ('x.jsonl', '{"image": "\\ud800.jpg", "label": 0}\n', r'line 1: .*ud800.* characters that'),
+        ('x.jsonl', '{"image": "\\u0000.jpg", "label": 0}\n', 'characters that no name'),
+        ('x.csv', f'image,label\n{"d/" * 3000}0.png,0\n', 'there is no file'),
+    ],
+)
+def test_paths_that_no_file_can_have(put, name, text, message):
+    refused(lambda: table.table(Request('train'), path=put(name, text)), message)
+
+
+def test_only_regular_files_are_read(put, tmp_path):
+    path = put('x.csv', 'image,label\nzero.jpg,0\nwait.jpg,1\n0,1\n')
+    (tmp_path / 'zero.jpg').symlink_to('/dev/zero')
+    os.mkfifo(tmp_path / 'wait.jpg')
+    (tmp_path / '0').write_bytes(b'no ending')
+    source = table.table(Request('train'), path=path)
+    for row in (0, 1):
+        with pytest.raises(OSError, match='a pipe or a device'):
+            source.load(np.array([row]))
+    assert source.load(np.array([2]))['image'] == [b'no ending']
+    os.mkfifo(tmp_path / 'pipe.csv')
+    refused(
+        lambda: table.table(Request('train'), path=str(tmp_path / 'pipe.csv')),
+        r'cannot read .*pipe\.csv: it is a pipe',
+    )

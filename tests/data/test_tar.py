@@ -1,6 +1,7 @@
 """Headers and labels of tar shards: against Python's tarfile, GNU tar, and damage."""
 
 import io
+import re
 import shutil
 import subprocess
 import tarfile
@@ -199,3 +200,133 @@ def test_a_remote_shard_is_read_in_few_requests(tmp_path, monkeypatch):
     assert len(asked) == 1
     assert source.labels is not None
     np.testing.assert_array_equal(source.labels(), np.arange(200) % 3)
+
+
+# --- Samples ---------------------------------------------------------------------------
+
+
+def opened(tmp_path, members, labelled=True, **more):
+    path = write(tmp_path / 'x.tar', members)
+    return tar.tar(Request('train', labelled=labelled), path=path, **more)
+
+
+def refused(call, message):
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('again', ['a.jpg', 'a.cls', 'a.JPG'])
+def test_a_name_that_comes_twice_is_refused(tmp_path, again):
+    """As webdataset does; the later member would hide the earlier one."""
+    members = [('a.jpg', b'1'), ('a.cls', b'0'), (again, b'2')]
+    refused(
+        lambda: opened(tmp_path, members),
+        rf'x\.tar: {again.lower()} is there twice, at byte [\d,]+ and at [\d,]+: give each sample',
+    )
+    # Apart from each other they are two samples, to webdataset too.
+    apart = [('a.jpg', b'1'), ('a.cls', b'0'), ('b.jpg', b''), ('b.cls', b'0'), *members[:2]]
+    assert opened(tmp_path, apart).length == 3
+
+
+def test_dots_in_names_are_told_of(tmp_path):
+    members = [('22.5.jpg', b''), ('22.5.cls', b'0')]
+    refused(
+        lambda: opened(tmp_path, members),
+        r'sample 22 has no \.cls .*\(it has \.5\.cls, \.5\.jpg\): a sample.s name ends at',
+    )
+    members = [('clip.0001.jpg', b'1'), ('clip.0002.jpg', b'2')]
+    refused(
+        lambda: opened(tmp_path, members, labelled=False),
+        r'clip\.0001\.jpg and clip\.0002\.jpg would be one sample, clip: ',
+    )
+    # Dots in folders do not count.
+    members = [('v1.0/a.jpg', b''), ('v1.0/a.cls', b'2'), ('v1.0/b.jpg', b''), ('v1.0/b.cls', b'3')]
+    assert opened(tmp_path, members).labels().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ('text', 'column', 'label'),
+    [
+        ('{"label": 3.0}', 'label', 3),
+        ('{"label": {"id": 3}}', 'label.id', 3),
+        ('{"a": {"b": {"c": 2}}, "a.b": 1}', 'a.b.c', 2),
+        ('{"a.b": 1, "a": {"b": 5}}', 'a.b', 1),
+        ('{"label": [1, 2]}', 'label', r'.label. there is \[1, 2\]: labels are whole numbers'),
+        ('{"label": 1.5}', 'label', r'.label. there is 1\.5: labels'),
+        ('{"label": true}', 'label', 'there is true'),
+        ('{"label": {"id": 3}}', 'label', r'there is \{"id": 3\}'),
+        ('{"label": null}', 'label', r'\(it has \.jpg, \.json\): set label_column'),
+        ('[3]', 'label', r'\(it has \.jpg, \.json\): set label_column'),
+    ],
+)
+def test_labels_in_json(tmp_path, text, column, label):
+    members = [('a.jpg', b''), ('a.json', text.encode())]
+    if isinstance(label, int):
+        assert opened(tmp_path, members, label_column=column).labels().tolist() == [label]
+    else:
+        refused(lambda: opened(tmp_path, members, label_column=column), label)
+        # Where no labels are needed, those that are none do no harm.
+        assert opened(tmp_path, members, False, label_column=column).length == 1
+
+
+def test_members_that_are_left_out_are_counted(tmp_path, capfd):
+    members = [(f'{i}.{"heic" if i == 2 else "jpg"}', bytes([i])) for i in range(6)]
+    pairs = [pair for i, m in enumerate(members) for pair in (m, (f'{i}.cls', b'1'))]
+    clutter = ['./__MACOSX/9.jpg', '@eaDir/8.jpg', 'x/.ipynb_checkpoints/7.jpg', 'README.md']
+    extra = [('notes.txt', b'of all'), *((name, b'') for name in clutter)]
+    source = opened(tmp_path, pairs + extra)
+    loaded = source.load(np.arange(source.length))['image']
+    assert loaded == [bytes([i]) for i in (0, 1, 3, 4, 5)]
+    told = capfd.readouterr().err
+    assert told == 'data    tar:x.tar, train: 1 file left out (1 .heic), such as 2.heic\n'
+    # The index remembers.
+    tar.tar(Request('train[:2]'), path=str(tmp_path / 'x.tar'))
+    refused(
+        lambda: opened(tmp_path, [(name.replace('jpg', 'heic'), data) for name, data in pairs]),
+        r'no sample with an image, .*\(6 files left out \(6 \.heic\), such as 0\.heic\)',
+    )
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['a', 'b', 'x/a', './c', '.d', '@eaDir/e']),
+            st.sampled_from(
+                ['jpg', 'JPG', 'png', 'seg.png', 'cls', 'json', 'txt', 'heic', '1.jpg']
+            ),
+        ),
+        max_size=8,
+    )
+)
+def test_samples_are_grouped_as_webdataset_groups_them(tmp_path, names):
+    members = [(f'{stem}.{ending}', f'{i}'.encode()) for i, (stem, ending) in enumerate(names)]
+    groups: list[tuple[str, dict[str, bytes]]] = []
+    twice = False
+    for name, data in members:
+        match = re.match(r'^((?:.*/|)[^.]+)[.]([^/]*)$', name)
+        if match is None or match[1].startswith('@eaDir'):
+            continue
+        key, ending = match[1], match[2].lower()
+        if not groups or groups[-1][0] != key:
+            groups.append((key, {}))
+        twice |= ending in groups[-1][1]
+        groups[-1][1][ending] = data
+    try:
+        source = opened(tmp_path, members, labelled=False)
+    except UserError as error:
+        pictures = [g for _, g in groups if any(e.endswith(('jpg', 'png', 'txt')) for e in g)]
+        told = 'twice' in str(error) or 'would be one sample' in str(error)
+        assert twice or not pictures or told or 'left out' in str(error)
+        return
+    assert not twice
+    column = source.load(np.arange(source.length))
+    found = column.get('image') or [text.encode() for text in column['text']]
+    wanted = [group for _, group in groups if any(e.endswith(('jpg', 'png')) for e in group)]
+    if 'image' in column:
+        assert len(found) == len(wanted)
+        assert all(data in group.values() for data, group in zip(found, wanted, strict=True))

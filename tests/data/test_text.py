@@ -145,7 +145,7 @@ def test_wrong_files_and_arguments_are_refused_at_once(tmp_path):
     made('WordPiece').save(str(tmp_path / 'two.json'))
     for line, message in (
         ("tokenize('/no/such.json', 5)", r"tokenize cannot read '/no/such\.json' \(No such file"),
-        (f'tokenize({str(tmp_path)!r}, 5)', 'tokenize cannot use .*directory'),
+        (f'tokenize({str(tmp_path)!r}, 5)', 'tokenize cannot read .*a folder'),
         (f'tokenize({str(tmp_path / "no.json")!r}, 5)', r"tokenize cannot use '.*no\.json'"),
         (f'tokenize({str(tmp_path / "two.json")!r}, 1)', 'tokenize takes a length of at least 2'),
         ('tokenize(3, 5)', 'takes the path of a tokenizer file, not 3'),

@@ -7,6 +7,7 @@ images, as rows area, width / height, top / height, left / width; and a picture 
 `tf.image.resize` (bilinear, no antialias) resized it.
 """
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from scipy import stats
 
 from big_vit.data import decode, order, transforms
 from big_vit.data.sources import digits
-from big_vit.data.sources.base import Request
+from big_vit.data.sources.base import Request, Source
 from big_vit.data.transforms import geometry
+from big_vit.data.transforms.operations import BadExampleError
 from big_vit.errors import UserError
 
 CROPS = np.load(Path(__file__).parents[1] / 'oracles' / 'crops.npz', allow_pickle=False)
@@ -436,8 +438,8 @@ def test_colours_against_opencv():
         ('resize(0)', 'resize takes a size'),
         ('resize((1, 2, 3))', 'resize takes a size'),
         ('resize(True)', 'resize takes a size'),
-        ('resize_small(1.5)', 'resize_small takes a whole number of at least 1 for n, not 1.5'),
-        ('random_crop(size, -1)', 'random_crop takes a whole number of at least 0 for pad'),
+        ('resize_small(1.5)', 'resize_small takes a whole number from 1 to 16384 for n, not 1.5'),
+        ('random_crop(size, -1)', 'random_crop takes a whole number from 0 to 16384 for pad'),
         ('inception_crop(size, 0)', r'takes a fraction in \(0, 1\] for min_area, not 0'),
         ('(' * 500, 'cannot read'),
     ],
@@ -478,3 +480,61 @@ def test_check():
         check("keep('label')", (8, 8))
     with pytest.raises(UserError, match=r'data\.transform: flip_lr is random'):
         transforms.require_deterministic(transforms.parse('resize(size) | flip_lr', size=(8, 8)))
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('resize(100000)', 'resize takes a size .* of at most 16,384, not 100000'),
+        ('rrc(100000)', 'rrc takes a size'),
+        ('central_crop((8, 99999))', 'central_crop takes a size'),
+        ('resize_video(20000)', 'resize_video takes a size'),
+        ('pad(1000000000)', 'pad takes a whole number from 0 to 16384 for n'),
+        ('pad(1, 256)', 'pad takes a whole number from 0 to 255 for value'),
+        ('random_crop(8, pad=99999)', 'random_crop takes a whole number from 0 to 16384 for pad'),
+        ('resize_long(99999)', 'resize_long takes a whole number from 1 to 16384 for n'),
+        ('resmall_crop(8, 99999)', 'resmall_crop takes a whole number from 8 to 16384 for small'),
+        ('ragged_patches(16, 99999999)', 'takes a whole number from 1 to 1048576 for tokens'),
+        ('onehot(999999999999)', 'onehot takes a whole number from 1 to 16777216'),
+        ('byte_tokens(999999999999)', 'byte_tokens takes a whole number from 1 to 1048576'),
+        ('log_mel(1000000, 1024, window=10)', 'log_mel takes a shorter window or fewer bins'),
+        ('decode(3, white=0)', 'decode takes a white that is not black, not 0'),
+        ('decode(3, black=1)', 'decode takes a white that is not black, not None'),
+    ],
+)
+def test_no_size_takes_all_memory(text, message):
+    with pytest.raises(UserError, match=message):
+        transforms.parse(text, size=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ('text', 'shape'),
+    [('resize_small(16384)', (1, 60_000, 3)), ('pad(16384)', (8, 8, 3))],
+)
+def test_no_example_takes_all_memory(text, shape):
+    transform = transforms.parse(text, size=(8, 8))
+    images = [np.zeros(shape, np.uint8)]
+    with pytest.raises(BadExampleError, match='pixels would be more than the 268,435,456 pixels'):
+        transform({'image': images}, np.zeros(1, np.uint64))
+
+
+def test_damaged_first_examples_are_skipped_where_others_are():
+    def load(indices):
+        if indices.min() < 3:
+            raise OSError('damaged')
+        return {'image': np.zeros((len(indices), 8, 8, 1), np.uint8), 'label': indices}
+
+    source = Source('set', 'train', 20, 2, None, load, in_memory=False)
+    transform = transforms.parse('', size=(8, 8))
+    with pytest.raises(UserError, match="example 0 of 'train' of set: damaged"):
+        transforms.check(transform, source, (8, 8))
+    assert transforms.check(transform, source, (8, 8), skip_bad=True).parts['image'][0] == (8, 8, 1)
+    few = dataclasses.replace(source, length=3)
+    with pytest.raises(UserError, match='damaged'):
+        transforms.check(transform, few, (8, 8), skip_bad=True)
+
+
+def test_files_are_turned_before_they_are_decoded():
+    transforms.parse('decode | exif_transpose | flip_lr', size=(8, 8))
+    with pytest.raises(UserError, match='exif_transpose comes before flip_lr'):
+        transforms.parse('flip_lr | exif_transpose', size=(8, 8))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import MAX_CLASSES
-from big_vit.data.sources.splits import cut
+from big_vit.data.sources.classes import MAX_CLASSES, numbered_classes
+from big_vit.data.sources.splits import cut, training_split
 from big_vit.errors import UserError
 
 # Usual names for the two arrays of a split: those of Keras, and those of MedMNIST.
@@ -52,14 +53,16 @@ def arrays(
         ).items()
     }
 
+    first = training_split(splits)
+
     def open_split(name: str) -> Source:
         images, labels = splits[name][0](), _checked_labels(splits[name][1](), name, root)
         _check_images(images, name, root)
         if len(images) != len(labels):
             raise UserError(f'{root}: {len(images)} images of {name} but {len(labels)} labels')
         known = labels
-        if 'train' in splits:
-            known = _checked_labels(splits['train'][1](), 'train', root)
+        if first is not None:
+            known = _checked_labels(splits[first][1](), first, root)
         if not images.size or not labels.size or not known.size:
             raise UserError(f'{root}: {name} or train holds no image')
         count = _class_count(labels, known, name, root, request)
@@ -129,9 +132,13 @@ def _class_count(
             'give all splits one label an image, or all 0 and 1 for each class'
         )
     multilabel = labels.ndim == 2
-    count = request.num_classes or (
-        train_labels.shape[1] if multilabel else int(train_labels.max()) + 1
-    )
+    count = request.num_classes
+    if count is None and multilabel:
+        count = train_labels.shape[1]
+    elif count is None:
+        # Others are named with their example below.
+        numbers = train_labels[(train_labels >= 0) & (train_labels < MAX_CLASSES)]
+        count = numbered_classes(np.unique(numbers).tolist(), request, root).num_classes
     if multilabel and labels.shape[1] > count:
         raise UserError(
             f'{root}: labels of {name} are for {labels.shape[1]} classes, not for {count}: '
@@ -201,6 +208,7 @@ def _pairs(readers: dict[str, Reader]) -> dict[str, tuple[Reader, Reader]]:
 
 def _npz_readers(path: Path) -> dict[str, Reader]:
     try:
+        files.check_regular(path)
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix('.npy') for n in archive.namelist() if n.endswith('.npy')]
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
@@ -240,6 +248,7 @@ def _read_npz(path: Path, name: str) -> np.ndarray:
 
 def _map_npy(path: Path) -> np.ndarray:
     try:
+        files.check_regular(path)
         return np.lib.format.open_memmap(path, mode='r')
     except Exception as error:  # NumPy raises anything for a damaged header.
         if 'Python objects' in str(error):

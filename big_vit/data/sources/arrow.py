@@ -94,6 +94,8 @@ def _reading(file: files.Place, advice: str = 'copy it again') -> Iterator[None]
 def _open(file: files.Place) -> Any:
     import pyarrow as pa
 
+    if file.is_local:
+        files.check_regular(file.path)
     return pa.OSFile(file.path) if file.is_local else file.system.open(file.path, 'rb')
 
 
@@ -102,6 +104,7 @@ def _map_file(file: files.Place, advice: str = 'copy it again') -> Any:
     import pyarrow as pa
 
     with _reading(file, advice):
+        files.check_regular(file.path)
         try:
             table = pa.ipc.open_file(pa.memory_map(file.path)).read_all()
         except pa.ArrowInvalid:

@@ -23,6 +23,8 @@ class Request(NamedTuple):
       seed: of generated examples.
       labelled: whether every example must have a label; if not, all are of class 0 where the data
         has none.
+      least_classes: numbers below this are labels even where the data has none of them, because a
+        model has so many classes; only where `num_classes` is not set.
     """
 
     split: str
@@ -31,6 +33,7 @@ class Request(NamedTuple):
     image_size: tuple[int, int] = (0, 0)
     seed: int = 0
     labelled: bool = True
+    least_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Source:
       in_memory: `load` costs about as much as a copy (or is one vectorized computation), so
         whole batches are loaded at once instead of a few rows at a time in threads.
       channels: number of channels that encoded images are decoded to; 0 keeps the file's.
-      class_names: in the order of the class numbers, if classes have names.
+      class_names: one for each class, '' where it has none; None if no class has a name.
       labels: returns the labels of all examples, int32 [length], without reading an image; None
         if that is impossible.
       where: maps an index to the location of that example (file, or shard and offset), for

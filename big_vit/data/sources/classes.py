@@ -1,6 +1,13 @@
-"""Numbers and names of classes: from the labels of a dataset, by a map, or a chosen few."""
+"""Numbers and names of classes: from the labels of a dataset, by a map, or a chosen few.
 
-from collections.abc import Sequence
+A label is a number or a name. Numbers may be written as text ('2', '2.0'), and names are compared
+in Unicode's normal form C.
+"""
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,94 +18,234 @@ from big_vit.errors import UserError
 
 # Labels are int32.
 MAX_CLASSES = 1 << 31
+# Numbers that leave more classes than these empty, nine of ten, are dates or keys, not classes.
+_MOST_EMPTY = 1000
+# Names of digits may be longer; Python refuses to read thousands of them.
+_NUMBER = re.compile(r'[+-]?[0-9]{1,18}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?')
 
 
 class Classes(NamedTuple):
     """The classes of a dataset.
 
     Attributes:
-      numbers: class number of each label value.
-      num_classes: number of classes.
-      names: in order; None if classes have no names, or not all of them.
+      num_classes: their number.
+      names: in order; None if labels are numbers.
     """
 
-    numbers: dict[Any, int]
     num_classes: int
     names: tuple[str, ...] | None
 
+    def numbers(
+        self, values: Iterable[Any], place: object, split: str, train: str, key: str
+    ) -> np.ndarray:
+        """Return the class number of each label value of a split, int32.
 
-def named_classes(names: Sequence[str], request: Request, title: object) -> Classes:
-    """Number the classes of a dataset that lists their names.
+        Args:
+          place: the dataset or file, for messages.
+          split: the split that holds the values.
+          train: the split that the classes are of.
+          key: section of the config.
+
+        Raises:
+          UserError: a value is of no class.
+        """
+        values = list(values)
+        if self.names is None:
+            numbers = [whole_number(value) for value in values]
+            for value, number in zip(values, numbers, strict=True):
+                if number is None or not 0 <= number < self.num_classes:
+                    least = 0 if number is None else number + 1
+                    advice = f'set {key}.num_classes={least}, or ' if least > 0 else ''
+                    raise UserError(
+                        f'{place}: label {value!r} of {split} is not one of the '
+                        f'{self.num_classes} classes of {train}: {advice}see whether the splits '
+                        'belong together'
+                    )
+            return np.array(numbers, np.int32)
+        order = {name: number for number, name in reversed(list(enumerate(self.names)))}
+        names = [label_name(value) for value in values]
+        unknown = [name for name in names if name not in order]
+        if unknown:
+            raise UserError(
+                f'{place}: {split} has classes that {train} has not '
+                f'({unknown_text(unknown, self.names)}): a model cannot be scored on what it '
+                'never saw'
+            )
+        return np.array([order[name] for name in names], np.int32)
+
+
+# --- Labels as numbers and as names ----------------------------------------------------
+
+
+def whole_number(value: Any) -> int | None:
+    """Return the number that a label is, or that its text says, such as '2' or '2.0'; else None."""
+    if isinstance(value, str):
+        if not _NUMBER.fullmatch(value):
+            return None
+        # Not by way of a float, which has 53 bits.
+        value = int(value) if value.lstrip('+-').isdigit() else float(value)
+    if isinstance(value, float | np.floating):
+        return int(value) if float(value).is_integer() else None
+    return int(value) if isinstance(value, int | np.integer | np.bool_) else None
+
+
+def label_name(value: Any) -> str:
+    """Return a label as the name of a class: in normal form C, whichever the file system uses."""
+    if not isinstance(value, str):
+        number = whole_number(value)
+        value = str(value if number is None else number)
+    return unicodedata.normalize('NFC', value)
+
+
+def names_as_numbers(names: Sequence[str]) -> list[int | None] | None:
+    """Return the numbers that names say, None for classes without one.
+
+    Returns:
+      None if a name says none, or two say the same.
+    """
+    numbers = [whole_number(name) if name else None for name in names]
+    said = [number for number in numbers if number is not None]
+    complete = len(said) == sum(map(bool, names)) == len(set(said)) > 0
+    return numbers if complete else None
+
+
+def choose(choice: Any, names: Sequence[str] | None, count: int, holder: str, key: str) -> int:
+    """Return the number of the class that a config names, by its name or number.
+
+    Args:
+      holder: whose classes they are, for messages.
 
     Raises:
-      UserError: `num_classes` is set to fewer than there are.
+      UserError: there is no such class.
     """
-    count = class_count(len(names), request, title)
-    numbers = {name: number for number, name in enumerate(names)}
-    return Classes(numbers, count, tuple(names) if count == len(names) else None)
+    if names is not None and label_name(choice) in names:
+        return list(names).index(label_name(choice))
+    numbers = names_as_numbers(names or ()) or list(range(count))
+    number = whole_number(choice)
+    if number is None or number not in numbers:
+        known = shown(filter(None, names), 12) if names else f'0 to {count - 1}'
+        raise UserError(f'{key}: {holder} has no class {choice!r}; it has {known}')
+    return numbers.index(number)
 
 
-def class_count(known: int, request: Request, title: object) -> int:
-    """Return `num_classes` if it is set, else the number of classes known of the dataset.
-
-    Raises:
-      UserError: it is set to less than that.
-    """
-    count = request.num_classes or known
-    if count < known:
-        raise UserError(
-            f'{request.key}.num_classes is {count} but {title} has {known} classes: '
-            'set at least that'
-        )
-    return count
+def shown(names: Iterable[str], most: int = 6) -> str:
+    """List names in one line, those with odd characters in quotes."""
+    texts = [
+        name if name.isprintable() and name == name.strip() and ',' not in name else repr(name)
+        for name in names
+    ]
+    more = f', and {len(texts) - most} more' if len(texts) > most else ''
+    return ', '.join(texts[:most]) + more
 
 
-def infer_classes(values: Sequence[Any], request: Request, title: object) -> Classes:
+def unknown_text(unknown: Sequence[str], known: Collection[str]) -> str:
+    """List unknown names, each with the known one that is most like it, if one is."""
+    folded = {name.casefold(): name for name in known if name}
+    texts = []
+    for name in unknown[:5]:
+        near = difflib.get_close_matches(name.casefold(), folded, 1)
+        texts.append(f'{name!r}, nearest {folded[near[0]]!r}' if near else repr(name))
+    more = f', and {len(unknown) - 5} more' if len(unknown) > 5 else ''
+    none = '' if any('nearest' in text for text in texts) else f'; it has {shown(folded.values())}'
+    return ', '.join(texts) + more + none
+
+
+# --- The classes of a dataset ----------------------------------------------------------
+
+
+def named_classes(names: Iterable[str]) -> Classes:
+    """Number the classes of a dataset that lists their names."""
+    normal = tuple(map(label_name, names))
+    return Classes(len(normal), normal)
+
+
+def sorted_classes(names: Iterable[str]) -> Classes:
+    """Number the classes that names occur of, in the order of the names as they are written."""
+    return named_classes(dict.fromkeys(label_name(name) for name in sorted(names)))
+
+
+def infer_classes(values: Iterable[Any], request: Request, title: object) -> Classes:
     """Infer classes from label values, which are numbers or names.
 
     Args:
-      values: all labels that occur, in any order.
+      values: all labels that occur, in any order. Numbers beside names are names.
       request: may set `num_classes`.
       title: the dataset, for error messages.
 
     Raises:
-      UserError: the labels are of both kinds, negative, or more than `num_classes`.
+      UserError: the labels are neither, negative, or more than `num_classes`.
     """
-    different = set(values)
-    numbers = {value: number for value in different if (number := _as_number(value)) is not None}
-    if len(numbers) == len(different):
-        return _numbered_classes(numbers, request, title)
-    odd = [value for value in different if not isinstance(value, str)]
+    different = dict.fromkeys(values)
+    numbers = {value: whole_number(value) for value in different}
+    known = [number for number in numbers.values() if number is not None]
+    if len(known) == len(different):
+        return numbered_classes(known, request, title)
+    odd = [
+        value
+        for value, number in numbers.items()
+        if not isinstance(value, str) and (number is None or isinstance(value, bool))
+    ]
     if odd:
         raise UserError(f'{title}: labels must be numbers or names, not {odd[0]!r}')
-    return named_classes(sorted(different), request, title)
+    fractions = [v for v, number in numbers.items() if number is None and _NUMBER.fullmatch(v)]
+    if len(fractions) + len(known) == len(different):
+        raise UserError(
+            f'{title}: label {fractions[0]!r} is a fraction: number the classes from 0, or give '
+            'them names that are no numbers'
+        )
+    return sorted_classes(v if isinstance(v, str) else label_name(v) for v in different)
 
 
-def _as_number(value: Any) -> int | None:
-    if isinstance(value, bool | int | np.integer):
-        return int(value)
-    text = str(value)
-    if len(text) > 18:  # A name made of digits; Python refuses to read thousands of them.
-        return None
-    return int(text) if text.isdecimal() or (text[1:].isdecimal() and text[0] == '-') else None
+def numbered_classes(numbers: Collection[int], request: Request, title: object) -> Classes:
+    """Count the classes of labels that are numbers from 0.
 
+    Args:
+      numbers: the different labels that occur.
 
-def _numbered_classes(numbers: dict[Any, int], request: Request, title: object) -> Classes:
-    largest = max(numbers.values(), default=-1)
-    negative = [value for value, number in numbers.items() if number < 0]
-    count = request.num_classes or largest + 1
+    Raises:
+      UserError: one is negative, not below `num_classes`, or far beyond what there are.
+    """
+    smallest, largest = min(numbers, default=0), max(numbers, default=-1)
+    count = request.num_classes or max(largest + 1, request.least_classes)
     if largest >= MAX_CLASSES:
         raise UserError(f'{title}: label {largest} is too large for the number of a class')
-    if negative or largest >= count:
+    if smallest < 0 or largest >= count:
         raise UserError(
-            f'{title}: label {negative[0] if negative else largest} is not one of {count} classes: '
+            f'{title}: label {smallest if smallest < 0 else largest} is not one of {count} '
+            'classes: '
             + (
                 'label from 0'
-                if negative
+                if smallest < 0
                 else f'set {request.key}.num_classes={largest + 1} or more'
             )
         )
-    return Classes(numbers, count, None)
+    if request.num_classes is None and largest >= max(
+        request.least_classes, _MOST_EMPTY, 10 * len(numbers)
+    ):
+        raise UserError(
+            f'{title}: labels up to {largest:,} would make {count:,} classes, and only '
+            f'{len(numbers):,} of them occur: number them from 0, give them names, or set '
+            f'{request.key}.num_classes={count}'
+        )
+    return Classes(count, None)
+
+
+def with_count(source: Source, count: int | None, key: str) -> Source:
+    """Give a source as many classes as `num_classes` says; those beyond its own have no examples.
+
+    Raises:
+      UserError: it is set to less than the source has.
+    """
+    if count is None or count == source.num_classes:
+        return source
+    if count < source.num_classes:
+        raise UserError(
+            f'{key}.num_classes is {count} but {source.name} has {source.num_classes} classes: '
+            'set at least that'
+        )
+    names = source.class_names
+    padded = None if names is None else names + ('',) * (count - source.num_classes)
+    return replace(source, num_classes=count, class_names=padded)
 
 
 def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
@@ -112,21 +259,14 @@ def subset(source: Source, classes: Sequence[str | int], key: str) -> Source:
       UserError: no such class, a class given twice, or no example left.
     """
     names = source.class_names
-    chosen = []
-    for choice in classes:
-        if isinstance(choice, str) and names is not None and choice in names:
-            chosen.append(names.index(choice))
-        elif str(choice).isdigit() and int(choice) < source.num_classes:
-            chosen.append(int(choice))
-        else:
-            known = ', '.join(names[:12]) if names else f'0 to {source.num_classes - 1}'
-            raise UserError(f'{key}: {source.name} has no class {choice!r}; it has {known}')
+    chosen = [choose(choice, names, source.num_classes, source.name, key) for choice in classes]
     if len(set(chosen)) != len(chosen):
         raise UserError(f'{key}: a class is named twice in {tuple(classes)!r}')
     targets = np.full(source.num_classes, -1, np.int32)
     targets[chosen] = np.arange(len(chosen))
-    kept = tuple(names[i] for i in chosen) if names else None
-    return _renumbered(source, targets, len(chosen), kept, key)
+    # Classes that were numbers are named by them: another subset may be in another order.
+    kept = tuple(names[i] if names else str(i) for i in chosen)
+    return renumbered(source, targets, len(chosen), kept, key)
 
 
 def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
@@ -138,13 +278,20 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
       UserError: the mapping lacks a class of the source, or maps one to no whole number.
     """
     names = source.class_names or tuple(map(str, range(source.num_classes)))
-    missing = [n for i, n in enumerate(names) if n not in mapping and str(i) not in mapping]
+    given = {label_name(name): target for name, target in mapping.items()}
+    if names_as_numbers(names) is None:  # A number is of a class, unless one is called so.
+        given |= {
+            name: given[str(number)]
+            for number, name in enumerate(names)
+            if name not in given and str(number) in given and str(number) not in names
+        }
+    missing = [name for name in names if name and name not in given]
     if missing:
         raise UserError(
             f'{key}: says nothing of class {missing[0]!r} of {source.name}'
             f' (nor of {len(missing) - 1} others): give each class a number, or null to drop it'
         )
-    targets = [mapping.get(n, mapping.get(str(i))) for i, n in enumerate(names)]
+    targets = [given.get(name) for name in names]
     for name, target in zip(names, targets, strict=True):
         valid = target is None or (type(target) is int and 0 <= target < MAX_CLASSES)
         if not valid:
@@ -157,10 +304,10 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
     for name, target in zip(names, table.tolist(), strict=True):
         if target >= 0:
             merged[target] = f'{merged[target]}, {name}' if merged[target] else name
-    return _renumbered(source, table, count, tuple(merged), key)
+    return renumbered(source, table, count, tuple(merged), key)
 
 
-def _renumbered(
+def renumbered(
     source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None, key: str
 ) -> Source:
     """Map labels by `targets` and leave out examples that it maps to -1."""

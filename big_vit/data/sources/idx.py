@@ -13,7 +13,9 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.sources.base import Request, Source, from_arrays
+from big_vit.data.sources.classes import numbered_classes
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
@@ -35,7 +37,7 @@ def idx(request: Request, *, path: str) -> Source:
 
     Args:
       request: the examples to open; `num_classes` defaults to the largest label of the train file
-        plus one.
+        (of the test file, if there is no other) plus one.
       path: local folder of the files.
 
     Raises:
@@ -70,9 +72,13 @@ def idx(request: Request, *, path: str) -> Source:
                 f'{labels_file}: {len(labels)} labels for the {len(images)} images of '
                 f'{images_file.name}: the two files do not belong together'
             )
-        count = request.num_classes
-        if count is None:
-            count = int((labels if name == 'train' else read_labels('train')[1]).max()) + 1
+        known = read_labels('train')[1] if 'train' in image_files else labels
+        count = (
+            request.num_classes
+            or numbered_classes(
+                np.unique(known).tolist(), request, f'{key}.path: {labels_file}'
+            ).num_classes
+        )
         wrong = np.flatnonzero(labels >= count)
         if wrong.size:
             raise UserError(
@@ -111,6 +117,7 @@ def _open(path: Path, ndim: int) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """
     header_bytes = 4 + 4 * ndim
     try:
+        files.check_regular(path)
         with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
             header = file.read(header_bytes)
             if len(header) < header_bytes:

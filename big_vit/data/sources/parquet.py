@@ -1,6 +1,7 @@
 """Parquet and Arrow files with image bytes, as Hugging Face's `datasets` writes them."""
 
 import fnmatch
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -11,8 +12,8 @@ import numpy as np
 from big_vit.data import files
 from big_vit.data.sources import arrow
 from big_vit.data.sources.base import Columns, Request, Source, locate
-from big_vit.data.sources.classes import Classes, infer_classes, named_classes
-from big_vit.data.sources.splits import cut
+from big_vit.data.sources.classes import infer_classes, named_classes
+from big_vit.data.sources.splits import cut, training_split
 from big_vit.errors import UserError
 
 _ENDINGS = ('.parquet', '.arrow')
@@ -48,10 +49,14 @@ def parquet(
     title = f'parquet:{root.name}'
     label_columns = {label_column: 'label_column'}
 
+    first = training_split(splits)
+
+    @functools.cache
     def train_labels() -> arrow.Labels:
-        shards = splits['train']  # Read for its classes only, so without its images.
+        assert first is not None
+        shards = splits[first]  # Read for its classes only, so without its images.
         table, _ = arrow.read_table(shards, label_columns, key)
-        return arrow.Labels(table, label_column, str(shards[0]), 'train')
+        return arrow.Labels(table, label_column, str(shards[0]), first)
 
     def open_split(name: str) -> Source:
         shards = splits[name]
@@ -68,11 +73,12 @@ def parquet(
         labels = arrow.Labels(table, label_column, str(shards[0]), name)
         names = _class_names(features.get(label_column))
         if names and all(type(value) is int for value in labels.values):
-            classes = named_classes(names, request, title)._replace(numbers={})
+            classes = named_classes(names)  # And the labels are numbers of them.
+            plain = classes._replace(names=None)
         else:
-            known = train_labels() if name != 'train' and 'train' in splits else labels
-            classes = infer_classes(known.values, request, title)
-        numbers = _class_numbers(labels, classes, name, shards[0], key)
+            known = labels if first in (None, name) else train_labels()
+            plain = classes = infer_classes(known.values, request, title)
+        numbers = plain.numbers(labels.values, shards[0], name, first or name, key)
         ends = np.cumsum(rows)
         read = _reader(data, paths, lambda index: shards[locate(index, ends)[0]])
 
@@ -101,23 +107,6 @@ def parquet(
     return cut(title, splits, open_split, request)
 
 
-def _class_numbers(
-    labels: arrow.Labels, classes: Classes, name: str, shard: files.Place, key: str
-) -> np.ndarray:
-    """Return the class number of each label value; UserError for values of no class."""
-
-    def number(value: Any) -> int:
-        class_number = classes.numbers.get(value, value if isinstance(value, int) else -1)
-        if not 0 <= class_number < classes.num_classes:
-            raise UserError(
-                f'{shard}: label {value!r} of {name} is not one of {classes.num_classes} classes: '
-                f'set {key}.num_classes, or see whether the splits belong together'
-            )
-        return class_number
-
-    return np.array([number(value) for value in labels.values], np.int32)
-
-
 def _reader(
     data: arrow.Column, paths: arrow.Column | None, shard_of: Callable[[int], files.Place]
 ) -> Callable[[int], Any]:
@@ -128,6 +117,8 @@ def _reader(
         if value is not None:
             return value
         path = paths[index] if paths is not None else None
+        if path and '\0' in path:
+            raise OSError('has a path with characters that no name of a file has')
         if not path:
             raise OSError('has neither bytes nor a path')
         shard = shard_of(index)

@@ -16,7 +16,7 @@ from big_vit.data import files
 from big_vit.data.sources import labels as labels_lib
 from big_vit.data.sources import tfrecord
 from big_vit.data.sources.base import Columns, Request, Source, locate
-from big_vit.data.sources.classes import class_count
+from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
@@ -297,7 +297,10 @@ def _image(features: Any, info: Any, tfds_name: str, key: str) -> _Image:
         shape=feature.shape if not is_video and None not in feature.shape else None,
         # Decoded to bytes, 16 bits would be lost.
         channels=channels if feature.np_dtype == np.uint8 else 0,
-        is_encoded=not is_video and isinstance(feature, tensorflow_datasets.features.Image),
+        # TFDS stores floats as PNGs of their bytes, which it must put together itself.
+        is_encoded=not is_video
+        and isinstance(feature, tensorflow_datasets.features.Image)
+        and feature.np_dtype != np.float32,
     )
 
 
@@ -328,14 +331,13 @@ def _label(
             'numbers: choose another dataset'
         )
     known = derived.classes if derived else getattr(element, 'num_classes', None)
-    if known is None and request.num_classes is None:
+    count = known or request.num_classes or request.least_classes
+    if not count:
         raise UserError(
             f'{key}.num_classes: {tfds_name} does not say how many classes it has: set it'
         )
-    count = class_count(known or 0, request, tfds_name)
-    names = _class_names(element) if count == known else None
     read = derived.of if derived else lambda example: example[name]
-    return _Label(read, multilabel, count, names)
+    return _Label(read, multilabel, count, _class_names(element))
 
 
 def _label_name(
@@ -397,4 +399,5 @@ def _has(features: Any, path: str) -> bool:
 def _class_names(label: Any) -> tuple[str, ...] | None:
     names = getattr(label, 'names', None)
     # TFDS numbers classes without names.
-    return tuple(names) if names and list(names) != [str(i) for i in range(len(names))] else None
+    numbered = names and list(names) == [str(i) for i in range(len(names))]
+    return tuple(map(label_name, names)) if names and not numbered else None

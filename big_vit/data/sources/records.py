@@ -32,6 +32,7 @@ import numpy as np
 from big_vit.data import files
 from big_vit.data.decode import DecodeError, Encoded
 from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.data.transforms.geometry import resized
 from big_vit.data.transforms.operations import BadExampleError
@@ -117,7 +118,7 @@ def _open_split(name: str, description: Path) -> Source:
         load=load,
         in_memory=False,
         channels=about['channels'],
-        class_names=tuple(names) if names else None,
+        class_names=tuple(map(label_name, names)) if names else None,
         labels=None if labels is None else lambda: np.asarray(labels),
         where=where,
     )
@@ -126,7 +127,7 @@ def _open_split(name: str, description: Path) -> Source:
 def _read_description(file: Path) -> dict[str, Any]:
     """Read SPLIT.json and check that the files that it lists exist; UserError."""
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(files.read(files.place(str(file), 'path')))
         if about.get('format') != _FORMAT:
             raise ValueError('another version wrote it')
         parts = [(part['name'], part['records'], part['bytes']) for part in about['files']]
@@ -134,7 +135,7 @@ def _read_description(file: Path) -> dict[str, Any]:
             raise ValueError(f'says that there are {about["length"]} examples')
         for name, _, size in parts:
             path = file.parent / Path(name).name
-            if not path.exists() or path.stat().st_size != size:
+            if not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f'{path.name} is missing or has not the {size} bytes it had')
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = f'it has no {error}' if isinstance(error, KeyError) else error
@@ -146,6 +147,7 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 def _read_labels(file: Path) -> np.ndarray:
     try:
+        files.check_regular(file)
         return np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f'{file.parent}: cannot be read ({error}): delete it') from error

@@ -1,5 +1,6 @@
 """The syntax of splits: 'train', 'train[:90%]', 'train[1000:2000]+test', 'train[fold=2/5]'."""
 
+import itertools
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ import numpy as np
 
 from big_vit.data import order
 from big_vit.data.sources.base import Request, Source, concatenate, select
+from big_vit.data.sources.classes import with_count
+from big_vit.data.sources.known import known_of, meet
 from big_vit.errors import UserError
 
 Range = tuple[str, int, int]
@@ -63,7 +66,7 @@ def _parse_range(piece: str, text: str, sizes: dict[str, int], key: str) -> list
             f'{key}: cannot read {text!r}: write ranges such as train, train[:90%], '
             f'train[1000:2000] or train[fold=0/5], joined by + (splits here: {valid})'
         )
-    name = match[1]
+    name = _spelled(match[1], sizes)
     if name not in sizes:
         raise UserError(f'{key}: there is no split {name!r}, only {valid}')
     size = sizes[name]
@@ -81,6 +84,13 @@ def _parse_range(piece: str, text: str, sizes: dict[str, int], key: str) -> list
             'write a wider range'
         )
     return ranges
+
+
+def _spelled(name: str, splits: Collection[str]) -> str:
+    """Return the split that is called so, in whichever case; `name` if there is none."""
+    if name in splits:
+        return name
+    return next((split for split in splits if split.casefold() == name.casefold()), name)
 
 
 def _fold_intervals(
@@ -127,10 +137,18 @@ def cut(
         fixed random order, so that `train[:10%]` has examples of all classes.
 
     Raises:
-      UserError: as `parse_split`.
+      UserError: as `parse_split`; two splits whose names differ by case alone; `num_classes` is
+        less than there are.
     """
+    for one, other in itertools.pairwise(sorted(splits, key=str.casefold)):
+        if one.casefold() == other.casefold():
+            raise UserError(
+                f'{request.key}.split: {title} has splits {one} and {other}, and to read one of '
+                'them would leave out the other: give both one name'
+            )
     pieces = request.split.split('+')
-    mentioned = [match[1] for piece in pieces if (match := _RANGE.fullmatch(piece))]
+    matches = [match for piece in pieces if (match := _RANGE.fullmatch(piece))]
+    mentioned = [_spelled(match[1], splits) for match in matches]
     opened = {name: open_split(name) for name in dict.fromkeys(mentioned) if name in splits}
     sizes = {name: opened[name].length if name in opened else 0 for name in splits}
     parts = []
@@ -142,7 +160,16 @@ def cut(
             parts.append(select(source, stop - start, _Shuffled(start, size)))
         else:
             parts.append(select(source, stop - start, _Shifted(start)))
-    return concatenate(parts, title, request.split)
+    # Without a split `train`, each may have classes of its own.
+    known = known_of(max(parts, key=lambda part: part.num_classes), title)
+    parts = [meet(part, known, request.key)[0] for part in parts]
+    return with_count(concatenate(parts, title, request.split), request.num_classes, request.key)
+
+
+def training_split(splits: Collection[str]) -> str | None:
+    """Return the split whose classes are those of all: `train`, or the first that begins so."""
+    training = [name for name in splits if name.casefold().startswith('train')]
+    return min(training, key=lambda name: (name != 'train', name), default=None)
 
 
 @dataclass(frozen=True)

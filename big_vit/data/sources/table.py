@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import html.entities
 import io
 import itertools
 import json
@@ -15,27 +16,31 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import infer_classes
+from big_vit.data.sources.classes import infer_classes, whole_number
 from big_vit.data.sources.folder import list_folder
-from big_vit.data.sources.media import KINDS, Names, kind_of, loader
-from big_vit.data.sources.splits import cut
+from big_vit.data.sources.media import KINDS, Names, ending_of, kind_of, loader
+from big_vit.data.sources.splits import cut, training_split
 from big_vit.errors import UserError
 
 _ENDINGS = ('.csv', '.tsv', '.jsonl')
 _SEPARATORS = re.compile('[|;]')
+_NUMERIC = re.compile('#([0-9]+|[xX][0-9a-fA-F]+);')
 _KINDS = (None, *KINDS)
+# What the file systems of Linux allow; halves of characters, which JSON can hold.
+_MOST_NAME = 255
+_SURROGATE = re.compile('[\ud800-\udfff]')
 # Number of files that are looked for when a split is opened; a million would take minutes.
 _PROBES = 9
 
 
 class _Row(NamedTuple):
-    """A line of a table: a path, its labels, and its split if the table has a column for it."""
+    """A line of a table: a path, its labels, and its split, `train` without a column for it."""
 
     line: int
     image: str
     labels: list[Any]
     multilabel: bool
-    split: str | None
+    split: str
 
 
 class _Rows(NamedTuple):
@@ -61,6 +66,15 @@ class _Rows(NamedTuple):
     lines: np.ndarray
     splits: dict[str, tuple[files.Place, np.ndarray]]
 
+    def used(self, split: str | None) -> list[int]:
+        """List the labels that occur in a split (None: in any), as indices into `values`."""
+        chosen = np.ones(len(self.ends), bool)
+        if split is not None:
+            chosen[:] = False
+            chosen[self.splits[split][1]] = True
+        labels = np.diff(self.ends, prepend=0)
+        return np.unique(self.codes[np.repeat(chosen, labels)]).tolist()
+
 
 def table(
     request: Request, *, path: str, image_column: str = 'image', label_column: str = 'label'
@@ -70,7 +84,8 @@ def table(
     A table in a folder is the split that it is named after (train.csv, test.jsonl); a single
     table is the split `train`, unless it has a column `split`. Paths are relative to the table and
     must stay below its folder, or absolute if the table is local. Labels are numbers from 0, or
-    names, whose classes are the sorted names of all splits. If any row has several labels,
+    names, whose classes are the sorted names of the split `train` (of all, if there is none). A
+    column `split` may be written in capitals. If any row has several labels,
     separated by | or ; (in JSONL a list), 'label' is a list of arrays, which may be empty; else
     each row needs one.
 
@@ -87,10 +102,11 @@ def table(
     root = files.place(path, f'{key}.path')
     tables, home = _find_tables(root, key)
     rows = _read(tables, lambda file: _parse(file, home, image_column, label_column, key))
-    if not rows.values:
+    first = training_split(rows.splits)
+    learned = [rows.values[code] for code in rows.used(first)]
+    if not learned:
         raise UserError(f'{key}.path: no row of {root} has a label')
-    classes = infer_classes(rows.values, request, root)
-    labels = np.array([classes.numbers[value] for value in rows.values], np.int32)[rows.codes]
+    classes = infer_classes(learned, request, root)
 
     def place(row: int) -> files.Place:
         name = rows.names[row]
@@ -98,6 +114,11 @@ def table(
 
     def open_split(name: str) -> Source:
         file, chosen = rows.splits[name]
+        used = rows.used(name)
+        numbers = np.zeros(len(rows.values), np.int32)
+        values = [rows.values[code] for code in used]
+        numbers[used] = classes.numbers(values, file, name, first or name, key)
+        labels = numbers[rows.codes]
         kind = _check_files(file, chosen, rows, place)
         read = loader(kind, lambda row: files.read(place(row)))
         flat = None if rows.multilabel else labels[chosen]
@@ -176,6 +197,7 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
     numbers: dict[Any, int] = {}
     codes, ends, lines, kinds = array('q'), array('q'), array('q'), array('b')
     splits: dict[str, tuple[files.Place, array]] = {}
+    spellings: dict[str, str] = {}  # Of a split in some rows Train, in others TRAIN.
     multilabel, unlabelled = False, None
 
     def names() -> Iterator[str]:
@@ -183,12 +205,14 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
         for name, file in tables.items():
             start = len(lines)
             for row in parse(file):
-                split = name or ('train' if row.split is None else row.split)
+                split = name or spellings.setdefault(row.split.casefold(), row.split)
                 splits.setdefault(split, (file, array('q')))[1].append(len(lines))
                 codes.extend([numbers.setdefault(label, len(numbers)) for label in row.labels])
                 ends.append(len(codes))
                 lines.append(row.line)
-                kinds.append(_KINDS.index(kind_of(row.image)))
+                # Of a file without an ending, the bytes decide when it is decoded.
+                kind = kind_of(row.image) or ('image' if ending_of(row.image) == '.' else None)
+                kinds.append(_KINDS.index(kind))
                 multilabel = multilabel or row.multilabel
                 if unlabelled is None and not row.labels:
                     unlabelled = f'{file}, line {row.line}'
@@ -228,21 +252,41 @@ def _parse(
             raise UserError(f'{file}, line {line}: {image!r} is no path of a file')
         if image[0] == '/' or '..' in image or '://' in image:  # Few of a million rows.
             _check_path(image, file, line, home)
-        split = None if 'split' not in row else str(row['split'] or '').strip()
+        if len(image) > _MOST_NAME or not image.isascii() or '\0' in image:
+            _check_name(image, file, line, home)
+        where = next((name for name in ('split', 'Split', 'SPLIT') if name in row), None)
+        split = 'train' if where is None else str(row[where] or '').strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
         cell = row[label_column]
         multilabel = isinstance(cell, list)
         if isinstance(cell, str) and not is_json:
-            multilabel = _SEPARATORS.search(cell) is not None
-            cell = [part.strip() for part in _SEPARATORS.split(cell) if part.strip()]
+            parts = _split_labels(cell)
+            multilabel, cell = len(parts) > 1, [part.strip() for part in parts if part.strip()]
         labels = cell if isinstance(cell, list) else [] if cell in (None, '') else [cell]
         for label in labels:
-            if not isinstance(label, int | str):
+            if not isinstance(label, str) and whole_number(label) is None:
                 raise UserError(
                     f'{file}, line {line}: labels must be numbers or names, not {label!r}'
                 )
         yield _Row(line, image, labels, multilabel, split)
+
+
+def _split_labels(cell: str) -> list[str]:
+    """Split a cell at its separators, of which the end of an entity such as &amp; is none."""
+    parts = _SEPARATORS.split(cell)
+    if '&' not in cell:
+        return parts
+    ends = itertools.accumulate(len(part) + 1 for part in parts)
+    joined = ['']
+    for part, end in zip(parts, ends, strict=True):
+        joined[-1] += part
+        entity = part.rpartition('&')[2] + cell[end - 1 : end]
+        if '&' in part and (entity in html.entities.html5 or _NUMERIC.fullmatch(entity)):
+            joined[-1] += ';'
+        else:
+            joined.append('')
+    return joined[:-1] if joined[-1] == '' else joined
 
 
 def _check_path(name: str, table: files.Place, line: int, home: files.Place) -> None:
@@ -257,10 +301,22 @@ def _check_path(name: str, table: files.Place, line: int, home: files.Place) -> 
         raise UserError(f'{table}, line {line}: {name} {reason}')
 
 
+def _check_name(name: str, table: files.Place, line: int, home: files.Place) -> None:
+    reason = None
+    if '\0' in name or _SURROGATE.search(name):
+        reason = 'has characters that no name of a file has'
+    elif home.is_local and any(len(part.encode()) > _MOST_NAME for part in name.split('/')):
+        reason = f'has {len(name):,} characters: names of files have at most {_MOST_NAME} bytes'
+    if reason:
+        raise UserError(f'{table}, line {line}: {name[:40]!a}... {reason}: give the path of a file')
+
+
 @contextlib.contextmanager
 def _open_text(file: files.Place, newline: str, key: str) -> Iterator[io.TextIOWrapper]:
     """Open a text file to be read as a stream; what fails while it is read is a UserError too."""
     try:
+        if file.is_local:
+            files.check_regular(file.path)
         with (
             file.system.open(file.path, 'rb') as handle,
             io.TextIOWrapper(handle, 'utf-8-sig', newline=newline) as text,

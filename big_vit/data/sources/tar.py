@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from big_vit.data import files
+from big_vit.data.decode import is_image
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import Classes, infer_classes
-from big_vit.data.sources.media import KINDS, kind_of, loader
+from big_vit.data.sources.classes import infer_classes
+from big_vit.data.sources.media import KINDS, LeftOut, is_missed, kind_of, loader, main_kind
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
 
@@ -33,6 +34,8 @@ _KINDS = list(KINDS)
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_NAME = 1000
 _DIGITS = re.compile(r'[0-9]{1,18}')
+
+_FIRST_DOT = "a sample's name ends at the first dot of its files: rename them without other dots"
 
 Take = Callable[[int, int], bytes]
 Index = dict[str, np.ndarray]
@@ -62,10 +65,11 @@ def tar(
     """Open webdataset shards: an image (or video, sound, text) and a label with one name.
 
     Splits are the words train, val, validation, test in the names of the shards, if all have
-    one; else all shards are `train`. Labels are the member NAME.cls (a number or the name of a
-    class), or what a member NAME.json has as `label_column`. With `text_column` the text of each
-    image is the member NAME with that extension, as img2dataset writes it, and a sample without
-    a label is of class 0; so are all samples without one if no labels are needed.
+    one; else all shards are `train`. NAME ends at the first dot of a file's name, as webdataset has
+    it. Labels are the member NAME.cls (a number or the name of a class), or what a member NAME.json
+    has as `label_column`, which may be a path such as annotation.class. With `text_column` the text
+    of each image is the member NAME with that extension, as img2dataset writes it, and a sample
+    without a label is of class 0; so are all samples without one if no labels are needed.
 
     Args:
       request: the examples to open; classes are those that occur in the split `train` (or in each
@@ -75,7 +79,8 @@ def tar(
       text_column: extension of the texts, such as 'txt'.
 
     Raises:
-      UserError: no shards, a damaged one, or samples without a label or text.
+      UserError: no shards, a damaged one, samples without a label or text, two of one name, or
+        many without a file that can be read.
     """
     key = request.key
     splits = _find_splits(path, key)
@@ -85,16 +90,26 @@ def tar(
     def index_of(name: str) -> Index:
         index = indexed(splits[name], label_column, text_column, request.labelled)
         if not len(index['size']):
-            raise UserError(f'{key}.path: no sample with an image, video, sound or text in {path}')
+            left_out = LeftOut()
+            left_out.update(json.loads(bytes(index['left'])))
+            what = f' ({left_out})' if str(left_out) else ''
+            raise UserError(
+                f'{key}.path: no sample with an image, video, sound or text in {path}{what}'
+            )
         return index
 
     def open_split(name: str) -> Source:
         index, shards = index_of(name), splits[name]
         known = index_of('train' if 'train' in splits else name)
         classes = infer_classes(_unpack_values(known['values']), request, title)
-        labels = _class_numbers(index, classes, name, key)
-        kind = _only_kind(index, name, key)
-        shard, offset, size, texts = (index[n] for n in ('shard', 'offset', 'size', 'words'))
+        values = _unpack_values(index['values'])
+        labels = classes.numbers(values, f'{key}.path: {title}', name, 'train', key)[index['label']]
+        kind, rows = _examples(index, f'{title}, {name}', key)
+        shard, offset, size = (index[n][rows] for n in ('shard', 'offset', 'size'))
+        texts, labels = (
+            index['words'] if text_column is None else index['words'][rows],
+            labels[rows],
+        )
 
         def read(i: int) -> bytes:
             return files.read_range(shards[shard[i]], int(offset[i]), int(size[i]))
@@ -126,34 +141,29 @@ def tar(
     return cut(title, splits, open_split, request)
 
 
-def _class_numbers(index: Index, classes: Classes, name: str, key: str) -> np.ndarray:
-    """Return the class number of each sample of a split, int32 [samples].
+def _examples(index: Index, where: str, key: str) -> tuple[str, slice | np.ndarray]:
+    """Return the kind of a split and its samples; texts beside media are none. Tells of the rest.
 
     Raises:
-      UserError: a label is no class of the training split.
+      UserError: it has media of several kinds, or much of it cannot be read.
     """
-    values = _unpack_values(index['values'])
-    unknown = [value for value in values if value not in classes.numbers]
-    if unknown and (classes.names is not None or not isinstance(unknown[0], int)):
-        raise UserError(
-            f'{key}.path: shards of {name} have the class {unknown[0]!r}, those of train not'
-        )
-    numbers = np.array([classes.numbers.get(value, value) for value in values], np.int32)
-    labels = numbers[index['label']]
-    if labels.size and labels.max() >= classes.num_classes:
-        raise UserError(
-            f'{key}.num_classes is {classes.num_classes} but shards of {name} have label '
-            f'{labels.max()}: set {key}.num_classes={labels.max() + 1} or more'
-        )
-    return labels
-
-
-def _only_kind(index: Index, name: str, key: str) -> str:
-    kinds = np.unique(index['kind'])
-    if len(kinds) > 1:
-        names = ' and '.join(_KINDS[k] for k in kinds)
-        raise UserError(f'{key}.path: shards of {name} hold {names}: keep those of one kind')
-    return _KINDS[int(kinds[0])]
+    present = [_KINDS[k] for k in np.unique(index['kind'])]
+    if len(set(present) - {'text'}) > 1:
+        names = ' and '.join(present)
+        raise UserError(f'{key}.path: shards of {where} hold {names}: keep those of one kind')
+    kind = main_kind(present)
+    assert kind is not None
+    rows: slice | np.ndarray = slice(None)
+    taken = len(index['kind'])
+    if len(present) > 1:
+        rows = np.flatnonzero(index['kind'] == _KINDS.index(kind))
+        taken = len(rows)
+    left_out = LeftOut()
+    left_out.update(json.loads(bytes(index['left'])))
+    for _ in range(len(index['kind']) - taken):
+        left_out.add('x.txt')
+    left_out.tell(where, taken, kind, key)
+    return kind, rows
 
 
 # --- Shards ----------------------------------------------------------------------------
@@ -328,7 +338,10 @@ def indexed(
     Returns:
       {'shard', 'offset', 'size', 'kind', 'label'}: arrays [samples]; 'words': (offset, size) of
       the member `text_column` of each, [samples, 2], or [0, 2]; 'values': the label values as
-      JSON, one a line.
+      JSON, one a line; 'left': {ending: (number, example)} of what cannot be read, as JSON.
+
+    Raises:
+      UserError: a shard is damaged or cannot be read, or a sample is not as it should be.
     """
 
     def build() -> Index:
@@ -339,20 +352,36 @@ def indexed(
             return _join(list(indices))
 
     options = f'{label_column}\0{text_column or ""}' + ('' if labelled else '\0unlabelled')
-    mark = files.fingerprint(shards, options, 3)
+    mark = files.fingerprint(shards, options, 4)
     return files.kept_arrays('tar', mark, build)
 
 
 def _index(shard: files.Place, label_column: str, text_column: str | None, labelled: bool) -> Index:
     """Index a shard, whose samples are members with one name up to its first dot."""
     take = files.forward(shard)
-    groups = itertools.groupby(_sample_members(shard, take), lambda member: member[0])
-    samples = [
-        sample
-        for name, group in groups
-        if (sample := _sample(shard, name, group, take, label_column, text_column, labelled))
-        is not None
-    ]
+    samples: list[_Sample] = []
+    left: dict[str, tuple[int, str]] = {}
+    unlabelled_text: UserError | None = None
+    try:
+        groups = itertools.groupby(_sample_members(shard, take), lambda member: member[0])
+        for name, group in groups:
+            parts = _parts(shard, name, group)
+            try:
+                sample = _sample(shard, name, parts, take, label_column, text_column, labelled)
+            except _UnlabelledText as error:  # A README beside images, unless there are no images.
+                unlabelled_text = unlabelled_text or UserError(str(error))
+                continue
+            if sample is not None:
+                samples.append(sample)
+                continue
+            missed = next((f'.{part}' for part in parts if is_missed(f'x.{part}')), None)
+            if missed is not None:
+                count, example = left.get(missed, (0, f'{name}{missed}'))
+                left[missed] = count + 1, example
+    except OSError as error:
+        raise UserError(f'{shard}: cannot be read: {error.strerror or error}') from error
+    if unlabelled_text is not None and not samples:
+        raise unlabelled_text
     values: dict[int | str, int] = {}
     texts = [sample.text for sample in samples if sample.text is not None]
     return {
@@ -362,22 +391,62 @@ def _index(shard: files.Place, label_column: str, text_column: str | None, label
         'label': np.array([values.setdefault(s.label, len(values)) for s in samples], np.int32),
         'words': np.array(texts, np.uint64).reshape(len(texts), 2),
         'values': _pack_values(list(values)),
+        'left': np.frombuffer(json.dumps(left).encode(), np.uint8),
     }
+
+
+class _UnlabelledText(UserError):
+    """A text without a label, which is no sample of a dataset of media."""
 
 
 def _sample_members(shard: files.Place, take: Take) -> Iterator[tuple[str, str, int, int]]:
     """Yield (name of the sample, extension, offset, size) of members; hidden ones are skipped."""
     for member in _members(shard, take):
         folder, slash, base = member.name.rpartition('/')
-        stem, _, extension = base.partition('.')
+        stem, dot, extension = base.partition('.')
+        if slash and _is_hidden(folder):
+            continue
+        if not dot and is_image(take(member.offset, min(16, member.size))):
+            extension = 'jpg'  # A picture without an ending; its bytes say which kind.
         if stem and extension:
             yield f'{folder}{slash}{stem}', extension.lower(), member.offset, member.size
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_hidden(folder: str) -> bool:
+    return any(files.is_clutter(part) for part in folder.split('/') if part not in ('.', '..'))
+
+
+def _parts(
+    shard: files.Place, name: str, members: Iterable[tuple[str, str, int, int]]
+) -> dict[str, tuple[int, int]]:
+    """Return (offset, size) of the members of a sample by their extensions.
+
+    Raises:
+      UserError: two members have one name, or pictures that differ behind the first dot.
+    """
+    parts: dict[str, tuple[int, int]] = {}
+    for _, extension, offset, size in members:
+        if extension in parts:
+            raise UserError(
+                f'{shard}: {name}.{extension} is there twice, at byte {parts[extension][0]:,} and '
+                f'at {offset:,}: give each sample a name of its own'
+            )
+        parts[extension] = offset, size
+    dotted = [part for part in parts if '.' in part and kind_of(f'x.{part}') not in (None, 'text')]
+    endings = [part.rpartition('.')[2] for part in dotted]
+    if len(set(endings)) < len(endings) and not any(part in endings for part in parts):
+        raise UserError(
+            f'{shard}: {name}.{dotted[0]} and {name}.{dotted[1]} would be one sample, {name}: '
+            f'{_FIRST_DOT}'
+        )
+    return parts
 
 
 def _sample(
     shard: files.Place,
     name: str,
-    members: Iterable[tuple[str, str, int, int]],
+    parts: dict[str, tuple[int, int]],
     take: Take,
     label_column: str,
     text_column: str | None,
@@ -386,10 +455,8 @@ def _sample(
     """Read a sample from its members; None if it has no media file."""
     label_name = label_column.lower()
     text_name = None if text_column is None else text_column.lower()
-    parts: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
-    for _, extension, offset, size in members:
-        parts[extension] = offset, size
+    for extension, (offset, size) in parts.items():
         if extension in (label_name, 'json'):
             if size > _MAX_LABEL_BYTES:
                 raise UserError(f'{shard}: {name}.{extension} of {size:,} bytes is no label')
@@ -403,8 +470,8 @@ def _sample(
     ]
     if not media:
         return None
-    label = _parse_label(f'{shard}: {name}', labels, label_column)
-    present = ', '.join(sorted(parts))
+    label, why = _parse_label(f'{shard}: {name}', labels, label_column)
+    present = ', '.join(f'.{part}' for part in sorted(parts))
     if label is None and (text_name is not None or not labelled):
         label = 0  # Captioned images need no classes.
     if text_name is not None and text_name not in parts:
@@ -412,19 +479,32 @@ def _sample(
             f'{shard}: sample {name} has no .{text_name} (it has {present}): '
             'set text_column to the member with its words'
         )
-    if label is None:
-        raise UserError(
-            f'{shard}: sample {name} has no .cls and no {label_column!r} in a '
-            f'.json (it has {present}): set label_column to the one that is meant'
-        )
     _, _, kind, (offset, size) = min(media, key=lambda candidate: candidate[:2])
+    if label is None:
+        dotted = [part for part in parts if '.' in part]
+        if why:
+            advice = f'but {why}: labels are whole numbers or names'
+        elif dotted:
+            advice = f'(it has {present}): {_FIRST_DOT}'
+        else:
+            advice = f'(it has {present}): set label_column to the one that is meant'
+        raise (_UnlabelledText if kind == 'text' else UserError)(
+            f'{shard}: sample {name} has no .{label_column} and no {label_column!r} in a .json '
+            f'{advice}'
+        )
     if size >= 1 << 32:
         raise UserError(f'{shard}: {name} at byte {offset:,} has {size:,} bytes, 4 GiB or more')
     return _Sample(offset, size, kind, label, parts[text_name] if text_name is not None else None)
 
 
-def _parse_label(sample: str, labels: dict[str, str], label_column: str) -> int | str | None:
-    """Read the label of a sample from the texts of its members; None if there is none."""
+def _parse_label(
+    sample: str, labels: dict[str, str], label_column: str
+) -> tuple[int | str | None, str]:
+    """Read the label of a sample from the texts of its members.
+
+    Returns:
+      (the label or None, if it is there but no label what it is).
+    """
     value: Any = labels.get(label_column.lower())
     if value is not None and _DIGITS.fullmatch(value):
         value = int(value)
@@ -433,12 +513,23 @@ def _parse_label(sample: str, labels: dict[str, str], label_column: str) -> int 
             fields = json.loads(labels['json'])
         except (ValueError, RecursionError) as error:
             raise UserError(f'{sample}.json is not JSON ({error})') from error
-        value = fields.get(label_column) if isinstance(fields, dict) else None
+        value = _field(fields, label_column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # As programs write whole numbers that come from a table.
     if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
+        return None, '' if value is None else f'{label_column!r} there is {json.dumps(value):.60}'
     if (isinstance(value, int) and value >= 1 << 31) or len(str(value)) > _MAX_NAME:
         raise UserError(f'{sample}: {str(value)[:40]!r}... is no label: numbers are below 2**31')
-    return value
+    return value, ''
+
+
+def _field(fields: Any, name: str) -> Any:
+    """Return a field of a JSON object, or with dots in its name one within others."""
+    if isinstance(fields, dict) and name in fields:
+        return fields[name]
+    for part in name.split('.'):
+        fields = fields.get(part) if isinstance(fields, dict) else None
+    return fields
 
 
 def _pack_values(values: list[Any]) -> np.ndarray:
@@ -464,4 +555,14 @@ def _join(indices: list[Index]) -> Index:
         **{n: np.concatenate([i[n] for i in indices]) for n in ('offset', 'size', 'kind', 'words')},
         'label': np.concatenate(labels),
         'values': _pack_values(values),
+        'left': np.frombuffer(json.dumps(_joined_counts(indices)).encode(), np.uint8),
     }
+
+
+def _joined_counts(indices: list[Index]) -> dict[str, tuple[int, str]]:
+    left: dict[str, tuple[int, str]] = {}
+    for index in indices:
+        for ending, (count, example) in json.loads(bytes(index['left'])).items():
+            before, first = left.get(ending, (0, example))
+            left[ending] = before + count, first
+    return left

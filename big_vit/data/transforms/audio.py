@@ -135,6 +135,8 @@ def decode_audio(rate, seconds, random_start=False) -> Operation:
     """
     rate = whole_number('rate', rate, 100, _MOST_RATE)
     length = round(rate * number('seconds', seconds, 1e-3, _MOST_SECONDS))
+    if length > _MOST_NUMBERS:
+        raise UnfitError(f'takes fewer seconds: {seconds:g} at {rate} Hz are {length:,} samples')
     if length < 1:
         raise UnfitError(f'takes more seconds: {seconds:g} at {rate} Hz are no sample')
     try:
@@ -208,6 +210,8 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
     if low >= high:
         raise UnfitError(f'takes a low below high, not {low:g} and {high:g} Hz')
     size = 1 << (width - 1).bit_length()
+    if size * bins > _MOST_NUMBERS:
+        raise UnfitError(f'takes a shorter window or fewer bins: {size:,} frequencies are too many')
     hann = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / (width - 1))).astype(np.float32)
 
     def spectrogram(sound: np.ndarray) -> np.ndarray:
@@ -226,6 +230,8 @@ def log_mel(rate, bins=128, window=0.025, hop=0.01, low=20.0, high=None) -> Oper
             raise UnfitError('needs sounds of one length: put decode_audio(RATE, SECONDS) first')
         if sounds.shape[1] < width:
             raise UnfitError(f'needs sounds of at least {width} samples, not {sounds.shape[1]}')
+        if (sounds.shape[1] - width) // step * size > _MOST_NUMBERS:
+            raise UnfitError(f'takes shorter sounds or a longer hop, not {sounds.shape[1]} samples')
         rest = {name: column for name, column in columns.items() if name != 'audio'}
         # One at a time, as the frames of a batch exceed a processor's caches.
         return {**rest, 'image': np.stack([spectrogram(sound) for sound in sounds])}

@@ -12,6 +12,7 @@ from jaxtyping import Float64, Int64
 
 from big_vit.data import decode
 from big_vit.data.transforms.operations import (
+    MOST_SIDE,
     BadExampleError,
     Draw,
     Images,
@@ -21,6 +22,7 @@ from big_vit.data.transforms.operations import (
     choice,
     decoded,
     decoded_row,
+    need_room,
     number,
     on_images,
     pair,
@@ -143,6 +145,8 @@ def resize(size, method='area') -> Operation:
 
 def _resized_to(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
     """Resize every image to its own target (height, width)."""
+    for row, target in enumerate(targets):
+        need_room(row, *target)
     if len(set(targets)) == 1:
         return _cropped(images, _whole_images(images), targets[0], method)
     return [_resized_row(images, i, target, method) for i, target in enumerate(targets)]
@@ -163,7 +167,7 @@ def _sides(heights: Rows, widths: Rows, scale: np.ndarray, least: int) -> list[t
 
 def resize_small(n, method='area') -> Operation:
     """Resize the shorter side to n, keeping the proportions."""
-    n = whole_number('n', n, 1)
+    n = whole_number('n', n, 1, MOST_SIDE)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -176,7 +180,7 @@ def resize_small(n, method='area') -> Operation:
 
 def resize_long(n, method='area') -> Operation:
     """Resize the longer side to n, keeping the proportions."""
-    n = whole_number('n', n, 1)
+    n = whole_number('n', n, 1, MOST_SIDE)
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -225,6 +229,8 @@ def central_crop(size) -> Operation:
 def _padded(images: Images, n: int, value: int, mode: str) -> Images:
     how = {'constant_values': value} if mode == 'constant' else {}
     border = ((n, n), (n, n), (0, 0))
+    for row, (height, width) in enumerate(zip(*(s.tolist() for s in sizes(images)), strict=True)):
+        need_room(row, height + 2 * n, width + 2 * n)
     if isinstance(images, np.ndarray):
         return np.pad(images, ((0, 0), *border), mode, **how)  # type: ignore[call-overload]
     return [np.pad(decoded_row(images, i), border, mode, **how) for i in range(len(images))]  # type: ignore[call-overload]
@@ -232,16 +238,16 @@ def _padded(images: Images, n: int, value: int, mode: str) -> Images:
 
 def pad(n, value=0, mode='constant') -> Operation:
     """Add n pixels on each side, of one value or continuing the image by 'reflect' or 'edge'."""
-    n = whole_number('n', n, 0)
+    n = whole_number('n', n, 0, MOST_SIDE)
     choice('mode', mode, 'constant', 'reflect', 'edge')
-    whole_number('value', value, 0)
+    whole_number('value', value, 0, 255)
     return on_images(lambda images, draw: _padded(images, n, value, mode))
 
 
 def random_crop(size, pad=0) -> Operation:
     """Cut a window anywhere from the image, after adding `pad` black pixels on each side."""
     size = pair(size)
-    pad = whole_number('pad', pad, 0)
+    pad = whole_number('pad', pad, 0, MOST_SIDE)
 
     def apply(images: Images, draw: Draw) -> Images:
         images = _padded(images, pad, 0, 'constant') if pad else images
@@ -390,7 +396,11 @@ def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operati
 def resmall_crop(size, small=None, method='area') -> Operation:
     """Resize the shorter side to `small` (8/7 of the size by default) and cut a window anywhere."""
     size = pair(size)
-    small = round(max(size) * 8 / 7) if small is None else whole_number('small', small, max(size))
+    small = (
+        round(max(size) * 8 / 7)
+        if small is None
+        else whole_number('small', small, max(size), MOST_SIDE)
+    )
     choice('method', method, *METHODS)
 
     def apply(images: Images, draw: Draw) -> Images:
@@ -423,6 +433,36 @@ def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
     return out if isinstance(out, np.ndarray) else stacked(out)
 
 
+def exif_transpose() -> Operation:
+    """Turn each image as the orientation tag of its file says, as viewers do; arrays have none."""
+
+    def apply(images: Images, draw: Draw) -> Images:
+        if isinstance(images, np.ndarray):
+            return images
+        return [_upright(images, row) for row in range(len(images))]
+
+    return on_images(apply)
+
+
+# The eight ways to turn and mirror an image, by the number that EXIF and TIFF have for them.
+_TURNS = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image[::-1].swapaxes(0, 1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image[:, ::-1].swapaxes(0, 1),
+}
+
+
+def _upright(images: Images, row: int) -> Any:
+    image = images[row]
+    if not isinstance(image, decode.Encoded) or image.orientation == 1:
+        return image
+    return np.ascontiguousarray(_TURNS[image.orientation](decoded_row(images, row)))
+
+
 def flip_lr(p=0.5) -> Operation:
     """Mirror left to right with probability p."""
     p = number('p', p, 0, 1)
@@ -438,6 +478,7 @@ def flip_ud(p=0.5) -> Operation:
 OPERATIONS = {
     operation.__name__: operation
     for operation in (
+        exif_transpose,
         resize,
         resize_small,
         resize_long,

@@ -7,6 +7,7 @@ import numpy as np
 from big_vit.data import decode as decode_lib
 from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
+    MOST_CLASSES,
     BadExampleError,
     Columns,
     Draw,
@@ -16,34 +17,48 @@ from big_vit.data.transforms.operations import (
     decoded,
     need_bytes,
     need_channels,
+    number,
     on_images,
     stacked,
     whole_number,
 )
 
 
-def decode(channels=None) -> Operation:
+def decode(channels=None, black=None, white=None) -> Operation:
     """Decode image files to 1, 3 or 4 (RGBA) channels of bytes; 0 keeps the channels of the file.
 
     Without a number, the source decides, else 3. The operation that follows does the work, since it
-    may need only a part of the image. Arrays stay as they are.
+    may need only a part of the image.
+
+    Pixels that are no bytes become bytes so that `black` (0 by default) is 0 and `white` is 255;
+    what is beyond is cut off. Without `white`, 16 bits are full range, and other types are refused.
+    Arrays keep their channels, and are scaled only if `white` is given.
     """
     if channels not in (None, 0, 1, 3, 4):
         raise UnfitError(f'takes 0, 1, 3 or 4 for channels, not {channels!r}')
+    levels = None
+    if white is not None:
+        levels = number('black', black or 0, -1e9, 1e9), number('white', white, -1e9, 1e9)
+    if (white is None and black is not None) or (levels and levels[0] == levels[1]):
+        raise UnfitError(f'takes a white that is not black, not {white!r} and {black!r}')
 
     def apply(images: Images, draw: Draw) -> Images:
-        if isinstance(images, np.ndarray) or channels is None:
+        if channels is None and levels is None:
             return images
-        return [_encoded(image, channels, row) for row, image in enumerate(images)]
+        if isinstance(images, np.ndarray) and levels is None:
+            return images
+        made = [_decoding(image, channels, levels, row) for row, image in enumerate(images)]
+        return stacked(made) if isinstance(images, np.ndarray) else made
 
     return on_images(apply)
 
 
-def _encoded(image, channels: int, row: int):
-    if not isinstance(image, decode_lib.Encoded):
-        return image
+def _decoding(image, channels: int | None, levels: tuple[float, float] | None, row: int):
     try:
-        return decode_lib.Encoded(image.data, channels)
+        if isinstance(image, decode_lib.Encoded):
+            kept = image.shape[2] if channels is None else channels
+            return decode_lib.Encoded(image.data, kept, levels)
+        return image if levels is None else decode_lib.as_bytes(image, levels)
     except decode_lib.DecodeError as error:
         raise BadExampleError(row, str(error)) from error
 
@@ -122,7 +137,7 @@ def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
 
 def onehot(num_classes, key='label') -> Operation:
     """Turn a label into probabilities, float32 [num_classes]; several labels share them equally."""
-    num_classes = whole_number('num_classes', num_classes, 1)
+    num_classes = whole_number('num_classes', num_classes, 1, MOST_CLASSES)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)
@@ -138,7 +153,7 @@ def onehot(num_classes, key='label') -> Operation:
 
 def multihot(num_classes, key='label') -> Operation:
     """Turn labels into float32 [num_classes], 1 for each that is there (for loss='sigmoid')."""
-    num_classes = whole_number('num_classes', num_classes, 1)
+    num_classes = whole_number('num_classes', num_classes, 1, MOST_CLASSES)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         labels = _labels(columns, key, num_classes)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Shaped
 
+from big_vit.data import decode
 from big_vit.data.transforms import geometry
 from big_vit.data.transforms.operations import (
     Columns,
@@ -133,7 +134,7 @@ def ragged_patches(patch, tokens, method='area') -> Operation:
     It is resized, and enlarged where it is small, to the largest grid of patches that fits.
     """
     patch = pair(patch)
-    tokens = whole_number('tokens', tokens, 1)
+    tokens = whole_number('tokens', tokens, 1, decode.MAX_PIXELS // (patch[0] * patch[1]))
     choice('method', method, *geometry.METHODS)
 
     def apply(columns: Columns, draw: Draw) -> Columns:

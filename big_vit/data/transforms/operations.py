@@ -21,6 +21,11 @@ Image = Any
 # [B, H, W, C], or a list of B images.
 Images = Any
 
+# The longest side that an operation makes; a config allows no larger image.
+MOST_SIDE = 1 << 14
+# Lengths of tokens, and numbers of classes, whose arrays an example may have.
+MOST_TOKENS, MOST_CLASSES = 1 << 20, 1 << 24
+
 # Random numbers reserved for each operation; more than any draws, so that none share a stream.
 STREAMS = 64
 
@@ -151,9 +156,20 @@ def pair(size: Any) -> tuple[int, int]:
     """Read (height, width) from one number or two."""
     both = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(both, tuple | list) and len(both) == 2
-    if not is_pair or not all(type(n) is int and n > 0 for n in both):
-        raise UnfitError(f'takes a size such as size, 224 or (224, 192), not {size!r}')
+    if not is_pair or not all(type(n) is int and 0 < n <= MOST_SIDE for n in both):
+        raise UnfitError(
+            f'takes a size such as size, 224 or (224, 192) of at most {MOST_SIDE:,}, not {size!r}'
+        )
     return both[0], both[1]
+
+
+def need_room(row: int, height: int, width: int, frames: int = 1) -> None:
+    """Raise BadExampleError if an image or video would have more than `decode.MAX_PIXELS`."""
+    if frames * height * width > decode.MAX_PIXELS:
+        what = f'{frames} frames of {height}x{width}' if frames > 1 else f'{height}x{width} pixels'
+        raise BadExampleError(
+            row, f'{what} would be more than the {decode.MAX_PIXELS:,} pixels allowed'
+        )
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from big_vit.data import files
 from big_vit.data.transforms.operations import (
+    MOST_TOKENS,
     BadExampleError,
     Columns,
     Draw,
@@ -55,7 +57,7 @@ def _padded(columns: Columns, rows: list[list[int]], length: int, padding: int) 
 
 def byte_tokens(length) -> Operation:
     """Encode text as UTF-8 bytes plus 3 and an end, cut or padded to `length`; needs no file."""
-    length = whole_number('length', length, 1)
+    length = whole_number('length', length, 1, MOST_TOKENS)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
         rows = [
@@ -73,11 +75,12 @@ def tokenize(path, length) -> Operation:
     The file's special tokens are added and survive the cut. Padding follows, with the number that
     the file sets or that of its '[PAD]' or '<pad>', else 0. Needs `pip install tokenizers`.
     """
-    length = whole_number('length', length, 1)
+    length = whole_number('length', length, 1, MOST_TOKENS)
     if not isinstance(path, str):
         raise UnfitError(f'takes the path of a tokenizer file, not {path!r}')
     file = Path(path).expanduser()
     try:
+        files.check_regular(file)
         tokenizer, padding = _tokenizer(str(file), file.stat().st_mtime_ns, length)
     except OSError as error:
         raise UnfitError(f'cannot read {str(file)!r} ({error.strerror})') from error

@@ -51,8 +51,12 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     )
     for name, function in module.OPERATIONS.items()
 }
+# Number of examples, a damaged one and those after it, of which one must be intact.
+TRIED = 17
 # Marks where the devices' part begins, needed if its first operation exists on the host too.
 BOUNDARY = 'to_device'
+# Operations on what only files have, which come before any other.
+OF_FILES = frozenset({'decode', 'exif_transpose'})
 # Operations that need a file or an optional library as soon as they are parsed.
 EXTERNAL = frozenset({'decode_audio', 'decode_video', 'tokenize'})
 
@@ -96,18 +100,27 @@ class Transform:
     def split(self) -> tuple['Transform', 'Transform']:
         """Split before the first random operation; both parts together draw as the whole does."""
         first = next((i for i, o in enumerate(self.operations) if o.random), len(self.names))
-        before = replace(
-            self,
-            names=self.names[:first],
-            operations=self.operations[:first],
-            device=(),
-            random_operations=(),
-        )
+        before = self._first(first)
         # What has been done still says how it normalised.
         done = tuple(
             _unchanged._replace(normalisation=o.normalisation) for o in self.operations[:first]
         )
         return before, replace(self, operations=done + self.operations[first:])
+
+    def before(self, stops: Callable[[str], bool]) -> 'Transform':
+        """Return the operations before the first whose name `stops`."""
+        names = enumerate(self.names)
+        return self._first(next((i for i, name in names if stops(name)), len(self.names)))
+
+    def _first(self, count: int) -> 'Transform':
+        return replace(
+            self,
+            names=self.names[:count],
+            operations=self.operations[:count],
+            host_text=' | '.join(self.host_text.split(' | ')[:count]),
+            device=(),
+            random_operations=(),
+        )
 
     def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Compute how images are normalised by all operations, on the host and on the devices.
@@ -196,6 +209,8 @@ def parse(
             continue
         if call.name == 'decode' and position:
             raise UserError(f'{key}: decode comes first, where it is written at all')
+        if call.name == 'exif_transpose' and set(names) - OF_FILES:
+            raise UserError(f'{key}: exif_transpose comes before {names[-1]}, which decodes files')
         names.append(call.name)
         operations.append(grammar.make(call, {**device.table, **OPERATIONS}, key))
         random += [call.name] if operations[-1].random else []
@@ -272,10 +287,24 @@ def _ragged(name: str, column: Any, transform: Transform) -> str:
     return f"{name!r} is no array of one shape: leave it out with keep('image', 'label')"
 
 
+def _first_intact(transform: Transform, source: Source, tries: int) -> Columns:
+    """Transform the first example that is not damaged; UserError for the first error."""
+    first: Exception | None = None
+    for index in range(min(tries, source.length)):
+        at = np.array([index], np.int64)
+        try:
+            columns = transform(source.load(at), order.example_keys(0, 0, at))
+            return finished(columns, transform)
+        except (BadExampleError, OSError) as error:
+            first = first or error
+    raise UserError(f'{source.place(0)}: {first}') from first
+
+
 class ExampleSpec(NamedTuple):
-    """Shape and type of every part of a transformed example."""
+    """Shape and type of every part of a transformed example, and its largest pixel."""
 
     parts: dict[str, tuple[tuple[int, ...], np.dtype]]
+    peak: float = 0.0
 
 
 # Rank of a part, and the axis of its height, which the width follows.
@@ -287,6 +316,7 @@ def check(
     source: Source,
     size: tuple[int, int],
     reads: tuple[str, ...] = ('image',),
+    skip_bad: bool = False,
 ) -> ExampleSpec:
     """Try a transform on the first example, before a device is touched.
 
@@ -295,6 +325,7 @@ def check(
       source: the examples that it will be applied to.
       size: (height, width) of images and videos that the model needs.
       reads: names of the parts that the model takes.
+      skip_bad: try the next examples where the first are damaged.
 
     Returns:
       The shapes and types of a transformed example.
@@ -303,14 +334,10 @@ def check(
       UserError: the result has another size or lacks a part, the transform cannot be applied, or
         the example is damaged.
     """
-    index = np.zeros(1, np.int64)
-    try:
-        columns = transform(source.load(index), order.example_keys(0, 0, index))
-        columns = finished(columns, transform)
-    except (BadExampleError, OSError) as error:
-        raise UserError(f'{source.place(0)}: {error}') from error
+    columns = _first_intact(transform, source, TRIED if skip_bad else 1)
     example_spec = ExampleSpec(
-        {name: (column.shape[1:], column.dtype) for name, column in columns.items()}
+        {name: (column.shape[1:], column.dtype) for name, column in columns.items()},
+        float(np.max(columns['image'], initial=0)) if 'image' in columns else 0.0,
     )
     for part in reads:
         if part not in example_spec.parts:

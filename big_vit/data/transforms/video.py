@@ -15,6 +15,7 @@ from big_vit.data.transforms.operations import (
     Operation,
     UnfitError,
     choice,
+    need_room,
     pair,
     stacked,
     whole_number,
@@ -220,10 +221,10 @@ def resize_video(size, method='area') -> Operation:
     choice('method', method, *geometry.METHODS)
 
     def apply(columns: Columns, draw: Draw) -> Columns:
-        clips = [
-            np.stack([geometry.resized(frame, size, method) for frame in clip])
-            for clip in _clips(columns)
-        ]
+        clips = []
+        for row, clip in enumerate(_clips(columns)):
+            need_room(row, size[0], size[1], len(clip))
+            clips.append(np.stack([geometry.resized(frame, size, method) for frame in clip]))
         return {**columns, 'video': stacked(clips)}
 
     return Operation(apply)
