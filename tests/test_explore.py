@@ -107,7 +107,7 @@ def test_a_file_that_is_no_picture_is_told(places, monkeypatch):
         found.picture(places / 'cut.jpg')
     with pytest.raises(UserError, match=r'nowhere\.jpg: cannot be read: No such file'):
         found.picture(places / 'nowhere.jpg')
-    with pytest.raises(UserError, match='cannot be read: Is a directory'):
+    with pytest.raises(UserError, match='cannot be read: it is a folder'):
         found.picture(places)
     monkeypatch.setattr(loaded_model, 'MOST_PIXELS', 1000)
     with pytest.raises(UserError, match='90x120 pixels are more than 1,000; scale it down'):

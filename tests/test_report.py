@@ -11,7 +11,7 @@ import pytest
 from commands import error_line, run
 from tiny import MODEL, RUN, overrides, write_folder
 
-from big_vit import config, report, train
+from big_vit import checkpoint, config, report, train
 from big_vit.errors import UserError
 from big_vit.inspection import history, html_pages
 
@@ -130,6 +130,7 @@ def test_without_its_data_the_rest_is_written(workdir, tmp_path):
     for path in (tmp_path / 'w').rglob('metadata'):
         sidecar = json.loads(path.read_text())
         sidecar['config']['data']['path'] = str(tmp_path / 'gone')
+        sidecar['sidecar_hash'] = checkpoint._sidecar_hash(sidecar)
         path.write_text(json.dumps(sidecar))
     page = Page(report.document(str(tmp_path / 'w')))
     assert re.search('The training data cannot be read here: .*/gone', page.text), page.text
@@ -254,8 +255,8 @@ def test_a_model_of_words_has_all_but_pictures(tmp_path):
 
 
 def test_a_study_whose_rows_are_lost_shows_its_test(tmp_path):
-    scores = {'setting': {'lr': 0.01}, 'tests': [0.5], 'mean': 0.5, 'error': None}
-    scores |= {'sampling_error': 0.1, 'loss': 1.0, 'count': 25}
+    scores = {'setting': {'lr': 0.01}, 'trials': [], 'tests': [0.5], 'mean': 0.5, 'error': None}
+    scores |= {'sampling_error': 0.1, 'loss': 1.0, 'count': 25.0}
     (tmp_path / 'test.json').write_text(json.dumps({'control': scores}))
     page = report.swept(str(tmp_path))
     assert '50.00%' in page and 'Validation, * is what it chose' not in page

@@ -286,6 +286,7 @@ def test_a_failed_or_hanging_save_ends_the_run_and_keeps_the_last_good_one(
     assert intact(tmp_path / 'w', 1)
 
 
+@pytest.mark.slow
 def test_a_slow_filesystem_holds_up_nothing_but_the_save(tmp_path):
     result, _ = saves('slow', tmp_path / 'w')
     assert result.returncode == 0, result.stdout + result.stderr

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from commands import ROOT, Processes, error_line, free_port, run, run_many
@@ -28,6 +29,7 @@ from big_vit.distributed.roll_call import (
     difference,
     timeout_seconds,
 )
+from big_vit.distributed.watchdog import is_lost_peer
 from big_vit.distributed.wire import run_secret
 from big_vit.errors import UserError
 
@@ -266,6 +268,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_collective_that_fails_is_a_lost_process_for_all(tmp_path, command):
     argv = [sys.executable, '-c', UNREACHABLE, *map(str, command[1:]), str(tmp_path / 'w')]
     with Processes(argv) as processes:
@@ -273,6 +276,24 @@ def test_a_collective_that_fails_is_a_lost_process_for_all(tmp_path, command):
     for line in lines:
         assert 'the processes lost each other: UNKNOWN: Gloo all-reduce failed' in line
         assert 'The same command on all hosts resumes' in line
+
+
+@pytest.mark.parametrize(
+    ('text', 'lost'),
+    [
+        ('UNKNOWN: Gloo all-reduce failed: [tcp/pair.cc:598] Connection closed by peer', True),
+        ('UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue()', True),
+        ('UNAVAILABLE: Failed to send RPC to coordination service', True),
+        ('INTERNAL: NCCL operation ncclAllReduce failed: remote process exited', True),
+        ('RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes', False),
+        ('INTERNAL: NCCL operation failed: Cuda failure: out of memory', False),
+        ('INVALID_ARGUMENT: Executable expected parameter 0 of size 4', False),
+        ('INTERNAL: Generated function failed: CpuCallback error', False),
+    ],
+)
+def test_which_errors_of_jax_mean_a_lost_process(text, lost):
+    assert is_lost_peer(jax.errors.JaxRuntimeError(text)) == lost
+    assert not is_lost_peer(RuntimeError(text))
 
 
 @pytest.mark.slow
@@ -569,12 +590,15 @@ def test_no_bytes_of_a_stranger_end_the_run(data):
 
 
 def test_who_knows_another_secret_or_none_is_kept_out_and_told_so(capfd):
-    members = ((0, 2, {}), (1, 2, {}), (1, 2, {}), (1, 2, {}))
-    secrets = [SECRET, b'', b'another secret of a run', SECRET]
-    found = rolls(*members, seconds=3, secrets=secrets)
-    assert found[0].names == found[3].names == ['h0', 'h3']
-    for error in found[1:3]:
-        assert 'could not join in 3 s' in error
+    def try_others(port):
+        connected(port).close()
+        for secret in (b'', b'another secret of a run'):
+            place = Cluster('test', f'localhost:{port}', 2, 1)
+            with pytest.raises(UserError, match=r'could not join .* its secret is another one'):
+                answer_roll(place, {'hostname': 'h9'}, 1, secret)
+
+    found = rolls((0, 2, {}), (1, 2, {}), before=try_others, secrets=[SECRET] * 2)
+    assert [roll.names for roll in found] == [['h0', 'h1']] * 2
     assert 'does not know the secret of this run' in capfd.readouterr().out
 
 

@@ -53,4 +53,4 @@ def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
 def test_a_wrong_number_is_named(tmp_path):
     config = ('--config', 'configs/fashion_mnist.py', *flags({'profile': '-1'}))
     said = error_line(run('train', *config, '--workdir', tmp_path))
-    assert 'profile' in said and 'at least 0' in said
+    assert 'config: profile must be a whole number from 0 to' in said

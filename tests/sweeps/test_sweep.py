@@ -142,6 +142,7 @@ def healthy(tmp_path_factory):
     return folder, ran_at_once(folder)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_said_and_the_others_go_on_to_the_bit(tmp_path, healthy, capsys):
     found = ran_at_once(tmp_path, (0.02, 1e30))
     warnings = [line for line in capsys.readouterr().out.splitlines() if 'WARNING' in line]
@@ -201,6 +202,7 @@ def test_trials_that_a_signal_stops_go_on_to_the_bit(tmp_path, healthy, capsys, 
         assert not (tmp_path / rate / 'owner.json').exists()
 
 
+@pytest.mark.slow
 def test_damaged_examples_of_trials_are_counted_and_too_many_end_them(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, 'MIN_EXAMPLES_FOR_RATE', 60)
     settings = load_photos(
