@@ -24,6 +24,7 @@ Levels = tuple[float | int, float | int]
 # 16384 x 16384, the largest size that a config can set; larger images are decompression bombs.
 MAX_PIXELS = 1 << 28
 _JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'
+_PNM = (b'P2', b'P3', b'P5', b'P6')
 # What Pillow may be asked to read. Its other decoders need a program or a plugin, or make pictures
 # of what is none.
 _PILLOW = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'ICO', 'TGA')
@@ -50,6 +51,7 @@ class _Header(NamedTuple):
       gray: whether a JPEG has one channel.
       is_deep: whether pixels may be of another type than bytes.
       orientation: of a TIFF, (value of its tag, where it lies in the file).
+      zero_is_white: whether a TIFF with deep pixels is stored as a negative.
     """
 
     height: int
@@ -58,6 +60,7 @@ class _Header(NamedTuple):
     gray: bool = False
     is_deep: bool = False
     orientation: tuple[int, slice] | None = None
+    zero_is_white: bool = False
 
 
 class Encoded:
@@ -121,8 +124,15 @@ class Encoded:
             start, stop = header.orientation[1].start, header.orientation[1].stop
             upright = (1).to_bytes(stop - start, 'little' if data[:2] == b'II' else 'big')
             data = data[:start] + upright + data[stop:]
-        if header.decoder == 'opencv' or (data[:1] == b'P' and channels == 0):
-            return _fitted(_opencv(data, 0), channels, self.levels)
+        if header.decoder == 'opencv':
+            image = _fitted(_opencv(data, 0), channels, self.levels)
+            if header.zero_is_white and image.dtype == np.uint8:  # As Pillow does with bytes.
+                image[..., :3] = 255 - image[..., :3]
+            return image
+        if data[:2] in _PNM and (channels == 0 or self.levels is not None):
+            stored = _opencv(data, 0)  # Pillow scales by the largest value that the header names.
+            if stored.dtype != np.uint8:
+                return _fitted(stored, channels, self.levels)
         return _pillow(data, channels, self.levels)
 
     def window(
@@ -218,6 +228,7 @@ _TIFF = {
     b'MM\0+': ('>', ('Q', 'Q', 'Q'), 20),
 }
 _WIDTH, _HEIGHT, _BITS, _ORIENTATION, _SAMPLES, _EXTRA = 256, 257, 258, 274, 277, 338
+_PHOTOMETRIC, _SAMPLE_FORMAT, _WHITE_IS_ZERO, _SIGNED = 262, 339, 0, 2
 _MOST_TAGS = 4096
 
 
@@ -247,9 +258,11 @@ def _tiff_header(data: bytes) -> _Header:
     except (struct.error, KeyError, OverflowError) as error:
         raise DecodeError(f'damaged TIFF ({error})') from error
     bits, samples, extra = (tags.get(t, (1,))[0] for t in (_BITS, _SAMPLES, _EXTRA))
+    photometric, kind = (tags.get(t, (1,))[0] for t in (_PHOTOMETRIC, _SAMPLE_FORMAT))
     is_deep = bits > 8 or samples > 4 or (samples == 4 and _EXTRA in tags and extra == 0)
-    decoder = 'opencv' if is_deep else 'pillow'
-    return _Header(height, width, decoder, False, is_deep, tags.get(_ORIENTATION))
+    is_deep = is_deep or kind == _SIGNED
+    decoder, white = 'opencv' if is_deep else 'pillow', photometric == _WHITE_IS_ZERO
+    return _Header(height, width, decoder, False, is_deep, tags.get(_ORIENTATION), white)
 
 
 # --- JPEG ------------------------------------------------------------------------------
@@ -342,9 +355,17 @@ def _turbo(
 # --- Other formats ---------------------------------------------------------------------
 
 
-def _opencv(data: bytes, channels: int) -> Pixels:
+@functools.cache
+def _quiet_opencv() -> Any:
+    """Import OpenCV, which would print several lines for each file that it leaves to Pillow."""
     import cv2
 
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    return cv2
+
+
+def _opencv(data: bytes, channels: int) -> Pixels:
+    cv2 = _quiet_opencv()
     flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}.get(channels, cv2.IMREAD_UNCHANGED)
     if channels in (1, 3):
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
@@ -363,11 +384,15 @@ def _opencv(data: bytes, channels: int) -> Pixels:
 
 
 def _pillow(data: bytes, channels: int, levels: Levels | None) -> Pixels:
+    from PIL import UnidentifiedImageError
+
     try:
         with _pillow_image(data) as image:
             mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}.get(channels) or _own_mode(image)
             is_deep = image.mode.startswith(('I', 'F'))
             pixels = np.array(image if is_deep else image.convert(mode))
+    except UnidentifiedImageError as error:  # Its text is an address in memory.
+        raise DecodeError('damaged, or of a type of pixels that cannot be read') from error
     except Exception as error:  # Pillow raises anything for damaged data.
         raise DecodeError(f'damaged image ({error})') from error
     if pixels.dtype == np.int32:  # Pillow scales the grey of a PGM to 16 bits.

@@ -190,3 +190,47 @@ def test_odd_names_are_printed_in_one_line():
     assert classes.shown(names) == r"AT&amp;T, 'a, b', 'two\nlines', ' x', 'z\u200b', ok"
     assert classes.shown(names, 2) == "AT&amp;T, 'a, b', and 4 more"
     assert printable('two\nlines, Ä$') == r'two\nlines, Ä$'
+
+
+@pytest.mark.parametrize('written', FORMATS)
+@pytest.mark.parametrize('name', ['cat ', '\u200fcat', 'cat\u200b', '\ufeffcat', 'cat\xa0'])
+def test_what_nobody_sees_at_the_ends_of_a_name_makes_no_class(written, name, tmp_path):
+    make = written(tmp_path / 'data', {'train': [name, 'cat', 'dog']})
+    source = make(Request('train'))
+    assert (source.class_names, source.labels().tolist()) == (('cat', 'dog'), [0, 0, 1])
+
+
+def test_folders_whose_names_look_alike_are_one_class(tmp_path):
+    for name in ('cat', 'cat ', '\u200fdog', 'dog', 'ab\u200dc'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        (tmp_path / 'data' / name / '0.png').write_bytes(png())
+    source = folder.folder(Request('train'), path=str(tmp_path / 'data'))
+    assert source.class_names == ('ab\u200dc', 'cat', 'dog')
+    assert source.labels().tolist() == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize('labels', [['', 'x'], [' ', 'x'], ['NaN', '1'], ['<NA>', '0', 'null']])
+def test_a_missing_label_is_no_class(labels, tmp_path):
+    with pytest.raises(UserError, match='says that there is none: leave out what'):
+        as_parquet(tmp_path / 'data', {'train': labels})(Request('train'))
+
+
+def test_missing_may_be_the_name_of_a_class_beside_others(tmp_path):
+    source = as_parquet(tmp_path / 'data', {'train': ['none', 'dog']})(Request('train'))
+    assert source.class_names == ('dog', 'none')
+
+
+def test_columns_of_parquet_that_say_something_else(tmp_path):
+    def read(name, columns, names=('image', 'label')):
+        arrays_ = [pa.array(column) for column in columns]
+        pq.write_table(pa.table(arrays_, names=list(names)), tmp_path / f'{name}.parquet')
+        return parquet.parquet(Request(name), path=str(tmp_path / f'{name}.parquet'))
+
+    images = [png()] * 2
+    with pytest.raises(UserError, match="has several columns 'label': rename all but one"):
+        read('twice', [images, [0, 1], [1, 0]], ('image', 'label', 'label'))
+    with pytest.raises(UserError, match='lists of 0 and 1 for each of 3 classes are no labels'):
+        read('hot', [images, [[0, 1, 1], [0, 1, 0]]])
+    with pytest.raises(UserError, match='lists of 0 and 1 for each of 2 classes are no labels'):
+        read('booleans', [images, [[True, False], [False, True]]])
+    assert read('several', [images, [[0, 1], [2, 0]]]).num_classes == 3

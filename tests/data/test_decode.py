@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -445,3 +446,53 @@ def test_pillow_is_opened_in_one_place():
     opening = [f for f in package.rglob('*.py') if re.search(r'Image\.open\(', f.read_text())]
     assert opening == [Path(decode.__file__)]
     assert Path(decode.__file__).read_text().count('Image.open(') == 1
+
+
+def stored_tiff(pixels, sample_format, photometric):
+    """Write a big-endian TIFF of one channel by hand; Pillow writes neither of the two tags."""
+    height, width = pixels.shape
+    data = pixels.astype(pixels.dtype.newbyteorder('>')).tobytes()
+    bits = pixels.itemsize * 8
+    tags = ((256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8))
+    tags += ((277, 1), (278, height), (279, len(data)), (339, sample_format))
+    entries = b''.join(struct.pack('>HHII', tag, 4, 1, value) for tag, value in tags)
+    start = struct.pack('>2sHI', b'MM', 42, 8 + len(data))
+    return start + data + struct.pack('>H', len(tags)) + entries + bytes(4)
+
+
+def test_a_negative_of_sixteen_bits_is_turned_as_one_of_eight():
+    image = np.linspace(0, 65535, 12).astype(np.uint16).reshape(3, 4)
+    eight = decode.Encoded(stored_tiff((image >> 8).astype(np.uint8), 1, 0)).pixels()
+    np.testing.assert_array_equal(eight, 255 - np.repeat((image >> 8)[..., None], 3, 2))
+    for channels in (1, 3, 4):
+        deep = decode.Encoded(stored_tiff(image, 1, 0), channels).pixels()
+        np.testing.assert_array_equal(deep[..., :3], eight[..., : min(channels, 3)])
+    assert (deep[..., 3] == 255).all()
+    dark = decode.Encoded(stored_tiff(image >> 4, 1, 0), 3, (0, 4095)).pixels()
+    assert np.abs(dark.astype(int) - eight).max() <= 1
+    kept = decode.Encoded(stored_tiff(image, 1, 0), 0).pixels()
+    np.testing.assert_array_equal(kept[..., 0], image)
+
+
+def test_signed_bytes_are_not_read_as_unsigned():
+    image = np.arange(-100, 140, 20).astype(np.int8).reshape(3, 4)
+    with pytest.raises(decode.DecodeError, match=r'are int8 from -100 to 120.*white=120'):
+        decode.Encoded(stored_tiff(image, 2, 1)).pixels()
+    scaled = decode.Encoded(stored_tiff(image, 2, 1), 1, (-100, 120)).pixels()
+    assert (scaled.min(), scaled.max()) == (0, 255)
+
+
+@pytest.mark.parametrize('channels', [0, 1])
+def test_bytes_of_a_pgm_are_scaled_by_its_header_too(channels):
+    data = b'P5 3 1 100\n' + bytes([0, 50, 100])
+    assert decode.Encoded(data, channels).pixels().ravel().tolist() == [0, 128, 255]
+    deep = b'P5 3 1 4095\n' + np.array([0, 2048, 4095], '>u2').tobytes()
+    scaled = decode.Encoded(deep, channels, (0, 4095)).pixels()
+    assert scaled.ravel().tolist() == [0, 128, 255]
+
+
+def test_what_opencv_leaves_to_pillow_is_not_told(capfd):
+    decode.Encoded(b'P2 2 1 255\n7 8', 0).pixels()
+    with pytest.raises(decode.DecodeError, match='of a type of pixels that cannot'):
+        decode.Encoded(stored_tiff(np.zeros((2, 2), np.uint8), 7, 9)).pixels()
+    assert capfd.readouterr() == ('', '')

@@ -302,3 +302,12 @@ def test_trees_at_random_give_each_picture_once(tmp_path):
         assert [source.class_names[c] for c in source.labels()] == [
             path[0] for path in paths(source, root)
         ]
+
+
+def test_splits_within_classes_are_not_merged(tmp_path):
+    names = [f'{name}/{split}/1.png' for name in ('cup', 'jug') for split in ('train', 'test')]
+    root = written(tmp_path / 'turned', *names)
+    refused(lambda: opened(root), r'splits within folders of classes \(cup/test\): move them')
+    # Folders of one class alone may be called so, or one folder of each.
+    opened(written(tmp_path / 'one', *names[:2], 'jug/1.png'))
+    opened(written(tmp_path / 'each', 'cup/train/1.png', 'jug/train/1.png'))

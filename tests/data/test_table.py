@@ -52,10 +52,10 @@ def test_cells_as_spreadsheets_write_them(put, tmp_path, end, start):
 
 
 def test_ends_of_lines_within_texts_of_json(put):
-    rows = [{'image': name, 'label': f'a\u2028{i}\x85'} for i, name in enumerate(FILES)]
+    rows = [{'image': name, 'label': f'a\u2028{i}\x85b'} for i, name in enumerate(FILES)]
     text = '\r\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
     source = table.table(Request('train'), path=put('x.jsonl', text))
-    assert source.class_names == ('a\u20280\x85', 'a\u20281\x85', 'a\u20282\x85')
+    assert source.class_names == ('a\u20280\x85b', 'a\u20281\x85b', 'a\u20282\x85b')
 
 
 @pytest.mark.parametrize('separator', ['|', ';', ' | '])
@@ -214,4 +214,46 @@ def test_only_regular_files_are_read(put, tmp_path):
     refused(
         lambda: table.table(Request('train'), path=str(tmp_path / 'pipe.csv')),
         r'cannot read .*pipe\.csv: it is a pipe',
+    )
+
+
+@pytest.mark.parametrize('delimiter', [';', '\t'])
+def test_a_csv_with_another_delimiter(put, delimiter):
+    text = 'image,label\n0.png,x\n1.png,"a,b"\n'.replace('"a,b"', 'y').replace(',', delimiter)
+    assert table.table(Request('train'), path=put('x.csv', text)).class_names == ('x', 'y')
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('x.csv', 'image,label,label\n0.png,a,b\n', "has several columns 'label': rename"),
+        ('x.csv', "image,label\n0.png,\"['a', 'b']\"\n", 'is a list as text: separate'),
+        ('x.csv', 'image,label\n0.png,nan\n1.png,0\n', "label 'nan' says that there is none"),
+        ('x.csv', 'image,label\n0.png,0|0|1\n1.png,1|0|0\n', 'of 0 and 1 for each of 3 classes'),
+        (
+            'x.jsonl',
+            '{"image": "0.png", "label": [1, 0]}\n{"image": "1.png", "label": [0, 1]}\n',
+            'lists of 0 and 1 for each of 2 classes are no labels',
+        ),
+    ],
+)
+def test_columns_and_cells_that_say_something_else(put, name, text, message):
+    refused(lambda: table.table(Request('train'), path=put(name, text)), message)
+
+
+def test_two_classes_of_each_example_are_no_zeros_and_ones(put):
+    text = '{"image": "0.png", "label": [0, 1]}\n{"image": "1.png", "label": [0, 1]}\n'
+    source = table.table(Request('train'), path=put('x.jsonl', text))
+    assert [label.tolist() for label in source.load(np.arange(2))['label']] == [[0, 1], [0, 1]]
+
+
+def test_a_split_may_be_zero_and_is_one_in_a_table_that_is_named_after_it(put, tmp_path):
+    rows = (
+        '{"image": "0.png", "label": "a", "split": 0}\n{"image": "1.png", "label": "a", "split": 1}'
+    )
+    path = put('x.jsonl', rows)
+    assert table.table(Request('0'), path=path).length == 1
+    refused(
+        lambda: table.table(Request('x'), path=str(tmp_path)),
+        r'line 2: its column split says 0 and 1, and its name x: drop the column, or open x\.jsonl',
     )

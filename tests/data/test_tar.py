@@ -330,3 +330,24 @@ def test_samples_are_grouped_as_webdataset_groups_them(tmp_path, names):
     if 'image' in column:
         assert len(found) == len(wanted)
         assert all(data in group.values() for data, group in zip(found, wanted, strict=True))
+
+
+def test_labels_and_texts_of_windows(tmp_path):
+    members = [
+        ('a.png', b'x'),
+        ('a.cls', b'\xef\xbb\xbf1\r\n'),
+        ('a.txt', b'\xef\xbb\xbfhi'),
+        ('b.png', b'x'),
+        ('b.json', b'\xef\xbb\xbf{"cls": 0}'),
+        ('b.txt', b'ho'),
+    ]
+    source = opened(tmp_path, members, text_column='txt')
+    assert source.class_names is None
+    assert source.labels().tolist() == [1, 0]
+    assert source.load(np.arange(2))['text'] == ['hi', 'ho']
+
+
+@pytest.mark.parametrize('label', [b'', b' \n', b'caf\xe9', b'\x93NUMPY\x01\0'])
+def test_an_empty_label_and_one_of_other_bytes_are_no_names(tmp_path, label):
+    members = [('a.png', b'x'), ('a.cls', b'y'), ('b.png', b'x'), ('b.cls', label)]
+    refused(lambda: opened(tmp_path, members), 'sample b has no|is not text in UTF-8')

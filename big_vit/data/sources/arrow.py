@@ -11,6 +11,7 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.sources.base import locate
+from big_vit.data.sources.classes import check_lists
 from big_vit.errors import UserError
 
 # Parquet has no access by row. Below this size it is read into memory, still encoded; above, the
@@ -116,6 +117,8 @@ def _map_file(file: files.Place, advice: str = 'copy it again') -> Any:
 
 def _need_columns(schema: Any, columns: dict[str, str], file: files.Place, key: str) -> None:
     for column, name in columns.items():
+        if schema.names.count(column) > 1:
+            raise UserError(f'{file}: has several columns {column!r}: rename all but one of them')
         if column not in schema.names:
             raise UserError(
                 f'{file}: no column {column!r} (it has {", ".join(schema.names)}): '
@@ -293,6 +296,8 @@ class Labels:
         self.values: list[Any] = chunks[-1].dictionary.to_pylist() if chunks else []
         codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks]
         self.codes = np.concatenate([np.zeros(0, np.int32), *codes]).astype(np.int32)
+        if self.ends is not None:
+            check_lists(self.values, self.codes, self.ends, f'{place}: column {column!r}')
 
     def numbered(self, indices: np.ndarray, numbers: np.ndarray) -> Any:
         """Return int32 [B], or a list of B such arrays; `numbers` has the class of each value."""

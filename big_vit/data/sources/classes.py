@@ -1,7 +1,7 @@
 """Numbers and names of classes: from the labels of a dataset, by a map, or a chosen few.
 
 A label is a number or a name. Numbers may be written as text ('2', '2.0'), and names are compared
-in Unicode's normal form C.
+in Unicode's normal form C, without spaces and marks that nobody sees at their ends.
 """
 
 import difflib
@@ -21,6 +21,11 @@ MAX_CLASSES = 1 << 31
 # Numbers that leave more classes than these empty, nine of ten, are dates or keys, not classes.
 _MOST_EMPTY = 1000
 # Names of digits may be longer; Python refuses to read thousands of them.
+# Spaces, marks of direction, byte order marks and the like.
+_UNSEEN = r'[\s\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]+'
+_ENDS = re.compile(rf'\A{_UNSEEN}|{_UNSEEN}\Z')
+# How programs write that there is no label.
+_MISSING = frozenset(('nan', 'na', 'n/a', '<na>', 'null', 'none', 'nat'))
 _NUMBER = re.compile(r'[+-]?[0-9]{1,18}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?')
 
 
@@ -80,6 +85,7 @@ class Classes(NamedTuple):
 def whole_number(value: Any) -> int | None:
     """Return the number that a label is, or that its text says, such as '2' or '2.0'; else None."""
     if isinstance(value, str):
+        value = _seen(value)
         if not _NUMBER.fullmatch(value):
             return None
         # Not by way of a float, which has 53 bits.
@@ -94,7 +100,12 @@ def label_name(value: Any) -> str:
     if not isinstance(value, str):
         number = whole_number(value)
         value = str(value if number is None else number)
-    return unicodedata.normalize('NFC', value)
+    return unicodedata.normalize('NFC', _seen(value))
+
+
+def _seen(text: str) -> str:
+    """Return a text without what nobody sees at its ends; one of nothing else stays."""
+    return text if text.isascii() and text.isalnum() else _ENDS.sub('', text) or text
 
 
 def names_as_numbers(names: Sequence[str]) -> list[int | None] | None:
@@ -187,13 +198,48 @@ def infer_classes(values: Iterable[Any], request: Request, title: object) -> Cla
     ]
     if odd:
         raise UserError(f'{title}: labels must be numbers or names, not {odd[0]!r}')
-    fractions = [v for v, number in numbers.items() if number is None and _NUMBER.fullmatch(v)]
+    texts = [value for value, number in numbers.items() if number is None]
+    absent = [text for text in texts if not text.strip()]
+    if known and all(text.casefold() in _MISSING for text in texts):
+        absent += texts
+    if absent:
+        raise UserError(
+            f'{title}: label {absent[0]!r} says that there is none: leave out what has no label'
+        )
+    fractions = [text for text in texts if _NUMBER.fullmatch(text)]
     if len(fractions) + len(known) == len(different):
         raise UserError(
             f'{title}: label {fractions[0]!r} is a fraction: number the classes from 0, or give '
             'them names that are no numbers'
         )
     return sorted_classes(v if isinstance(v, str) else label_name(v) for v in different)
+
+
+def check_lists(values: Sequence[Any], codes: np.ndarray, ends: np.ndarray, title: object) -> None:
+    """Refuse lists of 0 and 1 for each class, which would be examples of the classes 0 and 1.
+
+    Args:
+      values: the different labels that occur.
+      codes: indices into them, the labels of all examples concatenated.
+      ends: where those of each example end in `codes`, [examples].
+      title: the dataset, for error messages.
+
+    Raises:
+      UserError: all lists are as long, and only 0 and 1 occur in them.
+    """
+    lengths = np.unique(np.diff(ends, prepend=0))
+    if len(lengths) != 1 or lengths[0] < 2:
+        return
+    numbers = [whole_number(value) for value in values]
+    if any(numbers[code] not in (0, 1) for code in np.unique(codes)):
+        return
+    said = np.array(numbers, object)[codes].reshape(-1, lengths[0])
+    if (said[:, :-1] < said[:, 1:]).all():  # All of both classes.
+        return
+    raise UserError(
+        f'{title}: lists of 0 and 1 for each of {lengths[0]} classes are no labels: list the '
+        "numbers or names of an example's classes"
+    )
 
 
 def numbered_classes(numbers: Collection[int], request: Request, title: object) -> Classes:

@@ -163,6 +163,7 @@ def split_places(root: files.Place, key: str) -> dict[str, files.Place]:
                 f'{key}.path: {root} has folders of splits ({odd}) and others ({other}): '
                 'move the others away, or rename a class that is called so'
             )
+        _check_turned(root, below, key)
         return {}
     return {split: _innermost(root / name, key) for split, name in splits.items()}
 
@@ -175,6 +176,17 @@ def _prefixed(root: files.Place, below: list[str], key: str) -> dict[str, str]:
         if len(splits) > 1 and all(_subfolders(root / name, key) for name in splits.values()):
             return splits
     return {}
+
+
+def _check_turned(root: files.Place, below: list[str], key: str) -> None:
+    """Raise UserError for PATH/CLASS/SPLIT, of which all splits would be one."""
+    inside = (_subfolders(root / name, key) for name in below)
+    if all(len(names) > 1 and all(map(_SPLIT.fullmatch, names)) for names in inside):
+        split = _subfolders(root / below[0], key)[0]
+        raise UserError(
+            f'{key}.path: {root} has splits within folders of classes ({below[0]}/{split}): move '
+            f'them, so that splits come first ({split}/{below[0]})'
+        )
 
 
 def _innermost(place: files.Place, key: str) -> files.Place:

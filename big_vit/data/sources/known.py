@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from big_vit.data.sources.base import Source
-from big_vit.data.sources.classes import names_as_numbers, renumbered, shown, unknown_text
+from big_vit.data.sources.classes import (
+    label_name,
+    names_as_numbers,
+    renumbered,
+    shown,
+    unknown_text,
+)
 from big_vit.errors import UserError
 
 
@@ -107,7 +113,8 @@ def _comparable(source: Source, known: Known, by_number: bool) -> tuple[list, li
         return numbers, their_numbers, False
     if names is None or theirs is None:
         return places, their_places, True
-    return [name or None for name in names], [name or None for name in theirs], False
+    ours, known_names = ([label_name(name) or None for name in side] for side in (names, theirs))
+    return ours, known_names, False
 
 
 def _check_unknown(source: Source, lacking: list[int], ours: list, known: Known, key: str) -> None:

@@ -134,7 +134,7 @@ def loader(kind: str, read: Callable[[int], bytes]) -> Callable[[list[int]], lis
     """Return a function that reads examples of a kind: files as bytes, texts as str."""
     if kind != 'text':
         return lambda indices: [read(i) for i in indices]
-    return lambda indices: [read(i).decode('utf-8', 'replace') for i in indices]
+    return lambda indices: [read(i).decode('utf-8-sig', 'replace') for i in indices]
 
 
 class Names:

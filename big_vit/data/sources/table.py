@@ -16,7 +16,7 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.sources.base import Columns, Request, Source
-from big_vit.data.sources.classes import infer_classes, whole_number
+from big_vit.data.sources.classes import check_lists, infer_classes, whole_number
 from big_vit.data.sources.folder import list_folder
 from big_vit.data.sources.media import KINDS, Names, ending_of, kind_of, loader
 from big_vit.data.sources.splits import cut, training_split
@@ -24,8 +24,11 @@ from big_vit.errors import UserError
 
 _ENDINGS = ('.csv', '.tsv', '.jsonl')
 _SEPARATORS = re.compile('[|;]')
+# As pandas writes cells that are lists.
+_LIST = re.compile(r"""\[\s*(['"0-9].*)?\]""", re.DOTALL)
 _NUMERIC = re.compile('#([0-9]+|[xX][0-9a-fA-F]+);')
 _KINDS = (None, *KINDS)
+_SPLIT_COLUMNS = ('split', 'Split', 'SPLIT')
 # What the file systems of Linux allow; halves of characters, which JSON can hold.
 _MOST_NAME = 255
 _SURROGATE = re.compile('[\ud800-\udfff]')
@@ -203,8 +206,14 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
     def names() -> Iterator[str]:
         nonlocal multilabel, unlabelled
         for name, file in tables.items():
-            start = len(lines)
+            start, inside = len(lines), ''
             for row in parse(file):
+                inside = inside or row.split
+                if name and row.split.casefold() != inside.casefold():
+                    raise UserError(
+                        f'{file}, line {row.line}: its column split says {inside} and {row.split}, '
+                        f'and its name {name}: drop the column, or open {file.name} by itself'
+                    )
                 split = name or spellings.setdefault(row.split.casefold(), row.split)
                 splits.setdefault(split, (file, array('q')))[1].append(len(lines))
                 codes.extend([numbers.setdefault(label, len(numbers)) for label in row.labels])
@@ -221,6 +230,7 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
                 raise UserError(f'{file}: has no rows')
 
     paths = Names(names())
+    check_lists(list(numbers), np.array(codes), np.array(ends), next(iter(tables.values())))
     if unlabelled is not None and not multilabel:
         raise UserError(f'{unlabelled}: has no label: give it one, or leave it out')
     return _Rows(
@@ -240,7 +250,8 @@ def _parse(
 ) -> Iterator[_Row]:
     """Yield the rows of a table, each checked on its own."""
     is_json = file.name.lower().endswith('.jsonl')
-    for line, row in _json_rows(file, key) if is_json else _csv_rows(file, key):
+    used = (image_column, label_column, *_SPLIT_COLUMNS)
+    for line, row in _json_rows(file, key) if is_json else _csv_rows(file, used, key):
         for column, option in ((image_column, 'image_column'), (label_column, 'label_column')):
             if column not in row:
                 raise UserError(
@@ -254,13 +265,18 @@ def _parse(
             _check_path(image, file, line, home)
         if len(image) > _MOST_NAME or not image.isascii() or '\0' in image:
             _check_name(image, file, line, home)
-        where = next((name for name in ('split', 'Split', 'SPLIT') if name in row), None)
-        split = 'train' if where is None else str(row[where] or '').strip()
+        where = next((name for name in _SPLIT_COLUMNS if name in row), None)
+        said = 'train' if where is None else row[where]
+        split = '' if said is None else str(said).strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
         cell = row[label_column]
         multilabel = isinstance(cell, list)
         if isinstance(cell, str) and not is_json:
+            if _LIST.fullmatch(cell.strip()):
+                raise UserError(
+                    f'{file}, line {line}: {cell[:40]!r} is a list as text: separate labels by |'
+                )
             parts = _split_labels(cell)
             multilabel, cell = len(parts) > 1, [part.strip() for part in parts if part.strip()]
         labels = cell if isinstance(cell, list) else [] if cell in (None, '') else [cell]
@@ -328,12 +344,21 @@ def _open_text(file: files.Place, newline: str, key: str) -> Iterator[io.TextIOW
         raise UserError(f'{file}: not text in UTF-8 ({error.reason}): save it as UTF-8') from error
 
 
-def _csv_rows(file: files.Place, key: str) -> Iterator[tuple[int, dict]]:
-    delimiter = '\t' if file.name.lower().endswith('.tsv') else ','
+def _csv_rows(file: files.Place, used: tuple[str, ...], key: str) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, cells by column); the columns `used` must not be there twice."""
     with _open_text(file, '', key) as text:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        first = text.readline()
+        # Spreadsheets write semicolons where the comma is in numbers.
+        delimiter = ',' if ',' in first else max(';\t', key=first.count)
+        delimiter = '\t' if file.name.lower().endswith('.tsv') else delimiter
+        rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
         try:
             header = [column.strip() for column in next(rows, [])]
+            twice = [column for column in used if header.count(column) > 1]
+            if twice:
+                raise UserError(
+                    f'{file}: has several columns {twice[0]!r}: rename all but one of them'
+                )
             for row in rows:
                 if len(row) > len(header):
                     raise UserError(

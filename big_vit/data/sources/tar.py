@@ -460,7 +460,7 @@ def _sample(
         if extension in (label_name, 'json'):
             if size > _MAX_LABEL_BYTES:
                 raise UserError(f'{shard}: {name}.{extension} of {size:,} bytes is no label')
-            labels[extension] = take(offset, size).decode('utf-8', 'replace').strip()
+            labels[extension] = take(offset, size).decode('utf-8-sig', 'replace').strip()
     # The image is a.png rather than a.mask.png, whichever comes first.
     media = [
         (kind == 'text', '.' in extension, kind, place)
@@ -516,10 +516,12 @@ def _parse_label(
         value = _field(fields, label_column)
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # As programs write whole numbers that come from a table.
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == '':
         return None, '' if value is None else f'{label_column!r} there is {json.dumps(value):.60}'
     if (isinstance(value, int) and value >= 1 << 31) or len(str(value)) > _MAX_NAME:
         raise UserError(f'{sample}: {str(value)[:40]!r}... is no label: numbers are below 2**31')
+    if isinstance(value, str) and ('\ufffd' in value or '\0' in value):
+        raise UserError(f'{sample}: label {value[:40]!r} is not text in UTF-8: write it so')
     return value, ''
 
 
