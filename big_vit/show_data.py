@@ -20,8 +20,7 @@ from big_vit import runtime
 from big_vit.build.data import Data, host_batches, train_data
 from big_vit.build.steps import batch_seen
 from big_vit.config import Config
-from big_vit.data import dataset, transforms
-from big_vit.data.transforms.operations import decoded
+from big_vit.data import dataset, pipeline, transforms
 from big_vit.errors import UserError
 from big_vit.inspection import plots
 from big_vit.inspection.examples import title
@@ -32,9 +31,12 @@ def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
     # What the files themselves need to be pictures.
     first = data.transform.before(lambda name: name not in transforms.OF_FILES).host_text
     specs = tuple(replace(spec, transform=first, cache='none') for spec in data.specs)
-    source, _ = dataset.open_examples(specs)
-    columns = transforms.opened(source.load(index), source.channels)
-    return list(decoded(columns['image'])) if 'image' in columns else []
+    source, rest = dataset.open_examples(specs)
+    rows = [
+        pipeline.load(source, rest, index[i : i + 1], 0, 0, data.skip_bad)
+        for i in range(len(index))
+    ]
+    return [row['image'][0] for row in rows if 'image' in row]
 
 
 def titles(data: Data, batch: dict[str, np.ndarray], count: int) -> list[str]:

@@ -274,6 +274,15 @@ def test_pictures_are_shown_with_their_labels(photos):
     assert [picture.shape[2] for picture in pictures] == [3, 3]
 
 
+def test_what_stands_for_a_damaged_picture_is_shown(tmp_path):
+    root = damaged(tmp_path, {0}, 12)
+    more = {'data.on_error': 'skip', 'data.max_error_rate': '0.5', 'data.split': 'train'}
+    found = train_data(load(root, **more))
+    place = next(i for i in range(12) if found.source.place(i).endswith('0000.jpg'))
+    one, other = show_data.originals(found, np.array([place, (place + 1) % 12]))
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ('module', 'arguments', 'message'),
     [

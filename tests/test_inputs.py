@@ -7,6 +7,7 @@ import pytest
 from tiny import audited, overrides
 
 from big_vit import config, metrics, train
+from big_vit.build.data import eval_data, train_data
 from big_vit.errors import UserError
 
 SMALL = {'model.width': '24', 'model.depth': '1', 'model.mlp_dim': '24', 'model.num_heads': '2'}
@@ -128,3 +129,36 @@ def test_what_does_not_fit_is_refused_in_a_line(task, change, parts):
         audited(load(task, change))
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_floats_and_bytes_are_of_one_range_or_it_is_said(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+    kinds = {'bytes': pictures, 'deep': pictures.astype(np.uint16) * 257, 'floats': pictures / 255}
+    for kind, images in kinds.items():
+        np.savez(tmp_path / f'{kind}.npz', train_images=images, train_labels=np.arange(8) % 2)
+
+    def opened(kind, scored, **more):
+        places = {'data': kind, 'evals.test': scored}
+        paths = {f'{key}.path': str(tmp_path / f'{file}.npz') for key, file in places.items()}
+        names = {f'{key}.name': 'arrays' for key in places}
+        settings = {
+            'image_size': 8,
+            'batch_size': 4,
+            'total_steps': 1,
+            'lr': 1.0,
+            'model.variant': 'mu/4',
+        }
+        settings |= {'data.split': 'train', 'evals.test.split': 'train', 'data.transform': ''}
+        settings |= {'evals.test.transform': '', **names, **paths, **more}
+        resolved = config.resolve(settings)
+        return eval_data(resolved, 'test', train_data(resolved))
+
+    opened('bytes', 'deep')
+    opened('floats', 'floats')
+    for one, other in (('bytes', 'floats'), ('floats', 'bytes')):
+        with pytest.raises(
+            UserError, match=r'evals\.test\.transform gives images of .*value_range'
+        ):
+            opened(one, other)
+    said = {'evals.test.transform': 'value_range(-1, 1, in_low=0, in_high=1)'}
+    opened('bytes', 'floats', **said)

@@ -370,6 +370,7 @@ def _held_out(
     skip = section.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
     _check_same_parts(example_spec, train, taken, key)
+    _check_same_range(example_spec, transform, train, key)
     # By default devices do as in training, for the model to see numbers of the same range.
     fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
     found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
@@ -399,6 +400,27 @@ def _check_same_parts(
                 f'config: {key}.transform gives {part} of another shape than data.transform '
                 f'({shown})'
             )
+
+
+def _check_same_range(
+    example_spec: transforms.ExampleSpec,
+    transform: transforms.Transform,
+    train: Data,
+    key: str,
+) -> None:
+    """UserError for floats where training has bytes, or the other way, and nothing scales them."""
+    ours, theirs = (
+        s.parts['image'][1] if 'image' in s.parts else None
+        for s in (example_spec, train.example_spec)
+    )
+    operations = [*transform.operations, *(operation for _, operation in transform.device)]
+    if not ours or not theirs or (ours.kind == 'f') == (theirs.kind == 'f'):
+        return
+    if all(operation.normalisation is None for operation in operations):
+        raise UserError(
+            f'config: {key}.transform gives images of {ours}, data.transform of {theirs}: say what '
+            'is black and white in them, as in value_range(-1, 1, in_low=0, in_high=1)'
+        )
 
 
 def host_batches(

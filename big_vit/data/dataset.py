@@ -102,10 +102,15 @@ def _meet(source: Source, spec: Spec, known: Known | None, say: Callable[[str], 
     """Number the classes as those that are known; a label map says the numbers itself."""
     if known is None:
         return source
-    source, line = meet(source, known, spec.key, by_number=spec.label_map is not None)
+    source, line = meet(source, known, spec.key, by_number=_says_numbers(spec))
     if line:
         say(line)
     return source
+
+
+def _says_numbers(spec: Spec) -> bool:
+    """Whether numbers of classes are those of a label map; those of `classes` are its places."""
+    return spec.label_map is not None and spec.classes is None
 
 
 def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Transform]:
@@ -161,8 +166,8 @@ def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known
     if len(specs) == 1 or not specs[0].labelled:
         return None
     parts = list(zip(sources, specs, strict=True))
-    mapped = [source for source, spec in parts if spec.label_map is not None]
-    free = [pair for pair in parts if pair[1].label_map is None]
+    mapped = [source for source, spec in parts if _says_numbers(spec)]
+    free = [pair for pair in parts if not _says_numbers(pair[1])]
     named = [pair for pair in free if pair[0].class_names is not None] or free
     count = max(source.num_classes for source in sources)
     if not mapped and all(source.class_names is not None for source, _ in named):

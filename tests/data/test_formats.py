@@ -30,6 +30,7 @@ from tiny import write_folder
 from big_vit.data import dataset, decode, files, order, transforms
 from big_vit.data.sources import arrays, arrow, folder, parquet, records, table, tar
 from big_vit.data.sources.base import Request
+from big_vit.data.sources.known import Known
 from big_vit.data.sources.registry import SOURCES
 from big_vit.errors import UserError
 
@@ -751,6 +752,21 @@ def test_label_maps_and_subsets_come_from_the_config(tmp_path):
             lambda: dataset.open_spec(spec_of(root, label_map=str(mapping))),
             rf'data\.label_map: .*{message}',
         )
+
+
+def test_chosen_classes_of_a_label_map_meet_by_name(tmp_path):
+    root = write_folder(tmp_path / 'set', 12, 3)
+    mapping = tmp_path / 'map.json'
+    mapping.write_text(json.dumps({'class0': 2, 'class1': 1, 'class2': 0}))
+    known = Known(3, ('class2', 'class1', 'class0'), 'the model')
+    # Alone class0 is 0 of one, and 2 of the model.
+    more = {'label_map': str(mapping), 'known': known}
+    source, _ = dataset.open_spec(spec_of(root, classes=('class0',), **more))
+    assert set(source.labels().tolist()) == {2}
+    mapping.write_text(json.dumps({'class0': 0, 'class1': 1, 'class2': 2}))
+    source, _ = dataset.open_spec(spec_of(root, **more))  # Its numbers are meant as they are.
+    assert sorted(set(source.labels().tolist())) == [0, 1, 2]
+    assert source.labels().tolist() == dataset.open_spec(spec_of(root))[0].labels().tolist()
 
 
 @pytest.mark.parametrize('cache', ['none', 'decoded', 'auto'])
