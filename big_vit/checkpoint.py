@@ -120,12 +120,18 @@ def _committed(path: epath.Path) -> bool:
     return storage.is_local(path) or (path / COMMITTED).exists()
 
 
+def _step_of(name: str) -> int | None:
+    """The step whose checkpoint has a folder of this name; not of 06, which nothing wrote."""
+    return int(name) if name.isdecimal() and str(int(name)) == name else None
+
+
 def steps(workdir: Place) -> list[int]:
     """Steps of a workdir's committed checkpoints, ascending; they may still be damaged."""
     folder = _folder(workdir)
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _committed(p))
+    found = {_step_of(path.name): path for path in folder.iterdir()}
+    return sorted(s for s, path in found.items() if s is not None and _committed(path))
 
 
 def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
@@ -145,8 +151,15 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
         given = storage.place(path)
     except UserError as error:
         raise UserError(f'{key}: {error}') from None
-    if given.name.isdigit() and given.parent.name == 'checkpoints':
-        workdir, wanted = given.parent.parent, int(given.name)
+    target = storage.absolute(given)  # Of a link such as `latest`.
+    if 'checkpoints' not in (given.name, given.parent.name) and 'checkpoints' in (
+        target.name,
+        target.parent.name,
+    ):
+        given = target
+    wanted = _step_of(given.name)
+    if wanted is not None and given.parent.name == 'checkpoints':
+        workdir = given.parent.parent
         if wanted in steps(workdir):
             return workdir, wanted
         present = ', '.join(map(str, steps(workdir))) or 'none'
@@ -160,6 +173,21 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
             'checkpoints/STEP folders'
         )
     return workdir, available[-1]
+
+
+def check_place(workdir: epath.Path, key: str) -> None:
+    """Check that a new workdir does not lie among the checkpoints of another.
+
+    Raises:
+      UserError: it does, and would be taken for one of them.
+    """
+    folder = storage.absolute(workdir)
+    for path in (folder, *folder.parents):
+        if path.name == 'checkpoints' and steps(path.parent):
+            raise UserError(
+                f'{key}: {workdir} lies among the checkpoints of {path.parent}: give that to go on '
+                'with its run, or another folder'
+            )
 
 
 def set_aside(workdir: Place, step: int) -> None:
@@ -192,7 +220,7 @@ def _remove_leftovers(folder: epath.Path) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         number, _, rest = path.name.partition('.')
         killed = rest == 'deleted' or rest.startswith('orbax-checkpoint-tmp')
-        if number.isdigit() and (killed or (not rest and not _committed(path))):
+        if number.isdecimal() and (killed or (not rest and not _committed(path))):
             path.rmtree(missing_ok=True)
 
 
@@ -200,7 +228,7 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
     """Reads the sidecar that `describe` made.
 
     Raises:
-      CorruptCheckpointError: it is unreadable or does not match its own hash.
+      CorruptCheckpointError: it is unreadable, does not match its own hash, or is of another step.
       UserError: it was written by a newer version of big_vit.
     """
     path = storage.place(workdir) / 'checkpoints' / str(step) / 'sidecar' / 'metadata'
@@ -211,6 +239,10 @@ def read_sidecar(workdir: Place, step: int) -> dict[str, Any]:
         raise CorruptCheckpointError(f'{path}: cannot be read: {error!r}') from None
     if not intact:
         raise CorruptCheckpointError(f'{path}: does not match its own hash')
+    if (saved_at := sidecar.get('step')) != step:
+        raise CorruptCheckpointError(
+            f'{path.parent.parent}: is the checkpoint of step {saved_at}: rename it back'
+        )
     if sidecar['format'] > FORMAT:
         raise UserError(f'{path}: format {sidecar["format"]} is newer than this big_vit reads')
     return sidecar
@@ -564,8 +596,7 @@ def save_params(
       UserError: the folder already has checkpoints, or cannot be written.
     """
     workdir = storage.place(out)
-    if storage.is_local(workdir):
-        workdir = workdir.expanduser()
+    check_place(workdir, '--out')
     float32_params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), params)
     with ownership.own(workdir, '--out'):
         if steps(workdir):

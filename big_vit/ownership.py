@@ -54,7 +54,7 @@ class _File(Protocol):
 
 
 def _parsed(text: str | bytes) -> Record | None:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(text)
         if isinstance(record, dict) and {'pid', 'id', 'beat'} <= record.keys():
             return record if isinstance(record['pid'], int) else None

@@ -32,7 +32,7 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
       UserError: the store is unknown, or its library is not installed.
     """
     if is_local(path):
-        return epath.Path(path)
+        return epath.Path(path).expanduser()  # Shells leave --workdir=~/run as it is.
     scheme, _, rest = os.fspath(path).partition('://')
     if scheme not in LIBRARIES:
         known = ', '.join(f'{name}://' for name in LIBRARIES)

@@ -31,6 +31,7 @@ def owned(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
         workdir = storage.place(path)
     except UserError as error:
         raise UserError(f'--workdir: {error}') from None
+    hosts.lead(lambda: checkpoint.check_place(workdir, '--workdir'))
     with contextlib.ExitStack() as stack:
         hosts.lead(lambda: stack.enter_context(ownership.own(workdir)))
         yield workdir
@@ -48,11 +49,14 @@ def check_workdir(
     Raises:
       UserError: it cannot be read, or holds a run of another config.
     """
-    file = workdir / CONFIG
+    file, folder = workdir / CONFIG, workdir / 'checkpoints'
     try:
         text = file.read_bytes() if file.exists() else b''
         saved = checkpoint.steps(workdir)
         rows = workdir / metrics.FILE
+        for path, is_folder in ((rows, False), (folder, True)):
+            if storage.is_local(path) and path.exists() and path.is_dir() != is_folder:
+                raise UserError(f'--workdir: {path} is no {"folder" if is_folder else "file"}')
         begun = bool(saved or (rows.exists() and rows.read_bytes().strip()))
     except Exception as error:  # Errors of object stores share no base class.
         if isinstance(error, UserError) or (
@@ -60,8 +64,13 @@ def check_workdir(
         ):
             raise
         raise UserError(f'--workdir: cannot read {workdir}: {storage.reason(error)}') from error
+    old = None
     if text and begun:  # What ended before its first row has nothing to go on with.
         old = storage.parse_object(text, str(file), 'use another --workdir')
+    elif saved:
+        with contextlib.suppress(checkpoint.CorruptCheckpointError):
+            old = checkpoint.read_sidecar(workdir, saved[-1])['config']
+    if old is not None:
         changes = config_lib.difference(old, config.to_dict())
         refused = _refused(changes)
         if refused and not force:

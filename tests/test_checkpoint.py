@@ -16,6 +16,7 @@ from big_vit.errors import UserError
 from big_vit.models import variants
 from big_vit.models.vit import make_vit
 from big_vit.optim import factory
+from big_vit.workdir import owned
 
 IMAGE = (8, 8, 1)
 
@@ -260,6 +261,37 @@ def test_locate_explains_what_is_missing(saved, tmp_path):
         checkpoint.locate(tmp_path / 'nothing')
     with pytest.raises(UserError, match='no finished checkpoint'):
         checkpoint.locate(tmp_path)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(copy):
+    for name, is_listed in (('70', True), ('07', False), ('٧', False), ('²', False)):
+        folder = (copy / 'checkpoints' / '7').rename(copy / 'checkpoints' / name)
+        assert checkpoint.steps(copy) == ([70] if is_listed else [])
+        with pytest.raises(UserError, match=r'is the checkpoint of step 7: rename it|no finished'):
+            checkpoint.load_params(*checkpoint.locate(copy))
+        folder.rename(copy / 'checkpoints' / '7')
+    assert checkpoint.read_sidecar(copy, 7)['step'] == 7
+
+
+def test_a_link_to_a_checkpoint_is_one(copy, tmp_path, monkeypatch):
+    for name, target in (('latest', 'checkpoints/7'), ('all', 'checkpoints'), ('run', '.')):
+        (tmp_path / name).symlink_to(copy / target)
+        workdir, step = checkpoint.locate(tmp_path / name)
+        assert (workdir.resolve(), step) == (copy.resolve(), 7)
+    assert checkpoint.locate(tmp_path / 'all' / '7')[1] == 7
+    monkeypatch.chdir(copy / 'checkpoints')
+    assert checkpoint.locate('7')[1] == checkpoint.locate('.')[1] == 7
+
+
+def test_a_workdir_among_the_checkpoints_of_a_run_is_refused(copy, tmp_path):
+    for place in ('checkpoints', 'checkpoints/7', 'checkpoints/../checkpoints/run'):
+        with pytest.raises(UserError, match=r'--workdir: .* among the checkpoints of .*/w: give'):
+            owned(copy / place).__enter__()
+        with pytest.raises(UserError, match=r'--out: .* among the checkpoints'):
+            checkpoint.save_params(copy / place, {}, 1, {})
+    assert sorted(path.name for path in copy.iterdir()) == ['checkpoints']
+    (tmp_path / 'checkpoints' / 'no_step').mkdir(parents=True)
+    checkpoint.check_place(checkpoint.storage.place(tmp_path / 'checkpoints' / 'mine'), '--out')
 
 
 def test_an_unfinished_checkpoint_does_not_count(copy):

@@ -100,6 +100,13 @@ def test_who_starts_while_the_owner_saves_and_ends_waits_for_it(tmp_path):
             assert process.returncode == 0
 
 
+@pytest.mark.parametrize('content', ['', 'x', '[]', '[' * 4000, '{"pid": "1", "id": 0, "beat": 0}'])
+def test_what_no_owner_wrote_is_in_nobodys_way(content, tmp_path):
+    (tmp_path / ownership.FILE).write_text(content)
+    with ownership.own(path(tmp_path)):
+        assert record_of(tmp_path)['pid'] == os.getpid()
+
+
 def path(folder):
     return epath.Path(folder)
 

@@ -164,6 +164,12 @@ def test_a_row_that_the_disk_refuses_once_is_written_again(tmp_path, monkeypatch
     assert [row['train/loss'] for row in metrics.read(tmp_path)] == [1.0, 2.0, 3.0]
 
 
+def test_a_home_is_meant_where_the_shell_has_left_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert storage.place('~/run') == storage.place(tmp_path / 'run')
+    assert storage.place('a~b/~') == storage.place('a~b') / '~'
+
+
 def test_the_workdir_and_the_checkpoints_of_a_store(store):
     with owned('gs://bucket/run') as workdir:
         write_config(workdir, config.resolve(TINY))

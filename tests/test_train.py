@@ -13,10 +13,11 @@ import pytest
 from commands import error_line, run, start
 from tiny import write_idx
 
-from big_vit import checkpoint, config, metrics, train
+from big_vit import checkpoint, config, metrics, storage, train
 from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.journal import MAX_SKIPPED_IN_A_ROW
+from big_vit.workdir import check_workdir
 
 TINY = {
     'total_steps': 12,
@@ -212,6 +213,23 @@ def test_a_config_of_the_workdir_that_is_none_is_named(finished, tmp_path, conte
     (workdir / 'config.json').write_bytes(content)
     with pytest.raises(UserError, match=f'{says}.*use another --workdir'):
         train.run(config.resolve(TINY), workdir)
+
+
+def test_without_its_config_a_workdir_is_known_by_its_checkpoints(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / 'w')
+    (workdir / 'config.json').unlink()
+    with pytest.raises(UserError, match=r'another config \(lr: 0\.01 -> 0\.02'):
+        train.run(config.resolve({**TINY, 'lr': 2e-2}), workdir)
+
+
+@pytest.mark.parametrize('name, kind', [('metrics.jsonl', 'file'), ('checkpoints', 'folder')])
+def test_a_folder_for_a_file_in_a_workdir_and_the_reverse(name, kind, tmp_path):
+    if kind == 'file':
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text('')
+    with pytest.raises(UserError, match=f'--workdir: .*{name} is no {kind}'):
+        check_workdir(storage.place(tmp_path), config.resolve(TINY), {}, False)
 
 
 def test_more_steps_than_a_step_can_count_are_refused_before_the_workdir_exists(tmp_path):

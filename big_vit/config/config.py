@@ -17,6 +17,7 @@ import json
 import re
 import reprlib
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -320,11 +321,29 @@ def _call_get_config(
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f'{path}: argument {name} must be given: --config {path}:{name}=...')
+    shown = ', '.join(f'{name}={value}' for name, value in arguments.items())
+    with _errors_of(path, f'get_config({shown}) fails: '):
+        tree = function(**arguments)
+        return tree.to_dict() if hasattr(tree, 'to_dict') else tree
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path, what: str = '') -> Iterator[None]:
+    """Context that runs what a config file holds, whose errors become one line with their place."""
     try:
-        return function(**arguments)
-    except (KeyError, ValueError) as error:
-        shown = ', '.join(f'{name}={value}' for name, value in arguments.items())
-        raise UserError(f'{path}: get_config({shown}) fails: {error!r}') from None
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        line = f', line {error.lineno}' if error.lineno else ''
+        raise UserError(f'--config: {path}{line}: {error.msg}') from None
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [
+            f', line {frame.lineno}' for frame in frames if frame.filename == str(path.absolute())
+        ]
+        shown = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        raise UserError(f'--config: {path}{"".join(lines[-1:])}: {what}{shown}') from error
 
 
 def load(
@@ -351,21 +370,19 @@ def load(
         hint = f'; did you mean {path.parent / near[0]}?' if near else ''
         raise UserError(f'--config: there is no file {path}{hint}')
     module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
-    assert module_spec is not None and module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f'--config: {path}: the name of a config file ends in .py')
     module = importlib.util.module_from_spec(module_spec)
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        module_spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f'--config: {path}, line {error.lineno}: {error.msg}') from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f'--config: {path} is no Python: {error}') from None
+        with _errors_of(path):
+            module_spec.loader.exec_module(module)
     finally:
         sys.dont_write_bytecode = dont_write
-    if not hasattr(module, 'get_config'):
+    if not callable(getattr(module, 'get_config', None)):
         raise UserError(f'--config: {path} defines no get_config()')
     choices = getattr(module, 'CHOICES', {})
-    config = _call_get_config(module.get_config, arguments, path, choices)
+    tree = _call_get_config(module.get_config, arguments, path, choices)
     explicit = dict(base or {})
 
     def put(key: str, value: Any) -> None:
@@ -375,12 +392,12 @@ def load(
             explicit.pop(sibling, None)
         explicit[key] = value
 
-    tree = config.to_dict() if hasattr(config, 'to_dict') else config
     if not isinstance(tree, dict):
         raise UserError(
             f'--config: get_config() of {path} must give a ConfigDict, got {_shown(tree)}'
         )
-    from_file = flatten(tree)
+    with _errors_of(path):
+        from_file = flatten(tree)
     for key in from_file:
         for sibling in _siblings(key):
             if sibling in from_file:

@@ -43,7 +43,7 @@ def run_secret() -> bytes:
         raise UserError(
             f'{variable}: a secret has at least 16 characters; `openssl rand -hex 32` makes one'
         )
-    return text.encode()
+    return os.fsencode(text)
 
 
 def proof_of(secret: bytes, role: str, nonces: tuple[str, str]) -> str:

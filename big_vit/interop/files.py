@@ -101,6 +101,7 @@ def as_float(array: np.ndarray, where: str) -> np.ndarray:
     """
     if array.dtype == np.dtype('V2'):
         array = array.view(_BFLOAT16)
+    array = array.astype(array.dtype.newbyteorder('='), copy=False)
     if array.dtype not in (*_FLOATS, *_ROUNDED):
         raise UserError(
             f'{where} is of type {array.dtype}: weights are of float16, bfloat16, float32 or '
@@ -124,7 +125,9 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, str]]:
             torch_files.check_zip(path, file)
             comment = file.comment
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            # Anything else, such as a folder or a note, is given as bytes.
+            found = {name: archive[name] for name in archive.files}
+            arrays = {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         if 'pickle' in str(error).lower():
             raise UserError(
@@ -137,7 +140,7 @@ def _read_npz(path: Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def _metadata_of_comment(comment: bytes) -> dict[str, str]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         metadata = json.loads(comment)
         if isinstance(metadata, dict) and KEY in metadata:
             return {KEY: json.dumps(metadata[KEY])}
@@ -186,7 +189,8 @@ def _read_parts(index: Path) -> tuple[Sections, dict[str, str]]:
         if not (index.parent / name).is_file():
             raise UserError(f'{index}: the part {name} is not there')
         shards, shard_metadata = read(index.parent / name)
-        arrays.update(shards.get('', {}))
+        whole = shards.get('', {}).items()
+        arrays.update({array: get for array, get in whole if names.get(array, name) == name})
         metadata.update(shard_metadata)
     absent = [name for name in names if name not in arrays]
     if absent:

@@ -27,7 +27,7 @@ _SIGNS = (
     ),
 )
 # Keys and names of moving averages of the parameters, which codebases evaluate where they have one.
-_AVERAGE = re.compile(r'(.*_)?ema(_.*)?|teacher|target_encoder')
+_AVERAGE = re.compile(r'(?!.*(no|non|not|without)_ema)(.*_)?ema(_.*)?|teacher|target_encoder')
 
 
 class Part(NamedTuple):

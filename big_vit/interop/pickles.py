@@ -65,6 +65,7 @@ class Opaque:
     def __init__(self, name: str) -> None:
         self.name = name
         self.state: Any = None
+        self.items: dict[Any, Any] = {}  # Where it is a kind of dictionary.
 
 
 def load(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
@@ -126,6 +127,7 @@ _UNKNOWN = ('EXT1', 'EXT2', 'EXT4', 'PERSID', 'NEXT_BUFFER', 'READONLY_BUFFER')
 
 
 def _set(target: Any, pairs: list[Any]) -> None:
+    target = target.items if isinstance(target, Opaque) else target
     if isinstance(target, dict):
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # Hashing tuples of tuples takes exponential time, and no such key names a tensor.
@@ -247,9 +249,11 @@ def _tensor(function: str, arguments: Any) -> Any:
     storage, offset, shape, strides, *more = arguments
     if not isinstance(storage, Storage):
         return None
-    dtype = storage.dtype
+    dtype, marks = storage.dtype, more[2:]
     if function.endswith('_v3'):
-        dtype = more[2].name.removeprefix('torch.')
+        dtype, marks = more[2].name.removeprefix('torch.'), more[3:]
+    if any(marks):  # Views whose numbers are the negative or conjugate of those stored.
+        return None
     sizes = (offset, *shape, *strides)
     if dtype not in _DTYPES or not all(type(n) is int and n >= 0 for n in sizes):
         return None
@@ -295,6 +299,8 @@ def sections(tree: Any) -> dict[str, dict[str, Any]]:
         if id(node) in seen or depth > _DEEPEST:
             return
         seen.add(id(node))
+        if isinstance(node, Opaque) and node.items:
+            node = node.items
         if isinstance(node, Opaque) and isinstance(node.state, dict):
             if table := dict(_of_module(node, '', set())):
                 tables[place] = table

@@ -197,7 +197,7 @@ def _format_of_config(source: _SourceFile) -> str | None:
     kind = config.get('model_type')
     if kind is None:
         return None
-    if kind not in huggingface.TYPES:
+    if not isinstance(kind, str) or kind not in huggingface.TYPES:
         known = ', '.join(huggingface.TYPES)
         raise UserError(f'{source.path}: model_type {kind!r} is not one of {known}')
     return huggingface.TYPES[kind]
@@ -222,6 +222,8 @@ def _settings_of(
         if format in openclip.FORMATS:
             return openclip.settings_of(shapes, source.config, given, where)
         return huggingface.settings_of(format, shapes, source.config, given, where)
+    except UserError as error:
+        raise UserError(str(error) if where in str(error) else f'{where}: {error}') from None
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UserError(
             f'{where}: its config or its arrays are not as {format} has them ({error!r})'

@@ -54,7 +54,10 @@ def read(path: Path) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
             if head[:4] == b'PK\x03\x04':
                 tree, fetch = _open_zip(path)
             elif head[257:] == b'ustar':
-                raise UserError(f'{path}: torch before 0.2 wrote it; {advice(path)}')
+                raise UserError(
+                    f'{path}: a tar archive, as torch wrote before 0.2: take its file out; or, '
+                    f'{advice(path)}'
+                )
             else:
                 tree, fetch = _open_legacy(path, file)
         sections = pickles.sections(tree)
@@ -79,7 +82,11 @@ def _damaged(path: Path, error: BaseException) -> UserError:
 
 
 def check_zip(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise UserError for an archive that would fill the memory: numbers hardly shrink."""
+    """Raise UserError for an archive with two files of one name, or one to fill the memory."""
+    names = [info.filename.removesuffix('.npy') for info in archive.infolist()]
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f'{path}: has {twice} twice, and does not tell which is meant')
     size = sum(info.file_size for info in archive.infolist())
     if size > 100 * path.stat().st_size + 2**30:
         raise UserError(f'{path}: {path.stat().st_size} bytes that would become {size}')

@@ -140,9 +140,19 @@ def test_a_missing_file_names_the_nearest(file):
 
 @pytest.mark.parametrize(
     'text, parts',
-    [('x = 1\n', ('defines no get_config',)), ('def get_config(:\n', ('line 1',))],
+    [
+        ('x = 1\n', ('defines no get_config',)),
+        ('get_config = 3\n', ('defines no get_config',)),
+        ('def get_config(:\n', ('line 1',)),
+        ('x = 1\nimport no_such_module\n', ('line 2: ModuleNotFoundError',)),
+        ('import sys\nsys.exit(0)\n', ('line 2: SystemExit',)),
+        ('def get_config():\n    return 1 / 0\n', ('line 2: get_config() fails: ZeroDivision',)),
+        ('def get_config():\n    d = {}\n    d["model"] = d\n    return d\n', ('Recursion',)),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, parts):
+    (tmp_path / 'wrong.txt').write_text(text)
+    refused(lambda: config.load(str(tmp_path / 'wrong.txt')), 'ends in .py')
     path = tmp_path / 'wrong.py'
     path.write_text(text)
     refused(lambda: config.load(str(path)), 'wrong.py', *parts)

@@ -663,6 +663,8 @@ def test_the_secret_is_in_a_variable_or_a_file_and_long(monkeypatch, tmp_path):
     monkeypatch.setenv('BIG_VIT_SECRET', 'short')
     with pytest.raises(UserError, match='BIG_VIT_SECRET: a secret has at least 16'):
         run_secret()
+    monkeypatch.setenv('BIG_VIT_SECRET', '\udcff' * 16)  # Bytes that are no text.
+    assert run_secret() == b'\xff' * 16
 
 
 @pytest.mark.parametrize(

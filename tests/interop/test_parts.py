@@ -85,6 +85,15 @@ def test_an_average_is_read_and_told_and_the_other_can_be_chosen(plain, average,
         read(f'{path}:other')
 
 
+def test_what_is_no_average_is_not_taken_for_one(tmp_path):
+    (_, arrays), (other, averaged) = model(0), model(1)
+    same(read(save({'no_ema': arrays, 'ema': averaged}, tmp_path / 'w.pth')), other)
+    for name in ('model_no_ema', 'without_ema', 'model_non_ema_weights'):
+        path = save({'model': averaged, name: arrays}, tmp_path / 'w.pth')
+        with pytest.raises(UserError, match='several encoders'):
+            read(path)
+
+
 def test_a_projection_head_is_not_left_out_unsaid(tmp_path):
     ours, arrays = model()
     tree = {**behind('backbone.', arrays), 'head.mlp.0.weight': np.ones((2, 2), np.float32)}
@@ -139,6 +148,34 @@ def test_an_index_of_files_of_pytorch(tmp_path):
     table = {name: file for file, names in halves.items() for name in names}
     (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': table}))
     same(interop.read(tmp_path), ours)
+
+
+def test_an_index_says_which_file_an_array_is_of(tmp_path):
+    from safetensors.numpy import save_file
+
+    ours, arrays = model()
+    first, rest = dict([*arrays.items()][:3]), dict([*arrays.items()][3:])
+    save_file(first, tmp_path / 'a.safetensors')
+    save_file({**rest, **{n: x + 1 for n, x in first.items()}}, tmp_path / 'b.safetensors')
+    places = {**dict.fromkeys(first, 'a.safetensors'), **dict.fromkeys(rest, 'b.safetensors')}
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': places}))
+    same(read(index), ours)
+
+
+def test_what_is_missing_is_said_of_its_file(tmp_path):
+    arrays = {n: x for n, x in model()[1].items() if n != 'blocks.0.mlp.fc1.weight'}
+    with pytest.raises(UserError, match=r'w\.pth: there is no blocks\.0\.mlp\.fc1\.weight'):
+        read(save(arrays, tmp_path / 'w.pth'))
+
+
+def test_a_model_type_that_is_no_text(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file(model()[1], tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text('{"model_type": ["vit"]}')
+    with pytest.raises(UserError, match='is not one of vit'):
+        interop.read(tmp_path)
 
 
 def test_places_of_encoders():

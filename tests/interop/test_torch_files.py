@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -122,6 +123,55 @@ def test_a_bare_dictionary_and_views_of_one_storage(tmp_path):
         np.testing.assert_array_equal(found['first'], storage[:6].reshape(2, 3))
         np.testing.assert_array_equal(found['transposed'], storage[6:12].reshape(2, 3).T)
         np.testing.assert_array_equal(found['one'], storage[None, 5:9])
+
+
+def test_views_that_negate_or_conjugate_are_no_plain_numbers(tmp_path):
+    storage = np.arange(3, dtype=np.float32)
+    for more, is_plain in ((({},), True), (({'neg': True},), False), (({'conj': True},), False)):
+        path = save({'x': View(storage, 0, (3,), (1,), more=more)}, tmp_path / 'a.pth')
+        if is_plain:
+            np.testing.assert_array_equal(arrays_of(path)['']['x'], storage)
+        else:
+            with pytest.raises(UserError, match=r'x is made by .* not a dense tensor'):
+                arrays_of(path)
+
+
+class Named(collections.OrderedDict):
+    """A dictionary of a trainer's own kind."""
+
+
+def test_dictionaries_of_other_kinds_are_dictionaries(tmp_path):
+    for tree in (Named(some()), {'state_dict': Named(some())}):
+        (found,) = arrays_of(save(tree, tmp_path / 'a.pth')).values()
+        same(found, some())
+
+
+def test_of_two_files_of_one_name_in_an_archive_none_is_chosen(tmp_path):
+    path = save(some(), tmp_path / 'a.pth')
+    np.savez(tmp_path / 'a.npz', a=np.ones(3, np.float32))
+    for name, entry in (('a.pth', 'archive/data/0'), ('a.npz', 'a.npy'), ('a.npz', 'a')):
+        content = (tmp_path / name).read_bytes()
+        with zipfile.ZipFile(tmp_path / name, 'a') as archive, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Of zipfile, about just that.
+            archive.writestr(entry, bytes(12))
+        with pytest.raises(UserError, match='twice'):
+            files.read(tmp_path / name)
+        (tmp_path / name).write_bytes(content)
+    same(arrays_of(path)[''], some())
+
+
+def test_what_else_lies_in_a_numpy_archive_is_no_array(tmp_path):
+    array = np.arange(3, dtype=np.float32)
+    np.savez(tmp_path / 'a.npz', little=array, big=array.astype('>f4'), half=array.astype('>f2'))
+    with zipfile.ZipFile(tmp_path / 'a.npz', 'a') as archive:
+        archive.writestr('notes/', b'')
+        archive.writestr('notes/readme.txt', b'text')
+        archive.comment = b'[' * 60_000
+    found = arrays_of(tmp_path / 'a.npz')['']
+    assert found.keys() == {'little', 'big', 'half'}
+    for stored in found.values():
+        np.testing.assert_array_equal(files.as_float(stored, 'x'), array)
+        assert files.as_float(stored, 'x').dtype == np.float32
 
 
 def test_a_pickled_module_has_the_names_of_its_state(tmp_path):

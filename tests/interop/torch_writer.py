@@ -34,10 +34,12 @@ def _function(_):
 class View:
     """A tensor that says of its storage what the test wants, true or not."""
 
-    def __init__(self, storage, offset, shape, strides, count=None, rebuild='_rebuild_tensor_v2'):
+    def __init__(
+        self, storage, offset, shape, strides, count=None, rebuild='_rebuild_tensor_v2', more=()
+    ):
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
         self.count = storage.size if count is None else count
-        self.rebuild = rebuild
+        self.rebuild, self.more = rebuild, more
 
 
 class _Key:
@@ -69,7 +71,7 @@ def pickled(tree, protocol=2):
                     thing = View(keep[-1], 0, thing.shape, steps)
                 if isinstance(thing, View):
                     rebuild = _named('torch._utils', thing.rebuild, _function)
-                    sizes = (thing.offset, thing.shape, thing.strides, False, {})
+                    sizes = (thing.offset, thing.shape, thing.strides, False, {}, *thing.more)
                     return rebuild, (_Key(thing), *sizes)
                 return NotImplemented
 
