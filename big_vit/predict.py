@@ -98,10 +98,11 @@ def answered(model: Predictor, paths: Sequence[str], unread: list[str]) -> Itera
 
 def tell_unread(model: Predictor, unread: Sequence[str], total: int) -> None:
     """Name the pictures that cannot be read; UserError if these are all."""
+    if unread and len(unread) == total:
+        why = f'{unread[0]}: {model.problem(unread[0])}'
+        raise UserError(why if total == 1 else f'none of {total:,} pictures can be read, {why}')
     for path in unread[:_MOST_NAMED]:
         print(printable(f'WARNING: {path}: {model.problem(path)}'), file=sys.stderr)
-    if unread and len(unread) == total:
-        raise UserError(f'none of the {total:,} picture(s) can be read')
     if unread:
         print(f'WARNING: {len(unread):,} of {total:,} pictures cannot be read', file=sys.stderr)
 

@@ -9,10 +9,12 @@ Pictures go through the operations of the run's own evaluation, so answers are t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from jaxtyping import Array, Float, Int64
 from big_vit import augment, checkpoint, sharding, trees
 from big_vit.build.data import DEVICE_OPERATIONS, completed_section
 from big_vit.build.task import build_task
-from big_vit.data import files, pipeline, transforms
+from big_vit.data import decode, files, pipeline, transforms
 from big_vit.data.sources.base import Columns, Source
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import requirements
@@ -148,13 +150,17 @@ class Predictor:
         """
         if not len(pictures):
             return
+        unreadable: set[int] = set()
         source = _source(pictures, self._channels())
+        if skip_bad:
+            source = replace(source, load=self._load_readable(source, unreadable))
         host = self._fitting(source, skip_bad)
         devices = self._mesh.size
         batch_size = math.ceil(min(self._batch_size, len(pictures)) / devices) * devices
         start, place = 0, sharding.batch_sharding(self._mesh)
         for batch in pipeline.eval_batches(source, host, batch_size=batch_size, skip_bad=skip_bad):
             mask = batch['mask'] > 0
+            mask &= [start + row not in unreadable for row in range(batch_size)]
             with jax.set_mesh(self._mesh):
                 placed = {
                     name: sharding.place(column, place)
@@ -168,6 +174,28 @@ class Predictor:
                 None if probabilities is None else np.asarray(probabilities)[mask],
             )
             start += batch_size
+
+    def _load_readable(
+        self, source: Source, unreadable: set[int]
+    ) -> Callable[[np.ndarray], Columns]:
+        """Load plain grey for what is no picture, and note its row, so that a batch is complete."""
+        grey = np.full((*(2 * side for side in self._loaded.image_size), 3), 128, np.uint8)
+        blank = decode.Encoded(cv2.imencode('.png', grey)[1].tobytes())
+
+        def load_one(index: int) -> Any:
+            try:
+                (image,) = source.load(np.array([index]))['image']
+                _ = image.shape  # Of a file: what its header says.
+                return image
+            except (transforms.BadExampleError, decode.DecodeError, OSError):
+                unreadable.add(index)
+                return blank
+
+        def load(index: np.ndarray) -> Columns:
+            images = [load_one(int(i)) for i in index]
+            return {'image': images, 'label': np.zeros(len(index), np.int32)}
+
+        return load
 
     def problem(self, picture: Picture) -> str:
         """Say why a picture that `answers` left out cannot be read; '' if it can."""

@@ -95,6 +95,20 @@ def test_the_terminal_names_the_best_classes_and_what_cannot_be_read(shapes, tmp
     assert '1 file left out (1 .txt)' in result.stderr
 
 
+def test_many_broken_pictures_in_a_row_do_not_end_it(shapes, model, tmp_path, capsys):
+    workdir, data = shapes
+    for i in range(40):
+        (tmp_path / f'{i:02d}.jpg').write_bytes(b'nothing')
+    good = pictures_of(data)[0]
+    shutil.copy(good, tmp_path / '50.jpg')
+    predict.main([str(workdir), str(tmp_path), '--out', str(tmp_path / 'out.jsonl')])
+    (row,) = (json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines())
+    assert row['file'].endswith('50.jpg')
+    np.testing.assert_allclose(row['probabilities'], np.sort(model([good])[0])[::-1], atol=1e-5)
+    said = capsys.readouterr().err
+    assert said.count('not an image') == 20 and '40 of 41 pictures cannot be read' in said
+
+
 def test_tables_say_the_same(shapes, model, tmp_path):
     workdir, data = shapes
     paths = pictures_of(data)[:7]
