@@ -218,6 +218,39 @@ def evaluate() -> argparse.ArgumentParser:
     return parser
 
 
+def predict() -> argparse.ArgumentParser:
+    parser = _parser(
+        'predict',
+        'Name the classes of pictures, or write their feature vectors.',
+    )
+    parser.add_argument(
+        'path',
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
+    )
+    parser.add_argument(
+        'pictures',
+        nargs='+',
+        help='files, folders (at any depth), or - for paths on standard input, one a line',
+    )
+    parser.add_argument('--top', type=_number(1, 1000), default=5, metavar='N', help='classes (5)')
+    parser.add_argument(
+        '--out', metavar='FILE', help='write there instead: .csv, .jsonl or .parquet'
+    )
+    parser.add_argument(
+        '--embed',
+        metavar='OUT',
+        help='features instead: .npz, .parquet, or a folder, which a restart goes on with',
+    )
+    parser.add_argument(
+        '--transform', metavar='TEXT', help="operations instead of those of the run's evaluation"
+    )
+    parser.add_argument(
+        '--batch_size', type=_number(1, 1 << 16), default=64, help='pictures at a time (64)'
+    )
+    parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
+    return parser
+
+
 def explore() -> argparse.ArgumentParser:
     parser = _parser(
         'explore',

@@ -20,7 +20,7 @@ COMMANDS = [line for line in LINES if line.startswith('python -m big_vit.')]
 # Of each command but those two, which test_plan.py and test_ledger.py run, one is among the others.
 SLOW = (
     *('big_vit.plan', 'big_vit.ledger', 'optimizer=shampoo', 'evals.near', '--sweep'),
-    *('--workdir runs/photos', 'report runs/photos', '--workdir runs/more'),
+    *('--workdir runs/photos', 'report runs/photos', 'predict runs/photos', '--workdir runs/more'),
 )
 
 # What the README promises of its example: arrays of NumPy, and the sidecar of the last step.

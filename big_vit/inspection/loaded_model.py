@@ -106,19 +106,24 @@ class LoadedModel:
           UserError: the model does not read exactly one image, or its parameters do not match its
             config.
         """
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        return self._build({'model.dtype': 'float32', 'model.attention': 'xla'}, mesh)
+
+    def scoring_model(self, mesh: jax.sharding.Mesh) -> ViT:
+        """Return the model for the devices of a mesh, in its own types, as evaluations use it."""
+        return self._build({}, mesh)
+
+    def _build(self, changes: dict[str, Any], mesh: jax.sharding.Mesh) -> ViT:
         if self.config is None:
             assert self.foreign_weights is not None
             settings = {**self.foreign_weights.settings, 'dtype': jnp.float32, 'scan': False}
             return make_vit(**settings)
-        config = self.config.replacing(
-            {'model.dtype': 'float32', 'model.attention': 'xla', 'model.remat': 'none'}
-        )
+        config = self.config.replacing({'model.remat': 'none', **changes})
         if parts_read(config) != ('image',) or list(config.streams):
             reads = ', '.join(parts_read(config))
             raise UserError(f'{self.path}: its model reads {reads}, not one image')
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
-        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         shape = (*self.image_size, self.channels)
         model = build_model(config, classes, {'image': shape}, mesh)
         inputs: state.Inputs = {'image': (shape, np.dtype(np.uint8))}

@@ -1,0 +1,203 @@
+"""`python -m big_vit.predict` and `big_vit.load`: answers are those that the evaluation scored."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from commands import error_line, run
+from PIL import Image
+from test_export import weights_of
+from tiny import write_folder
+
+import big_vit
+from big_vit import config, evaluate, interop, predict, train
+from big_vit.errors import UserError
+
+SETTINGS = {
+    'total_steps': 8,
+    'batch_size': 16,
+    'image_size': 16,
+    'lr': 1e-2,
+    'model.variant': 'mu/4',
+    'model.width': 32,
+    'model.mlp_dim': 64,
+    'model.num_heads': 2,
+    'model.depth': 1,
+    'model.dtype': 'float32',
+    'data.name': 'folder',
+    'data.transform': 'rrc(size) | flip_lr | normalize()',
+    'evals.test.split': 'train',
+    'evals.test.transform': 'resize_small(20) | central_crop(size) | normalize()',
+}
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    """A run that has learned a little, and its pictures of three classes."""
+    root = tmp_path_factory.mktemp('predict')
+    data = write_folder(root / 'data', examples=30)
+    train.run(config.resolve({**SETTINGS, 'data.path': str(data)}), root / 'run')
+    return root / 'run', data
+
+
+@pytest.fixture(scope='module')
+def model(shapes):
+    return big_vit.load(shapes[0], batch_size=16)
+
+
+def pictures_of(data):
+    return sorted(str(path) for path in data.rglob('*.jpg'))
+
+
+def test_what_is_predicted_is_what_the_evaluation_scores(shapes, model):
+    workdir, data = shapes
+    paths = pictures_of(data)
+    best = [answer[0][0] for answer in model.predict(paths, top=1)]
+    right = np.mean(
+        [name == Path(path).parent.name for name, path in zip(best, paths, strict=True)]
+    )
+    assert right == pytest.approx(evaluate.run(workdir, 8)['test']['top1'])
+    assert set(best) <= {'class0', 'class1', 'class2'} == set(model.class_names)
+
+
+def test_probabilities_are_a_softmax_of_the_features_by_the_head(shapes, model):
+    paths = pictures_of(shapes[1])[:5]
+    head = {name: np.asarray(x, np.float64) for name, x in model.params['head'].items()}
+    logits = model.embed(paths).astype(np.float64) @ head['kernel'] + head['bias']
+    wanted = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(model(paths), wanted, atol=1e-5)
+
+
+def test_paths_images_and_arrays_are_answered_alike_in_any_batch(shapes, model):
+    paths = pictures_of(shapes[1])[:3]
+    images = [Image.open(path).convert('RGB') for path in paths]
+    wanted = model(paths)
+    np.testing.assert_allclose(model(images), wanted, atol=0.02)  # JPEG in reduced size or whole.
+    np.testing.assert_allclose(model([np.asarray(i) for i in images]), model(images), atol=1e-6)
+    np.testing.assert_allclose(model(paths[1:2])[0], wanted[1], atol=1e-5)
+    assert model([]).shape == (0, 3)
+
+
+def test_the_terminal_names_the_best_classes_and_what_cannot_be_read(shapes, tmp_path):
+    workdir, data = shapes
+    shutil.copytree(data / 'class0', tmp_path / 'mine')
+    (tmp_path / 'mine' / 'broken.jpg').write_bytes(b'\xff\xd8\xff no picture')
+    (tmp_path / 'mine' / 'notes.txt').write_text('hello')
+    result = run('predict', workdir, tmp_path / 'mine', '--top', '2')
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 10 and all(line.count('class') >= 2 and '%' in line for line in lines)
+    assert 'broken.jpg: ' in result.stderr and '1 of 11 pictures cannot be read' in result.stderr
+    assert '1 file left out (1 .txt)' in result.stderr
+
+
+def test_many_broken_pictures_in_a_row_do_not_end_it(shapes, model, tmp_path, capsys):
+    workdir, data = shapes
+    for i in range(40):
+        (tmp_path / f'{i:02d}.jpg').write_bytes(b'nothing')
+    good = pictures_of(data)[0]
+    shutil.copy(good, tmp_path / '50.jpg')
+    predict.main([str(workdir), str(tmp_path), '--out', str(tmp_path / 'out.jsonl')])
+    (row,) = (json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines())
+    assert row['file'].endswith('50.jpg')
+    np.testing.assert_allclose(row['probabilities'], np.sort(model([good])[0])[::-1], atol=1e-5)
+    said = capsys.readouterr().err
+    assert said.count('not an image') == 20 and '40 of 41 pictures cannot be read' in said
+
+
+def test_tables_say_the_same(shapes, model, tmp_path):
+    workdir, data = shapes
+    paths = pictures_of(data)[:7]
+    (tmp_path / 'list').write_text(''.join(f'{path}\n' for path in paths))
+    read = {
+        'csv': lambda file: list(csv.DictReader(file.read_text().splitlines())),
+        'jsonl': lambda file: [json.loads(line) for line in file.read_text().splitlines()],
+        'parquet': lambda file: pq.read_table(file).to_pylist(),
+    }
+    wanted = model.predict(paths, top=2)
+    for kind, rows_of in read.items():
+        out = tmp_path / f'out.{kind}'
+        predict.main([str(workdir), *paths, '--top', '2', '--out', str(out)])
+        rows = rows_of(out)
+        assert [row['file'] for row in rows] == paths
+        for row, answer in zip(rows, wanted, strict=True):
+            names = [row['class_1'], row['class_2']] if kind == 'csv' else row['classes']
+            assert names == [name for name, _ in answer]
+            likely = row['probability_1'] if kind == 'csv' else row['probabilities'][0]
+            assert float(likely) == pytest.approx(answer[0][1], abs=1e-5)
+
+
+def test_features_of_a_folder_go_on_where_they_stopped(
+    shapes, model, tmp_path, monkeypatch, capsys
+):
+    workdir, data = shapes
+    paths = pictures_of(data)
+    wanted = model.embed(paths)
+    for name in ('a.npz', 'a.parquet'):
+        predict.main([str(workdir), str(data), '--embed', str(tmp_path / name)])
+    with np.load(tmp_path / 'a.npz', allow_pickle=False) as saved:
+        assert saved['files'].tolist() == paths
+        np.testing.assert_allclose(saved['features'], wanted, atol=1e-5)
+    rows = pq.read_table(tmp_path / 'a.parquet').to_pydict()
+    np.testing.assert_allclose(np.array(rows['embedding']), wanted, atol=1e-5)
+
+    monkeypatch.setattr(predict, 'SHARD', 12)
+    out = tmp_path / 'shards'
+    predict.main([str(workdir), str(data), '--embed', str(out)])
+    shards = sorted(out.glob('*.parquet'))
+    assert [pq.read_table(shard).num_rows for shard in shards] == [12, 12, 6]
+    shards[1].unlink()
+    before = shards[0].stat().st_mtime_ns
+    capsys.readouterr()
+    predict.main([str(workdir), str(data), '--embed', str(out)])
+    assert capsys.readouterr().out.count('embed ') == 1
+    assert shards[0].stat().st_mtime_ns == before
+    features = np.concatenate([pq.read_table(s)['embedding'].to_pylist() for s in shards])
+    np.testing.assert_allclose(features, wanted, atol=1e-5)
+    with pytest.raises(UserError, match='features of other pictures or of another model'):
+        predict.main([str(workdir), paths[0], '--embed', str(out)])
+
+
+def test_a_peers_weights_answer_as_ours(tmp_path):
+    from big_vit import export
+
+    weights = weights_of()
+    export.to_checkpoint(weights, str(tmp_path / 'run'), [('model.dtype', 'float32')])
+    interop.write(tmp_path / 'timm', 'timm', weights)
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    theirs = big_vit.load(tmp_path / 'timm')
+    ours = big_vit.load(tmp_path / 'run', transform=theirs.transform)
+    np.testing.assert_allclose(theirs.embed([image]), ours.embed([image]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['nowhere.jpg'], 'nowhere.jpg: there is no such file or folder'),
+        (['EMPTY'], 'has no pictures'),
+        (['BROKEN'], 'broken.png: not an image'),
+        (['DATA', '--out', 'x.txt'], '--out x.txt: the name ends in .csv, .jsonl, .parquet'),
+        (['DATA', '--embed', 'none/x.npz'], 'there is no folder none'),
+        (['DATA', '--transform', 'resize_(3)'], 'resize'),
+        (['DATA', '--config.lr=1'], 'predict reads the config of the run alone'),
+    ],
+)
+def test_mistakes_are_one_line(shapes, tmp_path, words, message):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken.png').write_bytes(b'nothing')
+    places = {'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'broken.png', 'DATA': shapes[1]}
+    given = [places.get(word, word) for word in words]
+    assert message in error_line(run('predict', shapes[0], *given))
+
+
+def test_a_model_without_a_head_is_asked_for_features(tmp_path):
+    weights = weights_of(num_classes=0)
+    interop.write(tmp_path / 'timm', 'timm', weights)
+    headless = big_vit.load(tmp_path / 'timm')
+    with pytest.raises(UserError, match='no head that tells classes; ask for its features'):
+        headless.predict([np.zeros((20, 20, 3), np.uint8)])
+    assert headless.embed([np.zeros((20, 20, 3), np.uint8)]).shape == (1, 48)
