@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -151,7 +152,8 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
         given = storage.place(path)
     except UserError as error:
         raise UserError(f'{key}: {error}') from None
-    target = storage.absolute(given)  # Of a link such as `latest`.
+    # Where a link such as `latest` leads; epath does not follow any.
+    target = epath.Path(Path(given).resolve()) if storage.is_local(given) else given
     if 'checkpoints' not in (given.name, given.parent.name) and 'checkpoints' in (
         target.name,
         target.parent.name,
