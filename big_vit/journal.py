@@ -102,7 +102,8 @@ class Course:
     """How the last updates of a training went, since this process started.
 
     It has diverged if more than half of its last 128 updates were skipped, or if the median of its
-    last 20 losses is over 10 times that of its first ones (over 10, where those are below 1).
+    last 20 losses is over 10 times the least of its first five (over 10, where that is below 1):
+    by the second step a rate that is far too high has left where it began.
 
     Args:
       total: steps of the whole training. The last one decides about fewer updates too.
@@ -129,7 +130,7 @@ class Course:
             )
         if len(self._losses) < (6 if last else _LOSSES_SEEN):
             return None
-        began, now = statistics.median(self._first), statistics.median(self._losses)
+        began, now = min(self._first), statistics.median(self._losses)
         if now > _MAX_RATIO * max(1, began):
             return (
                 f'the loss of the last {len(self._losses)} updates up to step {step} is {now:.4g}, '

@@ -11,6 +11,7 @@ if __name__ == '__main__':  # Before the slow imports.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +33,13 @@ def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
     first = data.transform.before(lambda name: name not in transforms.OF_FILES).host_text
     specs = tuple(replace(spec, transform=first, cache='none') for spec in data.specs)
     source, rest = dataset.open_examples(specs)
+
+    def load_image(rows: np.ndarray) -> dict[str, Any]:
+        return {name: column for name, column in source.load(rows).items() if name == 'image'}
+
+    images = replace(source, load=load_image)
     rows = [
-        pipeline.load(source, rest, index[i : i + 1], 0, 0, data.skip_bad)
+        pipeline.load(images, rest, index[i : i + 1], 0, 0, data.skip_bad)
         for i in range(len(index))
     ]
     return [row['image'][0] for row in rows if 'image' in row]

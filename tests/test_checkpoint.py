@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -277,7 +278,7 @@ def test_a_link_to_a_checkpoint_is_one(copy, tmp_path, monkeypatch):
     for name, target in (('latest', 'checkpoints/7'), ('all', 'checkpoints'), ('run', '.')):
         (tmp_path / name).symlink_to(copy / target)
         workdir, step = checkpoint.locate(tmp_path / name)
-        assert (workdir.resolve(), step) == (copy.resolve(), 7)
+        assert (Path(workdir).resolve(), step) == (Path(copy).resolve(), 7)
     assert checkpoint.locate(tmp_path / 'all' / '7')[1] == 7
     monkeypatch.chdir(copy / 'checkpoints')
     assert checkpoint.locate('7')[1] == checkpoint.locate('.')[1] == 7

@@ -48,6 +48,10 @@ def test_the_last_step_decides_about_a_short_run():
     assert verdicts([2.3, 2.3, 2.3, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9], total=9)[0] == 9
 
 
+def test_a_run_that_explodes_at_once_ends_too():
+    assert verdicts([2.3, 2e3, 2e5, 4e5, 6e5] + [1e6] * 40)[0] == 20
+
+
 @pytest.mark.parametrize('total, lr', [(40, 1e6), pytest.param(30, 100.0, marks=pytest.mark.slow)])
 def test_a_run_at_an_absurd_rate_does_not_end_as_if_all_were_well(tmp_path, total, lr):
     absurd = config.resolve(
