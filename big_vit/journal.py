@@ -118,7 +118,7 @@ class Course:
     def add(self, step: int, loss: float, skipped: bool) -> str | None:
         """Count update number `step`; say why it is one too many, or return None."""
         self._skips.append(skipped)
-        if math.isfinite(loss):  # If not, the update was skipped.
+        if not skipped and math.isfinite(loss):  # A skipped one changed nothing: see below.
             self._losses.append(loss)
             self._first = [*self._first, loss][:5]
         skips, last = sum(self._skips), step == self._total
