@@ -29,6 +29,7 @@ from big_vit import predictor, runtime, storage
 from big_vit.data import files
 from big_vit.data.sources.media import LeftOut, sniffed_kind
 from big_vit.errors import UserError, printable
+from big_vit.interop.files import replacing
 from big_vit.predictor import Predictor
 
 # Feature vectors of so many pictures go into one file of a folder.
@@ -150,7 +151,7 @@ def _write_parquet(columns: Row, out: Path) -> None:
         return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
     table = pyarrow.table({name: column(values) for name, values in columns.items()})
-    with storage.replacing(out) as partial:
+    with replacing(out) as partial:
         pyarrow.parquet.write_table(table, partial)
 
 
@@ -170,7 +171,7 @@ def write_features(
         if out.suffix == '.parquet':
             _write_parquet({'file': named, 'embedding': vectors}, out)
             return
-        with storage.replacing(out) as partial, partial.open('wb') as file:
+        with replacing(out) as partial, partial.open('wb') as file:
             np.savez(file, files=np.array(named), features=vectors)
         return
     note, text = out / 'about.json', json.dumps(about, indent=1)

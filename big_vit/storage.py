@@ -1,13 +1,10 @@
 """Paths of runs: local folders, or object stores such as gs://bucket/run."""
 
-import contextlib
 import importlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -88,23 +85,6 @@ def write_text(path: epath.Path, text: str) -> None:
             if pause is None or isinstance(error, PERMANENT_ERRORS):
                 raise UserError(f'{path}: cannot be written: {reason(error)}') from error
             time.sleep(pause)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Context that gives the name of a new file, which takes the place of `path` at its end.
-
-    Raises:
-      UserError: it cannot be written; then `path` is as it was.
-    """
-    partial = path.with_name(f'{path.name}.tmp')
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def parse_object(text: str | bytes, where: str, advice: str) -> dict[str, Any]:
