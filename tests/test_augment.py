@@ -211,6 +211,7 @@ def test_bytes_are_the_same_to_the_last_bit_on_any_mesh(sizes):
 
 
 @MESHES
+@pytest.mark.slow
 def test_nothing_depends_on_the_mesh(sizes):
     batch = {
         'image': images_of(16),

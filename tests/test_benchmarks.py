@@ -60,6 +60,7 @@ def test_without_peers_it_says_what_to_install():
         step.main([])
 
 
+@pytest.mark.slow
 def test_our_step_trains_and_its_operations_are_counted():
     size = step.Size('mu/4', 16, 4, (('depth', 1),))
     with jax.set_mesh(sharding.make_mesh(1, 2, 1, jax.devices()[:2])):

@@ -302,6 +302,7 @@ def test_an_unfinished_checkpoint_does_not_count(copy):
 
 
 @pytest.mark.parametrize('variant', ['Ti/16', pytest.param('S/16', marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_model_is_saved_in_at_most_20_files(tmp_path, variant):
     model = make_vit(num_classes=1000, **variants.parse(variant))
     shapes = state.abstract_params(model, (224, 224, 3))

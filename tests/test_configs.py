@@ -90,6 +90,7 @@ SLOW = (
     'own_images',
     'pretrain_fdsl',
     'sequences',
+    'small_data',
     'vit_s16_i1k',
     'vit_b16_i1k',
     'vit_l16_i21k',

@@ -72,6 +72,7 @@ def test_text_is_the_default(name, places, capsys):
 
 
 @pytest.mark.parametrize('name', mostly_slow(['run', 'timm'], 'timm'))
+@pytest.mark.slow
 def test_pictures_need_no_data(name, places, tmp_path, capsys):
     path = str(places / name)
     explore.main([path, '--png', str(tmp_path / 'a')])

@@ -30,6 +30,7 @@ def places(tmp_path_factory):
     ],
     ids=lambda line: ' '.join(line.split()[2:5]),
 )
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(line, places):
     check_run(shlex.split(line), *places)
 

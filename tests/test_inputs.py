@@ -41,6 +41,7 @@ def test_each_task_reads_its_parts_and_leaves_no_key_unread(task):
 @pytest.mark.parametrize(
     'task', ['orbit', pytest.param('quiz,fusion=cross', marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_they_train_and_are_scored(task, tmp_path):
     train.run(load(task), tmp_path / 'w')
     rows = metrics.read(tmp_path / 'w')

@@ -53,6 +53,7 @@ def test_a_run_that_explodes_at_once_ends_too():
 
 
 @pytest.mark.parametrize('total, lr', [(40, 1e6), pytest.param(30, 100.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_at_an_absurd_rate_does_not_end_as_if_all_were_well(tmp_path, total, lr):
     absurd = config.resolve(
         {

@@ -296,6 +296,7 @@ def test_kill_lets_it_save_and_status_says_so(stage, host):
     assert 'nothing runs' in on_host(stage, host, 'kill').stdout
 
 
+@pytest.mark.slow
 def test_kill_9_ends_what_does_not_listen(stage, host):
     on_host(stage, host, 'run', '--', 'python', '-c', DEAF + 'time.sleep(60)')
     wait_for(host.root / 'log', '\nup')

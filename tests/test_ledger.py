@@ -46,8 +46,7 @@ def bytes_by_device(tree):
     mostly_slow(
         [(name, 'two axes') for name in ledger.optimizers()]
         + [('adamw', mesh) for mesh in MESHES if mesh != 'two axes'],
-        *((name, 'two axes') for name in ('adamw', 'adafactor', 'shampoo')),
-        ('adamw', 'large arrays only'),
+        *((name, 'two axes') for name in ('adafactor', 'shampoo')),
     ),
 )
 def test_the_figures_are_the_bytes_of_the_real_state(name, mesh):
@@ -161,6 +160,7 @@ def told(*args):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_22_billion_parameters_take_seconds_and_no_memory():
     code = """
 import resource, sys
@@ -182,6 +182,7 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert f'M = {4 * count:,} bytes' in result.stdout
 
 
+@pytest.mark.slow
 def test_variants_by_optimizers_say_what_fits():
     args = ('--config', 'configs/vit_22b.py', '--config.optim.mu_dtype=float32')
     found = told(*args, '--devices', '8', '--variants', 'B/16,22B/14')

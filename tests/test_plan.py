@@ -192,6 +192,7 @@ def test_a_plan_adds_up(request, which):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_memory_is_that_of_the_mesh(data_parallel, fully_sharded):
     params = data_parallel['params']
     assert data_parallel['hbm']['parameters'] == 4 * params

@@ -162,6 +162,7 @@ def test_features_of_a_folder_go_on_where_they_stopped(
         predict.main([str(workdir), paths[0], '--embed', str(out)])
 
 
+@pytest.mark.slow
 def test_a_peers_weights_answer_as_ours(tmp_path):
     from big_vit import export
 

@@ -96,6 +96,7 @@ def test_the_readme_python_runs(places):
     assert result.stdout.split() == ['4', '3']
 
 
+@pytest.mark.slow
 def test_the_two_processes_of_the_readme_make_one_run(places):
     more = ' '.join(flags(MODEL, RUN, {'evals.test.split': 'test[:20]'}))
     text = TWO.replace('python -m', f'{sys.executable} -m').replace(':1234', f':{free_port()}')

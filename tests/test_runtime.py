@@ -42,6 +42,7 @@ def test_too_little_memory_is_one_line(capsys):
 
 
 @pytest.mark.parametrize('platform', mostly_slow(['cuda', 'cdua', 'cpu,tqu'], 'cuda'))
+@pytest.mark.slow
 def test_a_platform_that_is_not_there_is_one_line_that_says_what_is(platform):
     text = 'from big_vit import runtime; import jax; runtime.command(lambda argv: jax.devices())'
     variables = {**environment(), 'JAX_PLATFORMS': platform}

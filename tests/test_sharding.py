@@ -346,6 +346,7 @@ def test_small_arrays_and_meshes_without_fsdp_may_stay_whole():
         ((2, 2, 2), True, 'none'),
     ],
 )
+@pytest.mark.slow
 def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     mesh = sharding.make_mesh(*sizes)
     fields = dict(variants.parse('mu/8'), num_classes=8, depth=2, scan=scan, dtype=jnp.float32)

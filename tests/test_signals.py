@@ -80,6 +80,7 @@ def test_a_command_ends_with_one_line_and_puts_things_in_order(number, status, l
     assert found[:3] == (status, 'put in order\n', line)
 
 
+@pytest.mark.slow
 def test_what_runs_in_c_is_given_a_moment_or_none():
     for where in ('in C', 'in a destructor'):
         status, _, err, seconds = ended(COMMAND, where, numbers=[signal.SIGINT])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import error_line, run_module
+from gate import mostly_slow
 
 from benchmarks import small_data as study
 from benchmarks.small_data import Run
@@ -17,7 +18,7 @@ def run(*more):
     return run_module('benchmarks.small_data', *more, timeout=600)
 
 
-@pytest.mark.parametrize('model', study.MODELS)
+@pytest.mark.parametrize('model', mostly_slow(study.MODELS, 'vit', 'conv'))
 def test_each_model_spends_the_same_operations(model):
     plain = study.config_of(Run('vit', 'adamw', 1e-3, 1), 24_000, [])
     spent = plain.total_steps * plain.batch_size * study.cost_of(plain).flops
@@ -36,6 +37,7 @@ def test_what_is_trained_on_is_never_validated_or_tested_on():
     assert config.evals['test'].split == 'test'
 
 
+@pytest.mark.slow
 def test_the_rate_is_the_best_of_validation_and_none_before_all_are_tried(tmp_path):
     begun = study.Study(tmp_path, 24_000, [])
     searched = begun.search('vit', 'sgd')

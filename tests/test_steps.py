@@ -261,6 +261,7 @@ def two_losses(run):
     return found
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_seed_and_the_step_only(dropping):
     first, again = two_losses(dropping), two_losses(dropping)
     other = two_losses(Run(dropout=0.2, accumulation=4, seed=1))
@@ -311,6 +312,7 @@ def mixing_run():
     ],
     ids=['DP', 'FSDP', 'FSDP accumulated', 'accumulated'],
 )
+@pytest.mark.slow
 def test_mixtures_do_not_depend_on_how_a_step_is_computed(mixing_run, run):
     wanted, _ = mixing_run.train()  # Under a transfer guard.
     rows, now = Run(mixup=0.5, **run).train()
@@ -401,6 +403,7 @@ def all_at_once():
     ],
     ids=['DP', '2x2x2 accumulated', 'accumulated'],
 )
+@pytest.mark.slow
 def test_what_devices_do_to_examples_does_not_depend_on_how_a_step_is_computed(all_at_once, run):
     rows = rows_of(run_of_all(**run), [with_replaced(i) for i in range(4)])
     for name in ('loss', 'grad_norm', 'param_norm', 'update_norm'):

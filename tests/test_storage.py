@@ -271,7 +271,7 @@ def intact(workdir, step):
     ('fault', 'message'),
     [
         ('eio', 'Input/output error'),
-        ('readonly', 'Read-only file system'),
+        pytest.param('readonly', 'Read-only file system', marks=pytest.mark.slow),
         pytest.param(
             *('hang', 'it is still being written after 0.0333 minutes'), marks=pytest.mark.slow
         ),

@@ -127,6 +127,7 @@ def test_kill_9_and_restart_ends_bit_identical(tmp_path, config_file, uninterrup
     assert rows_without_timing(workdir) == rows_without_timing(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_0_and_the_restart_ends_bit_identical(
     tmp_path, config_file, uninterrupted
 ):

@@ -132,6 +132,7 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
     assert folder.folder(Request('train'), path=str(tmp_path / 'set')).length == 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_many_files_opens_fast_and_small(tmp_path):
     count = 20_000
     for c in range(20):

@@ -196,6 +196,7 @@ def clips():
     return columns['video'], columns['label']
 
 
+@pytest.mark.slow
 def test_no_frame_alone_tells_the_direction(clips):
     video, label = clips
     for frame in (0, 3, 7):

@@ -176,6 +176,7 @@ def test_any_of_the_first_the_last_and_some_between_may_be_missing(put):
         )
 
 
+@pytest.mark.slow
 def test_a_large_table_is_read_in_a_few_arrays(put):
     count = 50_000
     text = 'image,label\n' + ''.join(f'{i % 2}.png,name{i % 1000:04d}\n' for i in range(count))

@@ -367,6 +367,7 @@ def test_a_workdir_that_is_not_shared_stops_all(tmp_path, command):
         assert '--workdir: here of process 0' in line and 'that all hosts share' in line
 
 
+@pytest.mark.slow
 def test_processes_that_miss_each_other_end_in_time_and_say_who_is_missing(tmp_path, command):
     began = time.monotonic()
     each = {1: {'JAX_PROCESS_ID': '2'}, 2: {'JAX_COORDINATOR_ADDRESS': 'localhost:1'}}
@@ -432,12 +433,14 @@ def test_a_frozen_process_is_named_by_all_others():
         assert 'resumes from step 3' in line
 
 
+@pytest.mark.slow
 def test_a_frozen_first_process_is_noticed_too():
     results = watched(0, 'freeze', but=[0], PEER_TIMEOUT=3)
     for line in ends_alike(results[1:], LOST):
         assert 'process 0 (host-0) is gone or frozen: not a word for 3 s' in line
 
 
+@pytest.mark.slow
 def test_a_hang_ends_all_and_names_who_is_behind_also_before_that():
     results = watched(1, 'hang', STEP_TIMEOUT=9, HEARTBEAT=2)
     for line in ends_alike(results, LOST):
@@ -602,6 +605,7 @@ def test_who_knows_another_secret_or_none_is_kept_out_and_told_so(capfd):
     assert 'does not know the secret of this run' in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_secret_that_only_the_others_know_is_named():
     first, second = rolls((0, 2, {}), (1, 2, {}), seconds=2, secrets=[SECRET, b''])
     assert 'process(es) 1 of 2 have not reached process 0' in first

@@ -380,13 +380,16 @@ def answers(weights, size):
 @pytest.mark.parametrize(
     ('to', 'settings'),
     [
-        ('timm', dict(posemb='sincos2d', pool='cls', head_bias=False, qkv_bias=True)),
+        pytest.param(
+            *('timm', dict(posemb='sincos2d', pool='cls', head_bias=False, qkv_bias=True)),
+            marks=SLOW,
+        ),
         pytest.param('timm', dict(posemb='sincos2d_mae', key_bias=False, **GELU), marks=SLOW),
         ('timm', dict(posemb='learned', posemb_prefix=1, registers=2, pool='cls')),
         pytest.param('augreg', dict(posemb='sincos2d', pool='cls'), marks=SLOW),
         pytest.param('big_vision', dict(posemb='learned', posemb_prefix=1, pool='cls'), marks=SLOW),
         ('big_vision', dict(posemb='sincos2d_mae', qkv_bias=False)),
-        ('hf_dinov2', dict(posemb='sincos2d', pool='cls_gap')),
+        pytest.param('hf_dinov2', dict(posemb='sincos2d', pool='cls_gap'), marks=SLOW),
         pytest.param('hf_vit', dict(posemb='none', pool='cls', qkv_bias=False), marks=SLOW),
         pytest.param('open_clip', dict(posemb='learned', pool='cls', num_classes=0), marks=SLOW),
         ('hf_siglip', dict(posemb='sincos2d', pool='map', num_classes=0, key_bias=False)),

@@ -27,6 +27,7 @@ def traced_steps(workdir):
     'total, count, seen',
     [(13, 2, [10, 11]), pytest.param(12, 50, [10, 11], marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, capsys, total, count, seen):
     config = config_lib.resolve({**RUN, 'total_steps': total, 'profile': count})
     train.run(config, tmp_path)

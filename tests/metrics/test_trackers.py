@@ -117,6 +117,7 @@ def test_another_process_tracks_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_images_and_checkpoint(tmp_path):
     settings = config.load(
         'configs/pretrain_fdsl.py',

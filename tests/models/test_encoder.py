@@ -317,8 +317,7 @@ def test_options_are_what_their_papers_say(name):
     'name',
     [
         'rope behind a prefix',
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ('relative', 'swiglu', 'lsa')),
-        'parallel and scaled',
+        *mostly_slow(('relative', 'swiglu', 'lsa', 'parallel and scaled')),
     ],
 )
 def test_options_are_the_same_scanned_and_with_remat(name):
@@ -549,6 +548,7 @@ def test_the_derivative_of_the_rms_norm_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.slow
 def test_merged_corrections_answer_the_same_in_a_plain_model(scan):
     net, plain = model(depth=2, lora=2, scan=scan), model(depth=2, scan=scan)
     image = images()

@@ -208,7 +208,6 @@ def assert_close(tree, other, **tolerance):
     'scan, remat',
     mostly_slow(
         [(True, 'none'), (True, 'names'), (True, 'full'), (False, 'names'), (False, 'full')],
-        (True, 'none'),
         (True, 'names'),
         (False, 'full'),
     ),
@@ -656,6 +655,7 @@ def test_positions_are_those_of_scipy(old, new):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_to_a_grid_of_one_row_and_back_from_one():
     table = table_of(1, 4)
     tall = positions.resize_positions(table, (1, 4), (3, 4)).reshape(3, 4, 3)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from sample_models import INPUTS, combined, random_like
 
 from big_vit import state
@@ -52,7 +53,11 @@ def chained(net, inputs, train):
 
 @pytest.mark.parametrize(
     'case, train',
-    [(case, False) for case in CASES] + [(case, True) for case in ('two heads', 'several streams')],
+    mostly_slow(
+        [(case, train) for case in CASES for train in (False, True)],
+        *((case, False) for case in ('gap', 'class token', 'two heads', 'relative', 'latents')),
+        *(('several streams', True), ('bfloat16', False), ('no classes', False)),
+    ),
 )
 def test_the_stages_chained_are_the_model_to_the_bit(case, train):
     name, pooling, more = CASES[case]

@@ -157,6 +157,7 @@ def test_shampoo_goes_on_from_adamw(of_adamw, tmp_path):
     assert rows[0]['train/optim_computed'] == 0 < rows[-1]['train/optim_computed']
 
 
+@pytest.mark.slow
 def test_the_moments_that_are_handed_over_are_those_of_the_checkpoint(of_adamw, tmp_path):
     from big_vit.pretrained import switch_optimizer
 

@@ -315,7 +315,7 @@ def test_a_law_is_its_numpy_reference_however_layers_are_stored(name, scanned):
         assert averaged is None
 
 
-@pytest.mark.parametrize('name', mostly_slow(MINE, 'adafactor', 'lamb', 'muon'))
+@pytest.mark.parametrize('name', mostly_slow(MINE, 'muon'))
 def test_eight_devices_make_the_update_of_one(name):
     """On a mesh where everything that can be is split, from the state that one update leaves."""
     width = REFERENCES[name][1]
@@ -402,6 +402,7 @@ def test_the_momentum_of_adafactor_vit_is_bfloat16_and_stays_close():
 
 
 @pytest.mark.parametrize('scanned', [False, True], ids=['unrolled', 'scanned'])
+@pytest.mark.slow
 def test_adaptive_clipping_compares_each_unit_with_its_weights(scanned):
     start, gradients = draw(0, 8), draw(1, 8, scale=0.02)
     start['head/kernel'] *= 0
@@ -516,6 +517,7 @@ def test_the_rate_of_lars_comes_before_its_momentum():
 
 
 @pytest.mark.parametrize('name', ['lars', 'lamb'])
+@pytest.mark.slow
 def test_a_head_that_starts_at_zero_leaves_it(name):
     """Its norm is 0, and a step as long as the weights would be none."""
     start = draw(0, 8)

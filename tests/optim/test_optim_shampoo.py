@@ -107,7 +107,13 @@ def test_a_matrix_with_a_ridge_moves_as_in_numpy(root, ridge, tolerance):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize('name', [name for name in META if name not in NOT_OURS])
+@pytest.mark.parametrize(
+    'name',
+    mostly_slow(
+        [name for name in META if name not in NOT_OURS],
+        *('none', 'start5_every2', 'graft_epsilon', 'half_power', 'single'),
+    ),
+)
 def test_shampoo_is_metas(name):
     run, told = META[name], META[name]['arguments']
     (b1, b2), b3 = told['betas'], told['beta3']
@@ -154,7 +160,7 @@ def computed(steps=13, **options):
     return counts, found
 
 
-@pytest.mark.parametrize('start, every', [(1, 1), (3, 3), (5, 4)])
+@pytest.mark.parametrize('start, every', mostly_slow([(1, 1), (3, 3), (5, 4)], (5, 4)))
 def test_roots_are_computed_at_start_and_then_at_multiples(start, every):
     counts, found = computed(start=start, every=every)
     steps = [step for step in range(1, 14) if due(step, start, every)]
@@ -251,6 +257,7 @@ def test_the_mesh_does_not_matter(name):
 @pytest.mark.parametrize(
     'options', [dict(groups=2), pytest.param(dict(sliced=True), marks=pytest.mark.slow)], ids=str
 )
+@pytest.mark.slow
 def test_the_number_of_devices_does_not_matter_to_staggered_roots(options):
     mesh = sharding.make_mesh(8, 1, 1)
     grads = [on(mesh, g) for g in tree_of_layers()]
@@ -488,6 +495,7 @@ def close(one, other):
 @pytest.mark.parametrize(
     'name', mostly_slow(['mu_dtype', 'root_dtype', 'gather_dtype'], 'gather_dtype')
 )
+@pytest.mark.slow
 def test_sixteen_bits_change_little(name):
     mesh = sharding.make_mesh(8, 1, 1) if name == 'gather_dtype' else None
     tx = shampoo.scale_by_shampoo(mesh, **OPTIONS, **{name: jnp.bfloat16})
@@ -499,6 +507,7 @@ def test_sixteen_bits_change_little(name):
         np.testing.assert_allclose(np.linalg.norm(x), np.linalg.norm(other), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_gradients_of_sixteen_bits_get_directions_of_sixteen():
     grads = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), g) for g in tree_of_layers()]
     found, state = directions(shampoo.scale_by_shampoo(**OPTIONS), grads)

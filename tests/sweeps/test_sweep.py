@@ -175,6 +175,7 @@ def rows_without_timing(folder):
     ]
 
 
+@pytest.mark.slow
 def test_trials_that_a_signal_stops_go_on_to_the_bit(tmp_path, healthy, capsys, monkeypatch):
     """Also where a kill has left the newest save with some of them alone."""
 

@@ -89,6 +89,7 @@ def full_precision():
 # The model.
 
 
+@pytest.mark.slow
 def test_a_tower_alone_says_what_it_says_beside_the_other(tower_pair):
     net, params = tower_pair
     batch = batch_of(5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import error_line, run
+from gate import mostly_slow
 from tiny import flags
 
 from big_vit import checkpoint, config, metrics, state, trees
@@ -74,7 +75,7 @@ def shown(hidden):
     return grid.repeat(4, 1).repeat(4, 2)[..., None] == 0
 
 
-@pytest.mark.parametrize('normalise', [True, False])
+@pytest.mark.parametrize('normalise', mostly_slow([True, False], True))
 def test_the_loss_is_that_of_numpy_on_hidden_patches(normalise):
     model = model_of()
     params = initialised(model)
@@ -106,7 +107,11 @@ def test_patches_are_cut_by_rows():
 
 
 @pytest.mark.parametrize(
-    'prefix', [{}, {'class_token': True, 'registers': 2}, {'posemb': 'rope', 'registers': 1}]
+    'prefix',
+    mostly_slow(
+        [{}, {'class_token': True, 'registers': 2}, {'posemb': 'rope', 'registers': 1}],
+        {'class_token': True, 'registers': 2},
+    ),
 )
 def test_predictions_see_visible_patches_alone(prefix):
     model = model_of(**prefix)
@@ -154,6 +159,7 @@ def test_the_trunk_is_a_plain_one_and_flops_are_of_what_is_seen():
     assert counted == (2 * 24 * 48 * 16 + 2 * block + 2 * 6 * 16 * 8 + decoder + 2 * 24 * 8 * 48)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_identically_and_its_trunk_goes_on(tmp_path):
     spec = tmp_path / 'config.py'
     spec.write_text(
