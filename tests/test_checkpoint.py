@@ -152,6 +152,7 @@ print('noticed', noticed)
 """
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_goes_unnoticed(copy):
     """Each file in turn: a restore either fails loudly or still gives the bits that were saved.
 

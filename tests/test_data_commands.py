@@ -186,6 +186,7 @@ def test_an_evaluation_sees_the_numbers_that_training_sees(photos):
     assert [name for name, _ in build_experiment(own).evals['test'].device] == ['value_range']
 
 
+@pytest.mark.slow
 def test_a_damaged_file_stops_the_run_and_is_named(tmp_path):
     root = damaged(tmp_path, {7})
     with pytest.raises(UserError, match=r'0007\.jpg: (damaged|truncated) JPEG.*on_error'):

@@ -155,6 +155,7 @@ def test_boxes_are_those_of_numpy(shape):
 
 
 @pytest.mark.parametrize('alpha', mostly_slow([1.0, 0.3], 0.3))
+@pytest.mark.slow
 def test_areas_and_places_are_those_of_the_papers_law(alpha):
     count, (height, width) = 4000, (32, 40)
     found = pasted(coordinates(count, (height, width)), cutmix=alpha)
@@ -176,6 +177,7 @@ def test_areas_and_places_are_those_of_the_papers_law(alpha):
     assert np.ptp(covered) > 0.1
 
 
+@pytest.mark.slow
 def test_both_share_the_examples_and_some_are_left_alone():
     count = 2000
     batch = coordinates(count, (6, 7))

@@ -337,6 +337,7 @@ def test_what_is_wrong_is_said_in_a_line_with_the_fix(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command_says_so_in_one_line(start, tmp_path):
     result = run(
         *('transfer', '--config', f'{FILE}:dtd', f'--config.init={start}'),

@@ -70,7 +70,7 @@ def test_all_starts_are_trained_and_reported(transferred):
             ('attention', '.*/MultiHeadDotProductAttention_0/|head/'),
             ('lora', '.*/lora_[ab]|head/'),
         ],
-        ('lora', '.*/lora_[ab]|head/'),
+        ('bias', '.*bias|head/'),
     ),
 )
 def test_only_what_was_asked_for_is_trained(trained, moved, pretrained, tmp_path):
@@ -129,6 +129,7 @@ def test_it_starts_from_the_averaged_parameters_with_a_zero_head(pretrained, tmp
             np.testing.assert_array_equal(trees.flatten(got)[name], leaf, err_msg=name)
 
 
+@pytest.mark.slow
 def test_positions_are_resized_to_more_pixels_and_to_another_shape(pretrained, tmp_path):
     got = first_params(pretrained, tmp_path, {'image_size': '(48, 24)'})['pos_embedding']
     want = checkpoint.load_params(pretrained, 3, 'ema')[0]['pos_embedding'].reshape(8, 8, 32)

@@ -261,6 +261,7 @@ def test_without_noise_the_orders_have_the_same_frames(monkeypatch):
     assert np.ptp(means[:, 0], axis=0).min() > 0.1
 
 
+@pytest.mark.slow
 def test_the_order_of_tones_is_in_time_only():
     source = make('tones')
     columns = source.load(np.arange(6000))

@@ -341,6 +341,7 @@ def test_other_sources_on_one_host_stop_all_at_once(tmp_path, command):
     assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_another_config_on_one_host_stops_all_at_once(tmp_path, command):
     # What differs is in a file here, for all processes get the same command line.
     folders = [tmp_path / 'a', tmp_path / 'b']
@@ -458,6 +459,7 @@ def test_an_error_of_one_process_ends_all_with_its_status():
     assert lines[0] == lines[2] == 'error: process 1 (host-1): the disk is full'
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_process_shows_its_traceback_there_and_one_line_elsewhere():
     first, second, third = watched(0, 'bug')
     assert {first.returncode, second.returncode, third.returncode} == {1}
@@ -612,6 +614,7 @@ def test_a_secret_that_only_the_others_know_is_named():
     assert 'its secret is another one (BIG_VIT_SECRET, BIG_VIT_SECRET_FILE)' in second
 
 
+@pytest.mark.slow
 def test_process_0_without_the_secret_is_not_believed():
     """It cannot end, rename or feed the others: they take no message before its proof."""
     first, second = rolls((0, 2, {}), (1, 2, {}), seconds=2, secrets=[b'', SECRET])

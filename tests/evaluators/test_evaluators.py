@@ -201,6 +201,7 @@ def test_logistic_regression_is_that_of_scikit_learn(l2):
     assert (answers == want.argmax(1)).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_penalty_is_chosen_on_examples_that_were_held_out_and_not_on_the_test():
     penalties = (1e-4, 10.0)
     got = scores(linear_probe, TRAIN, TEST, mesh=MANY, l2=penalties, held_out=0.25, seed=3)
@@ -219,6 +220,7 @@ def test_the_penalty_is_chosen_on_examples_that_were_held_out_and_not_on_the_tes
     assert other['l2'] == got['l2'] and other['top1'] < got['top1']
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_fit_the_same_classifier():
     found = [
         scores(linear_probe, TRAIN, TEST, mesh=mesh, l2=(1e-2,), seed=0) for mesh in (ONE, MANY)
@@ -530,6 +532,7 @@ def float_of(function, image, severity, key=0):
     return np.asarray(function(jnp.asarray(image), jax.random.key(key), jnp.asarray(severity - 1)))
 
 
+@pytest.mark.slow
 def test_noises_have_the_moments_of_their_formulas():
     grey = np.full((64, 64, 3), 0.5, np.float32)
     r = robustness
@@ -612,6 +615,7 @@ def test_contrast_haze_occlusion_and_translation_by_hand(pictures):
     assert len({x.tobytes() for x in moved}) == 6
 
 
+@pytest.mark.slow
 def test_grey_images_have_all_corruptions_but_that_of_colour(pictures, corrupt):
     names = robustness.choose_corruptions(None, 1, 'evals.x')
     assert set(robustness.FORMULAS) - set(names) == {'saturate'}

@@ -82,6 +82,7 @@ def test_a_type_is_refused_before_data_is_opened_where_the_task_lacks_its_output
     assert outputs == build_task(whole.task).provides and name not in allowed
 
 
+@pytest.mark.slow
 def test_means_over_examples_are_vmapped_only_without_options():
     def built(**options):
         settings = config.resolve(TINY | {f'evals.x.{key}': v for key, v in options.items()})

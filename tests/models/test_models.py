@@ -345,6 +345,7 @@ def test_scanned_layers_drop_different_units():
         assert len(np.unique(row.round(4))) == 3, 'none, one or both of two layers'
 
 
+@pytest.mark.slow
 def test_dropout_preserves_the_mean():
     net = layers.Mlp(256, layers.Style(dropout=0.25))
     x = jnp.asarray(images((1, 1, 8)))

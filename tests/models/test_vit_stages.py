@@ -77,6 +77,7 @@ def test_the_stages_chained_are_the_model_to_the_bit(case, train):
     assert np.isfinite(whole[0]).all() and np.abs(whole[0]).max() > 0
 
 
+@pytest.mark.slow
 def test_each_stage_needs_its_own_parameters_only():
     """The last two stages need no encoder, and encoding needs no head."""
     net, inputs = combined('patches', 'cls_gap')

@@ -378,6 +378,7 @@ def test_the_state_is_as_large_as_documented(name):
     assert size == pytest.approx(STATE[name], abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_momentum_of_adafactor_vit_is_bfloat16_and_stays_close():
     width = REFERENCES['adafactor_vit'][1]
     start = draw(0, width)

@@ -556,6 +556,7 @@ def test_it_is_adam_before_start():
     assert int(state.health['computed']) == 0
 
 
+@pytest.mark.slow
 def test_it_works_in_a_chain_a_mask_a_partition_and_with_hyperparameters():
     grads = [{'a': {'kernel': k, 'bias': b}} for k, b in zip(draw((4, 6)), draw((6,)), strict=True)]
     grads = jax.tree.map(np.float32, grads)

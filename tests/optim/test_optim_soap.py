@@ -174,6 +174,7 @@ def test_statistics_that_were_lost_start_again(params):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_layers_without_gradient_and_matrices_of_few_entries():
     params = {'a': {'kernel': jnp.zeros((6, 4))}, 'b': {'kernel': jnp.zeros((2, 2))}}
     params |= {'c': {'kernel': jnp.zeros((1, 1))}, 'd': {'kernel': jnp.zeros((1, 7))}}

@@ -186,6 +186,7 @@ def test_groups_in_a_real_model_do_not_depend_on_scanning():
             assert np.abs(value - start[n]).max() > 0, n
 
 
+@pytest.mark.slow
 def test_the_gradient_of_what_is_frozen_is_not_reported():
     run = Run(rate=lambda name: float(name.startswith('head')), accumulation=2)
     rows, _ = run.train(1)

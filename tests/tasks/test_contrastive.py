@@ -364,6 +364,7 @@ def test_without_words_each_example_matches_only_itself():
         build_evaluators(wrong, build_experiment(wrong))
 
 
+@pytest.mark.slow
 def test_features_are_of_what_is_seen_whatever_streams_are_called():
     flat = config.flatten(load().to_dict())
     kept = ('model.', 'task.', 'data.', 'batch_size', 'image_size', 'lr')
