@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -74,6 +75,8 @@ def _get(address: str, size: int, folder: Path) -> bytes:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             return answer.read(size + 1024)  # gzip's header and trailer.
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         reason = getattr(error, 'reason', None) or error
         raise UserError(
             f'{address}: cannot be downloaded ({reason}): see whether this machine has a network, '

@@ -40,7 +40,7 @@ def served(tmp_path, monkeypatch):
         def log_message(self, *_):
             asked.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(('localhost', 0), Handler)
+    server = http.server.HTTPServer(('localhost', 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setattr(download, 'FASHION_MNIST', known)
@@ -75,7 +75,7 @@ def test_the_command_brings_files_that_can_be_read_and_brings_them_once(served, 
 @pytest.mark.parametrize(
     'spoil, words',
     [
-        (lambda path: path.unlink(), 'Not Found'),
+        (lambda path: path.unlink(), 'cannot be downloaded'),
         (lambda path: path.write_bytes(path.read_bytes()[:-20]), 'is not the published file'),
         (lambda path: path.write_bytes(b'<html>Sign in</html>'), 'is not the published file'),
         (lambda path: path.write_bytes(gzip.compress(bytes(10**7))), 'is not the published file'),

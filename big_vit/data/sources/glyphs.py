@@ -139,8 +139,8 @@ def _pen(y: np.ndarray, x: np.ndarray, shown: np.ndarray, width: np.ndarray, sma
     y = y[:, None, :-1] + offset * (dx * unit)[:, None]
     x = x[:, None, :-1] - offset * (dy * unit)[:, None]
     points = max(2, round(smaller * 4 / _VERTICES))
-    # Lines closer than a pixel share the light of one.
-    share = np.minimum(1, width[image] / count)[:, None, None]
+    # Lines closer than a pixel share the light of one; a third more fills what lies between.
+    share = 1.3 * np.minimum(1, width[image] / count)[:, None, None]
     light = np.broadcast_to((length / points)[:, None] * share, y.shape)
 
     def flat(values: np.ndarray) -> np.ndarray:
