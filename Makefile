@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/python -m big_vit.train --config configs/pretrain_fdsl.py:source=glyphs,patch=8 \
 		--workdir $(PRETRAINED)
 	$(BIN)/python -m big_vit.transfer --config 'configs/transfer_digits.py:split=train[:100]' \
-		--config.total_steps=150 --config.batch_size=50 \
+		--config.total_steps=150 --config.batch_size=50 --config.transfer.random_features=false \
 		--config.init=$(PRETRAINED) --seeds 4 --workdir $(TRANSFERRED)
 	$(BIN)/python -m big_vit.explore $(PRETRAINED) --png $(RUNS)/demo
 	$(BIN)/python -m big_vit.report $(TRANSFERRED)
