@@ -112,8 +112,8 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
 
 
 def main(argv: list[str]) -> None:
-    args = command_line.average().parse_args(argv)
-    out = command_line.require_flag(args.out, '--out', 'runs/mean')
+    args, _ = command_line.parse(command_line.average(), argv)
+    out = args.out
     paths = args.checkpoint
     if args.last is not None:
         if len(paths) > 1 or args.weights:

@@ -85,8 +85,7 @@ def by_operation(data: Data) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.bench_data(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
-    config = config_lib.load(spec, overrides)
+    config = config_lib.load(args.config, overrides)
     runtime.start()
     data = train_data(config)
     cost = by_operation(data)

@@ -5,24 +5,34 @@ return their parsers.
 """
 
 import argparse
-import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from big_vit import signals
-from big_vit.errors import UserError
+from big_vit.errors import UserError, nearest
 
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
     """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
 
-    Commands call it before their other imports, which take more than a second.
+    A mistake in the flags, a config file that is not there and a key that does not exist are told
+    as well: commands call it before their other imports, which take more than a second.
     """
     signals.handle(lambda number, _: signals.leave(number))
     if not {'-h', '--help'}.isdisjoint(sys.argv[1:]):
         parser.print_help()
         sys.exit()
+    try:
+        args, overrides = parse(parser, sys.argv[1:])
+        if getattr(args, 'config', None):
+            from big_vit import config  # Not for --help, which answers in a twentieth of a second.
+
+            config.check_keys(args.config, [key for key, _ in overrides])
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(
@@ -34,7 +44,7 @@ def parse(
       (parsed flags, overrides as pairs of key and text).
 
     Raises:
-      UserError: an unknown flag, or an override without a value.
+      UserError: an unknown flag, a missing one, or an override without a value.
     """
     overrides, rest, words = [], [], iter(argv)
     for word in words:
@@ -48,11 +58,27 @@ def parse(
         overrides.append((key, value))
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition('=')[0], flags, n=1)
-        hint = f'; did you mean {near[0]}?' if near else '; see --help'
-        raise UserError(f'unknown argument {unknown[0]}{hint}')
+        raise UserError(f'unknown argument {unknown[0]}; {_hint(parser, unknown[0])}')
+    if isinstance(parser, _Parser):
+        for flag, example in parser.needs.items():
+            if not (flag == '--workdir' and args.explain):
+                require_flag(getattr(args, flag.removeprefix('--')), flag, example)
     return args, overrides
+
+
+def _hint(parser: argparse.ArgumentParser, word: str) -> str:
+    """What may have been meant by an argument that the parser does not know."""
+    flag, equals, value = word.partition('=')
+    flags = [option for action in parser._actions for option in action.option_strings]
+    near = nearest(flag.replace('_', '-'), flags, cutoff=0.75) or nearest(flag, flags, cutoff=0.75)
+    if '--config' in flags and word[0] != '-' and word.partition(':')[0].endswith('.py'):
+        return f'did you mean --config {word}?'
+    if '--config' in flags and flag.startswith('--') and not near:
+        from big_vit import config
+
+        key = config.nearest_key(flag.removeprefix('--'))
+        return f'did you mean --config.{key}{equals}{value}?' if key else 'see --help'
+    return f'did you mean {near}?' if near else 'see --help'
 
 
 def require_flag(value: str | None, flag: str, example: str) -> str:
@@ -63,7 +89,13 @@ def require_flag(value: str | None, flag: str, example: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of the config are."""
+    """A parser whose errors are one line, as those of the config are.
+
+    Attributes:
+      needs: flags that must be given, each with an example of its value.
+    """
+
+    needs: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix('argument ').replace(': must', ' must', 1))
@@ -87,22 +119,29 @@ def _number(lowest: float, highest: float, kind: type = int) -> Callable[[str], 
     return parsed
 
 
-def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return _Parser(
+def _parser(
+    name: str, description: str, epilog: str | None = None, **needs: str
+) -> argparse.ArgumentParser:
+    """Makes the parser of a command; `needs` are flags that must be given, with an example."""
+    parser = _Parser(
         prog=f'python -m big_vit.{name}',
         description=description,
         epilog=epilog,
         allow_abbrev=False,
     )
+    parser.needs = {f'--{flag}': example for flag, example in needs.items()}
+    return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
 
 
-def _training_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _training_parser(
+    name: str, description: str, epilog: str, **needs: str
+) -> argparse.ArgumentParser:
     """Parser with the flags of all training commands."""
-    parser = _parser(name, description, epilog)
+    parser = _parser(name, description, epilog, **needs)
     _add_config(parser)
     parser.add_argument('--workdir', help='where checkpoints, metrics and the config go')
     parser.add_argument('--force', action='store_true', help='accept a changed config')
@@ -129,6 +168,8 @@ def train() -> argparse.ArgumentParser:
         'Pretrain a Vision Transformer; started again on its workdir it resumes.',
         'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
         'docs/config.md lists them all.',
+        config='configs/fashion_mnist.py',
+        workdir='runs/first',
     )
 
 
@@ -138,6 +179,8 @@ def transfer() -> argparse.ArgumentParser:
         'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
         '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
         'weights of timm, Hugging Face, open_clip or big_vision.',
+        config='configs/transfer_digits.py',
+        workdir='runs/digits',
     )
     parser.add_argument(
         '--sweep',
@@ -167,6 +210,8 @@ def plan() -> argparse.ArgumentParser:
         'Compile the train step of a config for TPUs that are not here: does it fit, '
         'how fast, how much.',
         'Keys of the config can be set as for training: --config.batch_size=8192.',
+        config='configs/vit_b16_i1k.py',
+        topology='v5e:16x16',
     )
     _add_config(parser)
     parser.add_argument('--topology', help='such as v5e:16x16, v5p:8x8x8, v6e:16x16, cpu:8')
@@ -190,6 +235,7 @@ def ledger() -> argparse.ArgumentParser:
         'ledger',
         'What a config keeps in memory with each optimizer, without allocating it.',
         'Keys of the config can be set as for training: --config.optim.name=sgd.',
+        config='configs/vit_b16_i1k.py',
     )
     _add_config(parser)
     parser.add_argument('--topology', help='such as v5e:16x16 (needs the TPU compiler), cpu:8')
@@ -285,6 +331,7 @@ def average() -> argparse.ArgumentParser:
     parser = _parser(
         'average',
         'Mix the weights of checkpoints into a new one, with the config of the last.',
+        out='runs/mean',
     )
     parser.add_argument(
         'checkpoint', nargs='+', help='a workdir (its newest), or a checkpoints/STEP folder'
@@ -307,6 +354,7 @@ def export() -> argparse.ArgumentParser:
         'export',
         "Write a checkpoint for another codebase, or make one of another's weights.",
         'With --from, keys of the config can be set, as in --config.data.path=photos.',
+        out='exported/',
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--checkpoint', help='a workdir (its newest), or a checkpoints/STEP folder')
@@ -344,10 +392,16 @@ def prepare() -> argparse.ArgumentParser:
     parser = _parser(
         'prepare',
         'Download a dataset of TensorFlow Datasets and write it for training.',
+        data_dir='~/tensorflow_datasets',
     )
     parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')
     parser.add_argument('--data_dir', help='where datasets are kept')
-    parser.add_argument('--format', default='array_record', choices=('array_record', 'tfrecord'))
+    parser.add_argument(
+        '--format',
+        default='array_record',
+        choices=('array_record', 'tfrecord', 'idx'),
+        help='of the files; idx is for fashion_mnist, as its authors publish it',
+    )
     parser.add_argument('--download_dir', help='where downloaded files are, or are put')
     return parser
 
@@ -357,6 +411,7 @@ def bench_data() -> argparse.ArgumentParser:
         'bench_data',
         'Measure the loader of a config alone, and name the slowest operation.',
         'Any key of the config can be set: --config.data.workers=4.',
+        config='configs/fashion_mnist.py',
     )
     _add_config(parser)
     parser.add_argument(
@@ -371,6 +426,8 @@ def show_data() -> argparse.ArgumentParser:
         'show_data',
         'Draw training examples before and after what is done to them, as a PNG.',
         'Any key of the config can be set: --config.data.transform=... .',
+        config='configs/fashion_mnist.py',
+        png='data.png',
     )
     _add_config(parser)
     parser.add_argument('--png', metavar='FILE', help='where to draw')

@@ -1,4 +1,7 @@
-"""The one exception whose message is meant for the user."""
+"""The one exception whose message is meant for the user, and what the user may have meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -18,3 +21,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the name that a misspelt word comes closest to, whatever its case; None if none does.
+
+    Args:
+      cutoff: least similarity, from 0 to 1.
+    """
+    folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[near[0]] if near else None

@@ -28,7 +28,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
         f'state   {memory}',
         *(layout(parts.abstract_state) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {encoder.depth} blocks of width {encoder.width}, '
-        f'{params / 1e6:,.2f} M parameters, {operations / 1e9:,.3f} GFLOP {unit}, {tokens} tokens',
+        f'{params / 1e6:,.2f} M parameters, {tokens} tokens, {operations / 1e9:,.3g} GFLOP {unit}',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{data.source.num_classes} classes, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '

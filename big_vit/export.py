@@ -112,7 +112,7 @@ def to_checkpoint(
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.export(), argv)
     given = settings_from_text(args.set)
-    out = command_line.require_flag(args.out, '--out', 'exported/')
+    out = args.out
     if not args.source and not args.checkpoint:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
     if args.source and args.which:

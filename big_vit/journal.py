@@ -153,13 +153,13 @@ class RunJournal:
     """The journal of one run; see `training_loop.Journal`.
 
     Args:
-      peak_flops: operations per second of all devices together.
+      peak_flops: operations per second of all devices together; None shows no MFU.
       meter: measures the loader of the batches.
     """
 
     config: Config
     parts: Experiment
-    peak_flops: float
+    peak_flops: float | None
     damage: Damage
     clock: metrics.Clock
     writer: metrics.Writer
@@ -169,6 +169,7 @@ class RunJournal:
 
     def __post_init__(self) -> None:
         self._course = Course(self.parts.total_steps)
+        self._observed = ('skipped_in_a_row', 'loss', self.parts.task.headline, 'replaced')
 
     def check(self, step: int, values: Metrics) -> None:
         """Warn of a skipped update, and end a run that cannot go on.
@@ -178,9 +179,10 @@ class RunJournal:
           Diverged: the training has, see `Course`, or the last updates were all skipped.
         """
         self.manager.check()
-        if 'replaced' in values:
-            self.damage.add(int(jax.device_get(values['replaced'])), self.parts.batch_size)
-        skipped_in_a_row, loss = jax.device_get((values['skipped_in_a_row'], values['loss']))
+        fetched = jax.device_get({n: values[n] for n in self._observed if n in values})
+        self.damage.add(int(fetched.get('replaced', 0)), self.parts.batch_size)
+        skipped_in_a_row, loss = fetched.pop('skipped_in_a_row'), fetched['loss']
+        self.console.observe(skipped=bool(skipped_in_a_row), **fetched)
         if skipped_in_a_row:
             examples = examples_of_update(self.parts, step)
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

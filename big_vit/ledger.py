@@ -156,7 +156,7 @@ def amount(nbytes: int) -> str:
 
 
 def line(ledger: Ledger, optimizer: str, devices: int) -> str:
-    """One-line summary for one device; M is the bytes of the parameters there."""
+    """One-line summary for one device; × is relative to the bytes of the parameters there."""
     uses = {
         'params': ledger.params,
         'average': ledger.average,
@@ -165,12 +165,13 @@ def line(ledger: Ledger, optimizer: str, devices: int) -> str:
     }
     m = ledger.params.on_device
     sizes = ' + '.join(
-        f'{name} {amount(use.on_device)} ({use.on_device / m:.2f} M)'
+        f'{name} {amount(use.on_device)}'
+        + (f' ({use.on_device / m:.2f}×)' if name != 'params' else '')
         for name, use in uses.items()
         if use.arrays
     )
     where = f' on a device, {amount(ledger.state.nbytes)} in all' if devices > 1 else ''
-    return f'{sizes}{where}; gradients {amount(ledger.gradients.on_device)} while stepping'
+    return f'{sizes}{where}; gradients {amount(ledger.gradients.on_device)}'
 
 
 # Tables over optimizers and models.
@@ -252,7 +253,7 @@ def detail(ledger: Ledger) -> str:
         for name, use in uses.items()
         if use.arrays
     ]
-    header = ('held', 'arrays', 'bytes', 'M', 'words a parameter', 'bytes on a device')
+    header = ('held', 'arrays', 'bytes', '×', 'words a parameter', 'bytes on a device')
     return metrics.table(header, rows)
 
 
@@ -265,7 +266,7 @@ def fits(row: Row, capacity: float | None) -> bool | None:
 
 def comparison(rows: list[Row], capacity: float | None) -> str:
     """Table with a line for each optimizer of one model."""
-    header = ['optimizer', 'bytes of its own', 'state, M', 'words a parameter']
+    header = ['optimizer', 'bytes of its own', 'state, ×', 'words a parameter']
     header += ['state on a device', 'GiB with gradients', *(['fits'] if capacity else [])]
     lines = []
     for row in rows:
@@ -313,7 +314,7 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def to_json(row: Row, capacity: float | None) -> dict[str, Any]:
-    """A row in bytes, words per parameter, and multiples of M (bytes of the parameters)."""
+    """A row in bytes, words per parameter, and multiples of the bytes of the parameters."""
     about = {'variant': row.variant, 'optimizer': row.optimizer, 'problem': row.problem}
     f = row.ledger
     if f is None:
@@ -344,7 +345,7 @@ def _names(text: str) -> list[str]:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.ledger(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
+    spec = args.config
     if args.topology and args.devices is not None:
         raise UserError('--topology and --devices are both given; give one')
     runtime.check_json(args.json)
@@ -374,7 +375,7 @@ def main(argv: list[str]) -> None:
         ledger = measure(parts.abstract_state)
         lines += [
             f'model   ViT-{config.model.variant}: {ledger.params.scalars / 1e6:,.2f} M parameters, '
-            f'M = {ledger.params.nbytes:,} bytes',
+            f'1× = {ledger.params.nbytes:,} bytes',
             f'state   {line(ledger, ", ".join(parts.settings), len(place.devices))}',
         ]
         tables = [detail(ledger), comparison(rows, capacity)]

@@ -465,8 +465,7 @@ def parse_mesh(text: str) -> list[tuple[str, str]]:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.plan(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/vit_b16_i1k.py')
-    name = command_line.require_flag(args.topology, '--topology', 'v5e:16x16')
+    spec, name = args.config, args.topology
     if not re.fullmatch(r'(\d+(,\d+)*)?', args.per_device):
         raise UserError(f'--per-device: cannot read {args.per_device!r}; write --per-device 16,32')
     runtime.check_json(args.json)

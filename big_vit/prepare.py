@@ -1,7 +1,8 @@
 """Prepare a dataset of TensorFlow Datasets: `python -m big_vit.prepare cifar10 --data_dir DIR`.
 
-Downloads it and writes files that support random access. This is the only command that may need
-TensorFlow (`pip install -e '.[prepare]'`): the code that writes many datasets uses it.
+TensorFlow Datasets downloads it and writes files that support random access. This is the only
+command that may need TensorFlow (`pip install -e '.[prepare]'`): the code that writes many datasets
+uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the authors.
 """
 
 from big_vit import command_line
@@ -15,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from big_vit import ownership, runtime
+from big_vit.data import download
 from big_vit.data.sources import prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
@@ -84,10 +86,28 @@ def prepare(
     return Path(builder.data_path)
 
 
+def prepare_idx(name: str, data_dir: Path) -> list[str]:
+    """Download a dataset in IDX files; return lines that say where it is and how it is used.
+
+    Raises:
+      UserError: there is no such dataset, or it cannot be downloaded.
+    """
+    if name != 'fashion_mnist':
+        raise UserError(f'{name}: of IDX files only fashion_mnist is known; leave --format out')
+    folder = data_dir / name
+    fetched = download.fashion_mnist(folder)
+    return [
+        f'{"wrote" if fetched else "there":<7} {folder}: {len(download.FASHION_MNIST)} IDX files',
+        f'use     --config configs/fashion_mnist.py:path={folder}',
+    ]
+
+
 def main(argv: list[str]) -> None:
-    args = command_line.prepare().parse_args(argv)
-    data_dir = command_line.require_flag(args.data_dir, '--data_dir', '~/tensorflow_datasets')
-    data_dir = str(Path(data_dir).expanduser())
+    args, _ = command_line.parse(command_line.prepare(), argv)
+    data_dir = str(Path(args.data_dir).expanduser())
+    if args.format == 'idx':
+        print('\n'.join(prepare_idx(args.name, Path(data_dir))))
+        return
     builder = _builder(args.name, data_dir, None)
     there = (Path(builder.data_path) / 'dataset_info.json').exists()
     if not there:

@@ -96,9 +96,8 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.show_data(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
-    path = Path(command_line.require_flag(args.png, '--png', 'data.png'))
-    config = config_lib.load(spec, overrides)
+    path = Path(args.png)
+    config = config_lib.load(args.config, overrides)
     runtime.start()
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(config, path, args.step, args.count)

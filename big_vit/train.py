@@ -149,16 +149,21 @@ def starting_state(
     return fresh_state(parts, config.seed, params), ''
 
 
-def introduce(config: Config, parts: Experiment, origin: str, console: metrics.Console) -> float:
+def introduce(
+    config: Config, parts: Experiment, origin: str, console: metrics.Console
+) -> float | None:
     """Say what is about to run, and where it starts.
 
     Returns:
-      The peak operations per second of all devices together, which MFU is relative to.
+      The peak operations per second of all devices together, which MFU is relative to; None on a
+      CPU, which has other work to do.
     """
-    peak_flops, source = runtime.device_peak_flops()
-    peak_flops *= parts.mesh.size
     console.say(f'run     {runtime.preflight()}', *explain.summary(config, parts))
-    console.say(f'MFU     relative to {peak_flops / 1e12:.2f} TFLOP/s ({source})')
+    peak_flops = None
+    if jax.default_backend() != 'cpu':
+        of_one, source = runtime.device_peak_flops()
+        peak_flops = of_one * parts.mesh.size
+        console.say(f'MFU     relative to {peak_flops / 1e12:.2f} TFLOP/s ({source})')
     if origin:
         console.say(origin)
     return peak_flops
@@ -201,17 +206,15 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.train(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
-    config = config_lib.load(spec, overrides)
+    config = config_lib.load(args.config, overrides)
     runtime.start()
     if args.explain:
         print(explain.page(config))
         return
-    workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/first')
-    same = {'config': config_lib.digest(config), 'workdir': workdir}
+    same = {'config': config_lib.digest(config), 'workdir': args.workdir}
     with hosts.session(args.distributed, same):
         params = initial_params(config, keep_head=True) if config.init else None
-        run(config, workdir, force=args.force, params=params)
+        run(config, args.workdir, force=args.force, params=params)
 
 
 if __name__ == '__main__':

@@ -149,8 +149,7 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.transfer(), argv)
-    spec = command_line.require_flag(args.config, '--config', 'configs/transfer_digits.py')
-    config = load_config(spec, overrides)
+    config = load_config(args.config, overrides)
     runtime.start()
     if args.explain:
         print(explain.page(config))
@@ -160,7 +159,7 @@ def main(argv: list[str]) -> None:
             f'note    {config.data.peek("path")} has folders {", ".join(unread)}, which no split '
             'of this run reads (configs/transfer.py:own has folders=true for that)'
         )
-    workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/digits')
+    workdir = args.workdir
     same = {'config': config_lib.digest(config), 'workdir': workdir}
     same |= {'sweep': f'{args.sweep} x {args.seeds}'}
     study_asked = bool(args.sweep or args.seeds)

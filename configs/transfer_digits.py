@@ -3,7 +3,8 @@
     python -m big_vit.transfer --config configs/transfer_digits.py \
         --config.init=runs/fdsl --workdir runs/digits
 
-`train[:20%]` is 288 digits; the test set is 359 digits by other writers.
+`train[:20%]` is 288 digits; the test set is 359 digits by other writers. `make demo` takes
+transfer_digits.py:split=train[:100], ten digits of each kind.
 """
 
 from ml_collections import ConfigDict

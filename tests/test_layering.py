@@ -44,6 +44,7 @@ LAYERS = [
     },
 ]
 WITHIN_A_LAYER = {
+    ('command_line', 'config'),  # Which key was meant by a flag that there is not.
     ('augment', 'tasks'),  # What bytes become where nothing is said, and labels as targets.
     ('explain', 'ledger'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.

@@ -143,8 +143,8 @@ def test_training_starts_with_the_ledger_in_one_line():
     lines = explain.summary(settings, parts)
     (said,) = [text for text in lines if text.startswith('state ')]
     found = ledger.measure(parts.abstract_state)
-    assert f'params {found.params.on_device / 1e6:.2f} MB (1.00 M)' in said
-    assert f'adamw {found.optimizer_total.on_device / 1e6:.2f} MB (2.00 M) on a device' in said
+    assert f'params {found.params.on_device / 1e6:.2f} MB + ' in said
+    assert f'adamw {found.optimizer_total.on_device / 1e6:.2f} MB (2.00×) on a device' in said
     assert f'{found.state.nbytes / 1e6:.2f} MB in all' in said
     assert 'average' in said and 'gradients' in said and len(said) < 160
     alone = ledger.line(found, 'adamw', 1)
@@ -179,7 +179,7 @@ print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
     assert int(result.stdout.rpartition('grown')[2]) < 500  # Of the 223 GB it tells of.
     net = make_vit(21_843, pool='map', **variants.parse('22B/14'))
     count = trees.count(state.abstract_params(net, (224, 224, 3)))
-    assert f'M = {4 * count:,} bytes' in result.stdout
+    assert f'1× = {4 * count:,} bytes' in result.stdout
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_a_topology_says_what_fits_a_chip():
 def test_the_page_has_the_table_of_all_optimizers():
     result = run('ledger', '--config', CONFIG, *flags(SMALL))
     assert result.returncode == 0, result.stderr
-    assert 'optimizer: second moment' in result.stdout and 'state, M' in result.stdout
+    assert 'optimizer: second moment' in result.stdout and 'state, ×' in result.stdout
     for name in ledger.optimizers():
         assert f'\n{name} ' in result.stdout
 

@@ -1,4 +1,4 @@
-"""The notebook runs on a checkpoint, and says what to do where there is none."""
+"""The notebooks run: one on a checkpoint, which says what to do without, one from nothing."""
 
 import json
 
@@ -18,6 +18,8 @@ import json, os, sys, warnings
 warnings.simplefilter('ignore')
 import nbclient, nbformat
 path, os.environ['CHECKPOINT'] = sys.argv[1:3]
+os.environ['WORKDIR'] = sys.argv[2]
+os.chdir(os.path.dirname(path))
 notebook = nbformat.read(path, as_version=4)
 nbformat.validate(notebook)
 client = nbclient.NotebookClient(notebook, timeout=200, kernel_name='python3')
@@ -29,10 +31,10 @@ print(json.dumps([cell.outputs for cell in notebook.cells if cell.cell_type == '
 """
 
 
-def executed(checkpoint):
+def executed(checkpoint, path=PATH):
     for library in ('nbclient', 'nbformat', 'ipykernel'):
         pytest.importorskip(library)
-    result = script(EXECUTE, PATH, checkpoint)
+    result = script(EXECUTE, path, checkpoint)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -64,3 +66,28 @@ def test_without_a_checkpoint_it_stops_with_one_line(tmp_path):
     assert error['ename'] == 'SystemExit'
     assert 'no such folder' in error['evalue'] and 'Run `make demo` first' in error['evalue']
     assert not any(outputs[1:])
+
+
+FIRST = ROOT / 'notebooks' / 'first_model.ipynb'
+
+
+def test_the_first_notebook_is_committed_with_small_outputs_and_for_colab():
+    code = [c for c in json.loads(FIRST.read_text())['cells'] if c['cell_type'] == 'code']
+    assert FIRST.stat().st_size < 300_000
+    assert 'git clone' in ''.join(code[0]['source'])
+    for cell in code:
+        assert len(cell['source']) <= 12
+        assert not any('error' in output['output_type'] for output in cell['outputs'])
+    shown = [any('image/png' in o.get('data', {}) for o in cell['outputs']) for cell in code]
+    assert sum(shown) == 3 and 'letter 5' in json.dumps(code[-1]['outputs'])
+    assert str(ROOT) not in FIRST.read_text() and '/tmp' not in FIRST.read_text()
+
+
+@pytest.mark.slow
+def test_the_first_notebook_goes_from_nothing_to_predictions(tmp_path, monkeypatch):
+    monkeypatch.setenv('STEPS', '6')
+    outputs = executed(tmp_path / 'w', FIRST)
+    kinds = [output['output_type'] for cell in outputs for output in cell]
+    assert 'error' not in kinds, outputs
+    (text,) = (output['text'] for output in outputs[-1])
+    assert len(text.splitlines()) == 6 and text.count('%') == 18

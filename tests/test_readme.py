@@ -23,12 +23,17 @@ SLOW = (
     *('--workdir runs/photos', 'report runs/photos', 'predict runs/photos', '--workdir runs/more'),
 )
 
-# What the README promises of its example: arrays of NumPy, and the sidecar of the last step.
-EXPECTED = """
+# What the README promises of its examples: arrays of NumPy, and the sidecar of the last step; three
+# named classes, and a vector for each picture.
+CHECKPOINT = """
 import numpy
 kernel = params['embedding']['kernel']
 assert type(kernel) is numpy.ndarray
 print(kernel.ndim, sidecar['step'])
+"""
+PREDICT = """
+((first, *_),) = best
+print(len(best[0]), first[0].startswith('class'), features.shape == (1, 64), 0 < first[1] <= 1)
 """
 
 
@@ -88,12 +93,21 @@ def test_the_readme_commands_run_in_their_order(line, places):
     check_run(shlex.split(line), *places)
 
 
-def test_the_readme_python_runs(places):
-    (text,) = (text for kind, text in BLOCKS if kind == 'python')
-    assert (places[0] / 'fashion').is_dir(), 'the commands run first'
-    result = script(text.replace('runs/', f'{places[0]}/') + EXPECTED)
+@pytest.mark.parametrize(
+    'needs, expected, printed',
+    [
+        ('fashion', CHECKPOINT, '4 3'),
+        pytest.param('photos', PREDICT, '3 True True True', marks=pytest.mark.slow),
+    ],
+)
+def test_the_readme_python_runs(needs, expected, printed, places):
+    (text,) = (text for kind, text in BLOCKS if kind == 'python' and f'runs/{needs}' in text)
+    assert (places[0] / needs).is_dir(), 'the commands run first'
+    picture = next((places[1].parent / 'photos').rglob('*.jpg'))
+    text = text.replace('runs/', f'{places[0]}/').replace('PHOTOS/a.jpg', str(picture))
+    result = script(text + expected)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ['4', '3']
+    assert result.stdout.strip() == printed
 
 
 @pytest.mark.slow
@@ -127,7 +141,8 @@ def test_the_demo_runs_and_says_where_everything_is(places):
     assert len(lines) >= 3
     output = [check_run(shlex.split(line), *places) for line in lines]
     assert 'control: same recipe from random' in output[1]
-    for path in ('demo/curves.png', 'demo/images.png', 'demo/transfer/curves.png'):
+    assert re.search(r'from the checkpoint .* 4  ', output[1])  # So many seeds.
+    for path in ('demo/curves.png', 'demo/images.png', 'demo/transfer/report.html'):
         assert (places[0] / path).exists()
 
 
@@ -142,3 +157,21 @@ def test_the_other_readme_commands_exist():
             assert (ROOT / line.split()[-1]).exists()
         else:
             assert line.strip() in continued, f'no test runs {line!r}'
+
+
+def test_what_the_readme_links_to_is_there():
+    slugs = {
+        re.sub(r'[^a-z0-9 -]', '', head.lower()).replace(' ', '-')
+        for head in re.findall(r'^#+ (.*)$', README, flags=re.MULTILINE)
+    }
+    links = re.findall(r'\]\(([^)]+)\)', README)
+    assert len(links) > 20
+    for link in links:
+        path, _, anchor = link.partition('#')
+        assert (ROOT / path).exists(), link
+        assert path or anchor in slugs, link
+
+
+def test_the_picture_of_the_readme_is_small():
+    (picture,) = re.findall(r'!\[.*?\]\((.*?)\)', README)
+    assert 0 < (ROOT / picture).stat().st_size < 200_000

@@ -92,7 +92,9 @@ def test_a_run_learns_and_leaves_config_metrics_and_checkpoints(uninterrupted):
     assert [row['step'] for row in rows if 'test/top1' in row] == [*range(40, 401, 40)]
     assert train_rows[0]['train/loss'] > 2.2
     assert rows[-1]['step'] == 400 and metrics.latest(rows)['test/top1'] > 0.3  # chance is 0.1
-    assert {'time/examples_per_s', 'time/mfu', 'time/data_wait'} <= train_rows[-2].keys()
+    assert {'time/examples_per_s', 'time/data_wait'} <= train_rows[-2].keys()
+    # A CPU has no peak that a step could be measured by.
+    assert 'time/mfu' not in train_rows[-2] and 'MFU' not in result.stdout
     assert checkpoint.steps(workdir) == [390, 400]
     assert 'compile' in result.stdout and 'done    step 400' in result.stdout
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from big_vit.config.fields import check_text
-from big_vit.config.old_names import comparable_dump, former_dump, renamed, renamed_dump
+from big_vit.config.old_names import RENAMED, comparable_dump, former_dump, renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field
-from big_vit.errors import UserError
+from big_vit.errors import UserError, nearest
 
 # Sections with any number of entries, under names that the user chooses.
 STARRED = ('evals', 'mixture', 'streams')
@@ -166,28 +166,74 @@ def _in_schema(key: str) -> str:
 def _field(key: str) -> Field:
     field = SCHEMA.get(_in_schema(key))
     if field is None:
-        near = _nearest(key)
+        near = nearest_key(key)
         raise UserError(f'config: unknown key {key}' + (f'; did you mean {near}?' if near else ''))
     return field
 
 
-def _nearest(key: str) -> str | None:
-    """Guesses the intended key: the same name in another section, or a typo."""
+# What other codebases call a key, and sections in place of the key that is meant most often.
+_SYNONYMS = {
+    'lr': 'learning_rate base_lr base_learning_rate',
+    'batch_size': 'batch bs train_batch_size global_batch_size',
+    'total_epochs': 'epochs epoch num_epochs max_epochs',
+    'total_steps': 'steps num_steps max_steps iterations num_train_steps',
+    'image_size': 'size img_size resolution input_size',
+    'init': 'pretrained checkpoint weights finetune',
+    'optim.name': 'optim optimizer optimiser opt',
+    'optim.weight_decay': 'wd',
+    'optim.clip': 'grad_clip clip_grad gradient_clip grad_clip_norm max_grad_norm',
+    'schedule.name': 'schedule scheduler sched lr_schedule',
+    'schedule.warmup_steps': 'warmup num_warmup_steps warmup_steps',
+    'model.variant': 'model arch architecture variant model_name',
+    'model.dtype': 'precision amp dtype',
+    'data.name': 'data dataset dataset_name',
+    'data.path': 'data_dir data_path',
+    'data.transform': 'transforms augment augmentation pp preprocess',
+    'data.workers': 'num_workers workers',
+    'task.name': 'task objective',
+    'ema': 'model_ema ema_decay',
+    'accumulation': 'grad_accum gradient_accumulation_steps accum_steps',
+    'evals.test.split': 'evals eval',
+    'checkpoint.every_steps': 'checkpoint_every save_every save_steps',
+    'log.wandb': 'wandb',
+    'log.tensorboard': 'tensorboard',
+}
+_SYNONYM = {word: key for key, words in _SYNONYMS.items() for word in words.split()}
+
+
+def nearest_key(key: str) -> str | None:
+    """Guess the key that is meant: another name of it, the same in another section, or a typo."""
+    key = key.replace('-', '_')
     last = key.rpartition('.')[2]
+    if key in SCHEMA:
+        return key
+    section, meant = key.rpartition('.')[0], _SYNONYM.get(last.casefold())
+    if meant and (not section or meant == 'lr' or meant.startswith(f'{section}.')):
+        return meant
     by_name: dict[str, list[str]] = {}
     for name in SCHEMA:
         by_name.setdefault(name.rpartition('.')[2], []).append(name)
     parts = key.split('.')
     starred = f'{parts[0]}.*.{last}' if len(parts) == 3 else key
-    near = by_name.get(last, []) or difflib.get_close_matches(starred, SCHEMA, n=1, cutoff=0.6)
-    if not near:
-        near = [
-            name
-            for match in difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
-            for name in by_name[match]
-        ]
-    closest = difflib.get_close_matches(starred, near, n=1, cutoff=0.0)
-    return closest[0].replace('*', parts[1] if len(parts) == 3 else '*') if closest else None
+    near = by_name.get(last, [])
+    if not near and (match := nearest(starred, SCHEMA)):
+        near = [match]
+    if not near and (word := nearest(last, by_name, cutoff=0.7)):
+        near = by_name[word]
+    closest = nearest(starred, near, cutoff=0.0)
+    return closest.replace('*', parts[1] if len(parts) == 3 else '*') if closest else None
+
+
+def check_keys(spec: str, keys: Iterable[str]) -> None:
+    """Check that a config file is there and that the schema has the keys; runs nothing, at no cost.
+
+    Raises:
+      UserError: there is no such file, or no such key.
+    """
+    _config_file(spec.partition(':')[0])
+    for key in keys:
+        if key not in RENAMED:
+            _field(key)
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -293,9 +339,9 @@ def _call_get_config(
             elif i == 0 and parameters:
                 name, word = next(iter(parameters)), name
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
+            near = nearest(name, parameters)
             known = ', '.join(parameters) or 'none'
-            hint = f'did you mean {near[0]}?' if near else f'it takes: {known}'
+            hint = f'did you mean {near}?' if near else f'it takes: {known}'
             raise UserError(f'{path}: get_config has no argument {name!r}; {hint}')
         default = parameters[name].default
         if isinstance(default, bool):
@@ -346,6 +392,25 @@ def _errors_of(path: Path, what: str = '') -> Iterator[None]:
         raise UserError(f'--config: {path}{"".join(lines[-1:])}: {what}{shown}') from error
 
 
+def _config_file(name: str) -> Path:
+    """Find a config file.
+
+    Raises:
+      UserError: it is not there, or is no Python file.
+    """
+    path = Path(name)
+    if not path.is_file():
+        # Meant may be a recipe by its bare name, or a misspelt name of a file or a folder.
+        folders = ('configs', path.parent)
+        files = {file.name: file for folder in folders for file in Path(folder).glob('*.py')}
+        meant = nearest(f'{path.stem}.py', files)
+        hint = f'; did you mean {files[meant]}?' if meant else ''
+        raise UserError(f'--config: there is no file {path}{hint}')
+    if path.suffix != '.py':
+        raise UserError(f'--config: {path}: the name of a config file ends in .py')
+    return path
+
+
 def load(
     spec: str, overrides: Sequence[tuple[str, str]] = (), base: dict[str, Any] | None = None
 ) -> Config:
@@ -364,14 +429,9 @@ def load(
         key or an invalid value.
     """
     name, _, arguments = spec.partition(':')
-    path = Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], n=1)
-        hint = f'; did you mean {path.parent / near[0]}?' if near else ''
-        raise UserError(f'--config: there is no file {path}{hint}')
+    path = _config_file(name)
     module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f'--config: {path}: the name of a config file ends in .py')
+    assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:

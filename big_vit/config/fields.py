@@ -1,8 +1,9 @@
 """Checks of config values: functions that validate and convert a value of one kind."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from big_vit.errors import nearest
 
 UNITS = ('steps', 'epochs', 'examples', 'percent')
 # The largest numbers of the types in which steps compute.
@@ -84,8 +85,8 @@ def choice(*choices: str) -> Callable[[Any], str]:
 
     def check(value: Any) -> str:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            near = nearest(str(value), choices, cutoff=0.4)
+            hint = f' (did you mean {near!r}?)' if near else ''
             raise ValueError('one of ' + ', '.join(map(repr, choices)) + hint)
         return value
 

@@ -5,12 +5,13 @@ reads, with its own defaults. So a new entry is one function and one line in its
 then accepts its name and checks its keys, and the docs list its defaults.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from big_vit.errors import nearest
 
 REQUIRED = inspect.Parameter.empty
 
@@ -43,8 +44,8 @@ class Registry(NamedTuple):
         """Checks that a config value is the name of an entry, and returns it."""
         names = list(self.entries())
         if value not in names:
-            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            near = nearest(str(value), names, cutoff=0.4)
+            hint = f' (did you mean {near!r}?)' if near else ''
             raise ValueError('one of ' + ', '.join(map(repr, names)) + hint)
         return value
 

@@ -1,9 +1,8 @@
 """Published model sizes by name."""
 
-import difflib
 import re
 
-from big_vit.errors import UserError
+from big_vit.errors import UserError, nearest
 from big_vit.models import stems
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -38,8 +37,8 @@ def parse(variant: str) -> dict[str, object]:
         )
     size, height, width = match[2], int(match[3]), int(match[4] or match[3])
     if size not in SIZES:
-        near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.3)
-        hint = f'did you mean {near[0]}? ' if near else ''
+        near = nearest(size, SIZES, cutoff=0.3)
+        hint = f'did you mean {near}? ' if near else ''
         raise UserError(
             f'config: model.variant {variant!r}: unknown size {size!r}; {hint}'
             f'the sizes are {", ".join(SIZES)}'

@@ -1,7 +1,6 @@
 """The journal of trials that train in one program: a workdir each, and one console for all."""
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -58,6 +57,7 @@ class TrialJournal:
         self.clock = metrics.Clock()
         self._experiments, self._grid, self._folder = experiments, grid, folder
         self._damage, self._state_of, self._skip_sigmas = damage, state_of, config.skip_sigmas
+        self._headline = headline
         self._total, self._intervals = experiments[0].total_steps, experiments[0].intervals
         self._config_dumps = {
             trial: config.replacing({'seed': trial.seed, 'lr': trial.lr}).to_dict()
@@ -94,7 +94,11 @@ class TrialJournal:
             replaced = jax.device_get(values['replaced'])[:, 0]
             for damage, count, parts in zip(self._damage, replaced, self._experiments, strict=True):
                 damage.add(int(count), parts.batch_size)
-        skipped, losses = jax.device_get((values['skipped_in_a_row'], values['loss']))
+        seen = ('loss', self._headline)
+        observed = jax.device_get({name: values[name] for name in seen if name in values})
+        skipped, losses = jax.device_get(values['skipped_in_a_row']), observed['loss']
+        medians = {name: float(np.median(x)) for name, x in observed.items()}
+        self.console.observe(skipped=int((skipped > 0).sum()), **medians)
         fetched = jax.device_get(values) if skipped.any() else {}
         for i, j, trial in self._trials():
             if 0 < skipped[i, j] <= journal.MAX_SKIPPED_IN_A_ROW:
@@ -126,15 +130,13 @@ class TrialJournal:
 
     def _rates(self, step: int) -> dict[str, float]:
         parts = self._experiments[0]
-        rates = self.clock.window(
+        return self.clock.window(
             batch_size=parts.batch_size * len(self.writers),
             flops_per_example=parts.flops_per_example,
-            peak_flops=math.inf,
+            # A frozen trunk computes once for all trials: the FLOPs of the program are not known.
+            peak_flops=None,
             steps_left=self._total - step,
         )
-        # A frozen trunk computes once for all trials, so the FLOPs of the program are not known.
-        rates.pop(f'{metrics.TIMING}mfu', None)
-        return rates
 
     def write_scores(self, step: int, evaluation: str, scores: dict[str, np.ndarray]) -> None:
         """Write scores [seeds, rates] to each trial's rows, and show those of the best trial."""

@@ -331,6 +331,16 @@ def test_text_that_python_cannot_parse_is_refused_like_any_other(file, text):
         ('schedule.warmup_epoch', 'schedule.warmup_epochs'),
         ('evals.val.splt', 'evals.val.split'),
         ('model.schedule.warmup_steps', 'schedule.warmup_steps'),
+        ('learning_rate', 'lr'),
+        ('optim.learning_rate', 'lr'),
+        ('batch', 'batch_size'),
+        ('epochs', 'total_epochs'),
+        ('model', 'model.variant'),
+        ('optimizer', 'optim.name'),
+        ('Optim.Name', 'optim.name'),
+        ('wd', 'optim.weight_decay'),
+        ('num_workers', 'data.workers'),
+        ('data.num_workers', 'data.workers'),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file, key, near):

@@ -76,7 +76,7 @@ def test_rates_count_data_and_step_time_only(monkeypatch):
         'time/examples_per_s': pytest.approx(40 / 8),
         'time/mfu': pytest.approx(40 / 8 * 3 / 60),
         'time/data_wait': pytest.approx(0.25),
-        'time/eta_s': pytest.approx(16),
+        'time/eta_s': pytest.approx(8 * (8 / 4 + 100 / 4)),  # Evaluations take their time too.
         'time/host_memory_mb': 512.0,
     }
     assert clock.window(batch_size=1, flops_per_example=1, peak_flops=1, steps_left=1) == {}
@@ -94,13 +94,29 @@ def test_durations(seconds, shown):
 def test_plain_console_lines(capsys):
     with metrics.Console(100, 0, label='train') as console:
         row = {'train/loss': 1.0, 'train/accuracy': 0.5, 'train/lr': 1e-3, 'train/skipped': 2.0}
+        for loss, accuracy, skipped in (
+            (4.0, 0.25, False),
+            (2.0, 0.5, False),
+            (math.nan, 0.0, True),
+        ):
+            console.observe(loss=loss, accuracy=accuracy, skipped=skipped)
         times = {'examples_per_s': 1234.5, 'mfu': 0.41, 'data_wait': 0.013, 'eta_s': 70}
         console.training(7, row | {f'time/{name}': value for name, value in times.items()})
         console.evaluation(7, 'test', {'loss': 1.0, 'top1': 0.5, 'count': 3.0})
-    line, scored = capsys.readouterr().out.splitlines()
-    for part in ('train   7/100', 'skipped 2', '1,234 ex/s', 'MFU 41%', 'data-wait 1.3%', '1m10s'):
-        assert part in line
+        times = {'examples_per_s': 1234.5, 'data_wait': 0.009, 'eta_s': 70}
+        console.training(8, row | {f'time/{name}': value for name, value in times.items()})
+        many = {f'a_metric_of_many_{i}': 0.5 for i in range(9)} | {'of/class': 1.0, 'count': 3.0}
+        console.evaluation(8, 'test', many)
+    line, scored, calm, long = capsys.readouterr().out.splitlines()
+    # Means of the steps since the last line, and how many of them were skipped.
+    assert line == (
+        'train   7/100  loss 3.0000  acc 0.250  skipped 1  1,234 ex/s  ETA 1m10s  MFU 41%'
+    )
     assert scored == 'eval    7/100  test: loss 1.0000  top1 0.5000'
+    # What nobody waits for, no device has a peak of, and was told before is left out.
+    assert calm == 'train   8/100  loss 1.0000  acc 0.500  1,234 ex/s  ETA 1m10s  lr 0.001'
+    assert long == 'eval    8/100  test: a_metric_of_many_0 0.5000  (and 9 more)'
+    assert all(len(text) <= 80 for text in (line, scored, calm, long))
 
 
 def test_tables_align_numbers_to_the_right():
@@ -149,7 +165,7 @@ def test_the_console_shows_the_headline_where_a_row_has_it(headline, values, sho
         console.training(4, {'train/loss': 1.0, 'train/lr': 1e-3})
     with_values, without = capsys.readouterr().out.splitlines()
     assert with_values == f'train 3/9  {shown}'
-    assert without == 'train 4/9  loss 1.0000  lr 1.00e-03'
+    assert without == 'train 4/9  loss 1.0000  lr 0.001'
 
 
 def test_the_history_of_a_task_without_accuracy_has_no_column_of_it():

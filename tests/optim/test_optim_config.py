@@ -73,6 +73,8 @@ def test_the_defaults_are_those_of_the_papers():
     [
         ({'optim.name': 'lam'}, r"optim\.name must be .*did you mean 'lamb'"),
         ({'optim.name': 'adafactor_vitt'}, "did you mean 'adafactor_vit'"),
+        ({'optim.name': 'adamW'}, r"did you mean 'adamw'"),
+        ({'optim.name': 'SGD'}, "did you mean 'sgd'"),
         ({'optim.b1': 1.0}, r'optim\.b1 must be a number from 0 to below 1, got 1'),
         ({'optim.b2': 1.5}, r'optim\.b2 must be a number from 0 to below 1'),
         ({'optim.momentum': -0.1}, r'optim\.momentum must be a number from 0 to below 1'),

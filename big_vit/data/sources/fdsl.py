@@ -7,6 +7,7 @@ arXiv:2303.01112): concentric orbits, each the sum of two sine waves of the angl
 formulas, ranges and the drawing are our own; see `_class_parameters`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ _MAX_TILT = 0.25  # radians
 # slot in the key tells the two apart.
 _CLASS, _INSTANCE = 0, 1
 # Accumulator of one chunk, small enough to stay in the second-level cache.
-_CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 19
 
 
 def fdsl(request: Request) -> Source:
@@ -41,39 +42,54 @@ def fdsl(request: Request) -> Source:
     Raises:
       UserError: `num_classes` is not set, a number is too small, or no such split.
     """
+    return drawn('fdsl', render, request)
+
+
+def drawn(
+    name: str,
+    draw: Callable[[int, np.ndarray, np.ndarray, tuple[int, int]], np.ndarray],
+    request: Request,
+) -> Source:
+    """Open images that a function draws: any number of classes, in turn.
+
+    Args:
+      name: value of `data.name`.
+      draw: as `render`.
+      request: as of `fdsl`.
+    """
     key, num_classes, image_size = request.key, request.num_classes, request.image_size
     if num_classes is None:
-        raise UserError(f"config: {key}.num_classes must be set for {key}.name='fdsl'")
-    for name, value, least in (
+        raise UserError(f'config: {key}.num_classes must be set for {key}.name={name!r}')
+    for setting, value, least in (
         ('num_classes', num_classes, 1),
         ('image_size', min(image_size), 8),
     ):
         if value < least:
-            raise UserError(f'{key}.{name} is {value}: set {least} or more')
+            raise UserError(f'{key}.{setting} is {value}: set {least} or more')
     sizes = {'train': num_classes * TRAIN_INSTANCES, 'test': num_classes * TEST_INSTANCES}
 
-    def open_split(name: str) -> Source:
-        first = sizes['train'] if name == 'test' else 0
+    def open_split(split: str) -> Source:
+        first = sizes['train'] if split == 'test' else 0
 
         def load(indices: np.ndarray) -> Columns:
             indices = first + np.asarray(indices, np.int64)
             classes = indices % num_classes
-            images = render(request.seed, classes, indices, image_size)
+            images = draw(request.seed, classes, indices, image_size)
             return {'image': images, 'label': classes.astype(np.int32)}
 
         return Source(
-            name='fdsl',
-            split=name,
-            length=sizes[name],
+            name=name,
+            split=split,
+            length=sizes[split],
             num_classes=num_classes,
             image_shape=(*image_size, 1),
             load=load,
             in_memory=True,
             channels=1,
-            labels=lambda: (np.arange(sizes[name]) % num_classes).astype(np.int32),
+            labels=lambda: (np.arange(sizes[split]) % num_classes).astype(np.int32),
         )
 
-    return cut('fdsl', sizes, open_split, request)
+    return cut(name, sizes, open_split, request)
 
 
 def render(
@@ -96,16 +112,16 @@ def render(
     Returns:
       uint8 [B, H, W, 1], light lines on black, anti-aliased.
     """
-    chunk = max(1, _CHUNK_BYTES // (8 * shape[0] * shape[1]))
+    chunk = max(1, CHUNK_BYTES // (8 * shape[0] * shape[1]))
     images = np.empty((len(indices), *shape, 1), np.uint8)
     for start in range(0, len(indices), chunk):
         part = slice(start, start + chunk)
         lines = _lines(seed, classes[part], indices[part], shape)
-        images[part] = _rasterize(_thicken(lines, shape), len(indices[part]), shape)
+        images[part] = rasterize(_thicken(lines, shape), len(indices[part]), shape)
     return images
 
 
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """Closed polygons of `vertices` edges.
 
     Attributes:
@@ -160,7 +176,7 @@ def _lines(
     classes: Int64[np.ndarray, ' b'],
     indices: Int64[np.ndarray, ' b'],
     shape: tuple[int, int],
-) -> _Lines:
+) -> Lines:
     """Compute the orbits of one chunk of images."""
     height, width = shape
     smaller = min(shape)
@@ -197,7 +213,7 @@ def _lines(
     dy, dx = np.roll(y, -1, 1) - y, np.roll(x, -1, 1) - x
     # Light per length of line, not per point: fast parts of a wave are as bright as slow ones.
     light = np.sqrt(dy * dy + dx * dx) * (brightness / points)
-    return _Lines(rows // _MAX_ORBITS, y, x, dy, dx, light, points)
+    return Lines(rows // _MAX_ORBITS, y, x, dy, dx, light, points)
 
 
 def _radius(formula: dict[str, np.ndarray], orbit: np.ndarray, angle: np.ndarray) -> np.ndarray:
@@ -216,7 +232,7 @@ def _vertex_noise(keys: UInt64[np.ndarray, ' b'], vertices: int) -> np.ndarray:
     return noise.reshape(len(keys), _MAX_ORBITS, vertices) - np.float32(0.5)
 
 
-def _thicken(lines: _Lines, shape: tuple[int, int]) -> _Lines:
+def _thicken(lines: Lines, shape: tuple[int, int]) -> Lines:
     """Draw lines as parallel strokes, one pixel apart, in images of more than 112 pixels."""
     strokes = max(1, round(min(shape) / 112))
     if strokes == 1:
@@ -228,10 +244,10 @@ def _thicken(lines: _Lines, shape: tuple[int, int]) -> _Lines:
     y = (y + aside * dx / (length + 1e-6)).reshape(-1, vertices)
     x = (x - aside * dy / (length + 1e-6)).reshape(-1, vertices)
     dy, dx, light = (np.tile(v, (strokes, 1)) for v in (dy, dx, light))
-    return _Lines(np.tile(image, strokes), y, x, dy, dx, light, points)
+    return Lines(np.tile(image, strokes), y, x, dy, dx, light, points)
 
 
-def _rasterize(lines: _Lines, batch: int, shape: tuple[int, int]) -> UInt8[np.ndarray, 'b h w 1']:
+def rasterize(lines: Lines, batch: int, shape: tuple[int, int]) -> UInt8[np.ndarray, 'b h w 1']:
     """Add the points of all lines to images, each spread over the four nearest pixels."""
     height, width = shape
     t = np.arange(lines.points, dtype=np.float32)[:, None, None] / lines.points

@@ -24,8 +24,9 @@ from big_vit.errors import UserError
 _MAX_BYTES = 4 << 30
 _HELP = (
     'it must hold the IDX files of MNIST, Fashion-MNIST or EMNIST '
-    '(train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k-...): download the four '
-    'files, or apt install dataset-fashion-mnist and use /usr/share/datasets/fashion-mnist'
+    '(train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k-...). Fashion-MNIST: on '
+    'Debian and Ubuntu `apt install dataset-fashion-mnist`; elsewhere `python -m big_vit.prepare '
+    'fashion_mnist --format idx --data_dir data`, then path data/fashion_mnist'
 )
 
 

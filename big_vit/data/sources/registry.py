@@ -12,6 +12,7 @@ from big_vit.data.sources import (
     digits,
     fdsl,
     folder,
+    glyphs,
     idx,
     orbit,
     parquet,
@@ -27,6 +28,7 @@ from big_vit.data.sources.base import Source
 
 SOURCES: dict[str, Callable[..., Source]] = {
     'fdsl': fdsl.fdsl,
+    'glyphs': glyphs.glyphs,
     'orbit': orbit.orbit,
     'tones': tones.tones,
     'phrases': phrases.phrases,

@@ -1,12 +1,11 @@
 """Parser for the text of a transform, 'decode | resize(size) | flip_lr'; nothing is evaluated."""
 
 import ast
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from big_vit.errors import UserError
+from big_vit.errors import UserError, nearest
 
 
 class Call(NamedTuple):
@@ -81,8 +80,8 @@ def make(call: Call, table: Mapping[str, Callable[..., Any]], key: str) -> Any:
         continues the function's name.
     """
     if call.name not in table:
-        near = difflib.get_close_matches(call.name, table, n=1)
-        hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(sorted(table))}'
+        near = nearest(call.name, table)
+        hint = f'did you mean {near}?' if near else f'there are {", ".join(sorted(table))}'
         raise UserError(f'{key}: there is no operation {call.name!r}: {hint}')
     function = table[call.name]
     signature = inspect.signature(function)
