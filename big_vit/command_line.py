@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 from big_vit import signals
 from big_vit.errors import UserError
 
+# What comes before the name of a command in its help; `big_vit.__main__` says how it was called.
+program = 'python -m big_vit.'
+
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
     """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
@@ -89,7 +92,7 @@ def _number(lowest: float, highest: float, kind: type = int) -> Callable[[str], 
 
 def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return _Parser(
-        prog=f'python -m big_vit.{name}',
+        prog=f'{program}{name}',
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -97,7 +100,11 @@ def _parser(name: str, description: str, epilog: str | None = None) -> argparse.
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument(
+        '--config',
+        metavar='FILE[:arg=value,...]',
+        help='a config file, or big_vit:NAME, a recipe in the package',
+    )
 
 
 def _training_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -379,3 +386,13 @@ def show_data() -> argparse.ArgumentParser:
     )
     parser.add_argument('--count', type=_number(1, 1024), default=8, help='how many examples')
     return parser
+
+
+# In the order in which a user meets them.
+COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    make.__name__: make
+    for make in (
+        *(train, transfer, evaluate, predict, explore, report, average, export),
+        *(show_data, bench_data, prepare, plan, ledger),
+    )
+}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from big_vit.config import recipes
 from big_vit.config.fields import check_text
 from big_vit.config.old_names import comparable_dump, former_dump, renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field
@@ -355,7 +356,8 @@ def load(
     the file set.
 
     Args:
-      spec: path of a config file, and its arguments after a colon.
+      spec: path of a config file, or `big_vit:NAME` for one in the package, and its arguments
+        after a colon.
       overrides: dotted keys with their values as text.
       base: values by dotted key that file and overrides may replace.
 
@@ -363,12 +365,7 @@ def load(
       UserError: a file that is missing or has no `get_config`, an invalid argument, an unknown
         key or an invalid value.
     """
-    name, _, arguments = spec.partition(':')
-    path = Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')], n=1)
-        hint = f'; did you mean {path.parent / near[0]}?' if near else ''
-        raise UserError(f'--config: there is no file {path}{hint}')
+    path, arguments = recipes.locate(spec)
     module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f'--config: {path}: the name of a config file ends in .py')
