@@ -65,7 +65,7 @@ setup(
     ],
     python_requires='>=3.11',
     packages=find_packages(include=['big_vit', 'big_vit.*']),
-    package_data={'big_vit': ['py.typed', 'recipes/*.py']},
+    package_data={'big_vit': ['py.typed', 'recipes/*.py', 'interop/*.txt']},
     entry_points={'console_scripts': ['big-vit = big_vit.__main__:main']},
     install_requires=[
         'jax>=0.10.2,<0.13',
