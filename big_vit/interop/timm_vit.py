@@ -111,7 +111,8 @@ def check_architecture(name: str, shapes: Shapes, where: str) -> None:
     if shape != expected:
         raise UserError(
             f'{where}: {patch} is {"x".join(map(str, shape))}, and {plain} has '
-            f'{"x".join(map(str, expected))}'
+            f'{"x".join(map(str, expected))}; of one with other sizes say the heads: '
+            '--set num_heads=N'
         )
     if depth != (blocks := depth_of(shapes, r'blocks\.(\d+)\.', where)):
         first = min(depth, blocks)
