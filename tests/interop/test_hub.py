@@ -13,7 +13,7 @@ from test_parts import behind, model
 from tiny import RUN, flags, write_folder
 from torch_writer import save
 
-from big_vit import interop, trees
+from big_vit import average, interop, trees
 from big_vit.errors import UserError
 from big_vit.interop import fit, hub, layout, locations, timm_vit
 
@@ -355,11 +355,14 @@ def test_a_url_of_a_run_is_none_of_weights():
 # State dicts without a config.
 
 
-def tiny():
-    """A Ti/16 as timm names its arrays, of 32 pixels."""
+NAMED = 'test_vit'  # A ViT of timm's with 6 blocks of width 64.
+
+
+def bare():
+    """Its arrays as timm names them, for images of 32 pixels, and under our names."""
     settings = fit.complete(
         dict(
-            num_classes=0, patch_size=(16, 16), width=192, depth=12, mlp_dim=768, num_heads=3,
+            num_classes=0, patch_size=(16, 16), width=64, depth=6, mlp_dim=192, num_heads=2,
             posemb='learned', posemb_prefix=1, pool='cls', activation='gelu',
         )
     )  # fmt: skip
@@ -371,28 +374,30 @@ def tiny():
 
 
 def test_a_bare_state_dict_is_of_the_named_architecture_or_says_where_not(tmp_path):
-    ours, theirs = tiny()
+    ours, theirs = bare()
     path = str(save(theirs, tmp_path / 'w.pth'))
-    weights = interop.load_init(path, 'vit_tiny_patch16_384.augreg_in21k_ft_in1k')
+    weights = interop.load_init(path, f'{NAMED}.r160_in1k')
     same(weights, ours)
-    assert weights.settings['num_heads'] == 3 and weights.settings['norm_eps'] == 1e-6
+    assert weights.settings['num_heads'] == 2 and weights.settings['norm_eps'] == 1e-6
     with pytest.raises(UserError, match=r'vit_tini_patch16_224 is not .* did you mean vit_tiny_'):
         interop.load_init(path, 'vit_tini_patch16_224')
-    shapes = {name: array.shape for name, array in theirs.items()}
-    deeper = shapes | {'blocks.12.norm1.weight': (192,)}
-    for found, name, wanted in (
-        (shapes, 'resnet50', 'resnet50 is not a ViT that big_vit has'),
-        (shapes, 'vit_base_patch16_224', r'proj\.weight is 192x3x16x16, and .* 768x3x16x16'),
-        (shapes, 'vit_small_patch32_224', r'192x3x16x16, and vit_.* has 384x3x32x32'),
-        (deeper, 'vit_tiny_patch16_224', r'there is a blocks\.12, and .* has 12 blocks'),
-        (shapes | {'blocks.12.x': (1,)}, 'vit_large_patch16_224', r'has 1024x3x16x16'),
-        ({**shapes, 'patch_embed.proj.weight': (1024, 3, 16, 16)}, 'vit_large_patch16_224',
-         r'there is no blocks\.12, and .* has 24 blocks'),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=wanted):
-            timm_vit.check_architecture(name, found, 'w.pth')
     with pytest.raises(UserError, match='init_architecture'):
         interop.load_init(path)
+    shapes = {name: array.shape for name, array in theirs.items()}
+    patch = 'patch_embed.proj.weight'
+    for found, name, wanted in (
+        (shapes, 'resnet50', 'resnet50 is not a ViT that big_vit has'),
+        (shapes, 'vit_base_patch16_224', r'proj\.weight is 64x3x16x16, and .* 768x3x16x16'),
+        (shapes | {patch: (384, 3, 16, 16)}, 'vit_small_patch32_224', r'has 384x3x32x32'),
+        (shapes | {'blocks.6.x': (1,)}, NAMED, r'there is a blocks\.6, and .* has 6 blocks'),
+        (
+            shapes | {patch: (768, 3, 16, 16)},
+            'deit_base_patch16_224',
+            r'there is no blocks\.6, and',
+        ),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            timm_vit.check_architecture(name, found, 'w.pth')
 
 
 def test_an_architecture_beside_what_says_its_own_is_an_error(tmp_path):
@@ -401,6 +406,13 @@ def test_an_architecture_beside_what_says_its_own_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"init_architecture='vit_base.*is vit_small.* by itself"):
         interop.load_init(str(tmp_path), 'vit_base_patch16_224')
     assert interop.load_init(str(tmp_path), 'vit_small_patch16_224') is not None
+
+
+def test_a_mean_is_of_runs_and_says_how_weights_become_one(tmp_path):
+    for name, data in files()[0].items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf'big_vit\.export --from {tmp_path} --out RUN'):
+        average.run([str(tmp_path)] * 2, [0.5, 0.5], str(tmp_path / 'mean'))
 
 
 # As commands.
@@ -412,7 +424,7 @@ def test_commands_take_names_and_state_dicts(tmp_path, monkeypatch):
     picture = next(photos.rglob('*.jpg'))
     contents, _ = files()
     recipe = ['--config', 'big_vit:transfer:own,path=' + str(photos) + ',size=32']
-    small = flags(RUN, {'evals.test.split': 'test[:4]', 'schedule.warmup_steps': 1})
+    small = flags(RUN, {'schedule.warmup_steps': 1})
     with serve() as server:
         server.put(NAME, contents)
         for name, value in {
@@ -441,9 +453,8 @@ def test_commands_take_names_and_state_dicts(tmp_path, monkeypatch):
         (workdir / 'pretrained' / 'metrics.jsonl').unlink()
         again = done('transfer', *recipe, *small, f'--config.init={NAME}', '--workdir', workdir)
         assert f'init    {origin}' in again
-    bare = save(tiny()[1], tmp_path / 'w.pth')
-    named = [f'--config.init={bare}', '--config.init_architecture=vit_tiny_patch16_224']
-    done('transfer', *recipe, *small, *named, '--workdir', tmp_path / 'bare')
-    named[1] = '--config.init_architecture=vit_tini_patch16_224'
-    wrong = run('transfer', *recipe, *small, *named, '--workdir', tmp_path / 'x')
-    assert 'did you mean vit_tiny_patch16_224' in error_line(wrong)
+    state_dict = save(bare()[1], tmp_path / 'w.pth')
+    named = [f'--config.init={state_dict}', f'--config.init_architecture={NAMED}']
+    assert '6 blocks of width 64' in done('transfer', *recipe, *small, *named, '--explain')
+    result = run('transfer', *recipe, *small, named[0], '--config.init_architecture=tost_vit')
+    assert 'did you mean test_vit' in error_line(result)
