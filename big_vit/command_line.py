@@ -144,7 +144,8 @@ def transfer() -> argparse.ArgumentParser:
         'transfer',
         'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
         '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
-        'weights of timm, Hugging Face, open_clip or big_vision.',
+        'weights of timm, Hugging Face, open_clip or big_vision, as in timm/NAME or '
+        'hf://OWNER/NAME.',
     )
     parser.add_argument(
         '--sweep',
@@ -218,7 +219,8 @@ def evaluate() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--checkpoint',
-        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase',
+        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase, also '
+        'as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     _add_distributed(parser)
@@ -232,7 +234,8 @@ def predict() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         'path',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, also "
+        'as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument(
         'pictures',
@@ -266,7 +269,8 @@ def explore() -> argparse.ArgumentParser:
     parser.add_argument(
         'path',
         nargs='+',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, also "
+        'as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--compare', metavar='OTHER', help='how this checkpoint differs from it')
     parser.add_argument(
@@ -321,7 +325,8 @@ def export() -> argparse.ArgumentParser:
         '--from',
         dest='source',
         metavar='PATH',
-        help='a file or folder of weights; FILE:PART is one model of several: model.npz:img, '
+        help='a file or folder of weights, timm/NAME or hf://OWNER/NAME; FILE:PART is one model of '
+        'several: model.npz:img, '
         'checkpoint.pth:state_dict_ema, dino.pth:student.backbone',
     )
     parser.add_argument(

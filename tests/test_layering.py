@@ -66,6 +66,7 @@ ONLY_IN = {
     'av': {'data/transforms/video.py'},
     'torch': set(),
     'safetensors': {'interop/files.py'},
+    'huggingface_hub': {'interop/hub.py'},
     'soundfile': {'data/transforms/audio.py'},
     'tokenizers': {'data/transforms/text.py'},
     'fsspec': {'data/files.py', 'storage.py'},

@@ -7,7 +7,7 @@ metadata.
 """
 
 from big_vit.interop.formats import READ, WRITE
-from big_vit.interop.locations import locate, recall, record
+from big_vit.interop.locations import locate, name_meant, recall, record
 from big_vit.interop.reader import load_init, read
 from big_vit.interop.weights import META, Weights, describe
 from big_vit.interop.writer import write
@@ -20,6 +20,7 @@ __all__ = [
     'describe',
     'load_init',
     'locate',
+    'name_meant',
     'read',
     'recall',
     'record',

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from etils import epath
 
 from big_vit import storage
-from big_vit.interop import files, hub, openclip, remote_files
+from big_vit.interop import files, hub, openclip, remote_files, timm_vit
 
 # Weight files to look for in a folder, most likely first.
 IN_FOLDER = (
@@ -73,6 +74,14 @@ def locate(spec: str) -> Location:
         else:
             return Location(Path(spec).expanduser())
     return _fetched[spec]
+
+
+def name_meant(spec: str) -> str:
+    """Return the name on the hub that a path where nothing is may have been meant for, else ''."""
+    if spec.partition('.')[0] in timm_vit.architectures():
+        return f'timm/{spec}'
+    owner_and_name = re.fullmatch(r'[\w-]+/[\w.-]+', spec)
+    return f'hf://{spec}' if owner_and_name and not Path(spec).parent.exists() else ''
 
 
 def recall(workdir: str | os.PathLike[str] | None) -> None:

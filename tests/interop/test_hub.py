@@ -16,6 +16,7 @@ from torch_writer import save
 from big_vit import average, interop, trees
 from big_vit.errors import UserError
 from big_vit.interop import fit, hub, layout, locations, timm_vit
+from big_vit.pretrained.load import read_pretrained
 
 constants = pytest.importorskip('huggingface_hub.constants')
 SAFETENSORS = pytest.importorskip('safetensors.numpy')
@@ -248,6 +249,19 @@ def test_offline_a_line_says_which_file_goes_where(offline, monkeypatch):
         assert '\n' not in text and why in text
         assert 'model.safetensors is not in the cache' in text
         assert f'copy models--timm--{NAME[5:]} of another cache to {offline}' in text
+
+
+def test_a_name_without_its_prefix_is_recognised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'runs').mkdir()
+    for spec, wanted in {
+        'vit_tiny_patch16_224.augreg_in21k': r', or timm/vit_tiny_patch16_224.augreg_in21k of the',
+        'google/vit-base-patch16-224': r', or hf://google/vit-base-patch16-224 of the hub$',
+        'runs/fashion': r'checkpoints/STEP folders$',
+        '../runs/fashion': r'checkpoints/STEP folders$',
+    }.items():
+        with pytest.raises(UserError, match=wanted):
+            read_pretrained(spec)
 
 
 # Behind URLs.
