@@ -219,8 +219,8 @@ def evaluate() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--checkpoint',
-        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase, also '
-        'as timm/NAME or hf://OWNER/NAME',
+        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase, '
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     _add_distributed(parser)
@@ -234,8 +234,8 @@ def predict() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         'path',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, also "
-        'as timm/NAME or hf://OWNER/NAME',
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, "
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument(
         'pictures',
@@ -269,8 +269,8 @@ def explore() -> argparse.ArgumentParser:
     parser.add_argument(
         'path',
         nargs='+',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, also "
-        'as timm/NAME or hf://OWNER/NAME',
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, "
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--compare', metavar='OTHER', help='how this checkpoint differs from it')
     parser.add_argument(

@@ -119,7 +119,7 @@ def test_an_engineer_trains_transfers_predicts_and_reports(place):
     assert '\n  transfer ' in run('big-vit')
     run(
         *('big-vit', 'train', '--config', 'big_vit:pretrain_fdsl:classes=10', *SMALL),
-        *('--workdir', 'runs/fdsl'),
+        *('--config.evals.test.split=test[:64]', '--workdir', 'runs/fdsl'),
     )
     text = run(
         *('big-vit', 'transfer', '--config', 'big_vit:transfer_digits', '--config.init=runs/fdsl'),
