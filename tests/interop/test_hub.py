@@ -1,5 +1,6 @@
 """Weights by name, against a server that answers as the hub does, and caches made by hand."""
 
+import concurrent.futures
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from torch_writer import save
 
 from big_vit import average, interop, trees
 from big_vit.errors import UserError
-from big_vit.interop import fit, hub, layout, locations, timm_vit
+from big_vit.interop import fit, hub, layout, locations, remote_files, timm_vit
 from big_vit.pretrained.load import read_pretrained
 
 constants = pytest.importorskip('huggingface_hub.constants')
@@ -332,6 +333,14 @@ def test_a_file_behind_a_url_is_fetched_once_and_again_when_it_changes(bucket, t
     bucket.gone = False
     with pytest.raises(UserError, match=r'b/x.npz: there is no such file'):
         interop.load_init('standin://b/x.npz')
+
+
+def test_several_processes_of_a_host_fetch_a_file_once(bucket):
+    bucket().pipe_file('/b/w.npz', bytes(range(256)) * 4096)
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        paths = list(threads.map(remote_files.fetch, ['standin://b/w.npz'] * 6))
+    assert bucket.opened == 1
+    assert {path.read_bytes() for path in paths} == {bytes(range(256)) * 4096}
 
 
 def test_a_file_that_comes_damaged_is_not_kept(bucket, tmp_path):
