@@ -86,8 +86,10 @@ def name_meant(spec: str) -> str:
 
 def recall(workdir: str | os.PathLike[str] | None) -> None:
     """Take what a workdir has begun with in the same revision again, whatever is newest now."""
+    if not workdir:
+        return
     try:
-        file = storage.place(workdir or '') / RECORD
+        file = storage.place(workdir) / RECORD
         text = file.read_text()
     except Exception:  # Errors of object stores share no base class; `owned` tells them.
         return
