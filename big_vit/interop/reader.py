@@ -273,6 +273,8 @@ def load_init(spec: str, architecture: str | None = None) -> Weights | None:
     Raises:
       UserError: `spec` names foreign weights that cannot be read, or are of another architecture.
     """
+    if architecture and architecture.partition('.')[0] not in timm_vit.architectures():
+        raise timm_vit.unknown_architecture(architecture, 'config: init_architecture')
     path = locations.locate(spec).path
     foreign = path.is_dir() and any((path / name).is_file() for name in locations.IN_FOLDER)
     if not (foreign or path.is_file()):

@@ -103,7 +103,7 @@ def check_architecture(name: str, shapes: Shapes, where: str) -> None:
     known = architectures()
     plain = name.partition('.')[0]  # Behind it is which of its weights.
     if plain not in known:
-        raise _unknown(plain, where)
+        raise unknown_architecture(plain, where)
     width, depth, side = known[plain]
     patch = 'patch_embed.proj.weight'
     shape = fit.required_shape(shapes, patch)
@@ -120,7 +120,8 @@ def check_architecture(name: str, shapes: Shapes, where: str) -> None:
         raise UserError(f'{where}: {what} blocks.{first}, and {plain} has {depth} blocks')
 
 
-def _unknown(name: str, where: str) -> UserError:
+def unknown_architecture(name: str, where: str) -> UserError:
+    """Return the error of an architecture that is none here, with the nearest that are."""
     near = difflib.get_close_matches(name, architectures(), n=3)
     hint = f'; did you mean {" or ".join(near)}?' if near else ''
     return UserError(f'{where}: {name} is not a ViT that big_vit has{hint}')
@@ -349,7 +350,7 @@ def _check_known(
             f"NAME (of init: init_architecture) with timm's name, as in vit_small_patch16_224{also}"
         )
     if name and not _PLAIN.fullmatch(name) and not _DINOV3.fullmatch(name):
-        raise _unknown(name, where)
+        raise unknown_architecture(name, where)
     unknown = [key for key in args if key not in known]
     if unknown:
         raise UserError(f'{where}: big_vit does not know what {unknown[0]} in model_args does')

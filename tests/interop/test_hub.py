@@ -402,7 +402,7 @@ def test_a_bare_state_dict_is_of_the_named_architecture_or_says_where_not(tmp_pa
     weights = interop.load_init(path, f'{NAMED}.r160_in1k')
     same(weights, ours)
     assert weights.settings['num_heads'] == 2 and weights.settings['norm_eps'] == 1e-6
-    with pytest.raises(UserError, match=r'vit_tini_patch16_224 is not .* did you mean vit_tiny_'):
+    with pytest.raises(UserError, match=r'init_architecture: vit_tini_patch16_224 .* vit_\w+\?$'):
         interop.load_init(path, 'vit_tini_patch16_224')
     with pytest.raises(UserError, match='init_architecture'):
         interop.load_init(path)
