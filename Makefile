@@ -14,9 +14,9 @@ TRANSFERRED := $(RUNS)/demo/transfer
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py requirements.txt
+$(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 # Pretrain on invented letters, transfer to ten real digits of each kind with four seeds beside the

@@ -1,4 +1,7 @@
-"""Packaging of big_vit. Version ranges are those that the tests run on, oldest and newest."""
+"""Packaging of big_vit. Version ranges are those that the tests run on, oldest and newest.
+
+`big_vit/recipes` is a link to `configs/`: a wheel has those files inside the package.
+"""
 
 import re
 from pathlib import Path
@@ -16,6 +19,9 @@ LIBTPU = [
 ]
 # What reads sequences: sound, video, words.
 AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=17'], ['tokenizers>=0.21']
+ONNX = ['onnx>=1.17', 'onnxruntime>=1.20']
+GCS, HUB = ['gcsfs>=2024.2'], ['huggingface_hub>=0.34']
+CUDA = {f'cuda{version}': [f'jax[cuda{version}]>=0.10.2,<0.13'] for version in (12, 13)}
 TEST = [
     'pytest>=8',
     'pytest-xdist>=3.7',
@@ -29,6 +35,8 @@ TEST = [
     *AUDIO,
     *VIDEO,
     *TEXT,
+    *HUB,
+    *ONNX,
 ]
 
 setup(
@@ -37,9 +45,29 @@ setup(
     description='Pretrain Vision Transformers at TPU or GPU scale, transfer them to small datasets',
     long_description=(HERE / 'README.md').read_text(),
     long_description_content_type='text/markdown',
+    author='The big_vit authors',
     license='Apache-2.0',
+    keywords='jax flax vision-transformer vit pretraining transfer-learning tpu shampoo',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Environment :: Console',
+        'Environment :: GPU :: NVIDIA CUDA',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: MacOS',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
     python_requires='>=3.11',
     packages=find_packages(include=['big_vit', 'big_vit.*']),
+    package_data={'big_vit': ['py.typed', 'recipes/*.py', 'interop/*.txt']},
+    entry_points={'console_scripts': ['big-vit = big_vit.__main__:main']},
     install_requires=[
         'jax>=0.10.2,<0.13',
         'flax>=0.12.8',
@@ -66,10 +94,12 @@ setup(
         'matplotlib>=3.8',
     ],
     extras_require={
-        'tpu': ['jax[tpu]>=0.10.2,<0.13'],
-        'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
-        'plan': LIBTPU,
-        'gcs': ['gcsfs'],
+        'tpu': ['jax[tpu]>=0.10.2,<0.13', *GCS],  # Runs of pods live in buckets.
+        **CUDA,
+        'cuda': CUDA['cuda13'],
+        'plan': LIBTPU,  # The TPU compiler, for machines without TPUs.
+        'gcs': GCS,
+        'hub': HUB,
         'audio': AUDIO,
         'video': VIDEO,
         'text': TEXT,

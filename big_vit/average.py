@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vit import checkpoint, runtime, trees
+from big_vit import checkpoint, interop, runtime, trees
 from big_vit import config as config_lib
 from big_vit.errors import UserError
 from big_vit.models.encoder import merge_lora, unstack_blocks
@@ -97,6 +97,11 @@ def run(paths: Sequence[str], weights: Sequence[float], out: str) -> tuple[Path,
     """
     models, names, sidecar = [], [], {}
     for path in paths:
+        if interop.load_init(path) is not None:
+            raise UserError(
+                f'CHECKPOINT: {path} is weights of another codebase; make a workdir of it first: '
+                f'python -m big_vit.export --from {path} --out RUN'
+            )
         source, step = checkpoint.locate(path, 'CHECKPOINT')
         sidecar = checkpoint.read_sidecar(source, step)
         models.append(checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))[0])

@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import big_vit
-from big_vit import ownership, sharding, storage, trees
+from big_vit import interop, ownership, sharding, storage, trees
 from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.state import State
@@ -170,9 +170,10 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
     available = steps(workdir)
     if not available:
         what = 'no finished checkpoint' if workdir.is_dir() else 'no such folder'
+        meant = '' if workdir.is_dir() else interop.name_meant(str(path))
         raise UserError(
             f'{key}: {path}: {what}; give the --workdir of a training run, or one of its '
-            'checkpoints/STEP folders'
+            'checkpoints/STEP folders' + (f', or {meant} of the hub' if meant else '')
         )
     return workdir, available[-1]
 

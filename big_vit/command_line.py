@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 from big_vit import signals
 from big_vit.errors import UserError, nearest
 
+# What comes before the name of a command in its help; `big_vit.__main__` says how it was called.
+program = 'python -m big_vit.'
+
 
 def answer_help(parser: argparse.ArgumentParser) -> None:
     """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
@@ -124,7 +127,7 @@ def _parser(
 ) -> argparse.ArgumentParser:
     """Makes the parser of a command; `needs` are flags that must be given, with an example."""
     parser = _Parser(
-        prog=f'python -m big_vit.{name}',
+        prog=f'{program}{name}',
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -134,7 +137,11 @@ def _parser(
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--config', metavar='FILE[:arg=value,...]', help='a file of configs/')
+    parser.add_argument(
+        '--config',
+        metavar='FILE[:arg=value,...]',
+        help='a config file, or big_vit:NAME, a recipe in the package',
+    )
 
 
 def _training_parser(
@@ -178,7 +185,8 @@ def transfer() -> argparse.ArgumentParser:
         'transfer',
         'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
         '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
-        'weights of timm, Hugging Face, open_clip or big_vision.',
+        'weights of timm, Hugging Face, open_clip or big_vision, as in timm/NAME or '
+        'hf://OWNER/NAME.',
         config='configs/transfer_digits.py',
         workdir='runs/digits',
     )
@@ -257,7 +265,8 @@ def evaluate() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--checkpoint',
-        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase',
+        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase, '
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     _add_distributed(parser)
@@ -271,7 +280,8 @@ def predict() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         'path',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, "
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument(
         'pictures',
@@ -305,7 +315,8 @@ def explore() -> argparse.ArgumentParser:
     parser.add_argument(
         'path',
         nargs='+',
-        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights",
+        help="a workdir (its newest), a checkpoints/STEP folder, or another codebase's weights, "
+        'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--compare', metavar='OTHER', help='how this checkpoint differs from it')
     parser.add_argument(
@@ -362,7 +373,8 @@ def export() -> argparse.ArgumentParser:
         '--from',
         dest='source',
         metavar='PATH',
-        help='a file or folder of weights; FILE:PART is one model of several: model.npz:img, '
+        help='a file or folder of weights, timm/NAME or hf://OWNER/NAME; FILE:PART is one model of '
+        'several: model.npz:img, '
         'checkpoint.pth:state_dict_ema, dino.pth:student.backbone',
     )
     parser.add_argument(
@@ -436,3 +448,13 @@ def show_data() -> argparse.ArgumentParser:
     )
     parser.add_argument('--count', type=_number(1, 1024), default=8, help='how many examples')
     return parser
+
+
+# In the order in which a user meets them.
+COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    make.__name__: make
+    for make in (
+        *(train, transfer, evaluate, predict, explore, report, average, export),
+        *(show_data, bench_data, prepare, plan, ledger),
+    )
+}

@@ -71,7 +71,8 @@ def run_weights(
     Returns:
       {evaluation: {metric: value}}.
     """
-    pretrained = read_pretrained(path)
+    architecture = dict(overrides).get('init_architecture')
+    pretrained = read_pretrained(path, architecture=architecture)
     config = _here(pretrained.config, [*overrides, ('init', path)])
     plain = [name for name in config.evals if config.evals[name].transform is None]
     text = config.data.transform
@@ -160,7 +161,7 @@ def tables(scores: dict[str, dict[str, float]]) -> str:
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.evaluate(), argv)
     path = command_line.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
-    weights = interop.load_init(path)
+    weights = interop.load_init(path, dict(overrides).get('init_architecture'))
     foreign = weights is not None
     workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, '--checkpoint')
     where = path if foreign else f'{workdir}/checkpoints/{step}'

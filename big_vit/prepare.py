@@ -1,8 +1,9 @@
 """Prepare a dataset of TensorFlow Datasets: `python -m big_vit.prepare cifar10 --data_dir DIR`.
 
 TensorFlow Datasets downloads it and writes files that support random access. This is the only
-command that may need TensorFlow (`pip install -e '.[prepare]'`): the code that writes many datasets
-uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the authors.
+command that may need TensorFlow (`pip install 'big_vit[prepare]'`): the code that writes many
+datasets uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the
+authors.
 """
 
 from big_vit import command_line
@@ -47,7 +48,7 @@ def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
 def _needs_tensorflow(name: str, error: Exception) -> UserError:
     return UserError(
         f'{name} is prepared by code that needs TensorFlow: '
-        f"pip install -e '.[prepare]', or pip install tensorflow "
+        f"pip install 'big_vit[prepare]', or pip install tensorflow "
         f'({" ".join(str(error).split())[-60:]})'
     )
 

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from big_vit import checkpoint, explain, metrics, ownership, runtime, state, storage, training_loop
+from big_vit import (
+    checkpoint,
+    explain,
+    interop,
+    metrics,
+    ownership,
+    runtime,
+    state,
+    storage,
+    training_loop,
+)
 from big_vit import config as config_lib
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import (
@@ -213,6 +223,7 @@ def main(argv: list[str]) -> None:
         return
     same = {'config': config_lib.digest(config), 'workdir': args.workdir}
     with hosts.session(args.distributed, same):
+        interop.recall(args.workdir)
         params = initial_params(config, keep_head=True) if config.init else None
         run(config, args.workdir, force=args.force, params=params)
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from big_vit import config as config_lib
-from big_vit import explain, metrics, runtime, storage, train
+from big_vit import explain, interop, metrics, runtime, storage, train
 from big_vit.config import Config
 from big_vit.data import files
 from big_vit.data.sources import folder, splits
@@ -41,7 +41,8 @@ def load_config(spec: str, overrides: list[tuple[str, str]]) -> Config:
     first = config_lib.load(spec, overrides, base={'model.variant': 'mu/1'})
     if first.init is None:
         raise UserError('config: init must be set to a checkpoint, as in --config.init=runs/fdsl')
-    config = config_lib.load(spec, overrides, base=model_keys_of(first.init, first.init_tower))
+    base = model_keys_of(first.init, first.init_tower, first.init_architecture)
+    config = config_lib.load(spec, overrides, base=base)
     trained = config.transfer.train
     if trained == 'all':
         return config
@@ -149,6 +150,7 @@ def result_table(results: dict[str, dict[str, float]], evals: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.transfer(), argv)
+    interop.recall(args.workdir)
     config = load_config(args.config, overrides)
     runtime.start()
     if args.explain:

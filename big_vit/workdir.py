@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from big_vit import checkpoint, metrics, ownership, state, storage
+from big_vit import checkpoint, interop, metrics, ownership, state, storage
 from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data.sources.known import Known
@@ -34,6 +34,7 @@ def owned(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     hosts.lead(lambda: checkpoint.check_place(workdir, '--workdir'))
     with contextlib.ExitStack() as stack:
         hosts.lead(lambda: stack.enter_context(ownership.own(workdir)))
+        hosts.lead(lambda: interop.record(workdir))
         yield workdir
 
 

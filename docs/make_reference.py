@@ -17,7 +17,7 @@ MODULES = (
     'checkpoint', 'inspection.loaded_model', 'explore', 'inspection.attention_maps',
     'inspection.weight_statistics', 'inspection.plots', 'metrics.writer', 'metrics.console',
     'inspection.history', 'inspection.examples', 'config.config', 'trees', 'interop',
-    'interop.weights', 'interop.reader', 'interop.writer',
+    'interop.weights', 'interop.reader', 'interop.locations', 'interop.writer',
     'pretrained.load', 'models.vit', 'models.encoder', 'models.flops', 'models.variants', 'ledger',
     'errors',
 )  # fmt: skip

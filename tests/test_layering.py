@@ -20,7 +20,7 @@ LAYERS = [
     {'errors'},
     {'storage', 'trees', 'signals'},
     {'runtime', 'config', 'command_line', 'distributed', 'ownership'},
-    {'models', 'optim', 'data', 'sharding', 'planning', 'compiler'},
+    {'models', 'optim', 'data', 'sharding', 'planning', 'compiler', 'completion'},
     {'tasks', 'augment', 'state', 'checkpoint_hashes', 'metrics', 'interop'},
     {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
@@ -41,6 +41,7 @@ LAYERS = [
         'prepare',
         'bench_data',
         'show_data',
+        '__main__',
     },
 ]
 WITHIN_A_LAYER = {
@@ -66,6 +67,7 @@ ONLY_IN = {
     'av': {'data/transforms/video.py'},
     'torch': set(),
     'safetensors': {'interop/files.py'},
+    'huggingface_hub': {'interop/hub.py'},
     'soundfile': {'data/transforms/audio.py'},
     'tokenizers': {'data/transforms/text.py'},
     'fsspec': {'data/files.py', 'storage.py'},

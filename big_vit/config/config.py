@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from big_vit.config import recipes
 from big_vit.config.fields import check_text
 from big_vit.config.old_names import RENAMED, comparable_dump, former_dump, renamed, renamed_dump
 from big_vit.config.schema import REQUIRED, SCHEMA, UNITS, Field
@@ -230,7 +231,7 @@ def check_keys(spec: str, keys: Iterable[str]) -> None:
     Raises:
       UserError: there is no such file, or no such key.
     """
-    _config_file(spec.partition(':')[0])
+    recipes.locate(spec)
     for key in keys:
         if key not in RENAMED:
             _field(key)
@@ -392,25 +393,6 @@ def _errors_of(path: Path, what: str = '') -> Iterator[None]:
         raise UserError(f'--config: {path}{"".join(lines[-1:])}: {what}{shown}') from error
 
 
-def _config_file(name: str) -> Path:
-    """Find a config file.
-
-    Raises:
-      UserError: it is not there, or is no Python file.
-    """
-    path = Path(name)
-    if not path.is_file():
-        # Meant may be a recipe by its bare name, or a misspelt name of a file or a folder.
-        folders = ('configs', path.parent)
-        files = {file.name: file for folder in folders for file in Path(folder).glob('*.py')}
-        meant = nearest(f'{path.stem}.py', files)
-        hint = f'; did you mean {files[meant]}?' if meant else ''
-        raise UserError(f'--config: there is no file {path}{hint}')
-    if path.suffix != '.py':
-        raise UserError(f'--config: {path}: the name of a config file ends in .py')
-    return path
-
-
 def load(
     spec: str, overrides: Sequence[tuple[str, str]] = (), base: dict[str, Any] | None = None
 ) -> Config:
@@ -420,7 +402,8 @@ def load(
     the file set.
 
     Args:
-      spec: path of a config file, and its arguments after a colon.
+      spec: path of a config file, or `big_vit:NAME` for one in the package, and its arguments
+        after a colon.
       overrides: dotted keys with their values as text.
       base: values by dotted key that file and overrides may replace.
 
@@ -428,8 +411,7 @@ def load(
       UserError: a file that is missing or has no `get_config`, an invalid argument, an unknown
         key or an invalid value.
     """
-    name, _, arguments = spec.partition(':')
-    path = _config_file(name)
+    path, arguments = recipes.locate(spec)
     module_spec = importlib.util.spec_from_file_location(f'big_vit_config_{path.stem}', path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

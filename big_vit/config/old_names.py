@@ -56,6 +56,9 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_LATER = ('task.', 'init_architecture')
+
+
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
     """A flat dump under the names of then, as far as they can say it; the rest stays as it is.
 
@@ -70,8 +73,8 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
             former[old] = old_value
         if former.get(new) in (new_value, _IMPLIED[new]):
             former.pop(new)
-    # Keys that came with the tasks, where nothing is set.
-    return {k: v for k, v in former.items() if not (k.startswith('task.') and v is None)}
+    # Keys that came later, where nothing is set.
+    return {k: v for k, v in former.items() if not (k.startswith(_LATER) and v is None)}
 
 
 def _note(old: str, new: str) -> None:

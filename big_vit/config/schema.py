@@ -27,7 +27,17 @@ SCHEMA: dict[str, Field] = {
     'accumulation': Field(integer(1, 2**24), 1, 'Number of microbatches per step.'),
     'image_size': Field(size, None, 'Image size in pixels: one side, or (height, width).'),
     'lr': Field(number(0), None, 'Peak learning rate.'),
-    'init': Field(check_text, None, 'Workdir or checkpoint to initialize the parameters from.'),
+    'init': Field(
+        check_text,
+        None,
+        'Workdir or checkpoint to initialize the parameters from, or weights: a file, a folder, '
+        '`timm/NAME`, `hf://OWNER/NAME[@REVISION]` or a URL.',
+    ),
+    'init_architecture': Field(
+        check_text,
+        None,
+        "timm's name of the model in `init`, if that is a bare state dict.",
+    ),
     'init_tower': Field(
         check_text,
         None,

@@ -18,7 +18,14 @@ import numpy as np
 from big_vit.errors import UserError
 
 # Packages of the file systems that fsspec does not ship.
-_PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub'}
+_PACKAGES = {
+    'gs': 'gcsfs',
+    'gcs': 'gcsfs',
+    's3': 's3fs',
+    'hf': 'huggingface_hub',
+    'http': 'aiohttp',
+    'https': 'aiohttp',
+}
 
 
 # Folders and files that systems put beside those of users, thumbnails among them.

@@ -7,8 +7,22 @@ metadata.
 """
 
 from big_vit.interop.formats import READ, WRITE
+from big_vit.interop.locations import locate, name_meant, recall, record
 from big_vit.interop.reader import load_init, read
 from big_vit.interop.weights import META, Weights, describe
 from big_vit.interop.writer import write
 
-__all__ = ['META', 'READ', 'WRITE', 'Weights', 'describe', 'load_init', 'read', 'write']
+__all__ = [
+    'META',
+    'READ',
+    'WRITE',
+    'Weights',
+    'describe',
+    'load_init',
+    'locate',
+    'name_meant',
+    'read',
+    'recall',
+    'record',
+    'write',
+]

@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
@@ -86,7 +86,12 @@ def read(path: Path) -> tuple[Sections, dict[str, str]]:
     return sections, metadata
 
 
-def is_single(path: Path) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a path or URL is, by its ending, a file that `read` reads."""
+    return name.endswith(('.npz', '.safetensors', '.bin', '.index.json', *_SINGLE))
+
+
+def is_single(path: PurePath) -> bool:
     """Whether a file of PyTorch stands for itself, whatever configs lie beside it."""
     return path.name.endswith(_SINGLE)
 

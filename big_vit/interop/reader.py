@@ -16,6 +16,7 @@ from big_vit.interop import (
     google,
     huggingface,
     layout,
+    locations,
     openclip,
     parts,
     timm_vit,
@@ -24,28 +25,24 @@ from big_vit.interop.formats import READ
 from big_vit.interop.layout import Arrays, Shapes
 from big_vit.interop.weights import META, Weights
 
-# Weight files to look for in a folder, most likely first.
-_IN_FOLDER = (
-    'model.safetensors',
-    'model.safetensors.index.json',
-    openclip.WEIGHTS,
-    'open_clip_pytorch_model.bin',
-    'pytorch_model.bin',
-    'pytorch_model.bin.index.json',
-)
 # Settings and metadata that are tuples here but lists in JSON.
 _TUPLES = ('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped')
 
 
 class _SourceFile(NamedTuple):
-    """A weight file as stored: its arrays, its embedded metadata and the configs beside it."""
+    """A weight file as stored: its arrays, its embedded metadata and the configs beside it.
+
+    `where` names it in messages, `origin` where it was fetched from.
+    """
 
     path: Path
     part: str
+    where: str
     sections: files.Sections
     about: dict[str, str]
     config: dict[str, Any]
     images: dict[str, Any]
+    origin: str | None
 
 
 class _Encoder(NamedTuple):
@@ -82,11 +79,12 @@ def read(
     """
     given = dict(settings or {})
     source = _open_source(str(spec))
-    where = str(source.path)
+    where = source.where
     if format is not None and format not in READ:
         raise UserError(f'{where}: format {format!r} is not one of {", ".join(READ)}')
-    if architecture and not source.config:
-        source = source._replace(config={'architecture': architecture})
+    named = architecture if architecture and not source.config else None
+    if named:
+        source = source._replace(config={'architecture': named})
     encoder = _encoder(source, format, drop, where)
     format, arrays, dropped = encoder.format, encoder.arrays, encoder.dropped
     recorded = _recorded_by_us(source.about, format, where)
@@ -96,6 +94,8 @@ def read(
     if not any(arrays[n].any() for n in filled):
         arrays = {n: array for n, array in arrays.items() if n not in filled}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if named and format == 'timm' and not given:  # Else it is one with other sizes.
+        timm_vit.check_architecture(named, shapes, where)
     if recorded and not dropped:
         fields, meta, file_layout = recorded['settings'], recorded['meta'], recorded['layout']
         if format in google.FORMATS:
@@ -111,6 +111,8 @@ def read(
         fields['class_token'] = False  # These pooling modes imply the token.
     meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
     meta |= {'dropped': dropped, 'part': encoder.part}
+    if source.origin:
+        meta['source'] = source.origin
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
@@ -159,32 +161,25 @@ def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where
 
 
 def _open_source(spec: str) -> _SourceFile:
-    path, part = Path(spec).expanduser(), ''
-    if not path.exists() and ':' in spec:
-        before, _, part = spec.rpartition(':')
-        path = Path(before).expanduser()
+    path, part, origin = locations.locate(spec)
     if not path.exists():
         raise UserError(f'{path}: there is no such file or folder')
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        names = [name for name in _IN_FOLDER if (folder / name).is_file()]
+        names = [name for name in locations.IN_FOLDER if (folder / name).is_file()]
         if not names:
             raise UserError(
                 f'{path}: there are no weights in this folder; it needs one of '
-                f'{", ".join(_IN_FOLDER[:3])}'
+                f'{", ".join(locations.IN_FOLDER[:3])}'
             )
         path = folder / names[0]
-    config = openclip.CONFIG if path.name.startswith('open_clip') else 'config.json'
     sections, about = files.read(path)
     configs = [
         files.read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (config, 'preprocessor_config.json')
-    ]
-    if path.suffix == '.npz' or files.is_single(path):
-        # These are single-file formats: a config in the same folder belongs to something else.
-        configs = [{}, {}]
+        for name in locations.configs_of(path.name)
+    ] or [{}, {}]
     images = huggingface.about_images(configs[1])
-    return _SourceFile(path, part, sections, about, configs[0], images)
+    return _SourceFile(path, part, origin or str(path), sections, about, configs[0], images, origin)
 
 
 def _format_of_config(source: _SourceFile) -> str | None:
@@ -265,34 +260,38 @@ def _check_sizes(settings: Mapping[str, Any], arrays: int, where: str) -> None:
         raise UserError(f'{where}: {settings["depth"]} blocks, but only {arrays} arrays')
 
 
-def load_init(spec: str) -> Weights | None:
+def load_init(spec: str, architecture: str | None = None) -> Weights | None:
     """Return the foreign weights that `config.init` names, or None for a workdir of ours.
 
     Args:
       spec: as for `read`.
+      architecture: timm's name of the model, of a state dict without a config.
 
     Returns:
       Weights with float32 parameters.
 
     Raises:
-      UserError: `spec` names foreign weights that cannot be read.
+      UserError: `spec` names foreign weights that cannot be read, or are of another architecture.
     """
-    if '://' in spec:
-        return None
-    path = Path(spec).expanduser()
-    before, colon, _ = spec.rpartition(':')
-    if colon and not path.exists():
-        path = Path(before).expanduser()
-    foreign = path.is_dir() and any((path / name).is_file() for name in _IN_FOLDER)
+    if architecture and architecture.partition('.')[0] not in timm_vit.architectures():
+        raise timm_vit.unknown_architecture(architecture, 'config: init_architecture')
+    path = locations.locate(spec).path
+    foreign = path.is_dir() and any((path / name).is_file() for name in locations.IN_FOLDER)
     if not (foreign or path.is_file()):
         return None
     try:
-        weights = read(spec)
+        weights = read(spec, architecture=architecture)
     except UserError as error:
         raise UserError(
             f'{error}. What is left out or corrected is said once, to make a workdir of it: '
             f'python -m big_vit.export --from {spec} --out RUN'
         ) from None
+    known = weights.meta.get('architecture') or weights.meta['format']
+    if architecture and known != architecture.partition('.')[0]:
+        raise UserError(
+            f'config: init_architecture={architecture!r}, but {spec} is {known} by itself: '
+            'remove it'
+        )
     params = {
         name: np.asarray(leaf, np.float32) for name, leaf in trees.flatten(weights.params).items()
     }

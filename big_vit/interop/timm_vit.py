@@ -6,8 +6,11 @@ epsilon of the norms, the activation, the number of heads and the pooling. The .
 releases have no config at all; their settings are known from the papers.
 """
 
+import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from big_vit.errors import UserError
@@ -79,6 +82,49 @@ _ACTIVATIONS = {
     'silu': 'silu',
     'swish': 'silu',
 }
+
+
+@functools.cache
+def architectures() -> dict[str, tuple[int, int, int | None]]:
+    """Return width, depth and patch size of timm's ViTs that big_vit has; a stem has no patch."""
+    rows = map(str.split, Path(__file__).with_name('timm_vits.txt').read_text().splitlines())
+    return {
+        name: (int(width), int(depth), None if patch == '-' else int(patch))
+        for name, width, depth, patch in rows
+    }
+
+
+def check_architecture(name: str, shapes: Shapes, where: str) -> None:
+    """Check that a user's name of an architecture is one, and that the arrays can be of it.
+
+    Raises:
+      UserError: it is none, with the nearest that there are; or an array has another shape.
+    """
+    known = architectures()
+    plain = name.partition('.')[0]  # Behind it is which of its weights.
+    if plain not in known:
+        raise unknown_architecture(plain, where)
+    width, depth, side = known[plain]
+    patch = 'patch_embed.proj.weight'
+    shape = fit.required_shape(shapes, patch)
+    expected = (width, *(shape[1:2] if side else shape[1:]), *((side, side) if side else ()))
+    if shape != expected:
+        raise UserError(
+            f'{where}: {patch} is {"x".join(map(str, shape))}, and {plain} has '
+            f'{"x".join(map(str, expected))}; of one with other sizes say the heads: '
+            '--set num_heads=N'
+        )
+    if depth != (blocks := depth_of(shapes, r'blocks\.(\d+)\.', where)):
+        first = min(depth, blocks)
+        what = 'there is a' if blocks > depth else 'there is no'
+        raise UserError(f'{where}: {what} blocks.{first}, and {plain} has {depth} blocks')
+
+
+def unknown_architecture(name: str, where: str) -> UserError:
+    """Return the error of an architecture that is none here, with the nearest that are."""
+    near = difflib.get_close_matches(name, architectures(), n=3)
+    hint = f'; did you mean {" or ".join(near)}?' if near else ''
+    return UserError(f'{where}: {name} is not a ViT that big_vit has{hint}')
 
 
 def recognises(names: Any, file: str = '') -> str | None:
@@ -301,10 +347,10 @@ def _check_known(
         raise UserError(
             f'{where}: arrays do not show what a model of timm computes (heads, epsilon, '
             'activation, pooling, RoPE): config.json must be beside it, or say --architecture '
-            f"NAME with timm's name, as in vit_small_patch16_224{also}"
+            f"NAME (of init: init_architecture) with timm's name, as in vit_small_patch16_224{also}"
         )
     if name and not _PLAIN.fullmatch(name) and not _DINOV3.fullmatch(name):
-        raise UserError(f'{where}: {name} is not a ViT that big_vit has')
+        raise unknown_architecture(name, where)
     unknown = [key for key in args if key not in known]
     if unknown:
         raise UserError(f'{where}: big_vit does not know what {unknown[0]} in model_args does')

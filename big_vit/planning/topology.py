@@ -92,7 +92,7 @@ def check_libtpu() -> None:
         version = importlib.metadata.version('libtpu')
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f'the TPU compiler is not installed: {fix} (or pip install -e ".[plan]")'
+            f'the TPU compiler is not installed: {fix} (or pip install "big_vit[plan]")'
         ) from None
     if wanted and not re.match(re.escape(wanted).replace(r'\*', '.*') + '$', version):
         raise UserError(
@@ -159,7 +159,7 @@ def _local(kind: str, count: int, slices: int) -> Topology:
     except RuntimeError:
         raise UserError(
             f'--topology: {name}: this machine has no GPU that JAX can use; GPU programs can only '
-            "be compiled where one is, with pip install -e '.[cuda]'"
+            "be compiled where one is, with pip install 'big_vit[cuda]'"
         ) from None
     if len(devices) < count:
         raise UserError(f'--topology: {name}: this machine has {len(devices)} {kind} device(s)')

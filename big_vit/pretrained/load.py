@@ -45,16 +45,19 @@ class Pretrained(NamedTuple):
     class_names: tuple[str, ...] | None = None
 
 
-def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
+def read_pretrained(
+    init: str, tower: str | None = None, architecture: str | None = None
+) -> Pretrained:
     """What `config.init` names: a checkpoint of ours, or weights of another codebase.
 
     Args:
       tower: of a checkpoint with streams apart, the one that is wanted, as a plain model.
+      architecture: timm's name of the model, of a state dict without a config.
 
     Raises:
       UserError: neither is there, it cannot be read, or it has no such tower.
     """
-    weights = interop.load_init(init)
+    weights = interop.load_init(init, architecture)
     if weights is not None:
         if tower is not None:
             raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
@@ -62,6 +65,11 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
         known = (mean, std) if mean and std else None
         part = weights.meta.get('part')
         return Pretrained(weights.params, config_of_weights(weights), init, known, part)
+    if architecture is not None:
+        raise UserError(
+            f'config: init_architecture={architecture!r} is of weights of timm without a config, '
+            f'and {init} is none: remove it'
+        )
     source, step = checkpoint.locate(init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
@@ -146,14 +154,16 @@ def _tower(found: Pretrained, name: str) -> Pretrained:
     return Pretrained({**own, **shared}, config, f'{found.where} ({name})')
 
 
-def model_keys_of(init: str, tower: str | None = None) -> dict[str, Any]:
+def model_keys_of(
+    init: str, tower: str | None = None, architecture: str | None = None
+) -> dict[str, Any]:
     """The keys of `model` that a config takes from where it starts, if it does not say itself.
 
     Raises:
-      UserError: as `read`; or streams are apart and none was chosen.
+      UserError: as `read_pretrained`; or streams are apart and none was chosen.
     """
-    if interop.load_init(init) is not None:
-        config = read_pretrained(init, tower).config
+    if architecture is not None or interop.load_init(init) is not None:
+        config = read_pretrained(init, tower, architecture).config
     else:
         source, step = checkpoint.locate(init, 'config: init')
         config = config_lib.from_json(checkpoint.read_sidecar(source, step)['config'])
@@ -186,12 +196,14 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
     Args:
       keep_head: whether a head of the same shape is kept, or all heads start at zero.
     """
-    init, channels = config.init, config.init_channels
+    init, channels, architecture = config.init, config.init_channels, config.init_architecture
     video, resize, tower = config.init_video, config.init_resize, config.init_tower
 
     def load(parts: Experiment) -> dict[str, Any]:
-        pretrained = read_pretrained(init, tower)
+        pretrained = read_pretrained(init, tower, architecture)
         trunk, task = parts.task.trunk(parts.model), build_task(pretrained.config.task)
+        if origin := interop.locate(init).origin:
+            print(f'init    {printable(origin)}')
         if pretrained.part:
             print(f'init    {init}: {printable(pretrained.part)} is read')
         if isinstance(trunk, vit.ViT):

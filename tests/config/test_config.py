@@ -465,7 +465,8 @@ GROUPS = {
     'metric': 'choice', 'vote': 'choice', 'temperature': 'number', 'held_out': 'below one',
     'iterations': 'int', 'rates': 'numbers', 'last_blocks': 'ints', 'probe_updates': 'int',
     'probe_batch': 'int', 'ranks': 'ints', 'corruptions': 'choices', 'severities': 'severities',
-    'profile': 'int', 'init_tower': 'str', 'text_column': 'str', 'prompts': 'texts',
+    'profile': 'int', 'init_tower': 'str', 'init_architecture': 'str', 'text_column': 'str',
+    'prompts': 'texts',
     'task.embedding_dim': 'int', 'task.mask_ratio': 'below one', 'task.decoder_width': 'int',
     'task.decoder_depth': 'int', 'task.decoder_heads': 'int', 'task.normalise_pixels': 'bool',
 }  # fmt: skip

@@ -291,15 +291,18 @@ def test_arrays_of_deit3_with_rope_beside_them_are_not_taken_for_it(tmp_path):
     path = save(arrays, tmp_path / 'w.pth')
     with pytest.raises(UserError, match='deit3 has positions'):
         interop.read(path, format='deit3', settings=HEADS)
-    with pytest.raises(UserError, match='rope_224 is not a ViT that big_vit has'):
+    with pytest.raises(UserError, match='rope_224 is not a ViT that big_vit has; did you mean vit'):
         interop.read(path, architecture='vit_small_patch16_rope_224', settings=HEADS)
 
 
 def test_heads_are_never_guessed(tmp_path):
     _, arrays = model()
     path = save(arrays, tmp_path / 'w.pth')
-    with pytest.raises(UserError, match=r'heads of vit_small_patch16_224 of width 48: --set num_'):
+    differs = r'patch_embed\.proj\.weight is 48x3x16x16, and .*_224 has 384x3x16x16; .* --set num_'
+    with pytest.raises(UserError, match=differs):
         interop.read(path, architecture=NAME)
+    with pytest.raises(UserError, match=r'heads of vit_small_patch16_224 of width 48: --set num_'):
+        timm_vit.heads_of('timm', NAME, 48, False, 'w.pth')
     assert timm_vit.heads_of('timm', 'vit_giant_patch14_dinov2', 1536, False, '') == 24
     assert timm_vit.heads_of('timm', 'vit_giantopt_patch16_siglip_256', 1536, False, '') == 16
     assert timm_vit.heads_of('timm', 'test_vit4', 96, False, '') == 3

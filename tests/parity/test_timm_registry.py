@@ -94,3 +94,19 @@ def test_an_architecture_answers_as_timms_or_is_refused_by_name(name, tmp_path):
     told = {'num_heads': heads, 'image_size': weights.meta['image_size']}
     bare = interop.read(tmp_path / 'w.pth', settings=told, architecture=name)
     assert bare.settings == weights.settings
+
+
+@pytest.mark.slow
+def test_the_table_of_architectures_is_that_of_timm():
+    import torch
+
+    timm, found = peer('timm'), {}
+    for name in names():
+        if OTHER.fullmatch(name):
+            continue
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        patch = model.patch_embed.proj.weight.shape[-1]
+        has_stem = hasattr(model.patch_embed, 'backbone')
+        found[name] = (model.embed_dim, len(model.blocks), None if has_stem else patch)
+    assert found and timm_vit.architectures() == found
