@@ -25,7 +25,7 @@ import numpy as np
 from big_vit import checkpoint, interop, metrics, runtime, trees
 from big_vit.build.data import train_data
 from big_vit.data.sources.classes import shown
-from big_vit.errors import UserError
+from big_vit.errors import UserError, printable
 from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.inspection.plots import Picture
@@ -246,6 +246,19 @@ def save(drawings: dict[str, Callable[[], Picture | None]], folder: Path) -> lis
     return written
 
 
+def _preparation(loaded: LoadedModel) -> str:
+    """Say how the evaluation prepares pictures, in the run's own words if there are no others."""
+    try:
+        prepared = loaded.preparation()
+    except UserError:
+        return 'pictures: no evaluation says how they are prepared'
+    try:
+        said = str(prepared.preprocessing(loaded.image_size, loaded.channels))
+    except UserError:
+        said = 'as other codebases cannot'
+    return printable(f'pictures: {prepared.text or "as they are"}\n          ({said})')
+
+
 def show(loaded: LoadedModel) -> None:
     """Print the parameter table and, for a checkpoint of ours, the config and the history."""
     print(loaded.path)
@@ -257,7 +270,8 @@ def show(loaded: LoadedModel) -> None:
     print(', '.join(f'{name} {version}' for name, version in versions))
     averaged = ' (averaged ones)' if loaded.part == 'ema' else ''
     if (names := checkpoint.class_names(loaded.sidecar)) is not None:
-        print(f'{len(names)} classes: {shown(names, 100)}')
+        print(printable(f'{len(names)} classes: {shown(names, 10)}'))
+    print(_preparation(loaded))
     print(f'\nparameters{averaged}\n{parameter_table(loaded.params)}\n\nconfig\n------')
     for key, value in loaded.settings().items():
         print(f'{key} = {value!r}')
