@@ -284,16 +284,18 @@ def about_images(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get('resample') in named:
         about['interpolation'] = named[config['resample']]
     size, crop = config.get('size'), config.get('crop_size')
-    crop = crop.get('height') if isinstance(crop, Mapping) else crop
-    crop = crop if config.get('do_center_crop') else None
     if not isinstance(size, Mapping):  # Of old, one number: of the shorter side, or of both.
         kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
         size = {'shortest_edge' if kind.startswith(('CLIP', 'Bit')) else 'height': size}
-    side = size.get('shortest_edge') or size.get('height')
-    if isinstance(side, int):
-        about['crop_mode'] = 'center' if size.get('shortest_edge') else 'squash'
-        if isinstance(crop, int) and 0 < crop <= side:
-            about['crop_pct'] = pictures.crop_share(crop, side)
+    shortest = size.get('shortest_edge')
+    target = (shortest or size.get('height'), shortest or size.get('width') or size.get('height'))
+    if not all(isinstance(side, int) and side > 0 for side in target):
+        return about
+    about['crop_mode'] = 'center' if shortest else 'squash'
+    crop = crop if isinstance(crop, Mapping) else {'height': crop, 'width': crop}
+    cut = crop.get('height'), crop.get('width')
+    if config.get('do_center_crop') and all(isinstance(side, int) and side > 0 for side in cut):
+        about['crop_pct'] = pictures.crop_share(cut, target)
     return about
 
 

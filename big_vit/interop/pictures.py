@@ -30,20 +30,26 @@ def words(preprocessing: Preprocessing, key: str) -> dict[str, Any]:
     resize, size = preprocessing.resize, preprocessing.size
     target = (resize.size,) * 2 if isinstance(resize.size, int) else resize.size
     mode = 'center' if isinstance(resize.size, int) else 'squash'
-    meta = {'image_size': size, 'crop_pct': crop_share(size[0], target[0]), 'crop_mode': mode}
-    if scaled(meta) != target:
+    crop_pct = crop_share(size, target)
+    if crop_pct is None or (mode == 'center' and size[0] != size[1]):
         raise UserError(f'{key}: {preprocessing}: other codebases resize both sides by one factor')
-    return meta | {
+    return {
+        'crop_pct': crop_pct,
+        'crop_mode': mode,
         'interpolation': _INTERPOLATION[resize.method],
         'mean': preprocessing.mean,
         'std': preprocessing.std,
     }
 
 
-def crop_share(crop: int, side: int) -> float:
-    """Return a crop_pct for which crop / crop_pct, rounded down, is `side`."""
-    share = crop / side
-    return share if math.floor(crop / share) == side else crop / (side + 0.5)
+def crop_share(size: tuple[int, int], target: tuple[int, int]) -> float | None:
+    """Return a crop_pct by which images of this size are cut from some of the size `target`."""
+    lowest = max(side / (whole + 1) for side, whole in zip(size, target, strict=True))
+    highest = min(side / whole for side, whole in zip(size, target, strict=True))
+    for share in (highest, (lowest + highest) / 2):
+        if scaled({'image_size': size, 'crop_pct': share}) == target:
+            return share
+    return None
 
 
 def remarks(preprocessing: Preprocessing) -> list[str]:
@@ -65,8 +71,10 @@ def remarks(preprocessing: Preprocessing) -> list[str]:
 
 
 def crop_mode(meta: Mapping[str, Any]) -> str:
-    """Return 'center', 'squash' or 'border'; where it is not said, a crop is of the centre."""
-    return meta.get('crop_mode') or ('center' if (meta.get('crop_pct') or 1) < 1 else 'squash')
+    """Return 'center', 'squash' or 'border'; not said, the first for a crop to a square."""
+    height, width = meta['image_size']
+    crops = height == width and (meta.get('crop_pct') or 1) < 1
+    return meta.get('crop_mode') or ('center' if crops else 'squash')
 
 
 def scaled(meta: Mapping[str, Any]) -> tuple[int, int]:

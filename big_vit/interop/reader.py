@@ -19,6 +19,7 @@ from big_vit.interop import (
     layout,
     openclip,
     parts,
+    pictures,
     timm_vit,
 )
 from big_vit.interop.formats import READ
@@ -114,7 +115,11 @@ def read(
     fields = fit.complete({**fields, **given})
     if fields['pool'] in fit.OF_CLASS_TOKEN:
         fields['class_token'] = False  # These pooling modes imply the token.
-    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
+    meta = {**dict.fromkeys(META), **meta, 'format': format}
+    told = {**meta, **source.images}
+    if pictures.scaled(told) == pictures.scaled(meta):  # What we recorded is not rounded.
+        told['crop_pct'] = meta['crop_pct'] or told['crop_pct']
+    meta = told
     meta |= {'dropped': dropped, 'part': encoder.part}
     if fields['num_classes']:
         meta |= class_names.of_config(source.config, source.labels, fields['num_classes'])
