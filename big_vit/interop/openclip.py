@@ -283,7 +283,7 @@ def _images_of(meta: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f'--to open_clip: pictures are resized to {rows}x{columns} ({mode}) and their middle '
             f'of {size[0]}x{size[1]} is cut out, and it has no word for that; --transform TEXT '
-            "says what is written instead, as in 'resize_small(size) | central_crop(size)'"
+            f"says what is written instead, as in 'resize_small({min(size)}) | central_crop(size)'"
         )
     if interpolation not in ('bicubic', 'bilinear'):
         raise UserError(

@@ -231,7 +231,7 @@ def examples(
 
 
 def _goes_with(stem: str, hosts: set[str]) -> bool:
-    """Whether a stem is one of these or continues it, as that of bird_desc_fr.ogg does bird.png's."""
+    """Whether a stem is one of these, or continues one: bird_desc_fr.ogg goes with bird.png."""
     while stem and stem not in hosts:
         stem = stem.rpartition('_')[0]
     return bool(stem)
