@@ -288,12 +288,13 @@ def about_images(config: Mapping[str, Any]) -> dict[str, Any]:
         kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
         size = {'shortest_edge' if kind.startswith(('CLIP', 'Bit')) else 'height': size}
     shortest = size.get('shortest_edge')
-    target = (shortest or size.get('height'), shortest or size.get('width') or size.get('height'))
+    height = shortest or size.get('height')
+    target: Any = height, shortest or size.get('width') or height
     if not all(isinstance(side, int) and side > 0 for side in target):
         return about
     about['crop_mode'] = 'center' if shortest else 'squash'
     crop = crop if isinstance(crop, Mapping) else {'height': crop, 'width': crop}
-    cut = crop.get('height'), crop.get('width')
+    cut: Any = crop.get('height'), crop.get('width')
     if config.get('do_center_crop') and all(isinstance(side, int) and side > 0 for side in cut):
         about['crop_pct'] = pictures.crop_share(cut, target)
     return about
