@@ -14,6 +14,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.explore())
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -247,16 +248,15 @@ def save(drawings: dict[str, Callable[[], Picture | None]], folder: Path) -> lis
 
 
 def _preparation(loaded: LoadedModel) -> str:
-    """Say how the evaluation prepares pictures, in the run's own words if there are no others."""
+    """Say how the evaluation prepares pictures: its operations, and what they come to."""
     try:
         prepared = loaded.preparation()
     except UserError:
         return 'pictures: no evaluation says how they are prepared'
-    try:
-        said = str(prepared.preprocessing(loaded.image_size, loaded.channels))
-    except UserError:
-        said = 'as other codebases cannot'
-    return printable(f'pictures: {prepared.text or "as they are"}\n          ({said})')
+    lines = [f'pictures: {prepared.text or "as they are"}']
+    with contextlib.suppress(UserError):  # There are no other words for it.
+        lines.append(f'          {prepared.preprocessing(loaded.image_size, loaded.channels)}')
+    return '\n'.join(map(printable, lines))
 
 
 def show(loaded: LoadedModel) -> None:

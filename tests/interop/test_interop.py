@@ -415,7 +415,7 @@ def test_what_a_peer_has_no_word_for_becomes_what_it_has(to, settings, tmp_path)
         ('timm', dict(posemb='rope'), "no posemb='rope'"),
         ('timm', dict(norm_eps=1e-12), '--set norm_eps=1e-6'),
         ('timm', dict(representation=8), 'no representation=8'),
-        ('hf_vit', dict(pool='gap'), "no pool='gap'"),
+        ('hf_vit', dict(pool='gap'), "no pool='gap' (it has 'cls'); --to hf_siglip has 'gap'"),
         ('hf_vit', {**LEARNED, 'representation': 8}, '--drop'),
         ('hf_mae', LEARNED, 'no num_classes=5'),
         ('hf_dinov2', {**LEARNED, 'pool': 'cls_gap', 'mlp_dim': 100}, 'a multiple of the width'),
