@@ -207,6 +207,9 @@ def test_sounds_that_outnumber_the_pictures_they_go_with_are_left_out(tmp_path, 
         name for name in (*names, 'c/0.png') if '.png' in name
     )
     assert 'such as a/heart.svg' in capfd.readouterr().err
+    both = [name for name in names if 'png' in name or 'ogg' in name]
+    root = written(tmp_path / 'both', *both)  # Each class has sounds, and more of them.
+    assert len(opened(root).labels()) == 6 and 'image' in opened(root).load(np.arange(2))
     # Sounds that go with no picture are a dataset of two kinds.
     root = written(tmp_path / 'mixed', *(f'a/x{i}.ogg' for i in range(9)), 'a/1.png', 'b/2.png')
     refused(lambda: opened(root), 'holds image and audio files')

@@ -158,7 +158,6 @@ class Names:
 def main_kind(kinds: Sequence[str], labels: Sequence[int] = ()) -> str | None:
     """Return the kind that most classes have, and of several the most frequent; None for nothing.
 
-    Sounds may outnumber the pictures that they go with, as where each is spoken in many languages.
     Texts beside media only describe them.
 
     Args:
@@ -172,6 +171,21 @@ def main_kind(kinds: Sequence[str], labels: Sequence[int] = ()) -> str | None:
     return max(
         media, key=lambda kind: (classes[kind], counts[kind], -order.index(kind)), default=None
     )
+
+
+def _kind_of_hosts(
+    names: Names, kinds: list[str], labels: list[int], others: list[str]
+) -> str | None:
+    """Return the main kind of the files whose names do not continue those of others.
+
+    Sounds may outnumber the pictures that they go with, as where each is named in many languages.
+    """
+    if len({*kinds} - {'text'}) < 2:
+        return main_kind(kinds)
+    stems = [_stem(names[row]) for row in range(len(names))]
+    hosts = {*stems, *map(_stem, others)}
+    own = [row for row, stem in enumerate(stems) if not _goes_with(_parent(stem), hosts)]
+    return main_kind([kinds[row] for row in own], [labels[row] for row in own])
 
 
 def examples(
@@ -198,7 +212,7 @@ def examples(
     Raises:
       UserError: there are none, or many files would be left out.
     """
-    kind = main_kind(kinds, labels)
+    kind = _kind_of_hosts(names, kinds, labels, others)
     left_out = LeftOut()
     if kind is None:
         for name in others:
@@ -232,9 +246,16 @@ def examples(
 
 def _goes_with(stem: str, hosts: set[str]) -> bool:
     """Whether a stem is one of these, or continues one: bird_desc_fr.ogg goes with bird.png."""
-    while stem and stem not in hosts:
-        stem = stem.rpartition('_')[0]
-    return bool(stem)
+    folder, slash, base = stem.rpartition('/')
+    while base and folder + slash + base not in hosts:
+        base = base.rpartition('_')[0]
+    return bool(base)
+
+
+def _parent(stem: str) -> str:
+    """Return what a stem may continue: a/bird_desc of a/bird_desc_fr, a/ if it continues none."""
+    folder, slash, base = stem.rpartition('/')
+    return folder + slash + base.rpartition('_')[0]
 
 
 def _stem(name: str) -> str:
