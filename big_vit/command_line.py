@@ -273,6 +273,14 @@ def evaluate() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--labels',
+        metavar='FILE',
+        help='names of the classes: one a line, or JSON: a list, {number: name}, {name: number}',
+    )
+
+
 def predict() -> argparse.ArgumentParser:
     parser = _parser(
         'predict',
@@ -303,6 +311,7 @@ def predict() -> argparse.ArgumentParser:
     parser.add_argument(
         '--batch_size', type=_number(1, 1 << 16), default=64, help='pictures at a time (64)'
     )
+    _add_labels(parser)
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
     return parser
 
@@ -397,6 +406,12 @@ def export() -> argparse.ArgumentParser:
         'open_clip that of the tower',
     )
     parser.add_argument('--licence', help='of the weights, as in apache-2.0')
+    parser.add_argument(
+        '--transform',
+        metavar='TEXT',
+        help='with --to: how pictures are prepared, instead of what the evaluation says',
+    )
+    _add_labels(parser)
     return parser
 
 

@@ -223,7 +223,11 @@ def main(argv: list[str]) -> None:
     paths = named_pictures(args.pictures, sys.stdin)
     runtime.start()
     model = predictor.load(
-        args.path, which=args.which, transform=args.transform, batch_size=args.batch_size
+        args.path,
+        which=args.which,
+        transform=args.transform,
+        batch_size=args.batch_size,
+        labels=args.labels,
     )
     unread: list[str] = []
     if features:

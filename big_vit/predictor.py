@@ -20,16 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int64
 
-from big_vit import augment, checkpoint, sharding, trees
-from big_vit.build.data import DEVICE_OPERATIONS, completed_section
+from big_vit import augment, sharding, trees
 from big_vit.build.task import build_task
 from big_vit.data import decode, files, pipeline, transforms
 from big_vit.data.sources.base import Columns, Source
 from big_vit.errors import UserError
-from big_vit.evaluators.registry import requirements
 from big_vit.inspection import loaded_model
 from big_vit.inspection.loaded_model import LoadedModel
-from big_vit.pretrained.load import eval_transform_of
+from big_vit.interop import class_names
 from big_vit.tasks.batch import Batch, model_inputs
 
 # A path, an array uint8 [H, W] or [H, W, 1, 3 or 4], or an image of Pillow.
@@ -56,6 +54,7 @@ def load(
     which: str | None = None,
     transform: str | None = None,
     batch_size: int = 64,
+    labels: str | Path | None = None,
 ) -> 'Predictor':
     """Load a checkpoint of ours, or weights of another codebase, to ask it about pictures.
 
@@ -64,12 +63,13 @@ def load(
       which: 'params' or 'ema'; by default 'ema' where there is one, as evaluations do.
       transform: operations for pictures, instead of those of the run's evaluation.
       batch_size: pictures that are computed at a time, over all devices.
+      labels: a file with the names of the classes: one a line, or JSON (`interop.class_names`).
 
     Raises:
-      UserError: there is no such model, it does not read pictures, or its evaluations do not say
-        how pictures are prepared.
+      UserError: there is no such model, it does not read pictures, its evaluations do not say how
+        pictures are prepared, or the names are not those of its classes.
     """
-    return Predictor(loaded_model.load(str(path), which), transform, batch_size)
+    return Predictor(loaded_model.load(str(path), which), transform, batch_size, labels)
 
 
 class Predictor:
@@ -81,15 +81,17 @@ class Predictor:
       transform: the operations by which pictures are prepared.
     """
 
-    def __init__(self, loaded: LoadedModel, transform: str | None = None, batch_size: int = 64):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        transform: str | None = None,
+        batch_size: int = 64,
+        labels: str | Path | None = None,
+    ):
         self._loaded, self.name, self._key = loaded, loaded.path, f'{loaded.path}: evals'
-        text, fixed = (transform, ()) if transform else _preparation(loaded)
-        parsed = transforms.parse(
-            text, size=loaded.image_size, key=self._key, device=DEVICE_OPERATIONS
-        )
-        transforms.require_deterministic(parsed)
-        self.transform, self._host_text = text, parsed.host_text
-        self._on_devices = parsed.device or fixed
+        prepared = loaded.preparation(transform)
+        self.transform, self._host_text = prepared.text, prepared.host_text
+        self._on_devices = prepared.device
         self._mesh = sharding.make_mesh(1, -1, 1)
         self._batch_size = batch_size
         self._step = self._make_step()
@@ -97,17 +99,24 @@ class Predictor:
             lambda leaf: sharding.place(np.asarray(leaf), sharding.replicated(self._mesh)),
             loaded.params,
         )
-        self.class_names = self._names()
+        self.class_names = self._names(labels)
 
     @property
     def params(self) -> dict[str, Any]:
         """The parameters, nested NumPy arrays."""
         return self._loaded.params
 
-    def _names(self) -> tuple[str, ...]:
+    def _names(self, labels: str | Path | None) -> tuple[str, ...]:
         kernel = trees.flatten(self._loaded.params).get('head/kernel')
         count = 0 if kernel is None else kernel.shape[-1]
-        names = checkpoint.class_names(self._loaded.sidecar or {}) or ()
+        names = self._loaded.class_names or ()
+        if labels is not None:
+            try:
+                names = class_names.of_file(Path(labels).expanduser(), count, names)
+            except UserError as error:
+                raise UserError(f'--labels {error} ({self.name})') from None
+        elif self._loaded.foreign_weights is not None:
+            names = self._loaded.foreign_weights.meta.get('class_descriptions') or names
         return tuple(
             names[number] if number < len(names) and names[number] else str(number)
             for number in range(count)
@@ -117,7 +126,10 @@ class Predictor:
         """Jit (params, batch) -> (features, probabilities or None), replicated on all devices."""
         model, config = self._loaded.scoring_model(self._mesh), self._loaded.config
         has_head = 'head/kernel' in trees.flatten(self._loaded.params)
-        alone = config is not None and build_task(config.task).logits_loss == 'sigmoid'
+        weights = self._loaded.foreign_weights
+        alone = weights is not None and bool(weights.meta.get('multi_label'))
+        if config is not None:
+            alone = build_task(config.task).logits_loss == 'sigmoid'
         operations = [function for _, function in self._on_devices]
         prepare = augment.compose(operations) if operations else None
 
@@ -208,8 +220,15 @@ class Predictor:
         return ''
 
     def _channels(self) -> int:
-        text = self._host_text
-        return 3 if 'grayscale' in text or 'rgb' in text else self._loaded.channels
+        """Return to how many channels files are decoded: in colour, if the transform takes that."""
+        channels, size = self._loaded.channels, self._loaded.image_size
+        host = transforms.parse(self._host_text, size=size, key=self._key)
+        grey = np.full((1, *(2 * side for side in size), 3), 128, np.uint8)
+        try:
+            made = host({'image': grey, 'label': np.zeros(1, np.int32)}, np.zeros(1, np.uint64))
+        except UserError:
+            return channels
+        return 3 if made['image'][0].shape[-1] == channels else channels
 
     def _fitting(self, source: Source, skip_bad: bool) -> transforms.Transform:
         """Return what prepares these pictures, after a resize where the run's data needed none."""
@@ -262,27 +281,6 @@ class Predictor:
                 f'{self._loaded.path}: has no head that tells classes; ask for its features '
                 '(--embed, model.embed), or train a head with transfer'
             )
-
-
-def _preparation(loaded: LoadedModel) -> tuple[str, Sequence[tuple[str, Any]]]:
-    """Return the operations of a model's evaluation, and those of the devices that it implies."""
-    config = loaded.config
-    if config is None:
-        assert loaded.foreign_weights is not None
-        return eval_transform_of(loaded.foreign_weights), ()
-    if not list(config.evals):
-        raise UserError(
-            f'{loaded.path}: its config has no evaluation that says how pictures are prepared: '
-            "give a transform, such as 'decode | resize_small(256) | central_crop(size)'"
-        )
-    sections = [completed_section(config, 'evals', name) for name in config.evals]
-    of_head = [one for one in sections if requirements(one.type).output == 'logits']
-    # Devices do what they did in training, for the model to see numbers of the same range.
-    trained = transforms.parse(
-        config.data.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
-    )
-    fixed = [pair for pair in trained.device if pair[0] not in augment.RANDOM]
-    return (of_head or sections)[0].transform, fixed
 
 
 def _source(pictures: Sequence[Picture], channels: int) -> Source:

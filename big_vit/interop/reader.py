@@ -10,6 +10,7 @@ import numpy as np
 from big_vit import trees
 from big_vit.errors import UserError
 from big_vit.interop import (
+    class_names,
     files,
     fit,
     formats,
@@ -19,6 +20,7 @@ from big_vit.interop import (
     locations,
     openclip,
     parts,
+    pictures,
     timm_vit,
 )
 from big_vit.interop.formats import READ
@@ -26,7 +28,10 @@ from big_vit.interop.layout import Arrays, Shapes
 from big_vit.interop.weights import META, Weights
 
 # Settings and metadata that are tuples here but lists in JSON.
-_TUPLES = ('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped')
+_TUPLES = (
+    *('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped'),
+    *('class_names', 'class_descriptions'),
+)
 
 
 class _SourceFile(NamedTuple):
@@ -43,6 +48,7 @@ class _SourceFile(NamedTuple):
     config: dict[str, Any]
     images: dict[str, Any]
     origin: str | None
+    labels: Path | None
 
 
 class _Encoder(NamedTuple):
@@ -109,10 +115,18 @@ def read(
     fields = fit.complete({**fields, **given})
     if fields['pool'] in fit.OF_CLASS_TOKEN:
         fields['class_token'] = False  # These pooling modes imply the token.
-    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
+    meta = {**dict.fromkeys(META), **meta, 'format': format}
+    told = {**meta, **source.images}
+    if pictures.scaled(told) == pictures.scaled(meta):  # What we recorded is not rounded.
+        told['crop_pct'] = meta['crop_pct'] or told['crop_pct']
+    meta = told
     meta |= {'dropped': dropped, 'part': encoder.part}
     if source.origin:
         meta['source'] = source.origin
+    if fields['num_classes']:
+        meta |= class_names.of_config(source.config, source.labels, fields['num_classes'])
+    else:
+        meta |= dict.fromkeys(('class_names', 'class_descriptions'))
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
@@ -164,8 +178,9 @@ def _open_source(spec: str) -> _SourceFile:
     path, part, origin = locations.locate(spec)
     if not path.exists():
         raise UserError(f'{path}: there is no such file or folder')
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
+    named_by_folder = path.is_dir()
+    folder = path if named_by_folder else path.parent
+    if named_by_folder:
         names = [name for name in locations.IN_FOLDER if (folder / name).is_file()]
         if not names:
             raise UserError(
@@ -179,7 +194,9 @@ def _open_source(spec: str) -> _SourceFile:
         for name in locations.configs_of(path.name)
     ] or [{}, {}]
     images = huggingface.about_images(configs[1])
-    return _SourceFile(path, part, origin or str(path), sections, about, configs[0], images, origin)
+    # What lies beside a file that stands for itself may be of another.
+    labels, where = folder if named_by_folder or configs[0] else None, origin or str(path)
+    return _SourceFile(path, part, where, sections, about, configs[0], images, origin, labels)
 
 
 def _format_of_config(source: _SourceFile) -> str | None:
