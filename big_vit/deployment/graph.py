@@ -221,8 +221,9 @@ class Graph:
 
         outer = self.place
         for equation in jaxpr.eqns:
-            scope = str(equation.source_info.name_stack)
-            self.place = '/'.join(filter(None, (outer, scope)))
+            scopes = str(equation.source_info.name_stack).split('/')
+            # Scopes of einsum are its equations.
+            self.place = '/'.join(s for s in (outer, *scopes) if s and '->' not in s)
             results = self._equation(equation, [read(atom) for atom in equation.invars])
             known.update(zip(equation.outvars, results, strict=True))
         self.place = outer

@@ -22,8 +22,9 @@ from big_vit.interop import files
 
 FORMATS = ('onnx', 'stablehlo')
 DESCRIPTION, TOKENIZER = 'model.json', 'tokenizer.json'
-# Bytes that one message of protobuf, or one flatbuffer, has room for, with some for the graph.
-MOST_INSIDE = (1 << 31) - (1 << 26)
+# Bytes of parameters above which they are a file of their own: protobuf has room for 2 GiB, and XLA
+# takes minutes to compile a program that holds hundreds of megabytes.
+MOST_INSIDE = {'onnx': (1 << 31) - (1 << 26), 'stablehlo': 1 << 26}
 # Rounding of a deep network in float32; a wrong operator is far beyond.
 _MOST_DIFFERENCE = 1e-3
 
@@ -38,7 +39,7 @@ def write(
     transform: str | None = None,
     class_names: Sequence[str] | None = None,
     licence: str | None = None,
-    most_inside: int = MOST_INSIDE,
+    most_inside: int | None = None,
 ) -> list[str]:
     """Write a model to a folder, and return lines that say what was written.
 
@@ -48,7 +49,8 @@ def write(
       transform: how pictures are prepared, instead of what the evaluation says.
       class_names: instead of those that are known.
       licence: of the weights.
-      most_inside: bytes of parameters above which they are a file of their own.
+      most_inside: bytes of parameters above which they are a file of their own; by default those
+        of MOST_INSIDE.
 
     Raises:
       UserError: the format cannot hold the model, a library is missing, the folder cannot be
@@ -67,6 +69,7 @@ def write(
         **_outputs(loaded, class_names),
     }
     lines = []
+    most_inside = MOST_INSIDE[to] if most_inside is None else most_inside
     functions = [
         _channels_first(function) if to == 'onnx' else function
         for function in functions_of(loaded, unrolled=to == 'onnx')
@@ -76,19 +79,19 @@ def write(
     about |= _text(loaded, folder) if 'tokens' in inputs else {}
     for function in functions:
         path = folder / f'{function.name}.{to}'
-        weights = sum(x.nbytes for x in function.params.values()) > most_inside
+        apart = sum(x.nbytes for x in function.params.values()) > most_inside
         described: dict[str, Any] = {
             'inputs': _described(function, to),
             'outputs': _results(function),
         }
         about['files'][path.name] = described
         if to == 'onnx':
-            _write_onnx(path, function, about, weights)
+            _write_onnx(path, function, about, apart)
             run = _onnx_session(path)
         else:
-            if weights:
+            if apart:
                 described['weights'] = path.with_suffix('.safetensors').name
-            run = stablehlo.write(path, function, weights)
+            run = stablehlo.write(path, function, apart)
         lines.append(f'wrote    {path}: {_signature(described)}')
         if run is not None:
             lines.append(f'checked  answers differ by at most {_difference(function, run):.1e}')
@@ -236,11 +239,13 @@ def _write_onnx(path: Path, function: Function, about: Mapping[str, Any], apart:
         function.outputs,
         {'big_vit': json.dumps(about)},
     )
-    data = path.with_name(f'{path.name}.data')
     with files.replacing(path) as partial:
+        data = path.with_name(f'{path.name}.data')
         data.unlink(missing_ok=True)  # ONNX would add to it.
         onnx.save_model(model, partial, save_as_external_data=apart, location=data.name)
         onnx.checker.check_model(str(partial), full_check=True)
+        if apart:  # ONNX makes it unreadable for others.
+            data.chmod(partial.stat().st_mode)
 
 
 def _onnx_session(path: Path) -> Run | None:
