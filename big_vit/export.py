@@ -174,7 +174,7 @@ def _deploy(args: argparse.Namespace, given: dict[str, Any], out: str) -> None:
         if given or args.drop:
             flag = '--set' if given else '--drop'
             raise UserError(f'{flag} only goes with --from, or a format of another codebase')
-        loaded = loaded_model.load(args.checkpoint, args.which)
+        loaded = loaded_model.load(args.checkpoint, args.which, '--checkpoint')
     names = None
     if args.labels:
         head = trees.flatten(loaded.params).get('head/kernel')
@@ -193,9 +193,13 @@ def main(argv: list[str]) -> None:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
     if args.source and args.which:
         raise UserError(f'--which is of --checkpoint; of a file: --from {args.source}:KEY')
+    formats = (*interop.WRITE, *deployment.FORMATS)
     if args.checkpoint and not args.to:
-        formats = ', '.join((*interop.WRITE, *deployment.FORMATS))
-        raise UserError(f'--to is missing: one of {formats}')
+        raise UserError(f'--to is missing: one of {", ".join(formats)}')
+    if args.to and args.to not in formats:
+        raise UserError(
+            f'--to {args.to}: not a format that is written; these are: {", ".join(formats)}'
+        )
     if args.to and overrides:
         raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
     if args.to in deployment.FORMATS:

@@ -6,11 +6,13 @@
 JAX promises to read such a file for half a year, so it is no archive: keep the checkpoint.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -32,18 +34,17 @@ def write(path: Path, function: Function, apart: bool) -> Any:
     specs = [jax.ShapeDtypeStruct((batch, *s), d) for s, d in function.inputs.values()]
     names = list(function.inputs)
 
-    def inside(*inputs: Any) -> dict[str, jax.Array]:
-        return function.apply(function.params, dict(zip(names, inputs, strict=True)))
-
-    def outside(params: Mapping[str, Any], *inputs: Any) -> dict[str, jax.Array]:
+    def apply(params: Mapping[str, Any], *inputs: Any) -> dict[str, jax.Array]:
         return function.apply(params, dict(zip(names, inputs, strict=True)))
 
     if apart:
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in function.params.items()}
-        exported = export.export(jax.jit(outside), platforms=PLATFORMS)(shapes, *specs)
+        exported = export.export(jax.jit(apply), platforms=PLATFORMS)(shapes, *specs)
         files.write_safetensors(path.with_suffix('.safetensors'), function.params, {})
     else:
-        exported = export.export(jax.jit(inside), platforms=PLATFORMS)(*specs)
+        known = {name: jnp.asarray(x) for name, x in function.params.items()}
+        program = jax.jit(functools.partial(apply, known))
+        exported = export.export(program, platforms=PLATFORMS)(*specs)
     with files.replacing(path) as partial:
         partial.write_bytes(exported.serialize())
     read = export.deserialize(bytearray(path.read_bytes()))

@@ -124,6 +124,8 @@ def _pictures(loaded: LoadedModel, transform: str | None) -> dict[str, Any]:
     try:
         prepared = loaded.preparation(transform)
     except UserError as error:
+        if transform is not None:
+            raise
         print(f'WARNING: {error}', file=sys.stderr)
         return {}
     operations = {'operations': prepared.text}
