@@ -18,6 +18,7 @@ from big_vit.build.data import train_data
 from big_vit.build.model import build_model, build_streams
 from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.errors import UserError
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.models.encoder import merge_lora, unstack_blocks
 from big_vit.models.placement import unplaced
@@ -55,7 +56,8 @@ def functions_of(loaded: LoadedModel, unrolled: bool) -> list[Function]:
       unrolled: write out scanned blocks one by one.
 
     Raises:
-      UserError: the shape of an input is only known from data that are not here.
+      UserError: the shape of an input is only known from data that are not here, or parameters are
+        not finite.
     """
     model, params, inputs = _parts(loaded, unrolled)
     if isinstance(model, TwoTowers):
@@ -121,8 +123,14 @@ def _parts(loaded: LoadedModel, unrolled: bool) -> tuple[Any, dict[str, np.ndarr
         checkpoint.check_params(params, state.abstract_params(whole, inputs), loaded.path)
         model = unplaced(task.trunk(whole))
         params, _ = task_parameters(params, task)
-    flat = trees.flatten(params)
-    return model, {name: np.asarray(x, np.float32) for name, x in flat.items()}, inputs
+    flat = {name: np.asarray(x, np.float32) for name, x in trees.flatten(params).items()}
+    for name, x in flat.items():
+        if not np.isfinite(x).all():
+            raise UserError(
+                f'{loaded.path}: has NaN or infinite numbers in {name}: its run had diverged; name '
+                'an earlier checkpoint'
+            )
+    return model, flat, inputs
 
 
 def _inputs(loaded: LoadedModel, config: Config) -> Inputs:

@@ -296,6 +296,7 @@ def make_model(
     inputs: Mapping[str, tuple[Shape, np.dtype]],
     outputs: Sequence[str],
     metadata: Mapping[str, str],
+    tensor: Callable[[np.ndarray, str], Any] | None = None,
 ) -> Any:
     """Write a function of (parameters by path, inputs by name) as an ONNX model.
 
@@ -303,6 +304,7 @@ def make_model(
       function: returns `outputs` by name, each with the batch first.
       inputs: shape without the batch, and type.
       metadata: texts to put into the file.
+      tensor: makes the entry of an initialiser, of (value, name); by default one that holds it.
 
     Raises:
       UserError: an operation of it cannot be written.
@@ -338,7 +340,7 @@ def make_model(
 
     nodes, used = _needed(graph.nodes, outputs)
     initialisers = [
-        numpy_helper.from_array(value, name)
+        (tensor or numpy_helper.from_array)(value, name)
         for name, value in graph.initialisers.items()
         if name in used
     ]

@@ -1,12 +1,13 @@
 """Write a model with the JSON file that describes it, and compare its answers with ours."""
 
 import datetime
+import functools
 import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -25,6 +26,8 @@ DESCRIPTION, TOKENIZER = 'model.json', 'tokenizer.json'
 # Bytes of parameters above which they are a file of their own: protobuf has room for 2 GiB, and XLA
 # takes minutes to compile a program that holds hundreds of megabytes.
 MOST_INSIDE = {'onnx': (1 << 31) - (1 << 26), 'stablehlo': 1 << 26}
+# Bytes; runtimes map files into memory by pages.
+_LEAST_BESIDE, _ALIGNED = 1024, 4096
 # Rounding of a deep network in float32; a wrong operator is far beyond.
 _MOST_DIFFERENCE = 1e-3
 
@@ -234,20 +237,37 @@ def _signature(described: Mapping[str, Any]) -> str:
 def _write_onnx(path: Path, function: Function, about: Mapping[str, Any], apart: bool) -> None:
     import onnx
 
-    model = graph.make_model(
-        function.apply,
-        function.params,
-        function.inputs,
-        function.outputs,
-        {'big_vit': json.dumps(about)},
-    )
-    with files.replacing(path) as partial:
+    def make(tensor: Callable[[np.ndarray, str], Any] | None = None) -> Any:
+        texts = {'big_vit': json.dumps(about)}
+        return graph.make_model(*function[1:], texts, tensor)
+
+    if apart:
+        # Array by array, for no message of protobuf may ever hold them all.
         data = path.with_name(f'{path.name}.data')
-        data.unlink(missing_ok=True)  # ONNX would add to it.
-        onnx.save_model(model, partial, save_as_external_data=apart, location=data.name)
+        with files.replacing(data) as partial, partial.open('wb') as file:
+            model = make(functools.partial(_beside, file, data.name))
+    else:
+        model = make()
+    with files.replacing(path) as partial:
+        onnx.save_model(model, partial)
         onnx.checker.check_model(str(partial), full_check=True)
-        if apart:  # ONNX makes it unreadable for others.
-            data.chmod(partial.stat().st_mode)
+
+
+def _beside(file: BinaryIO, location: str, value: np.ndarray, name: str) -> Any:
+    """Write an initialiser to a file of many, and return the entry that says where it is."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    if value.nbytes < _LEAST_BESIDE:
+        return numpy_helper.from_array(value, name)
+    file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED)
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    entry = TensorProto(name=name, data_type=kind, dims=value.shape)
+    entry.data_location = TensorProto.EXTERNAL
+    where = {'location': location, 'offset': file.tell(), 'length': value.nbytes}
+    for key, number in where.items():
+        entry.external_data.add(key=key, value=str(number))
+    file.write(np.ascontiguousarray(value, value.dtype.newbyteorder('<')).data)
+    return entry
 
 
 def _onnx_session(path: Path) -> Run | None:

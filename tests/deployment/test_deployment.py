@@ -104,7 +104,7 @@ MODELS = {
     'rope': ('patches', 'gap', {'posemb': 'rope', 'registers': 2, 'head_dim': 12}),
     'relative': ('patches', 'cls', {'posemb': 'relative'}),
     'hybrid': ('resnet', 'cls', {'posemb': 'learned', 'posemb_prefix': 1}),
-    'scanned': ('patches', 'gap', {'scan': False, 'activation': 'quick_gelu', 'mlp': 'mlp'}),
+    'quick_gelu': ('patches', 'gap', {'activation': 'quick_gelu', 'mlp': 'mlp'}),
     'erf': ('patches', 'gap', {'activation': 'gelu', 'mlp': 'mlp'}),
 }  # fmt: skip
 
@@ -252,9 +252,10 @@ def test_towers_are_files_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('task', ['classification', 'masked'])
-def test_the_documented_lines_answer_as_predict_does(task, tmp_path):
+@pytest.mark.parametrize('kind', ['colour', 'grey', 'masked'])
+def test_the_documented_lines_answer_as_predict_does(kind, tmp_path):
     """On pictures of several sizes, of a scanned model, by model.json alone."""
+    task = 'masked' if kind == 'masked' else 'classification'
     settings = {
         'task.name': task, 'model.pool': 'cls', 'model.registers': 1, 'model.posemb': 'rope',
         'model.mlp': 'swiglu', 'model.depth': 2, 'image_size': 32,
@@ -263,13 +264,17 @@ def test_the_documented_lines_answer_as_predict_does(task, tmp_path):
         'evals.test.split': 'test',
         'evals.test.transform': 'resize_small(36) | central_crop(size) | normalize()',
     }  # fmt: skip
-    if task == 'masked':
+    if kind == 'masked':
         settings |= {'task.decoder_width': 16, 'task.decoder_depth': 1, 'task.decoder_heads': 2}
         settings |= {'evals.test.type': 'knn', 'evals.test.train_split': 'train'}
     else:
-        settings |= {'model.dtype': 'float32'}
-    names = ('bird', 'cat', 'dog') if task == 'classification' else None
-    saved(tmp_path / 'run', {'image': (32, 32, 3)}, len(names or ()), names, **settings)
+        settings |= {'model.dtype': 'float32', 'model.lora': 2}
+    if kind == 'grey':
+        settings['data.transform'] = 'rrc(size)'
+        settings['evals.test.transform'] = 'resize_small(36) | central_crop(size)'
+    names = None if kind == 'masked' else ('bird', 'cat', 'dog')
+    shape = (32, 32, 1 if kind == 'grey' else 3)
+    saved(tmp_path / 'run', {'image': shape}, len(names or ()), names, **settings)
     rng = np.random.default_rng(0)
     pictures = []
     for i, size in enumerate([(50, 70), (90, 41), (36, 36)]):
@@ -281,7 +286,7 @@ def test_the_documented_lines_answer_as_predict_does(task, tmp_path):
     text = (ROOT / 'docs' / 'interop.md').read_text()
     (script,) = re.findall(r'```python\n(import json\n.*?)```', text, re.DOTALL)
     loaded = big_vit.load(tmp_path / 'run')
-    if task == 'masked':  # The same lines ask for features.
+    if kind == 'masked':  # The same lines ask for features.
         script = re.sub(
             r'    logits = .*',
             "    print(*session.run(['features'], {'image': x})[0][0])\n",
@@ -290,7 +295,7 @@ def test_the_documented_lines_answer_as_predict_does(task, tmp_path):
         )
     command = [sys.executable, '-c', script, str(out), *pictures]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    if task == 'masked':
+    if kind == 'masked':
         found = np.array([list(map(float, line.split())) for line in lines])
         np.testing.assert_allclose(found, loaded.embed(pictures), atol=0.05)  # bfloat16
         return
@@ -310,6 +315,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"pip install 'big_vit\[onnx\]'"):
             deployment.write(tmp_path / 'b', 'onnx', loaded)
     assert not list(tmp_path.iterdir())
+    kernel = loaded.params['head']['kernel']
+    loaded.params['head']['kernel'] = kernel * np.float32('nan')
+    with pytest.raises(UserError, match='NaN or infinite numbers in head/kernel'):
+        deployment.write(tmp_path / 'c', 'stablehlo', loaded)
+    loaded.params['head']['kernel'] = kernel
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'--out .*file: onnx is a folder'):
         deployment.write(tmp_path / 'file', 'onnx', loaded)
