@@ -318,12 +318,8 @@ def make_model(
     arrays = {name: jax.ShapeDtypeStruct((batch, *s), d) for name, (s, d) in inputs.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     closed = jax.make_jaxpr(function)(shapes, arrays)
-    graph = Graph(
-        operators.OPERATORS,
-        operators.FUNCTIONS,
-        batch_input=next(iter(inputs)),
-        taken={*inputs, *outputs},
-    )
+    first, taken = next(iter(inputs)), {*inputs, *outputs}
+    graph = Graph(operators.OPERATORS, operators.FUNCTIONS, batch_input=first, taken=taken)
     # JAX orders dictionaries by their keys.
     given = [constant(params[name], name) for name in sorted(params)]
     given += [Tensor(arrays[n].shape, arrays[n].shape, arrays[n].dtype, n) for n in sorted(arrays)]
@@ -332,11 +328,6 @@ def make_model(
     for name, result in results.items():
         source = graph.name(graph.whole(result))
         graph.nodes.append(helper.make_node('Identity', [source], [name], f'output/{name}'))
-
-    def declared(name: str, of: Any, shape: Shape) -> Any:
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(of.dtype))
-        sizes = [dim if isinstance(dim, int) else str(dim) for dim in shape]
-        return helper.make_tensor_value_info(name, kind, sizes)
 
     nodes, used = _needed(graph.nodes, outputs)
     initialisers = [
@@ -348,8 +339,8 @@ def make_model(
         helper.make_graph(
             nodes,
             'big_vit',
-            [declared(name, array, array.shape) for name, array in arrays.items()],
-            [declared(name, results[name], results[name].full) for name in outputs],
+            [_declared(name, array.dtype, array.shape) for name, array in arrays.items()],
+            [_declared(name, results[name].dtype, results[name].full) for name in outputs],
             initialisers,
         ),
         producer_name='big_vit',
@@ -359,6 +350,14 @@ def make_model(
     )
     helper.set_model_props(model, dict(metadata))
     return model
+
+
+def _declared(name: str, dtype: Any, shape: Shape) -> Any:
+    from onnx import helper
+
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    sizes = [dim if isinstance(dim, int) else str(dim) for dim in shape]
+    return helper.make_tensor_value_info(name, kind, sizes)
 
 
 def _needed(nodes: Sequence[Any], outputs: Sequence[str]) -> tuple[list[Any], set[str]]:

@@ -71,7 +71,7 @@ def write(
         'files': {},
         **_outputs(loaded, class_names),
     }
-    lines = []
+    lines: list[str] = []
     most_inside = MOST_INSIDE[to] if most_inside is None else most_inside
     functions = [
         _channels_first(function) if to == 'onnx' else function
@@ -83,24 +83,34 @@ def write(
     for function in functions:
         path = folder / f'{function.name}.{to}'
         apart = sum(x.nbytes for x in function.params.values()) > most_inside
-        described: dict[str, Any] = {
-            'inputs': _described(function, to),
-            'outputs': _results(function),
-        }
-        about['files'][path.name] = described
-        if to == 'onnx':
-            _write_onnx(path, function, about, apart)
-            run = _onnx_session(path)
-        else:
-            if apart:
-                described['weights'] = path.with_suffix('.safetensors').name
-            run = stablehlo.write(path, function, apart)
-        lines.append(f'wrote    {path}: {_signature(described)}')
-        if run is not None:
-            lines.append(f'checked  answers differ by at most {_difference(function, run):.1e}')
+        lines += _write_one(path, function, about, apart)
     files.write_json(folder / DESCRIPTION, about)
     lines.append(f'         {folder / DESCRIPTION} says how it is used')
     return lines
+
+
+def _write_one(path: Path, function: Function, about: dict[str, Any], apart: bool) -> list[str]:
+    """Write one file and say in `about` what it is; it is gone again if it answers otherwise."""
+    described: dict[str, Any] = {
+        'inputs': _described(function, about['format']),
+        'outputs': _results(function),
+    }
+    about['files'][path.name] = described
+    if about['format'] == 'onnx':
+        _write_onnx(path, function, about, apart)
+        run = _onnx_session(path)
+    else:
+        if apart:
+            described['weights'] = path.with_suffix('.safetensors').name
+        run = stablehlo.write(path, function, apart)
+    lines = [f'wrote    {path}: {_signature(described)}']
+    if run is None:
+        return [*lines, 'checked  nothing: onnxruntime is not installed']
+    try:
+        return [*lines, f'checked  answers differ by at most {_difference(function, run):.1e}']
+    except UserError:
+        path.unlink()
+        raise
 
 
 def _onnx_versions() -> dict[str, Any]:
@@ -305,7 +315,7 @@ def _difference(function: Function, run: Run) -> float:
         if not difference <= _MOST_DIFFERENCE * max(1.0, float(np.abs(wanted).max())):
             raise UserError(
                 f'{function.name}: {name} differs by {difference:.1e} from what the model answers: '
-                'this file is wrong; please report it'
+                'it is not written; please report this'
             )
         worst = max(worst, difference)
     return worst

@@ -334,3 +334,4 @@ def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
     loaded = loaded_of(depth=1, activation='gelu_tanh')
     with pytest.raises(UserError, match='differs by'):
         deployment.write(tmp_path, 'onnx', loaded)
+    assert not list(tmp_path.iterdir())
