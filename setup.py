@@ -103,6 +103,7 @@ setup(
         'audio': AUDIO,
         'video': VIDEO,
         'text': TEXT,
+        'onnx': ['onnx>=1.17', 'onnxruntime>=1.20'],
         'prepare': ['tensorflow>=2.18'],
         'wandb': ['wandb>=0.18'],
         'test': TEST,

@@ -1,6 +1,7 @@
 """Convert weights between checkpoints of ours and other codebases: `python -m big_vit.export`.
 
 --checkpoint RUN --to timm --out PATH     write a folder (or .npz) that another codebase reads
+--checkpoint RUN --to onnx --out PATH     write a model that answers without big_vit
 --from PATH --out RUN                     write a checkpoint of ours from foreign weights
 """
 
@@ -9,6 +10,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.export())
 
+import argparse
 import ast
 import json
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 import jax
 
-from big_vit import checkpoint, interop, runtime, sharding, storage, trees
+from big_vit import checkpoint, deployment, interop, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
 from big_vit.build.model import build_model
@@ -27,6 +29,7 @@ from big_vit.config import Config
 from big_vit.data import transforms
 from big_vit.data.transforms import Transform
 from big_vit.errors import UserError
+from big_vit.inspection import loaded_model
 from big_vit.interop import Weights, class_names, fit, google, pictures
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
@@ -162,6 +165,26 @@ def _add_labels(weights: Weights, labels: str | None) -> None:
         weights.meta.update({'class_names': names, 'class_descriptions': None})
 
 
+def _deploy(args: argparse.Namespace, given: dict[str, Any], out: str) -> None:
+    """Write a model of ours, or of another codebase, that answers without big_vit."""
+    if args.source:
+        weights = interop.read(args.source, args.format, args.drop, given, args.architecture)
+        loaded = loaded_model.LoadedModel(args.source, weights.params, foreign_weights=weights)
+    else:
+        if given or args.drop:
+            flag = '--set' if given else '--drop'
+            raise UserError(f'{flag} only goes with --from, or a format of another codebase')
+        loaded = loaded_model.load(args.checkpoint, args.which, '--checkpoint')
+    names = None
+    if args.labels:
+        head = trees.flatten(loaded.params).get('head/kernel')
+        count = 0 if head is None else head.shape[-1]
+        names = class_names.of_file(Path(args.labels).expanduser(), count, loaded.class_names)
+    how = {'transform': args.transform, 'class_names': names, 'licence': args.licence}
+    for line in deployment.write(out, args.to, loaded, **how):
+        print(line)
+
+
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.export(), argv)
     given = settings_from_text(args.set)
@@ -170,10 +193,18 @@ def main(argv: list[str]) -> None:
         raise UserError('give --checkpoint RUN to write one, or --from PATH to make one')
     if args.source and args.which:
         raise UserError(f'--which is of --checkpoint; of a file: --from {args.source}:KEY')
+    formats = (*interop.WRITE, *deployment.FORMATS)
     if args.checkpoint and not args.to:
-        raise UserError(f'--to is missing: one of {", ".join(interop.WRITE)}')
+        raise UserError(f'--to is missing: one of {", ".join(formats)}')
+    if args.to and args.to not in formats:
+        raise UserError(
+            f'--to {args.to}: not a format that is written; these are: {", ".join(formats)}'
+        )
     if args.to and overrides:
         raise UserError(f'--config.{overrides[0][0]} only goes with --from PATH --out RUN')
+    if args.to in deployment.FORMATS:
+        _deploy(args, given, out)
+        return
     if args.source:
         weights = interop.read(args.source, args.format, args.drop, given, args.architecture)
         print(f'read     {args.source} ({weights.meta["format"]})')

@@ -27,7 +27,7 @@ LAYERS = [
     {'build'},
     {'pretrained', 'ledger', 'explain', 'journal', 'training_loop'},
     {'inspection'},
-    {'sweeps', 'predictor'},
+    {'sweeps', 'predictor', 'deployment'},
     {
         'train',
         'transfer',
@@ -65,6 +65,8 @@ ONLY_IN = {
     'pyarrow': {'data/sources/arrow.py', 'predict.py'},
     'simplejpeg': {'data/decode.py', 'data/transforms/pixels.py'},
     'av': {'data/transforms/video.py'},
+    'onnx': {'deployment/graph.py', 'deployment/operators.py', 'deployment/writer.py'},
+    'onnxruntime': {'deployment/writer.py'},
     'torch': set(),
     'safetensors': {'interop/files.py'},
     'huggingface_hub': {'interop/hub.py'},

@@ -293,13 +293,14 @@ class LoadedModel:
         return np.asarray(weights, np.float32)[:, 0]
 
 
-def load(path: str, part: str | None = None) -> LoadedModel:
+def load(path: str, part: str | None = None, key: str = 'WORKDIR') -> LoadedModel:
     """Load a checkpoint of ours or weights of another codebase.
 
     Args:
       path: a workdir (its newest checkpoint), a `checkpoints/STEP` folder, or a foreign file or
         folder.
       part: 'params' or 'ema' of a checkpoint of ours; by default 'ema' if it was saved.
+      key: what the user gave the path as, for messages.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
@@ -309,7 +310,7 @@ def load(path: str, part: str | None = None) -> LoadedModel:
         if part is not None:
             raise UserError(f'{path}: --which is for checkpoints of ours; this has one set only')
         return LoadedModel(path, weights.params, foreign_weights=weights)
-    workdir, step = checkpoint.locate(path, 'WORKDIR')
+    workdir, step = checkpoint.locate(path, key)
     sidecar = checkpoint.read_sidecar(workdir, step)
     part = part or checkpoint.scored_part(sidecar)
     params, _ = checkpoint.load_params(workdir, step, part)

@@ -103,7 +103,7 @@ class Body(nn.Module):
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
         style, stream = self.encoder.style, self.stream
         x, mask, rotation = tokens.x, tokens.mask, tokens.rotation
-        before = self._prefix(x.shape[0])
+        before = self._prefix(x)
         length = 0 if before is None else before.shape[1]
         if before is not None:
             x = jnp.concatenate([before, x], axis=1)
@@ -127,7 +127,9 @@ class Body(nn.Module):
             name='Transformer',
         )(x, not train, context)
 
-    def _prefix(self, batch: int) -> Float[Array, 'batch prefix width'] | None:
+    def _prefix(
+        self, tokens: Float[Array, 'batch tokens width']
+    ) -> Float[Array, 'batch prefix width'] | None:
         """The class token and the registers, with what positions they have."""
         width, found = self.encoder.width, []
         if self.prefix.class_token or self.head.pool in OF_CLASS_TOKEN:
@@ -144,7 +146,7 @@ class Body(nn.Module):
             placed = table[:, : stream.posemb_prefix]
             x = x + jnp.pad(placed, ((0, 0), (0, x.shape[1] - stream.posemb_prefix), (0, 0)))
         x = x.astype(self.encoder.style.dtype)
-        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+        return jnp.broadcast_to(x, (tokens.shape[0], *x.shape[1:]))
 
 
 class Pooling(nn.Module):
