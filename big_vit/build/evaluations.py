@@ -87,7 +87,7 @@ def _evaluation(
         return extractor.compute(key, split, embedding, params, shared)
 
     def as_split(sentences: list[str]) -> Split:
-        return _split(parts, text_data(config, parts.data, sentences, key))
+        return _split(parts, text_data(config, sentences, key))
 
     return Evaluation(
         key=key,

@@ -31,6 +31,9 @@ MOST_PIXELS = 1 << 27
 # Bytes. The attention weights of one image are held in memory all at once.
 MOST_ATTENTION = 1 << 32
 
+# Shape and type of each part that a model reads, without the batch.
+Inputs = dict[str, tuple[tuple[int, ...], Any]]
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -109,24 +112,31 @@ class LoadedModel:
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         return self._build({'model.dtype': 'float32', 'model.attention': 'xla'}, mesh)
 
-    def scoring_model(self, mesh: jax.sharding.Mesh) -> ViT:
-        """Return the model for the devices of a mesh, in its own types, as evaluations use it."""
-        return self._build({}, mesh)
+    def scoring_model(self, mesh: jax.sharding.Mesh, inputs: Inputs) -> Any:
+        """Return the model for the devices of a mesh, in its own types, as evaluations use it.
 
-    def _build(self, changes: dict[str, Any], mesh: jax.sharding.Mesh) -> ViT:
+        Raises:
+          UserError: the parameters do not match the config, or the inputs.
+        """
+        return self._build({}, mesh, inputs)
+
+    def _build(
+        self, changes: dict[str, Any], mesh: jax.sharding.Mesh, inputs: Inputs | None = None
+    ) -> Any:
         if self.config is None:
             assert self.foreign_weights is not None
             settings = {**self.foreign_weights.settings, 'dtype': jnp.float32, 'scan': False}
             return make_vit(**settings)
         config = self.config.replacing({'model.remat': 'none', **changes})
-        if parts_read(config) != ('image',) or list(config.streams):
-            reads = ', '.join(parts_read(config))
-            raise UserError(f'{self.path}: its model reads {reads}, not one image')
+        if inputs is None:
+            if parts_read(config) != ('image',) or list(config.streams):
+                reads = ', '.join(parts_read(config))
+                raise UserError(f'{self.path}: its model reads {reads}, not one image')
+            inputs = {'image': ((*self.image_size, self.channels), np.dtype(np.uint8))}
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
-        shape = (*self.image_size, self.channels)
-        model = build_model(config, classes, {'image': shape}, mesh)
-        inputs: state.Inputs = {'image': (shape, np.dtype(np.uint8))}
+        shapes = {name: shape for name, (shape, _) in inputs.items()}
+        model = build_model(config, classes, shapes, mesh)
         checkpoint.check_params(self.params, state.abstract_params(model, inputs), self.path)
         return build_task(config.task).trunk(model)
 

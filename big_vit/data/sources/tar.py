@@ -135,10 +135,23 @@ def tar(
             in_memory=False,
             class_names=classes.names,
             labels=lambda: labels,
-            where=lambda i: f'{shards[shard[i]]} at byte {offset[i]:,} ({size[i]:,} bytes)',
+            where=lambda i: _place(shards[shard[i]], int(offset[i]), int(size[i])),
         )
 
     return cut(title, splits, open_split, request)
+
+
+def _place(shard: files.Place, offset: int, size: int) -> str:
+    """Return the shard and the name of a member, of which the header says 100 bytes at most.
+
+    That of a remote shard would be a request of its own for each, so there it is the offset.
+    """
+    name = b''
+    if shard.is_local:
+        name = files.read_range(shard, offset - 512, 100).rstrip(b'\0')
+    if name and len(name) < 100:
+        return f'{shard}: {name.decode("utf-8", "surrogateescape")}'
+    return f'{shard} at byte {offset:,} ({size:,} bytes)'
 
 
 def _examples(index: Index, where: str, key: str) -> tuple[str, slice | np.ndarray]:
