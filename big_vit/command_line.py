@@ -214,6 +214,11 @@ def evaluate() -> argparse.ArgumentParser:
         help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
+    parser.add_argument(
+        '--per-class',
+        metavar='FILE',
+        help='write precision, recall and F1 of each class there: .csv, or .json with confusions',
+    )
     _add_distributed(parser)
     return parser
 

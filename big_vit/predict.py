@@ -91,7 +91,9 @@ def _files_below(folder: files.Place, kind: str) -> Iterator[str]:
         else:
             left_out.add(entry.name)
     if not taken:
-        raise UserError(f'{folder}: has no {NOUNS[kind]}' + (f'; {left_out}' if str(left_out) else ''))
+        raise UserError(
+            f'{folder}: has no {NOUNS[kind]}' + (f'; {left_out}' if str(left_out) else '')
+        )
     if str(left_out):
         print(f'{folder}: {left_out}', file=sys.stderr)
 

@@ -220,12 +220,7 @@ class Predictor:
         return self._steps[key]
 
     def _make_step(self, data: Data) -> Any:
-        inputs = dict(data.inputs)
-        config = self._loaded.config
-        if self._pairs and config is not None:  # Parameters are those of both streams.
-            for other in (build_data.text_data(config, ['a'], self.name), data):
-                inputs |= other.inputs
-        model = self._loaded.scoring_model(self._mesh, inputs)
+        model = self._loaded.scoring_model(self._mesh, data.inputs)
         if any(stream.tokenizer == 'ragged' for stream in model.streams):
             raise UserError(
                 f'{self.name}: its model reads several images packed together, and answers are '
@@ -458,10 +453,12 @@ def _reads(loaded: LoadedModel, pairs: bool) -> tuple[str, ...]:
 
 def _kinds(transform: transforms.Transform, reads: tuple[str, ...]) -> tuple[str, ...]:
     """Return the columns of a source that a transform makes the parts of a batch of."""
-    kinds = [kind for kind, known in _KINDS.items() if not known.keys().isdisjoint(transform.names)]
-    if not {'audio', 'video'} & {*kinds} and not {*reads} <= {'tokens'}:
-        kinds.insert(0, 'image')
-    return tuple(kinds)
+    made = {kind for kind, known in _KINDS.items() if not known.keys().isdisjoint(transform.names)}
+    parts = {'video': 'video', 'tokens': 'text'}
+    made |= {parts[part] for part in reads if part in parts}
+    if not made & {'audio', 'video'} and not {*reads} <= parts.keys():
+        made.add('image')  # What is no sound's and no video's.
+    return tuple(kind for kind in NOUNS if kind in made)
 
 
 def _preparation(loaded: LoadedModel) -> tuple[str, tuple[tuple[str, Any], ...]]:

@@ -133,9 +133,7 @@ def test_tables_say_the_same(shapes, model, tmp_path):
             assert float(likely) == pytest.approx(answer[0][1], abs=1e-5)
 
 
-def test_features_of_a_folder_go_on_where_they_stopped(
-    shapes, model, tmp_path, capsys
-):
+def test_features_of_a_folder_go_on_where_they_stopped(shapes, model, tmp_path, capsys):
     workdir, data = shapes
     paths = pictures_of(data)
     wanted = model.embed(paths)
@@ -258,7 +256,7 @@ def test_data_of_any_source_is_asked_about_as_files_are(shapes, model, tmp_path,
 
 def test_bad_files_in_any_number_are_named_and_the_rest_answered(shapes, model, tmp_path, capsys):
     """Files with an intact header too, in a row longer than an evaluation would look past."""
-    workdir, data = shapes
+    _, data = shapes
     good = pictures_of(data)[:2]
     for i in range(40):
         (tmp_path / f'{i:02d}.jpg').write_bytes(Path(good[0]).read_bytes()[:400])
@@ -298,7 +296,10 @@ def test_a_peers_weights_answer_as_ours(tmp_path):
         (['DATA', '--out', 'x.txt'], '--out x.txt: the name ends in .csv, .jsonl, .parquet'),
         (['DATA', '--embed', 'none/x.npz'], 'there is no folder none'),
         (['DATA', '--transform', 'resize_(3)'], 'resize'),
-        (['DATA', '--config.lr=1'], 'predict reads the config of the run, and of what is given only data'),
+        (
+            ['DATA', '--config.lr=1'],
+            'predict reads the config of the run, and of what is given only data',
+        ),
     ],
 )
 def test_mistakes_are_one_line(shapes, tmp_path, words, message):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import overrides
@@ -60,13 +61,14 @@ def test_texts_are_given_as_they_are_or_as_files(tmp_path, capsys):
     paths = [tmp_path / f'{i}.txt' for i in range(3)]
     np.testing.assert_allclose(model(paths), wanted, atol=1e-6)
     assert np.ptp(wanted, axis=0).max() > 1e-6  # Different texts get different answers.
+    capsys.readouterr()
     predict.main([str(tmp_path / 'run'), *map(str, paths), '--top', '1'])
     best = [model.class_names[row.argmax()] for row in wanted]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[1].rsplit(' ', 1)[0] for line in lines] == best
     with pytest.raises(UserError, match='the model takes text: give paths or texts, not ndarray'):
         model([np.zeros((8, 8, 3), np.uint8)])
-    with pytest.raises(UserError, match='x.jpg: is image, and the model takes text'):
+    with pytest.raises(UserError, match=r'x\.jpg: is image, and the model takes text'):
         model([Path('x.jpg')])
 
 
@@ -92,13 +94,16 @@ def test_a_model_of_pictures_and_words_chooses_among_names(tmp_path):
         model.predict([np.zeros((32, 32, 3), np.uint8)])
     assert model.config is not None
     source = asked_data(config.override(model.config, [('data.split', 'test[:20]')]))
-    named = model.with_classes([name for name in source.class_names if name])
+    prompts = ('a {}', 'a picture of a {}')
+    named = model.with_classes([name for name in source.class_names if name], prompts)
     answers = list(named.answers(source, {}))
     likely = np.concatenate([some.probabilities for some in answers])
     features = np.concatenate([some.features for some in answers])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     # By hand: cosines with the vectors of the words, at the scale that was learned.
-    words = model.embed_text([n.replace('_', ' ') for n in named.class_names])
+    texts = [p.format(n.replace('_', ' ')) for n in named.class_names for p in prompts]
+    words = model.embed_text(texts).reshape(len(named.class_names), 2, -1).mean(1)
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
     logits = np.exp(float(model.params['logit_scale'])) * features @ words.T
     wanted = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose(likely, wanted / wanted.sum(1, keepdims=True), atol=1e-4)
@@ -155,12 +160,12 @@ def test_masked_autoencoders_embed_by_their_trunk(tmp_path):
     settings = config.resolve(settings)
     train.run(settings, tmp_path / 'run')
     model = big_vit.load(tmp_path / 'run')
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     parts = build_experiment(settings)
     trunk = parts.task.trunk(parts.model)
     with jax.set_mesh(parts.mesh):
         image = pixels.astype(np.float32) * (2 / 255) - 1
-        _, extra = trunk.apply({'params': model.params}, image)
+        _, extra = trunk.apply({'params': model.params}, jnp.asarray(image))
     mine = big_vit.load(tmp_path / 'run', transform='normalize()').embed(list(pixels))
     np.testing.assert_allclose(mine, extra['pre_logits'], atol=1e-5)
     with pytest.raises(UserError, match=r'no head that tells classes; ask for its features'):
