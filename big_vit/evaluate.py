@@ -73,9 +73,11 @@ def judge(workdir: Path, step: int, seconds: float) -> Answered:
     config, load, known = _of_run(workdir, step, ())
     kinds = {name: completed_section(config, 'evals', name).type for name in config.evals}
     others = [name for name, kind in kinds.items() if not requirements(kind).head_top1]
-    config = config.without(*(f'evals.{name}' for name in others))
-    if not list(config.evals):
+    if len(others) == len(kinds):
         return {}
+    config = config.without(*(f'evals.{name}.' for name in others))
+    if config.data.cache in ('auto', 'decoded'):  # To fill a cache would take longer.
+        config = config.replacing({'data.cache': 'none'})
     with _opened(config, load, known) as (parts, params):
         judges = build_judges(config, parts, seconds)
         return {name: judge(params) for name, judge in judges.items()}

@@ -166,7 +166,7 @@ def test_masked_autoencoders_embed_by_their_trunk(tmp_path):
     with jax.set_mesh(parts.mesh):
         image = pixels.astype(np.float32) * (2 / 255) - 1
         _, extra = trunk.apply({'params': model.params}, jnp.asarray(image))
-    mine = big_vit.load(tmp_path / 'run', transform='normalize()').embed(list(pixels))
+    mine = big_vit.load(tmp_path / 'run', transform='resize(size)').embed(list(pixels))
     np.testing.assert_allclose(mine, extra['pre_logits'], atol=1e-5)
     with pytest.raises(UserError, match=r'no head that tells classes; ask for its features'):
         model(list(pixels))

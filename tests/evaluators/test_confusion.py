@@ -65,9 +65,10 @@ def trained(tmp_path_factory):
     return root / 'run', data
 
 
+@pytest.mark.slow
 def test_a_judge_says_what_the_model_answers_and_the_evaluation_scores(trained):
     workdir, data = trained
-    answered = {}
+    answered: dict = {}
     scores = evaluate.run(workdir, 8, answered=answered)['test']
     judged, opened = answered['test']
     assert judged.accuracy == pytest.approx(scores['top1'])
@@ -78,13 +79,14 @@ def test_a_judge_says_what_the_model_answers_and_the_evaluation_scores(trained):
     np.testing.assert_array_equal(judged.predicted, likely.argmax(1))
     np.testing.assert_allclose(judged.likely, likely.max(1), atol=1e-4)
     assert [opened.source.place(row) for row in judged.rows.tolist()] == paths
-    some, shuffled = evaluate.judge(workdir, 8, seconds=0)['test']
+    some, shuffled = evaluate.judge(workdir, 8, seconds=0.0)['test']
     assert some.seen == 16  # A batch.
     for row, label, predicted in zip(some.rows, some.labels, some.predicted, strict=True):
         place = paths.index(shuffled.source.place(int(row)))
         assert (judged.labels[place], judged.predicted[place]) == (label, predicted)
 
 
+@pytest.mark.slow
 def test_a_subset_competes_alone(trained):
     workdir, _ = trained
     answered = {}
@@ -95,6 +97,7 @@ def test_a_subset_competes_alone(trained):
     assert judged.accuracy == pytest.approx(scores['top1'])
 
 
+@pytest.mark.slow
 def test_evaluate_writes_figures_of_each_class(trained, tmp_path, capsys):
     workdir, _ = trained
     evaluate.main(['--checkpoint', str(workdir), '--per-class', str(tmp_path / 'a.csv')])
@@ -110,12 +113,13 @@ def test_evaluate_writes_figures_of_each_class(trained, tmp_path, capsys):
     assert sum(pair['times'] for pair in tree['confused']) == wrong
 
 
+@pytest.mark.slow
 def test_what_has_no_figures_says_so(trained, tmp_path):
     workdir, _ = trained
     command = ['evaluate', '--checkpoint', workdir, '--per-class']
     line = error_line(run(*command, tmp_path / 'a.txt'))
     assert 'a.txt: name a .csv or .json file in a folder that is there' in line
-    overrides = [('evals.test.transform', 'resize(size) | normalize() | multihot(3)')]
+    overrides = [('evals.test.transform', 'resize(size) | multihot(3) | normalize()')]
     answered = {}
     evaluate.run(workdir, 8, overrides, answered)  # One class each, as vectors.
     assert answered['test'][0].seen == 30
