@@ -56,7 +56,8 @@ def contenders(
     evaluator = build_evaluators(config, parts)['test']
     train.run(config, workdir)
     model = predictor.load(workdir, batch_size=batch_size)
-    source, passes = model.source(loader.files_of(folder)), itertools.count()
+    asked = model.asked(loader.files_of(folder), skip_bad=True)
+    passes = itertools.count()
 
     def evaluation() -> None:
         with jax.set_mesh(parts.mesh):
@@ -64,11 +65,11 @@ def contenders(
 
     def write(flag: str, tabulate: Callable[..., Any]) -> None:
         out = workdir / f'out{next(passes)}'
-        predict.write(source, out, flag, {'rows': 1 << 14}, tabulate)
+        predict.write(asked, out, flag, {'rows': 1 << 14}, tabulate)
 
     return {
         'evaluation': evaluation,
-        'model.answers': lambda: list(model.answers(source, {})),
+        'model.answers': lambda: list(model.answers(asked, {})),
         'predict --out': lambda: write('--out', partial(predict.classes_of, model, top=5)),
         'predict --embed': lambda: write('--embed', partial(predict.features_of, model)),
     }

@@ -33,12 +33,12 @@ from big_vit import config as config_lib
 from big_vit import interop, predictor, runtime, storage
 from big_vit.build.data import asked_data
 from big_vit.data import files
-from big_vit.data.sources.base import Source, select
+from big_vit.data.sources.base import Source
 from big_vit.data.sources.media import LeftOut, Names, sniffed_kind
 from big_vit.distributed import hosts
 from big_vit.errors import UserError, printable
 from big_vit.interop.files import replacing
-from big_vit.predictor import NOUNS, Predictor, Unread
+from big_vit.predictor import NOUNS, Asked, Predictor, Unread
 from big_vit.pretrained.load import config_of_weights
 
 _TABLES, _FEATURES = ('.csv', '.jsonl', '.parquet'), ('.npz', '.npy', '.parquet')
@@ -111,7 +111,7 @@ class _Files(Sequence[Path]):
         return Path(self._names[index]) if '://' not in self._names[index] else self._names[index]
 
 
-def asked(model: Predictor, words: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Source:
+def named(model: Predictor, words: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Source:
     """Open what a command line asks about: files, or data as the config names it.
 
     Raises:
@@ -155,20 +155,21 @@ def _name(source: Source, row: int) -> str:
 
 
 def class_rows(
-    model: Predictor, source: Source, unread: Unread, top: int
+    model: Predictor, asked: Asked, unread: Unread, top: int
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """Yield for each example its place, and its most probable classes with probabilities."""
-    for answers in model.answers(source, unread):
+    source = asked.data.source
+    for answers in model.answers(asked, unread):
         assert answers.probabilities is not None
         for row, likely in zip(answers.rows.tolist(), answers.probabilities, strict=True):
             yield _name(source, row), model.ranked(likely, top)
 
 
-def classes_of(model: Predictor, source: Source, unread: Unread, top: int) -> Any:
+def classes_of(model: Predictor, asked: Asked, unread: Unread, top: int) -> Any:
     """Tabulate `class_rows` as a table of Arrow."""
     import pyarrow
 
-    rows = list(class_rows(model, source, unread, top))
+    rows = list(class_rows(model, asked, unread, top))
     names = [[name for name, _ in best] for _, best in rows]
     likely = [[round(p, 6) for _, p in best] for _, best in rows]
     return pyarrow.table(
@@ -180,12 +181,13 @@ def classes_of(model: Predictor, source: Source, unread: Unread, top: int) -> An
     )
 
 
-def features_of(model: Predictor, source: Source, unread: Unread) -> Any:
+def features_of(model: Predictor, asked: Asked, unread: Unread) -> Any:
     """Tabulate places and feature vectors, float32, as a table of Arrow."""
     import pyarrow
 
-    answers = list(model.answers(source, unread))
+    answers = list(model.answers(asked, unread))
     vectors = np.concatenate([some.features for some in answers])
+    source = asked.data.source
     places = [_name(source, row) for some in answers for row in some.rows.tolist()]
     flat = pyarrow.array(vectors.reshape(-1))
     column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
@@ -195,7 +197,7 @@ def features_of(model: Predictor, source: Source, unread: Unread) -> Any:
 # What is written.
 
 
-def write(source: Source, out: Path, flag: str, about: Row, tabulate: Callable[..., Any]) -> Row:
+def write(asked: Asked, out: Path, flag: str, about: Row, tabulate: Callable[..., Any]) -> Row:
     """Write a table of all examples: parts in a folder, or one file made of them.
 
     Parts are written at once or not at all, and those that are there are kept, so that the same
@@ -205,7 +207,7 @@ def write(source: Source, out: Path, flag: str, about: Row, tabulate: Callable[.
       out: a folder, or a file with the suffix of its format.
       flag: that named it, for messages.
       about: what the rows are of.
-      tabulate: (source, unread) -> table of Arrow.
+      tabulate: (part of what is asked, unread) -> table of Arrow.
 
     Returns:
       {place: why} of the examples that could not be read.
@@ -216,7 +218,8 @@ def write(source: Source, out: Path, flag: str, about: Row, tabulate: Callable[.
     is_file = out.suffix != ''
     folder = out.with_name(f'.{out.name}.parts') if is_file else out
     hosts.lead(lambda: _claim(folder, f'{flag} {out}', about))
-    count = -(-source.length // about['rows'])
+    length, rows = asked.data.source.length, about['rows']
+    count = -(-length // rows)
     parts = [folder / f'part-{number:05d}-of-{count:05d}.parquet' for number in range(count)]
     done = sum(part.exists() for part in parts)
     first = jax.process_index() == 0
@@ -224,7 +227,7 @@ def write(source: Source, out: Path, flag: str, about: Row, tabulate: Callable[.
         print(f'{flag[2:]:8}{folder}: {done:,} of {count:,} parts are there', flush=True)
     for number in range(jax.process_index(), count, jax.process_count()):
         if not parts[number].exists():
-            _write_part(source, parts[number], number * about['rows'], about['rows'], tabulate)
+            _write_part(asked.part(number * rows, rows), parts[number], tabulate)
             if not is_file or count > 1:
                 print(f'{flag[2:]:8}{parts[number].name}', flush=True)
     hosts.gather('written')
@@ -235,8 +238,7 @@ def write(source: Source, out: Path, flag: str, about: Row, tabulate: Callable[.
     if is_file:
         hosts.lead(lambda: _join(parts, out))
     if first:
-        rows = source.length - len(unread)
-        print(f'wrote   {out}: {rows:,} rows', flush=True)
+        print(f'wrote   {out}: {length - len(unread):,} rows', flush=True)
     return unread
 
 
@@ -257,14 +259,11 @@ def _claim(folder: Path, shown: str, about: Row) -> None:
     interop.files.write_json(note, about)
 
 
-def _write_part(
-    source: Source, part: Path, start: int, rows: int, tabulate: Callable[..., Any]
-) -> None:
+def _write_part(asked: Asked, part: Path, tabulate: Callable[..., Any]) -> None:
     import pyarrow.parquet
 
-    some = select(source, min(rows, source.length - start), lambda row: row + start)
     unread: Unread = {}
-    table = tabulate(some, unread)
+    table, some = tabulate(asked, unread), asked.data.source
     bad = json.dumps([(_name(some, row), why) for row, why in sorted(unread.items())])
     table = table.replace_schema_metadata({_OURS: bad.encode()})
     with replacing(part) as partial:
@@ -412,10 +411,11 @@ def run(args: Any, overrides: Sequence[tuple[str, str]], out: Path | None) -> No
         model = model.with_classes(_classes(args.classes), args.prompts or ['{}'])
     if not args.embed:
         model.require_classes()
-    source = asked(model, args.pictures, overrides)
+    source = named(model, args.pictures, overrides)
+    asked = model.asked(source, skip_bad=True)
     if out is None:
         unread: Unread = {}
-        for place, best in class_rows(model, source, unread, args.top):
+        for place, best in class_rows(model, asked, unread, args.top):
             shown = '  '.join(f'{name} {likely:.1%}' for name, likely in best)
             print(printable(f'{place}  {shown}'), flush=True)
         places = {_name(source, row): why for row, why in sorted(unread.items())}
@@ -431,7 +431,7 @@ def run(args: Any, overrides: Sequence[tuple[str, str]], out: Path | None) -> No
         about |= {'top': args.top, 'classes': names}
         tabulate = functools.partial(classes_of, model, top=args.top)
     flag = '--embed' if args.embed else '--out'
-    unread_places = write(source, out, flag, about, tabulate)
+    unread_places = write(asked, out, flag, about, tabulate)
     if jax.process_index() == 0:
         tell_unread(unread_places, source.length, model.noun)
 

@@ -75,6 +75,23 @@ class Answers(NamedTuple):
     probabilities: Float[np.ndarray, 'examples classes'] | None
 
 
+class Asked(NamedTuple):
+    """Examples with what prepares them, from `Predictor.asked`.
+
+    Attributes:
+      blank: stands for those that cannot be read; None if that is an error.
+    """
+
+    data: Data
+    blank: Columns | None
+
+    def part(self, start: int, rows: int) -> 'Asked':
+        """Return at most so many examples, from `start` on."""
+        source = self.data.source
+        source = select(source, min(rows, source.length - start), lambda row: row + start)
+        return self._replace(data=self.data._replace(source=source))
+
+
 def load(
     path: str | Path,
     *,
@@ -210,7 +227,9 @@ class Predictor:
                 'one of words'
             )
         data = build_data.text_data(config, list(texts), self.name)
-        return np.concatenate([answers.features for answers in self._answers(data, None)])
+        return np.concatenate(
+            [answers.features for answers in self._answers(Asked(data, None), None)]
+        )
 
     def _step(self, data: Data) -> Any:
         """Jit (params, batch) -> (mask, features, probabilities or None), for inputs of a shape."""
@@ -271,32 +290,57 @@ class Predictor:
         """
         return _source(given, self.kinds, self._channels())
 
+    def asked(self, examples: Source | Sequence[Given], skip_bad: bool = False) -> Asked:
+        """Return examples with what prepares them, tried on the first that can be read.
+
+        Args:
+          examples: a source, whose labels are not read, or what `source` takes.
+          skip_bad: whether some may be unreadable.
+
+        Raises:
+          UserError: none can be read (the first, without `skip_bad`), or they do not fit the model.
+        """
+        source = examples if isinstance(examples, Source) else self.source(examples)
+        source, first = _opened(source, self.kinds), None
+        for row in range(source.length if skip_bad else 1):
+            try:
+                data = self._fitting(source, row)
+                blank = pipeline.load(source, data.transform, np.array([row]), 0, 0)
+            except _Unreadable as error:
+                first = first or error
+                continue
+            return Asked(data, blank if skip_bad else None)
+        if first is None:
+            raise UserError(f'{source.name}: has no examples')
+        several = skip_bad and source.length > 1
+        raise UserError(
+            f'none of {source.length:,} {self.noun} can be read, {first}' if several else str(first)
+        )
+
     def answers(
-        self, examples: Source | Sequence[Given], unread: Unread | None = None
+        self, examples: Asked | Source | Sequence[Given], unread: Unread | None = None
     ) -> Iterator[Answers]:
         """Yield what the model says of examples, batch by batch, in order.
 
         Args:
-          examples: a source, whose labels are not read, or what `source` takes.
+          examples: as for `asked`, or what that returned.
           unread: gets those that cannot be read, which are left out; None for an error.
 
         Raises:
-          UserError: an example cannot be read (with `unread`: none can), or does not fit the model.
+          UserError: as `asked`; without `unread`, for any example.
         """
-        source = examples if isinstance(examples, Source) else self.source(examples)
-        if not source.length:
-            return
-        source = _opened(source, self.kinds)
-        first, blank = (0, None) if unread is None else self._first_intact(source)
-        data = self._fitting(source, first)
-        yield from self._answers(data, unread, blank)
+        if isinstance(examples, Asked):
+            yield from self._answers(examples, unread)
+        elif isinstance(examples, Source) or len(examples):
+            yield from self._answers(self.asked(examples, unread is not None), unread)
 
-    def _answers(
-        self, data: Data, unread: Unread | None, blank: Columns | None = None
-    ) -> Iterator[Answers]:
+    def _answers(self, asked: Asked, unread: Unread | None) -> Iterator[Answers]:
         """Yield answers, at most three batches behind the loader, which works ahead."""
+        data, blank = asked
         devices, where = self._mesh.size, sharding.batch_sharding(self._mesh)
-        size = math.ceil(min(self._batch_size, data.source.length) / devices) * devices
+        # Few sizes, as each is compiled.
+        size = min(self._batch_size, 1 << (data.source.length - 1).bit_length())
+        size = math.ceil(size / devices) * devices
 
         def instead(row: int, error: Exception) -> Columns:
             if unread is None or blank is None:
@@ -337,25 +381,6 @@ class Predictor:
                     yield fetch()
         while waiting:
             yield fetch()
-
-    def _first_intact(self, source: Source) -> tuple[int, Columns]:
-        """Return the first example that can be read, transformed, and its row.
-
-        Raises:
-          UserError: none can.
-        """
-        first: Exception | None = None
-        for row in range(source.length):
-            try:
-                data = self._fitting(source, row)
-                columns = pipeline.load(data.source, data.transform, np.array([row]), 0, 0)
-            except _Unreadable as error:
-                first = first or error
-                continue
-            return row, columns
-        why = str(first)
-        count = source.length
-        raise UserError(why if count == 1 else f'none of {count:,} {self.noun} can be read, {why}')
 
     def _channels(self) -> int:
         text = self._host_text

@@ -107,8 +107,11 @@ def test_many_broken_pictures_in_a_row_do_not_end_it(shapes, model, tmp_path, ca
     (row,) = (json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines())
     assert row['file'].endswith('50.jpg')
     np.testing.assert_allclose(row['probabilities'], np.sort(model([good])[0])[::-1], atol=1e-5)
+    out = tmp_path / 'parts'  # Of which most have no picture that can be read.
+    predict.main([str(workdir), str(tmp_path), '--embed', str(out), '--rows', '10'])
+    assert [pq.read_table(part).num_rows for part in sorted(out.glob('p*'))] == [0, 0, 0, 0, 1]
     said = capsys.readouterr().err
-    assert said.count('not an image') == 20 and '40 of 41 pictures cannot be read' in said
+    assert said.count('not an image') == 40 and '40 of 41 pictures cannot be read' in said
 
 
 def test_tables_say_the_same(shapes, model, tmp_path):
@@ -271,7 +274,7 @@ def test_bad_files_in_any_number_are_named_and_the_rest_answered(shapes, model, 
     np.testing.assert_allclose(features, model.embed(good[::-1]), atol=1e-5)
     assert sorted([*unread, *rows]) == list(range(len(listed)))
     assert unread[len(listed) - 1] == 'No such file or directory'
-    with pytest.raises(UserError, match=r'nowhere.jpg: No such file or directory$'):
+    with pytest.raises(UserError, match=r'nowhere\.jpg: No such file or directory$'):
         model.embed([good[0], str(tmp_path / 'nowhere.jpg')])
 
 

@@ -35,7 +35,7 @@ def trained(name, workdir, *changes, evals=('test',)):
     [
         pytest.param('orbit', ('video',), marks=slow),
         pytest.param('tones', ('audio',), marks=slow),
-        ('phrases', ('text',)),
+        pytest.param('phrases', ('text',), marks=slow),
         pytest.param('quiz', ('image', 'text'), marks=slow),
     ],
 )
