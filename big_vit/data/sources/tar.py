@@ -142,15 +142,18 @@ def tar(
 
 
 def _place(shard: files.Place, offset: int, size: int) -> str:
-    """Return the shard and the name of a member, of which the header says 100 bytes at most.
+    """Return the shard and the name of a member, or its offset where the header has it not whole.
 
-    That of a remote shard would be a request of its own for each, so there it is the offset.
+    The header of a member in a remote shard would be a request of its own.
     """
-    name = b''
     if shard.is_local:
-        name = files.read_range(shard, offset - 512, 100).rstrip(b'\0')
-    if name and len(name) < 100:
-        return f'{shard}: {name.decode("utf-8", "surrogateescape")}'
+        header = files.read_range(shard, offset - 512, 512)
+        name, prefix = (header[i:j].partition(b'\0')[0] for i, j in ((0, 100), (345, 500)))
+        # Longer names and, from some writers, other letters than ASCII are in a block before it.
+        is_ustar = header[257:263] == b'ustar\0'
+        if name and b'?' not in name and (len(name) < 100 or (is_ustar and prefix)):
+            path = b'/'.join(part for part in (prefix if is_ustar else b'', name) if part)
+            return f'{shard}: {path.decode("utf-8", "surrogateescape")}'
     return f'{shard} at byte {offset:,} ({size:,} bytes)'
 
 
