@@ -73,6 +73,29 @@ def test_texts_are_given_as_they_are_or_as_files(tmp_path, capsys):
 
 
 @slow
+def test_sounds_are_given_as_files(tmp_path, capsys):
+    import soundfile
+
+    trained('sequences.py:task=tones', tmp_path / 'run')
+    plain = big_vit.load(tmp_path / 'run')
+    assert plain.config is not None
+    source = asked_data(config.override(plain.config, [('data.split', 'test[:3]')]))
+    sounds = source.load(np.arange(3))['audio']
+    for i, sound in enumerate(sounds):
+        soundfile.write(tmp_path / f'{i}.wav', sound, 8000, subtype='FLOAT')
+    transform = f'decode_audio(8000, {sounds.shape[1] / 8000}) | {plain.transform}'
+    model = big_vit.load(tmp_path / 'run', transform=transform)
+    paths = [tmp_path / f'{i}.wav' for i in range(3)]
+    wanted = np.concatenate([some.features for some in plain.answers(source)])
+    np.testing.assert_allclose(model.embed(paths), wanted, atol=1e-4)
+    np.testing.assert_allclose(model.embed([p.read_bytes() for p in paths]), wanted, atol=1e-4)
+    (tmp_path / 'sounds').mkdir()
+    (tmp_path / 'sounds' / 'notes.txt').write_text('a')
+    with pytest.raises(UserError, match=r'has no sounds; 1 file left out \(1 \.txt\)'):
+        predict.main([str(tmp_path / 'run'), str(tmp_path / 'sounds'), '--transform', transform])
+
+
+@slow
 def test_a_model_of_two_inputs_takes_both_or_says_so(tmp_path):
     model = big_vit.load(trained('sequences.py:task=quiz', tmp_path / 'run'))
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
