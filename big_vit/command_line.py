@@ -223,6 +223,14 @@ def evaluate() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--labels',
+        metavar='FILE',
+        help='names of the classes: one a line, or JSON: a list, {number: name}, {name: number}',
+    )
+
+
 def predict() -> argparse.ArgumentParser:
     parser = _parser(
         'predict',
@@ -274,6 +282,7 @@ def predict() -> argparse.ArgumentParser:
         metavar='N',
         help='rows of a part, which a restart makes or keeps (16384)',
     )
+    _add_labels(parser)
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
     _add_distributed(parser)
     return parser
@@ -365,6 +374,12 @@ def export() -> argparse.ArgumentParser:
         'open_clip that of the tower',
     )
     parser.add_argument('--licence', help='of the weights, as in apache-2.0')
+    parser.add_argument(
+        '--transform',
+        metavar='TEXT',
+        help='with --to: how pictures are prepared, instead of what the evaluation says',
+    )
+    _add_labels(parser)
     return parser
 
 

@@ -122,7 +122,8 @@ def run_weights(
     text = config.data.transform
     config = config.replacing({f'evals.{name}.transform': text for name in plain})
     head = pretrained.params.get('head')
-    load = initial_params(config, keep_head=True)
+    names = pretrained.class_names
+    load = initial_params(config, keep_head=True, by_name=names is None)
 
     def checked(parts: Experiment) -> Any:
         head_classes = 0 if head is None else head['kernel'].shape[-1]
@@ -139,7 +140,8 @@ def run_weights(
             )
         return load(parts)
 
-    return _scores(config, checked, answered=answered)
+    known = None if names is None else Known(len(names), names, path, or_numbers=True)
+    return _scores(config, checked, known, answered)
 
 
 def _here(saved: Config, overrides: Sequence[tuple[str, str]]) -> Config:

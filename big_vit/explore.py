@@ -14,6 +14,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.explore())
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import numpy as np
 from big_vit import checkpoint, interop, metrics, runtime, trees
 from big_vit.build.data import train_data
 from big_vit.data.sources.classes import shown
-from big_vit.errors import UserError
+from big_vit.errors import UserError, printable
 from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.inspection.plots import Picture
@@ -246,6 +247,18 @@ def save(drawings: dict[str, Callable[[], Picture | None]], folder: Path) -> lis
     return written
 
 
+def _preparation(loaded: LoadedModel) -> str:
+    """Say how the evaluation prepares pictures: its operations, and what they come to."""
+    try:
+        prepared = loaded.preparation()
+    except UserError:
+        return 'pictures: no evaluation says how they are prepared'
+    lines = [f'pictures: {prepared.text or "as they are"}']
+    with contextlib.suppress(UserError):  # There are no other words for it.
+        lines.append(f'          {prepared.preprocessing(loaded.image_size, loaded.channels)}')
+    return '\n'.join(map(printable, lines))
+
+
 def show(loaded: LoadedModel) -> None:
     """Print the parameter table and, for a checkpoint of ours, the config and the history."""
     print(loaded.path)
@@ -257,7 +270,8 @@ def show(loaded: LoadedModel) -> None:
     print(', '.join(f'{name} {version}' for name, version in versions))
     averaged = ' (averaged ones)' if loaded.part == 'ema' else ''
     if (names := checkpoint.class_names(loaded.sidecar)) is not None:
-        print(f'{len(names)} classes: {shown(names, 100)}')
+        print(printable(f'{len(names)} classes: {shown(names, 10)}'))
+    print(_preparation(loaded))
     print(f'\nparameters{averaged}\n{parameter_table(loaded.params)}\n\nconfig\n------')
     for key, value in loaded.settings().items():
         print(f'{key} = {value!r}')

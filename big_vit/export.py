@@ -11,6 +11,7 @@ if __name__ == '__main__':  # Before the slow imports.
 
 import ast
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ import jax
 
 from big_vit import checkpoint, interop, runtime, sharding, storage, trees
 from big_vit import config as config_lib
+from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
 from big_vit.build.model import build_model
 from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.data import transforms
+from big_vit.data.transforms import Transform
 from big_vit.errors import UserError
-from big_vit.interop import Weights, fit
+from big_vit.interop import Weights, class_names, fit, google, pictures
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
 from big_vit.pretrained.load import config_of_weights, image_normalisation, task_parameters
@@ -57,14 +61,19 @@ def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def from_checkpoint(path: str, which: str | None = None) -> Weights:
+def from_checkpoint(
+    path: str, which: str | None = None, *, to: str | None = None, transform: str | None = None
+) -> Weights:
     """Load the parameters of a checkpoint with the settings and metadata from its config.
 
     Args:
       which: 'params' or 'ema'; by default 'ema' if it was saved.
+      to: the format that this is for, whose config must be able to say how pictures are prepared.
+      transform: how they are, instead of what the evaluation of the run says.
 
     Raises:
-      UserError: there is no checkpoint, or its model reads something else than one image.
+      UserError: there is no checkpoint, its model reads something else than one image, or
+        pictures are prepared in a way that other codebases have no words for.
     """
     workdir, step = checkpoint.locate(path, '--checkpoint')
     sidecar = checkpoint.read_sidecar(workdir, step)
@@ -90,8 +99,44 @@ def from_checkpoint(path: str, which: str | None = None) -> Weights:
     meta = json.loads(known.read_text()) if known.exists() else {}
     mean, std = image_normalisation(config, channels)
     meta |= {'image_size': tuple(config.image_size), 'channels': channels}
-    meta |= {'mean': mean, 'std': std}
+    meta |= {'mean': mean, 'std': std, 'multi_label': task.logits_loss == 'sigmoid' or None}
+    names = checkpoint.class_names(sidecar)
+    meta |= {'class_names': names if names and len(names) == classes else None}
+    prepared = evaluation_transform(config, path, transform)
+    if prepared is not None:
+        meta |= _preparation(prepared, config.image_size, channels, to)
+    elif to not in (None, *google.FORMATS) and not known.exists():
+        print(
+            f'WARNING: {path}: its config has no evaluation that says how pictures are prepared: '
+            '--transform TEXT does',
+            file=sys.stderr,
+        )
     return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
+
+
+def _preparation(
+    prepared: Transform, size: tuple[int, int], channels: int, to: str | None
+) -> dict[str, Any]:
+    """Return a transform in words of other codebases, and print what these cannot say.
+
+    Args:
+      to: the format that must have words for it; None for none.
+    """
+    try:
+        preprocessing = prepared.preprocessing(size, channels)
+        words = pictures.words(preprocessing, prepared.key)
+    except UserError as error:
+        if to in (None, *google.FORMATS):  # These say nothing of pictures.
+            return {}
+        raise UserError(
+            f'--to {to}: {error}; --transform TEXT says what is written instead, as in '
+            "'resize(size)'"
+        ) from None
+    if to not in (None, *google.FORMATS):
+        print(f'pictures {preprocessing}')
+        for line in pictures.remarks(preprocessing):
+            print(f'         {line}')
+    return words
 
 
 def to_checkpoint(
@@ -104,9 +149,17 @@ def to_checkpoint(
     """
     config = config_of_weights(weights, overrides)
     params = stack_blocks(weights.params) if config.model.scan else weights.params
-    workdir = Path(checkpoint.save_params(out, params, 0, config.to_dict()))
+    names = weights.meta.get('class_names')
+    workdir = Path(checkpoint.save_params(out, params, 0, config.to_dict(), names))
     storage.write_text(storage.place(workdir) / ORIGIN, json.dumps(weights.meta, indent=2) + '\n')
     return workdir, config
+
+
+def _add_labels(weights: Weights, labels: str | None) -> None:
+    if labels:
+        count, known = weights.settings['num_classes'], weights.meta.get('class_names')
+        names = class_names.of_file(Path(labels).expanduser(), count, known)
+        weights.meta.update({'class_names': names, 'class_descriptions': None})
 
 
 def main(argv: list[str]) -> None:
@@ -126,6 +179,16 @@ def main(argv: list[str]) -> None:
         print(f'read     {args.source} ({weights.meta["format"]})')
         if weights.meta['dropped']:
             print(f'dropped  {len(weights.meta["dropped"])} arrays')
+        if args.transform and args.to:
+            prepared = transforms.parse(
+                args.transform,
+                size=weights.meta['image_size'],
+                key='--transform',
+                device=DEVICE_OPERATIONS,
+            )
+            size, channels = weights.meta['image_size'], weights.meta['channels']
+            weights.meta.update(_preparation(prepared, size, channels, args.to))
+        _add_labels(weights, args.labels)
     if args.source and not args.to:
         if args.licence:
             weights.meta['licence'] = args.licence
@@ -137,10 +200,11 @@ def main(argv: list[str]) -> None:
     if args.source:  # From one foreign format to another.
         args.drop = []
     else:
-        weights = from_checkpoint(args.checkpoint, args.which)
+        weights = from_checkpoint(args.checkpoint, args.which, to=args.to, transform=args.transform)
         size = given.pop('image_size', weights.meta['image_size'])
         weights.meta['image_size'] = size
         weights = weights._replace(settings={**weights.settings, **given})
+        _add_labels(weights, args.labels)
     if args.licence:
         weights.meta['licence'] = args.licence
     path = interop.write(out, args.to, weights, args.drop, args.architecture)

@@ -405,7 +405,11 @@ def _digest(source: Source) -> str:
 def run(args: Any, overrides: Sequence[tuple[str, str]], out: Path | None) -> None:
     """Answer for what the command line asks about; see `main`."""
     model = predictor.load(
-        args.path, which=args.which, transform=args.transform, batch_size=args.batch_size
+        args.path,
+        which=args.which,
+        transform=args.transform,
+        batch_size=args.batch_size,
+        labels=args.labels,
     )
     if args.classes is not None:
         model = model.with_classes(_classes(args.classes), args.prompts or ['{}'])

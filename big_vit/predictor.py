@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int64
 
-from big_vit import augment, checkpoint, sharding, storage, trees
+from big_vit import sharding, storage, trees
 from big_vit.build import data as build_data
-from big_vit.build.data import DEVICE_OPERATIONS, Data, completed_section
+from big_vit.build.data import Data
 from big_vit.build.model import build_streams
 from big_vit.build.task import build_task
 from big_vit.config import Config
@@ -38,11 +38,10 @@ from big_vit.data.sources.media import kind_of, loader
 from big_vit.data.transforms import audio, text, video
 from big_vit.errors import UserError
 from big_vit.evaluators import zero_shot
-from big_vit.evaluators.registry import requirements
 from big_vit.inspection import loaded_model
 from big_vit.inspection.loaded_model import LoadedModel
+from big_vit.interop import class_names
 from big_vit.models.two_towers import MOST_SCALE
-from big_vit.pretrained.load import eval_transform_of
 from big_vit.tasks.batch import Batch, model_inputs
 from big_vit.tasks.task import Task
 
@@ -98,6 +97,7 @@ def load(
     which: str | None = None,
     transform: str | None = None,
     batch_size: int = 64,
+    labels: str | Path | None = None,
 ) -> 'Predictor':
     """Load a checkpoint of ours, or weights of another codebase, to ask it about pictures.
 
@@ -106,11 +106,13 @@ def load(
       which: 'params' or 'ema'; by default 'ema' where there is one, as evaluations do.
       transform: operations for what is given, instead of those of the run's evaluation.
       batch_size: examples that are computed at a time, over all devices of this process.
+      labels: a file with the names of the classes: one a line, or JSON (`interop.class_names`).
 
     Raises:
-      UserError: there is no such model, or its evaluations do not say how examples are prepared.
+      UserError: there is no such model, its evaluations do not say how examples are
+        prepared, or the names are not those of its classes.
     """
-    return Predictor(loaded_model.load(str(path), which), transform, batch_size)
+    return Predictor(loaded_model.load(str(path), which), transform, batch_size, labels)
 
 
 class Predictor:
@@ -123,18 +125,20 @@ class Predictor:
       kinds: what an example is made of: 'image', 'video', 'audio', 'text'.
     """
 
-    def __init__(self, loaded: LoadedModel, transform: str | None = None, batch_size: int = 64):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        transform: str | None = None,
+        batch_size: int = 64,
+        labels: str | Path | None = None,
+    ):
         self._loaded, self.name, self._key = loaded, loaded.path, f'{loaded.path}: evals'
         self._task: Task | None = build_task(loaded.config.task) if loaded.config else None
         self._pairs = self._task is not None and 'pairs' in self._task.provides
         self._reads = _reads(loaded, self._pairs)
-        given, self._fixed = (transform, ()) if transform else _preparation(loaded)
         skip = {*_OF_LABELS, *(text.OPERATIONS if self._pairs else ())}
-        self._parsed = transforms.parse(
-            given, size=loaded.image_size, key=self._key, device=DEVICE_OPERATIONS, skip=skip
-        )
-        transforms.require_deterministic(self._parsed)
-        self.transform, self._host_text = given, self._parsed.host_text
+        self._parsed = loaded.preparation(transform, skip)
+        self.transform, self._host_text = self._parsed.text, self._parsed.host_text
         self.kinds = _kinds(self._parsed, self._reads)
         self._mesh = sharding.make_mesh(1, -1, 1, jax.local_devices())
         self._batch_size = batch_size
@@ -142,7 +146,7 @@ class Predictor:
             lambda leaf: sharding.place(np.asarray(leaf), sharding.replicated(self._mesh)),
             loaded.params,
         )
-        self.class_names = self._names()
+        self.class_names = self._names(labels)
         self._words: np.ndarray | None = None
         self._steps: dict[Any, Any] = {}
 
@@ -173,10 +177,17 @@ class Predictor:
                 total.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
         return total.hexdigest()[:16]
 
-    def _names(self) -> tuple[str, ...]:
+    def _names(self, labels: str | Path | None) -> tuple[str, ...]:
         kernel = trees.flatten(self._loaded.params).get('head/kernel')
         count = 0 if kernel is None or not self._has_head else kernel.shape[-1]
-        names = checkpoint.class_names(self._loaded.sidecar or {}) or ()
+        names = self._loaded.class_names or ()
+        if labels is not None:
+            try:
+                names = class_names.of_file(Path(labels).expanduser(), count, names)
+            except UserError as error:
+                raise UserError(f'--labels {error} ({self.name})') from None
+        elif self._loaded.foreign_weights is not None:
+            names = self._loaded.foreign_weights.meta.get('class_descriptions') or names
         return tuple(
             names[number] if number < len(names) and names[number] else str(number)
             for number in range(count)
@@ -278,7 +289,10 @@ class Predictor:
         features = features.reshape(features.shape[0], -1)
         if not self._has_head:
             return features, None
-        alone = self._task is not None and self._task.logits_loss == 'sigmoid'
+        weights = self._loaded.foreign_weights
+        alone = weights is not None and bool(weights.meta.get('multi_label'))
+        if self._task is not None:
+            alone = self._task.logits_loss == 'sigmoid'
         squash = jax.nn.sigmoid if alone else jax.nn.softmax
         return features, squash(logits.astype(jnp.float32))
 
@@ -383,8 +397,15 @@ class Predictor:
             yield fetch()
 
     def _channels(self) -> int:
-        text = self._host_text
-        return 3 if 'grayscale' in text or 'rgb' in text else self._loaded.channels
+        """Return to how many channels files are decoded: in colour, if the transform takes that."""
+        channels, size = self._loaded.channels, self._loaded.image_size
+        host = transforms.parse(self._host_text, size=size, key=self._key)
+        grey = np.full((1, *(2 * side for side in size), 3), 128, np.uint8)
+        try:
+            made = host({'image': grey, 'label': np.zeros(1, np.int32)}, np.zeros(1, np.uint64))
+        except UserError:
+            return channels
+        return 3 if 'image' in made and made['image'][0].shape[-1] == channels else channels
 
     def _fitting(self, source: Source, row: int) -> Data:
         """Return what prepares these examples, after a resize where the run's data needed none.
@@ -408,7 +429,7 @@ class Predictor:
             host = transforms.parse(words, size=size, key=self._key)
             host = replace(host, key=self._parsed.key, device=self._parsed.device)
             try:
-                data = build_data.fitting_data(example, host, size, self._reads, self._fixed)
+                data = build_data.fitting_data(example, host, size, self._reads)
             except UserError as error:
                 if isinstance(error.__cause__, transforms.BadExampleError | OSError):
                     raise _Unreadable(str(error)) from error
@@ -484,27 +505,6 @@ def _kinds(transform: transforms.Transform, reads: tuple[str, ...]) -> tuple[str
     if not made & {'audio', 'video'} and not {*reads} <= parts.keys():
         made.add('image')  # What is no sound's and no video's.
     return tuple(kind for kind in NOUNS if kind in made)
-
-
-def _preparation(loaded: LoadedModel) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Return the operations of a model's evaluation, and those of the devices that it implies."""
-    config = loaded.config
-    if config is None:
-        assert loaded.foreign_weights is not None
-        return eval_transform_of(loaded.foreign_weights), ()
-    if not list(config.evals):
-        raise UserError(
-            f'{loaded.path}: its config has no evaluation that says how examples are prepared: '
-            "give a transform, such as 'decode | resize_small(256) | central_crop(size)'"
-        )
-    sections = [completed_section(config, 'evals', name) for name in config.evals]
-    of_head = [one for one in sections if requirements(one.type).output == 'logits']
-    # Devices do what they did in training, for the model to see numbers of the same range.
-    trained = transforms.parse(
-        config.data.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
-    )
-    fixed = tuple(pair for pair in trained.device if pair[0] not in augment.RANDOM)
-    return (of_head or sections)[0].transform, fixed
 
 
 def _opened(source: Source, kinds: tuple[str, ...]) -> Source:

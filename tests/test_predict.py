@@ -16,7 +16,7 @@ from test_export import weights_of
 from tiny import write_folder
 
 import big_vit
-from big_vit import config, evaluate, interop, predict, train
+from big_vit import config, evaluate, export, interop, predict, train, trees
 from big_vit.errors import UserError
 
 SETTINGS = {
@@ -279,8 +279,6 @@ def test_bad_files_in_any_number_are_named_and_the_rest_answered(shapes, model, 
 
 
 def test_a_peers_weights_answer_as_ours(tmp_path):
-    from big_vit import export
-
     weights = weights_of()
     export.to_checkpoint(weights, str(tmp_path / 'run'), [('model.dtype', 'float32')])
     interop.write(tmp_path / 'timm', 'timm', weights)
@@ -288,6 +286,68 @@ def test_a_peers_weights_answer_as_ours(tmp_path):
     theirs = big_vit.load(tmp_path / 'timm')
     ours = big_vit.load(tmp_path / 'run', transform=theirs.transform)
     np.testing.assert_allclose(theirs.embed([image]), ours.embed([image]), atol=1e-5)
+
+
+def test_a_peers_names_are_met_by_name(shapes, model, tmp_path, capfd):
+    workdir, data = shapes
+    peer = tmp_path / 'timm'
+    export.main(['--checkpoint', str(workdir), '--to', 'timm', '--out', str(peer)])
+    theirs = big_vit.load(peer, batch_size=16)
+    assert theirs.class_names == model.class_names == ('class0', 'class1', 'class2')
+    paths = pictures_of(data)
+    np.testing.assert_allclose(theirs(paths), model(paths), atol=1e-5)
+    # Of two classes of three, the second and third, numbers would be others.
+    for number in (1, 2):
+        shutil.copytree(data / f'class{number}', tmp_path / 'two' / f'class{number}')
+        shutil.copytree(data / f'class{number}', tmp_path / 'three' / f'kind{number}')
+    shutil.copytree(data / 'class0', tmp_path / 'three' / 'kind0')
+
+    def scored(folder):
+        words = {'data.name': 'folder', 'data.path': str(folder), 'evals.test.split': 'train',
+                 'model.dtype': 'float32'}  # fmt: skip
+        return evaluate.run_weights(str(peer), list(words.items()))['test']
+
+    some = [path for path in paths if '/class0/' not in path]
+    best = [answer[0][0] for answer in model.predict(some, top=1)]
+    right = np.mean([f'/{name}/' in path for name, path in zip(best, some, strict=True)])
+    assert scored(tmp_path / 'two')['top1'] == pytest.approx(right)
+    capfd.readouterr()
+    everything = evaluate.run(workdir, 8)['test']['top1']
+    assert scored(tmp_path / 'three')['top1'] == pytest.approx(everything)
+    assert 'meet by number: kind0 is class0, kind1 is class1' in capfd.readouterr().err
+
+
+def test_labels_name_the_classes(shapes, model, tmp_path):
+    workdir, data = shapes
+    labels = tmp_path / 'labels.txt'
+    labels.write_text('red\ngreen\nblue\n')
+    named = big_vit.load(workdir, batch_size=16, labels=labels)
+    path = pictures_of(data)[0]
+    translated = dict(zip(model.class_names, named.class_names, strict=True))
+    assert translated == {'class0': 'red', 'class1': 'green', 'class2': 'blue'}
+    assert [n for n, _ in named.predict([path])[0]] == [
+        translated[name] for name, _ in model.predict([path])[0]
+    ]
+    labels.write_text('red\ngreen\n')
+    message = f'--labels {labels}: names 2 classes (red, green), and the head has 3'
+    assert message in error_line(run('predict', workdir, path, '--labels', labels))
+
+
+def test_pictures_are_opened_in_colour_if_the_transform_takes_colours(tmp_path):
+    grey = weights_of()
+    flat = trees.flatten(grey.params)
+    flat['embedding/kernel'] = flat['embedding/kernel'][:, :, :1]
+    meta = {**grey.meta, 'channels': 1, 'mean': (0.5,), 'std': (0.5,)}
+    workdir, _ = export.to_checkpoint(
+        grey._replace(params=trees.unflatten(flat), meta=meta), str(tmp_path / 'run')
+    )
+    Image.new('RGB', (40, 40), (10, 200, 90)).save(tmp_path / 'green.png')
+    Image.new('L', (40, 40), 200).save(tmp_path / 'grey.png')
+    second = big_vit.load(workdir, transform='channels(1) | resize(size)')
+    plain = big_vit.load(workdir, transform='resize(size)')
+    wanted = plain.embed([tmp_path / 'grey.png'])
+    np.testing.assert_allclose(second.embed([tmp_path / 'green.png']), wanted, atol=1e-5)
+    assert np.abs(plain.embed([tmp_path / 'green.png']) - wanted).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.sources.base import concatenate
-from big_vit.data.sources.known import Known, known_of
+from big_vit.data.sources.classes import shown
+from big_vit.data.sources.known import Known, has_other_words, known_of
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
@@ -231,7 +232,14 @@ def train_data(
         host = transforms.parse(transform.host_text, size=config.image_size, key='data')
     else:
         source, host, lengths = dataset.open_mixture(specs, say=_say)
-        if known and not to_train:
+        if known and not to_train and has_other_words(source, known):
+            names = zip(source.class_names or (), known.names or (), strict=True)
+            pairs = shown([f'{ours} is {theirs}' for ours, theirs in names], 3)
+            _say(
+                f'data: {source.name} and {known.holder} have no name of a class in common: they '
+                f'meet by number: {pairs}'
+            )
+        elif known and not to_train:
             source = replace(source, num_classes=known.num_classes, class_names=known.names)
         if len(specs) == 1:
             _check_length(*next((s, k) for k, s in sections.items()), source)
@@ -278,6 +286,49 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
         what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
     return own.completed(defaults)
+
+
+def evaluation_transform(
+    config: Config,
+    where: str,
+    text: str | None = None,
+    skip: Collection[str] = transforms.EXTERNAL,
+) -> transforms.Transform | None:
+    """Parse how the first evaluation of the head prepares pictures, or else the first one.
+
+    Args:
+      where: whose config it is, for messages.
+      text: operations instead of those of an evaluation.
+      skip: names of operations to leave out; elsewhere there may be no tokenizer, which pictures
+        do not ask for.
+
+    Returns:
+      The transform, with what devices do to pictures; None if no evaluation says it.
+
+    Raises:
+      UserError: it cannot be read, or is random.
+    """
+    sections = [
+        (f'evals.{name}', completed_section(config, 'evals', name)) for name in config.evals
+    ]
+    of_head = [pair for pair in sections if requirements(pair[1].type).output == 'logits']
+    if text is None and not sections:
+        return None
+    key = '--transform'
+    if text is None:
+        key, section = (of_head or sections)[0]
+        key, text = f'{where}: {key}', section.transform
+    parse = functools.partial(
+        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=skip
+    )
+    parsed = parse(text, key=key)
+    transforms.require_deterministic(parsed)
+    if parsed.device or key == '--transform':
+        return parsed
+    # Devices do what they did in training, for the model to see numbers of the same range.
+    trained = parse(config.data.transform, key='data')
+    fixed = tuple(pair for pair in trained.device if pair[0] not in augment.RANDOM)
+    return replace(parsed, device=fixed)
 
 
 # What an evaluation does with an output that a task may not provide.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from jaxtyping import Float, UInt8
 
 from big_vit import checkpoint, interop, sharding, state, trees
 from big_vit import config as config_lib
+from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
 from big_vit.build.model import build_model, build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
-from big_vit.data import decode, files
+from big_vit.data import decode, files, transforms
 from big_vit.errors import UserError
-from big_vit.interop import Weights
+from big_vit.interop import Weights, pictures
 from big_vit.models import tokenizers
 from big_vit.models.vit import ViT, make_vit
 from big_vit.pretrained.load import image_normalisation
@@ -61,6 +63,13 @@ class LoadedModel:
     def config(self) -> Config | None:
         """Config of a run of ours; None for foreign weights."""
         return config_lib.from_json(self.sidecar['config']) if self.sidecar else None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of the head, in order, '' for one without; None if none is known."""
+        if self.foreign_weights is not None:
+            return self.foreign_weights.meta.get('class_names')
+        return checkpoint.class_names(self.sidecar or {})
 
     @property
     def headline(self) -> str:
@@ -155,6 +164,37 @@ class LoadedModel:
         assert self.foreign_weights is not None
         rows, columns = self.foreign_weights.meta['image_size']
         return rows, columns
+
+    def preparation(
+        self, text: str | None = None, skip: Collection[str] = transforms.EXTERNAL
+    ) -> transforms.Transform:
+        """Parse how pictures are prepared for the model, as its evaluation does.
+
+        Args:
+          text: operations instead of those of the evaluation.
+          skip: names of operations to leave out.
+
+        Raises:
+          UserError: no evaluation says it, or it cannot be read.
+        """
+        if self.config is None:
+            assert self.foreign_weights is not None
+            key = '--transform' if text else f'{self.path}: evals'
+            parsed = transforms.parse(
+                text or pictures.transform_of(self.foreign_weights.meta),
+                size=self.image_size,
+                key=key,
+                device=DEVICE_OPERATIONS,
+            )
+            transforms.require_deterministic(parsed)
+            return parsed
+        found = evaluation_transform(self.config, self.path, text, skip)
+        if found is None:
+            raise UserError(
+                f'{self.path}: its config has no evaluation that says how pictures are prepared: '
+                "give a transform, such as 'decode | resize_small(256) | central_crop(size)'"
+            )
+        return found
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:

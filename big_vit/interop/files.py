@@ -37,13 +37,18 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is unreadable or holds something else.
     """
-    try:
-        tree = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path}: cannot be read as JSON: {error}') from None
+    tree = read_value(path)
     if not isinstance(tree, dict):
         raise UserError(f'{path}: must hold a JSON object, not {type(tree).__name__}')
     return tree
+
+
+def read_value(path: Path) -> Any:
+    """Read any JSON; raises UserError if it is unreadable."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: cannot be read as JSON: {error}') from None
 
 
 # Dictionaries of arrays in a file, by the dotted keys that lead to each; most have one, named ''.

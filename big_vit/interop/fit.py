@@ -134,6 +134,8 @@ def require(model: Model, to: str, **allowed: Any) -> None:
         'activation': '--set activation=... accepts what that changes',
         'norm_eps': '--set norm_eps=... accepts what that changes',
     }
+    if to.startswith('hf_') and model.settings['pool'] == 'gap' and model.settings['num_classes']:
+        hints['pool'] = "--to hf_siglip has 'gap'"
     named = [name for name, values in allowed.items() if model.settings[name] not in values]
     advice = ''.join(f'; {hints[name]}' for name in named if name in hints)
     raise UserError(f'--to {to}: it has no {"; no ".join(unsupported)}{advice}')

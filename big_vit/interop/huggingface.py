@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.errors import UserError
-from big_vit.interop import fit
+from big_vit.interop import class_names, fit, pictures
 from big_vit.interop.fit import ATTENTION, Model, Settings
 from big_vit.interop.layout import Arrays, Row, Rule, Shapes, torch_rules
 
@@ -57,6 +57,8 @@ _TO_ACTIVATION = {
     'relu': 'relu',
     'silu': 'silu',
 }
+# What a filter is called elsewhere, and its number in Pillow.
+_RESAMPLE = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5}
 # transformers 5.x renames the parts of a ViT block in memory, and some files have those names.
 _NEWER = (
     (r'(^|\.)layers\.(\d+)\.attention\.q_proj\.', r'\1encoder.layer.\2.attention.attention.query.'),
@@ -266,20 +268,35 @@ def settings_of(
         'channels': config.get('num_channels', 3),
         'architecture': next(iter(about.get('architectures') or []), None),
         'licence': about.get('license'),
+        'multi_label': about.get('problem_type') == 'multi_label_classification' or None,
         'source': about.get('_name_or_path') or None,
     }
     return settings, meta, layout
 
 
 def about_images(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the normalisation and interpolation that preprocessor_config.json gives."""
+    """Return the metadata of images that preprocessor_config.json gives."""
     about: dict[str, Any] = {}
     for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
         if isinstance(config.get(theirs), list):
             about[ours] = tuple(config[theirs])
-    filters = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}
-    if config.get('resample') in filters:
-        about['interpolation'] = filters[config['resample']]
+    named = {number: name for name, number in _RESAMPLE.items()}
+    if config.get('resample') in named:
+        about['interpolation'] = named[config['resample']]
+    size, crop = config.get('size'), config.get('crop_size')
+    if not isinstance(size, Mapping):  # Of old, one number: of the shorter side, or of both.
+        kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
+        size = {'shortest_edge' if kind.startswith(('CLIP', 'Bit')) else 'height': size}
+    shortest = size.get('shortest_edge')
+    height = shortest or size.get('height')
+    target: Any = height, shortest or size.get('width') or height
+    if not all(isinstance(side, int) and side > 0 for side in target):
+        return about
+    about['crop_mode'] = 'center' if shortest else 'squash'
+    crop = crop if isinstance(crop, Mapping) else {'height': crop, 'width': crop}
+    cut: Any = crop.get('height'), crop.get('width')
+    if config.get('do_center_crop') and all(isinstance(side, int) and side > 0 for side in cut):
+        about['crop_pct'] = pictures.crop_share(cut, target)
     return about
 
 
@@ -474,7 +491,6 @@ def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str,
             'layerscale_value': settings['layer_scale'],
             'num_register_tokens': settings['registers'],
         }
-    labels = {str(i): f'LABEL_{i}' for i in range(classes)}
     if format == 'hf_siglip':
         config['vision_use_head'] = settings['pool'] == 'map'
         config['model_type'] = 'siglip_vision_model'
@@ -485,21 +501,44 @@ def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str,
                 'vision_config': config,
             }
     if classes:
-        config |= {'id2label': labels, 'label2id': {name: int(i) for i, name in labels.items()}}
+        names = class_names.complete(meta, classes) or [f'LABEL_{i}' for i in range(classes)]
+        config['id2label'] = {str(i): name for i, name in enumerate(names)}
+        # Of classes with one name, the first.
+        config['label2id'] = {name: names.index(name) for name in names}
+        if meta.get('multi_label'):
+            config['problem_type'] = 'multi_label_classification'
     files = {'config.json': config}
     if meta.get('mean') and meta.get('std'):
-        height, width = meta['image_size']
-        files['preprocessor_config.json'] = {
-            'image_processor_type': 'ViTImageProcessor',
-            'do_resize': True,
-            'size': {'height': height, 'width': width},
-            'resample': {'nearest': 0, 'bilinear': 2}.get(str(meta.get('interpolation')), 3),
-            'do_rescale': True,
-            'do_normalize': True,
-            'image_mean': list(meta['mean']),
-            'image_std': list(meta['std']),
-        }
+        files['preprocessor_config.json'] = _processor(meta)
     return files
+
+
+def _processor(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of an image processor; ViT's own has neither a crop nor a shorter side."""
+    height, width = meta['image_size']
+    rows, columns = pictures.scaled(meta)
+    mode = pictures.crop_mode(meta)
+    if mode == 'border' or (mode == 'center' and rows != columns):
+        raise UserError(
+            f'preprocessor_config.json: transformers has no resize of mode {mode!r} to '
+            f'{rows}x{columns}; --transform TEXT says what is written instead'
+        )
+    crops = mode == 'center' or (rows, columns) != (height, width)
+    square: dict[str, int] = {'height': rows, 'width': columns}
+    crop = {'do_center_crop': True, 'crop_size': {'height': height, 'width': width}}
+    return {
+        'image_processor_type': 'CLIPImageProcessor' if crops else 'ViTImageProcessor',
+        'do_convert_rgb': meta['channels'] == 3,
+        'do_resize': True,
+        'size': {'shortest_edge': rows} if mode == 'center' else square,
+        'resample': _RESAMPLE.get(str(meta.get('interpolation')), 3),
+        **(crop if crops else {}),
+        'do_rescale': True,
+        'rescale_factor': 1 / 255,
+        'do_normalize': True,
+        'image_mean': list(meta['mean']),
+        'image_std': list(meta['std']),
+    }
 
 
 def _class_of(format: str, settings: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.errors import UserError
-from big_vit.interop import fit, timm_vit
+from big_vit.interop import fit, pictures, timm_vit
 from big_vit.interop.fit import ATTENTION, Model, Settings
 from big_vit.interop.layout import Row, Rule, Shapes, depth_of, torch_rules
 
@@ -77,6 +77,9 @@ def settings_of(
         'std': tuple(about.get('std') or _STD),
         'interpolation': about.get('interpolation') or 'bicubic',
         'crop_pct': 1.0,
+        'crop_mode': {'squash': 'squash', 'longest': 'border'}.get(
+            str(about.get('resize_mode')), 'center'
+        ),
     }
     given = dict(given)
     if vision.get('image_size') and not given.get('image_size'):
@@ -268,11 +271,29 @@ def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, An
             vision['act_kwargs'] = {'approximate': 'tanh'}
     embed = settings['num_classes'] or settings['width']
     tower = {'embed_dim': embed, 'vision_cfg': vision, 'quick_gelu': quick}
-    images = {
-        'size': list(meta['image_size']),
+    return {CONFIG: {'model_cfg': tower, 'preprocess_cfg': _images_of(meta)}}
+
+
+def _images_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is done to pictures; raises UserError for a crop, which there is no word for."""
+    mode, size = pictures.crop_mode(meta), tuple(meta['image_size'])
+    interpolation = meta.get('interpolation') or 'bicubic'
+    if pictures.scaled(meta) != size or (mode == 'center' and size[0] != size[1]):
+        rows, columns = pictures.scaled(meta)
+        raise UserError(
+            f'--to open_clip: pictures are resized to {rows}x{columns} ({mode}) and their middle '
+            f'of {size[0]}x{size[1]} is cut out, and it has no word for that; --transform TEXT '
+            f"says what is written instead, as in 'resize_small({min(size)}) | central_crop(size)'"
+        )
+    if interpolation not in ('bicubic', 'bilinear'):
+        raise UserError(
+            f'--to open_clip: it resizes by bicubic or bilinear, not by {interpolation}; '
+            "--transform TEXT says what is written instead, as in 'resize(size)'"
+        )
+    return {
+        'size': list(size),
         'mean': list(meta.get('mean') or _MEAN),
         'std': list(meta.get('std') or _STD),
-        'interpolation': meta.get('interpolation') or 'bicubic',
-        'resize_mode': 'shortest',
+        'interpolation': interpolation,
+        'resize_mode': {'center': 'shortest', 'squash': 'squash', 'border': 'longest'}[mode],
     }
-    return {CONFIG: {'model_cfg': tower, 'preprocess_cfg': images}}

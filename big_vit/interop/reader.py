@@ -10,6 +10,7 @@ import numpy as np
 from big_vit import trees
 from big_vit.errors import UserError
 from big_vit.interop import (
+    class_names,
     files,
     fit,
     formats,
@@ -18,6 +19,7 @@ from big_vit.interop import (
     layout,
     openclip,
     parts,
+    pictures,
     timm_vit,
 )
 from big_vit.interop.formats import READ
@@ -34,7 +36,10 @@ _IN_FOLDER = (
     'pytorch_model.bin.index.json',
 )
 # Settings and metadata that are tuples here but lists in JSON.
-_TUPLES = ('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped')
+_TUPLES = (
+    *('patch_size', 'resnet', 'stride', 'image_size', 'mean', 'std', 'dropped'),
+    *('class_names', 'class_descriptions'),
+)
 
 
 class _SourceFile(NamedTuple):
@@ -46,6 +51,7 @@ class _SourceFile(NamedTuple):
     about: dict[str, str]
     config: dict[str, Any]
     images: dict[str, Any]
+    labels: Path | None
 
 
 class _Encoder(NamedTuple):
@@ -109,8 +115,16 @@ def read(
     fields = fit.complete({**fields, **given})
     if fields['pool'] in fit.OF_CLASS_TOKEN:
         fields['class_token'] = False  # These pooling modes imply the token.
-    meta = {**dict.fromkeys(META), **meta, **source.images, 'format': format}
+    meta = {**dict.fromkeys(META), **meta, 'format': format}
+    told = {**meta, **source.images}
+    if pictures.scaled(told) == pictures.scaled(meta):  # What we recorded is not rounded.
+        told['crop_pct'] = meta['crop_pct'] or told['crop_pct']
+    meta = told
     meta |= {'dropped': dropped, 'part': encoder.part}
+    if fields['num_classes']:
+        meta |= class_names.of_config(source.config, source.labels, fields['num_classes'])
+    else:
+        meta |= dict.fromkeys(('class_names', 'class_descriptions'))
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
@@ -165,8 +179,9 @@ def _open_source(spec: str) -> _SourceFile:
         path = Path(before).expanduser()
     if not path.exists():
         raise UserError(f'{path}: there is no such file or folder')
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
+    named_by_folder = path.is_dir()
+    folder = path if named_by_folder else path.parent
+    if named_by_folder:
         names = [name for name in _IN_FOLDER if (folder / name).is_file()]
         if not names:
             raise UserError(
@@ -184,7 +199,9 @@ def _open_source(spec: str) -> _SourceFile:
         # These are single-file formats: a config in the same folder belongs to something else.
         configs = [{}, {}]
     images = huggingface.about_images(configs[1])
-    return _SourceFile(path, part, sections, about, configs[0], images)
+    # What lies beside a file that stands for itself may be of another.
+    labels = folder if named_by_folder or configs[0] else None
+    return _SourceFile(path, part, sections, about, configs[0], images, labels)
 
 
 def _format_of_config(source: _SourceFile) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from big_vit.errors import UserError
-from big_vit.interop import fit
+from big_vit.interop import class_names, fit, pictures
 from big_vit.interop.fit import ATTENTION, Model, Settings
 from big_vit.interop.layout import Row, Rule, Shapes, depth_of, torch_rules
 
@@ -411,6 +411,7 @@ def _about(format: str, name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
         for key in ('mean', 'std'):
             about[key] = tuple(cfg[key]) if key in cfg else None
         about['crop_pct'] = cfg.get('crop_pct')
+        about['crop_mode'] = cfg.get('crop_mode') or ('center' if cfg else None)
         about['interpolation'] = cfg.get('interpolation')
         about['licence'] = cfg.get('license')
         about['source'] = cfg.get('hf_hub_id') or cfg.get('url') or cfg.get('origin_url')
@@ -422,6 +423,7 @@ def _about(format: str, name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
         **about,
         **_IMAGENET,
         'crop_pct': crop[format],
+        'crop_mode': 'center',
         'interpolation': 'bicubic',
         'licence': licences[format],
         'source': f'https://github.com/facebookresearch/{source[format]}',
@@ -513,10 +515,55 @@ def _base_architecture(settings: Mapping[str, Any], distilled: bool) -> tuple[st
     return name, {'norm_layer': 'rmsnorm'} if settings['norm'] == 'rmsnorm' else {}
 
 
+# Depth and hidden width of the MLP of models that are named by their size.
+_PUBLISHED = {
+    'tiny': (12, 768), 'small': (12, 1536), 'base': (12, 3072), 'large': (24, 4096),
+    'huge': (32, 5120), 'giant': (40, 6144), 'gigantic': (48, 8192),
+}  # fmt: skip
+# Patches and image sizes for which timm has a name, the first one for any other.
+_NAMED = {
+    'vit_base_patch16_224': {
+        'tiny': ('patch16_224', 'patch16_384'),
+        'small': ('patch16_224', 'patch16_384', 'patch32_224', 'patch32_384', 'patch8_224'),
+        'base': ('patch16_224', 'patch16_384', 'patch32_224', 'patch32_384', 'patch8_224'),
+        'large': ('patch16_224', 'patch16_384', 'patch32_224', 'patch32_384', 'patch14_224'),
+        'huge': ('patch14_224',),
+        'giant': ('patch14_224',),
+        'gigantic': ('patch14_224',),
+    },
+    'vit_base_patch16_clip_224': {
+        'base': ('patch16_clip_224', 'patch16_clip_384', 'patch32_clip_224', 'patch32_clip_256',
+                 'patch32_clip_384', 'patch32_clip_448'),
+        'large': ('patch14_clip_224', 'patch14_clip_336'),
+        'huge': ('patch14_clip_224', 'patch14_clip_336', 'patch14_clip_378'),
+        'giant': ('patch14_clip_224',),
+        'gigantic': ('patch14_clip_224', 'patch14_clip_378'),
+    },
+    'deit_base_distilled_patch16_224': {
+        'tiny': ('distilled_patch16_224',),
+        'small': ('distilled_patch16_224',),
+        'base': ('distilled_patch16_224', 'distilled_patch16_384'),
+    },
+}  # fmt: skip
+
+
+def _architecture(base: str, settings: Mapping[str, Any], image_size: tuple[int, int]) -> str:
+    """Return timm's name for a model of these sizes; of other sizes, `base`, with arguments."""
+    shape = tuple(settings[name] for name in ('width', 'num_heads', 'depth', 'mlp_dim'))
+    for size, named in _NAMED.get(base, {}).items():
+        if (*_SIZES[size], *_PUBLISHED[size]) == shape:
+            sides = settings['patch_size'][0], image_size[0]
+            exact = [n for n in named if tuple(map(int, re.findall(r'\d+', n))) == sides]
+            same_patch = [n for n in named if int(re.findall(r'\d+', n)[0]) == sides[0]]
+            return f'{base.partition("_")[0]}_{size}_{[*exact, *same_patch, *named][0]}'
+    return base
+
+
 def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the JSON files that go beside the weights, by name."""
     settings, meta = model.settings, model.meta
-    name, extra_args = _base_architecture(settings, layout['distilled'])
+    base, extra_args = _base_architecture(settings, layout['distilled'])
+    name = _architecture(base, settings, meta['image_size'])
     gated = settings['mlp'] == 'swiglu'
     prefix_tokens = int('cls' in model.params) + settings['registers']
     pools = {'cls': 'token', 'gap': 'avg', 'map': 'map', 'cls_dist': 'token'}
@@ -554,7 +601,7 @@ def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, An
         'fixed_input_size': True,
         'interpolation': meta.get('interpolation') or 'bicubic',
         'crop_pct': meta.get('crop_pct') or 1.0,
-        'crop_mode': 'center',
+        'crop_mode': pictures.crop_mode(meta),
         'mean': list(meta.get('mean') or (0.5,) * meta['channels']),
         'std': list(meta.get('std') or (0.5,) * meta['channels']),
         'num_classes': settings['num_classes'],
@@ -572,6 +619,11 @@ def config_of(model: Model, layout: Mapping[str, Any]) -> dict[str, dict[str, An
         'model_args': args,
         'pretrained_cfg': pretrained,
     }
+    names = class_names.complete(meta, settings['num_classes'])
+    if names:
+        config['label_names'] = names
+        if texts := meta.get('class_descriptions'):
+            config['label_descriptions'] = dict(zip(names, texts, strict=True))
     return {'config.json': config}
 
 

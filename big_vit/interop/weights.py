@@ -3,11 +3,14 @@
 from typing import Any, NamedTuple
 
 from big_vit import trees
+from big_vit.data.sources.classes import shown
 from big_vit.errors import printable
+from big_vit.interop import pictures
 
 META = (
-    'format', 'architecture', 'image_size', 'channels', 'mean', 'std', 'crop_pct', 'interpolation',
-    'licence', 'source', 'dropped', 'part',
+    'format', 'architecture', 'image_size', 'channels', 'mean', 'std', 'crop_pct', 'crop_mode',
+    'interpolation', 'class_names', 'class_descriptions', 'multi_label', 'licence', 'source',
+    'dropped', 'part',
 )  # fmt: skip
 
 
@@ -18,8 +21,10 @@ class Weights(NamedTuple):
       params: nested parameters under our names, one subtree per block; float32 or bfloat16.
       settings: fields of `ViT`, which are the keys of `config.model`.
       meta: format, architecture, image_size (height, width), channels, mean, std, crop_pct,
-        interpolation, licence, source, dropped (names that were left out), part (the place of the
-        encoder in the file); None where unknown.
+        crop_mode and interpolation (as `pictures` has them), class_names (of the head, in order, ''
+        for one without), class_descriptions (longer names), multi_label (whether classes do not
+        exclude each other), licence, source, dropped (names that were left out), part (the place
+        of the encoder in the file); None where unknown.
     """
 
     params: dict[str, Any]
@@ -41,11 +46,16 @@ def describe(weights: Weights) -> str:
     )
     height, width = meta['image_size']
     images = f'{height}x{width}, mean {meta.get("mean")}, std {meta.get("std")}'
+    crop_mode, crop_pct = pictures.crop_mode(meta), meta.get('crop_pct') or 1.0
+    images += f', {crop_mode} {crop_pct:.4g}, {meta.get("interpolation") or "any"} interpolation'
+    names = meta.get('class_descriptions') or meta.get('class_names')
+    classes = [printable(f'classes  {shown(names)}')] if names else []
     return '\n'.join(
         [
             f'model    {count:,} parameters: {kinds}',
             f'         {rest}',
             f'images   {images}',
+            *classes,
             printable(
                 f'from     {meta.get("source") or "unknown source"}, '
                 f'licence {meta.get("licence") or "unknown"}'

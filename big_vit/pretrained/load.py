@@ -17,7 +17,7 @@ from big_vit.config import Config
 from big_vit.config.schema import SCHEMA
 from big_vit.data import transforms
 from big_vit.errors import UserError, printable
-from big_vit.interop import Weights, fit
+from big_vit.interop import Weights, fit, pictures
 from big_vit.models import encoder, stems, variants, vit
 from big_vit.pretrained import adapt
 from big_vit.tasks.task import Task
@@ -60,8 +60,8 @@ def read_pretrained(init: str, tower: str | None = None) -> Pretrained:
             raise UserError(f'config: init_tower={tower!r}, but {init} is of one input: remove it')
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
-        part = weights.meta.get('part')
-        return Pretrained(weights.params, config_of_weights(weights), init, known, part)
+        part, names = weights.meta.get('part'), weights.meta.get('class_names')
+        return Pretrained(weights.params, config_of_weights(weights), init, known, part, names)
     source, step = checkpoint.locate(init, 'config: init')
     sidecar = checkpoint.read_sidecar(source, step)
     params, _ = checkpoint.load_params(source, step, checkpoint.scored_part(sidecar))
@@ -180,11 +180,14 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], dict[str, Any]]:
+def initial_params(
+    config: Config, keep_head: bool, by_name: bool = True
+) -> Callable[[Experiment], dict[str, Any]]:
     """What gives the parameters that `config.init` says, once the experiment is known.
 
     Args:
       keep_head: whether a head of the same shape is kept, or all heads start at zero.
+      by_name: whether a head that is kept is ordered as the data number the classes.
     """
     init, channels = config.init, config.init_channels
     video, resize, tower = config.init_video, config.init_resize, config.init_tower
@@ -198,7 +201,7 @@ def initial_params(config: Config, keep_head: bool) -> Callable[[Experiment], di
             _check_unseen(config, trunk, pretrained)
         _tell_normalisation(config, parts, pretrained)
         params, left = task_parameters(pretrained.params, task, parts.task)
-        if keep_head and 'logits' in parts.task.provides:
+        if keep_head and by_name and 'logits' in parts.task.provides:
             params = adapt.head_by_name(
                 params, pretrained.class_names, parts.class_names, pretrained.where
             )
@@ -333,7 +336,7 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
         'batch_size': 64,
         'lr': 0.0,
         'data.name': 'folder',
-        'data.transform': eval_transform_of(weights),
+        'data.transform': pictures.transform_of(meta),
     }
     if size == 'mu':
         flat |= {f'model.{name}': settings[name] for name in _SIZES}
@@ -349,17 +352,3 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
         elif settings[name] != SCHEMA[key].default:
             flat[key] = settings[name]
     return config_lib.override(config_lib.resolve(flat), overrides)
-
-
-def eval_transform_of(weights: Weights) -> str:
-    """The operations that an evaluation begins with, with the images' normalisation."""
-    meta = weights.meta
-    height, width = meta['image_size']
-    parts = [f'resize({height}, {width})' if height != width else 'resize(size)']
-    crop = meta.get('crop_pct') or 1.0
-    if height == width and crop < 1:
-        parts = [f'resize_small({round(height / crop)})', 'central_crop(size)']
-    mean, std = meta.get('mean'), meta.get('std')
-    if mean and std and {*mean, *std} != {0.5}:
-        parts.append(f'normalize({tuple(mean)}, {tuple(std)})')
-    return ' | '.join(['decode', *parts])

@@ -196,6 +196,25 @@ def test_texts_alone_and_videos_with_thumbnails_stay_what_they_are(tmp_path):
     assert list(opened(root).load(np.arange(5))) == ['video', 'label']
 
 
+def test_sounds_that_outnumber_the_pictures_they_go_with_are_left_out(tmp_path, capfd):
+    # As Debian's tuxpaint-stamps-default has them.
+    tongues = [f'_desc_{tongue}' for tongue in ('be', 'ca', 'pt_BR')]
+    names = [f'{c}/{i}{end}' for c in 'ab' for i in range(3) for end in ('.png', '.ogg', '.txt')]
+    names += [f'{c}/{i}{tongue}.ogg' for c in 'ab' for i in range(3) for tongue in tongues]
+    drawn = ['a/heart.svg', *(f'a/heart{tongue}.ogg' for tongue in tongues)]
+    root = written(tmp_path / 'stamps', *names, *drawn, 'c/0.png')
+    assert paths(opened(root), root) == sorted(
+        name for name in (*names, 'c/0.png') if '.png' in name
+    )
+    assert 'such as a/heart.svg' in capfd.readouterr().err
+    both = [name for name in names if 'png' in name or 'ogg' in name]
+    root = written(tmp_path / 'both', *both)  # Each class has sounds, and more of them.
+    assert len(opened(root).labels()) == 6 and 'image' in opened(root).load(np.arange(2))
+    # Sounds that go with no picture are a dataset of two kinds.
+    root = written(tmp_path / 'mixed', *(f'a/x{i}.ogg' for i in range(9)), 'a/1.png', 'b/2.png')
+    refused(lambda: opened(root), 'holds image and audio files')
+
+
 def test_thumbnails_of_systems_are_no_pictures(tmp_path):
     clutter = ['@eaDir/1.png/THUMB_M.jpg', '__MACOSX/._1.png', '__MACOSX/1.png']
     clutter += ['.ipynb_checkpoints/1-checkpoint.png', '._1.png', 'Thumbs.db', '#recycle/2.png']

@@ -122,6 +122,10 @@ MODELS = {
 }  # fmt: skip
 
 
+# open_clip has no word for a crop.
+MODEL_META = {'open_clip': {'crop_pct': 1.0}}
+
+
 def weights_of(settings, seed=0, dtype=np.float32, **meta):
     """A model of random parameters, all of them."""
     settings = fit.complete({**SMALL, **settings})
@@ -160,12 +164,12 @@ def place(folder, to):
 @pytest.mark.parametrize('name', MODELS)
 def test_what_is_written_is_read_again_bit_for_bit(name, dtype, tmp_path):
     to, settings = MODELS[name]
-    mine = weights_of(settings, dtype=dtype)
+    mine = weights_of(settings, dtype=dtype, **MODEL_META.get(to, {}))
     path = interop.write(place(tmp_path, to), to, mine)
     again = interop.read(path)
     same(mine, again)
     assert again.settings == mine.settings
-    told = {**META, 'interpolation': 'bicubic'}
+    told = {**META, 'interpolation': 'bicubic', **MODEL_META.get(to, {})}
     assert {key: again.meta[key] for key in told} == told
     assert again.meta['format'] == to
     # And what was read is written as the same arrays, with the same names.
@@ -197,7 +201,7 @@ def test_a_peers_config_and_shapes_tell_the_same_as_our_metadata(name, tmp_path)
     size = {'image_size': (32, 32)} if to in google.FORMATS else {}
     if settings.get('posemb', 'sincos2d') == 'sincos2d':
         size = {'image_size': (224, 224)}
-    mine = weights_of(settings, **size)
+    mine = weights_of(settings, **size, **MODEL_META.get(to, {}))
     path = plain(interop.write(place(tmp_path, to), to, mine))
     drop = ['.*mask_token'] if to in ('hf_dinov2_reg', 'hf_dinov3') else []
     again = interop.read(path, drop=drop)
@@ -411,7 +415,7 @@ def test_what_a_peer_has_no_word_for_becomes_what_it_has(to, settings, tmp_path)
         ('timm', dict(posemb='rope'), "no posemb='rope'"),
         ('timm', dict(norm_eps=1e-12), '--set norm_eps=1e-6'),
         ('timm', dict(representation=8), 'no representation=8'),
-        ('hf_vit', dict(pool='gap'), "no pool='gap'"),
+        ('hf_vit', dict(pool='gap'), "no pool='gap' (it has 'cls'); --to hf_siglip has 'gap'"),
         ('hf_vit', {**LEARNED, 'representation': 8}, '--drop'),
         ('hf_mae', LEARNED, 'no num_classes=5'),
         ('hf_dinov2', {**LEARNED, 'pool': 'cls_gap', 'mlp_dim': 100}, 'a multiple of the width'),
@@ -664,7 +668,8 @@ def test_names_of_timm_tell_epsilon_activation_heads_and_pooling():
 
 def test_a_bare_file_asks_for_what_it_does_not_tell(tmp_path):
     timm = plain(interop.write(tmp_path / 'timm', 'timm', weights_of(MODELS['timm'][1])))
-    clip = plain(interop.write(tmp_path / 'clip', 'open_clip', weights_of(MODELS['open_clip'][1])))
+    tower = weights_of(MODELS['open_clip'][1], crop_pct=1.0)
+    clip = plain(interop.write(tmp_path / 'clip', 'open_clip', tower))
     hf = plain(interop.write(tmp_path / 'hf', 'hf_vit', weights_of(MODELS['hf_vit'][1])))
     for folder, config, message in (
         (timm, 'config.json', 'say --architecture NAME'),

@@ -339,7 +339,7 @@ def _scan(
         names = Names(paths())
     except OSError as error:
         raise _unreadable(folder, error, key) from error
-    kind, rows = examples(names, kinds, others, folder, key)
+    kind, rows = examples(names, kinds, labels, others, folder, key)
     counts = np.bincount(np.array(labels)[rows], minlength=len(classes))
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty and not may_be_empty:

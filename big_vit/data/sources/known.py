@@ -29,12 +29,15 @@ class Known:
       names: as of `Source`.
       holder: whose they are, for messages.
       may_grow: classes that are not known follow those that are, instead of being refused.
+      or_numbers: where no name is on both sides, and both have as many classes, their numbers are
+        the same: those of another codebase may be called by other words.
     """
 
     num_classes: int
     names: tuple[str, ...] | None
     holder: str
     may_grow: bool = False
+    or_numbers: bool = False
 
     @property
     def least_classes(self) -> int:
@@ -46,6 +49,15 @@ class Known:
 def known_of(source: Source, holder: str) -> Known:
     """Return the classes of a source as those to be met."""
     return Known(source.num_classes, source.class_names, holder)
+
+
+def has_other_words(source: Source, known: Known) -> bool:
+    """Whether a source names as many classes as are known, and none of them alike."""
+    names, theirs = source.class_names, known.names
+    if not known.or_numbers or names is None or theirs is None:
+        return False
+    alike = {*filter(None, map(label_name, names))} & {*filter(None, map(label_name, theirs))}
+    return len(names) == len(theirs) and not alike
 
 
 def meet(source: Source, known: Known, key: str, *, by_number: bool = False) -> tuple[Source, str]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,23 +155,53 @@ class Names:
         return name.decode('utf-8', 'surrogateescape')
 
 
-def main_kind(kinds: Iterable[str]) -> str | None:
-    """Return the most frequent kind; texts beside media only describe them. None for nothing."""
+def main_kind(kinds: Sequence[str], labels: Sequence[int] = ()) -> str | None:
+    """Return the kind that most classes have, and of several the most frequent; None for nothing.
+
+    Texts beside media only describe them.
+
+    Args:
+      labels: the class of each file, if files are of classes.
+    """
     counts = collections.Counter(kinds)
+    classes = collections.Counter(kind for kind, _ in {*zip(kinds, labels, strict=False)})
     order = list(KINDS)
     media = [kind for kind in counts if kind != 'text'] or list(counts)
     # Phones put a video beside each photograph, so that images come first of equally many.
-    return max(media, key=lambda kind: (counts[kind], -order.index(kind)), default=None)
+    return max(
+        media, key=lambda kind: (classes[kind], counts[kind], -order.index(kind)), default=None
+    )
+
+
+def _kind_of_hosts(
+    names: Names, kinds: list[str], labels: list[int], others: list[str]
+) -> str | None:
+    """Return the main kind of the files whose names do not continue those of others.
+
+    Sounds may outnumber the pictures that they go with, as where each is named in many languages.
+    """
+    if len({*kinds} - {'text'}) < 2:
+        return main_kind(kinds)
+    stems = [_stem(names[row]) for row in range(len(names))]
+    hosts = {*stems, *map(_stem, others)}
+    own = [row for row, stem in enumerate(stems) if not _goes_with(_parent(stem), hosts)]
+    return main_kind([kinds[row] for row in own], [labels[row] for row in own])
 
 
 def examples(
-    names: Names, kinds: list[str], others: list[str], where: object, key: str
+    names: Names,
+    kinds: list[str],
+    labels: list[int],
+    others: list[str],
+    where: object,
+    key: str,
 ) -> tuple[str, np.ndarray]:
     """Choose the files that are the examples of a dataset, and tell what is left out.
 
     Args:
       names: of all media files.
       kinds: of each of them.
+      labels: the class of each of them.
       others: names of other files.
       where: the folder, for messages.
       key: section of the config.
@@ -182,7 +212,7 @@ def examples(
     Raises:
       UserError: there are none, or many files would be left out.
     """
-    kind = main_kind(kinds)
+    kind = _kind_of_hosts(names, kinds, labels, others)
     left_out = LeftOut()
     if kind is None:
         for name in others:
@@ -196,9 +226,12 @@ def examples(
     rows = np.flatnonzero(is_example)
     strange = [names[row] for row in np.flatnonzero(~is_example).tolist()]
     taken = {_stem(names[row]) for row in rows.tolist()} if strange or others else set()
-    apart = next((n for n in strange if kind_of(n) != 'text' and _stem(n) not in taken), None)
+    # What goes with a file that is missed, such as a drawing, is not missed once more.
+    hosts = taken | {_stem(name) for name in others if is_missed(name)}
+    beside = {name for name in strange if _goes_with(_stem(name), hosts)}
+    apart = next((n for n in strange if kind_of(n) != 'text' and n not in beside), None)
     for name in strange + others:
-        left_out.add(name, is_companion=_stem(name) in taken)
+        left_out.add(name, is_companion=name in beside or _stem(name) in taken)
     try:
         left_out.tell(where, len(rows), kind, key)
     except UserError:
@@ -209,6 +242,20 @@ def examples(
             f'{apart}): keep those of one kind in it'
         ) from None
     return kind, rows
+
+
+def _goes_with(stem: str, hosts: set[str]) -> bool:
+    """Whether a stem is one of these, or continues one: bird_desc_fr.ogg goes with bird.png."""
+    folder, slash, base = stem.rpartition('/')
+    while base and folder + slash + base not in hosts:
+        base = base.rpartition('_')[0]
+    return bool(base)
+
+
+def _parent(stem: str) -> str:
+    """Return what a stem may continue: a/bird_desc of a/bird_desc_fr, a/ if it continues none."""
+    folder, slash, base = stem.rpartition('/')
+    return folder + slash + base.rpartition('_')[0]
 
 
 def _stem(name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from big_vit.data import decode
+from big_vit.data.preprocessing import CentralCrop, Resize
 from big_vit.data.transforms.operations import (
     MOST_SIDE,
     BadExampleError,
@@ -140,7 +141,7 @@ def resize(size, method='area') -> Operation:
             return images
         return _cropped(images, _whole_images(images), size, method)
 
-    return on_images(apply)
+    return on_images(apply, step=Resize(size, method))
 
 
 def _resized_to(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
@@ -175,7 +176,7 @@ def resize_small(n, method='area') -> Operation:
         scale = n / np.minimum(heights, widths)
         return _resized_to(images, _sides(heights, widths, scale, n), method)
 
-    return on_images(apply)
+    return on_images(apply, step=Resize(n, method))
 
 
 def resize_long(n, method='area') -> Operation:
@@ -223,7 +224,7 @@ def central_crop(size) -> Operation:
             return images[:, top : top + size[0], left : left + size[1]]
         return _windows(images, down // 2, right // 2, size)
 
-    return on_images(apply)
+    return on_images(apply, step=CentralCrop(size))
 
 
 def _padded(images: Images, n: int, value: int, mode: str) -> Images:
@@ -441,7 +442,7 @@ def exif_transpose() -> Operation:
             return images
         return [_upright(images, row) for row in range(len(images))]
 
-    return on_images(apply)
+    return on_images(apply, step='upright')
 
 
 # The eight ways to turn and mirror an image, by the number that EXIF and TIFF have for them.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from big_vit.data import decode as decode_lib
+from big_vit.data.preprocessing import Step
 from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
     MOST_CLASSES,
@@ -50,7 +51,8 @@ def decode(channels=None, black=None, white=None) -> Operation:
         made = [_decoding(image, channels, levels, row) for row, image in enumerate(images)]
         return stacked(made) if isinstance(images, np.ndarray) else made
 
-    return on_images(apply)
+    step: Step | None = 'grey' if channels == 1 else 'keeps'
+    return on_images(apply, step=step if levels is None else None)
 
 
 def _decoding(image, channels: int | None, levels: tuple[float, float] | None, row: int):
@@ -77,7 +79,7 @@ def rgb() -> Operation:
     def convert(image: np.ndarray) -> np.ndarray:
         return image if need_channels(image, 1, 3) == 3 else np.repeat(image, 3, axis=-1)
 
-    return on_images(lambda images, draw: _map_images(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert), step='keeps')
 
 
 def grayscale() -> Operation:
@@ -94,7 +96,7 @@ def grayscale() -> Operation:
             grey = np.rint(grey)
         return grey.astype(image.dtype)[..., None]
 
-    return on_images(lambda images, draw: _map_images(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert), step='grey')
 
 
 def invert() -> Operation:
@@ -148,7 +150,7 @@ def onehot(num_classes, key='label') -> Operation:
             out[row, label] = 1 / len(np.unique(label))
         return {**columns, key: out}
 
-    return Operation(apply)
+    return Operation(apply, step='keeps')
 
 
 def multihot(num_classes, key='label') -> Operation:
@@ -162,7 +164,7 @@ def multihot(num_classes, key='label') -> Operation:
             out[row, label] = 1
         return {**columns, key: out}
 
-    return Operation(apply)
+    return Operation(apply, step='keeps')
 
 
 def keep(*names) -> Operation:
@@ -175,7 +177,7 @@ def keep(*names) -> Operation:
             _need(columns, name)
         return {name: columns[name] for name in names}
 
-    return Operation(apply)
+    return Operation(apply, step='keeps')
 
 
 def rename(**names) -> Operation:
@@ -189,7 +191,7 @@ def rename(**names) -> Operation:
         kept = {name: column for name, column in columns.items() if name not in names}
         return {**kept, **{new: columns[old] for old, new in names.items()}}
 
-    return Operation(apply)
+    return Operation(apply, step=None if 'image' in {*names, *names.values()} else 'keeps')
 
 
 def _need(columns: Columns, name: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from big_vit.data import decode
 from big_vit.data.normalisation import Normalisation
+from big_vit.data.preprocessing import Step
 
 # Returns the k-th random number in [0, 1) of every example, float64 [B].
 Draw = Callable[[int], np.ndarray]
@@ -37,11 +38,13 @@ class Operation(NamedTuple):
       apply: function of (columns, draw) to columns, which must not change its argument.
       random: whether it calls `draw`.
       normalisation: the map of pixel values that it is, or None if it does not rescale them.
+      step: what it is to other codebases, or None if they have no such operation.
     """
 
     apply: Callable[[Columns, Draw], Columns]
     random: bool = False
     normalisation: Normalisation | None = None
+    step: Step | None = None
 
 
 class UnfitError(ValueError):
@@ -56,7 +59,9 @@ class BadExampleError(ValueError):
         self.row = row
 
 
-def on_images(function: Callable[[Images, Draw], Images], random: bool = False) -> Operation:
+def on_images(
+    function: Callable[[Images, Draw], Images], random: bool = False, step: Step | None = None
+) -> Operation:
     """Make an operation from a function of the column 'image', an array [B, H, W, C] or a list."""
 
     def apply(columns: Columns, draw: Draw) -> Columns:
@@ -65,7 +70,7 @@ def on_images(function: Callable[[Images, Draw], Images], random: bool = False) 
             raise UnfitError(f'needs images, but these examples have {has}')
         return {**columns, 'image': function(columns['image'], draw)}
 
-    return Operation(apply, random)
+    return Operation(apply, random, step=step)
 
 
 def per_image(

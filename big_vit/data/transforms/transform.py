@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from big_vit.data import decode, normalisation, order
+from big_vit.data import decode, normalisation, order, preprocessing
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import (
     audio,
@@ -136,6 +136,28 @@ class Transform:
         steps += [operation.normalisation for _, operation in self.device]
         return normalisation.mean_and_std(steps, channels)
 
+    def preprocessing(self, size: tuple[int, int], channels: int) -> preprocessing.Preprocessing:
+        """Say what all operations, on the host and on the devices, do to a picture.
+
+        Args:
+          size: (height, width) that the model takes.
+          channels: that the model takes.
+
+        Raises:
+          UserError: an operation is random, or none that other codebases have.
+        """
+        require_deterministic(self)
+
+        def step_of(operation: Any) -> preprocessing.Step | None:
+            scales = operation.normalisation
+            if scales is not None:
+                return None if scales.applies_to == 'nothing' else 'keeps'
+            return getattr(operation, 'step', None)
+
+        pairs = [*zip(self.names, self.operations, strict=True), *self.device]
+        steps = [(name, step_of(operation)) for name, operation in pairs]
+        return preprocessing.of_steps(steps, size, *self.normalisation(channels), self.key)
+
     def __call__(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
         """Transform the columns of some examples, with one key per example.
 
@@ -178,7 +200,7 @@ def parse(
       text: operations separated by |, each a name with literal arguments; the name `size`
         stands for the configured image size.
       size: (height, width), the value of the name `size`.
-      key: prefix of the config key, such as 'data'.
+      key: prefix of the config key, such as 'data'; or the flag '--transform'.
       device: the operations that the devices have.
       skip: names of operations to leave out, such as `EXTERNAL` where only the images matter.
 
@@ -186,7 +208,7 @@ def parse(
       UserError: the text has another form, or names an operation that is unknown or does not take
         its arguments.
     """
-    key = f'{key}.transform'
+    key = key if key == '--transform' else f'{key}.transform'
     calls = [c for c in grammar.parse(text, size=size, key=key) if c.name not in skip]
     names: list[str] = []
     operations: list[Operation] = []
