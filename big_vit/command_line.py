@@ -269,6 +269,11 @@ def evaluate() -> argparse.ArgumentParser:
         'also as timm/NAME or hf://OWNER/NAME',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object')
+    parser.add_argument(
+        '--per-class',
+        metavar='FILE',
+        help='write precision, recall and F1 of each class there: .csv, or .json with confusions',
+    )
     _add_distributed(parser)
     return parser
 
@@ -285,6 +290,8 @@ def predict() -> argparse.ArgumentParser:
     parser = _parser(
         'predict',
         'Name the classes of pictures, or write their feature vectors.',
+        'Instead of files, data of any kind: --config.data.split=test is of the run, '
+        '--config.data.name=tar --config.data.path=... other data; docs/predict.md.',
     )
     parser.add_argument(
         'path',
@@ -293,17 +300,30 @@ def predict() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         'pictures',
-        nargs='+',
+        nargs='*',
         help='files, folders (at any depth), or - for paths on standard input, one a line',
     )
     parser.add_argument('--top', type=_number(1, 1000), default=5, metavar='N', help='classes (5)')
     parser.add_argument(
-        '--out', metavar='FILE', help='write there instead: .csv, .jsonl or .parquet'
+        '--out',
+        metavar='OUT',
+        help='write there instead: .csv, .jsonl, .parquet, or a folder; a restart goes on with it',
     )
     parser.add_argument(
         '--embed',
         metavar='OUT',
-        help='features instead: .npz, .parquet, or a folder, which a restart goes on with',
+        help='features instead: .npz, .npy, .parquet, or a folder of parts',
+    )
+    parser.add_argument(
+        '--classes',
+        metavar='NAMES',
+        help='of a model of pictures and words: cat,dog or a file with a name a line',
+    )
+    parser.add_argument(
+        '--prompts',
+        action='append',
+        metavar='TEXT',
+        help="as in 'a photo of a {}'; may be repeated",
     )
     parser.add_argument(
         '--transform', metavar='TEXT', help="operations instead of those of the run's evaluation"
@@ -311,8 +331,16 @@ def predict() -> argparse.ArgumentParser:
     parser.add_argument(
         '--batch_size', type=_number(1, 1 << 16), default=64, help='pictures at a time (64)'
     )
+    parser.add_argument(
+        '--rows',
+        type=_number(1, 1 << 30),
+        default=1 << 14,
+        metavar='N',
+        help='rows of a part, which a restart makes or keeps (16384)',
+    )
     _add_labels(parser)
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
+    _add_distributed(parser)
     return parser
 
 

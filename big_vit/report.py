@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vit import checkpoint, ledger, metrics, runtime, sharding, storage, trees
+from big_vit import checkpoint, evaluate, ledger, metrics, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import train_data
 from big_vit.build.experiment import loss_flops
@@ -36,6 +36,7 @@ from big_vit.inspection import (
     history,
     html_pages,
     loaded_model,
+    mistakes,
     plots,
     weight_statistics,
 )
@@ -48,6 +49,8 @@ MAX_RUNS = 6
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
 EXAMPLES, ATTENTION_IMAGES = 24, 4
+# Seconds that each evaluation is judged for.
+JUDGED_S = 60.0
 
 
 class Run(NamedTuple):
@@ -273,6 +276,20 @@ def evaluations(run: Run) -> str:
         return html_pages.paragraph('No evaluation has been made.', 'soft')
     header = ['evaluation', 'score', 'last', 'at step', 'best', 'at step', 'examples']
     return html_pages.table('All evaluations', header, rows)
+
+
+def errors(run: Run) -> str:
+    """Show what the head of a run takes for what in each evaluation of its accuracy."""
+    assert run.loaded.run is not None and run.loaded.config is not None
+    if not list(run.loaded.config.evals):
+        return ''
+    workdir, step = run.loaded.run
+    answered = evaluate.judge(workdir, step, JUDGED_S)
+    return ''.join(
+        (html_pages.heading(f'{name}, after step {step:,}') if len(answered) > 1 else '')
+        + mistakes.section(judged, data)
+        for name, (judged, data) in answered.items()
+    )
 
 
 def curves(runs: list[Run]) -> str:
@@ -576,6 +593,7 @@ def document(path: str) -> str:
         ('Sweep', guarded(lambda: swept(path), 'Sweep')),
         ('Curves', curves(runs)),
         ('Evaluations', for_each_run(runs, evaluations, 'Evaluations')),
+        ('Mistakes', for_each_run(runs, errors, 'Mistakes cannot be shown')),
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
         ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),

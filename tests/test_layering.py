@@ -50,6 +50,7 @@ WITHIN_A_LAYER = {
     ('explain', 'ledger'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.
     ('sweeps', 'train'),
+    ('report', 'evaluate'),  # What is mistaken is what was scored.
     ('sweeps', 'evaluate'),  # What validation chose is scored as any checkpoint is.
     ('workdir', 'checkpoint'),
 }

@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from commands import error_line, run
+from commands import error_line, run, run_many, start
 from PIL import Image
 from test_export import weights_of
 from tiny import write_folder
@@ -105,8 +107,11 @@ def test_many_broken_pictures_in_a_row_do_not_end_it(shapes, model, tmp_path, ca
     (row,) = (json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines())
     assert row['file'].endswith('50.jpg')
     np.testing.assert_allclose(row['probabilities'], np.sort(model([good])[0])[::-1], atol=1e-5)
+    out = tmp_path / 'parts'  # Of which most have no picture that can be read.
+    predict.main([str(workdir), str(tmp_path), '--embed', str(out), '--rows', '10'])
+    assert [pq.read_table(part).num_rows for part in sorted(out.glob('p*'))] == [0, 0, 0, 0, 1]
     said = capsys.readouterr().err
-    assert said.count('not an image') == 20 and '40 of 41 pictures cannot be read' in said
+    assert said.count('not an image') == 40 and '40 of 41 pictures cannot be read' in said
 
 
 def test_tables_say_the_same(shapes, model, tmp_path):
@@ -131,9 +136,7 @@ def test_tables_say_the_same(shapes, model, tmp_path):
             assert float(likely) == pytest.approx(answer[0][1], abs=1e-5)
 
 
-def test_features_of_a_folder_go_on_where_they_stopped(
-    shapes, model, tmp_path, monkeypatch, capsys
-):
+def test_features_of_a_folder_go_on_where_they_stopped(shapes, model, tmp_path, capsys):
     workdir, data = shapes
     paths = pictures_of(data)
     wanted = model.embed(paths)
@@ -145,21 +148,134 @@ def test_features_of_a_folder_go_on_where_they_stopped(
     rows = pq.read_table(tmp_path / 'a.parquet').to_pydict()
     np.testing.assert_allclose(np.array(rows['embedding']), wanted, atol=1e-5)
 
-    monkeypatch.setattr(predict, 'SHARD', 12)
-    out = tmp_path / 'shards'
-    predict.main([str(workdir), str(data), '--embed', str(out)])
-    shards = sorted(out.glob('*.parquet'))
-    assert [pq.read_table(shard).num_rows for shard in shards] == [12, 12, 6]
-    shards[1].unlink()
-    before = shards[0].stat().st_mtime_ns
+    with np.load(tmp_path / 'a.npz', allow_pickle=False) as saved:
+        predict.main([str(workdir), str(data), '--embed', str(tmp_path / 'a.npy')])
+        np.testing.assert_array_equal(np.load(tmp_path / 'a.npy'), saved['features'])
+    listed = list(csv.DictReader((tmp_path / 'a.files.csv').read_text().splitlines()))
+    assert [row['file'] for row in listed] == paths
+
+    out = tmp_path / 'parts'
+    command = [str(workdir), str(data), '--embed', str(out), '--rows', '12']
+    predict.main(command)
+    parts = sorted(out.glob('*.parquet'))
+    assert [pq.read_table(part).num_rows for part in parts] == [12, 12, 6]
+    parts[1].unlink()
+    before = parts[0].stat().st_mtime_ns
     capsys.readouterr()
-    predict.main([str(workdir), str(data), '--embed', str(out)])
-    assert capsys.readouterr().out.count('embed ') == 1
-    assert shards[0].stat().st_mtime_ns == before
-    features = np.concatenate([pq.read_table(s)['embedding'].to_pylist() for s in shards])
+    predict.main(command)
+    said = capsys.readouterr().out
+    assert '2 of 3 parts are there' in said and said.count('part-') == 1
+    assert parts[0].stat().st_mtime_ns == before
+    features = np.concatenate([pq.read_table(part)['embedding'].to_pylist() for part in parts])
     np.testing.assert_allclose(features, wanted, atol=1e-5)
-    with pytest.raises(UserError, match='features of other pictures or of another model'):
-        predict.main([str(workdir), paths[0], '--embed', str(out)])
+    for other, what in (
+        ([str(workdir), paths[0], *command[2:]], 'inputs'),
+        ([*command[:-1], '13'], 'rows'),
+        ([*command, '--transform', 'resize(size)'], 'transform'),
+        ([*command, '--which', 'params'], None),
+    ):
+        if what is not None:
+            with pytest.raises(UserError, match=f'holds parts of other {what}: name another'):
+                predict.main(other)
+        else:  # Without an average they are the same numbers.
+            predict.main(other)
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'diary.txt').write_text('dear diary')
+    with pytest.raises(UserError, match='mine holds other files: name a new folder'):
+        predict.main([str(workdir), str(data), '--embed', str(tmp_path / 'mine')])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('out', ['parts', 'a.npz', 'a.parquet', 'a.npy'])
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(shapes, tmp_path, out):
+    workdir, data = shapes
+    for copy in range(20):
+        shutil.copytree(data, tmp_path / 'data' / str(copy))
+    (tmp_path / 'data' / '3' / 'broken.jpg').write_bytes(b'nothing')
+    given = [workdir, tmp_path / 'data', '--rows', '16', '--batch_size', '16', '--embed']
+    for folder in ('uncut', 'cut'):
+        (tmp_path / folder).mkdir()
+    uncut = tmp_path / 'uncut'
+    assert run('predict', *given, uncut / out).returncode == 0
+    target = tmp_path / 'cut' / out
+    parts = target if out == 'parts' else target.with_name(f'.{out}.parts')
+    process = start('predict', *given, target)
+    while len(list(parts.glob('part-*'))) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    made = len(list(parts.glob('part-*')))
+    assert 5 <= made < 38
+    result = run('predict', *given, target)
+    assert result.returncode == 0, result.stderr
+    assert f'{made} of 38 parts are there' in result.stdout
+    assert '1 of 601 pictures cannot be read' in result.stderr
+
+    def contents(folder):
+        files = sorted(path for path in folder.rglob('*') if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    left, right = contents(tmp_path / 'cut'), contents(uncut)
+    assert left.keys() == right.keys()
+    if out == 'a.npz':  # A zip archive says when it was made.
+        with np.load(target) as one, np.load(uncut / out) as other:
+            for name in ('files', 'features'):
+                assert one[name].tobytes() == other[name].tobytes()
+    else:
+        assert left == right
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_parts_of_one(shapes, tmp_path):
+    workdir, data = shapes
+    given = [workdir, data, '--rows', '8', '--embed']
+    for suffix in ('parquet', 'npz'):
+        assert run('predict', *given, tmp_path / f'one.{suffix}').returncode == 0
+        run_many('predict', *given, tmp_path / f'two.{suffix}', devices=1)
+    one, two = (pq.read_table(tmp_path / f'{name}.parquet').to_pydict() for name in ('one', 'two'))
+    assert one['file'] == two['file'] == pictures_of(data)
+    np.testing.assert_array_equal(one['embedding'], two['embedding'])
+
+
+def test_data_of_any_source_is_asked_about_as_files_are(shapes, model, tmp_path, capsys):
+    workdir, data = shapes
+    paths = pictures_of(data)
+    with tarfile.open(tmp_path / 'train-0.tar', 'w') as archive:
+        for path in paths[::2]:
+            archive.add(path, Path(path).name)
+    flags = ['--config.data.name=tar', f'--config.data.path={tmp_path}']
+    predict.main([str(workdir), *flags, '--out', str(tmp_path / 'a.jsonl'), '--top', '1'])
+    rows = [json.loads(line) for line in (tmp_path / 'a.jsonl').read_text().splitlines()]
+    for path, answer, row in zip(paths[::2], model.predict(paths[::2], 1), rows, strict=True):
+        assert row['file'] == f'{tmp_path}/train-0.tar: {Path(path).name}'
+        assert row['classes'] == [answer[0][0]]
+        assert row['probabilities'][0] == pytest.approx(answer[0][1], abs=1e-5)
+    with pytest.raises(UserError, match='name files or data, not both'):
+        predict.main([str(workdir), paths[0], *flags])
+    with pytest.raises(UserError, match='nothing is asked about: name files'):
+        predict.main([str(workdir)])
+
+
+def test_bad_files_in_any_number_are_named_and_the_rest_answered(shapes, model, tmp_path, capsys):
+    """Files with an intact header too, in a row longer than an evaluation would look past."""
+    _, data = shapes
+    good = pictures_of(data)[:2]
+    for i in range(40):
+        (tmp_path / f'{i:02d}.jpg').write_bytes(Path(good[0]).read_bytes()[:400])
+    shutil.copy(good[0], tmp_path / 'a.jpg')
+    shutil.copy(good[1], tmp_path / '30b.jpg')
+    unread = {}
+    listed = [*map(str, sorted(tmp_path.glob('*.jpg'))), str(tmp_path / 'nowhere.jpg')]
+    answers = list(model.answers(listed, unread))
+    rows = np.concatenate([some.rows for some in answers]).tolist()
+    assert rows == [listed.index(str(tmp_path / name)) for name in ('30b.jpg', 'a.jpg')]
+    features = np.concatenate([some.features for some in answers])
+    np.testing.assert_allclose(features, model.embed(good[::-1]), atol=1e-5)
+    assert sorted([*unread, *rows]) == list(range(len(listed)))
+    assert unread[len(listed) - 1] == 'No such file or directory'
+    with pytest.raises(UserError, match=r'nowhere\.jpg: No such file or directory$'):
+        model.embed([good[0], str(tmp_path / 'nowhere.jpg')])
 
 
 @pytest.mark.slow
@@ -244,7 +360,10 @@ def test_pictures_are_opened_in_colour_if_the_transform_takes_colours(tmp_path):
         (['DATA', '--out', 'x.txt'], '--out x.txt: the name ends in .csv, .jsonl, .parquet'),
         (['DATA', '--embed', 'none/x.npz'], 'there is no folder none'),
         (['DATA', '--transform', 'resize_(3)'], 'resize'),
-        (['DATA', '--config.lr=1'], 'predict reads the config of the run alone'),
+        (
+            ['DATA', '--config.lr=1'],
+            'predict reads the config of the run, and of what is given only data',
+        ),
     ],
 )
 def test_mistakes_are_one_line(shapes, tmp_path, words, message):

@@ -88,10 +88,18 @@ def test_a_run_has_all_of_its_story(workdir):
     page = Page(text)
     check_alone(page, text)
     assert page.headings == [
-        'Curves', 'Evaluations', 'Warnings', 'Training data', 'Attention', 'Weights',
+        'Curves', 'Evaluations', 'Mistakes', 'Warnings', 'Training data', 'Attention', 'Weights',
         'Memory and operations', 'Time', 'Config', 'Versions',
     ]  # fmt: skip
-    for words in ('3 of 3', 'top-1', 'optimizer: first moment', 'examples_per_s', 'GFLOP forward'):
+    for words in (
+        '3 of 3',
+        'top-1',
+        '20 examples are mistaken',
+        'Confusion matrix',
+        'optimizer: first moment',
+        'examples_per_s',
+        'GFLOP forward',
+    ):
         assert words in page.text, words
     assert NAME in page.text and NAME not in text
     labels = [s['aria-label'] for s in page.tags['svg'] if 'aria-label' in s]

@@ -2,19 +2,20 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from big_vit import augment, state
+from big_vit import augment
 from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
+from big_vit.data.sources.base import concatenate
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
 from big_vit.data.transforms import text
@@ -43,7 +44,7 @@ class Data(NamedTuple):
     reads: tuple[str, ...] = ('image',)
 
     @property
-    def inputs(self) -> state.Inputs:
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """What the model is given: shape and type of each part, without the batch."""
         return {n: p for n, p in self.example_spec.parts.items() if n not in ('label', 'mask')}
 
@@ -288,13 +289,18 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
 
 
 def evaluation_transform(
-    config: Config, where: str, text: str | None = None
+    config: Config,
+    where: str,
+    text: str | None = None,
+    skip: Collection[str] = transforms.EXTERNAL,
 ) -> transforms.Transform | None:
     """Parse how the first evaluation of the head prepares pictures, or else the first one.
 
     Args:
       where: whose config it is, for messages.
       text: operations instead of those of an evaluation.
+      skip: names of operations to leave out; elsewhere there may be no tokenizer, which pictures
+        do not ask for.
 
     Returns:
       The transform, with what devices do to pictures; None if no evaluation says it.
@@ -312,9 +318,8 @@ def evaluation_transform(
     if text is None:
         key, section = (of_head or sections)[0]
         key, text = f'{where}: {key}', section.transform
-    # Elsewhere there may be no tokenizer, which is not asked for pictures.
     parse = functools.partial(
-        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=transforms.EXTERNAL
+        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=skip
     )
     parsed = parse(text, key=key)
     transforms.require_deterministic(parsed)
@@ -488,14 +493,59 @@ def host_batches(
     )
 
 
-def text_data(config: Config, train: Data, texts: list[str], key: str) -> Data:
+def asked_data(config: Config) -> sources.Source:
+    """Open what `data` says, or the parts of `mixture` one after the other, as it is stored.
+
+    No example needs a label, and nothing is cached: each is read once.
+
+    Raises:
+      UserError: something is missing or does not fit.
+    """
+    named = {
+        f'mixture.{name}': completed_section(config, 'mixture', name) for name in config.mixture
+    }
+    opened = []
+    for key, section in (named or {'data': config.data}).items():
+        if section.name is None:
+            raise UserError(f'config: {key}.name must be set')
+        spec = _spec(section, key, config, '', labelled=False)
+        source = dataset.open_labels(replace(spec, cache='none'))
+        opened.append(replace(source, in_memory=dataset.is_small(source)))
+    name = ' + '.join(source.name for source in opened)
+    return concatenate(opened, name, opened[0].split if len(opened) == 1 else 'mixture')
+
+
+def fitting_data(
+    source: sources.Source,
+    transform: transforms.Transform,
+    size: tuple[int, int],
+    reads: tuple[str, ...],
+    device: tuple[tuple[str, Any], ...] = (),
+) -> Data:
+    """Check a source without labels, by its first example, and what prepares it for a model.
+
+    Args:
+      reads: the parts of a batch that the model takes.
+      device: the devices' part, where the transform has none.
+
+    Raises:
+      UserError: the example does not become what the model takes.
+    """
+    example_spec = transforms.check(transform, source, size, reads)
+    host = replace(transform, device=())
+    found = Data(source, host, example_spec, transform.device or device, (), True, reads=reads)
+    _check_fit(found, transform.key.removesuffix('.transform'), labelled=False)
+    return found
+
+
+def text_data(config: Config, texts: list[str], key: str) -> Data:
     """Sentences as the words of a training example, made by the same operations.
 
     Raises:
       UserError: training makes no words of text.
     """
-    size, host = config.image_size, train.transform.host_text
-    whole = transforms.parse(host, size=size, key='data')
+    size = config.image_size
+    whole = transforms.parse(config.data.transform, size=size, key='data', device=DEVICE_OPERATIONS)
     pairs = zip(whole.names, whole.operations, strict=True)
     chosen = [pair for pair in pairs if pair[0] in text.OPERATIONS]
     if not chosen:
@@ -510,9 +560,11 @@ def text_data(config: Config, train: Data, texts: list[str], key: str) -> Data:
         return {'text': [texts[i] for i in indices], 'label': indices.astype(np.int32)}
 
     source = sources.Source(key, '', len(texts), len(texts), None, load, in_memory=True)
-    reads = tuple(part for part in train.reads if part not in tokenizers.PICTURES)
+    reads = tuple(part for part in parts_read(config) if part not in tokenizers.PICTURES)
     example_spec = transforms.check(made, source, size, reads)
-    spec = dataset.Spec(key='', name='prompts', split='', transform=host, image_size=size)
+    spec = dataset.Spec(
+        key='', name='prompts', split='', transform=whole.host_text, image_size=size
+    )
     return Data(
         source,
         made,

@@ -1,13 +1,19 @@
 """The `evals` sections as evaluators: functions of the parameters that return metrics."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from big_vit import steps
 from big_vit.build.data import Data, completed_section, eval_device_operations, text_data
 from big_vit.build.experiment import Experiment, all_batches
 from big_vit.config import Config, registries
+from big_vit.data.sources.base import select
 from big_vit.errors import UserError
+from big_vit.evaluators.confusion import Judge, Judged, make_judge
 from big_vit.evaluators.evaluation import (
     Evaluation,
     Evaluator,
@@ -45,6 +51,44 @@ def build_evaluators(config: Config, parts: Experiment) -> dict[str, Evaluator]:
         evaluation = _evaluation(config, parts, name, extractor, compile_sums)
         evaluators[name] = EVALUATORS[kind](evaluation, **settings)
     return evaluators
+
+
+def build_judges(
+    config: Config, parts: Experiment, seconds: float | None = None
+) -> dict[str, Callable[[Any], tuple[Judged, Data]]]:
+    """Build for each evaluation of the head's accuracy what says which examples are mistaken.
+
+    Args:
+      seconds: for each; then examples come in a random order, so that those seen stand for all.
+
+    Returns:
+      {evaluation: params -> (what was answered, the data whose rows it is of)}.
+
+    Raises:
+      UserError: as `build_evaluators`.
+    """
+    extractor = FeatureExtractor(parts.abstract_state, parts.mesh)
+
+    def compile_sums(key: Any, sums: Sums) -> Sums:
+        return steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
+
+    def judge(params: Any, name: str, make: Judge) -> tuple[Judged, Data]:
+        data = parts.evals[name]
+        if seconds is not None:
+            order = np.random.default_rng(0).permutation(data.source.length)
+            source = select(data.source, len(order), lambda index: order[index])
+            data = data._replace(source=source)
+        return make(params, all_batches(parts, data)), data
+
+    judges: dict[str, Callable[[Any], tuple[Judged, Data]]] = {}
+    for name in parts.evals:
+        kind = completed_section(config, 'evals', name).type
+        if requirements(kind).head_top1:
+            evaluation = _evaluation(config, parts, name, extractor, compile_sums)
+            settings = _settings(config, name, kind)
+            make = make_judge(evaluation, seconds=seconds, **settings)
+            judges[name] = functools.partial(judge, name=name, make=make)
+    return judges
 
 
 def _settings(config: Config, name: str, kind: str) -> dict[str, Any]:
@@ -87,7 +131,7 @@ def _evaluation(
         return extractor.compute(key, split, embedding, params, shared)
 
     def as_split(sentences: list[str]) -> Split:
-        return _split(parts, text_data(config, parts.data, sentences, key))
+        return _split(parts, text_data(config, sentences, key))
 
     return Evaluation(
         key=key,

@@ -104,6 +104,8 @@ def build_trunk(config: Config, shapes: dict[str, tuple[int, ...]], mesh: Mesh) 
             'or set model.head_dim'
         )
     for stream in streams:
+        if stream.reads not in shapes:  # Of two towers one may be asked alone.
+            continue
         _check_stream(config, stream, shapes, width, m.head_dim or width // heads)
     _check_device(m, mesh)
     trunk = make_vit(

@@ -90,10 +90,10 @@ def open_labels(spec: Spec) -> Source:
       UserError: something is missing or does not fit.
     """
     source = _relabelled(_open(spec), spec)
-    return _resized(source, spec) if spec.cache == 'resized' and not _is_small(source) else source
+    return _resized(source, spec) if spec.cache == 'resized' and not is_small(source) else source
 
 
-def _is_small(source: Source) -> bool:
+def is_small(source: Source) -> bool:
     shape = source.image_shape
     return bool(source.in_memory and shape and math.prod(shape) < _LARGE_IMAGE)
 
@@ -116,7 +116,7 @@ def _says_numbers(spec: Spec) -> bool:
 def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Transform]:
     """Apply the first part of a transform and cache what it makes; returns the rest too."""
     transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
-    if _is_small(source):
+    if is_small(source):
         return source, transform
     before, after = transform.split()
     was_in_memory = source.in_memory

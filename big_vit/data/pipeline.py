@@ -31,6 +31,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 Rows = slice | Int64[np.ndarray, ' rows']
 Columns = dict[str, Any]
+# What stands for an example that cannot be read, of (its index, the error): arrays [1, ...].
+Instead = Callable[[int, Exception], Columns]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def load(
     view: Int64[np.ndarray, ' b'] | int,
     seed: int,
     skip_bad: bool = False,
+    instead: Instead | None = None,
 ) -> Columns:
     """Load examples and apply the host part of their transform.
 
@@ -139,6 +142,7 @@ def load(
       seed: of the transform.
       skip_bad: replace examples that cannot be read or decoded by the next that can, and mark
         them in the column 'replaced' (uint8, 1 if replaced).
+      instead: of `skip_bad`, gives what replaces an example, rather than the next that can be read.
 
     Returns:
       Arrays [B, ...].
@@ -152,7 +156,7 @@ def load(
     except (BadExampleError, OSError):
         views = np.broadcast_to(np.asarray(view, np.int64), index.shape)
         rows = [
-            _load_one(source, transform, int(i), int(v), seed, skip_bad)
+            _load_one(source, transform, int(i), int(v), seed, skip_bad, instead)
             for i, v in zip(index, views, strict=True)
         ]
         columns = {name: np.concatenate([row[name] for row, _ in rows]) for name in rows[0][0]}
@@ -161,7 +165,13 @@ def load(
 
 
 def _load_one(
-    source: Source, transform: Transform, index: int, view: int, seed: int, skip_bad: bool
+    source: Source,
+    transform: Transform,
+    index: int,
+    view: int,
+    seed: int,
+    skip_bad: bool,
+    instead: Instead | None,
 ) -> tuple[Columns, bool]:
     """Load an example or one that follows it; return (columns, whether it is another)."""
     first: Exception | None = None
@@ -170,6 +180,8 @@ def _load_one(
         try:
             return _columns(source, transform, at, order.example_keys(seed, view, at)), step > 0
         except (BadExampleError, OSError) as error:
+            if instead is not None:
+                return instead(index, error), True
             first = first or error
     section = transform.key.rpartition('.')[0]
     hint = (
@@ -240,6 +252,7 @@ def eval_batches(
     batch_size: int,
     rows: Rows = slice(None),
     skip_bad: bool = False,
+    instead: Instead | None = None,
     num_threads: int | None = None,
 ) -> Iterator[Columns]:
     """Yield every example once, in the order of the source; `eval_steps` batches on every host.
@@ -250,6 +263,7 @@ def eval_batches(
       batch_size: examples in the global batch, over all hosts.
       rows: rows of the global batch to load, from `local_rows`.
       skip_bad: damaged examples count as padding instead of ending the evaluation.
+      instead: see `load`.
       num_threads: number of loader threads, by default one a processor.
 
     Yields:
@@ -264,7 +278,7 @@ def eval_batches(
         real = position < source.length
         # Shapes are needed even if a host has no example at all, so padding is loaded as
         # the first example and then zeroed.
-        batch = load(source, transform, np.where(real, position, 0), 0, 0, skip_bad)
+        batch = load(source, transform, np.where(real, position, 0), 0, 0, skip_bad, instead)
         if skip_bad:
             real &= batch.pop('replaced') == 0
         for name, column in batch.items():

@@ -87,6 +87,18 @@ grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr))}}
 .pictures img.photo{{image-rendering:auto}}
 .pictures figcaption{{font-size:.78rem;line-height:1.25;margin-top:.15rem;white-space:pre-line;
 overflow-wrap:anywhere}}
+.pictures.wide-captions{{gap:.9rem .7rem;
+grid-template-columns:repeat(auto-fill,minmax(7rem,1fr))}}
+.matrix th,.matrix td{{padding:.25rem .4rem;border:0}}
+.matrix thead th{{font-weight:500;vertical-align:bottom;text-align:center}}
+.matrix thead span{{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9rem;
+overflow:hidden;text-overflow:ellipsis}}
+.matrix tbody th{{max-width:11rem;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;
+position:sticky;left:0;background:var(--card)}}
+.matrix td{{text-align:center;font-variant-numeric:tabular-nums;min-width:2rem;
+background:color-mix(in srgb,var(--accent) calc(var(--share)*85%),transparent)}}
+.matrix td.strong{{color:var(--paper)}}
+.matrix table{{width:auto;margin:.4rem}}
 .notice{{background:var(--warn);border-left:.3rem solid var(--warnrule);padding:.6rem .9rem;
 border-radius:.3rem;max-width:none;overflow-wrap:anywhere}}
 ul.notice{{padding-left:2rem}}
@@ -159,6 +171,27 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
         f'<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+    )
+
+
+def matrix(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Return a table of numbers [row, column] with the names of both, coloured by the row's share.
+
+    Zeros are left blank.
+    """
+    head = ''.join(f'<th scope="col"><span>{text(name)}</span></th>' for name in names)
+    body = ''
+    for name, row in zip(names, counts, strict=True):
+        total = max(sum(row), 1)
+        cells = ''
+        for count in row:
+            share = count / total
+            strong = ' class="strong"' if share > 0.55 else ''
+            cells += f'<td{strong} style="--share:{share:.3f}">{count or ""}</td>'
+        body += f'<tr><th scope="row" title="{text(name)}">{text(name)}</th>{cells}</tr>\n'
+    return (
+        f'<div class="wide matrix" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
+        f'<thead><tr><td></td>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
     )
 
 

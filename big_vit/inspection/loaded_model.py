@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ MOST_BYTES = 1 << 26
 MOST_PIXELS = 1 << 27
 # Bytes. The attention weights of one image are held in memory all at once.
 MOST_ATTENTION = 1 << 32
+
+# Shape and type of each part that a model reads, without the batch.
+Inputs = dict[str, tuple[tuple[int, ...], Any]]
 
 
 @dataclass(frozen=True)
@@ -117,25 +121,37 @@ class LoadedModel:
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         return self._build({'model.dtype': 'float32', 'model.attention': 'xla'}, mesh)
 
-    def scoring_model(self, mesh: jax.sharding.Mesh) -> ViT:
-        """Return the model for the devices of a mesh, in its own types, as evaluations use it."""
-        return self._build({}, mesh)
+    def scoring_model(self, mesh: jax.sharding.Mesh, inputs: Inputs) -> Any:
+        """Return the model for the devices of a mesh, in its own types, as evaluations use it.
 
-    def _build(self, changes: dict[str, Any], mesh: jax.sharding.Mesh) -> ViT:
+        Raises:
+          UserError: the parameters do not match the config, or the inputs.
+        """
+        return self._build({}, mesh, inputs)
+
+    def _build(
+        self, changes: dict[str, Any], mesh: jax.sharding.Mesh, inputs: Inputs | None = None
+    ) -> Any:
         if self.config is None:
             assert self.foreign_weights is not None
             settings = {**self.foreign_weights.settings, 'dtype': jnp.float32, 'scan': False}
             return make_vit(**settings)
         config = self.config.replacing({'model.remat': 'none', **changes})
-        if parts_read(config) != ('image',) or list(config.streams):
-            reads = ', '.join(parts_read(config))
-            raise UserError(f'{self.path}: its model reads {reads}, not one image')
+        if inputs is None:
+            if parts_read(config) != ('image',) or list(config.streams):
+                reads = ', '.join(parts_read(config))
+                raise UserError(f'{self.path}: its model reads {reads}, not one image')
+            inputs = {'image': ((*self.image_size, self.channels), np.dtype(np.uint8))}
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
-        shape = (*self.image_size, self.channels)
-        model = build_model(config, classes, {'image': shape}, mesh)
-        inputs: state.Inputs = {'image': (shape, np.dtype(np.uint8))}
-        checkpoint.check_params(self.params, state.abstract_params(model, inputs), self.path)
+        shapes = {name: shape for name, (shape, _) in inputs.items()}
+        model = build_model(config, classes, shapes, mesh)
+        model_of_inputs = state.abstract_params(model, inputs)
+        # Of streams that stay apart, those without an input have no parameters there.
+        absent = {s.name for s in build_streams(config) if s.name and s.reads not in inputs}
+        absent |= {f'shared_{name}' for name in absent}
+        saved = {name: leaf for name, leaf in self.params.items() if name not in absent}
+        checkpoint.check_params(saved, model_of_inputs, self.path)
         return build_task(config.task).trunk(model)
 
     @property
@@ -149,11 +165,14 @@ class LoadedModel:
         rows, columns = self.foreign_weights.meta['image_size']
         return rows, columns
 
-    def preparation(self, text: str | None = None) -> transforms.Transform:
+    def preparation(
+        self, text: str | None = None, skip: Collection[str] = transforms.EXTERNAL
+    ) -> transforms.Transform:
         """Parse how pictures are prepared for the model, as its evaluation does.
 
         Args:
           text: operations instead of those of the evaluation.
+          skip: names of operations to leave out.
 
         Raises:
           UserError: no evaluation says it, or it cannot be read.
@@ -169,7 +188,7 @@ class LoadedModel:
             )
             transforms.require_deterministic(parsed)
             return parsed
-        found = evaluation_transform(self.config, self.path, text)
+        found = evaluation_transform(self.config, self.path, text, skip)
         if found is None:
             raise UserError(
                 f'{self.path}: its config has no evaluation that says how pictures are prepared: '

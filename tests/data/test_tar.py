@@ -351,3 +351,21 @@ def test_labels_and_texts_of_windows(tmp_path):
 def test_an_empty_label_and_one_of_other_bytes_are_no_names(tmp_path, label):
     members = [('a.png', b'x'), ('a.cls', b'y'), ('b.png', b'x'), ('b.cls', label)]
     refused(lambda: opened(tmp_path, members), 'sample b has no|is not text in UTF-8')
+
+
+@pytest.mark.parametrize('kind', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_member_is_named_as_tarfile_names_it_or_not_at_all(tmp_path, kind):
+    names = ['a.png', 'b/' * 40 + 'c.png', 'b/' * 60 + 'd.png', 'ünïcödé/e.png', f'{"x" * 96}.png']
+    with tarfile.open(tmp_path / 'a.tar', 'w', format=kind) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            archive.addfile(info, io.BytesIO(b'\x89PNG'))
+    with tarfile.open(tmp_path / 'a.tar') as archive:
+        offsets = {member.offset_data: member.name for member in archive}
+    shard, named = files.place(str(tmp_path / 'a.tar'), 'a'), 0
+    for offset, name in offsets.items():
+        place = tar._place(shard, offset, 4)
+        named += place == f'{shard}: {name}'
+        assert place in (f'{shard}: {name}', f'{shard} at byte {offset:,} (4 bytes)')
+    assert named >= 2

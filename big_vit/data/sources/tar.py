@@ -135,10 +135,26 @@ def tar(
             in_memory=False,
             class_names=classes.names,
             labels=lambda: labels,
-            where=lambda i: f'{shards[shard[i]]} at byte {offset[i]:,} ({size[i]:,} bytes)',
+            where=lambda i: _place(shards[shard[i]], int(offset[i]), int(size[i])),
         )
 
     return cut(title, splits, open_split, request)
+
+
+def _place(shard: files.Place, offset: int, size: int) -> str:
+    """Return the shard and the name of a member, or its offset where the header has it not whole.
+
+    The header of a member in a remote shard would be a request of its own.
+    """
+    if shard.is_local:
+        header = files.read_range(shard, offset - 512, 512)
+        name, prefix = (header[i:j].partition(b'\0')[0] for i, j in ((0, 100), (345, 500)))
+        # Longer names and, from some writers, other letters than ASCII are in a block before it.
+        is_ustar = header[257:263] == b'ustar\0'
+        if name and b'?' not in name and (len(name) < 100 or (is_ustar and prefix)):
+            path = b'/'.join(part for part in (prefix if is_ustar else b'', name) if part)
+            return f'{shard}: {path.decode("utf-8", "surrogateescape")}'
+    return f'{shard} at byte {offset:,} ({size:,} bytes)'
 
 
 def _examples(index: Index, where: str, key: str) -> tuple[str, slice | np.ndarray]:
