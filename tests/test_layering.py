@@ -25,7 +25,7 @@ LAYERS = [
     {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
     {'build'},
-    {'pretrained', 'ledger', 'explain', 'journal', 'training_loop'},
+    {'pretrained', 'ledger', 'explain', 'journal', 'resumption', 'training_loop'},
     {'inspection'},
     {'sweeps', 'predictor'},
     {
@@ -46,6 +46,7 @@ LAYERS = [
 WITHIN_A_LAYER = {
     ('augment', 'tasks'),  # What bytes become where nothing is said, and labels as targets.
     ('explain', 'ledger'),
+    ('journal', 'resumption'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.
     ('sweeps', 'train'),
     ('sweeps', 'evaluate'),  # What validation chose is scored as any checkpoint is.

@@ -474,7 +474,7 @@ def from_json(tree: dict[str, Any]) -> Config:
 # Keys that may change when a run is resumed, because no result depends on them.
 RESUMABLE = (
     *('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers'),
-    'profile',
+    *('early_stopping.', 'profile'),
 )
 
 
@@ -498,7 +498,13 @@ def digest(config: Config) -> str:
 
 
 def steps(
-    section: Config, name: str, *, batch_size: int, examples: int, total: int | None = None
+    section: Config,
+    name: str,
+    *,
+    batch_size: int,
+    examples: int,
+    total: float | None = None,
+    ahead: float = 0.0,
 ) -> int | None:
     """Converts a duration to steps, from whichever unit it is given in.
 
@@ -509,6 +515,7 @@ def steps(
       batch_size: examples per step.
       examples: examples per epoch.
       total: steps of the entire run, which `percent` refers to.
+      ahead: steps to leave out of a duration in examples or epochs, which were done in fewer.
 
     Returns:
       The number of steps, or None if the duration is not set.
@@ -525,6 +532,7 @@ def steps(
         value = section[f'{name}_{unit}']
         if value is not None:
             # 1e-9 keeps rounding from losing a step of an exact product, as 0.1 epochs x 10.
-            steps_ = int(value * factor + 1e-9)
+            left_out = ahead if unit in ('epochs', 'examples') else 0.0
+            steps_ = int(value * factor - left_out + 1e-9)
             return max(1, steps_) if value else 0
     return None

@@ -70,8 +70,9 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
             former[old] = old_value
         if former.get(new) in (new_value, _IMPLIED[new]):
             former.pop(new)
-    # Keys that came with the tasks, where nothing is set.
-    return {k: v for k, v in former.items() if not (k.startswith('task.') and v is None)}
+    # Keys that came later, where nothing is set.
+    later = ('task.', 'checkpoint.best', 'early_stopping.')
+    return {k: v for k, v in former.items() if not (k.startswith(later) and v is None)}
 
 
 def _note(old: str, new: str) -> None:

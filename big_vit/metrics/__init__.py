@@ -1,5 +1,6 @@
 """Metrics of a run: rows, the console, trackers and traces."""
 
+from big_vit.metrics.best import Best, lower_is_better
 from big_vit.metrics.console import Clock, Console, duration, table
 from big_vit.metrics.writer import (
     FILE,
@@ -22,6 +23,7 @@ __all__ = [
     'RESUMED',
     'REWRITE_EVERY_S',
     'TIMING',
+    'Best',
     'Clock',
     'Console',
     'Writer',
@@ -29,6 +31,7 @@ __all__ = [
     'headlines',
     'host_memory_mb',
     'latest',
+    'lower_is_better',
     'montage',
     'read',
     'shown',

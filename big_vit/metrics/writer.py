@@ -26,15 +26,18 @@ REWRITE_EVERY_S = 30
 RESUMED = TIMING + 'resumed_from'
 
 
-def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike[str], strict: bool = True) -> list[dict[str, Any]]:
     """Read the rows of a run, oldest first, without a last one that was cut off while written.
+
+    Args:
+      strict: False leaves damaged lines out, as a run does that resumes.
 
     Raises:
       UserError: another line is damaged.
     """
     path = storage.place(workdir) / FILE
     rows, damaged = _parse(path.read_bytes() if path.exists() else b'')
-    if damaged:
+    if damaged and strict:
         raise UserError(
             f'{path}, line {damaged[0]}: is not a row of metrics; delete that line, or resume the '
             'run, which leaves damaged rows out'
