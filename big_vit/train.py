@@ -10,6 +10,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.train())
 
+import argparse
 import contextlib
 import os
 import time
@@ -244,6 +245,26 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
     return Result(end, dict(writer.latest), outcome.stopped)
 
 
+def run_sweep(config: Config, args: argparse.Namespace, same: dict[str, str]) -> None:
+    """Train settings and seeds, and choose among them, as the command line says."""
+    from big_vit.sweeps import sweep  # Not above: trials are trained by this module.
+
+    place = storage.place(args.workdir)
+    with hosts.session(args.distributed, same):
+        results = sweep.run(
+            config,
+            place,
+            args.sweep,
+            args.seeds or 1,
+            args.at_once,
+            args.force,
+            recipe=sweep.TRAIN,
+        )
+        first = jax.process_index() == 0
+    if results is not None and first:
+        sweep.show(config, place, results)
+
+
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.train(), argv)
     spec = command_line.require_flag(args.config, '--config', 'configs/fashion_mnist.py')
@@ -254,6 +275,9 @@ def main(argv: list[str]) -> None:
         return
     workdir = command_line.require_flag(args.workdir, '--workdir', 'runs/first')
     same = {'config': config_lib.digest(config), 'workdir': workdir}
+    if args.sweep or args.seeds:
+        run_sweep(config, args, {**same, 'sweep': f'{args.sweep} x {args.seeds}'})
+        return
     with hosts.session(args.distributed, same):
         params = initial_params(config, keep_head=True) if config.init else None
         run(config, workdir, force=args.force, params=params)

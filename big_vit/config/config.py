@@ -488,6 +488,22 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def differing(dumps: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Give the keys that are not the same in all dumps, with their values in each.
+
+    A key that a dump of an earlier version lacks has its default there.
+    """
+    flats = [comparable_dump(_flat_dump(json.loads(json.dumps(dump)))) for dump in dumps]
+    values = {}
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        field = SCHEMA.get(_in_schema(key))
+        default = None if field is None else json.loads(json.dumps(field.default))
+        of = [flat.get(key, None if '*' in _in_schema(key) else default) for flat in flats]
+        if any(value != of[0] for value in of):
+            values[key] = of
+    return values
+
+
 def digest(config: Config) -> str:
     """Short hash of a config, to compare hosts with each other."""
     tree = config.to_dict()

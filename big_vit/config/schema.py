@@ -162,11 +162,9 @@ SCHEMA: dict[str, Field] = {
         boolean, True, 'Also train only a head on random, frozen features.'
     ),
     'transfer.validation': Field(
-        check_text, 'val', 'Name of the evaluation by which a sweep selects.'
+        check_text, 'val', 'Evaluation by which a sweep selects, or a metric of it as in val/loss.'
     ),
-    'transfer.test': Field(
-        check_text, 'test', 'Name of the evaluation that scores a sweep, once, at its end.'
-    ),
+    'transfer.test': Field(check_text, 'test', 'Evaluation that scores a sweep, once, at its end.'),
     'transfer.published': Field(
         check_text, None, 'Published result for this recipe, printed beside the new one.'
     ),

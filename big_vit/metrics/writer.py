@@ -85,10 +85,15 @@ def headlines(rows: list[dict[str, Any]]) -> list[str]:
 
 def shown(metric: str, value: float) -> str:
     """Format a value of a metric: shares in per cent, losses and other numbers as they are."""
-    metric = metric.rpartition('/')[2]
-    if metric in LOSSES:
+    name = metric.rpartition('/')[2]
+    if name in LOSSES:
         return f'{value:.4f}'
-    return f'{value:g}' if metric in _NUMBERS else f'{value:.2%}'
+    return f'{value:.2%}' if is_share(metric) else f'{value:g}'
+
+
+def is_share(metric: str) -> bool:
+    """Whether values of a metric lie between 0 and 1 and read best in per cent."""
+    return metric.rpartition('/')[2] not in (*LOSSES, *_NUMBERS)
 
 
 def host_memory_mb() -> float | None:
