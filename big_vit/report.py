@@ -75,8 +75,9 @@ def open_runs(path: str) -> list[Run]:
 
 
 def is_one_story(path: str) -> bool:
-    """Whether a path is one run, or those of a transfer or a sweep, and not any runs in a folder."""
-    return study.run_folders(storage.place(path)).keys() <= study.STARTS.keys()
+    """Whether a path is one run, or those of a transfer or a sweep, and not any runs."""
+    names = study.run_folders(storage.place(path)).keys()
+    return len(names) < 2 or names <= study.STARTS.keys()
 
 
 def _open(path: str, name: str) -> Run:
@@ -609,14 +610,8 @@ def place_of(paths: Sequence[str]) -> str:
     if len(set(homes)) == 1:
         return f'{homes[0]}/report.html'
     around = os.path.commonpath([str(storage.absolute(home).parent) for home in homes])
-    if (
-        len({storage.is_local(home) for home in homes}) > 1
-        or around == '/'
-        or '://' in str(homes[0])
-    ):
-        raise UserError(
-            '--out is missing: say where the report of these runs goes, as --out a.html'
-        )
+    if not all(map(storage.is_local, homes)) or around == '/':
+        raise UserError('--out is missing: say where the report goes, as --out report.html')
     return f'{around}/report.html'
 
 
