@@ -151,7 +151,9 @@ def page(runs: Sequence[Run]) -> str:
     marks = [line_styles.style(run.slot) for run in runs]
     header, body = results(runs)
     keys, values = differences(runs)
-    same = '; their configs are the same' if len(keys) == 1 else ''
+    _, *differ = keys
+    said = ', '.join(differ) if len(differ) <= 6 else f'{len(differ)} keys of their configs'
+    words = f'They differ in {said}.' if differ else 'Their configs are the same.'
     legend = html_pages.legend([(run.name, mark) for run, mark in zip(runs, marks, strict=True)])
     drawn = curves(runs)
     noted = [(run, history.warnings(run.rows)) for run in runs]
@@ -164,12 +166,18 @@ def page(runs: Sequence[Run]) -> str:
         ),
         ('Curves', legend + drawn if drawn else ''),
         ('Warnings', html_pages.notices(warnings)),
+        ('Places', html_pages.details('Where the runs are', places(runs))),
     ]
     title = f'{len(runs)} runs'
-    lead = html_pages.paragraph(f'{len(runs)} runs side by side{same}.', 'lead')
-    footer = 'Made of ' + ', '.join(f'{run.workdir} (step {run.step})' for run in runs)
+    lead = html_pages.paragraph(words, 'lead')
+    footer = f'Made of {len(runs)} runs.'
     head = f'<h1>{html_pages.text(title)}</h1>\n' + lead
     return html_pages.page(f'{title} – big_vit', head, sections, footer)
+
+
+def places(runs: Sequence[Run]) -> str:
+    """List the checkpoints of runs."""
+    return '\n'.join(f'{run.name}: {run.workdir}/checkpoints/{run.step}' for run in runs)
 
 
 def text(runs: Sequence[Run]) -> str:
@@ -177,5 +185,4 @@ def text(runs: Sequence[Run]) -> str:
     header, body = results(runs)
     keys, values = differences(runs)
     differ = metrics.table(keys, values) if len(keys) > 1 else 'their configs are the same'
-    where = '\n'.join(f'{run.name}: {run.workdir}/checkpoints/{run.step}' for run in runs)
-    return f'{where}\n\n{metrics.table(header, body)}\n\nconfigs\n-------\n{differ}'
+    return f'{places(runs)}\n\n{metrics.table(header, body)}\n\nconfigs\n-------\n{differ}'

@@ -72,7 +72,7 @@ font-size:.85rem;color:var(--soft)}}
 .key svg,th svg{{display:inline-block;width:1.8rem;height:.7rem;margin-right:.35rem}}
 .key [role=button]{{cursor:pointer;border-radius:.3rem}}
 .key li,tbody th{{overflow-wrap:anywhere}}
-.legend{{columns:14rem auto;margin:.5rem 0 1rem}}
+.legend{{display:block;columns:13rem auto;margin:.5rem 0 1rem}}
 .legend li{{break-inside:avoid}}
 .dim{{opacity:.18}}
 .off{{opacity:.3}}
@@ -87,8 +87,12 @@ max-width:90%;overflow-wrap:anywhere}}
 .smoothing{{display:flex;align-items:center;gap:.6rem;margin:.5rem 0;font-size:.9rem}}
 .smoothing input{{width:12rem;accent-color:var(--accent)}}
 .smoothing output{{font-variant-numeric:tabular-nums}}
-.runs th:first-child{{position:sticky;left:0;background:var(--card);min-width:8rem;
-max-width:min(16rem,45vw)}}
+.runs{{max-height:27rem;overflow:auto}}
+.runs th{{background:var(--card)}}
+.runs thead th{{position:sticky;top:0;z-index:1}}
+.runs th:first-child{{position:sticky;left:0;min-width:8rem;max-width:min(18rem,50vw)}}
+.runs thead th:first-child{{z-index:2}}
+.many .line{{stroke-width:1.1}}
 .wide{{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:.6rem;
 max-width:100%}}
 table{{border-collapse:collapse;width:100%;font-size:.92rem}}
@@ -373,9 +377,10 @@ def chart(
         for line in lines
     )
     key = _key(lines) if legend and len(lines) > 1 else ''
+    many = ' class="many"' if len(lines) > 12 else ''
     return (
         f'<figure class="card"><figcaption>{text(title)}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" data-chart="{text(json.dumps(data))}" '
+        f'<svg{many} viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" data-chart="{text(json.dumps(data))}" '
         f'aria-label="{text(title)}: {text(summary)}">'
         f'{"".join(drawn)}</svg>{key}</figure>\n'
     )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 # Colours that stay apart for colour-blind readers, on light and on dark paper.
 LIGHT = (
     *('#0b62c4', '#b3460b', '#1a7a4c', '#8a3ffc', '#a2191f', '#6b5f00', '#007d8a', '#c2187a'),
-    *('#4d5358', '#6f3b12'),
+    *('#7d848b', '#14213d'),
 )
 DARK = (
     *('#6cb2ff', '#ff9e5e', '#5fd39a', '#c8a6ff', '#ff8a8f', '#dcc84a', '#4fd1dd', '#ff8ccb'),
-    *('#b9c0c7', '#d2a679'),
+    *('#8b939c', '#f2f4f8'),
 )
 # Lengths of strokes and gaps, in widths of the line: lines of one colour differ in them.
 DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (3, 3), (1, 3))
