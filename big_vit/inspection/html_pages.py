@@ -72,8 +72,9 @@ font-size:.85rem;color:var(--soft)}}
 .key svg,th svg{{display:inline-block;width:1.8rem;height:.7rem;margin-right:.35rem}}
 .key [role=button]{{cursor:pointer;border-radius:.3rem}}
 .key li,tbody th{{overflow-wrap:anywhere}}
-.legend{{display:block;columns:13rem auto;margin:.5rem 0 1rem}}
-.legend li{{break-inside:avoid}}
+.legend{{display:block;columns:16rem auto;margin:.5rem 0 1rem}}
+.legend li{{break-inside:avoid;display:flex;align-items:baseline}}
+.legend svg{{flex:none}}
 .dim{{opacity:.18}}
 .off{{opacity:.3}}
 svg .off{{display:none}}
@@ -380,8 +381,8 @@ def chart(
     many = ' class="many"' if len(lines) > 12 else ''
     return (
         f'<figure class="card"><figcaption>{text(title)}</figcaption>'
-        f'<svg{many} viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" data-chart="{text(json.dumps(data))}" '
-        f'aria-label="{text(title)}: {text(summary)}">'
+        f'<svg{many} viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'data-chart="{text(json.dumps(data))}" aria-label="{text(title)}: {text(summary)}">'
         f'{"".join(drawn)}</svg>{key}</figure>\n'
     )
 

@@ -45,7 +45,7 @@ def curves(runs: dict[str, list[dict[str, Any]]], slots: dict[str, int] | None =
       runs: rows of `metrics.read` by the name of the run.
       slots: of colour and dash in `line_styles`, by the name of the run; by default in order.
     """
-    height = max(3.6, 0.2 * len(runs))
+    height = max(3.6, min(0.2 * len(runs), 6.0))
     figure, axes = canvas(3, 1, 5.0, height)
     entries: dict[str, Any] = {}
     panels = (('loss', ('loss',)), ('accuracy', ('accuracy',)), ('learning rate', ('lr',)))
@@ -78,7 +78,7 @@ def curves(runs: dict[str, list[dict[str, Any]]], slots: dict[str, int] | None =
     if len(runs) > 1:  # Runs only: dots are evaluations, thin lines the training.
         figure.legend(
             list(entries.values()), list(entries), loc='outside right center', frameon=False,
-            fontsize=8, ncols=1 + (len(entries) - 1) // 25,
+            fontsize=8, ncols=1 + int(0.17 * (len(entries) - 1) / height),
         )  # fmt: skip
     return Picture(figure)
 

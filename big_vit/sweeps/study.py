@@ -6,6 +6,7 @@ STUDY/test.json       the chosen setting of each start and its test scores, made
 
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,12 @@ def run_folders(folder: epath.Path) -> dict[str, epath.Path]:
     if checkpoint.steps(folder) or not folder.is_dir():
         return {}
     there = (path for path in folder.iterdir() if path.is_dir() and checkpoint.steps(path))
-    ordered = sorted(there, key=lambda path: (path.name != 'pretrained', path.name))
+
+    def place(path: epath.Path) -> tuple[bool, list[tuple[int, str]]]:
+        parts = re.findall(r'\d+|\D+', path.name)  # run_9 is before run_10.
+        return path.name != 'pretrained', [(int(p), '') if p.isdigit() else (-1, p) for p in parts]
+
+    ordered = sorted(there, key=place)
     return {path.name: path for path in ordered}
 
 
