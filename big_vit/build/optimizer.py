@@ -92,7 +92,7 @@ def rate_schedule(
     source: sources.Source,
     total: int,
     peak: float | None = None,
-    ahead: float = 0.0,
+    ahead: int | float = 0.0,
 ) -> schedules.Schedule:
     """The learning rate by step, up to `lr` or another peak.
 
@@ -107,7 +107,7 @@ def rate_schedule(
 
 
 def _rate_by_step(
-    config: Config, source: sources.Source, total: float, peak: float | None
+    config: Config, source: sources.Source, total: int | float, peak: float | None
 ) -> schedules.Schedule:
     section = config.schedule
     more: dict[str, Any] = {}
@@ -128,7 +128,7 @@ def _rate_by_step(
     )
 
 
-def run_length(config: Config, source: sources.Source, ahead: float = 0.0) -> int | None:
+def run_length(config: Config, source: sources.Source, ahead: int | float = 0.0) -> int | None:
     """The steps of the whole run, None where its length is not set.
 
     Args:
@@ -141,7 +141,11 @@ def run_length(config: Config, source: sources.Source, ahead: float = 0.0) -> in
 
 
 def in_steps(
-    section: Config, name: str, config: Config, source: sources.Source, total: float | None = None
+    section: Config,
+    name: str,
+    config: Config,
+    source: sources.Source,
+    total: int | float | None = None,
 ) -> int | None:
     """A duration of the config in steps, None where it is not set."""
     return config_lib.steps(

@@ -519,8 +519,8 @@ def steps(
     *,
     batch_size: int,
     examples: int,
-    total: float | None = None,
-    ahead: float = 0.0,
+    total: int | float | None = None,
+    ahead: int | float = 0.0,
 ) -> int | None:
     """Converts a duration to steps, from whichever unit it is given in.
 

@@ -16,7 +16,7 @@ def make(
     name: str,
     *,
     peak: float,
-    total_steps: float,
+    total_steps: int | float,
     warmup_steps: int = 0,
     end: float = 0.0,
     cooldown_steps: int = 0,
