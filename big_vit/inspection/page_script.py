@@ -7,7 +7,6 @@ SCRIPT = r"""'use strict';
 // Values under the pointer, smoothing, and a legend that shows one run or hides it.
 (() => {
   const all = (query, node = document) => [...node.querySelectorAll(query)];
-  const svgOf = (name) => document.createElementNS('http://www.w3.org/2000/svg', name);
   const shown = (x) => x === 0 || (Math.abs(x) >= 1e-3 && Math.abs(x) < 1e6)
     ? Number(x.toPrecision(5)).toLocaleString('en', {maximumFractionDigits: 9})
     : x.toExponential(3);
@@ -33,7 +32,7 @@ SCRIPT = r"""'use strict';
     const tip = figure.appendChild(document.createElement('div'));
     tip.className = 'tip';
     tip.hidden = true;
-    const dot = svg.appendChild(svgOf('circle'));
+    const dot = svg.appendChild(document.createElementNS(svg.namespaceURI, 'circle'));
     dot.setAttribute('r', 4.5);
     dot.setAttribute('class', 'dot');
     dot.setAttribute('visibility', 'hidden');
