@@ -366,10 +366,13 @@ def operations(run: Run) -> str:
     task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
     forward = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
+    position = (loaded.sidecar or {}).get('position')  # Not all steps had this batch size.
     examples_seen = loaded.run[1] * config.batch_size
+    if position is not None:
+        examples_seen = position * config.data.repeats
     return html_pages.paragraph(
         f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
-        f'{loaded.run[1]:,} steps of {config.batch_size:,} examples have taken '
+        f'{loaded.run[1]:,} steps with {examples_seen:,} examples have taken '
         f'{3 * forward * examples_seen:.3g} FLOP. Gradients, while stepping, are as large as the '
         'parameters in float32.',
         'soft',

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from commands import run, run_many
 from test_train import TINY, hashes
 
 from big_vit import checkpoint, config, evaluate, metrics, train
@@ -155,3 +156,17 @@ def test_evaluators_declare_what_they_measure(tmp_path):
     known = set(str(caught.value).rpartition('There are ')[2].split(', '))
     assert {'test/top1', 'test/ece', 'near/9nn', 'few/5shot', 'probe/top1', 'grid/held_out'} < known
     assert {'find/recall@1', 'find/map', 'hard/mean', 'hard/pixelate', 'hard/severity_5'} < known
+
+
+@pytest.mark.slow
+def test_two_processes_keep_and_end_as_one_does(tmp_path):
+    flags = ['--config', 'configs/sequences.py:task=phrases', '--config.total_steps=40']
+    flags += ['--config.lr=0.3', '--config.evals.test.every_steps=2']
+    flags += ['--config.checkpoint.best=test/top1', '--config.early_stopping.patience=2']
+    result = run('train', *flags, '--workdir', tmp_path / 'one', devices=2)
+    assert result.returncode == 0, result.stderr
+    ended = run_many('train', *flags, '--workdir', tmp_path / 'two', processes=2, devices=1)
+    assert checkpoint.steps(tmp_path / 'one') == checkpoint.steps(tmp_path / 'two')
+    best = [checkpoint.locate(f'{tmp_path}/{name}@best')[1] for name in ('one', 'two')]
+    assert best[0] == best[1] and checkpoint.steps(tmp_path / 'one')[-1] < 40
+    assert all('done    step' in one.stdout for one in ended)

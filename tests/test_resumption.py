@@ -81,7 +81,10 @@ def test_the_rate_is_a_function_of_the_examples_where_the_length_is(seen, tmp_pa
     said = capsys.readouterr().out
     assert 'rate    goes on at' in said and 'length  ends at step 35 instead of 20' in said
     rates = {row['step']: row['train/lr'] for row in metrics.read(workdir) if 'train/lr' in row}
-    assert 0 < rates[5] - rates[6] < rates[4] - rates[5]
+    assert len(rates) == 35
+    for step, rate in rates.items():
+        share = ((step - 1) * 16 if step <= 5 else 80 + (step - 6) * 8) / (2 * EXAMPLES)
+        assert rate == pytest.approx(0.5e-2 * (1 + np.cos(np.pi * share)), rel=1e-4)
 
 
 def stopping_at(wanted):
