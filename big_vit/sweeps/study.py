@@ -243,6 +243,9 @@ def draw(
         )
     if rates and all(row['lr'] > 0 for row in rows):
         axis.set_xscale('log')
+        tried = sorted({row['lr'] for row in rows})
+        axis.minorticks_off()
+        axis.set_xticks(tried, [f'{rate:g}' for rate in tried], fontsize=8)
         axis.set_xlabel('learning rate')
     else:
         names = [label(json.loads(key)) for key in settings]
@@ -250,7 +253,8 @@ def draw(
     axis.set_ylabel(f'{metric}, %' if scale == 100 else metric)
     axis.set_title('validation, mean ± standard error')
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
+    if len(starts) > 1:
+        axis.legend(frameon=False, fontsize=8)
     if test:
         axis = axes[0][1]
         for i, result in enumerate(test.values()):
@@ -261,6 +265,7 @@ def draw(
             axis.text(i, 0, shown, ha='center', va='bottom', fontsize=9)
         names = [textwrap.fill(starts[name], 16) for name in test]
         axis.set_xticks(range(len(test)), names, fontsize=8)
+        axis.set_xlim(-1, len(test))
         axis.set_title('test, once, of what was chosen')
         axis.grid(axis='y', alpha=0.25)
     for one in axes[0]:
