@@ -103,7 +103,7 @@ def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
     results = storage.parse_object(file.read_bytes(), str(file), advice)
     # Results of before have no other metric.
     results = {
-        start: {'metric': 'top1', **one} if isinstance(one, dict) else one
+        start: {**one, 'metric': 'top1'} if isinstance(one, dict) and 'metric' not in one else one
         for start, one in results.items()
     }
     if not all(isinstance(one, dict) and _fits(one, _RESULT) for one in results.values()):
