@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from commands import run, run_many
-from test_train import TINY, hashes
+from test_train import CONFIG, TINY, hashes
 
 from big_vit import checkpoint, config, evaluate, metrics, train
 from big_vit.build.evaluations import build_evaluators
@@ -160,7 +160,8 @@ def test_evaluators_declare_what_they_measure(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_keep_and_end_as_one_does(tmp_path):
-    flags = ['--config', 'configs/sequences.py:task=phrases', '--config.total_steps=40']
+    (tmp_path / 'tiny.py').write_text(CONFIG)
+    flags = ['--config', tmp_path / 'tiny.py', '--config.total_steps=40']
     flags += ['--config.lr=0.3', '--config.evals.test.every_steps=2']
     flags += ['--config.checkpoint.best=test/top1', '--config.early_stopping.patience=2']
     result = run('train', *flags, '--workdir', tmp_path / 'one', devices=2)
