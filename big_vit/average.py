@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     for path, weight in zip(paths, weights, strict=True):
         print(f'{weight:7.3f}  {path}')
     print(f'wrote    {workdir}/checkpoints/{step}')
-    print(f'score    python -m big_vit.evaluate --checkpoint {workdir}')
+    print(f'score    python -m big_vit.evaluate {workdir}')
 
 
 if __name__ == '__main__':

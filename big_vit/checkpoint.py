@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 import big_vit
 from big_vit import interop, ownership, sharding, storage, trees
+from big_vit import metrics as metrics_lib
 from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError
 from big_vit.state import State
@@ -68,8 +69,13 @@ def describe(
     config: dict[str, Any],
     metrics: dict[str, float],
     class_names: Sequence[str] | None = None,
+    position: int | None = None,
 ) -> dict[str, Any]:
-    """Builds the sidecar of a state: everything needed to read, check and understand it."""
+    """Builds the sidecar of a state: everything needed to read, check and understand it.
+
+    Args:
+      position: of the next example in the order of the data; None if all steps had one batch size.
+    """
     hashes = hashes_of(state)
     leaves = {
         name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'hash': hashes[name]}
@@ -82,6 +88,7 @@ def describe(
         'config': config,
         'metrics': metrics,
         'class_names': None if class_names is None else list(class_names),
+        **({} if position is None else {'position': position}),
         'versions': {
             'big_vit': big_vit.__version__,
             'python': sys.version.split()[0],
@@ -136,7 +143,7 @@ def steps(workdir: Place) -> list[int]:
 
 
 def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
-    """Resolves a workdir (to its newest checkpoint) or a `checkpoints/STEP` folder.
+    """Resolves a workdir (to its newest checkpoint), `WORKDIR@best` or a `checkpoints/STEP` folder.
 
     Args:
       path: what the user gave.
@@ -148,8 +155,9 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
     Raises:
       UserError: there is no checkpoint there.
     """
+    run, wants_best = without_selector(path)
     try:
-        given = storage.place(path)
+        given = storage.place(run)
     except UserError as error:
         raise UserError(f'{key}: {error}') from None
     # Where a link such as `latest` leads; epath does not follow any.
@@ -175,7 +183,34 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
             f'{key}: {path}: {what}; give the --workdir of a training run, or one of its '
             'checkpoints/STEP folders' + (f', or {meant} of the hub' if meant else '')
         )
-    return workdir, available[-1]
+    return workdir, _best_step(workdir, key) if wants_best else available[-1]
+
+
+def without_selector(path: Place) -> tuple[str, bool]:
+    """Splits `RUN@best` or `RUN:best` into (RUN, True), and gives (path, False) of all others."""
+    text = os.fspath(path)
+    selected = text.endswith(('@best', ':best')) and not ('://' not in text and Path(text).exists())
+    return (text[: -len('@best')], True) if selected else (text, False)
+
+
+def _best_step(workdir: epath.Path, key: str) -> int:
+    available = steps(workdir)
+    for step in reversed(available):
+        with contextlib.suppress(CorruptCheckpointError):
+            metric = read_sidecar(workdir, step)['config'].get('checkpoint', {}).get('best')
+            break
+    else:
+        raise CorruptCheckpointError(f'{key}: {workdir}: no checkpoint there can be read')
+    if metric is None:
+        raise UserError(
+            f'{key}: {workdir} keeps no best checkpoint: its config sets no checkpoint.best, as in '
+            '--config.checkpoint.best=val/top1'
+        )
+    rows = metrics_lib.read(workdir)
+    best = metrics_lib.Best(metric).add_rows(rows, available[-1], available)
+    if best.step is None:
+        raise UserError(f'{key}: {workdir} has no checkpoint yet at which {metric} was measured')
+    return best.step
 
 
 def check_place(workdir: epath.Path, key: str) -> None:
@@ -386,6 +421,7 @@ class Manager:
         self._workdir, self._folder = workdir, _folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._class_names = class_names
+        self._best: int | None = None
         self._saving: threading.Thread | None = None
         self._step, self._began = 0, 0.0
         self._error: BaseException | None = None
@@ -394,10 +430,21 @@ class Manager:
             self._folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self._folder)
 
-    def save(self, state: State, config: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(
+        self,
+        state: State,
+        config: dict[str, Any],
+        metrics: dict[str, float],
+        best: int | None = None,
+        position: int | None = None,
+    ) -> None:
         """Copies the state off the devices and returns; writing continues in the background.
 
         All processes must call it.
+
+        Args:
+          best: step whose checkpoint is kept beside the newest, once this one is stored.
+          position: as for `describe`.
 
         Raises:
           UserError: too little disk space, or this save or the previous one failed.
@@ -409,7 +456,7 @@ class Manager:
         if problem:
             raise self._failure(step, problem)
         # A copy: the caller goes on writing metrics while the sidecar is stored.
-        sidecar = describe(state, config, dict(metrics), self._class_names)
+        sidecar = describe(state, config, dict(metrics), self._class_names, position)
         args = self._ocp.args.Composite(
             state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )
@@ -419,7 +466,7 @@ class Manager:
                 self._writer.save(self._folder / str(step), args=args, force=True)
         except Exception as error:
             raise self._failure(step, storage.reason(error)) from error
-        self._step, self._began, self._error = step, began, None
+        self._step, self._began, self._error, self._best = step, began, None, best
         self._timings = {'time/save_blocked_s': time.monotonic() - began}
         # Orbax's thread would print the traceback of an error that `check` raises anyway.
         logging.getLogger('absl').setLevel(logging.CRITICAL)
@@ -450,7 +497,7 @@ class Manager:
 
     def _remove_old(self) -> None:
         for step in steps(self._workdir)[: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
+            if step != self._best and not (self._keep_every and step % self._keep_every == 0):
                 _remove(self._folder / str(step))
 
     def check(self) -> None:

@@ -169,27 +169,8 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def train() -> argparse.ArgumentParser:
-    return _training_parser(
-        'train',
-        'Pretrain a Vision Transformer; started again on its workdir it resumes.',
-        'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
-        'docs/config.md lists them all.',
-        config='configs/fashion_mnist.py',
-        workdir='runs/first',
-    )
-
-
-def transfer() -> argparse.ArgumentParser:
-    parser = _training_parser(
-        'transfer',
-        'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
-        '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
-        'weights of timm, Hugging Face, open_clip or big_vision, as in timm/NAME or '
-        'hf://OWNER/NAME.',
-        config='configs/transfer_digits.py',
-        workdir='runs/digits',
-    )
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of commands that can train several settings and choose one."""
     parser.add_argument(
         '--sweep',
         action='append',
@@ -209,6 +190,32 @@ def transfer() -> argparse.ArgumentParser:
         metavar='N',
         help='most trials in one program (default: what fits)',
     )
+
+
+def train() -> argparse.ArgumentParser:
+    parser = _training_parser(
+        'train',
+        'Pretrain a Vision Transformer; started again on its workdir it resumes.',
+        'Any key of the config can be set: --config.lr=1e-3 --config.model.variant=S/16. '
+        'docs/config.md lists them all.',
+        config='configs/fashion_mnist.py',
+        workdir='runs/first',
+    )
+    _add_sweep(parser)
+    return parser
+
+
+def transfer() -> argparse.ArgumentParser:
+    parser = _training_parser(
+        'transfer',
+        'Fine-tune a checkpoint on a small dataset, with controls from random parameters.',
+        '--config.init=PATH says which checkpoint: a workdir, a checkpoints/STEP folder, or '
+        'weights of timm, Hugging Face, open_clip or big_vision, as in timm/NAME or '
+        'hf://OWNER/NAME.',
+        config='configs/transfer_digits.py',
+        workdir='runs/digits',
+    )
+    _add_sweep(parser)
     return parser
 
 
@@ -264,10 +271,12 @@ def evaluate() -> argparse.ArgumentParser:
         'and evaluations added, as in --config.evals.near.type=knn; docs/evaluators.md has them.',
     )
     parser.add_argument(
-        '--checkpoint',
-        help='a workdir (its newest), a checkpoints/STEP folder, or weights of another codebase, '
-        'also as timm/NAME or hf://OWNER/NAME',
+        'path',
+        nargs='?',
+        help='a workdir (its newest), WORKDIR@best, a checkpoints/STEP folder, or weights of '
+        'another codebase, also as timm/NAME or hf://OWNER/NAME',
     )
+    parser.add_argument('--checkpoint', metavar='PATH', help='the same')
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     parser.add_argument(
         '--per-class',
@@ -362,16 +371,21 @@ def explore() -> argparse.ArgumentParser:
     parser.add_argument('--image', metavar='FILE', help='what the model looks at in a picture')
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
     parser.add_argument('--png', metavar='FOLDER', help='draw into this folder instead of printing')
+    parser.add_argument('--html', metavar='FILE', help='compare the runs on one page instead')
     return parser
 
 
 def report() -> argparse.ArgumentParser:
     parser = _parser(
         'report',
-        "Write a run's results, curves, pictures and costs as one HTML file.",
+        "Write a run's results, curves, pictures and costs as one HTML file, or compare runs.",
     )
-    parser.add_argument('workdir', help='of a training run, a transfer or a sweep')
-    parser.add_argument('--out', metavar='FILE', help='by default WORKDIR/report.html')
+    parser.add_argument(
+        'run',
+        nargs='+',
+        help='workdir of a run, a transfer or a sweep, or a folder of runs; several are compared',
+    )
+    parser.add_argument('--out', metavar='FILE', help='by default RUN/report.html')
     return parser
 
 

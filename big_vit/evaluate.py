@@ -1,4 +1,4 @@
-"""Evaluate: `python -m big_vit.evaluate --checkpoint W` scores a checkpoint on its config's splits.
+"""Evaluate: `python -m big_vit.evaluate RUN` scores a checkpoint on its config's splits.
 
 Every example of a split counts exactly once, on any number of devices.
 """
@@ -255,10 +255,13 @@ def tables(scores: dict[str, dict[str, float]]) -> str:
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.evaluate(), argv)
-    path = command_line.require_flag(args.checkpoint, '--checkpoint', 'runs/first')
+    if args.path and args.checkpoint:
+        raise UserError(f'{args.path} and --checkpoint {args.checkpoint}: name one of them')
+    path = command_line.require_flag(args.path or args.checkpoint, 'PATH', 'runs/first')
     weights = interop.load_init(path, dict(overrides).get('init_architecture'))
     foreign = weights is not None
-    workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, '--checkpoint')
+    key = '--checkpoint' if args.checkpoint else 'PATH'
+    workdir, step = (Path(path), 0) if foreign else checkpoint.locate(path, key)
     where = path if foreign else f'{workdir}/checkpoints/{step}'
     out = None if args.per_class is None else Path(args.per_class).expanduser()
     if out is not None and (out.suffix not in ('.csv', '.json') or not out.parent.is_dir()):

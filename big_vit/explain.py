@@ -22,7 +22,9 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
     memory = ledger.line(
         ledger.measure(parts.abstract_state), ', '.join(parts.settings), parts.mesh.size
     )
-    epochs = parts.total_steps * settings.batch_size / data.source.length
+    assert data.order is not None
+    positions = data.order.shift + parts.total_steps * data.order.positions
+    epochs = positions * data.order.repeats / data.source.length
     return [
         f'mesh    {mesh}',
         f'state   {memory}',

@@ -1,6 +1,7 @@
 """Show the contents of any checkpoint: `python -m big_vit.explore PATH`.
 
     python -m big_vit.explore runs/fashion                     parameters, config and history
+    python -m big_vit.explore runs/a runs/b runs/c             scores and configs side by side
     python -m big_vit.explore runs/fashion --compare runs/b    differences from another checkpoint
     python -m big_vit.explore runs/fashion --spectra           norms and spectra of each block
     python -m big_vit.explore runs/fashion --image FILE        attention to an image
@@ -23,13 +24,21 @@ from typing import Any
 
 import numpy as np
 
-from big_vit import checkpoint, interop, metrics, runtime, trees
+from big_vit import checkpoint, interop, metrics, runtime, storage, trees
 from big_vit.build.data import train_data
 from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError, printable
-from big_vit.inspection import attention_maps, examples, loaded_model, plots, weight_statistics
+from big_vit.inspection import (
+    attention_maps,
+    comparison,
+    examples,
+    loaded_model,
+    plots,
+    weight_statistics,
+)
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.inspection.plots import Picture
+from big_vit.sweeps import study
 
 
 def parameter_table(params: dict[str, Any]) -> str:
@@ -204,14 +213,14 @@ def as_trained(loaded: LoadedModel) -> LoadedModel:
 def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None]]:
     """Return what can be drawn of some checkpoints and of the first in detail, by file name."""
     first = as_trained(loaded[0])
-    runs = {
-        (checkpoint.run[0].name if len(loaded) > 1 else ''): metrics.read(checkpoint.run[0])
-        for checkpoint in loaded
-        if checkpoint.run is not None
-    }
     drawings: dict[str, Callable[[], Picture | None]] = {}
-    if any(runs.values()):
-        drawings['curves'] = lambda: plots.curves(runs)
+    if paths := [one.path for one in loaded if one.run is not None]:
+        runs = comparison.open_runs(paths)
+        names = [run.name if len(loaded) > 1 else '' for run in runs]
+        named = {name: run.rows for name, run in zip(names, runs, strict=True)}
+        slots = {name: run.slot for name, run in zip(names, runs, strict=True)}
+        if any(named.values()):
+            drawings['curves'] = lambda: plots.curves(named, slots)
     if first.config is not None:
         drawings['images'] = lambda: images(first)
     drawings |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
@@ -285,7 +294,16 @@ def main(argv: list[str]) -> None:
     if single_only and len(args.path) > 1:
         raise UserError(f'--{single_only[0]} looks at one checkpoint; there are {len(args.path)}')
     runtime.start()
-    loaded = [loaded_model.load(path, args.which) for path in args.path]
+    paths = study.runs_of(args.path) if len(args.path) > 1 or args.html else args.path
+    if args.html:
+        page = comparison.page(comparison.open_runs(paths))
+        storage.write_text(storage.place(args.html), page)
+        print(f'wrote   {args.html} ({len(page.encode()) / 1e6:.1f} MB)')
+        return
+    if len(paths) > 1 and not args.png and not any(map(interop.load_init, paths)):
+        print(comparison.text(comparison.open_runs(paths)))
+        return
+    loaded = [loaded_model.load(path, args.which) for path in paths]
     first = loaded[0]
     texts: list[Callable[[], str]] = []
     drawings: dict[str, Callable[[], Picture | None]] = {}

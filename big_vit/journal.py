@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+import os
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from big_vit import checkpoint, metrics
+from big_vit import checkpoint, metrics, resumption
 from big_vit.build.experiment import Experiment, example_indices
 from big_vit.config import Config
 from big_vit.data import pipeline
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.state import State
 from big_vit.steps import Metrics
@@ -139,6 +141,54 @@ class Course:
         return None
 
 
+class Choice:
+    """The choice of a checkpoint by a metric, and whether to wait for a better one.
+
+    Attributes:
+      scored: all scores of the run, which patience counts.
+      saved: those whose checkpoint is there; its best is kept.
+
+    Args:
+      config: of the run, with `checkpoint.best`.
+      rows: of the run until now.
+      start: the step that it starts or resumes at.
+      steps: those of its checkpoints.
+    """
+
+    def __init__(
+        self, config: Config, rows: list[dict[str, Any]], start: int, steps: Collection[int]
+    ):
+        self._metric, self._patience = config.checkpoint.best, config.early_stopping.patience
+        self.scored = metrics.Best(self._metric).add_rows(rows, start)
+        self.saved = metrics.Best(self._metric).add_rows(rows, start, steps)
+
+    def add(self, step: int, evaluation: str, scores: Mapping[str, float]) -> None:
+        """Add the scores of an evaluation, if the metric is one of them."""
+        name = self._metric.removeprefix(f'{evaluation}/')
+        if name != self._metric:
+            self.scored.add(step, scores[name])
+            self.saved.add(step, scores[name])
+
+    def is_over(self) -> bool:
+        """Whether as many evaluations as patience allows were no better than the best."""
+        return self._patience is not None and self.scored.waited >= self._patience
+
+    def lines(self, step: int, total: int, workdir: os.PathLike[str]) -> list[str]:
+        """Say why a run ended before its last step, if so, and where its best checkpoint is."""
+        scored, saved, lines = self.scored, self.saved, list[str]()
+        if step < total and self.is_over():
+            had = 'a number' if scored.step is None else f'{scored.value:.4f} of step {scored.step}'
+            lines.append(
+                f'early   ends at step {step} of {total}: for {scored.waited} evaluation(s) '
+                f'{self._metric} was not better than {had} '
+                f'(early_stopping.patience={self._patience})'
+            )
+        if saved.step is not None:
+            shown = metrics.shown(saved.metric, saved.value)
+            lines.append(f'best    {saved.metric} {shown} at step {saved.step}: {workdir}@best')
+        return lines
+
+
 def train_row(values: Metrics) -> dict[str, np.ndarray]:
     """Fetch the metrics of a step under their names in a row of metrics, such as train/loss."""
     return {
@@ -155,6 +205,7 @@ class RunJournal:
     Args:
       peak_flops: operations per second of all devices together; None shows no MFU.
       meter: measures the loader of the batches.
+      choice: the scores so far by `checkpoint.best`, if it is set.
     """
 
     config: Config
@@ -166,6 +217,7 @@ class RunJournal:
     console: metrics.Console
     manager: checkpoint.Manager
     meter: pipeline.Meter
+    choice: Choice | None = None
 
     def __post_init__(self) -> None:
         self._course = Course(self.parts.total_steps)
@@ -211,8 +263,20 @@ class RunJournal:
         """Write and show the scores of one evaluation."""
         self.writer.write(step, {f'{evaluation}/{name}': x for name, x in scores.items()})
         self.console.evaluation(step, evaluation, scores)
+        if self.choice is not None:
+            self.choice.add(step, evaluation, scores)
+
+    def verdict(self, step: int) -> tuple[bool, bool]:
+        """Judge the scores of a step by `checkpoint.best`; what process 0 decides holds for all."""
+        choice = self.choice
+        if choice is None:
+            return False, False
+        is_best, is_over = hosts.lead(lambda: [choice.saved.step == step, choice.is_over()])
+        return is_best, is_over
 
     def save(self, state: State) -> None:
         """Start to save a checkpoint, once the rows that it promises are stored."""
         self.writer.flush()
-        self.manager.save(state, self.config.to_dict(), self.writer.latest)
+        best = None if self.choice is None else self.choice.saved.step
+        position = resumption.position(self.parts, int(jax.device_get(state['step'])))
+        self.manager.save(state, self.config.to_dict(), self.writer.latest, best, position)

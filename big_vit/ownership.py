@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from big_vit import storage
+from big_vit import signals, storage
 from big_vit.errors import UserError
 
 FILE = 'owner.json'
@@ -236,8 +236,16 @@ def _claim(file: _File, mine: Record, folder: epath.Path, key: str) -> None:
 class _Owned:
     """A folder of this process: its file, and the thread that keeps the file fresh."""
 
-    def __init__(self, folder: epath.Path, file: _File, mine: Record):
+    def __init__(
+        self,
+        folder: epath.Path,
+        file: _File,
+        mine: Record,
+        created: list[epath.Path],
+        was_empty: bool,
+    ):
         self.folder, self.began, self.taken_over = folder, False, ''
+        self._created, self._was_empty = created, was_empty
         self._file, self._mine = file, mine
         self._wake, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._beat, name='owner', daemon=True)
@@ -261,7 +269,20 @@ class _Owned:
         self._mine['ending'] = True
         self._wake.set()
 
-    def release(self) -> None:
+    def end(self, failed: bool) -> None:
+        """Leave the folder; if it failed before it began, as it was before."""
+        remove = failed and self._was_empty and not self.began and not self.taken_over
+        with contextlib.suppress(Exception):
+            for path in self.folder.iterdir() if remove else ():
+                if path.name != FILE:
+                    path.rmtree() if path.is_dir() else path.unlink()
+        with contextlib.suppress(Exception):
+            self._release()
+        for path in self._created if remove and storage.is_local(self.folder) else ():
+            with contextlib.suppress(OSError):  # Not empty: it is another's by now.
+                path.rmdir()
+
+    def _release(self) -> None:
         self._over = True
         self._wake.set()
         self._thread.join()
@@ -303,23 +324,25 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
             raise
         why = storage.reason(error)
         raise UserError(f'{key}: cannot write to {place}: {why}') from error
-    owned = _owned[os.fspath(folder)] = _Owned(folder, file, mine)
+    owned = _Owned(folder, file, mine, created, was_empty)
+    _owned[os.fspath(folder)] = owned
     failed = True
     try:
         yield
         failed = False
     finally:
-        del _owned[os.fspath(folder)]
-        remove = failed and was_empty and not owned.began and not owned.taken_over
-        with contextlib.suppress(Exception):
-            for path in folder.iterdir() if remove else ():
-                if path.name != FILE:
-                    path.rmtree() if path.is_dir() else path.unlink()
-        with contextlib.suppress(Exception):
-            owned.release()
-        for path in created if remove and storage.is_local(folder) else ():
-            with contextlib.suppress(OSError):  # Not empty: it is another's by now.
-                path.rmdir()
+        if _owned.pop(os.fspath(folder), None) is not None:
+            owned.end(failed)
+
+
+def _abandon() -> None:
+    """Leave all folders of a process that ends at once, inner ones first."""
+    while _owned:
+        _, owned = _owned.popitem()
+        owned.end(failed=True)
+
+
+signals.last_acts.append(_abandon)
 
 
 def began() -> None:

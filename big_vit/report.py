@@ -1,7 +1,8 @@
-"""Write a report of a run as one HTML file: `python -m big_vit.report WORKDIR`.
+"""Write a report of runs as one HTML file: `python -m big_vit.report RUN...`.
 
-The file needs neither network nor scripts: pictures and charts are embedded. A transfer's two runs
-are shown side by side. If the dataset is not available, the report says so and has all the rest.
+The file needs no network, and its charts are whole without scripts. A transfer's two runs are shown
+side by side, and any other runs are compared by their scores, configs and curves. If the dataset is
+not available, the report of a run says so and has all the rest.
 """
 
 from big_vit import command_line
@@ -13,8 +14,9 @@ import datetime
 import functools
 import json
 import math
+import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +34,11 @@ from big_vit.build.task import build_task
 from big_vit.errors import UserError
 from big_vit.inspection import (
     attention_maps,
+    comparison,
     examples,
     history,
     html_pages,
+    line_styles,
     loaded_model,
     mistakes,
     plots,
@@ -44,8 +48,6 @@ from big_vit.inspection.html_pages import Line
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.sweeps import study
 
-# A folder with more runs is not a transfer, and their charts would be unreadable.
-MAX_RUNS = 6
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
 EXAMPLES, ATTENTION_IMAGES = 24, 4
@@ -63,26 +65,22 @@ class Run(NamedTuple):
 
 
 def open_runs(path: str) -> list[Run]:
-    """Open the run of a workdir or checkpoint, or the runs in the folders of a transfer.
-
-    For a sweep, the runs are the first seeds of the settings that each start chose.
+    """Open the run of a workdir or checkpoint, or the runs of a transfer or a sweep.
 
     Raises:
-      UserError: there are no runs, or too many.
+      UserError: there are no runs.
     """
-    folder = storage.place(path)
-    if tested := study.tested(folder):
-        return [_open(str(folder / chosen['trials'][0]), name) for name, chosen in tested.items()]
-    if not checkpoint.steps(folder) and folder.is_dir():
-        names = sorted(
-            (run_folder.name for run_folder in folder.iterdir() if checkpoint.steps(run_folder)),
-            key=lambda name: (name != 'pretrained', name),
-        )
-        if len(names) > MAX_RUNS:
-            raise UserError(f'{path}: holds {len(names)} runs; name one of them: {path}/{names[0]}')
-        if names:
-            return [_open(str(folder / name), name) for name in names]
-    return [_open(path, '')]
+    folders = study.run_folders(storage.place(path))
+    if not folders:
+        return [_open(path, '')]
+    alone = len(folders) == 1
+    return [_open(str(folder), '' if alone else name) for name, folder in folders.items()]
+
+
+def is_one_story(path: str) -> bool:
+    """Whether a path is one run, or those of a transfer or a sweep, and not any runs."""
+    names = study.run_folders(storage.place(path)).keys()
+    return len(names) < 2 or names <= study.STARTS.keys()
 
 
 def _open(path: str, name: str) -> Run:
@@ -221,9 +219,12 @@ def swept(path: str) -> str:
     if not results:
         return ''
     named = {start: study.STARTS[start] for start in results}
-    metric = next((key for row in rows[:1] for key in row if key.endswith('/top1')), None)
-    body = html_pages.heading('Test, scored once')
-    body += html_pages.table('Test, scored once', study.TEST_HEADS, study.test_lines(results))
+    names = [key for row in rows[:1] for key in row if '/' in key]
+    metric = next((name for name in names if not name.startswith('train/')), None)
+    body = ''
+    if lines := study.test_lines(results):
+        body += html_pages.heading('Test, scored once')
+        body += html_pages.table('Test, scored once', study.test_heads(results), lines)
     if metric and all(row.get(metric) is not None for row in rows):
         heads = ('start', 'setting', '', metric, '±', 'seeds')
         # The text table leaves repeated starts blank; a row of the page needs its heading.
@@ -294,7 +295,9 @@ def errors(run: Run) -> str:
 
 def curves(runs: list[Run]) -> str:
     """Plot each kind of metric over the steps, with all runs and splits in one chart."""
-    styles: dict[str, int] = {}  # Gives a run and split the same style in all charts.
+    # The same in all charts: a run has its colour, a split its dash; of one run a split has both.
+    splits: dict[str, int] = {}
+    slots = line_styles.slots([str(storage.absolute(run.workdir)) for run in runs])
 
     def lines(*wanted: str) -> list[Line]:
         chart_lines = []
@@ -304,7 +307,9 @@ def curves(runs: list[Run]) -> str:
                 if key not in wanted or name.startswith(metrics.TIMING):
                     continue
                 shown = f'{run.name} {split}'.strip()
-                style = styles.setdefault(shown, len(styles))
+                number = splits.setdefault(split, len(splits))
+                colour, _ = line_styles.style(slots[str(storage.absolute(run.workdir))])
+                style = (colour if run.name else number % 10, number % 6)
                 points = history.series(run.rows, name)
                 chart_lines.append(Line(shown, points, marked=split != 'train', style=style))
         return chart_lines
@@ -317,7 +322,8 @@ def curves(runs: list[Run]) -> str:
             html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
         ]
     )
-    return charts or html_pages.paragraph('There are no metrics yet.', 'soft')
+    none = html_pages.paragraph('There are no metrics yet.', 'soft')
+    return html_pages.smoothing() + charts if charts else none
 
 
 def warnings(run: Run) -> str:
@@ -377,10 +383,13 @@ def operations(run: Run) -> str:
     task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
     forward = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
+    position = (loaded.sidecar or {}).get('position')  # Not all steps had this batch size.
     examples_seen = loaded.run[1] * config.batch_size
+    if position is not None:
+        examples_seen = position * config.data.repeats
     return html_pages.paragraph(
         f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
-        f'{loaded.run[1]:,} steps of {config.batch_size:,} examples have taken '
+        f'{loaded.run[1]:,} steps with {examples_seen:,} examples have taken '
         f'{3 * forward * examples_seen:.3g} FLOP. Gradients, while stepping, are as large as the '
         'parameters in float32.',
         'soft',
@@ -608,11 +617,33 @@ def document(path: str) -> str:
     return html_pages.page(f'{name} – big_vit', header(runs, path), sections, f'Made of {where}')
 
 
+def place_of(paths: Sequence[str]) -> str:
+    """Return where a report goes: into the folder of its run, or into that around all of its runs.
+
+    Raises:
+      UserError: there is none around them.
+    """
+    homes = []
+    for path in paths:
+        folder = storage.place(checkpoint.without_selector(path)[0])
+        is_step = folder.parent.name == 'checkpoints' and folder.name.isdecimal()
+        homes.append(folder.parent.parent if is_step else folder)
+    if len(set(homes)) == 1:
+        return f'{homes[0]}/report.html'
+    around = os.path.commonpath([str(storage.absolute(home).parent) for home in homes])
+    if not all(map(storage.is_local, homes)) or around == '/':
+        raise UserError('--out is missing: say where the report goes, as --out report.html')
+    return f'{around}/report.html'
+
+
 def main(argv: list[str]) -> None:
     args, _ = command_line.parse(command_line.report(), argv)
     runtime.start()
-    text = document(args.workdir)
-    out = storage.place(args.out or f'{args.workdir.rstrip("/")}/report.html')
+    if len(args.run) == 1 and is_one_story(args.run[0]):
+        text = document(args.run[0])
+    else:
+        text = comparison.page(comparison.open_runs(study.runs_of(args.run)))
+    out = storage.place(args.out or place_of(args.run))
     storage.write_text(out, text)
     print(f'wrote   {out} ({len(text.encode()) / 1e6:.1f} MB)')
 

@@ -18,6 +18,8 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT)
 # How long a command may take to put things in order before it ends.
 GRACE_S = 3.0
 
+# What is done before the process ends at once; none may need the main thread.
+last_acts: list[Callable[[], None]] = []
 _said = False
 _is_command = False
 
@@ -51,10 +53,11 @@ def leave_command(number: int, at_once: bool) -> None:
 
 def leave(number: int) -> NoReturn:
     """End the process now, whatever it is doing."""
-    # Whoever reads our output may have stopped.
-    flush = threading.Thread(target=lambda: sys.stdout.flush(), daemon=True)
-    flush.start()
-    flush.join(timeout=1)
+    # Whoever reads our output may have stopped, and so may a file system.
+    for act in (*last_acts, lambda: sys.stdout.flush()):
+        thread = threading.Thread(target=act, daemon=True)
+        thread.start()
+        thread.join(timeout=1)
     with contextlib.suppress(Exception):
         for loader in multiprocessing.active_children():
             loader.kill()

@@ -10,6 +10,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.train())
 
+import argparse
 import contextlib
 import os
 import time
@@ -25,13 +26,14 @@ from big_vit import (
     interop,
     metrics,
     ownership,
+    resumption,
     runtime,
     state,
     storage,
     training_loop,
 )
 from big_vit import config as config_lib
-from big_vit.build.evaluations import build_evaluators
+from big_vit.build.evaluations import build_evaluators, check_chosen
 from big_vit.build.experiment import (
     Experiment,
     abstract_batch,
@@ -43,8 +45,9 @@ from big_vit.build.experiment import (
 from big_vit.build.steps import build_train_step
 from big_vit.config import Config
 from big_vit.distributed import hosts
+from big_vit.errors import UserError
 from big_vit.inspection import examples
-from big_vit.journal import Damage, RunJournal, max_damage_rate
+from big_vit.journal import Choice, Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
 from big_vit.pretrained.load import initial_params
@@ -80,10 +83,13 @@ def run(
     """
     began = time.perf_counter()
     config_lib.check_names(config.evals)
-    parts = build_experiment(config, known=known_classes(path, config, force))
+    before = resumption.begun(path, config)
+    seen = None if before is None else before.seen
+    parts = build_experiment(config, known=known_classes(path, config, force), seen=seen)
     train_step, evaluators = build_train_step(config, parts), build_evaluators(config, parts)
     damage = Damage(max_damage_rate(config, parts))
     trackers, profiled, _ = tracker_options(config), config.profile, config.switch
+    check_choice(config, parts)
     config.audit()  # Every key that is set must have been read by now.
     begun = checkpoint.steps(storage.place(path))
     first = None if params is None or begun else params(parts)
@@ -94,6 +100,10 @@ def run(
         hosts.connect(parts.mesh)
         now, origin = starting_state(config, parts, workdir, first)
         start = int(now['step'])
+        resumption.check(before, workdir, start)
+        choice = choice_of(config, workdir, start)
+        if choice is not None and hosts.lead(choice.is_over):
+            total = start
         with (
             checkpoint.Manager(
                 workdir, intervals.keep_last, intervals.keep, parts.class_names
@@ -107,6 +117,7 @@ def run(
             profiler.tracer(workdir / 'trace', start, profiled, console.say) as trace,
         ):
             peak_flops = introduce(config, parts, origin, console)
+            console.say(*resumption.changes(before, config, parts))
             write_first_examples(parts, start, writer)
             if start < total:
                 train_step = compile_step(train_step, now, parts, console)
@@ -115,7 +126,7 @@ def run(
             clock.add('start', time.perf_counter() - began)
             journal = RunJournal(
                 config, parts, peak_flops, damage,
-                clock, writer, console, manager, batches.meter,
+                clock, writer, console, manager, batches.meter, choice,
             )  # fmt: skip
             outcome = training_loop.run(
                 now, start, total, intervals, journal,
@@ -125,6 +136,30 @@ def run(
                 batches=batches, train_step=train_step, stop=stop, trace=trace,
             )  # fmt: skip
             return finish(outcome, journal, workdir)
+
+
+def check_choice(config: Config, parts: Experiment) -> None:
+    """Check the keys that choose a checkpoint, and may end the run.
+
+    Raises:
+      UserError: no evaluation measures the metric, or there is none to wait for.
+    """
+    metric, patience = config.checkpoint.best, config.early_stopping.patience
+    if metric:
+        check_chosen(config, parts, 'checkpoint.best', metric)
+    elif patience:
+        raise UserError(
+            'config: early_stopping.patience counts evaluations without a better checkpoint: say '
+            'by which metric, as in --config.checkpoint.best=val/top1'
+        )
+
+
+def choice_of(config: Config, workdir: epath.Path, start: int) -> Choice | None:
+    """Make the choice that `checkpoint.best` asks for, with the scores up to the start."""
+    if not config.checkpoint.best:
+        return None
+    rows = metrics.read(workdir, strict=False)
+    return Choice(config, rows, start, checkpoint.steps(workdir))
 
 
 @contextlib.contextmanager
@@ -209,9 +244,32 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
         training_loop.say_stopped(end, journal.parts.total_steps, console)
     else:
         # On all hosts: a supervisor of any one of them must know whether to start it again.
+        if journal.choice is not None:
+            console.say(*journal.choice.lines(end, journal.parts.total_steps, workdir))
         last = f'done    step {end}, checkpoint {workdir}/checkpoints/{end}'
         (console.say if jax.process_index() == 0 else print)(last)
     return Result(end, dict(writer.latest), outcome.stopped)
+
+
+def run_sweep(config: Config, args: argparse.Namespace, same: dict[str, str]) -> None:
+    """Train settings and seeds, and choose among them, as the command line says."""
+    from big_vit.sweeps import sweep  # Not above: trials are trained by this module.
+
+    place = storage.place(args.workdir)
+    with hosts.session(args.distributed, same):
+        interop.recall(args.workdir)
+        results = sweep.run(
+            config,
+            place,
+            args.sweep,
+            args.seeds or 1,
+            args.at_once,
+            args.force,
+            recipe=sweep.TRAIN,
+        )
+        first = jax.process_index() == 0
+    if results is not None and first:
+        sweep.show(config, place, results)
 
 
 def main(argv: list[str]) -> None:
@@ -222,6 +280,9 @@ def main(argv: list[str]) -> None:
         print(explain.page(config))
         return
     same = {'config': config_lib.digest(config), 'workdir': args.workdir}
+    if args.sweep or args.seeds:
+        run_sweep(config, args, {**same, 'sweep': f'{args.sweep} x {args.seeds}'})
+        return
     with hosts.session(args.distributed, same):
         interop.recall(args.workdir)
         params = initial_params(config, keep_head=True) if config.init else None

@@ -45,6 +45,9 @@ class Journal(Protocol):
     def write_scores(self, step: int, evaluation: str, scores: Any) -> None:
         """Write the scores of one evaluation."""
 
+    def verdict(self, step: int) -> tuple[bool, bool]:
+        """Judge the scores of a step: whether they are the best so far, and the last needed."""
+
     def save(self, state: Any) -> None:
         """Save a checkpoint, which promises that all rows before it are stored."""
 
@@ -115,11 +118,12 @@ def run(
                         scores = evaluate(name, state, shared)
                     journal.write_scores(step, name, scores)
                     hosts.progress(step)
-                if due.save or stopped:
+                is_best, is_over = journal.verdict(step) if due.evaluations else (False, False)
+                if due.save or stopped or is_best or is_over:
                     with clock.bucket('save'):
                         journal.save(state)
-                if stopped:
-                    return Outcome(state, stopped=True)
+                if stopped or is_over:
+                    return Outcome(state, stopped=not is_over)
             if step == total:
                 break
             trace(step, [values for _, values in pending])

@@ -178,21 +178,13 @@ def main(argv: list[str]) -> None:
     if results is None or not first:
         return
     if study_asked:
-        print(f'\n{sweep.report(study.read(place), results, config)}\n')
-        picture = sweep.draw(config, place, results)
-        done, look = (
-            f'{workdir}/{study.TEST}',
-            f'{workdir}/{next(iter(results.values()))["trials"][0]}',
-        )
-    else:
-        print(f'\n{result_table(results, list(config.evals))}\n')
-        picture = None
-        done, look = f'{workdir}/transfer.json', f'{workdir}/pretrained'
+        sweep.show(config, place, results)
+        return
+    print(f'\n{result_table(results, list(config.evals))}\n')
     if config.transfer.published:
         print(f'published   {config.transfer.published}')
-    if picture:
-        print(f'drew    {picture}')
-    print(f'done    {done}; look inside: python -m big_vit.explore {look}')
+    look = f'look inside: python -m big_vit.explore {workdir}/pretrained'
+    print(f'done    {workdir}/transfer.json; {look}')
 
 
 if __name__ == '__main__':

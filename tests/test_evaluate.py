@@ -15,7 +15,7 @@ from big_vit.build import evaluations
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import all_batches, build_experiment, eval_batches
 from big_vit.errors import UserError
-from big_vit.evaluators import features, linear_grid
+from big_vit.evaluators import features, linear_grid, registry
 from big_vit.explore import history_table
 from big_vit.inspection import plots
 
@@ -99,6 +99,12 @@ def test_training_logs_what_evaluate_finds_of_its_checkpoint(trained, scored):
     found = {f'{name}/{k}': x for name, values in scored.items() for k, x in values.items()}
     assert_alike({n: x for n, x in logged.items() if not n.startswith('train/')}, found)
     assert found['near/count'] == found['few/count'] == found['probe/count'] == 70
+    settings = config.override(config.resolve(TINY), OVERRIDES)
+    for name in scored:  # What can be chosen by is what is measured.
+        kind = settings.evals[name].peek('type') or 'classification'
+        keys = evaluations._settings(settings, name, kind)
+        scores = registry.requirements(kind).scores(**keys)
+        assert scores and {f'{name}/{score}' for score in scores} <= found.keys()
     assert found['hard/count'] == 30 and found['find/back/count'] == 80
     assert {'test/ece', 'test/mean_per_class', 'test/top1/7', 'few/5shot_std'} <= set(found)
     assert found['near/9nn'] > 0.5 and found['few/5shot'] > 0.4 and found['probe/top1'] > 0.6

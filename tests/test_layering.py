@@ -25,7 +25,7 @@ LAYERS = [
     {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
     {'build'},
-    {'pretrained', 'ledger', 'explain', 'journal', 'training_loop'},
+    {'pretrained', 'ledger', 'explain', 'journal', 'resumption', 'training_loop'},
     {'inspection'},
     {'sweeps', 'predictor', 'deployment'},
     {
@@ -48,6 +48,7 @@ WITHIN_A_LAYER = {
     ('command_line', 'config'),  # Which key was meant by a flag that there is not.
     ('augment', 'tasks'),  # What bytes become where nothing is said, and labels as targets.
     ('explain', 'ledger'),
+    ('journal', 'resumption'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.
     ('sweeps', 'train'),
     ('report', 'evaluate'),  # What is mistaken is what was scored.

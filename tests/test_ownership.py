@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from commands import ROOT, environment
+from commands import ROOT, environment, script
 from etils import epath
 from test_storage import store  # noqa: F401
 
@@ -197,6 +197,26 @@ def test_a_file_that_tells_nothing_and_that_nobody_holds_is_no_obstacle(tmp_path
     (tmp_path / ownership.FILE).write_text(text)
     with ownership.own(path(tmp_path)):
         assert record_of(tmp_path)['pid'] == os.getpid()
+
+
+def test_nothing_of_a_start_that_a_second_ctrl_c_ends_stays(tmp_path):
+    code = """
+import sys
+from big_vit import ownership, signals, storage
+
+with ownership.own(storage.place(sys.argv[1])), ownership.own(storage.place(sys.argv[2])):
+    for folder in sys.argv[1:3]:
+        (storage.place(folder) / 'checkpoints').mkdir()
+    if sys.argv[3] == 'began':
+        ownership.began()
+    signals.leave(2)
+"""
+    for when in ('starts', 'began'):
+        outer, inner = tmp_path / 'sweep', tmp_path / 'sweep' / 'trial'
+        ended = script(code, outer, inner, when)
+        assert ended.returncode == 130 and ended.stderr == 'error: interrupted\n'
+        assert outer.exists() == (when == 'began')
+    assert sorted(p.name for p in outer.rglob('*')) == ['checkpoints', 'checkpoints', 'trial']
 
 
 @pytest.mark.parametrize('before', ['absent', 'empty', 'full'])

@@ -1,5 +1,8 @@
 """The report of a run: whole, escaped, on its own, and written also where its data is gone."""
 
+import base64
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -11,11 +14,11 @@ import pytest
 from commands import error_line, run
 from tiny import MODEL, RUN, overrides, write_folder
 
-from big_vit import checkpoint, config, report, train
+from big_vit import checkpoint, config, explore, report, train
 from big_vit.errors import UserError
-from big_vit.inspection import history, html_pages
+from big_vit.inspection import comparison, history, html_pages
 
-VOID = {'meta', 'img', 'line', 'circle', 'polyline', 'br'}
+VOID = {'meta', 'img', 'line', 'circle', 'polyline', 'br', 'input'}
 NAME = '<script>alert(1)</script>&"\''.replace('/', '')
 
 
@@ -41,7 +44,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if 'style' not in self.open:
+        if not {'style', 'script'} & set(self.open):
             self.words.append(data)
         if self.open[-1:] == ['h2']:
             self.headings.append(data)
@@ -52,14 +55,19 @@ class Page(HTMLParser):
 
 
 def check_alone(page, text):
-    """Nothing comes from elsewhere, nothing runs, and everything has words."""
-    assert 'script' not in page.tags and 'link' not in page.tags and 'iframe' not in page.tags
+    """Nothing comes from elsewhere, one script runs, and everything has words."""
+    assert page.tags['script'] == [{}] and 'link' not in page.tags and 'iframe' not in page.tags
+    script = text.split('<script>')[1].split('</script>')[0].encode()
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policies = [m['content'] for m in page.tags['meta'] if 'http-equiv' in m]
+    assert len(policies) == 1 and f"default-src 'none'; script-src 'sha256-{digest}'" in policies[0]
     assert not re.search(r'https?:|url\(|@import|\bon\w+="', text)
     assert page.tags['html'] == [{'lang': 'en'}]
+    assert all(json.loads(svg['data-chart']) for svg in page.tags['svg'] if 'data-chart' in svg)
     assert all(a['href'].startswith('#') for a in page.tags['a'])
     anchors = {attributes['id'] for attributes in page.tags['h2']}
     assert {a['href'][1:] for a in page.tags['a']} == anchors
-    for image in page.tags['img']:
+    for image in page.tags.get('img', []):
         assert image['src'].startswith('data:image/') and image['alt']
     for svg in page.tags['svg']:
         assert svg.get('aria-label') or svg.get('aria-hidden') == 'true'
@@ -167,12 +175,85 @@ def test_where_there_is_no_run_one_line_says_so(tmp_path):
     assert 'no such folder; give the --workdir of a training run' in line
 
 
-def test_a_folder_of_many_runs_is_no_transfer(tmp_path, monkeypatch):
-    for i in range(7):
-        (tmp_path / f'run{i}').mkdir()
-    monkeypatch.setattr(report.checkpoint, 'steps', lambda path: [3] if path != tmp_path else [])
-    with pytest.raises(UserError, match=r'holds 7 runs; name one of them: .*/run0'):
-        report.open_runs(str(tmp_path))
+def variant(workdir, place, lr, losses):
+    """A copy of a run with another rate, and these losses of its evaluation."""
+    shutil.copytree(workdir, place)
+    for path in place.rglob('metadata'):
+        sidecar = json.loads(path.read_text())
+        sidecar['config']['lr'] = lr
+        sidecar['sidecar_hash'] = checkpoint._sidecar_hash(sidecar)
+        path.write_text(json.dumps(sidecar))
+    rows = [{'step': i + 1, 'test/loss': x, 'test/top1': 1 - x} for i, x in enumerate(losses)]
+    (place / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(place)
+
+
+def table_of(text, name):
+    body = text.split(f'aria-label="{name}"')[1].split('</table>')[0]
+    rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row) for row in body.split('<tr>')[1:]]
+    return [[html.unescape(re.sub('<[^>]*>', '', cell)) for cell in row] for row in rows]
+
+
+def test_any_runs_are_compared_by_scores_configs_and_curves(workdir, tmp_path, capsys):
+    paths = [
+        variant(workdir, tmp_path / 'a' / 'run', 0.1, [0.5, 0.2, 0.4]),
+        variant(workdir, tmp_path / 'b' / 'run', 0.2, [0.6, 0.5, 0.3]),
+        variant(workdir, tmp_path / 'b' / NAME, 0.2, [0.9]),
+    ]
+    report.main(paths)
+    text = (tmp_path / 'report.html').read_text()
+    assert f'wrote   {tmp_path}/report.html' in capsys.readouterr().out
+    page = Page(text)
+    check_alone(page, text)
+    assert page.headings == ['Results', 'Config differences', 'Curves', 'Places']
+    assert 'Transfer' not in text and NAME not in text
+    header, *rows = table_of(text, 'Results')
+    assert header[:3] == ['run', 'step', 'parameters'] and header[4] == 'test/top1'
+    assert [row[0] for row in rows] == ['a/run', 'b/run', NAME]
+    # Last, best, and the step of the best: the best top-1 is where the loss was least.
+    assert [row[4:7] for row in rows] == [
+        ['60.00%', '80.00%', '2'], ['70.00%', '70.00%', '3'], ['10.00%', '10.00%', '1'],
+    ]  # fmt: skip
+    assert table_of(text, 'Config differences') == [
+        ['run', 'lr'], ['a/run', '0.1'], ['b/run', '0.2'], [NAME, '0.2'],
+    ]  # fmt: skip
+    charts = [json.loads(svg['data-chart']) for svg in page.tags['svg'] if 'data-chart' in svg]
+    assert charts[0]['lines'][1] == {'name': 'b/run', 'points': [[1, 0.4], [2, 0.5], [3, 0.7]]}
+    # A run has one colour and dash, in tables, legend and charts, whatever the order of the runs.
+    looks = {}
+    for one in (text, comparison.page(comparison.open_runs(paths[::-1]))):
+        swatches = re.findall(r'class="line (l\d+ d\d+)" x1[^>]*></svg>([^<]+)<', one)
+        lines = re.findall(r'<polyline class="line (l\d+ d\d+)" data-line="([^"]+)"', one)
+        assert len(swatches) == 9 and len(lines) == 4
+        for style, name in [*swatches, *lines]:
+            looks.setdefault(html.unescape(name), set()).add(style)
+    assert len(looks) == 3 and all(len(styles) == 1 for styles in looks.values())
+    assert len(set.union(*looks.values())) == 3
+    explore.main(paths)
+    shown = capsys.readouterr().out
+    assert 'a/run' in shown and '80.00%' in shown and 'lr' in shown and 'parameters\n' not in shown
+    explore.main([*paths, '--html', str(tmp_path / 'c.html')])
+    assert (tmp_path / 'c.html').read_text() == text
+
+
+def test_two_ordinary_runs_in_a_folder_are_no_transfer(workdir, tmp_path):
+    for name in ('one', 'two'):
+        shutil.copytree(workdir, tmp_path / 'runs' / name)
+    assert not report.is_one_story(str(tmp_path / 'runs')) and report.is_one_story(str(workdir))
+    report.main([str(tmp_path / 'runs')])
+    page = Page((tmp_path / 'runs' / 'report.html').read_text())
+    assert 'Transfer' not in page.headings and 'Their configs are the same.' in page.text
+    shutil.rmtree(tmp_path / 'runs' / 'two')
+    report.main([str(tmp_path / 'runs')])
+    assert 'Attention' in Page((tmp_path / 'runs' / 'report.html').read_text()).headings
+
+
+def test_a_report_of_a_checkpoint_is_not_written_into_it(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / 'w')
+    report.main([str(tmp_path / 'w' / 'checkpoints' / '3')])
+    assert (tmp_path / 'w' / 'report.html').exists()
+    with pytest.raises(UserError, match='--out is missing'):
+        report.place_of(['/a', '/b'])
 
 
 def test_scores_are_the_last_and_the_best_of_what_was_evaluated():
@@ -234,7 +315,7 @@ def test_a_browser_shows_it_within_its_width(width, workdir, tmp_path):
     page, picture = tmp_path / 'report.html', tmp_path / 'report.png'
     report.main([str(workdir), '--out', str(page)])
     # The page writes into its title how wide it would like to be, which --dump-dom then prints.
-    probe = page.read_text().replace(
+    probe = re.sub('<meta http-equiv[^>]*>', '', page.read_text()).replace(
         '</body>', '<script>document.title = document.documentElement.scrollWidth</script></body>'
     )
     (tmp_path / 'probe.html').write_text(probe)

@@ -28,8 +28,9 @@ def test_duties_are_functions_of_the_step(step, log, evaluations, save):
 class Recorder:
     """A journal that notes the calls."""
 
-    def __init__(self):
+    def __init__(self, best=(), over=None):
         self.clock, self.events = metrics.Clock(), []
+        self.best, self.over = best, over
         self.console = metrics.Console(5, 0, label='', active=False)
 
     def check(self, step, values):
@@ -42,13 +43,17 @@ class Recorder:
     def write_scores(self, step, evaluation, scores):
         self.events.append(f'scores {step} {evaluation} {scores}')
 
+    def verdict(self, step):
+        self.events.append(f'verdict {step}')
+        return step in self.best, step == self.over
+
     def save(self, state):
         self.events.append(f'save {int(jax.device_get(state))}')
 
 
-def looped(start, stop=lambda step: False):
+def looped(start, stop=lambda step: False, **more):
     """The events of a loop to step 5 whose state is the number of updates, and its outcome."""
-    recorder = Recorder()
+    recorder = Recorder(**more)
     update = jax.jit(lambda state, batch: (state + 1, {'loss': state + 1}))
 
     def batches():
@@ -79,8 +84,10 @@ def test_the_order_is_evaluate_save_batch_step_write():
     assert events == [
         'batch 2', 'step',
         'check 3', 'save 3', 'batch 3', 'step',
-        'check 4', 'write 4 4', 'scores 4 val 4', 'scores 4 near 4', 'batch 4', 'step',
-        'check 5', 'write 5 5', 'scores 5 val 5', 'scores 5 near 5', 'save 5',
+        'check 4', 'write 4 4', 'scores 4 val 4', 'scores 4 near 4', 'verdict 4', 'batch 4',
+        'step',
+        'check 5', 'write 5 5', 'scores 5 val 5', 'scores 5 near 5', 'verdict 5',
+        'save 5',
     ]  # fmt: skip
     assert int(outcome.state) == 5 and not outcome.stopped
 
@@ -97,6 +104,12 @@ def test_a_stop_saves_at_its_step_and_draws_no_batch_more(at, stopped):
     assert asked == list(range(1, at + 1))  # Hosts count the calls: at each step once.
     assert events[-1] == f'save {at}' and f'batch {at}' not in events
     assert outcome.stopped == stopped and int(outcome.state) == at
+
+
+def test_the_best_is_saved_and_what_is_over_ends_and_is_no_stop():
+    events, outcome = looped(0, best=(2,), over=4)
+    assert [event for event in events if event.startswith('save')] == ['save 2', 'save 3', 'save 4']
+    assert int(outcome.state) == 4 and not outcome.stopped and 'batch 4' not in events
 
 
 def test_a_finished_run_does_nothing():

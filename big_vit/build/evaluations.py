@@ -1,6 +1,7 @@
 """The `evals` sections as evaluators: functions of the parameters that return metrics."""
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -109,6 +110,32 @@ def _settings(config: Config, name: str, kind: str) -> dict[str, Any]:
     return {
         key: default if section[key] is None else section[key] for key, default in defaults.items()
     }
+
+
+def check_chosen(config: Config, parts: Experiment, key: str, metric: str) -> None:
+    """Check that a metric such as 'val/top1' is one that the evaluations of a run measure.
+
+    Args:
+      key: in the config, whose value the metric is.
+
+    Raises:
+      UserError: it is not, and which one is near.
+    """
+    kinds = {name: completed_section(config, 'evals', name).type for name in parts.evals}
+    known = [
+        f'{name}/{score}'
+        for name, kind in kinds.items()
+        for score in requirements(kind).scores(**_settings(config, name, kind))
+    ]
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)
+        hint = f'did you mean {near[0]!r}? There are {", ".join(known)}'
+        raise UserError(
+            f'config: {key}={metric!r} is measured by no evaluation of this run; '
+            + (hint if known else 'it has none: set evals.val.split')
+        )
+    if not parts.intervals.evals[metric.partition('/')[0]]:
+        raise UserError(f'config: {key}={metric!r} is never measured: its interval is 0')
 
 
 def _check_one_input(model: Any, key: str, kind: str) -> None:

@@ -1,6 +1,7 @@
 """A whole config as an experiment: everything that training needs, nothing computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -19,7 +20,7 @@ from big_vit.build.data import (
     train_data,
 )
 from big_vit.build.model import build_model
-from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule
+from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule, run_length
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.fields import INT_MAX
@@ -67,6 +68,13 @@ class Experiment(NamedTuple):
         return self.data.source.class_names if 'logits' in self.task.provides else None
 
 
+class Seen(NamedTuple):
+    """How far a run is: its steps, and the position of the next example in the data's order."""
+
+    step: int
+    position: int
+
+
 class Intervals(NamedTuple):
     """Every how many steps what is due; 0 is never. `keep_last` is a number of checkpoints."""
 
@@ -87,6 +95,7 @@ def build_experiment(
     devices: list[jax.Device] | None = None,
     known: Known | None = None,
     to_train: bool = True,
+    seen: 'Seen | None' = None,
 ) -> Experiment:
     """Everything that the config describes; reads every key that it uses, computes nothing.
 
@@ -95,6 +104,7 @@ def build_experiment(
         either, and evaluations are left out. By default the devices of this run.
       known: classes of the parameters that this is for, if there are some already.
       to_train: whether these are trained on, and not only scored.
+      seen: where in the order of the data the run is that this goes on with.
 
     Raises:
       UserError: parts that do not exist or do not fit together.
@@ -113,12 +123,16 @@ def build_experiment(
     task = build_task(config.task)
     model = build_model(config, classes, train.input_shapes, mesh)
     _check_classes(task, train.source)
-    total = in_steps(config, 'total', config, train.source)
+    order = train.order
+    assert order is not None
+    shift = 0 if seen is None else seen.position - seen.step * order.positions
+    train, ahead = train._replace(order=replace(order, shift=shift)), shift / order.positions
+    total = run_length(config, train.source, ahead)
     if not total:
         raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
     if total > INT_MAX:
         raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
-    schedule = rate_schedule(config, train.source, total)
+    schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
     model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = build_optimizer(config, shapes, schedule, mesh)

@@ -88,9 +88,27 @@ def _check_schedule_free(config: Config, settings: dict[str, Any]) -> None:
 
 
 def rate_schedule(
-    config: Config, source: sources.Source, total: int, peak: float | None = None
+    config: Config,
+    source: sources.Source,
+    total: int,
+    peak: float | None = None,
+    ahead: int | float = 0.0,
 ) -> schedules.Schedule:
-    """The learning rate by step, up to `lr` or another peak."""
+    """The learning rate by step, up to `lr` or another peak.
+
+    Args:
+      ahead: as for `run_length`. The rate of a run whose length is in examples is a function of
+        the examples seen, so another batch size does not move it.
+    """
+    if ahead and config.peek('total_steps') is None:
+        by_examples = _rate_by_step(config, source, total + ahead, peak)
+        return lambda step: by_examples(step + ahead)
+    return _rate_by_step(config, source, total, peak)
+
+
+def _rate_by_step(
+    config: Config, source: sources.Source, total: int | float, peak: float | None
+) -> schedules.Schedule:
     section = config.schedule
     more: dict[str, Any] = {}
     if section.name in ('cosine', 'linear'):
@@ -110,8 +128,24 @@ def rate_schedule(
     )
 
 
+def run_length(config: Config, source: sources.Source, ahead: int | float = 0.0) -> int | None:
+    """The steps of the whole run, None where its length is not set.
+
+    Args:
+      ahead: steps of this batch size that would have seen as many examples as the run has, less
+        the steps that it made: not 0 where it began with another batch size.
+    """
+    return config_lib.steps(
+        config, 'total', batch_size=config.batch_size, examples=source.length, ahead=ahead
+    )
+
+
 def in_steps(
-    section: Config, name: str, config: Config, source: sources.Source, total: int | None = None
+    section: Config,
+    name: str,
+    config: Config,
+    source: sources.Source,
+    total: int | float | None = None,
 ) -> int | None:
     """A duration of the config in steps, None where it is not set."""
     return config_lib.steps(

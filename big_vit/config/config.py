@@ -516,7 +516,7 @@ def from_json(tree: dict[str, Any]) -> Config:
 # Keys that may change when a run is resumed, because no result depends on them.
 RESUMABLE = (
     *('mesh.', 'accumulation', 'model.remat', 'log.', 'checkpoint.', 'data.workers'),
-    'profile',
+    *('early_stopping.', 'profile'),
 )
 
 
@@ -530,6 +530,22 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def differing(dumps: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Give the keys that are not the same in all dumps, with their values in each.
+
+    A key that a dump of an earlier version lacks has its default there.
+    """
+    flats = [comparable_dump(_flat_dump(json.loads(json.dumps(dump)))) for dump in dumps]
+    values = {}
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        field = SCHEMA.get(_in_schema(key))
+        default = None if field is None else json.loads(json.dumps(field.default))
+        of = [flat.get(key, None if '*' in _in_schema(key) else default) for flat in flats]
+        if any(value != of[0] for value in of):
+            values[key] = of
+    return values
+
+
 def digest(config: Config) -> str:
     """Short hash of a config, to compare hosts with each other."""
     tree = config.to_dict()
@@ -540,7 +556,13 @@ def digest(config: Config) -> str:
 
 
 def steps(
-    section: Config, name: str, *, batch_size: int, examples: int, total: int | None = None
+    section: Config,
+    name: str,
+    *,
+    batch_size: int,
+    examples: int,
+    total: int | float | None = None,
+    ahead: int | float = 0.0,
 ) -> int | None:
     """Converts a duration to steps, from whichever unit it is given in.
 
@@ -551,6 +573,7 @@ def steps(
       batch_size: examples per step.
       examples: examples per epoch.
       total: steps of the entire run, which `percent` refers to.
+      ahead: steps to leave out of a duration in examples or epochs, which were done in fewer.
 
     Returns:
       The number of steps, or None if the duration is not set.
@@ -567,6 +590,7 @@ def steps(
         value = section[f'{name}_{unit}']
         if value is not None:
             # 1e-9 keeps rounding from losing a step of an exact product, as 0.1 epochs x 10.
-            steps_ = int(value * factor + 1e-9)
+            left_out = ahead if unit in ('epochs', 'examples') else 0.0
+            steps_ = int(value * factor - left_out + 1e-9)
             return max(1, steps_) if value else 0
     return None

@@ -56,7 +56,7 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_LATER = ('task.', 'init_architecture')
+_LATER = ('task.', 'init_architecture', 'checkpoint.best', 'early_stopping.')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,16 @@ SCHEMA: dict[str, Field] = {
         number(0, 1), 0.1, 'Largest share of the state in arrays that fsdp fails to shard.'
     ),
     **durations('checkpoint.every', 'Interval between checkpoints; also saves at the end'),
+    'checkpoint.best': Field(
+        check_text,
+        None,
+        'Metric of an evaluation, such as val/top1, whose best checkpoint is kept: RUN@best.',
+    ),
+    'early_stopping.patience': Field(
+        integer(1),
+        None,
+        'Evaluations of `checkpoint.best` without a better one after which the run ends.',
+    ),
     'checkpoint.keep_last': Field(integer(1), 2, 'Number of newest checkpoints to keep.'),
     **durations('checkpoint.keep_every', 'Keep checkpoints at multiples of this forever'),
     'profile': Field(
@@ -162,11 +172,9 @@ SCHEMA: dict[str, Field] = {
         boolean, True, 'Also train only a head on random, frozen features.'
     ),
     'transfer.validation': Field(
-        check_text, 'val', 'Name of the evaluation by which a sweep selects.'
+        check_text, 'val', 'Evaluation by which a sweep selects, or a metric of it as in val/loss.'
     ),
-    'transfer.test': Field(
-        check_text, 'test', 'Name of the evaluation that scores a sweep, once, at its end.'
-    ),
+    'transfer.test': Field(check_text, 'test', 'Evaluation that scores a sweep, once, at its end.'),
     'transfer.published': Field(
         check_text, None, 'Published result for this recipe, printed beside the new one.'
     ),

@@ -145,6 +145,7 @@ def example_indices(
     shuffle: bool = True,
     counts: tuple[int, ...] | None = None,
     repeats: int = 1,
+    shift: int = 0,
 ) -> tuple[Int64[np.ndarray, ' rows'], Int64[np.ndarray, ' rows']]:
     """Return the indices of the examples of batch `step`.
 
@@ -164,6 +165,8 @@ def example_indices(
       counts: from `shares`, for a mixture.
       repeats: views of each example in its batch (repeated augmentation, arXiv 1901.09335),
         a divisor of the batch size: rows b and b + batch_size / repeats are views of one example.
+      shift: positions added to those that steps of this batch size come to, where earlier ones had
+        another.
 
     Returns:
       (index, view), both int64 [rows]: index in [0, length), or in [0, sum(length)); view counts
@@ -171,7 +174,7 @@ def example_indices(
     """
     row = np.arange(batch_size, dtype=np.int64)[rows]
     copy, row = np.divmod(row, batch_size // repeats)
-    position = step * (batch_size // repeats) + row
+    position = shift + step * (batch_size // repeats) + row
     if counts is None:
         assert isinstance(length, int)
         index, epoch = _source_indices(position, length, seed, shuffle)

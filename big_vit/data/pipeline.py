@@ -46,6 +46,7 @@ class Order:
       repeats: views of each example in a batch.
       lengths: of the parts of a mixture.
       counts: positions of each part in a cycle, from `order.shares`; None without a mixture.
+      shift: positions ahead of what steps of this batch size come to; see `order.example_indices`.
     """
 
     batch_size: int
@@ -54,6 +55,12 @@ class Order:
     repeats: int = 1
     lengths: tuple[int, ...] = ()
     counts: tuple[int, ...] | None = None
+    shift: int = 0
+
+    @property
+    def positions(self) -> int:
+        """The positions of the order that a step takes."""
+        return self.batch_size // self.repeats
 
     def indices(
         self, step: int, length: int, rows: Rows = slice(None)
@@ -68,6 +75,7 @@ class Order:
             shuffle=self.shuffle,
             counts=self.counts,
             repeats=self.repeats,
+            shift=self.shift,
         )
 
 

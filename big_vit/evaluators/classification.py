@@ -26,7 +26,12 @@ from big_vit.tasks.classification import cross_entropy
 BINS = 15
 
 
-@requires('logits', labels='any', head_top1=True)
+def _scores(calibration: bool, per_class: str, **_: Any) -> tuple[str, ...]:
+    more = ('ece', 'nll', 'brier') * calibration + ('mean_per_class',) * (per_class != 'none')
+    return 'top1', 'top5', 'loss', *more
+
+
+@requires('logits', labels='any', head_top1=True, scores=_scores)
 def classification(
     evaluation: Evaluation,
     *,

@@ -15,6 +15,7 @@ numpy.random.default_rng(seed), seed = 0, 1, 2; the accuracies of the seeds are 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
@@ -26,7 +27,15 @@ from big_vit.evaluators.requirements import requires
 from big_vit.evaluators.two_splits import check_classes, compare_splits
 
 
-@requires('features', reference='train_split')
+def _names(shots: tuple[int, ...], l2: tuple[float, ...], **_: Any) -> tuple[str, ...]:
+    return tuple(
+        f'{count}shot' + (f'_l2_{penalty:g}' if len(l2) > 1 else '')
+        for count in shots
+        for penalty in l2
+    )
+
+
+@requires('features', reference='train_split', scores=_names)
 def fewshot(
     evaluation: Evaluation,
     *,

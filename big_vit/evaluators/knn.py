@@ -29,7 +29,9 @@ Queries = Float32[np.ndarray, 'queries width']
 Gallery = Float32[np.ndarray, 'gallery width']
 
 
-@requires('features', reference='train_split')
+@requires(
+    'features', reference='train_split', scores=lambda k, **_: tuple(f'{count}nn' for count in k)
+)
 def knn(
     evaluation: Evaluation,
     *,

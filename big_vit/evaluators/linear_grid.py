@@ -37,7 +37,7 @@ MOMENTUM = 0.9
 Heads = list[dict[str, jax.Array]]
 
 
-@requires('features', reference='train_split')
+@requires('features', reference='train_split', scores=lambda **_: ('top1', 'held_out'))
 def linear_grid(
     evaluation: Evaluation,
     *,

@@ -28,7 +28,11 @@ STALLS = 10
 Weights = dict[str, jax.Array]
 
 
-@requires('features', reference='train_split')
+@requires(
+    'features',
+    reference='train_split',
+    scores=lambda l2, **_: ('top1', 'held_out') if len(l2) > 1 else ('top1',),
+)
 def linear_probe(
     evaluation: Evaluation,
     *,

@@ -17,7 +17,12 @@ from big_vit.evaluators.requirements import requires
 from big_vit.tasks.contrastive import row_hashes
 
 
-@requires('pairs', labels='none', all_streams=True)
+def _names(ranks: tuple[int, ...]) -> tuple[str, ...]:
+    there = retrieval.names(ranks)
+    return *there, *(f'back/{name}' for name in there)
+
+
+@requires('pairs', labels='none', all_streams=True, scores=_names)
 def matching(evaluation: Evaluation, *, ranks: tuple[int, ...] = (1, 5, 10)) -> Evaluator:
     """Score how well two streams find each other.
 

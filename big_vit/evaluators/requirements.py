@@ -21,8 +21,9 @@ class Requirements(NamedTuple):
         search; None if there is none.
       all_streams: whether examples must hold the input of every stream. If not, streams of words
         may be missing.
-      head_top1: whether its 'top1' is the accuracy of the model's head on the split, unchanged:
-        the number that sweeps choose by and report.
+      head_top1: whether its 'top1' is the accuracy of the model's head on the split, unchanged.
+      scores: the metrics that checkpoints and settings can be chosen by, from the values of the
+        evaluator's keys; those that only its data can tell (a class, the way back) are left out.
     """
 
     output: Output
@@ -30,6 +31,7 @@ class Requirements(NamedTuple):
     reference: str | None = None
     all_streams: bool = False
     head_top1: bool = False
+    scores: Callable[..., tuple[str, ...]] = lambda **_: ()
 
 
 _BY_FACTORY: dict[Callable[..., Any], Requirements] = {}
@@ -42,11 +44,14 @@ def requires(
     reference: str | None = None,
     all_streams: bool = False,
     head_top1: bool = False,
+    scores: Callable[..., tuple[str, ...]] = Requirements._field_defaults['scores'],
 ) -> Callable[[Factory], Factory]:
     """Decorate a factory of evaluators with its `Requirements`, whose fields the arguments are."""
 
     def record(factory: Factory) -> Factory:
-        _BY_FACTORY[factory] = Requirements(output, labels, reference, all_streams, head_top1)
+        _BY_FACTORY[factory] = Requirements(
+            output, labels, reference, all_streams, head_top1, scores
+        )
         return factory
 
     return record

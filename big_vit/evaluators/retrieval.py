@@ -7,6 +7,7 @@ spread over all devices in blocks of a fixed size, so that every mesh gives the 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,12 @@ from big_vit.evaluators.two_splits import compare_splits
 _QUERIES = 32
 
 
-@requires('features', reference='gallery_split')
+def names(ranks: tuple[int, ...], **_: Any) -> tuple[str, ...]:
+    """Return the names of the scores of one way."""
+    return *(f'recall@{k}' for k in ranks), 'map'
+
+
+@requires('features', reference='gallery_split', scores=names)
 def retrieval(
     evaluation: Evaluation,
     *,

@@ -36,7 +36,11 @@ Image = Float[Array, 'height width channels']
 Formula = Callable[[Image, Array, Array], Image]
 
 
-@requires('logits', labels='any')
+def _names(corruptions: tuple[str, ...] | None, severities: tuple[int, ...]) -> tuple[str, ...]:
+    return 'mean', *(corruptions or ()), *(f'severity_{severity}' for severity in severities)
+
+
+@requires('logits', labels='any', scores=_names)
 def robustness(
     evaluation: Evaluation,
     *,

@@ -18,7 +18,7 @@ from big_vit.evaluators.requirements import requires
 Embeddings = Float[np.ndarray, '*items width']
 
 
-@requires('pairs')
+@requires('pairs', scores=lambda **_: ('top1', 'top5'))
 def zero_shot(evaluation: Evaluation, *, prompts: tuple[str, ...] = ('{}',)) -> Evaluator:
     """Score top-1 and top-5 among sentences for the classes.
 

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 from big_vit import metrics
 
 Rows = list[dict[str, Any]]
-# Words of score names for which lower is better; for all others, higher is.
-_LOWER_IS_BETTER = ('loss', 'nll', 'ece', 'mce', 'brier', 'error', 'mae', 'mse', 'rmse')
 # Keys of a row that are not scores.
 _NOT_SCORES = ('step', 'count')
 
@@ -45,12 +43,14 @@ def scores(rows: Rows) -> dict[str, list[Score]]:
         if split == 'train' or name.startswith(metrics.TIMING) or not split or key in _NOT_SCORES:
             continue
         points = series(rows, name)
-        finite = [(value, -step) for step, value in points if math.isfinite(value)]
-        lower_is_better = any(word in _LOWER_IS_BETTER for word in key.split('_'))
-        value, step = (min if lower_is_better else max)(finite, default=(math.nan, -points[-1][0]))
+        best = metrics.Best(key)
+        for step, value in points:
+            if math.isfinite(value):
+                best.add(step, value)
+        best_step = points[-1][0] if best.step is None else best.step
         counts = series(rows, f'{split}/count')
         count = counts[-1][1] if counts else None
-        score = Score(key, points[-1][1], points[-1][0], value, -step, count)
+        score = Score(key, points[-1][1], points[-1][0], best.value, best_step, count)
         by_split.setdefault(split, []).append(score)
     return by_split
 

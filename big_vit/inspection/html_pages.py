@@ -1,31 +1,36 @@
 """Building blocks of a self-contained HTML page: text, tables, SVG charts, embedded images.
 
+Charts are whole without scripts. The one script, `page_script`, adds values under the pointer and
+smoothing; the page's own policy allows no other, and nothing from elsewhere.
+
 Every function takes plain text, escapes it, and returns HTML.
 """
 
 import base64
+import hashlib
 import html
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from big_vit.inspection.line_styles import DARK, DASHES, LIGHT
+from big_vit.inspection.page_script import SCRIPT
+
 Points = Sequence[tuple[float, float]]
 
-# Line colours that colour-blind readers can tell apart; each has its own dash pattern as well.
-_LIGHT = ('#0b62c4', '#b3460b', '#1a7a4c', '#8a3ffc', '#a2191f', '#6b5f00')
-_DARK = ('#6cb2ff', '#ff9e5e', '#5fd39a', '#c8a6ff', '#ff8a8f', '#dcc84a')
-_DASHES = ('', '7 3', '2 3', '9 3 2 3', '4 4', '1 2')
 _WIDTH, _HEIGHT = 380, 246
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 12, 40
 
-_COLOURS = ''.join(f'--line{i}:{c};' for i, c in enumerate(_LIGHT))
-_COLOURS_DARK = ''.join(f'--line{i}:{c};' for i, c in enumerate(_DARK))
+_COLOURS = ''.join(f'--line{i}:{c};' for i, c in enumerate(LIGHT))
+_COLOURS_DARK = ''.join(f'--line{i}:{c};' for i, c in enumerate(DARK))
 _LINES = ''.join(
-    f'.l{i}{{stroke:var(--line{i});stroke-dasharray:{dash.replace(" ", ",") or "none"}}}'
-    f'.m{i}{{fill:var(--line{i})}}'
-    for i, dash in enumerate(_DASHES)
+    f'.l{i}{{stroke:var(--line{i})}}.m{i}{{fill:var(--line{i})}}' for i in range(len(LIGHT))
+) + ''.join(
+    f'.d{i}{{stroke-dasharray:{",".join(f"{2 * part:g}" for part in dash) or "none"}}}'
+    for i, dash in enumerate(DASHES)
 )
 STYLE = f"""
 :root{{color-scheme:light dark;--paper:#fbfbfa;--card:#fff;--ink:#1c2024;--soft:#5a6169;
@@ -64,7 +69,31 @@ svg text{{fill:var(--soft);font-size:12px}}
 {_LINES}
 .key{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;margin:.2rem 0 0;padding:0;
 font-size:.85rem;color:var(--soft)}}
-.key svg{{display:inline-block;width:1.8rem;height:.7rem;margin-right:.35rem}}
+.key svg,th svg{{display:inline-block;width:1.8rem;height:.7rem;margin-right:.35rem}}
+.key [role=button]{{cursor:pointer;border-radius:.3rem}}
+.key li,tbody th{{overflow-wrap:anywhere}}
+.legend{{display:block;columns:16rem auto;margin:.5rem 0 1rem}}
+.legend li{{break-inside:avoid;display:flex;align-items:baseline}}
+.legend svg{{flex:none}}
+.dim{{opacity:.18}}
+.off{{opacity:.3}}
+svg .off{{display:none}}
+.smoothed circle[class^=m]{{display:none}}
+.dot{{fill:none;stroke:var(--ink);stroke-width:1.5}}
+figure.card{{position:relative}}
+.tip{{position:absolute;z-index:2;background:var(--ink);color:var(--paper);border-radius:.35rem;
+padding:.2rem .5rem;font-size:.8rem;line-height:1.3;white-space:pre-line;pointer-events:none;
+max-width:90%;overflow-wrap:anywhere}}
+[hidden]{{display:none!important}}
+.smoothing{{display:flex;align-items:center;gap:.6rem;margin:.5rem 0;font-size:.9rem}}
+.smoothing input{{width:12rem;accent-color:var(--accent)}}
+.smoothing output{{font-variant-numeric:tabular-nums}}
+.runs{{max-height:27rem;overflow:auto}}
+.runs th{{background:var(--card)}}
+.runs thead th{{position:sticky;top:0;z-index:1}}
+.runs th:first-child{{position:sticky;left:0;min-width:8rem;max-width:min(18rem,50vw)}}
+.runs thead th:first-child{{z-index:2}}
+.many .line{{stroke-width:1.1}}
 .wide{{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:.6rem;
 max-width:100%}}
 table{{border-collapse:collapse;width:100%;font-size:.92rem}}
@@ -111,6 +140,13 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    return f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+
+
 def page(title: str, header: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
     """Return a complete document; sections are (heading, HTML), omitted if the HTML is empty."""
     kept = [(name, body) for name, body in sections if body]
@@ -121,11 +157,12 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str]], footer: s
         for n, b in kept
     )
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_policy(SCRIPT)}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
         f'<header>\n{header}\n<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
-        f'<main>\n{bodies}</main>\n<footer><p>{text(footer)}</p></footer>\n</body>\n</html>\n'
+        f'<main>\n{bodies}</main>\n<footer><p>{text(footer)}</p></footer>\n'
+        f'<script>{SCRIPT}</script>\n</body>\n</html>\n'
     )
 
 
@@ -156,20 +193,30 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="facts">{items}</dl>\n'
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of text with the first cell of a row as its heading; numbers align right."""
+def table(
+    caption: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marks: Sequence[tuple[int, int]] | None = None,
+) -> str:
+    """Return a table of text with the first cell of a row as its heading; numbers align right.
+
+    Args:
+      marks: colour and dash of the run that each row is of, shown before its heading.
+    """
     numbers = [
         bool(rows) and all(r[i][:1].isdigit() or r[i][:1] in '-+−–' for r in rows)
         for i in range(len(header))
     ]
     kind = [' class="n"' if number else '' for number in numbers]
     head = ''.join(f'<th scope="col"{k}>{text(c)}</th>' for k, c in zip(kind, header, strict=True))
-    body = ''
-    for first, *rest in rows:
+    body, runs = '', '' if marks is None else ' runs'
+    for place, (first, *rest) in enumerate(rows):
+        mark = '' if marks is None else _swatch(marks[place])
         cells = ''.join(f'<td{k}>{text(c)}</td>' for k, c in zip(kind[1:], rest, strict=True))
-        body += f'<tr><th scope="row">{text(first)}</th>{cells}</tr>\n'
+        body += f'<tr><th scope="row">{mark}{text(first)}</th>{cells}</tr>\n'
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
+        f'<div class="wide{runs}" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
         f'<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
     )
 
@@ -245,14 +292,14 @@ class Line(NamedTuple):
     Attributes:
       marked: draw a dot at each point; for lines with few points.
       joined: connect the points.
-      style: index of the colour and dash pattern; the position in the chart if None.
+      style: places of the colour and of the dash; by default those of the line in the chart.
     """
 
     name: str
     points: Points
     marked: bool = False
     joined: bool = True
-    style: int | None = None
+    style: tuple[int, int] | None = None
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -278,16 +325,28 @@ def number(value: float) -> str:
     return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
 
 
-def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = False) -> str:
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    below: str = 'step',
+    zero: bool = False,
+    legend: bool = True,
+    most: int = 600,
+) -> str:
     """Return a card with lines over common axes, or '' if there is nothing to draw.
 
     Args:
       below: label of the horizontal axis.
       zero: start the vertical axis at 0.
+      legend: name the lines below, where there are several.
+      most: points of a line; of more it has every n-th.
     """
     lines = [
-        line._replace(points=[point for point in line.points if math.isfinite(point[1])])
-        for line in lines
+        line._replace(
+            points=[point for point in line.points if math.isfinite(point[1])],
+            style=(i % len(DASHES), i % len(DASHES)) if line.style is None else line.style,
+        )
+        for i, line in enumerate(lines)
     ]
     lines = [line for line in lines if line.points]
     if not lines:
@@ -323,46 +382,76 @@ def chart(title: str, lines: Sequence[Line], below: str = 'step', zero: bool = F
         f'<text x="{_LEFT + across / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f'{text(below)}</text>'
     )
-    for i, line in enumerate(lines):
-        positions = [to_pixels(*point) for point in _thinned(line.points)]
-        n = _style_index(line, i)
+    thinned = [line._replace(points=_thinned(line.points, most)) for line in lines]
+    for i, line in enumerate(thinned):
+        positions = [to_pixels(*point) for point in line.points]
+        assert line.style is not None
+        (n, dash), of = line.style, f'data-line="{text(line.name)}"'
         if line.joined and len(positions) > 1:
             path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in positions)
-            drawn.append(f'<polyline class="line l{n}" points="{path}"/>')
+            drawn.append(
+                f'<polyline class="line l{n} d{dash}" {of} data-at="{i}" points="{path}"/>'
+            )
         if line.marked or len(positions) == 1:
             drawn += [
-                f'<circle class="m{n}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in positions
+                f'<circle class="m{n}" {of} cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+                for x, y in positions
             ]
+    data = {
+        'box': [left, right, low, high],
+        'frame': [_LEFT, _TOP, across, down],
+        'below': below,
+        'lines': [
+            {'name': line.name, 'points': [[x, float(f'{y:.6g}')] for x, y in line.points]}
+            for line in thinned
+        ],
+    }
     summary = '; '.join(
         f'{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}'
         for line in lines
     )
+    key = _key(lines) if legend and len(lines) > 1 else ''
+    many = ' class="many"' if len(lines) > 12 else ''
     return (
         f'<figure class="card"><figcaption>{text(title)}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{text(title)}: {text(summary)}">'
-        f'{"".join(drawn)}</svg>{_key(lines) if len(lines) > 1 else ""}</figure>\n'
+        f'<svg{many} viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'data-chart="{text(json.dumps(data))}" aria-label="{text(title)}: {text(summary)}">'
+        f'{"".join(drawn)}</svg>{key}</figure>\n'
     )
 
 
-def _style_index(line: Line, place: int) -> int:
-    return (place if line.style is None else line.style) % len(_DASHES)
+def _swatch(style: tuple[int, int], joined: bool = True, marked: bool = False) -> str:
+    n, dash = style
+    stroke = f'<line class="line l{n} d{dash}" x1="0" x2="36" y1="7" y2="7"/>' if joined else ''
+    dot = f'<circle class="m{n}" cx="18" cy="7" r="4"/>' if marked else ''
+    return f'<svg viewBox="0 0 36 14" aria-hidden="true">{stroke}{dot}</svg>'
 
 
 def _key(lines: Sequence[Line]) -> str:
-    items = ''
-    for i, line in enumerate(lines):
-        n = _style_index(line, i)
-        stroke = f'<line class="line l{n}" x1="0" x2="36" y1="7" y2="7"/>' if line.joined else ''
-        dot = f'<circle class="m{n}" cx="18" cy="7" r="4"/>' if line.marked else ''
-        items += (
-            f'<li><svg viewBox="0 0 36 14" aria-hidden="true">{stroke}{dot}</svg>'
-            f'{text(line.name)}</li>'
-        )
+    items = ''.join(
+        f'<li>{_swatch(line.style or (0, 0), line.joined, line.marked)}{text(line.name)}</li>'
+        for line in lines
+    )
     return f'<ul class="key">{items}</ul>'
 
 
-def _thinned(points: Points, most: int = 600) -> Points:
+def legend(runs: Sequence[tuple[str, tuple[int, int]]]) -> str:
+    """Return a legend for all charts of a page, of names with colour and dash."""
+    items = ''.join(
+        f'<li data-line="{text(name)}">{_swatch(style)}{text(name)}</li>' for name, style in runs
+    )
+    return f'<ul class="key legend">{items}</ul>\n{smoothing()}'
+
+
+def smoothing() -> str:
+    """Return the control that smooths all charts of a page; without scripts it is not shown."""
+    return (
+        '<label class="smoothing" hidden>Smoothing <input type="range" min="0" max="0.99" '
+        'step="0.01" value="0"><output>0.00</output></label>\n'
+    )
+
+
+def _thinned(points: Points, most: int) -> Points:
     """Keep about `most` points and the last: a chart has fewer pixels than a long run has steps."""
     stride = -(-len(points) // most)
     return [*points[:-1:stride], points[-1]]

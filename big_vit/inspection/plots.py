@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from big_vit import metrics
-from big_vit.inspection import weight_statistics
+from big_vit.inspection import line_styles, weight_statistics
 
 
 class Picture:
@@ -38,37 +38,48 @@ def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, A
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def curves(runs: dict[str, list[dict[str, Any]]]) -> Picture:
+def curves(runs: dict[str, list[dict[str, Any]]], slots: dict[str, int] | None = None) -> Picture:
     """Plot loss, accuracy and learning rate over the steps, with one line per run and split.
 
     Args:
       runs: rows of `metrics.read` by the name of the run.
+      slots: of colour and dash in `line_styles`, by the name of the run; by default in order.
     """
-    figure, axes = canvas(3, 1, 5.0, 3.6)
+    height = max(3.6, min(0.2 * len(runs), 6.0))
+    figure, axes = canvas(3, 1, 5.0, height)
+    entries: dict[str, Any] = {}
     panels = (('loss', ('loss',)), ('accuracy', ('accuracy',)), ('learning rate', ('lr',)))
     for axis, (title, wanted) in zip(axes[0], panels, strict=True):
         for i, (run, rows) in enumerate(runs.items()):
+            colour, dash = line_styles.style(slots[run] if slots else i)
             names = {n for row in rows for n in row if n.rpartition('/')[2] in wanted}
             names |= set(metrics.headlines(rows)) if title == 'accuracy' else set()
             for name in sorted(names):
                 points = [(row['step'], row[name]) for row in rows if name in row]
                 split = name.partition('/')[0]
                 held_out = split != 'train'
-                axis.plot(
+                (line,) = axis.plot(
                     *zip(*points, strict=True),
-                    color=f'C{i}',
+                    color=line_styles.LIGHT[colour],
+                    ls=(0, line_styles.DASHES[dash]) if line_styles.DASHES[dash] else '-',
                     lw=1.8 if held_out else 0.9,
                     alpha=1.0 if held_out else 0.55,
                     marker='o' if held_out else None,
                     ms=3,
                     label=f'{run} {split}'.strip(),
                 )
+                entries.setdefault(run, line)
         axis.set_title(title)
         axis.set_xlabel('step')
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
-        if axis.get_legend_handles_labels()[1]:
+        if len(runs) == 1 and axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8)
+    if len(runs) > 1:  # Runs only: dots are evaluations, thin lines the training.
+        figure.legend(
+            list(entries.values()), list(entries), loc='outside right center', frameon=False,
+            fontsize=8, ncols=1 + int(0.17 * (len(entries) - 1) / height),
+        )  # fmt: skip
     return Picture(figure)
 
 

@@ -1,5 +1,6 @@
 """Metrics of a run: rows, the console, trackers and traces."""
 
+from big_vit.metrics.best import Best, lower_is_better
 from big_vit.metrics.console import Clock, Console, duration, table
 from big_vit.metrics.writer import (
     FILE,
@@ -10,6 +11,7 @@ from big_vit.metrics.writer import (
     Writer,
     headlines,
     host_memory_mb,
+    is_share,
     latest,
     montage,
     read,
@@ -22,13 +24,16 @@ __all__ = [
     'RESUMED',
     'REWRITE_EVERY_S',
     'TIMING',
+    'Best',
     'Clock',
     'Console',
     'Writer',
     'duration',
     'headlines',
     'host_memory_mb',
+    'is_share',
     'latest',
+    'lower_is_better',
     'montage',
     'read',
     'shown',

@@ -26,15 +26,18 @@ REWRITE_EVERY_S = 30
 RESUMED = TIMING + 'resumed_from'
 
 
-def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike[str], strict: bool = True) -> list[dict[str, Any]]:
     """Read the rows of a run, oldest first, without a last one that was cut off while written.
+
+    Args:
+      strict: False leaves damaged lines out, as a run does that resumes.
 
     Raises:
       UserError: another line is damaged.
     """
     path = storage.place(workdir) / FILE
     rows, damaged = _parse(path.read_bytes() if path.exists() else b'')
-    if damaged:
+    if damaged and strict:
         raise UserError(
             f'{path}, line {damaged[0]}: is not a row of metrics; delete that line, or resume the '
             'run, which leaves damaged rows out'
@@ -82,10 +85,15 @@ def headlines(rows: list[dict[str, Any]]) -> list[str]:
 
 def shown(metric: str, value: float) -> str:
     """Format a value of a metric: shares in per cent, losses and other numbers as they are."""
-    metric = metric.rpartition('/')[2]
-    if metric in LOSSES:
+    name = metric.rpartition('/')[2]
+    if name in LOSSES:
         return f'{value:.4f}'
-    return f'{value:g}' if metric in _NUMBERS else f'{value:.2%}'
+    return f'{value:.2%}' if is_share(metric) else f'{value:g}'
+
+
+def is_share(metric: str) -> bool:
+    """Whether values of a metric lie between 0 and 1 and read best in per cent."""
+    return metric.rpartition('/')[2] not in (*LOSSES, *_NUMBERS)
 
 
 def host_memory_mb() -> float | None:

@@ -8,14 +8,15 @@ from jaxtyping import Array, Float, Int
 
 from big_vit.errors import UserError
 
-Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
+# Of the step, or of as much of one as the examples seen come to.
+Schedule = Callable[[Int[Array, ''] | Float[Array, ''] | int | float], Float[Array, '']]
 
 
 def make(
     name: str,
     *,
     peak: float,
-    total_steps: int,
+    total_steps: int | float,
     warmup_steps: int = 0,
     end: float = 0.0,
     cooldown_steps: int = 0,
@@ -62,7 +63,7 @@ def make(
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
     joined = optax.join_schedules([warmup, after], [warmup_steps])
 
-    def schedule(step: Int[Array, ''] | int) -> Float[Array, '']:
+    def schedule(step: Int[Array, ''] | Float[Array, ''] | int | float) -> Float[Array, '']:
         rate = jnp.asarray(joined(step), jnp.float32)
         if cooldown_steps:
             rate = rate * jnp.clip((total_steps - step) / cooldown_steps, 0.0, 1.0)

@@ -6,6 +6,7 @@ STUDY/test.json       the chosen setting of each start and its test scores, made
 
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,14 @@ from typing import Any
 
 from etils import epath
 
-from big_vit import storage
+from big_vit import checkpoint, metrics, storage
 from big_vit.config.old_names import RENAMED
 from big_vit.errors import UserError
 from big_vit.inspection import plots
 
 ROWS, TEST = 'trials.jsonl', 'test.json'
-TEST_HEADS = ('start', 'chosen', 'test top-1', '± seeds', '± size', 'loss', 'seeds', 'examples')
 STARTS = {
+    'train': 'train',
     'pretrained': 'from the checkpoint',
     'control': 'control: same recipe from random',
     'features': 'control: head on random features',
@@ -36,7 +37,7 @@ _ROW = {
     'seed': int,
     'lr': float | int,
 }
-_RESULT = {'setting': dict, 'trials': list, 'tests': list}
+_RESULT = {'setting': dict, 'trials': list, 'tests': list, 'metric': str}
 
 
 def read(folder: epath.Path) -> list[Row]:
@@ -57,8 +58,40 @@ def read(folder: epath.Path) -> list[Row]:
     return rows
 
 
+def run_folders(folder: epath.Path) -> dict[str, epath.Path]:
+    """List the runs in a folder by name: those of a transfer, or that a sweep chose, or all.
+
+    Of a sweep they are the first seed of the setting that each start chose; {} for a folder that
+    is a run itself, or holds none.
+    """
+    if results := tested(folder):
+        return {start: folder / one['trials'][0] for start, one in results.items()}
+    if checkpoint.steps(folder) or not folder.is_dir():
+        return {}
+    there = (path for path in folder.iterdir() if path.is_dir() and checkpoint.steps(path))
+
+    def place(path: epath.Path) -> tuple[bool, list[tuple[int, str]]]:
+        parts = re.findall(r'\d+|\D+', path.name)  # run_9 is before run_10.
+        return path.name != 'pretrained', [(int(p), '') if p.isdigit() else (-1, p) for p in parts]
+
+    ordered = sorted(there, key=place)
+    return {path.name: path for path in ordered}
+
+
+def runs_of(paths: Sequence[str]) -> list[str]:
+    """Replace each folder that holds runs, as `run_folders` lists them, by these."""
+    nested = []
+    for path in paths:
+        run, _ = checkpoint.without_selector(path)
+        folders = run_folders(storage.place(run)).values()
+        nested.append([str(folder) for folder in folders] or [path])
+    return [path for of_one in nested for path in of_one]
+
+
 def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """Read the chosen setting and its test scores by start; {} before the test is scored.
+    """Read the chosen setting and its test scores by start; {} before one is chosen.
+
+    Without a test there are no scores, and another choice may follow.
 
     Raises:
       UserError: the file is not a JSON object.
@@ -68,6 +101,11 @@ def tested(folder: epath.Path) -> dict[str, dict[str, Any]]:
         return {}
     advice = 'delete it, and the test is scored again'
     results = storage.parse_object(file.read_bytes(), str(file), advice)
+    # Results of before have no other metric.
+    results = {
+        start: {**one, 'metric': 'top1'} if isinstance(one, dict) and 'metric' not in one else one
+        for start, one in results.items()
+    }
     if not all(isinstance(one, dict) and _fits(one, _RESULT) for one in results.values()):
         raise UserError(f'{file}: is not the result of a test; {advice}')
     return results
@@ -116,14 +154,16 @@ def by_setting(rows: Sequence[Row], start: str) -> dict[str, list[Row]]:
 
 
 def choose(rows: Sequence[Row], start: str, metric: str) -> list[Row]:
-    """Choose the setting with the highest mean of a metric, and return its rows, one for each seed.
+    """Choose the setting with the best mean of a metric, and return its rows, one for each seed.
 
     A trial whose score is not finite counts as worse than any other; of equal settings the one
     tried first wins.
     """
 
+    sign = -1 if metrics.lower_is_better(metric) else 1
+
     def score(group: list[Row]) -> float:
-        mean = statistics.fmean(row[metric] for row in group)
+        mean = sign * statistics.fmean(row[metric] for row in group)
         return mean if math.isfinite(mean) else -math.inf
 
     groups = by_setting(rows, start).values()
@@ -139,27 +179,39 @@ def lines(rows: Sequence[Row], metric: str, starts: Mapping[str, str]) -> list[l
         for group in groups.values():
             mean, error = mean_and_error([row[metric] for row in group])
             star = '*' if group is chosen or group == chosen else ''
-            error_text = f'{error:.2%}' if math.isfinite(error) else '-'
+            error_text = metrics.shown(metric, error) if math.isfinite(error) else '-'
             setting = label(group[0]['setting']) or '-'
-            body.append([name, setting, star, f'{mean:.2%}', error_text, str(len(group))])
+            body.append(
+                [name, setting, star, metrics.shown(metric, mean), error_text, str(len(group))]
+            )
             name = ''
     return body
 
 
+def test_heads(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the header of `test_lines`."""
+    metric = next(iter(results.values()))['metric']
+    shown = f'test {"top-1" if metric == "top1" else metric}'
+    return 'start', 'chosen', shown, '± seeds', '± size', 'loss', 'seeds', 'examples'
+
+
 def test_lines(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Tabulate the test of the chosen settings, a line for each start, with header `TEST_HEADS`."""
+    """Tabulate the test of the chosen settings, a line for each start that was tested."""
+
+    def cell(one: Mapping[str, Any], name: str, metric: str) -> str:
+        return '-' if one.get(name) is None else metrics.shown(metric, one[name])
+
     return [
         [
             STARTS[start],
             label(one['setting']) or '-',
-            f'{one["mean"]:.2%}',
-            '-' if one['error'] is None else f'{one["error"]:.2%}',
-            f'{one["sampling_error"]:.2%}',
-            f'{one["loss"]:.4f}',
+            *(cell(one, name, one['metric']) for name in ('mean', 'error', 'sampling_error')),
+            cell(one, 'loss', 'loss'),
             str(len(one['tests'])),
-            f'{one["count"]:.0f}',
+            cell(one, 'count', 'count'),
         ]
         for start, one in results.items()
+        if one['tests']
     ]
 
 
@@ -173,8 +225,9 @@ def draw(
       test: as `tested` reads it.
       starts: names of the starts in the picture.
     """
+    test = {start: one for start, one in test.items() if one['tests']}
     figure, axes = plots.canvas(2 if test else 1, 1, 4.6, 3.6)
-    axis = axes[0][0]
+    axis, scale = axes[0][0], 100 if metrics.is_share(metric) else 1
     rates = all('lr' in row['setting'] for row in rows)
     settings = list(dict.fromkeys(_key(row['setting']) for row in rows))
     for i, (start, name) in enumerate(starts.items()):
@@ -183,30 +236,36 @@ def draw(
         for key, group in groups.items():
             mean, error = mean_and_error([row[metric] for row in group])
             x = group[0]['setting']['lr'] if rates else settings.index(key)
-            points.append((x, 100 * mean, 100 * error if math.isfinite(error) else 0.0))
+            points.append((x, scale * mean, scale * error if math.isfinite(error) else 0.0))
         x, mean, error = zip(*sorted(points), strict=True)
         axis.errorbar(
             x, mean, error, fmt='o-' if rates else 'o', ms=4, capsize=3, color=f'C{i}', label=name
         )
-    if rates:
+    if rates and all(row['lr'] > 0 for row in rows):
         axis.set_xscale('log')
+        tried = sorted({row['lr'] for row in rows})
+        axis.minorticks_off()
+        axis.set_xticks(tried, [f'{rate:g}' for rate in tried], fontsize=8)
         axis.set_xlabel('learning rate')
     else:
         names = [label(json.loads(key)) for key in settings]
         axis.set_xticks(range(len(names)), names, rotation=30, ha='right', fontsize=7)
-    axis.set_ylabel(f'{metric}, %')
+    axis.set_ylabel(f'{metric}, %' if scale == 100 else metric)
     axis.set_title('validation, mean ± standard error')
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
+    if len(starts) > 1:
+        axis.legend(frameon=False, fontsize=8)
     if test:
         axis = axes[0][1]
         for i, result in enumerate(test.values()):
             mean, error = result['mean'], result['error']
-            axis.bar(i, 100 * mean, 0.6, color=f'C{i}', alpha=0.75,
-                     yerr=100 * error if error is not None else None, capsize=4)  # fmt: skip
-            axis.text(i, 0.5, f'{100 * mean:.1f}', ha='center', va='bottom', fontsize=9)
+            axis.bar(i, scale * mean, 0.6, color=f'C{i}', alpha=0.75,
+                     yerr=scale * error if error is not None else None, capsize=4)  # fmt: skip
+            shown = f'{scale * mean:.1f}' if scale == 100 else f'{mean:.3g}'
+            axis.text(i, 0, shown, ha='center', va='bottom', fontsize=9)
         names = [textwrap.fill(starts[name], 16) for name in test]
         axis.set_xticks(range(len(test)), names, fontsize=8)
+        axis.set_xlim(-1, len(test))
         axis.set_title('test, once, of what was chosen')
         axis.grid(axis='y', alpha=0.25)
     for one in axes[0]:

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from big_vit import checkpoint, evaluate, metrics, storage, train
 from big_vit import config as config_lib
+from big_vit.build.evaluations import check_chosen
 from big_vit.build.experiment import Experiment, build_experiment
 from big_vit.config import Config
 from big_vit.config.old_names import renamed
@@ -107,7 +108,28 @@ def settings(config: Config, swept: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(by_key, combination, strict=True)) for combination in combinations]
 
 
-def check_splits(parts: Experiment, validation: str | None, test: str) -> None:
+class Recipe(NamedTuple):
+    """What a sweep trains.
+
+    Attributes:
+      starts: derives the config of each start, without some prefixes of keys, from the whole one.
+      make_params: of a start, gives the function that loads the parameters to start from, if any.
+      must_test: whether there must be a test; a sweep of `train` may do without.
+    """
+
+    starts: Callable[..., dict[str, Config]]
+    make_params: Callable[[Config], Callable[[Experiment], Any] | None]
+    must_test: bool
+
+
+class Judges(NamedTuple):
+    """The metrics that choose a setting and that score it once, such as val/top1; None for none."""
+
+    validation: str | None
+    test: str | None
+
+
+def check_splits(parts: Experiment, validation: str | None, test: str | None) -> None:
     """Refuse to choose by examples that are trained or tested on, as far as their indices tell.
 
     Raises:
@@ -115,9 +137,9 @@ def check_splits(parts: Experiment, validation: str | None, test: str) -> None:
     """
     trained = [('data', spec) for spec in parts.data.specs]
     held_out = {n: (f'evals.{n}', parts.evals[n].specs[0]) for n in (validation, test) if n}
-    pairs = [(held_out[test], one) for one in trained]
-    if validation:
-        pairs += [(held_out[validation], one) for one in (*trained, held_out[test])]
+    pairs = [(one, other) for one in held_out.values() for other in trained]
+    if validation and test:
+        pairs.append((held_out[validation], held_out[test]))
     for (key, spec), (other_key, other) in pairs:
         if count := dataset.in_both(spec, other):
             raise UserError(
@@ -145,12 +167,26 @@ def starts(config: Config, *left_out: str) -> dict[str, Config]:
     return configs
 
 
-def make_params(config: Config) -> Callable[[Experiment], Any] | None:
+def make_params(config: Config, keep_head: bool = False) -> Callable[[Experiment], Any] | None:
     """Return a function that loads the parameters to start from; None to start from random ones."""
-    return initial_params(config, keep_head=False) if config.init else None
+    return initial_params(config, keep_head=keep_head) if config.init else None
 
 
-def _train_alone(config: Config, trial: Trial, workdir: epath.Path, label: str) -> dict[str, float]:
+TRANSFER = Recipe(starts, make_params, must_test=True)
+TRAIN = Recipe(
+    lambda config, *left_out: {'train': config.without('transfer.', *left_out)},
+    functools.partial(make_params, keep_head=True),
+    must_test=False,
+)
+
+
+def _train_alone(
+    config: Config,
+    trial: Trial,
+    workdir: epath.Path,
+    label: str,
+    make_params: Callable[[Config], Callable[[Experiment], Any] | None],
+) -> dict[str, float]:
     """Train or resume one trial by `train.run`; return its last metrics, {} where it diverged."""
     trial_config = config.replacing({'lr': trial.lr, 'seed': trial.seed})
     try:
@@ -160,7 +196,17 @@ def _train_alone(config: Config, trial: Trial, workdir: epath.Path, label: str) 
         return {}
     if result.stopped:
         raise vmapped_trials.Stopped
-    return result.metrics
+    step = scored_step(config, workdir)
+    if step == result.step:
+        return result.metrics
+    rows = [row for row in metrics.read(workdir) if row['step'] <= step]
+    return metrics.latest(rows)
+
+
+def scored_step(config: Config, workdir: epath.Path) -> int:
+    """Return the step of a trial that is scored: its best by `checkpoint.best`, or its last."""
+    chosen = f'{workdir}@best' if config.checkpoint.peek('best') else workdir
+    return checkpoint.locate(chosen)[1]
 
 
 def train_all(
@@ -170,23 +216,26 @@ def train_all(
     folder: Callable[[Trial], epath.Path],
     label: str,
     at_once: int | None,
+    make_params: Callable[[Config], Callable[[Experiment], Any] | None] = make_params,
 ) -> dict[Trial, dict[str, float]]:
     """Train every rate with every seed, as many at once as fit in memory.
 
     Args:
       folder: gives the workdir of a trial.
       at_once: most trials in one program; None for as many as fit.
+      make_params: of the `Recipe`.
 
     Returns:
       The last metrics of each trial.
     """
     many = len(seeds) * len(rates)
     one_by_one = config.optim.peek('name') in vmapped_trials.ONE_BY_ONE
-    if one_by_one or config.optim.peek('group_rules'):
+    # A trial that chooses a checkpoint may end before the others.
+    if one_by_one or config.optim.peek('group_rules') or config.checkpoint.peek('best'):
         at_once = 1
     if many == 1 or at_once == 1:
         return {
-            trial: _train_alone(config, trial, folder(trial), label)
+            trial: _train_alone(config, trial, folder(trial), label, make_params)
             for trial in (Trial(rate, seed) for seed in seeds for rate in rates)
         }
     if at_once is None or many <= at_once:
@@ -204,7 +253,7 @@ def train_all(
         halves = [(seeds, rates[:middle]), (seeds, rates[middle:])]
     results: dict[Trial, dict[str, float]] = {}
     for some_seeds, some_rates in halves:
-        results |= train_all(config, some_seeds, some_rates, folder, label, at_once)
+        results |= train_all(config, some_seeds, some_rates, folder, label, at_once, make_params)
     return results
 
 
@@ -215,6 +264,7 @@ def run(
     seeds: int = 1,
     at_once: int | None = None,
     force: bool = False,
+    recipe: Recipe = TRANSFER,
 ) -> dict[str, dict[str, Any]] | None:
     """Train the missing trials of a sweep, choose a setting for each start, and test it.
 
@@ -223,6 +273,7 @@ def run(
       seeds: number of seeds of each setting, from the config's seed on.
       at_once: most trials in one program; None for as many as fit in memory.
       force: test again, though the test was scored with another choice.
+      recipe: TRANSFER or TRAIN.
 
     Returns:
       By start {'setting', 'tests', 'mean', 'error', 'count', ...}; None if a signal ended it.
@@ -232,17 +283,15 @@ def run(
     """
     combinations = settings(config, swept)
     config_lib.check_names(config.evals)
-    validation: str | None = config.transfer.validation
-    test = config.transfer.test
-    _check_evals(config, validation, test, len(combinations))
-    if validation not in config.evals:
-        validation = None
-    check_splits(build_experiment(config), validation, test)
+    _check_evals(config, len(combinations), recipe)
+    judges, parts = judges_of(config), build_experiment(config)
+    _check_judges(config, parts, judges)
+    check_splits(parts, *(m and _evaluation(m) for m in judges))
     with owned(workdir):
-        wanted = _train_missing(config, workdir, combinations, seeds, at_once, validation, test)
+        wanted = _train_missing(config, workdir, combinations, seeds, at_once, judges, recipe)
         if wanted is None:
             return None
-        return _test_chosen(config, workdir, wanted, validation, test, force)
+        return _test_chosen(config, workdir, wanted, judges, force)
 
 
 def _train_missing(
@@ -251,12 +300,13 @@ def _train_missing(
     combinations: Sequence[dict[str, Any]],
     seeds: int,
     at_once: int | None,
-    validation: str | None,
-    test: str,
+    judges: Judges,
+    recipe: Recipe,
 ) -> list[study.Row] | None:
     """Train the trials that the study lacks; return the rows of all, None if a signal ended it."""
     rows, wanted = study.read(workdir), []
-    for start, base in starts(config, f'evals.{test}.').items():
+    left_out = [f'evals.{_evaluation(judges.test)}.'] if judges.test else []
+    for start, base in recipe.starts(config, *left_out).items():
         for other in _without_rates(combinations):
             setting_config = config_lib.with_values(base, other)
             rates = [one['lr'] for one in combinations if 'lr' in one and {**one, **other} == one]
@@ -265,7 +315,7 @@ def _train_missing(
             missing = [row for row in trials if 'seconds' not in row]
             for group in [[row] for row in missing] if at_once == 1 else _rectangles(missing):
                 try:
-                    _train(setting_config, workdir, group, validation, at_once)
+                    _train(setting_config, workdir, group, judges.validation, at_once, recipe)
                 except vmapped_trials.Stopped:
                     return None
                 rows += group
@@ -285,6 +335,7 @@ def _train(
     group: list[study.Row],
     validation: str | None,
     at_once: int | None,
+    recipe: Recipe,
 ) -> None:
     """Train a group of trials and add their last metrics to their rows.
 
@@ -298,9 +349,17 @@ def _train(
     setting = {key: value for key, value in group[0]['setting'].items() if key != 'lr'}
     label = f'{group[0]["start"]} {study.label(setting)}'.strip()
     results = train_all(
-        config, seeds, rates, lambda trial: workdir / rows[trial]['workdir'], label, at_once
+        config,
+        seeds,
+        rates,
+        lambda trial: workdir / rows[trial]['workdir'],
+        label,
+        at_once,
+        recipe.make_params,
     )
-    names = ['train/loss', *(f'{validation}/{n}' for n in ('top1', 'loss') if validation)]
+    names = ['train/loss']
+    if validation:
+        names += [validation, f'{_evaluation(validation)}/loss']
     for trial, last in results.items():
         values = {name: last.get(name, math.nan) for name in names}
         # JSON has no NaN.
@@ -308,9 +367,27 @@ def _train(
         rows[trial]['seconds'] = (time.perf_counter() - began) / len(group)
 
 
-def _check_evals(config: Config, validation: str | None, test: str, combinations: int) -> None:
+def _evaluation(metric: str) -> str:
+    return metric.partition('/')[0]
+
+
+def judges_of(config: Config) -> Judges:
+    """Name the metrics that choose and score; of an evaluation alone it is the head's top-1."""
+    given = config.transfer.validation, config.transfer.test
+    validation, test = (
+        (m if '/' in m else f'{m}/top1') if _evaluation(m) in config.evals else None for m in given
+    )
+    if (
+        validation and test and '/' not in config.transfer.test
+    ):  # By the same, where nothing is said.
+        test = f'{test.partition("/")[0]}/{validation.partition("/")[2]}'
+    return Judges(validation, test)
+
+
+def _check_evals(config: Config, combinations: int, recipe: Recipe) -> None:
     """Raise UserError unless the evaluations that choose and report are there and fit."""
-    if test not in config.evals:
+    validation, test = _evaluation(config.transfer.validation), _evaluation(config.transfer.test)
+    if test not in config.evals and (recipe.must_test or config.sets('transfer.test')):
         raise UserError(
             f'config: transfer.test={test!r} is no evaluation: set evals.{test}.split, or '
             'transfer.test to one of ' + (', '.join(config.evals) or 'none yet')
@@ -321,17 +398,30 @@ def _check_evals(config: Config, validation: str | None, test: str, combinations
             f"of the training data, as in --config.data.split='train[:90%]' "
             f"--config.evals.{validation}.split='train[90%:]'"
         )
-    fitting = [kind for kind in EVALUATORS if requirements(kind).head_top1]
-    for name in (validation, test):
-        if name in config.evals and config.evals[name].type not in (None, *fitting):
-            raise UserError(
-                f'config: evals.{name}.type must be {" or ".join(fitting)}: a sweep chooses and '
-                'reports by the top-1 of the head; give evaluations of other types another name'
-            )
     if config.switch is not None:
-        raise UserError('config: switch goes on with a run of train; a transfer starts from init')
+        raise UserError('config: switch goes on with a run of train; a sweep starts from init')
     if validation == test:
         raise UserError('config: transfer.validation and transfer.test must not be the same')
+    if config.checkpoint.peek('best') and _evaluation(config.checkpoint.peek('best')) == test:
+        raise UserError(
+            f'config: checkpoint.best must not choose by evals.{test}, which a sweep scores once'
+        )
+
+
+def _check_judges(config: Config, parts: Experiment, judges: Judges) -> None:
+    """Raise UserError unless the evaluations measure what chooses and scores."""
+    fitting = [kind for kind in EVALUATORS if requirements(kind).head_top1]
+    for key, metric in judges._asdict().items():
+        name, given = _evaluation(metric or ''), config.transfer.peek(key)
+        if metric is None:
+            continue
+        if metric == f'{given}/top1' and config.evals[name].type not in (None, *fitting):
+            raise UserError(
+                f'config: evals.{name}.type must be {" or ".join(fitting)}: a sweep chooses and '
+                'reports by the top-1 of the head; or name another metric, as in '
+                f"transfer.{key}='{name}/METRIC'"
+            )
+        check_chosen(config, parts, f'transfer.{key}', metric)
 
 
 def _trial_rows(
@@ -387,47 +477,34 @@ def _test_chosen(
     config: Config,
     workdir: epath.Path,
     rows: Sequence[study.Row],
-    validation: str | None,
-    test: str,
+    judges: Judges,
     force: bool,
 ) -> dict[str, dict[str, Any]]:
     """Score the setting that validation chooses on the test split, unless that was done before."""
-    file = workdir / study.TEST
+    file, validation = workdir / study.TEST, judges.validation
     before = study.tested(workdir)
     results: dict[str, dict[str, Any]] = {}
     for start in dict.fromkeys(row['start'] for row in rows):
         scored = [{**row, **_nan_for_none(row)} for row in rows if row['start'] == start]
-        chosen = study.choose(scored, start, f'{validation}/top1') if validation else scored
+        chosen = study.choose(scored, start, validation) if validation else scored
         if not all(checkpoint.steps(workdir / row['workdir']) for row in chosen):
             print(f'WARNING {start}: every setting diverged with some seed: lower the rates',
                   file=sys.stderr)  # fmt: skip
             continue
-        trials = [row['workdir'] for row in chosen]
-        if start in before and before[start]['trials'] != trials and not force:
-            old = before[start]
+        trials, old = [row['workdir'] for row in chosen], before.get(start)
+        if old and old['tests'] and old['trials'] != trials and not force:
             raise UserError(
                 f'{file}: the test split was scored with another choice for {start} '
                 f'({study.label(old["setting"]) or "no setting"}, {len(old["trials"])} seed(s)): '
                 'choosing again would select on the test; use another --workdir, or --force'
             )
-        if start in before and before[start]['trials'] == trials:
-            results[start] = before[start]
+        if old and old['trials'] == trials and (old['tests'] or not judges.test):
+            results[start] = old
             continue
-        scores = [_test_scores(config, workdir / path, test) for path in trials]
-        tests = [one['top1'] for one in scores]
-        mean, error = study.mean_and_error(tests)
-        count = scores[0]['count']
-        # Even one seed has this error, from the size of the test split.
-        sampling = math.sqrt(mean * (1 - mean) / count)
         results[start] = {
             'setting': chosen[0]['setting'],
             'trials': trials,
-            'tests': tests,
-            'mean': mean,
-            'error': error if math.isfinite(error) else None,
-            'sampling_error': sampling,
-            'loss': float(np.mean([one['loss'] for one in scores])),
-            'count': count,
+            **_tests(config, workdir, trials, judges.test),
         }
     if not results:
         raise UserError('--sweep: every trial diverged: lower the rates')
@@ -436,38 +513,79 @@ def _test_chosen(
     return results
 
 
+def _tests(
+    config: Config, workdir: epath.Path, trials: Sequence[str], metric: str | None
+) -> dict[str, Any]:
+    """Score trials on the test split; {'metric', 'tests', 'mean', 'error', ...}."""
+    if metric is None:
+        return {'metric': '', 'tests': []}
+    test, _, name = metric.partition('/')
+    scores = [_test_scores(config, workdir / path, test) for path in trials]
+    tests = [one[name] for one in scores]
+    (mean, error), count = study.mean_and_error(tests), scores[0]['count']
+    # Even one seed has this error, from the size of the test split.
+    sampling = math.sqrt(mean * (1 - mean) / count) if name.startswith('top') else None
+    losses = [one['loss'] for one in scores if 'loss' in one]
+    return {
+        'metric': name,
+        'tests': tests,
+        'mean': mean,
+        'error': error if math.isfinite(error) else None,
+        'sampling_error': sampling,
+        'loss': float(np.mean(losses)) if losses else None,
+        'count': count,
+    }
+
+
 def _nan_for_none(row: study.Row) -> study.Row:
     return {k: math.nan for k, v in row.items() if v is None}
 
 
 def _test_scores(config: Config, workdir: epath.Path, test: str) -> dict[str, float]:
-    """Score a trial's last state on the test split."""
+    """Score a trial on the test split."""
     flat = config_lib.flatten(config.to_dict())
     overrides = [
         (key, value if isinstance(value, str) else repr(value))
         for key, value in flat.items()
         if key.startswith(f'evals.{test}.') and value is not None
     ]
-    return evaluate.run(Path(workdir), checkpoint.steps(workdir)[-1], overrides)[test]
+    return evaluate.run(Path(workdir), scored_step(config, workdir), overrides)[test]
 
 
 def report(rows: Sequence[study.Row], results: Mapping[str, Any], config: Config) -> str:
     """Tabulate validation and test."""
     names = {start: study.STARTS[start] for start in results}
     tables = []
-    validation = f'{config.transfer.validation}/top1'
-    if all(validation in row for row in rows):
+    validation = judges_of(config).validation
+    if validation and all(validation in row for row in rows):
         header = ('start', 'setting', '', validation, '±', 'seeds')
-        tables.append(metrics.table(header, study.lines(rows, validation, names)))
-    tables.append(metrics.table(study.TEST_HEADS, study.test_lines(results)))
+        scored = [{**row, **_nan_for_none(row)} for row in rows]
+        tables.append(metrics.table(header, study.lines(scored, validation, names)))
+    if lines := study.test_lines(results):
+        tables.append(metrics.table(study.test_heads(results), lines))
+    else:
+        tables.append('nothing was tested: the config has no evals.test')
     return '\n\n'.join(tables)
 
 
 def draw(config: Config, workdir: epath.Path, results: Mapping[str, Any]) -> Path | None:
     """Draw WORKDIR/sweep.png, if the workdir is a local folder and all trials were validated."""
-    rows, metric = study.read(workdir), f'{config.transfer.validation}/top1'
-    if not storage.is_local(workdir) or not all(metric in row for row in rows):
+    rows, metric = study.read(workdir), judges_of(config).validation
+    if not metric or not storage.is_local(workdir) or not all(metric in row for row in rows):
         return None
     path = Path(workdir) / 'sweep.png'
-    study.draw(rows, metric, results, {start: study.STARTS[start] for start in results}, path)
+    scored = [{**row, **_nan_for_none(row)} for row in rows]
+    study.draw(scored, metric, results, {s: study.STARTS[s] for s in results}, path)
     return path
+
+
+def show(config: Config, workdir: epath.Path, results: Mapping[str, Any]) -> None:
+    """Print the tables of a sweep and draw its picture."""
+    print(f'\n{report(study.read(workdir), results, config)}\n')
+    if config.transfer.published:
+        print(f'published   {config.transfer.published}')
+    if picture := draw(config, workdir, results):
+        print(f'drew    {picture}')
+    chosen = next(iter(results.values()))['trials'][0]
+    look = f'look inside: python -m big_vit.explore {workdir}/{chosen}'
+    print(f'done    {workdir}/{study.TEST}; {look}')

@@ -150,6 +150,10 @@ class TrialJournal:
         title = f'{evaluation}, best of all (lr {self._grid[i][j].lr:g})'
         self.console.evaluation(step, title, best)
 
+    def verdict(self, step: int) -> tuple[bool, bool]:
+        """Never a choice: trials that make one are trained one by one."""
+        return False, False
+
     def save(self, states: Any) -> None:
         """Save the state of each trial in its own workdir, one after the other.
 

@@ -442,6 +442,7 @@ GROUPS = {
     'optim.stats_dtype': 'choice', 'optim.root_dtype': 'choice', 'optim.gather_dtype': 'choice',
     'schedule.name': 'choice', 'schedule.end': 'share', 'mesh.replica': 'int', 'mesh.fsdp': 'int',
     'mesh.tensor': 'int', 'mesh.min_shard_size': 'int', 'checkpoint.keep_last': 'int',
+    'checkpoint.best': 'str', 'early_stopping.patience': 'int',
     'log.tensorboard': 'bool', 'log.wandb': 'str', 'transfer.control': 'bool',
     'name': 'choice', 'split': 'str', 'path': 'str', 'tfds_name': 'str', 'num_classes': 'int',
     'transform': 'str', 'init_channels': 'choice', 'init_video': 'choice',

@@ -413,9 +413,7 @@ def test_what_does_not_fit_is_parted(more, pretrained, tmp_path, monkeypatch):
         return {Trial(rate, seed): {} for seed in seeds for rate in rates}
 
     monkeypatch.setattr(vmapped_trials, 'run', small)
-    monkeypatch.setattr(
-        sweep, '_train_alone', lambda own, trial, folder, label: seen.append(trial) or {}
-    )
+    monkeypatch.setattr(sweep, '_train_alone', lambda own, trial, *_: seen.append(trial) or {})
     settings = load(pretrained, more)
     found = sweep.train_all(settings, [0, 1], [0.1, 0.2, 0.3], lambda t: tmp_path, '', None)
     assert set(found) == {Trial(rate, seed) for seed in (0, 1) for rate in (0.1, 0.2, 0.3)}
