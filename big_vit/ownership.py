@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from big_vit import storage
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 FILE = 'owner.json'
 BEAT_S = 10.0
@@ -302,7 +302,7 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
         if storage.is_local(folder) and not isinstance(error, OSError):
             raise
         why = storage.reason(error)
-        raise UserError(f'{key}: cannot write to {place}: {why}') from error
+        raise failure_at(place, error)(f'{key}: cannot write to {place}: {why}') from error
     owned = _owned[os.fspath(folder)] = _Owned(folder, file, mine)
     failed = True
     try:

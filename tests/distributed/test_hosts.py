@@ -375,7 +375,8 @@ def test_processes_that_miss_each_other_end_in_time_and_say_who_is_missing(tmp_p
     with Processes(*command, tmp_path / 'w', processes=3, each=each, **limit) as processes:
         first, third, stray = processes.wait(60)
     assert time.monotonic() - began < 30
-    lines = ends_alike([first, third, stray])
+    # The missing host may only be late, as one that is being replaced: the same command goes on.
+    lines = ends_alike([first, third, stray], LOST)
     assert lines[0] == lines[1]
     assert 'after 6 s process(es) 1, 3 of 4 have not reached process 0' in lines[0]
     assert 'could not join in 6 s the coordinator (process 0) at localhost:1' in lines[2]
