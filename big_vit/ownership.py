@@ -291,7 +291,9 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
     if (inner := _owned.get(os.fspath(folder))) is not None:
         raise _refusal(folder, inner._mine, key)
     try:
-        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        # A store has no folders, and may refuse to say which buckets there are.
+        above = (folder, *folder.parents) if storage.is_local(folder) else ()
+        created = [path for path in above if not path.exists()]
         was_empty = not folder.exists() or not any(p.name != FILE for p in folder.iterdir())
         file = _LockedFile(folder) if storage.is_local(folder) else _StoredFile(folder)
         mine = _me()
@@ -317,7 +319,7 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
                     path.rmtree() if path.is_dir() else path.unlink()
         with contextlib.suppress(Exception):
             owned.release()
-        for path in created if remove and storage.is_local(folder) else ():
+        for path in created if remove else ():
             with contextlib.suppress(OSError):  # Not empty: it is another's by now.
                 path.rmdir()
 
