@@ -367,6 +367,29 @@ def test_a_workdir_that_is_not_shared_stops_all(tmp_path, command):
         assert '--workdir: here of process 0' in line and 'that all hosts share' in line
 
 
+@pytest.mark.parametrize('shared', [True, False], ids=['shared', 'of its own'])
+@pytest.mark.slow
+def test_two_processes_whose_programs_are_in_the_cache_see_the_same(tmp_path, command, shared):
+    """Only process 0 writes to JAX's cache: with caches of their own the other one compiles."""
+    each = {
+        process: {
+            'JAX_COMPILATION_CACHE_DIR': str(tmp_path / ('cache' if shared else f'{process}'))
+        }
+        for process in range(2)
+    }
+    told = {
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_DEBUG_LOG_MODULES': 'jax._src.compiler',
+    }
+    runs, hits = {}, 'Persistent compilation cache hit for'
+    for state in ('cold', 'warm'):
+        results = run_many(*command, tmp_path / state, each=each, **told)
+        assert (hits in results[0].stderr) == (state == 'warm')
+        assert (hits in results[1].stderr) == (state == 'warm' and shared)
+        runs[state] = rows_without_timing(tmp_path / state), hashes(tmp_path / state)
+    assert runs['warm'] == runs['cold']
+
+
 def test_processes_that_miss_each_other_end_in_time_and_say_who_is_missing(tmp_path, command):
     began = time.monotonic()
     each = {1: {'JAX_PROCESS_ID': '2'}, 2: {'JAX_COORDINATOR_ADDRESS': 'localhost:1'}}

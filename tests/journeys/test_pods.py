@@ -281,9 +281,10 @@ def test_one_host_trains_into_the_bucket(project):
     assert {'gcsfs', 'jax', 'libtpu'} <= set(installed)
     assert not {'pytest', 'ruff', 'mypy', 'ipykernel', 'nbclient'} & set(installed)
     # A mistake ends it at once, on the host too.
+    outcome = home / 'big_vit' / 'run' / 'outcome'
+    wait_for(outcome, 'done 0')
     bad = 'launch/tpu.sh run --name smoke -- python -m big_vit.train --config.lrr=1 '
     project.bash(f'{bad} --config configs/pretrain_fdsl.py --workdir $BUCKET/smoke2')
-    outcome = home / 'big_vit' / 'run' / 'outcome'
     wait_for(outcome, 'failed 2')
     assert 'restart' not in (home / 'big_vit' / 'log').read_text()
     project.type('launch/tpu.sh delete --name smoke')

@@ -158,10 +158,10 @@ def storage(words: list[str]) -> int:
     match words:
         case ['buckets', 'create', url, '--location=us-west4', '--uniform-bucket-level-access']:
             bucket.mkdir(url.removeprefix('gs://'))
-        case ['rsync', '--recursive', folder, url]:
+        case ['rsync', folder, url, '--recursive']:
             for path in sorted(p for p in Path(folder).rglob('*') if p.is_file()):
                 bucket.put_file(str(path), f'{url}/{path.relative_to(folder)}')
-        case ['cp', '--recursive', url, folder]:
+        case ['cp', url, folder, '--recursive']:
             inside = url.removeprefix('gs://')
             for path in bucket.find(inside):
                 target = Path(folder, inside.rpartition('/')[2], path[len(inside) + 1 :])
