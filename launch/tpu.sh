@@ -166,12 +166,14 @@ state() {
   tpus list "--filter=name~/$NAME\$" "--format=value($field)"
 }
 
-# What each host says of the run; `none` where nothing is installed yet.
-outcome() {
+# if_installed COMMAND WORDS...: what each host says; `none` where nothing is installed yet.
+if_installed() {
   local script='if [ -e big_vit/code/launch/host.sh ]'
-  script+='; then bash big_vit/code/launch/host.sh outcome "$@"; else echo none; fi'
-  at all all bash -c "$script" outcome "$@"
+  script+='; then bash big_vit/code/launch/host.sh "$@"; else echo none; fi'
+  at all all bash -c "$script" if_installed "$@"
 }
+
+outcome() { if_installed outcome "$@"; }
 
 # verdict TEXT: of what the hosts said, among what else they say when one logs in, that which counts
 # most. One that lost the run, as by a reboot, matters more than those that wait for it.
@@ -183,7 +185,13 @@ verdict() {
 }
 
 status() {
-  if state; then on_host all all status; fi
+  local now
+  now=$(state)
+  echo "${now:-there is no TPU $NAME}"
+  # Only these have hosts that can be asked.
+  case $DRY$now in
+    READY | ACTIVE | 1*) if_installed status ;;
+  esac
 }
 
 note() { echo "babysit: $(date -u +%T) $1" >&2; }

@@ -134,6 +134,7 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize('kind', [(), ('--queued', '--node-count', '2')], ids=['vm', 'queued'])
 def test_a_dry_run_prints_what_a_real_run_runs(stage, command, kind):
     words = (command, *TPU, '--project', 'p', *kind)
+    stage.answer(' list ', 'READY')
     shown = tpu(stage, *words, '--dry-run')
     assert shown.returncode == 0, shown.stderr
     assert not (stage.folder / 'calls').exists(), 'a dry run ran something'
@@ -147,6 +148,15 @@ def test_a_dry_run_prints_what_a_real_run_runs(stage, command, kind):
             assert rest[:2] == ['compute', 'tpus']
             assert rest[2] == ('queued-resources' if kind else 'tpu-vm')
             assert '--zone=us-west4-a' in rest and '--project=p' in rest
+
+
+@pytest.mark.parametrize('state', ['', 'WAITING_FOR_RESOURCES', 'PREEMPTED', 'READY'])
+def test_the_hosts_of_a_tpu_are_asked_once_they_are_there(stage, state):
+    stage.answer(' list ', state)
+    result = tpu(stage, 'status', *TPU)
+    assert result.returncode == 0, result.stderr
+    assert (state or 'there is no TPU big') in result.stdout
+    assert [call[4] for call in stage.calls()] == ['list', *(['ssh'] if state == 'READY' else [])]
 
 
 def test_without_an_agent_one_is_started_first(stage):

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 STAND_INS = Path(__file__).parent / 'stand_ins'
-TOTAL = 120
+TOTAL = 200
 CONFIG = f"""
 from ml_collections import ConfigDict
 
@@ -77,7 +77,7 @@ def write_shards(folder: Path) -> None:
     for name, count in (('train-000', 48), ('train-001', 48), ('val-000', 24)):
         with tarfile.open(folder / f'{name}.tar', 'w') as tar:
             for i in range(count):
-                shade = rng.integers(0, 100, (10, 10, 3)) + 120 * (i % 2)
+                shade = rng.integers(0, 236, (10, 10, 3)) + 20 * (i % 2)
                 png = io.BytesIO()
                 Image.fromarray(shade.astype(np.uint8)).save(png, 'PNG')
                 for ending, data in (('png', png.getvalue()), ('cls', str(i % 2).encode())):
@@ -128,6 +128,7 @@ class Researcher:
     def line(self, text: str, **other: str) -> str:
         """The line of the docs that begins like this, with what this machine has in its place."""
         found = [line for lines in LINES.values() for line in lines if line.startswith(text)]
+        found.sort(key=lambda line: line != text)
         assert found, f'docs/pods.md has no line {text}'
         self.walked.add(found[0])
         places = {'configs/vit_b16_i1k.py:pod=v5e-256': f'{self.folder}/tiny.py',
@@ -261,7 +262,7 @@ def undisturbed(project):
     said = project.watch('launch/tpu.sh logs', r'done    step')
     assert '2 processes' in said and 'compile' in said
     for home in project.hosts():
-        assert (home / 'big_vit' / 'run' / 'outcome').read_text() == 'done 0\n'
+        wait_for(home / 'big_vit' / 'run' / 'outcome', 'done 0')
         secret = home / 'big_vit' / 'secret'
         assert secret.stat().st_mode & 0o777 == 0o600 and not (home / 'big_vit.secret').exists()
         assert secret.read_text().strip() not in (project.state / 'calls').read_text()
@@ -286,7 +287,8 @@ def test_one_host_trains_into_the_bucket(project):
     bad = 'launch/tpu.sh run --name smoke -- python -m big_vit.train --config.lrr=1 '
     project.bash(f'{bad} --config configs/pretrain_fdsl.py --workdir $BUCKET/smoke2')
     wait_for(outcome, 'failed 2')
-    assert 'restart' not in (home / 'big_vit' / 'log').read_text()
+    log = (home / 'big_vit' / 'log').read_text()
+    assert 'babysit: status 2 is a mistake' in log and 'restart 1' not in log
     project.type('launch/tpu.sh delete --name smoke')
     assert project.hosts() == []
 
@@ -303,7 +305,7 @@ def test_a_pod_that_loses_a_host_and_is_taken_away_ends_as_one_that_is_left_alon
         wait_for(first, rf'run4(.|\n)*{step_reached(30)}', process)
         project.bash('gcloud --power-off pod 1')
         wait_for(log, 'the run is lost: starting it', process)
-        wait_for(first, rf'resume  from step(.|\n)*{step_reached(70)}', process)
+        wait_for(first, rf'resume  from step(.|\n)*{step_reached(110)}', process)
         project.bash('gcloud --preempt pod')
         said = wait_for(log, 'the run is done', process)
         assert process.wait(30) == 0

@@ -76,7 +76,7 @@ class Tpu:
         if facts['state'] == 'WAITING_FOR_RESOURCES':
             asked = facts['asked'] + 1
             self.change(asked=asked, state='ACTIVE' if asked > 1 else facts['state'])
-        return facts['state']
+        return self.facts['state']
 
     def power_off(self) -> None:
         for host in self.hosts():
