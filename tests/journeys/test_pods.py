@@ -374,7 +374,10 @@ def test_a_job_whose_time_is_over_queues_again(project, undisturbed):
     assert found[2] == undisturbed[2] and found[1] == undisturbed[1]
 
 
-def test_every_line_was_walked(project):
+def test_every_line_was_walked(project, request):
     """Last in this file: nothing is documented that nobody typed."""
+    here = [item for item in request.session.items if item.path == Path(__file__)]
+    if len(here) < sum(name.startswith('test_') for name in globals()):
+        pytest.skip('only after all other tests of this file')
     left = {line for lines in LINES.values() for line in lines} - project.walked
     assert all(line.startswith(NOT_WALKED) for line in left), left
