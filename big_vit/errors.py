@@ -11,9 +11,31 @@ class UserError(Exception):
     a bug of ours and keeps its traceback.
     """
 
+    status = 2
+
     def __str__(self) -> str:
         # What files and users named may hold codes that would control the terminal.
         return '\n'.join(map(printable, super().__str__().split('\n')))
+
+
+class Unavailable(UserError):
+    """What may pass by itself: another host, or a store in the network, does not answer.
+
+    Commands exit with status 75 (EX_TEMPFAIL of sysexits.h), on which `launch/babysit` starts the
+    same command again.
+    """
+
+    status = 75
+
+
+# Errors of files that another attempt cannot cure.
+PERMANENT_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def failure_at(place: object, error: BaseException) -> type[UserError]:
+    """Choose the class of an error of reading or writing at a path or URL."""
+    in_network = '://' in str(place) and not isinstance(error, PERMANENT_ERRORS)
+    return Unavailable if in_network and 'Forbidden' not in str(error) else UserError
 
 
 def printable(text: str) -> str:

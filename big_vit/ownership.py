@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from big_vit import signals, storage
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 FILE = 'owner.json'
 BEAT_S = 10.0
@@ -278,7 +278,7 @@ class _Owned:
                     path.rmtree() if path.is_dir() else path.unlink()
         with contextlib.suppress(Exception):
             self._release()
-        for path in self._created if remove and storage.is_local(self.folder) else ():
+        for path in self._created if remove else ():
             with contextlib.suppress(OSError):  # Not empty: it is another's by now.
                 path.rmdir()
 
@@ -312,7 +312,9 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
     if (inner := _owned.get(os.fspath(folder))) is not None:
         raise _refusal(folder, inner._mine, key)
     try:
-        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        # A store has no folders, and may refuse to say which buckets there are.
+        above = (folder, *folder.parents) if storage.is_local(folder) else ()
+        created = [path for path in above if not path.exists()]
         was_empty = not folder.exists() or not any(p.name != FILE for p in folder.iterdir())
         file = _LockedFile(folder) if storage.is_local(folder) else _StoredFile(folder)
         mine = _me()
@@ -323,7 +325,7 @@ def own(place: epath.Path, key: str = '--workdir') -> Iterator[None]:
         if storage.is_local(folder) and not isinstance(error, OSError):
             raise
         why = storage.reason(error)
-        raise UserError(f'{key}: cannot write to {place}: {why}') from error
+        raise failure_at(place, error)(f'{key}: cannot write to {place}: {why}') from error
     owned = _Owned(folder, file, mine, created, was_empty)
     _owned[os.fspath(folder)] = owned
     failed = True

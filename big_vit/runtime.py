@@ -67,7 +67,7 @@ def command(main: Callable[[list[str]], None]) -> None:
             main(sys.argv[1:])
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except signals.Interrupted as error:
         sys.exit(signals.say(error.number))
     except (RuntimeError, AssertionError) as error:

@@ -9,15 +9,13 @@ from typing import Any
 
 from etils import epath
 
-from big_vit.errors import UserError
+from big_vit.errors import PERMANENT_ERRORS, UserError, failure_at
 
 # Python package that gives access to each store, by URL scheme.
 LIBRARIES = {'gs': 'gcsfs'}
 
 # Seconds between attempts to write: network failures pass within seconds, or not at all.
 PAUSES_S = (0.5, 1.0, 2.0)
-# Errors that another attempt cannot cure.
-PERMANENT_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -67,7 +65,7 @@ def write_text(path: epath.Path, text: str) -> None:
     """Replaces a file atomically; retries errors that may pass.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written; Unavailable where that may pass.
     """
     for pause in (*PAUSES_S, None):
         try:
@@ -83,7 +81,8 @@ def write_text(path: epath.Path, text: str) -> None:
             if is_local(path) and not isinstance(error, OSError):
                 raise
             if pause is None or isinstance(error, PERMANENT_ERRORS):
-                raise UserError(f'{path}: cannot be written: {reason(error)}') from error
+                kind = failure_at(path, error)
+                raise kind(f'{path}: cannot be written: {reason(error)}') from error
             time.sleep(pause)
 
 

@@ -13,7 +13,7 @@ from big_vit import config as config_lib
 from big_vit.config import Config
 from big_vit.data.sources.known import Known
 from big_vit.distributed import hosts
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 CONFIG = 'config.json'
 
@@ -64,7 +64,8 @@ def check_workdir(
             storage.is_local(workdir) and not isinstance(error, OSError)
         ):
             raise
-        raise UserError(f'--workdir: cannot read {workdir}: {storage.reason(error)}') from error
+        kind = failure_at(workdir, error)
+        raise kind(f'--workdir: cannot read {workdir}: {storage.reason(error)}') from error
     old = None
     if text and begun:  # What ended before its first row has nothing to go on with.
         old = storage.parse_object(text, str(file), 'use another --workdir')

@@ -43,23 +43,28 @@ make_venv() {
   fi
 }
 
-# install COMMIT EXTRA SECRET: takes over the code unpacked in code.new; twice is as good as once.
+# install COMMIT EXTRA: takes over the code unpacked in code.new, and the secret from
+# big_vit.secret beside them; twice is as good as once.
 install() {
-  local commit=$1 extra=$2 secret=$3 wanted
+  local commit=$1 extra=$2 wanted
   alive && die 'a run is active; stop it first: launch/tpu.sh kill' 3
   if [ -d "$ROOT/code.new" ]; then
     rm -rf "$ROOT/code"
     mv "$ROOT/code.new" "$ROOT/code"
   fi
   cd "$ROOT/code"
-  wanted=$(cat setup.py requirements.txt <(echo "$extra") | sha256sum)
+  # Without requirements.txt, which is for people who work on big_vit.
+  wanted=$(cat setup.py pyproject.toml <(echo "$extra") | sha256sum)
   if [ "$wanted" != "$(cat "$ROOT/venv/installed" 2> /dev/null)" ]; then
     [ -x "$ROOT/venv/bin/python" ] || make_venv "$ROOT/venv"
     "$ROOT/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-      -r requirements.txt ${extra:+-e ".[$extra]"}
+      --editable ".${extra:+[$extra]}"
     echo "$wanted" > "$ROOT/venv/installed"
   fi
-  (umask 077 && echo "$secret" > "$ROOT/secret")
+  if [ -e "$ROOT.secret" ]; then
+    chmod 600 "$ROOT.secret"
+    mv "$ROOT.secret" "$ROOT/secret"
+  fi
   echo "$commit" > "$ROOT/commit"
   echo "$(hostname): commit $commit, $("$ROOT/venv/bin/python" --version)"
 }

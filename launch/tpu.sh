@@ -6,6 +6,8 @@ usage() {
   cat << 'END'
 launch/tpu.sh COMMAND [flags] [-- COMMAND OF THE RUN]
 
+For the Cloud TPU API, which has TPUs up to v6e. TPU7x and later: launch/gke.sh.
+
   create     ask for the TPU                    run      start `-- COMMAND` on every host
   install    send the commit, make the venv     logs     follow the output of one host
   status     of the TPU and of the run          kill     SIGTERM and wait, so that it saves
@@ -15,7 +17,7 @@ Flags; each has a variable of the environment for its default:
   --name NAME           NAME          of the TPU or queued resource
   --zone ZONE           ZONE          as in us-west4-a
   --project PROJECT     PROJECT       default: gcloud's own
-  --accelerator TYPE    ACCELERATOR   as in v5litepod-256, v5p-128, v6e-64
+  --accelerator TYPE    ACCELERATOR   as in v5litepod-256, v5p-128, v6e-64; others are on GKE
   --version RUNTIME     VERSION       default: by the accelerator
   --spot                SPOT=1        cheap, and taken away at any time
   --reserved            RESERVED=1    from a reservation
@@ -24,7 +26,7 @@ Flags; each has a variable of the environment for its default:
   --internal-ips        INTERNAL_IPS=1      no public addresses; work from the same network
   --service-account A   SERVICE_ACCOUNT     that the hosts act as
   --commit COMMIT       COMMIT        what to install; default HEAD
-  --extra EXTRA         EXTRA         extra of setup.py to install; default tpu
+  --extra EXTRAS        EXTRA         extras of setup.py to install; default tpu
   --worker N, --node N  WORKER, NODE  whose output `logs` shows; default 0
   --grace SECONDS       GRACE         how long `kill` waits for the save; default 300
   -9                    kill: then kill what still runs
@@ -91,21 +93,19 @@ runtime_version() {
     v5p-*) echo v2-alpha-tpuv5 ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v[234]-*) echo tpu-ubuntu2204-base ;;
+    tpu*) die "--accelerator: the Cloud TPU API has no $1, only GKE has: launch/gke.sh" ;;
     *) die "--version is missing, and $1 has no default; see the runtime versions of Cloud TPU" ;;
   esac
 }
 
 create() {
-  need --accelerator "$ACCELERATOR" ACCELERATOR v5litepod-256
-  [ -z "$SPOT" ] || [ -z "$RESERVED" ] || die '--spot and --reserved exclude each other'
-  local version=$VERSION flags=("--accelerator-type=$ACCELERATOR")
-  [ -n "$version" ] || version=$(runtime_version "$ACCELERATOR")
+  local flags=("--accelerator-type=$ACCELERATOR")
   if [ -z "$QUEUED" ]; then
-    flags+=("--version=$version")
+    flags+=("--version=$VERSION")
   elif [ "$NODE_COUNT" = 1 ]; then
-    flags+=("--runtime-version=$version" "--node-id=$NAME")
+    flags+=("--runtime-version=$VERSION" "--node-id=$NAME")
   else
-    flags+=("--runtime-version=$version" "--node-count=$NODE_COUNT" "--node-prefix=$NAME")
+    flags+=("--runtime-version=$VERSION" "--node-count=$NODE_COUNT" "--node-prefix=$NAME")
   fi
   flags+=(${SPOT:+--spot} ${RESERVED:+--reserved} ${INTERNAL_IPS:+--internal-ips})
   flags+=(${SERVICE_ACCOUNT:+"--service-account=$SERVICE_ACCOUNT"})
@@ -131,23 +131,27 @@ warm_up() {
 
 # Steps are joined by && because babysit goes on where one fails, and `set -e` then sleeps.
 install() {
-  local commit archive script secret
-  # The same for all hosts: who does not know it cannot join their run.
-  secret=${BIG_VIT_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')}
+  local commit staged script make_secret
   commit=$(git -C "$HERE" rev-parse --short=12 --verify --quiet "$COMMIT^{commit}") ||
     die "--commit: $COMMIT is no commit of $HERE"
   if [ "$COMMIT" = HEAD ] && [ -n "$(git -C "$HERE" status --porcelain)" ]; then
     echo "WARNING: uncommitted changes are not installed, only commit $commit" >&2
   fi
-  archive=${TMPDIR:-/tmp}/big_vit-$commit.tgz
+  staged=${XDG_CACHE_HOME:-$HOME/.cache}/big_vit/launch/$NAME
+  # The same for all hosts: who does not know it cannot join their run. It travels as a file, for
+  # anyone on a machine can read the command lines of its processes.
+  # shellcheck disable=SC2016
+  make_secret='umask 077 && mkdir -p "$1" && rm -f "$1/big_vit.secret" && printf "%s\n" "${BIG_VIT_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d " \n")}" > "$1/big_vit.secret"'
   script='rm -rf big_vit/code.new && mkdir -p big_vit/code.new'
   script+=' && tar -xzf big_vit.tgz -C big_vit/code.new'
   script+=' && bash big_vit/code.new/launch/host.sh install "$@"'
   warm_up &&
-    call git -C "$HERE" archive --format=tgz "--output=$archive" "$commit" &&
-    tpus scp "$archive" "$NAME:big_vit.tgz" --worker=all ${QUEUED:+--node=all} \
-      ${INTERNAL_IPS:+--internal-ip} &&
-    at all all bash -c "$script" install "$commit" "$EXTRA" "$secret"
+    call bash -c "$make_secret" secret "$staged" &&
+    call git -C "$HERE" archive --format=tgz "--output=$staged/big_vit.tgz" "$commit" &&
+    tpus scp "$staged/big_vit.tgz" "$staged/big_vit.secret" "$NAME:" --worker=all \
+      ${QUEUED:+--node=all} ${INTERNAL_IPS:+--internal-ip} &&
+    call rm -f "$staged/big_vit.secret" &&
+    at all all bash -c "$script" install "$commit" "$EXTRA"
 }
 
 run() {
@@ -162,15 +166,32 @@ state() {
   tpus list "--filter=name~/$NAME\$" "--format=value($field)"
 }
 
-# What the first host says of the run; `none` where nothing is installed yet.
-outcome() {
+# if_installed COMMAND WORDS...: what each host says; `none` where nothing is installed yet.
+if_installed() {
   local script='if [ -e big_vit/code/launch/host.sh ]'
-  script+='; then bash big_vit/code/launch/host.sh outcome "$@"; else echo none; fi'
-  at 0 0 bash -c "$script" outcome "$@"
+  script+='; then bash big_vit/code/launch/host.sh "$@"; else echo none; fi'
+  at all all bash -c "$script" if_installed "$@"
+}
+
+outcome() { if_installed outcome "$@"; }
+
+# verdict TEXT: of what the hosts said, among what else they say when one logs in, that which counts
+# most. One that lost the run, as by a reboot, matters more than those that wait for it.
+verdict() {
+  local word
+  for word in other 'failed 2' 'killed 0' lost none 'failed [0-9]+' 'stopped 0' running 'done 0'; do
+    if grep -m 1 -x -E "$word" <<< "$1"; then return; fi
+  done
 }
 
 status() {
-  if state; then on_host all all status; fi
+  local now
+  now=$(state)
+  echo "${now:-there is no TPU $NAME}"
+  # Only these have hosts that can be asked.
+  case $DRY$now in
+    READY | ACTIVE | 1*) if_installed status ;;
+  esac
 }
 
 note() { echo "babysit: $(date -u +%T) $1" >&2; }
@@ -191,7 +212,6 @@ count_attempt() {
 
 babysit() {
   [ $# -gt 0 ] || die 'say what to run: launch/tpu.sh babysit -- python -m big_vit.train ...'
-  need --accelerator "$ACCELERATOR" ACCELERATOR v5litepod-256
   if [ -n "$DRY" ]; then
     state && create && outcome "$@" && install && run "$@" && delete
     return
@@ -218,8 +238,9 @@ babysit() {
         continue
         ;;
     esac
-    # Whatever a host says when one logs in, the answer is the last line.
-    said=$(outcome "$@" | tail -n 1) || said=''
+    # Also if some do not answer.
+    said=$(outcome "$@") || true
+    said=$(verdict "$said")
     case $ours$said in
       *running)
         ours=ours-
@@ -246,7 +267,7 @@ babysit() {
       *)
         silent=$((silent + 1))
         if [ "$silent" -lt 5 ]; then
-          note 'the first host does not answer'
+          note 'no host answers'
           sleep "$POLL"
           continue
         fi
@@ -255,7 +276,7 @@ babysit() {
     note "the run is ${said:-silent}: starting it"
     silent=0
     count_attempt
-    # Hosts that go on without the first one must end before all can meet again.
+    # Hosts that go on without another one must end before all can meet again.
     on_host all all stop "$GRACE" -9 || true
     if install && run "$@"; then
       ours=ours- since=$SECONDS
@@ -310,12 +331,22 @@ done
 
 need --name "$NAME" NAME my-tpu
 need --zone "$ZONE" ZONE us-west4-a
+[[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+  die "--name: '$NAME' must be of a-z, 0-9 and -, from a letter to a letter or digit"
+[[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || die "--zone: '$ZONE' is not like us-west4-a"
 for number in NODE_COUNT GRACE TRIES; do
   case ${!number} in
     '' | *[!0-9]* | 0) die "$number must be a whole number above 0, not '${!number}'" ;;
   esac
 done
 [ "$NODE_COUNT" = 1 ] || [ -n "$QUEUED" ] || die '--node-count needs --queued'
+case $COMMAND in
+  create | babysit)
+    need --accelerator "$ACCELERATOR" ACCELERATOR v5litepod-256
+    [ -z "$SPOT" ] || [ -z "$RESERVED" ] || die '--spot and --reserved exclude each other'
+    [ -n "$VERSION" ] || VERSION=$(runtime_version "$ACCELERATOR")
+    ;;
+esac
 case $COMMAND in
   run | babysit) ;;
   *) [ $# -eq 0 ] || die "$COMMAND takes no command to run" ;;

@@ -1,5 +1,6 @@
 """launch/: what the scripts would run is run, with stand-ins for gcloud and srun on PATH."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import ROOT, arguments, environment
+from gate import mostly_slow
+from packaging.requirements import Requirement
 
 from big_vit import checkpoint, metrics
 
@@ -114,9 +118,12 @@ def test_scripts_are_executable_and_parse(script):
     subprocess.run(['bash', '-n', script], check=True)
 
 
-@pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
+SHELLCHECK = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason='shellcheck is not installed')
 def test_shellcheck_finds_nothing():
-    result = subprocess.run(['shellcheck', *SCRIPTS], capture_output=True, text=True)
+    result = subprocess.run([SHELLCHECK, *SCRIPTS], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -127,6 +134,7 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize('kind', [(), ('--queued', '--node-count', '2')], ids=['vm', 'queued'])
 def test_a_dry_run_prints_what_a_real_run_runs(stage, command, kind):
     words = (command, *TPU, '--project', 'p', *kind)
+    stage.answer(' list ', 'READY')
     shown = tpu(stage, *words, '--dry-run')
     assert shown.returncode == 0, shown.stderr
     assert not (stage.folder / 'calls').exists(), 'a dry run ran something'
@@ -140,6 +148,15 @@ def test_a_dry_run_prints_what_a_real_run_runs(stage, command, kind):
             assert rest[:2] == ['compute', 'tpus']
             assert rest[2] == ('queued-resources' if kind else 'tpu-vm')
             assert '--zone=us-west4-a' in rest and '--project=p' in rest
+
+
+@pytest.mark.parametrize('state', ['', 'WAITING_FOR_RESOURCES', 'PREEMPTED', 'READY'])
+def test_the_hosts_of_a_tpu_are_asked_once_they_are_there(stage, state):
+    stage.answer(' list ', state)
+    result = tpu(stage, 'status', *TPU)
+    assert result.returncode == 0, result.stderr
+    assert (state or 'there is no TPU big') in result.stdout
+    assert [call[4] for call in stage.calls()] == ['list', *(['ssh'] if state == 'READY' else [])]
 
 
 def test_without_an_agent_one_is_started_first(stage):
@@ -167,9 +184,9 @@ def test_flags_reach_the_creation(stage, words, wanted):
 
 
 def test_variables_of_the_environment_are_the_defaults(stage):
-    env = {'NAME': 'n', 'ZONE': 'z', 'ACCELERATOR': 'v4-8', 'SPOT': '1', 'QUEUED': '1'}
-    shown = tpu(stage, 'create', '--dry-run', '--zone', 'flag', **env).stdout
-    for part in ('queued-resources create n ', '=v4-8', '--spot', '--zone=flag', '=tpu-ubuntu'):
+    env = {'NAME': 'n', 'ZONE': 'a-b1-c', 'ACCELERATOR': 'v4-8', 'SPOT': '1', 'QUEUED': '1'}
+    shown = tpu(stage, 'create', '--dry-run', '--zone', 'a-b2-c', **env).stdout
+    for part in ('queued-resources create n ', '=v4-8', '--spot', '--zone=a-b2-c', '=tpu-ubuntu'):
         assert part in shown
 
 
@@ -177,7 +194,11 @@ def test_variables_of_the_environment_are_the_defaults(stage):
     ('words', 'wanted'),
     [
         (('run', '--name', 'a'), '--zone is missing; give --zone or set ZONE'),
-        (('create', '--name', 'a', '--zone', 'b'), '--accelerator is missing'),
+        (('create', '--name', 'a', '--zone', 'a-b1-c'), '--accelerator is missing'),
+        (('create', *TPU, '--name', 'my pod'), "--name: 'my pod' must be of a-z"),
+        (('create', *TPU, '--zone', 'x; ls'), "--zone: 'x; ls' is not like us-west4-a"),
+        (('create', *TPU, '--accelerator', 'tpu7x-128'), 'has no tpu7x-128, only GKE has'),
+        (('babysit', *TPU, '--accelerator', 'tpu7x-8', '--', 'x'), 'only GKE has: launch/gke.sh'),
         (('fly', *TPU), 'no command fly'),
         (('create', *TPU, '--sport'), 'no flag --sport'),
         (('create', *TPU, '--commit'), '--commit needs a value'),
@@ -205,6 +226,33 @@ def test_a_missing_tool_is_said_with_where_to_get_it(stage):
                 (tools / name).symlink_to(shutil.which(name))
         result = stage.run(shutil.which('bash'), LAUNCH / script, *words, PATH=str(tools))
         assert 'is not on PATH; ' in error_line(result)
+
+
+def test_the_image_is_small_and_runs_as_nobody_special():
+    lines = [line for line in (LAUNCH / 'Dockerfile').read_text().splitlines() if line]
+    last = max(i for i, line in enumerate(lines) if line.startswith('FROM '))
+    final = '\n'.join(lines[last:])
+    assert 'pip' not in final and final.splitlines()[-1] == 'USER 1000'
+    assert 'dev' not in final and 'requirements.txt' not in '\n'.join(lines)
+    ignored = (ROOT / '.dockerignore').read_text().split('\n')
+    assert '*' in ignored, 'only what is named reaches the image'
+    named = {line[1:] for line in ignored if line.startswith('!')}
+    assert {'big_vit', 'configs', 'launch', 'setup.py', 'README.md'} <= named
+    assert not {'tests', '.git', 'docs', 'benchmarks'} & named
+
+
+@pytest.mark.parametrize('extra', ['tpu', 'gcs'])
+def test_what_hosts_install_reads_and_writes_the_bucket_and_has_no_test_tools(tmp_path, extra):
+    setup = [sys.executable, 'setup.py', '--quiet', 'egg_info', '--egg-base', str(tmp_path)]
+    subprocess.run(setup, cwd=ROOT, check=True, capture_output=True)
+    about = metadata.PathDistribution(tmp_path / 'big_vit.egg-info')
+    asked = {
+        requirement.name
+        for requirement in map(Requirement, about.requires)
+        if requirement.marker is None or requirement.marker.evaluate({'extra': extra})
+    }
+    assert 'gcsfs' in asked
+    assert not {'pytest', 'ruff', 'mypy', 'ipykernel', 'hypothesis'} & asked
 
 
 # On a host: host.sh is run as the command that gcloud would carry.
@@ -317,12 +365,12 @@ def test_the_first_install_unpacks_the_commit_and_the_second_keeps_the_environme
     for _ in range(2):
         assert tpu(stage, 'install', *TPU).returncode == 0
         *_, copy, command = stage.calls()
-        shutil.copy(copy[5], host.home / 'big_vit.tgz')
-        assert copy[5:8] == [
-            f'{stage.folder}/big_vit-{head}.tgz',
-            'big:big_vit.tgz',
-            '--worker=all',
-        ]
+        staged = stage.folder / '.cache' / 'big_vit' / 'launch' / 'big'
+        files = [str(staged / name) for name in ('big_vit.tgz', 'big_vit.secret')]
+        assert copy[5:9] == [*files, 'big:', '--worker=all']
+        assert not Path(files[1]).exists(), 'the secret stays on the laptop'
+        shutil.copy(files[0], host.home)
+        (host.home / 'big_vit.secret').write_text(f'{SECRET}\n')
         bin_ = host.root / 'venv' / 'bin'
         if not bin_.exists():
             bin_.mkdir(parents=True)
@@ -330,11 +378,12 @@ def test_the_first_install_unpacks_the_commit_and_the_second_keeps_the_environme
                 '#!/bin/sh\necho "$@" >> "$HOME/python"\necho Python 3.x\n'
             )
             (bin_ / 'python').chmod(0o755)
-        result = host.ssh(command)
-        assert result.returncode == 0, result.stderr
-        assert f'commit {head}' in result.stdout
+        for _ in range(2):  # gcloud repeats a command whose connection broke.
+            result = host.ssh(command)
+            assert result.returncode == 0, result.stderr
+            assert f'commit {head}' in result.stdout
     pips = [x for x in (host.home / 'python').read_text().splitlines() if ' pip ' in f' {x} ']
-    assert len(pips) == 1 and pips[0].endswith('-r requirements.txt -e .[tpu]')
+    assert len(pips) == 1 and pips[0].endswith('--editable .[tpu]')
     assert (host.root / 'code' / 'big_vit' / 'train.py').exists()
     secret = host.root / 'secret'
     assert secret.read_text() == f'{SECRET}\n' and secret.stat().st_mode & 0o777 == 0o600
@@ -345,9 +394,14 @@ def test_runs_on_hosts_of_every_launcher_know_the_same_secret(stage, host):
     assert on_host(stage, host, 'run', *show).returncode == 0
     assert host.outcome() == 'done 0'
     assert f'{host.root}/secret' in (host.root / 'log').read_text().splitlines()
-    *_, pod = jobset(stage, '--topology', '2x4')
-    variables = {item['name']: item['value'] for item in pod['containers'][0]['env']}
-    assert variables['BIG_VIT_SECRET'] == SECRET
+    secret, pod = manifest(stage, '--topology', '2x4')[0], jobset(stage, '--topology', '2x4')[-1]
+    assert secret['stringData'] == {'secret': SECRET} and SECRET not in json.dumps(pod)
+    (reference,) = (
+        item['valueFrom']['secretKeyRef']
+        for item in pod['containers'][0]['env']
+        if item['name'] == 'BIG_VIT_SECRET'
+    )
+    assert reference == {'name': secret['metadata']['name'], 'key': 'secret'}
     show = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET"])')
     text = stage.run(LAUNCH / 'slurm.sh', '--dry-run', *show).stdout
     assert run_job(stage, text)[1].strip() == SECRET
@@ -357,15 +411,11 @@ def test_a_launcher_makes_a_secret_of_its_own(stage):
     made = set()
     stage.environment.pop('BIG_VIT_SECRET')
     for _ in range(2):
-        *_, pod = jobset(stage, '--topology', '2x4')
-        made |= {item['value'] for item in pod['containers'][0]['env'][1:]}
+        made.add(manifest(stage, '--topology', '2x4')[0]['stringData']['secret'])
         command = ('--', sys.executable, '-c', 'import os; print(os.environ["BIG_VIT_SECRET"])')
         text = stage.run(LAUNCH / 'slurm.sh', '--dry-run', *command).stdout
         made.add(run_job(stage, text)[1].strip())
-        made |= set(
-            re.findall(r'\b[0-9a-f]{64}\b', tpu(stage, 'install', *TPU, '--dry-run').stdout)
-        )
-    assert len(made) == 6 and all(re.fullmatch('[0-9a-f]{64}', secret) for secret in made)
+    assert len(made) == 4 and all(re.fullmatch('[0-9a-f]{64}', secret) for secret in made)
 
 
 # tpu.sh babysit, against answers of gcloud.
@@ -416,6 +466,19 @@ def test_a_long_run_makes_babysit_patient_again(stage):
     stage.answer('host.sh outcome', *['lost', 'running'] * 5, 'done 0')
     result, verbs = babysit_tpu(stage, '--tries', '2', LONG_RUN='0')
     assert result.returncode == 0 and verbs.count('start') == 5
+
+
+@pytest.mark.parametrize('said', mostly_slow(['lost', 'none', 'failed 75', 'stopped 0'], 'lost'))
+def test_a_host_that_lost_the_run_counts_more_than_those_that_wait_for_it(stage, said):
+    gcloud = (stage.folder / 'gcloud').read_text()
+    several = gcloud.replace('print(lines[0])', "print(lines[0].replace(', ', chr(10)))")
+    (stage.folder / 'gcloud').write_text(several)
+    stage.answer(' list ', 'READY')
+    both = f'Welcome to Ubuntu, running, {said}, running'
+    stage.answer('host.sh outcome', 'running, running', both, 'running, done 0', 'done 0, done 0')
+    result, verbs = babysit_tpu(stage)
+    assert result.returncode == 0, result.stderr
+    assert verbs == ['stop', 'install', 'start'] and f'the run is {said}: starting' in result.stderr
 
 
 @pytest.mark.parametrize(('said', 'status'), [('failed 2', 2), ('killed 0', 1)])
@@ -496,6 +559,7 @@ def babysit(folder, plan, *flags, words=('--workdir=w',)):
         ('1', 1, 3),
         ('75', 75, 3),
         ('killed', 137, 3),
+        ('130 143 done', 0, 3),
         ('stopped', 1, 4),  # The first saved.
         pytest.param('1@3 1@3 1@6 1@6 1@9 1@9 done', 0, 7, marks=pytest.mark.slow),
         ('1@3 1@3 1@3 1@3 done', 1, 4),
@@ -545,6 +609,17 @@ def test_a_signal_to_babysit_saves_and_ends_it(tmp_path, number):
     assert process.returncode == 0
     assert 'saved step 3' in output and 'out' not in output, 'it was started again'
     assert (tmp_path / 'outcome').read_text() == 'stopped 0\n'
+
+
+def test_where_0_means_that_the_work_is_done_babysit_ends_with_another_status(tmp_path):
+    command = babysit_command(tmp_path, 'waits', '--if-stopped=75')
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline() != 'up\n':
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert 'saved step 3' in process.communicate(timeout=20)[0]
+    assert process.returncode == 75
+    assert babysit(tmp_path, 'done', '--if-stopped=75')[0].returncode == 0
 
 
 def test_a_signal_during_the_wait_ends_babysit(tmp_path):
@@ -648,10 +723,14 @@ def test_babysit_brings_a_killed_run_to_the_end_of_an_uninterrupted_one(tmp_path
 GKE = ('--name', 'r', '--image', 'img', '--accelerator', 'v5e')
 
 
-def jobset(stage, *words):
+def manifest(stage, *words):
     result = stage.run(LAUNCH / 'gke.sh', *GKE, *words, '--dry-run', '--', 'python', *AWKWARD)
     assert result.returncode == 0, result.stderr
-    found = yaml.safe_load(result.stdout)
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def jobset(stage, *words):
+    _, found = manifest(stage, *words)
     (job,) = found['spec']['replicatedJobs']
     return found, job, job['template']['spec'], job['template']['spec']['template']['spec']
 
@@ -670,10 +749,56 @@ def test_the_jobset_has_a_pod_for_each_host(stage):
     (container,) = pod['containers']
     assert container['resources']['limits'] == {'google.com/tpu': 4}
     escaped = [word.replace('$(', '$$(') for word in AWKWARD]
-    assert container['command'] == ['launch/babysit', '--', 'python', *escaped]
+    command = ['launch/babysit', '--if-stopped=75', '--', 'python', *escaped]
+    assert container['command'] == command
     (rule,) = template['podFailurePolicy']['rules']
     assert rule['onExitCodes']['values'] == [2]
     assert rule['onExitCodes']['containerName'] == container['name']
+
+
+EVERYTHING = (
+    *('--topology', '4x4', '--slices', '2', '--spot', '--namespace', 'n', '--queue', 'q'),
+    *('--priority', 'high', '--service-account', 'ksa', '--cpu', '100', '--memory', '300Gi'),
+    *('--shm', '64Gi', '--env', 'A=b "c" $(D)\ttab', '--env', 'B=', '--secret', 'wandb'),
+)
+
+
+def test_what_a_jobset_can_be_told(stage):
+    secret, found = manifest(stage, *EVERYTHING)
+    *_, pod = jobset(stage, *EVERYTHING)
+    assert secret['metadata']['namespace'] == found['metadata']['namespace'] == 'n'
+    assert found['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'q'}
+    assert (pod['priorityClassName'], pod['serviceAccountName']) == ('high', 'ksa')
+    (container,), (volume,) = pod['containers'], pod['volumes']
+    asked = {'google.com/tpu': 4, 'cpu': '100', 'memory': '300Gi'}
+    assert container['resources'] == {'requests': asked, 'limits': asked}
+    variables = {item['name']: item.get('value') for item in container['env']}
+    assert variables['A'] == 'b "c" $$(D)\ttab' and variables['B'] == ''
+    assert container['envFrom'] == [{'secretRef': {'name': 'wandb'}}]
+    assert volume['emptyDir'] == {'medium': 'Memory', 'sizeLimit': '64Gi'}
+    assert container['volumeMounts'] == [{'name': volume['name'], 'mountPath': '/dev/shm'}]
+    assert container['securityContext'] == {'allowPrivilegeEscalation': False}
+    *_, pod = jobset(stage, '--topology', '4x4', '--privileged')
+    assert pod['containers'][0]['securityContext'] == {'privileged': True, 'runAsUser': 0}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('kubernetes_validate') is None, reason='needs kubernetes-validate'
+)
+@pytest.mark.parametrize('words', [EVERYTHING, ('--topology', '4x4', '--privileged')])
+def test_kubernetes_would_take_the_manifest(stage, words):
+    import kubernetes_validate
+
+    secret, found = manifest(stage, *words)
+    (replicated,) = found['spec']['replicatedJobs']
+    job = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'x'}}
+    for document in (secret, {**job, **replicated['template']}):
+        kubernetes_validate.validate(document, '1.34', strict=True)
+    # What the schema of JobSet v1alpha2 asks of its own part.
+    assert set(found['spec']) == {'failurePolicy', 'replicatedJobs'}
+    assert set(replicated) == {'name', 'replicas', 'template'}
+    assert set(found['spec']['failurePolicy']) == {'maxRestarts', 'rules'}
+    assert all({'name', 'action'} <= set(r) for r in found['spec']['failurePolicy']['rules'])
 
 
 @pytest.mark.parametrize(
@@ -684,6 +809,7 @@ def test_the_jobset_has_a_pod_for_each_host(stage):
         ('2x4', (), 2, 4),
         ('2x4', ('--chips-per-host', '8'), 1, 8),
         ('4x4x8', ('--accelerator', 'v5p'), 32, 4),
+        ('2x2x2', ('--accelerator', 'tpu7x'), 2, 4),
     ],
 )
 def test_hosts_of_a_topology(stage, topology, more, hosts, chips):
@@ -707,6 +833,16 @@ def test_spot_nodes_are_asked_for_and_tolerated(stage):
         ((*GKE, '--topology', '4x4'), 'what to run'),
         ((*GKE, '--topology', '3x3', '--', 'x'), '9 chips'),
         ((*GKE, '--topology', 'ax4', '--', 'x'), 'ax4'),
+        ((*GKE, '--topology', '4x4x4', '--', 'x'), '4x4x4 has 3 sides, one of v5e 2'),
+        ((*GKE, '--topology', '4x4', '--slices', '0', '--', 'x'), '--slices'),
+        ((*GKE, '--topology', '4x4', '--name', 'My run', '--', 'x'), "--name: 'My run' must be"),
+        ((*GKE, '--topology', '4x4', '--name', 'r' * 41, '--', 'x'), 'must be up to 40'),
+        ((*GKE, '--topology', '4x4', '--queue', 'a: b', '--', 'x'), "--queue: 'a: b' is no name"),
+        (
+            (*GKE, '--topology', '4x4', '--env', 'A-B=1', '--', 'x'),
+            "'A-B=1' is not like",
+        ),
+        ((*GKE, '--topology', '4x4', '--memory', '3 GB', '--', 'x'), "--memory: '3 GB' is no"),
         ((*GKE, '--topology', '4x4', '--accelerator', 'v9', '--', 'x'), 'v9'),
         ((*GKE, '--toplogy', '4x4', '--', 'x'), 'no flag --toplogy'),
     ],

@@ -109,6 +109,45 @@ def test_a_write_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
     assert path.read_text() == 'new'
 
 
+def test_what_a_store_does_not_answer_may_pass_and_what_it_forbids_does_not(store, monkeypatch):
+    """Exit status 75, on which launch/babysit starts again, or 2, on which it never does."""
+    monkeypatch.setattr(storage, 'PAUSES_S', (0.0,))
+    for error, status in (
+        (OSError('502 Bad Gateway'), 75),
+        (RuntimeError('Session is closed'), 75),
+        (PermissionError('denied'), 2),
+        (OSError('Forbidden: bucket'), 2),
+        (FileNotFoundError('bucket'), 2),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, '_open', fail)
+            with pytest.raises(UserError, match=r'run/x: cannot be written') as caught:
+                storage.write_text(storage.place('gs://bucket/run/x'), '')
+            assert caught.value.status == status
+            patch.setattr(Store, 'pipe_file', fail)
+            with pytest.raises(UserError, match='cannot write to gs://bucket/run') as caught:
+                owned('gs://bucket/run').__enter__()
+            assert caught.value.status == status
+
+
+def test_an_owner_in_a_store_asks_for_nothing_above_its_folder(store, monkeypatch):
+    """Who may write objects may not list buckets: roles/storage.objectAdmin cannot."""
+    asked, info = [], Store.info
+
+    def noted(self, path, **kwargs):
+        asked.append(path.strip('/'))
+        return info(self, path, **kwargs)
+
+    monkeypatch.setattr(Store, 'info', noted)
+    with owned('gs://bucket/deep/run'):
+        pass
+    assert asked and all('bucket/deep/run' in path for path in asked), asked
+
+
 def test_files_of_one_stem_are_written_beside_each_other(tmp_path, monkeypatch):
     first, second = storage.place(tmp_path / 'run.json'), storage.place(tmp_path / 'run.html')
     real = os.replace

@@ -21,7 +21,7 @@ from big_vit.data.sources.base import Source
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.data.transforms.transform import TRIED
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
@@ -157,6 +157,7 @@ def load(
 
     Raises:
       UserError: an example is damaged; names its location.
+      Unavailable: the store in the network that holds it does not answer.
     """
     try:
         columns = _columns(source, transform, index, order.example_keys(seed, view, index))
@@ -197,7 +198,9 @@ def _load_one(
         if skip_bad
         else f"repair or remove it, or set {section}.on_error='skip' to go on without it"
     )
-    raise UserError(f'{source.place(index)}: {first}; {hint}') from first
+    place = source.place(index)
+    kind = failure_at(place, first) if isinstance(first, OSError) else UserError
+    raise kind(f'{place}: {first}; {hint}') from first
 
 
 def train_batches(

@@ -36,7 +36,7 @@ from big_vit.distributed.roll_call import (
 )
 from big_vit.distributed.watchdog import Watch
 from big_vit.distributed.wire import run_secret
-from big_vit.errors import UserError
+from big_vit.errors import Unavailable, UserError
 
 
 def code_digest() -> str:
@@ -219,10 +219,11 @@ def lead(work: Callable[[], Any]) -> Any:
         try:
             outcome['result'] = work()
         except UserError as error:
-            outcome['error'] = str(error)
+            outcome['error'], outcome['status'] = str(error), error.status
     leader_outcome = watch.gather(outcome)[0]
     if 'error' in leader_outcome:
-        raise UserError(leader_outcome['error'])
+        may_pass = leader_outcome['status'] == Unavailable.status
+        raise (Unavailable if may_pass else UserError)(leader_outcome['error'])
     return leader_outcome['result']
 
 

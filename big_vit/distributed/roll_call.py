@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from big_vit.distributed.cluster import Cluster
 from big_vit.distributed.wire import Wire, proof_of, readable
-from big_vit.errors import UserError, printable
+from big_vit.errors import Unavailable, UserError, printable
 
-# EX_TEMPFAIL of sysexits.h: the same command, started again on all hosts, resumes.
-LOST = 75
+# The same command, started again on all hosts, resumes.
+LOST = Unavailable.status
 
 
 # Defaults in seconds, each overridden by the environment variable of that name.
@@ -283,14 +283,14 @@ class _Reception:
             with contextlib.suppress(OSError):  # The watch will notice if it is gone.
                 wire.send(**message)
 
-    def refuse(self, message: str) -> NoReturn:
+    def refuse(self, message: str, error: type[UserError] = UserError) -> NoReturn:
         """Ends this process and all that are here with the same message."""
-        self.tell(refused=message)
+        self.tell(refused=message, status=error.status)
         time.sleep(0.5)  # Closing at once could drop messages that are still in flight.
         for wire in self.wires.values():
             wire.close()
         self.close_strangers()
-        raise UserError(message)
+        raise error(message)
 
     def close_strangers(self) -> None:
         for stranger in list(self._strangers):
@@ -303,7 +303,8 @@ def call_roll(
     """Runs in process 0: waits until all others have reported, and compares them.
 
     Raises:
-      UserError: a process is missing or differs; all that are connected get the same message.
+      Unavailable: a process has not come; all that are connected get the same message.
+      UserError: a process differs; as above.
     """
     began = last_announced = time.monotonic()
     address, others = cluster.address, cluster.processes - 1
@@ -317,7 +318,8 @@ def call_roll(
             if now - began > seconds and reception.missing():
                 reception.refuse(
                     f'after {seconds:g} s process(es) {numbers} of {cluster.processes} have not '
-                    f'reached process 0 at {address}. {_hint(cluster)}'
+                    f'reached process 0 at {address}. {_hint(cluster)}',
+                    Unavailable,
                 )
             if now - last_announced >= _ANNOUNCE_EVERY_S:
                 last_announced = now
@@ -374,7 +376,8 @@ def answer_roll(
     """Runs in the other processes: reports to process 0 and waits for its verdict.
 
     Raises:
-      UserError: process 0 is unreachable, or reports that a process is missing or differs.
+      Unavailable: process 0 is unreachable, or reports that a process is missing.
+      UserError: it reports that a process differs.
     """
     began = last_announced = time.monotonic()
     wire: Wire | None = None
@@ -392,7 +395,8 @@ def answer_roll(
                     messages = wire.receive()
                 for message in messages:
                     if 'refused' in message:
-                        raise UserError(str(message['refused']))
+                        error = Unavailable if message.get('status') == LOST else UserError
+                        raise error(str(message['refused']))
                     if 'names' in message:
                         joined, wire = wire, None
                         return Roll([printable(str(n)) for n in message['names']], {0: joined})
@@ -412,7 +416,7 @@ def answer_roll(
     finally:
         if wire is not None:
             wire.close()
-    raise UserError(
+    raise Unavailable(
         f'process {cluster.process} of {cluster.processes} could not join in {seconds:g} s the '
         f'coordinator (process 0) at {cluster.address}: {why}. {_hint(cluster)}'
     )

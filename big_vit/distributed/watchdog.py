@@ -239,7 +239,7 @@ class Watch:
         if isinstance(error, KeyboardInterrupt):
             self.end(130, 'interrupted', local=True)
         if isinstance(error, UserError):
-            self.end(2, str(error), local=True)
+            self.end(error.status, str(error), local=True)
         if lost := next((link for link in causes if is_lost_peer(link)), None):
             reason = ' '.join(str(lost).split())[:300]
             self.end(LOST, f'the processes lost each other: {reason}', local=True)

@@ -17,7 +17,7 @@ from big_vit.data.sources.base import Columns, Request, Source
 from big_vit.data.sources.classes import infer_classes
 from big_vit.data.sources.media import KINDS, LeftOut, is_missed, kind_of, loader, main_kind
 from big_vit.data.sources.splits import cut
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 _SPLIT = re.compile(r'(?:^|[^a-z])(train|validation|valid|val|test|dev|eval)(?:[^a-z]|$)', re.I)
 _BRACES = re.compile(r'\{(\d+)\.\.(\d+)\}')
@@ -395,7 +395,8 @@ def _index(shard: files.Place, label_column: str, text_column: str | None, label
                 count, example = left.get(missed, (0, f'{name}{missed}'))
                 left[missed] = count + 1, example
     except OSError as error:
-        raise UserError(f'{shard}: cannot be read: {error.strerror or error}') from error
+        kind = failure_at(shard, error)
+        raise kind(f'{shard}: cannot be read: {error.strerror or error}') from error
     if unlabelled_text is not None and not samples:
         raise unlabelled_text
     values: dict[int | str, int] = {}
