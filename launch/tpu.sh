@@ -169,8 +169,8 @@ state() {
 # if_installed COMMAND WORDS...: what each host says; `none` where nothing is installed yet.
 if_installed() {
   local script='if [ -e big_vit/code/launch/host.sh ]'
-  script+='; then bash big_vit/code/launch/host.sh "$@"; else echo none; fi'
-  at all all bash -c "$script" if_installed "$@"
+  script+="; then bash big_vit/code/launch/host.sh $1 \"\$@\"; else echo none; fi"
+  at all all bash -c "$script" "$@"
 }
 
 outcome() { if_installed outcome "$@"; }

@@ -113,6 +113,7 @@ def test_what_cannot_be_best_is_named_at_the_start(tmp_path):
     assert 'is never measured' in refusal(**{'evals.test.every_steps': 0})
 
 
+@pytest.mark.slow
 def test_a_run_without_a_choice_has_no_best(tmp_path):
     settings = {**TINY, 'checkpoint.best': None, 'total_steps': 1}
     train.run(config.resolve(settings), tmp_path / 'w')

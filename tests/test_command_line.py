@@ -106,7 +106,7 @@ except SystemExit as end:
         ('train', ['--workdir', 'w'], '--config is missing'),
         ('transfer', [*FASHION, '--config.learning_rate=1', '--workdir', 'w'], 'did you mean lr?'),
         ('ledger', ['--config', 'fashion_mnist'], 'did you mean configs/fashion_mnist.py?'),
-        ('report', [], 'required: workdir'),
+        ('report', [], 'required: run'),
     ],
 )
 def test_mistakes_are_told_before_jax_is_imported(command, argv, words):

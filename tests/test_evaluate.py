@@ -178,6 +178,7 @@ def test_features_of_blocks_are_normed_and_pooled(trained):
     np.testing.assert_allclose(both[:, :32], first * scale['scale'] + scale['bias'], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same(trained, scored, monkeypatch):
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, 'devices', lambda: first)

@@ -333,6 +333,7 @@ def wait_for(path, text):
 
 
 def test_kill_lets_it_save_and_status_says_so(stage, host):
+    stage.answer(' list ', 'READY')
     on_host(stage, host, 'run', '--', 'python', '-c', SAVES)
     wait_for(host.root / 'log', '\nup')
     assert 'running, commit abc: up' in on_host(stage, host, 'status').stdout

@@ -124,7 +124,16 @@ def test_commands_are_listed_and_found_before_jax_would_be_loaded():
 
 
 def test_a_command_is_the_same_as_its_module():
-    words = [sys.executable, '-m', 'big_vit', 'train', '--config', 'big_vit:fashon']
+    words = [
+        sys.executable,
+        '-m',
+        'big_vit',
+        'train',
+        '--config',
+        'big_vit:fashon',
+        '--workdir',
+        'w',
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT)
     line = error_line(done)
     assert 'did you mean big_vit:fashion_mnist?' in line

@@ -207,6 +207,7 @@ def kinds(found):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_collectives_of_data_parallel_and_fully_sharded_steps(data_parallel, fully_sharded):
     # Gradients are added up over the chips and nothing else travels.
     assert kinds(data_parallel) == {'all-reduce'}

@@ -52,6 +52,7 @@ def test_a_model_of_any_input_is_as_sure_as_its_evaluation_found(task, kinds, tm
     assert -np.log(right).mean() == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_are_given_as_they_are_or_as_files(tmp_path, capsys):
     model = big_vit.load(trained('sequences.py:task=phrases', tmp_path / 'run'))
     texts = ['the red dog bites the blue cat', 'ünïcödé 🦉', '']

@@ -337,6 +337,7 @@ def test_mixing_hands_one_row_to_the_next_device_and_agrees_on_nothing():
     ]
 
 
+@pytest.mark.slow
 def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
     batch = batch_of(0)
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 2**31)

@@ -61,7 +61,7 @@ def remarks(preprocessing: Preprocessing) -> list[str]:
             'PIL.ImageOps.exif_transpose'
         )
     if len(preprocessing.mean) == 1:
-        lines.append("pictures are opened in grey: PIL.Image.open(FILE).convert('L')")
+        lines.append("pictures are opened in grey, as Pillow's convert('L') makes them")
     if preprocessing.resize.method in ('bilinear', 'bicubic'):
         lines.append(
             f'{preprocessing.resize.method} smooths pictures that shrink there, and does not here; '

@@ -327,6 +327,7 @@ def ends_alike(results, status=2):
     return lines
 
 
+@pytest.mark.slow
 def test_other_sources_on_one_host_stop_all_at_once(tmp_path, command):
     other = tmp_path / 'other'
     shutil.copytree(ROOT / 'big_vit', other / 'big_vit')
@@ -341,7 +342,6 @@ def test_other_sources_on_one_host_stop_all_at_once(tmp_path, command):
     assert not (tmp_path / 'w').exists()
 
 
-@pytest.mark.slow
 def test_another_config_on_one_host_stops_all_at_once(tmp_path, command):
     # What differs is in a file here, for all processes get the same command line.
     folders = [tmp_path / 'a', tmp_path / 'b']

