@@ -161,6 +161,7 @@ def test_features_of_a_split_are_computed_once_for_all_evaluations(trained, monk
     assert sorted(read) == 2 * [('test[:70]', 70)] + 2 * [('train[:400]', 400)]
 
 
+@pytest.mark.slow
 def test_features_of_blocks_are_normed_and_pooled(trained):
     _, parts, params = alone(trained, [('evals.x.split', 'test[:16]')])
     batch = next(eval_batches(parts, 'x'))

@@ -193,6 +193,7 @@ def test_variants_by_optimizers_say_what_fits():
     assert rows['22B/14', 'adamw']['state_and_gradients']['on_device'] > 40e9
 
 
+@pytest.mark.slow
 def test_a_topology_says_what_fits_a_chip():
     pytest.importorskip('libtpu', reason="the TPU compiler: pip install -e '.[plan]'")
     args = ('--config', 'configs/vit_22b.py', '--topology', 'v5e:4x4', '--optimizers', 'adamw')

@@ -209,6 +209,7 @@ def test_mixup_draws_the_same_beside_cutmix():
     np.testing.assert_array_equal(alone['image'], beside['image'])
 
 
+@pytest.mark.slow
 def test_several_labels_are_mixed_too():
     batch = batch_of(6)
     labels = np.eye(CLASSES, dtype=np.float32)[batch['label']]

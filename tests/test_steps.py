@@ -270,7 +270,7 @@ def test_dropout_depends_on_the_seed_and_the_step_only(dropping):
     assert first[0] != first[1], 'the rate of step 0 is 0: only the dropout differs'
 
 
-@pytest.mark.parametrize('which', ['dropping', 'accumulating'])
+@pytest.mark.parametrize('which', mostly_slow(['dropping', 'accumulating'], 'accumulating'))
 def test_five_steps_compile_once_and_move_nothing_to_or_from_the_host(request, which):
     run = request.getfixturevalue(which)
     run.train(1)
@@ -358,6 +358,7 @@ def test_the_first_loss_of_mixtures_is_that_of_numpy(mixing_run, single):
     assert abs(wanted - float(single[0][0]['loss'])) > 1e-3
 
 
+@pytest.mark.slow
 def test_mixtures_depend_on_the_step(mixing_run):
     first, second = two_losses(mixing_run)
     assert first != second, 'the rate of step 0 is 0: only the shares differ'

@@ -332,6 +332,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_what_was_killed_before_its_first_row_refuses_no_other_config(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config.resolve(TINY).to_dict()))
     (tmp_path / 'metrics.jsonl').write_text('')

@@ -219,7 +219,7 @@ def spec_of(**changes):
 
 @pytest.mark.parametrize(
     'cache, workers',
-    mostly_slow([('none', 1), ('none', 4), ('auto', 1), ('auto', 4)], ('auto', 1), ('none', 1)),
+    mostly_slow([('none', 1), ('none', 4), ('auto', 1), ('auto', 4)], ('auto', 1)),
 )
 def test_worker_processes_give_the_same_batches(workers, cache, tmp_path):
     # Small windows of JPEG files, which are scaled down while they are decoded, or kept whole.

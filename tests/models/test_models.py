@@ -281,6 +281,7 @@ def initial():
     return net, jax.jit(net.init)(jax.random.key(0), images())['params']
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_the_logarithm_of_the_number_of_classes(initial):
     net, params = initial
     logits = logits_of(net, params, images())

@@ -113,7 +113,7 @@ def test_a_tower_alone_says_what_it_says_beside_the_other(tower_pair):
     np.testing.assert_allclose(same['read'], both['read'], atol=1e-6)
 
 
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', mostly_slow([False, True], True))
 def test_operations_and_tokens_are_those_of_the_trace(tower_pair, scan):
     net = model(pool=tower_pair[0].pool, scan=scan)
     variables = {'params': state.abstract_params(net, BOTH)}
