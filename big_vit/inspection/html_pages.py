@@ -205,7 +205,7 @@ def table(
       marks: colour and dash of the run that each row is of, shown before its heading.
     """
     numbers = [
-        bool(rows) and all(r[i][:1].isdigit() or r[i][:1] in '-+−–' for r in rows)
+        i > 0 and bool(rows) and all(r[i][:1].isdigit() or r[i][:1] in '-+−–' for r in rows)
         for i in range(len(header))
     ]
     kind = [' class="n"' if number else '' for number in numbers]
