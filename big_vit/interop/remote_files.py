@@ -28,6 +28,8 @@ def fetch(url: str) -> Path:
       UserError: it cannot be read and the cache has none, or what came is not what was announced.
     """
     source = data_files.place(url, 'init')
+    if '..' in url.split('/'):  # A place outside of the cache.
+        raise UserError(f'{url}: name the file without ..')
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'big_vit' / 'weights'
     target = cache / url.replace('://', '/', 1)
     version_file = target.with_name(f'.{target.name}.json')

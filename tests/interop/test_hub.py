@@ -375,6 +375,11 @@ def test_a_url_of_a_run_is_none_of_weights():
     assert interop.load_init('gs://bucket/run/checkpoints/100') is None
 
 
+def test_a_url_leads_to_no_place_outside_of_the_cache():
+    with pytest.raises(UserError, match=r'without \.\.'):
+        remote_files.fetch('memory://b/../../../w.npz')
+
+
 # State dicts without a config.
 
 
