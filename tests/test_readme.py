@@ -33,7 +33,7 @@ print(kernel.ndim, sidecar['step'])
 """
 PREDICT = """
 ((first, *_),) = best
-print(len(best[0]), first[0].startswith('class'), features.shape == (1, 64), 0 < first[1] <= 1)
+print(len(best[0]), first[0].startswith('class'), features.shape == (1, 32), 0 < first[1] <= 1)
 """
 
 
