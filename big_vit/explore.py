@@ -260,8 +260,8 @@ def _preparation(loaded: LoadedModel) -> str:
     """Say how the evaluation prepares pictures: its operations, and what they come to."""
     try:
         prepared = loaded.preparation()
-    except UserError:
-        return 'pictures: no evaluation says how they are prepared'
+    except UserError as error:  # Made by an earlier version, or for other inputs.
+        return f'pictures: {error}'
     lines = [f'pictures: {prepared.text or "as they are"}']
     with contextlib.suppress(UserError):  # There are no other words for it.
         lines.append(f'          {prepared.preprocessing(loaded.image_size, loaded.channels)}')

@@ -13,7 +13,6 @@ if __name__ == '__main__':  # Before the slow imports.
 import argparse
 import ast
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,10 @@ from big_vit.data.transforms import Transform
 from big_vit.errors import UserError
 from big_vit.inspection import loaded_model
 from big_vit.interop import Weights, class_names, fit, google, pictures
+from big_vit.interop.weights import ORIGIN, PREPARED
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
 from big_vit.pretrained.load import config_of_weights, image_normalisation, task_parameters
-
-# Metadata of foreign weights, kept beside the checkpoints of the workdir made from them.
-ORIGIN = 'origin.json'
 
 
 def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
@@ -105,15 +102,10 @@ def from_checkpoint(
     meta |= {'mean': mean, 'std': std, 'multi_label': task.logits_loss == 'sigmoid' or None}
     names = checkpoint.class_names(sidecar)
     meta |= {'class_names': names if names and len(names) == classes else None}
-    prepared = evaluation_transform(config, path, transform)
+    default = None if known.exists() or to in (None, *google.FORMATS) else PREPARED
+    prepared = evaluation_transform(config, path, transform, default=default)
     if prepared is not None:
         meta |= _preparation(prepared, config.image_size, channels, to)
-    elif to not in (None, *google.FORMATS) and not known.exists():
-        print(
-            f'WARNING: {path}: its config has no evaluation that says how pictures are prepared: '
-            '--transform TEXT does',
-            file=sys.stderr,
-        )
     return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
 
 

@@ -1,6 +1,7 @@
 """`python -m big_vit.predict` and `big_vit.load`: answers are those that the evaluation scored."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import tarfile
@@ -18,6 +19,7 @@ from tiny import write_folder
 import big_vit
 from big_vit import config, evaluate, export, interop, predict, train, trees
 from big_vit.errors import UserError
+from big_vit.inspection import loaded_model
 
 SETTINGS = {
     'total_steps': 8,
@@ -381,3 +383,15 @@ def test_a_model_without_a_head_is_asked_for_features(tmp_path):
     with pytest.raises(UserError, match='no head that tells classes; ask for its features'):
         headless.predict([np.zeros((20, 20, 3), np.uint8)])
     assert headless.embed([np.zeros((20, 20, 3), np.uint8)]).shape == (1, 48)
+
+
+def test_without_an_evaluation_pictures_are_prepared_as_one_does_by_default(shapes, capsys):
+    """As in trials of a sweep, which leave the test to the sweep."""
+    loaded = loaded_model.load(str(shapes[0]), None)
+    scored = loaded.preparation('resize(size) | normalize()')
+    bare = {**loaded.sidecar['config'], 'evals': {}}
+    loaded = dataclasses.replace(loaded, sidecar={**loaded.sidecar, 'config': bare})
+    prepared = loaded.preparation()
+    assert 'has no evaluation' in capsys.readouterr().err
+    size, channels = loaded.image_size, loaded.channels
+    assert prepared.preprocessing(size, channels) == scored.preprocessing(size, channels)

@@ -293,12 +293,14 @@ def evaluation_transform(
     where: str,
     text: str | None = None,
     skip: Collection[str] = transforms.EXTERNAL,
+    default: str | None = None,
 ) -> transforms.Transform | None:
     """Parse how the first evaluation of the head prepares pictures, or else the first one.
 
     Args:
       where: whose config it is, for messages.
       text: operations instead of those of an evaluation.
+      default: operations where the config has no evaluation; a line says that they are taken.
       skip: names of operations to leave out; elsewhere there may be no tokenizer, which pictures
         do not ask for.
 
@@ -312,12 +314,16 @@ def evaluation_transform(
         (f'evals.{name}', completed_section(config, 'evals', name)) for name in config.evals
     ]
     of_head = [pair for pair in sections if requirements(pair[1].type).output == 'logits']
-    if text is None and not sections:
-        return None
     key = '--transform'
-    if text is None:
+    if text is None and sections:
         key, section = (of_head or sections)[0]
         key, text = f'{where}: {key}', section.transform
+    elif text is None:
+        if default is None:
+            return None
+        key, text = f'{where}: pictures', default
+        print(f'note    {where}: has no evaluation: pictures are prepared by {default}; '
+              '--transform TEXT says otherwise', file=sys.stderr)  # fmt: skip
     parse = functools.partial(
         transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=skip
     )

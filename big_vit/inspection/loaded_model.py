@@ -1,6 +1,7 @@
 """Load any checkpoint for inspection, ours or another codebase's, without its data."""
 
 import functools
+import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from big_vit import checkpoint, interop, sharding, state, trees
+from big_vit import checkpoint, interop, sharding, state, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
 from big_vit.build.model import build_model, build_streams, parts_read
@@ -22,6 +23,7 @@ from big_vit.config import Config
 from big_vit.data import decode, files, transforms
 from big_vit.errors import UserError
 from big_vit.interop import Weights, pictures
+from big_vit.interop.weights import ORIGIN, PREPARED
 from big_vit.models import tokenizers
 from big_vit.models.vit import ViT, make_vit
 from big_vit.pretrained.load import image_normalisation
@@ -175,7 +177,7 @@ class LoadedModel:
           skip: names of operations to leave out.
 
         Raises:
-          UserError: no evaluation says it, or it cannot be read.
+          UserError: it cannot be read, or is random.
         """
         if self.config is None:
             assert self.foreign_weights is not None
@@ -188,13 +190,12 @@ class LoadedModel:
             )
             transforms.require_deterministic(parsed)
             return parsed
-        found = evaluation_transform(self.config, self.path, text, skip)
-        if found is None:
-            raise UserError(
-                f'{self.path}: its config has no evaluation that says how pictures are prepared: '
-                "give a transform, such as 'decode | resize_small(256) | central_crop(size)'"
-            )
-        return found
+        origin, default = storage.place(self.path).parent.parent / ORIGIN, PREPARED
+        if origin.exists():
+            default = pictures.transform_of(json.loads(origin.read_text()))
+        prepared = evaluation_transform(self.config, self.path, text, skip, default)
+        assert prepared is not None
+        return prepared
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:

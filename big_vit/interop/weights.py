@@ -7,6 +7,10 @@ from big_vit.data.sources.classes import shown
 from big_vit.errors import printable
 from big_vit.interop import pictures
 
+# Metadata of foreign weights, kept beside the checkpoints of the workdir made from them.
+ORIGIN = 'origin.json'
+# How pictures are prepared where nothing says it: as evaluations do by default.
+PREPARED = 'resize(size)'
 META = (
     'format', 'architecture', 'image_size', 'channels', 'mean', 'std', 'crop_pct', 'crop_mode',
     'interpolation', 'class_names', 'class_descriptions', 'multi_label', 'licence', 'source',
