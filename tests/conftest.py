@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,9 @@ FLAGS = (
     'xla_cpu_parallel_codegen_split_count=1',
 )
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(f'--{f}' for f in FLAGS)])
+
+# Commands of tests are sent Ctrl-C, which they would ignore as we do when started by `make test &`.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes many objects and few cycles; looking for these less often saves a tenth of the time.
 gc.set_threshold(200_000, 50, 50)
