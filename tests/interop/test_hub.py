@@ -459,6 +459,7 @@ def test_commands_take_names_and_state_dicts(tmp_path, monkeypatch):
             'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1',
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
+        monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
 
         def done(*words):
             result = run(*words)
@@ -484,5 +485,13 @@ def test_commands_take_names_and_state_dicts(tmp_path, monkeypatch):
     state_dict = save(bare()[1], tmp_path / 'w.pth')
     named = [f'--config.init={state_dict}', f'--config.init_architecture={NAMED}']
     assert '6 blocks of width 64' in done('transfer', *recipe, *small, *named, '--explain')
-    result = run('transfer', *recipe, *small, named[0], '--config.init_architecture=tost_vit')
+    result = run(
+        'transfer',
+        *recipe,
+        *small,
+        named[0],
+        '--config.init_architecture=tost_vit',
+        '--workdir',
+        workdir,
+    )
     assert 'did you mean test_vit' in error_line(result)

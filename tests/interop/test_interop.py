@@ -400,7 +400,7 @@ def answers(weights, size):
     ],
 )
 def test_what_a_peer_has_no_word_for_becomes_what_it_has(to, settings, tmp_path):
-    mine = weights_of(settings)
+    mine = weights_of(settings, **MODEL_META.get(to, {}))
     mine = mine._replace(params=jax.tree.map(lambda x: 0.2 * x, mine.params))
     again = interop.read(interop.write(place(tmp_path, to), to, mine))
     assert again.settings != mine.settings

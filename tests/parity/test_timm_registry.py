@@ -98,9 +98,9 @@ def test_an_architecture_answers_as_timms_or_is_refused_by_name(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_table_of_architectures_is_that_of_timm():
+    timm, found = peer('timm'), {}
     import torch
 
-    timm, found = peer('timm'), {}
     for name in names():
         if OTHER.fullmatch(name):
             continue
