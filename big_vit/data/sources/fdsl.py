@@ -112,13 +112,7 @@ def render(
     Returns:
       uint8 [B, H, W, 1], light lines on black, anti-aliased.
     """
-    chunk = max(1, CHUNK_BYTES // (8 * shape[0] * shape[1]))
-    images = np.empty((len(indices), *shape, 1), np.uint8)
-    for start in range(0, len(indices), chunk):
-        part = slice(start, start + chunk)
-        lines = _lines(seed, classes[part], indices[part], shape)
-        images[part] = rasterize(_thicken(lines, shape), len(indices[part]), shape)
-    return images
+    return render_lines(_thick_lines, seed, classes, indices, shape)
 
 
 class Lines(NamedTuple):
@@ -245,6 +239,32 @@ def _thicken(lines: Lines, shape: tuple[int, int]) -> Lines:
     x = (x - aside * dy / (length + 1e-6)).reshape(-1, vertices)
     dy, dx, light = (np.tile(v, (strokes, 1)) for v in (dy, dx, light))
     return Lines(np.tile(image, strokes), y, x, dy, dx, light, points)
+
+
+def _thick_lines(
+    seed: int,
+    classes: Int64[np.ndarray, ' b'],
+    indices: Int64[np.ndarray, ' b'],
+    shape: tuple[int, int],
+) -> Lines:
+    return _thicken(_lines(seed, classes, indices, shape), shape)
+
+
+def render_lines(
+    lines_of: Callable[..., Lines],
+    seed: int,
+    classes: Int64[np.ndarray, ' b'],
+    indices: Int64[np.ndarray, ' b'],
+    shape: tuple[int, int],
+) -> UInt8[np.ndarray, 'b h w 1']:
+    """Draw images a few at a time, from what `lines_of(seed, classes, indices, shape)` gives."""
+    chunk = max(1, CHUNK_BYTES // (8 * shape[0] * shape[1]))
+    images = np.empty((len(indices), *shape, 1), np.uint8)
+    for start in range(0, len(indices), chunk):
+        part = slice(start, start + chunk)
+        lines = lines_of(seed, classes[part], indices[part], shape)
+        images[part] = rasterize(lines, len(indices[part]), shape)
+    return images
 
 
 def rasterize(lines: Lines, batch: int, shape: tuple[int, int]) -> UInt8[np.ndarray, 'b h w 1']:

@@ -10,7 +10,7 @@ from jaxtyping import Int64, UInt8
 
 from big_vit.data import order
 from big_vit.data.sources.base import Request, Source
-from big_vit.data.sources.fdsl import CHUNK_BYTES, Lines, drawn, rasterize
+from big_vit.data.sources.fdsl import Lines, drawn, render_lines
 
 _STROKES, _VERTICES = 3, 24
 # How far a control point moves between two drawings of a class, of a letter's half width.
@@ -54,13 +54,7 @@ def render(
     Returns:
       uint8 [B, H, W, 1], light strokes on black, anti-aliased.
     """
-    chunk = max(1, CHUNK_BYTES // (8 * shape[0] * shape[1]))
-    images = np.empty((len(indices), *shape, 1), np.uint8)
-    for start in range(0, len(indices), chunk):
-        part = slice(start, start + chunk)
-        lines = _lines(seed, classes[part], indices[part], shape)
-        images[part] = rasterize(lines, len(indices[part]), shape)
-    return images
+    return render_lines(_lines, seed, classes, indices, shape)
 
 
 def _letters(seed: int, classes: Int64[np.ndarray, ' b']) -> tuple[np.ndarray, np.ndarray]:

@@ -68,8 +68,7 @@ class Stage:
         return self.root / full.strip('/')
 
     def run(self, text: str, arguments: dict[str, str]) -> None:
-        text = re.sub(r'--mount=\S+\s', '', text)
-        text = re.sub(r'(?<![\w.])/(opt|root|src|big_vit)/', rf'{self.root}/\1/', text)
+        text = re.sub(r'(?<![\w.])/(opt|src|big_vit)/', rf'{self.root}/\1/', text)
         self.at('.').mkdir(parents=True, exist_ok=True)
         (self.root / 'opt').mkdir(exist_ok=True)
         env = environment(self.folder) | arguments
