@@ -109,8 +109,8 @@ def load(
       labels: a file with the names of the classes: one a line, or JSON (`interop.class_names`).
 
     Raises:
-      UserError: there is no such model, its evaluations do not say how examples are
-        prepared, or the names are not those of its classes.
+      UserError: there is no such model, its evaluation cannot be read, or the names are not those
+        of its classes.
     """
     return Predictor(loaded_model.load(str(path), which), transform, batch_size, labels)
 
