@@ -165,6 +165,12 @@ SCHEMA: dict[str, Field] = {
         'all',
         'Parameters trained besides the head; the others are frozen. See docs/transfer.md.',
     ),
+    'transfer.standardise': Field(
+        boolean,
+        None,
+        'Standardise frozen features by their mean and deviation over training images, instead of '
+        'a BatchNorm before the head.',
+    ),
     'transfer.control': Field(
         boolean, True, 'Also train the same recipe from random parameters, as a control.'
     ),

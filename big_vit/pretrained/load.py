@@ -64,7 +64,8 @@ def read_pretrained(
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
         part, names = weights.meta.get('part'), weights.meta.get('class_names')
-        return Pretrained(weights.params, config_of_weights(weights), init, known, part, names)
+        params = with_learnt(weights)
+        return Pretrained(params, config_of_weights(weights), init, known, part, names)
     if architecture is not None:
         raise UserError(
             f'config: init_architecture={architecture!r} is of weights of timm without a config, '
@@ -325,6 +326,12 @@ def image_normalisation(
     return transform.normalisation(channels)
 
 
+def with_learnt(weights: Weights) -> dict[str, Any]:
+    """The parameters of a model, and what it learnt with beside them."""
+    beside = weights.learnt.params if weights.learnt is not None else {}
+    return trees.unflatten({**trees.flatten(weights.params), **beside})
+
+
 def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """A config whose model is that of the weights; data and recipe are only a beginning.
 
@@ -350,6 +357,8 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
         'data.name': 'folder',
         'data.transform': pictures.transform_of(meta),
     }
+    if weights.learnt is not None:
+        flat |= {f'task.{name}': value for name, value in weights.learnt.task.items()}
     if size == 'mu':
         flat |= {f'model.{name}': settings[name] for name in _SIZES}
     for name in fit.FIELDS:

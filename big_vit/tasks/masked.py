@@ -114,6 +114,11 @@ def visible_tokens(tokens: int, ratio: float) -> int:
     return int(tokens * (1 - ratio))
 
 
+def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+    """What decides which patches of each example are hidden: those of the largest numbers."""
+    return jax.random.uniform(key, (batch, tokens))
+
+
 class Decoder(nn.Module):
     """Encoded visible tokens, with mask tokens in between, as predictions of each patch."""
 
@@ -185,7 +190,7 @@ class MaskedAutoencoder(nn.Module):
         batch, length = tokens.x.shape[:2]
         noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
         if self.has_rng('mask'):
-            noise = jax.random.uniform(self.make_rng('mask'), (batch, length))
+            noise = mask_noise(self.make_rng('mask'), batch, length)
         order = jnp.argsort(noise, axis=1)
         restore = jnp.argsort(order, axis=1)
         kept = visible_tokens(length, self.mask_ratio)
@@ -208,8 +213,41 @@ def patchify(
     return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
 
 
+def pixel_targets(
+    image: Float[Array, 'batch height width channels'], patch: tuple[int, int], normalise: bool
+) -> Float[Array, 'batch tokens pixels']:
+    """What is to be predicted: the pixels of each patch, maybe standardised patch by patch."""
+    pixels = patchify(image, patch)
+    if not normalise:
+        return pixels
+    mean, deviation = patch_statistics(pixels)
+    return (pixels - mean) / deviation
+
+
+def patch_statistics(
+    pixels: Float[Array, 'batch tokens pixels'],
+) -> tuple[Float[Array, 'batch tokens 1'], Float[Array, 'batch tokens 1']]:
+    """Mean and deviation of each patch, as targets are standardised with."""
+    # Unbiased, as in the authors' code.
+    variance = pixels.var(-1, keepdims=True, ddof=1)
+    return pixels.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
+
+
+def hidden_error(
+    predicted: Float[Array, 'batch tokens pixels'],
+    targets: Float[Array, 'batch tokens pixels'],
+    hidden: Float[Array, 'batch tokens'],
+) -> Float[Array, '']:
+    """Mean squared error of the hidden patches of all examples."""
+    return (jnp.square(predicted - targets).mean(-1) * hidden).sum() / hidden.sum()
+
+
 def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
-    """Mean squared error of the pixels of hidden patches; its metric 'hidden' is their share."""
+    """Mean squared error of the pixels of hidden patches.
+
+    Metrics are `hidden`, the share of hidden patches, and `flat`, of patches of one colour: these are
+    soon predicted exactly, so many of them make the loss small whatever else is learnt.
+    """
     stream = model.trunk.single
     assert stream is not None
 
@@ -223,13 +261,12 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
             rngs = {'dropout': dropout, 'mask': mask}
         apply: Any = model.apply
         predicted, hidden = apply({'params': params}, image, train=rng is not None, rngs=rngs)
-        wanted = patchify(image, stream.patch_size)
-        if normalise_pixels:
-            mean = wanted.mean(-1, keepdims=True)
-            # Unbiased, as in the authors' code.
-            variance = wanted.var(-1, keepdims=True, ddof=1)
-            wanted = (wanted - mean) / jnp.sqrt(variance + 1e-6)
-        error = jnp.square(predicted - wanted).mean(-1)
-        return (error * hidden).sum() / hidden.sum(), Aux({'hidden': hidden.mean()})
+        targets = pixel_targets(image, stream.patch_size, normalise_pixels)
+        by_channel = patchify(image, stream.patch_size).reshape(*hidden.shape, -1, image.shape[-1])
+        metrics = {
+            'hidden': hidden.mean(),
+            'flat': (jnp.ptp(by_channel, axis=2) == 0).all(-1).mean(),
+        }
+        return hidden_error(predicted, targets, hidden), Aux(metrics)
 
     return loss
