@@ -182,7 +182,8 @@ def recipe(**changes):
             'batch_size': about['batch'],
             'image_size': about['image'],
             'lr': about['lr'],
-            'data.name': 'synthetic',
+            'data.name': 'digits',
+            'data.transform': 'rgb | resize(size)',
             **changes,
         }
     )
