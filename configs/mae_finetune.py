@@ -3,10 +3,11 @@
     python -m big_vit.transfer --config configs/mae_finetune.py:b16,path=DIR \
         --config.init=CHECKPOINT --workdir runs/mae_finetuned
 
-CHECKPOINT is a run of configs/mae_b16_i1k.py (or l16, h14: the first argument) or one of the authors'
-files, such as mae_pretrain_vit_base.pth. Positions become trainable, the mean over patches gets a norm
-of its own in place of the trunk's last one, and rates fall with each layer away from the head. For a
-dataset of yours: `--config.data.name=folder --config.data.path=...`, and the same for evals.val.
+CHECKPOINT is a run of configs/mae_b16_i1k.py (or l16, h14: the first argument) or one of the
+authors' files, such as mae_pretrain_vit_base.pth. Positions become trainable, the mean over
+patches gets a norm of its own in place of the trunk's last one, and rates fall with each layer
+away from the head. For a dataset of yours: `--config.data.name=folder --config.data.path=...`,
+and the same for evals.val.
 
 Unlike there, every example is mixed by a share of its own and not whole batches by one, the head
 starts at 0, and crops are averaged where they shrink. Scores are of the split that is reported.

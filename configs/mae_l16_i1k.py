@@ -2,11 +2,11 @@
 
     python -m big_vit.train --config configs/mae_l16_i1k.py:pod=v5e-256 --workdir gs://BUCKET/mae_l16
 
-The recipe of facebookresearch/mae to the letter: masks, positions, targets, decoder, initial values,
-decay of tokens, rate by step; crops are averaged where they shrink, and not Pillow's bicubic. 1,600
-epochs are what the authors' files were trained for; `epochs=800` is the paper's shorter run. What
-was published with them: 85.9 % fine-tuned (configs/mae_finetune.py:l16), 75.8 % by a linear probe
-(configs/mae_linear.py:l16). Nobody has run it here.
+The recipe of facebookresearch/mae to the letter: masks, positions, targets, decoder, initial
+values, decay of tokens, rate by step; crops are averaged where they shrink, and not Pillow's
+bicubic. 1,600 epochs are what the authors' files were trained for; `epochs=800` is the paper's
+shorter run. What was published with them: 85.9 % fine-tuned (configs/mae_finetune.py:l16), 75.8 %
+by a linear probe (configs/mae_linear.py:l16). Nobody has run it here.
 """
 
 from ml_collections import ConfigDict

@@ -3,16 +3,18 @@
     python -m big_vit.transfer --config configs/mae_linear.py:b16,path=DIR \
         --config.init=CHECKPOINT --workdir runs/mae_linear
 
-CHECKPOINT is a run of configs/mae_b16_i1k.py (or l16, h14: the first argument) or one of the authors'
-files, such as mae_pretrain_vit_base.pth. The class token after the last norm is classified.
+CHECKPOINT is a run of configs/mae_b16_i1k.py (or l16, h14: the first argument) or one of the
+authors' files, such as mae_pretrain_vit_base.pth. The class token after the last norm is
+classified.
 
-There a BatchNorm without scale and offset stands before the head. Its statistics are estimates, batch
-by batch, of the mean and deviation of frozen features, which do not change; so here they are measured
-once, over the first images of training, and folded into the trunk's last norm
-(`transfer.standardise`): the same model in training and in evaluation, on any mesh, and any codebase
-can load it. What is not the same is the noise of a batch's statistics, 0.8 % of a deviation at 16,384
-examples. The head starts at 0, and LARS takes its weights as N(0, 0.01) where they are smaller, with
-which it starts there. Crops are `rrc`, which retries where theirs clamps, averaged where they shrink.
+There a BatchNorm without scale and offset stands before the head. Its statistics are estimates,
+batch by batch, of the mean and deviation of frozen features, which do not change; so here they
+are measured once, over the first images of training, and folded into the trunk's last norm
+(`init_standardise`): the same model in training and in evaluation, on any mesh, and any codebase
+can load it. What is not the same is the noise of a batch's statistics, 0.8 % of a deviation at
+16,384 examples. The head starts at 0, and LARS takes its weights as N(0, 0.01) where they are
+smaller, with which it starts there. Crops are `rrc`, which retries where theirs clamps, averaged
+where they shrink.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +37,7 @@ def get_config(size: str = 'b16', path: str = ''):
             'batch_size': batch_size,
             'image_size': 224,
             'lr': 0.1 * batch_size / 256,
+            'init_standardise': True,
             'model': {'pool': 'cls'},
             'data': {
                 'name': 'tfds',
@@ -61,7 +64,6 @@ def get_config(size: str = 'b16', path: str = ''):
             'schedule': {'warmup_epochs': 10},
             'transfer': {
                 'train': 'head',
-                'standardise': True,
                 'control': False,
                 'random_features': False,
                 'published': published,

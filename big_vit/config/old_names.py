@@ -58,7 +58,7 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
 
 _LATER = (
     *('task.', 'init_architecture', 'checkpoint.best', 'early_stopping.', 'model.weight_init'),
-    *('transfer.standardise', 'optim.rate_in_momentum'),
+    *('init_standardise', 'optim.rate_in_momentum'),
 )
 
 

@@ -61,6 +61,12 @@ SCHEMA: dict[str, Field] = {
         'How to resize the learned position embeddings of `init`: as big_vision does, with '
         'half-pixel centers, as Hugging Face does, or as timm does.',
     ),
+    'init_standardise': Field(
+        boolean,
+        None,
+        'Standardise frozen features by their mean and deviation over the first training examples, '
+        'as a BatchNorm before the head would.',
+    ),
     'switch': Field(
         check_text,
         None,
@@ -164,12 +170,6 @@ SCHEMA: dict[str, Field] = {
         choice('all', 'head', 'attention', 'norm', 'bias', 'lora'),
         'all',
         'Parameters trained besides the head; the others are frozen. See docs/transfer.md.',
-    ),
-    'transfer.standardise': Field(
-        boolean,
-        None,
-        'Standardise frozen features by their mean and deviation over training images, instead of '
-        'a BatchNorm before the head.',
     ),
     'transfer.control': Field(
         boolean, True, 'Also train the same recipe from random parameters, as a control.'

@@ -57,7 +57,9 @@ class InitialLaws(NamedTuple):
 def _torch_bias(inputs: int) -> Init:
     """PyTorch's law of biases: uniform within one over the root of the inputs."""
     bound = inputs**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 # 'vit' is that of google-research/vision_transformer, 'mae' that of facebookresearch/mae, whose

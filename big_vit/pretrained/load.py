@@ -31,7 +31,10 @@ _UNSEEN = (
     'rope_theta',
     'parallel',
     'norm_after_pool',
+    'posemb',
 )
+# Those of these are in arrays.
+_SEEN_POSITIONS = ('learned', 'relative')
 
 
 class Pretrained(NamedTuple):
@@ -218,6 +221,16 @@ def initial_params(
             params = adapt.head_by_name(
                 params, pretrained.class_names, parts.class_names, pretrained.where
             )
+        streams = build_streams(pretrained.config), build_streams(config)
+        if max(map(len, streams)) == 1:
+            params = adapt.with_positions(
+                params,
+                streams[0][0],
+                adapt.saved_grid(pretrained.config),
+                streams[1][0],
+                trunk.encoder.width,
+                pretrained.where,
+            )
         if task.name != parts.task.name:
             names = sorted({name.partition('/')[0] for name in left})
             print(
@@ -273,6 +286,8 @@ def _check_unseen(config: Config, model: vit.ViT, found: Pretrained) -> None:
         if name not in here or had == here[name] or config.sets(f'model.{name}'):
             continue
         if name == 'rope_theta' and here['posemb'] != 'rope':
+            continue
+        if name == 'posemb' and {had, here[name]} & {*_SEEN_POSITIONS}:
             continue
         wrong.append(f'model.{name}={had!r} (here {here[name]!r})')
     if wrong:

@@ -245,8 +245,8 @@ def hidden_error(
 def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
     """Mean squared error of the pixels of hidden patches.
 
-    Metrics are `hidden`, the share of hidden patches, and `flat`, of patches of one colour: these are
-    soon predicted exactly, so many of them make the loss small whatever else is learnt.
+    Metrics are `hidden`, the share of hidden patches, and `flat`, of patches of one colour: these
+    are soon predicted exactly, so many of them make the loss small whatever else is learnt.
     """
     stream = model.trunk.single
     assert stream is not None

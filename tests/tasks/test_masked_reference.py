@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 from big_vit import config, interop, sharding, trees
 from big_vit.build.experiment import build_experiment, fresh_state
 from big_vit.build.steps import build_train_step
-from big_vit.models.encoder import stack_blocks, unstack_blocks
 from big_vit.models.vit import make_vit
 from big_vit.pretrained.load import with_learnt
 from big_vit.tasks import masked
