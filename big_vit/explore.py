@@ -34,6 +34,7 @@ from big_vit.inspection import (
     examples,
     loaded_model,
     plots,
+    task_pictures,
     weight_statistics,
 )
 from big_vit.inspection.loaded_model import LoadedModel
@@ -192,6 +193,12 @@ def attention(maps: list[attention_maps.AttentionMaps]) -> Picture:
     return plots.attention([image_maps.panels() for image_maps in maps])
 
 
+def predictions(rows: task_pictures.Rows) -> Picture | None:
+    """Show images with what the task makes of them; None if that is nothing."""
+    titled = [('', [p for _, p in row], [title for title, _ in row]) for row in rows]
+    return plots.picture_rows(titled) if rows else None
+
+
 def norms(params: dict[str, Any]) -> Picture:
     """Plot root mean square and stable rank of the kernels over the blocks."""
     ranks = {part: weight_statistics.stable_rank(each) for part, each in _spectra(params).items()}
@@ -226,6 +233,7 @@ def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None
     drawings |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
     if first.config is not None:
         drawings['attention'] = lambda: attention(attention_maps.from_training_images(first))
+        drawings['predictions'] = lambda: predictions(task_pictures.from_training_images(first))
     return drawings
 
 
@@ -321,6 +329,7 @@ def main(argv: list[str]) -> None:
         texts.append(lambda: f'{first.path}: {args.image}\n{attention_table(maps)}')
         drawings['attention'] = lambda: attention([maps])
         drawings['distances'] = lambda: plots.distances(maps.distances)
+        drawings['predictions'] = lambda: predictions(task_pictures.from_file(first, args.image))
     if args.png:
         written = save(drawings or overview(loaded), Path(args.png))
         print('drew ' + ', '.join(map(str, written)))

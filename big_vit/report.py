@@ -42,6 +42,7 @@ from big_vit.inspection import (
     loaded_model,
     mistakes,
     plots,
+    task_pictures,
     weight_statistics,
 )
 from big_vit.inspection.html_pages import Line
@@ -50,7 +51,7 @@ from big_vit.sweeps import study
 
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
-EXAMPLES, ATTENTION_IMAGES = 24, 4
+EXAMPLES, ATTENTION_IMAGES, PREDICTED_IMAGES = 24, 4, 6
 # Seconds that each evaluation is judged for.
 JUDGED_S = 60.0
 
@@ -485,6 +486,17 @@ def attention(run: Run) -> str:
     return html_pages.paragraph(words, 'soft') + rows + html_pages.charts([chart])
 
 
+def predictions(run: Run) -> str:
+    """Show what the run's task makes of some training images; '' if it makes nothing of them."""
+    return ''.join(
+        html_pages.pictures(
+            [(picture, title, f'Training image {i + 1}: {title}') for title, picture in row],
+            columns=len(row),
+        )
+        for i, row in enumerate(task_pictures.from_training_images(run.loaded, PREDICTED_IMAGES))
+    )
+
+
 def _map(title: str) -> str:
     return '' if title == 'image' else ', map of attention'
 
@@ -605,6 +617,7 @@ def document(path: str) -> str:
         ('Mistakes', for_each_run(runs, errors, 'Mistakes cannot be shown')),
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
+        ('Predictions', for_each_run(runs, predictions, 'Predictions cannot be shown')),
         ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),
         ('Weights', for_each_run(runs, weights, 'Weights')),
         ('Memory and operations', guarded(lambda: memory(runs[0]), 'Memory')),

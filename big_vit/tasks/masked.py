@@ -19,7 +19,7 @@ from big_vit.models.layers import Dense
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT, select_tokens
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Pictures, Task, Tree
 
 
 def masked(
@@ -61,6 +61,7 @@ def masked(
         provides=frozenset({'features'}),
         additions=('decoder',),
         trunk=lambda model: model.trunk,
+        pictures=lambda model: reconstructions(model, normalise_pixels),
     )
 
 
@@ -213,6 +214,15 @@ def patchify(
     return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
 
 
+def unpatchify(
+    pixels: Float[Array, 'batch tokens pixels'], patch: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, 'batch height width channels']:
+    """The image of this height and width that `patchify` cuts into these patches."""
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    x = pixels.reshape(len(pixels), rows, columns, patch[0], patch[1], -1).swapaxes(2, 3)
+    return x.reshape(len(pixels), *size, -1)
+
+
 def pixel_targets(
     image: Float[Array, 'batch height width channels'], patch: tuple[int, int], normalise: bool
 ) -> Float[Array, 'batch tokens pixels']:
@@ -270,3 +280,30 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         return hidden_error(predicted, targets, hidden), Aux(metrics)
 
     return loss
+
+
+def reconstructions(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Pictures:
+    """Images with patches hidden, and with predictions in their place.
+
+    Predictions of normalised pixels get the mean and deviation of the true patch, which nothing
+    predicts: without these they look like coloured noise.
+    """
+    stream = model.trunk.single
+    assert stream is not None
+
+    def pictures(params: Tree, images: Array, key: Array) -> dict[str, Array]:
+        apply: Any = model.apply
+        predicted, hidden = apply({'params': params}, images, rngs={'mask': key})
+        pixels = patchify(images, stream.patch_size)
+        if normalise_pixels:
+            mean, deviation = patch_statistics(pixels)
+            predicted = predicted * deviation + mean
+        is_hidden = hidden[..., None] > 0
+        shown = {
+            'what it sees': jnp.where(is_hidden, jnp.nan, pixels),
+            'reconstruction': jnp.where(is_hidden, predicted, pixels),
+        }
+        size = images.shape[1], images.shape[2]
+        return {name: unpatchify(x, stream.patch_size, size) for name, x in shown.items()}
+
+    return pictures

@@ -77,6 +77,14 @@ class Targets(NamedTuple):
     shared: Callable[[Tree, dict[str, Array], Array], Tree]
 
 
+# (parameters, images as the model sees them, key) -> pictures of each of them by title, in the
+# range of the images; NaN where there is nothing to see.
+Pictures = Callable[
+    [Tree, Float[Array, 'batch height width channels'], Array],
+    dict[str, Float[Array, 'batch height width channels']],
+]
+
+
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -115,6 +123,7 @@ class Task(NamedTuple):
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
       targets: (model, run) -> `Targets`; None without.
+      pictures: model -> `Pictures` of what it makes of images, for reports; None without.
     """
 
     name: str
@@ -133,6 +142,7 @@ class Task(NamedTuple):
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    pictures: Callable[[Any], Pictures] | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""
