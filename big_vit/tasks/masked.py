@@ -4,7 +4,8 @@ The encoder sees the visible tokens alone; a small decoder gets them back with m
 between and predicts the pixels of each patch.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,7 @@ def masked(
         provides=frozenset({'features'}),
         additions=('decoder',),
         trunk=lambda model: model.trunk,
+        draw=draw_masks,
         pictures=lambda model: reconstructions(model, normalise_pixels),
     )
 
@@ -98,10 +100,16 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
             'model.patch_dropout'
         )
     rows, columns = grid_of(stream, example.inputs[stream.reads])
-    if not 0 < visible_tokens(rows * columns, ratio) < rows * columns:
+    patches = rows * columns
+    visible = visible_tokens(patches, ratio)
+    if not 0 < visible < patches:
+        most = math.floor(1000 * (1 - 1 / patches)) / 1000
+        hint = f'take one from {1 / patches:.3g} to {most:g}'
+        if patches == 1:
+            hint = 'take smaller patches (model.variant) or a larger image_size'
         raise UserError(
-            f'config: task.mask_ratio={ratio:g} of {rows * columns} patches leaves none '
-            f'{"hidden" if ratio < 0.5 else "visible"}'
+            f'config: task.mask_ratio={ratio:g} of {patches} patches leaves none '
+            f'{"hidden" if visible else "visible"}: {hint}'
         )
     if width % heads or not positions.divides(width, 2):
         raise UserError(
@@ -173,25 +181,33 @@ class MaskedAutoencoder(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.trunk)
 
+    def noise(self, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+        """What decides which patches are hidden, from the random stream 'mask'."""
+        if not self.has_rng('mask'):
+            return jnp.broadcast_to(jnp.linspace(0, 1, tokens), (batch, tokens))
+        return mask_noise(self.make_rng('mask'), batch, tokens)
+
     @nn.compact
     def __call__(
         self,
         inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
         *,
         train: bool = False,
+        noise: Float[Array, 'batch tokens'] | None = None,
     ) -> tuple[Float[Array, 'batch tokens pixels'], Float[Array, 'batch tokens']]:
         """The predicted pixels of each patch, and a mask that is 1 for hidden patches.
 
-        Which are hidden depends on the random stream 'mask'; without it, the last ones are.
+        Args:
+          noise: of each example the patches with the largest numbers are hidden; by default drawn
+            from the random stream 'mask', and without it the last patches are hidden.
         """
         stream = self.trunk.single
         assert stream is not None
         image = inputs[stream.reads] if isinstance(inputs, dict) else inputs
         tokens, context = self.trunk.embed(image, train=train)
         batch, length = tokens.x.shape[:2]
-        noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
-        if self.has_rng('mask'):
-            noise = mask_noise(self.make_rng('mask'), batch, length)
+        if noise is None:
+            noise = self.noise(batch, length)
         order = jnp.argsort(noise, axis=1)
         restore = jnp.argsort(order, axis=1)
         kept = visible_tokens(length, self.mask_ratio)
@@ -252,6 +268,28 @@ def hidden_error(
     return (jnp.square(predicted - targets).mean(-1) * hidden).sum() / hidden.sum()
 
 
+def _streams(rng: Array) -> dict[str, Array]:
+    dropout, mask = jax.random.split(rng)
+    return {'dropout': dropout, 'mask': mask}
+
+
+def _apply(model: MaskedAutoencoder) -> Any:
+    return model.apply  # Flax types its result as one value or a pair.
+
+
+def draw_masks(model: MaskedAutoencoder) -> Callable[[Batch, Array], dict[str, Array]]:
+    """`Task.draw` of the noise that a loss of the whole batch would draw."""
+    stream = model.trunk.single
+    assert stream is not None
+
+    def draw(batch: Batch, key: Array) -> dict[str, Array]:
+        rows, columns = grid_of(stream, batch['image'].shape[1:])
+        sizes = len(batch['image']), rows * columns
+        return {'noise': _apply(model)({}, *sizes, rngs=_streams(key), method='noise')}
+
+    return draw
+
+
 def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
     """Mean squared error of the pixels of hidden patches.
 
@@ -265,12 +303,10 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
         image = model_inputs({'image': batch['image']})
-        rngs = {}
-        if rng is not None:
-            dropout, mask = jax.random.split(rng)
-            rngs = {'dropout': dropout, 'mask': mask}
-        apply: Any = model.apply
-        predicted, hidden = apply({'params': params}, image, train=rng is not None, rngs=rngs)
+        rngs, noise = {} if rng is None else _streams(rng), batch.get('drawn', {}).get('noise')
+        predicted, hidden = _apply(model)(
+            {'params': params}, image, train=rng is not None, rngs=rngs, noise=noise
+        )
         targets = pixel_targets(image, stream.patch_size, normalise_pixels)
         by_channel = patchify(image, stream.patch_size).reshape(*hidden.shape, -1, image.shape[-1])
         metrics = {
@@ -292,8 +328,7 @@ def reconstructions(model: MaskedAutoencoder, normalise_pixels: bool = True) -> 
     assert stream is not None
 
     def pictures(params: Tree, images: Array, key: Array) -> dict[str, Array]:
-        apply: Any = model.apply
-        predicted, hidden = apply({'params': params}, images, rngs={'mask': key})
+        predicted, hidden = _apply(model)({'params': params}, images, rngs={'mask': key})
         pixels = patchify(images, stream.patch_size)
         if normalise_pixels:
             mean, deviation = patch_statistics(pixels)

@@ -123,6 +123,9 @@ class Task(NamedTuple):
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
       targets: (model, run) -> `Targets`; None without.
+      draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
+        each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
+        depends on accumulation; a loss that is called by itself draws its own. None without.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
     """
 
@@ -142,6 +145,7 @@ class Task(NamedTuple):
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
     pictures: Callable[[Any], Pictures] | None = None
 
     def is_addition(self, path: str) -> bool:
