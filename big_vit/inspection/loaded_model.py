@@ -173,9 +173,15 @@ class LoadedModel:
             return {}
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         changes = {'model.dtype': 'float32', 'model.attention': 'xla'}
-        made = task.pictures(self._build(changes, mesh, whole=True))
-        found = jax.jit(made)(self.params, jnp.asarray(images), jax.random.key(0))
-        return {title: np.asarray(pictures, np.float32) for title, pictures in found.items()}
+        made, titles = task.pictures(self._build(changes, mesh, whole=True)), []
+
+        def values(params: Any, images: jax.Array) -> list[jax.Array]:
+            pictures = made(params, images, jax.random.key(0))
+            titles.extend(pictures)  # In this order, which a dictionary would not keep.
+            return list(pictures.values())
+
+        found = jax.jit(values)(self.params, jnp.asarray(images))
+        return {title: np.asarray(x, np.float32) for title, x in zip(titles, found, strict=True)}
 
     @property
     def image_size(self) -> tuple[int, int]:
