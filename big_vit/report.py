@@ -488,12 +488,14 @@ def attention(run: Run) -> str:
 
 def predictions(run: Run) -> str:
     """Show what the run's task makes of some training images; '' if it makes nothing of them."""
-    return ''.join(
+    rows = task_pictures.from_training_images(run.loaded, PREDICTED_IMAGES)
+    words = 'Training images, and what the task makes of them; grey is what the model does not see.'
+    return (html_pages.paragraph(words, 'soft') if rows else '') + ''.join(
         html_pages.pictures(
             [(picture, title, f'Training image {i + 1}: {title}') for title, picture in row],
             columns=len(row),
         )
-        for i, row in enumerate(task_pictures.from_training_images(run.loaded, PREDICTED_IMAGES))
+        for i, row in enumerate(rows)
     )
 
 
