@@ -556,7 +556,7 @@ def digest(config: Config) -> str:
 
 
 def steps(
-    section: Config,
+    section: Config | Mapping[str, Any],
     name: str,
     *,
     batch_size: int,
