@@ -14,10 +14,10 @@ SHAPES = {
     'embedding/kernel': (2, 2, 3, 8),
     LAYER + 'LayerNorm_0/scale': (2, 8),
     LAYER + 'MlpBlock_0/Dense_0/kernel': (2, 8, 16),
-    'last_layer/kernel': (8, 24),
-    'last_layer/g': (24, 1),
+    'prototypes/kernel': (8, 24),
+    'prototypes/scale': (24,),
 }
-HELD = ('last_layer/kernel', 'last_layer/g')
+HELD = ('prototypes/kernel', 'prototypes/scale')
 START, STEPS = 3, 7
 OPTIONS = {'shampoo': dict(every=2, start=2, block=8), 'soap': dict(every=2, block=8)}
 LAWS = [name for name in factory.LAWS if name != 'schedule_free_adamw']

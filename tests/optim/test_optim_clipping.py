@@ -19,8 +19,8 @@ SHAPES = {
     'mask_token': (1, 8),
     'embedding/kernel': (2, 2, 3, 8),
     'dino_head/mlp/kernel': (8, 16),
-    'dino_head/last_layer/kernel': (16, 32),
-    'ibot_head/last_layer/kernel': (16, 32),
+    'dino_head/prototypes/kernel': (16, 32),
+    'ibot_head/prototypes/kernel': (16, 32),
 }
 for number in range(3):
     SHAPES |= {ATTENTION.format(number) + f'{n}/kernel': (8, 2, 4) for n in ('query', 'key')}
