@@ -16,7 +16,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -266,8 +266,7 @@ def evaluations(run: Run) -> str:
             _word(score.name),
             _with_error(score),
             f'{score.last_step:,}',
-            _shown(score, score.best),
-            f'{score.best_step:,}',
+            *_best(score),
             '–' if score.examples is None else f'{score.examples:,.0f}',
         ]
         for split, scores in history.scores(run.rows).items()
@@ -277,6 +276,12 @@ def evaluations(run: Run) -> str:
         return html_pages.paragraph('No evaluation has been made.', 'soft')
     header = ['evaluation', 'score', 'last', 'at step', 'best', 'at step', 'examples']
     return html_pages.table('All evaluations', header, rows)
+
+
+def _best(score: history.Score) -> tuple[str, str]:
+    if not metrics.has_direction(score.name):
+        return '–', '–'
+    return _shown(score, score.best), f'{score.best_step:,}'
 
 
 def errors(run: Run) -> str:
@@ -293,21 +298,41 @@ def errors(run: Run) -> str:
     )
 
 
+# What is drawn of learning without labels: see `metrics.collapse`.
+_UNLABELLED = (
+    ('Entropy of the targets, in nats', ('teacher_entropy', 'teacher_entropy_of_mean')),
+    ('KL of the student from the teacher', ('kl',)),
+    ('Share of the prototypes in use', ('used_prototypes',)),
+    ('Standard deviation of the targets', ('target_std',)),
+    ('Ranks of the features', ('rankme', 'lidar')),
+    ('Spread of the features', ('std', 'cosine')),
+    ('Decay of the spectrum', ('alpha',)),
+)
+
+
+class _OfFewExamples:
+    """The names of accuracies such as 20nn and 5shot."""
+
+    def __contains__(self, name: str) -> bool:
+        return name.removesuffix('nn').isdecimal() or name.removesuffix('shot').isdecimal()
+
+
 def curves(runs: list[Run]) -> str:
     """Plot each kind of metric over the steps, with all runs and splits in one chart."""
     # The same in all charts: a run has its colour, a split its dash; of one run a split has both.
     splits: dict[str, int] = {}
     slots = line_styles.slots([str(storage.absolute(run.workdir)) for run in runs])
 
-    def lines(*wanted: str) -> list[Line]:
+    def lines(wanted: Container[str], by_key: bool = False) -> list[Line]:
         chart_lines = []
         for run in runs:
             for name in history.names(run.rows):
                 split, _, key = name.rpartition('/')
                 if key not in wanted or name.startswith(metrics.TIMING):
                     continue
-                shown = f'{run.name} {split}'.strip()
-                number = splits.setdefault(split, len(splits))
+                shown = f'{split} {key}' if by_key else split
+                number = splits.setdefault(shown, len(splits))
+                shown = f'{run.name} {shown}'.strip()
                 colour, _ = line_styles.style(slots[str(storage.absolute(run.workdir))])
                 style = (colour if run.name else number % 10, number % 6)
                 points = history.series(run.rows, name)
@@ -316,10 +341,12 @@ def curves(runs: list[Run]) -> str:
 
     charts = html_pages.charts(
         [
-            html_pages.chart('Loss', lines('loss')),
-            html_pages.chart('Accuracy', lines('accuracy', 'top1')),
-            html_pages.chart('Learning rate', lines('lr'), zero=True),
-            html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
+            html_pages.chart('Loss', lines(('loss',))),
+            html_pages.chart('Accuracy', lines(('accuracy', 'top1'))),
+            html_pages.chart('Accuracy on frozen features', lines(_OfFewExamples(), True)),
+            html_pages.chart('Learning rate', lines(('lr',)), zero=True),
+            html_pages.chart('Gradient norm', lines(('grad_norm',)), zero=True),
+            *(html_pages.chart(title, lines(keys, True), zero=True) for title, keys in _UNLABELLED),
         ]
     )
     none = html_pages.paragraph('There are no metrics yet.', 'soft')

@@ -127,6 +127,7 @@ def run(
             journal = RunJournal(
                 config, parts, peak_flops, damage,
                 clock, writer, console, manager, batches.meter, choice,
+                metrics.Collapse(writer.rows),
             )  # fmt: skip
             outcome = training_loop.run(
                 now, start, total, intervals, journal,

@@ -15,7 +15,7 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
-from big_vit.data.sources.base import concatenate
+from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
 from big_vit.data.transforms import text
@@ -276,7 +276,9 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
     defaults['on_error'] = whole.on_error
     if kind == 'evals':
-        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': DEFAULT}
+        of_data = requirements(own.peek('type') or DEFAULT).of_data and _is_of_data(own, whole)
+        split = (of_data and whole.peek('split')) or 'test'
+        defaults |= {'split': split, 'transform': 'resize(size)', 'type': DEFAULT}
     else:
         defaults['split'] = whole.split
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
@@ -286,6 +288,12 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
         what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
     return own.completed(defaults)
+
+
+def _is_of_data(section: Config, whole: Config) -> bool:
+    """Whether an evaluation's section is of the dataset of `data`."""
+    pairs = [(section.peek(key), whole.peek(key)) for key in ('name', 'path')]
+    return all(ours in (None, theirs) for ours, theirs in pairs)
 
 
 def evaluation_transform(
@@ -479,6 +487,71 @@ def _check_same_range(
             f'config: {key}.transform gives images of {ours}, data.transform of {theirs}: say what '
             'is black and white in them, as in value_range(-1, 1, in_low=0, in_high=1)'
         )
+
+
+def sampled(found: Data, count: int) -> Data:
+    """Keep at most `count` examples of a split, spread evenly."""
+    length = found.source.length
+    if count >= length:
+        return found
+    return found._replace(source=select(found.source, count, lambda index: index * length // count))
+
+
+def views_data(
+    config: Config, found: Data, key: str, pictures: int, views: int, text: str | None
+) -> Data | None:
+    """Random views of some examples of a split, those of one example in turn.
+
+    Labels become the numbers of rows, whatever the examples have.
+
+    Args:
+      found: the split.
+      key: section of the evaluation.
+      pictures: most examples, spread evenly.
+      views: of each.
+      text: the transform; None for that of training.
+
+    Returns:
+      The views; None if there are fewer than two examples, or training's transform is not random.
+
+    Raises:
+      UserError: the transform is not random, or does not make what the model takes.
+    """
+    pictures = min(pictures, found.source.length)
+    transform = transforms.parse(
+        config.data.transform if text is None else text,
+        size=config.image_size,
+        key='data' if text is None else key,
+        device=DEVICE_OPERATIONS,
+        skip=_OF_LABELS,
+    )
+    if text is not None and not transform.is_random:
+        raise UserError(f'config: {key}.transform: is not random: LiDAR compares views')
+    if pictures < 2 or not transform.is_random:
+        return None
+    # Few examples, loaded anew for each view: there is nothing to keep.
+    cache = 'resized' if found.specs[0].cache == 'resized' else 'none'
+    spec = replace(found.specs[0], transform=transform.host_text, cache=cache)
+    source, host = dataset.open_spec(spec)
+    example_spec = transforms.check(host, source, config.image_size, found.reads, found.skip_bad)
+    _check_same_parts(example_spec, found, found.reads, key)
+    _check_same_range(example_spec, transform, found, key)
+    length = source.length
+    chosen = select(source, pictures * views, lambda row: row // views * length // pictures)
+
+    def load(rows: np.ndarray) -> dict[str, Any]:
+        return {**chosen.load(rows), 'label': np.asarray(rows, np.int32)}
+
+    return found._replace(
+        source=replace(chosen, load=load, labels=None),
+        transform=host,
+        example_spec=example_spec,
+        device=transform.device or found.device,
+    )
+
+
+# Operations that turn labels into vectors of classes.
+_OF_LABELS = frozenset({'onehot', 'multihot'})
 
 
 def host_batches(
