@@ -17,6 +17,7 @@ if __name__ == '__main__':  # Before the slow imports.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 
 from big_vit import checkpoint, interop, metrics, runtime, storage, trees
 from big_vit.build.data import train_data
+from big_vit.build.task import build_task
 from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError, printable
 from big_vit.inspection import (
@@ -33,6 +35,7 @@ from big_vit.inspection import (
     comparison,
     examples,
     loaded_model,
+    patch_components,
     plots,
     weight_statistics,
 )
@@ -160,17 +163,24 @@ def attention_table(maps: attention_maps.AttentionMaps) -> str:
     )
 
 
+def _attention_text(loaded: LoadedModel, path: str, maps: attention_maps.AttentionMaps) -> str:
+    return f'{loaded.path}: {path}\n{attention_table(maps)}'
+
+
 def images(loaded: LoadedModel, count: int = 50) -> Picture | None:
-    """Show training images with their labels; None if examples have no images.
+    """Show training images, with their labels if these are learned; None without images.
 
     Raises:
       UserError: the data is not available here.
     """
     assert loaded.config is not None
-    _, batch = examples.batch(loaded.config, count)
-    labels = batch['label'] if batch['label'].ndim == 1 else batch['label'].argmax(axis=1)
-    pictures = examples.pictures(batch)
-    return plots.grid(np.stack(pictures), list(map(str, labels))) if pictures else None
+    data, batch = examples.batch(loaded.config, count)
+    batch = examples.once(data, batch)
+    pictures, titles = examples.pictures(batch), [''] * len(next(iter(batch.values())))
+    if build_task(loaded.config.task).needs_labels:
+        label = batch['label']
+        titles = list(map(str, label if label.ndim == 1 else label.argmax(axis=1)))
+    return plots.grid(np.stack(pictures), titles) if pictures else None
 
 
 def embedding(loaded: LoadedModel) -> Picture | None:
@@ -210,8 +220,14 @@ def as_trained(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, image_shape=image_shape)
 
 
-def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None]]:
-    """Return what can be drawn of some checkpoints and of the first in detail, by file name."""
+def overview(
+    loaded: list[LoadedModel], only_foreground: bool = False
+) -> dict[str, Callable[[], Picture | None]]:
+    """Return what can be drawn of some checkpoints and of the first in detail, by file name.
+
+    Args:
+      only_foreground: leave the background of patches out.
+    """
     first = as_trained(loaded[0])
     drawings: dict[str, Callable[[], Picture | None]] = {}
     if paths := [one.path for one in loaded if one.run is not None]:
@@ -226,6 +242,9 @@ def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None
     drawings |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
     if first.config is not None:
         drawings['attention'] = lambda: attention(attention_maps.from_training_images(first))
+        drawings['patches'] = lambda: patch_components.drawn(
+            patch_components.from_training_images(first, only_foreground=only_foreground)
+        )
     return drawings
 
 
@@ -293,6 +312,8 @@ def main(argv: list[str]) -> None:
     single_only = [flag for flag in ('compare', 'spectra', 'image') if getattr(args, flag)]
     if single_only and len(args.path) > 1:
         raise UserError(f'--{single_only[0]} looks at one checkpoint; there are {len(args.path)}')
+    if args.foreground and not args.png:
+        raise UserError('--foreground is of the pictures of --png FOLDER: add it')
     runtime.start()
     paths = study.runs_of(args.path) if len(args.path) > 1 or args.html else args.path
     if args.html:
@@ -317,12 +338,19 @@ def main(argv: list[str]) -> None:
         drawings['spectra'] = lambda: plots.spectra(_spectra(first.params))
         drawings['norms'] = lambda: norms(first.params)
     if args.image:
-        maps = attention_maps.from_file(first, args.image)
-        texts.append(lambda: f'{first.path}: {args.image}\n{attention_table(maps)}')
-        drawings['attention'] = lambda: attention([maps])
-        drawings['distances'] = lambda: plots.distances(maps.distances)
+        maps = {path: attention_maps.from_file(first, path) for path in args.image}
+        texts += [
+            functools.partial(_attention_text, first, path, one) for path, one in maps.items()
+        ]
+        drawings['attention'] = lambda: attention(list(maps.values()))
+        drawings['distances'] = lambda: plots.distances(
+            np.mean([one.distances for one in maps.values()], axis=0)
+        )
+        drawings['patches'] = lambda: patch_components.drawn(
+            patch_components.from_files(first, args.image, args.foreground)
+        )
     if args.png:
-        written = save(drawings or overview(loaded), Path(args.png))
+        written = save(drawings or overview(loaded, args.foreground), Path(args.png))
         print('drew ' + ', '.join(map(str, written)))
     elif texts:
         print('\n\n'.join(text() for text in texts))

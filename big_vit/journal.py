@@ -15,6 +15,7 @@ from big_vit import checkpoint, metrics, resumption
 from big_vit.build.experiment import Experiment, example_indices
 from big_vit.config import Config
 from big_vit.data import pipeline
+from big_vit.data.sources import Source
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.state import State
@@ -60,6 +61,21 @@ class Damage:
                 f'more than data.max_error_rate={self._max_rate:g}: repair the data '
                 "(data.on_error='stop' names the first of them)"
             )
+
+    def line(self, damaged: Collection[int], source: Source) -> str | None:
+        """Say how many examples were replaced, and name one; None if none was.
+
+        Args:
+          damaged: the different ones that this process has met.
+        """
+        if not self._replaced:
+            return None
+        where = f', such as {source.place(min(damaged))}' if damaged else ''
+        count = f'{len(damaged):,} different ones, ' if jax.process_count() == 1 else ''
+        return (
+            f'data    {self._replaced:,} of {self._seen:,} examples were damaged ({count}each '
+            f'replaced by the next){where}'
+        )
 
 
 def max_damage_rate(config: Config, parts: Experiment) -> float:

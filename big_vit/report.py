@@ -26,7 +26,7 @@ from etils import epath
 
 from big_vit import checkpoint, evaluate, ledger, metrics, runtime, sharding, storage, trees
 from big_vit import config as config_lib
-from big_vit.build.data import train_data
+from big_vit.build.data import Data, train_data
 from big_vit.build.experiment import loss_flops
 from big_vit.build.model import build_model, parts_read
 from big_vit.build.steps import batch_seen
@@ -41,6 +41,7 @@ from big_vit.inspection import (
     line_styles,
     loaded_model,
     mistakes,
+    patch_components,
     plots,
     weight_statistics,
 )
@@ -50,7 +51,7 @@ from big_vit.sweeps import study
 
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
-EXAMPLES, ATTENTION_IMAGES = 24, 4
+EXAMPLES, VIEWED, ATTENTION_IMAGES, COLOURED = 24, 6, 4, 8
 # Seconds that each evaluation is judged for.
 JUDGED_S = 60.0
 
@@ -397,28 +398,31 @@ def memory(run: Run) -> str:
 def operations(run: Run) -> str:
     loaded, config = run.loaded, run.loaded.config
     assert config is not None and loaded.run is not None
-    if list(config.streams) or parts_read(config) != ('image',):
+    task = build_task(config.task)
+    if task.views or list(config.streams) or parts_read(config) != ('image',):
         train = train_data(config)  # Only the data knows the shapes of other inputs.
         parts, classes = train.example_spec.parts, train.source.num_classes
+        shapes = train.shapes
     else:
         heads = trees.flatten(loaded.params).get('head/kernel')
         classes = 0 if heads is None else heads.shape[-1]
         image = (*loaded.image_size, loaded.channels)
         parts = {'image': (image, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
-    shapes = {name: shape for name, (shape, _) in parts.items()}
+        shapes = {name: shape for name, (shape, _) in parts.items()}
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
-    forward, _ = loss_flops(task, model, loaded.params, parts, config.batch_size)
+    model = build_model(config, classes, shapes, mesh)
+    forward, targets = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
     position = (loaded.sidecar or {}).get('position')  # Not all steps had this batch size.
     examples_seen = loaded.run[1] * config.batch_size
     if position is not None:
         examples_seen = position * config.data.repeats
     return html_pages.paragraph(
-        f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
+        f'An example is {tokens:,} tokens and takes {(forward + targets) / 1e9:,.3f} GFLOP '
+        'forward; '
         f'{loaded.run[1]:,} steps with {examples_seen:,} examples have taken '
-        f'{3 * forward * examples_seen:.3g} FLOP. Gradients, while stepping, are as large as the '
-        'parameters in float32.',
+        f'{(3 * forward + targets) * examples_seen:.3g} FLOP. Gradients, while stepping, '
+        'are as large as the parameters in float32.',
         'soft',
     )
 
@@ -462,24 +466,42 @@ def data(run: Run) -> str:
     assert run.loaded.config is not None
     config = run.loaded.config
     train, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
-    source = train.source
-    words = (
-        f'{source.name} {source.split}: {source.length:,} examples of {source.num_classes:,} '
-        'classes. '
-    )
+    source, labelled = train.source, build_task(config.task).needs_labels
+    words = f'{source.name} {source.split}: {source.length:,} examples'
+    words += f' of {source.num_classes:,} classes. ' if labelled else ', learned without labels. '
+    if train.transform.groups:
+        return views(words, train, batch_seen(config, train, batch, 0))
     if 'image' not in batch:
         parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
         return html_pages.paragraph(f'{words}Examples are no pictures: {parts}.')
     model_inputs = batch_seen(config, train, batch, 0)
-    titles = [examples.title(train, np.asarray(label)) for label in model_inputs['label']]
     shown = plots.as_bytes([np.asarray(image, np.float32) for image in model_inputs['image']])
+    titles, words_of = [''] * len(shown), [f'Training example {i + 1}' for i in range(len(shown))]
+    if labelled:
+        titles = [examples.title(train, np.asarray(label)) for label in model_inputs['label']]
+        words_of = [f'Training example of class {title}' for title in titles]
     mixed = ', mixed among themselves' if config.mixup or config.cutmix else ''
     return html_pages.paragraph(
         f'{words}The first of the run, after all that is done to them{mixed}.'
-    ) + html_pages.pictures(
-        (image, title, f'Training example of class {title}')
-        for image, title in zip(shown, titles, strict=True)
-    )
+    ) + html_pages.pictures(zip(shown, titles, words_of, strict=True))
+
+
+def views(words: str, train: Data, seen: dict[str, Any]) -> str:
+    """Show the views of a few training examples as the model receives them, a row for each."""
+    groups = train.transform.groups
+    rows = ''
+    for i in range(min(VIEWED, len(seen[next(iter(groups))]))):
+        all_views = [(group, np.asarray(v, np.float32)) for group in groups for v in seen[group][i]]
+        pictures = plots.as_bytes([view for _, view in all_views])
+        rows += html_pages.pictures(
+            [
+                (picture, group, f'View {k + 1} of training example {i + 1}: {group}')
+                for k, (picture, (group, _)) in enumerate(zip(pictures, all_views, strict=True))
+            ],
+            columns=len(all_views),
+        )
+    counts = ' and '.join(f'{count} {group}' for group, count in groups.items())
+    return html_pages.paragraph(f'{words}The {counts} views of the first of the run.') + rows
 
 
 def attention(run: Run) -> str:
@@ -510,6 +532,22 @@ def attention(run: Run) -> str:
         'rollout of attention through all blocks (arXiv 2005.00928).'
     )
     return html_pages.paragraph(words, 'soft') + rows + html_pages.charts([chart])
+
+
+def patches(run: Run) -> str:
+    """Show the principal components of the patch tokens of some training images as colours."""
+    found = patch_components.from_training_images(run.loaded, COLOURED)
+    words = (
+        'The first three principal components of the last patch tokens over these pictures, as '
+        f'red, green and blue ({found.words()}): patches of one colour are alike to the model, in '
+        'any picture.'
+    )
+    shown = [
+        (one, '', f'Training image {i + 1}{what}')
+        for i, pair in enumerate(found.panels())
+        for one, what in zip(pair, ('', ', components of its patches'), strict=True)
+    ]
+    return html_pages.paragraph(words, 'soft') + html_pages.pictures(shown, columns=8)
 
 
 def _map(title: str) -> str:
@@ -633,6 +671,7 @@ def document(path: str) -> str:
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
         ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),
+        ('Patches', for_each_run(runs, patches, 'Patches cannot be shown')),
         ('Weights', for_each_run(runs, weights, 'Weights')),
         ('Memory and operations', guarded(lambda: memory(runs[0]), 'Memory')),
         ('Time', for_each_run(runs, times, 'Time')),

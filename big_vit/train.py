@@ -241,6 +241,8 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
     end = int(jax.device_get(outcome.state['step']))
     writer.checkpoint(workdir / 'checkpoints' / str(end), end)
     console.say(f'time    {clock.summary()}')
+    if line := journal.damage.line(journal.meter.damaged, journal.parts.data.source):
+        console.say(line)
     if outcome.stopped:
         training_loop.say_stopped(end, journal.parts.total_steps, console)
     else:

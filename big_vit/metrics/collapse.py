@@ -133,7 +133,7 @@ class Collapse:
                     f'collapse: the targets are uniform (entropy {entropy:.2f} nats, KL {kl:.2g}); '
                     f'try to {_UNIFORM}'
                 )
-        if used is not None and self._add('used', used, floor=0.0, share=0.02):
+        if used is not None and self._add('used', used, floor=0.0, share=0.05):
             return (
                 f'collapse: {used:.2%} of the prototypes are in use, of up to '
                 f'{self._values["used"].largest:.2%} before; try to {_ONE}'
