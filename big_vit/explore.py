@@ -163,8 +163,10 @@ def attention_table(maps: attention_maps.AttentionMaps) -> str:
     )
 
 
-def _attention_text(loaded: LoadedModel, path: str, maps: attention_maps.AttentionMaps) -> str:
-    return f'{loaded.path}: {path}\n{attention_table(maps)}'
+def _attention_text(
+    loaded: LoadedModel, path: str, maps: Callable[[str], attention_maps.AttentionMaps]
+) -> str:
+    return f'{loaded.path}: {path}\n{attention_table(maps(path))}'
 
 
 def images(loaded: LoadedModel, count: int = 50) -> Picture | None:
@@ -241,9 +243,12 @@ def overview(
         drawings['images'] = lambda: images(first)
     drawings |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
     if first.config is not None:
-        drawings['attention'] = lambda: attention(attention_maps.from_training_images(first))
+        seen = functools.cache(lambda: examples.training_inputs(first, 8))
+        drawings['attention'] = lambda: attention(
+            attention_maps.of_inputs(seen()[0], *(images[:6] for images in seen()[1:]))
+        )
         drawings['patches'] = lambda: patch_components.drawn(
-            patch_components.from_training_images(first, only_foreground=only_foreground)
+            patch_components.of_inputs(*seen(), only_foreground)
         )
     return drawings
 
@@ -338,13 +343,11 @@ def main(argv: list[str]) -> None:
         drawings['spectra'] = lambda: plots.spectra(_spectra(first.params))
         drawings['norms'] = lambda: norms(first.params)
     if args.image:
-        maps = {path: attention_maps.from_file(first, path) for path in args.image}
-        texts += [
-            functools.partial(_attention_text, first, path, one) for path, one in maps.items()
-        ]
-        drawings['attention'] = lambda: attention(list(maps.values()))
+        maps = functools.cache(lambda path: attention_maps.from_file(first, path))
+        texts += [functools.partial(_attention_text, first, path, maps) for path in args.image]
+        drawings['attention'] = lambda: attention([*map(maps, args.image)])
         drawings['distances'] = lambda: plots.distances(
-            np.mean([one.distances for one in maps.values()], axis=0)
+            np.mean([maps(path).distances for path in args.image], axis=0)
         )
         drawings['patches'] = lambda: patch_components.drawn(
             patch_components.from_files(first, args.image, args.foreground)

@@ -10,6 +10,7 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.report())
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -17,7 +18,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Container, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +57,19 @@ EXAMPLES, VIEWED, ATTENTION_IMAGES, COLOURED = 24, 6, 4, 8
 JUDGED_S = 60.0
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """A run with its newest checkpoint and its metrics; `name` is '' if it is the only one."""
 
     name: str
     workdir: epath.Path
     loaded: LoadedModel
     rows: history.Rows
+
+    @functools.cached_property
+    def seen(self) -> tuple[LoadedModel, list[np.ndarray], list[np.ndarray]]:
+        """The model, some training images, and what it is given of them; UserError if absent."""
+        return examples.training_inputs(self.loaded, COLOURED)
 
 
 def open_runs(path: str) -> list[Run]:
@@ -506,7 +513,9 @@ def views(words: str, train: Data, seen: dict[str, Any]) -> str:
 
 def attention(run: Run) -> str:
     """Show the model's attention to some training images."""
-    maps = attention_maps.from_training_images(run.loaded, ATTENTION_IMAGES)
+    loaded, images, inputs = run.seen
+    few = slice(ATTENTION_IMAGES)
+    maps = attention_maps.of_inputs(loaded, images[few], inputs[few])
     rows = ''.join(
         html_pages.pictures(
             [
@@ -536,7 +545,7 @@ def attention(run: Run) -> str:
 
 def patches(run: Run) -> str:
     """Show the principal components of the patch tokens of some training images as colours."""
-    found = patch_components.from_training_images(run.loaded, COLOURED)
+    found = patch_components.of_inputs(*run.seen)
     words = (
         'The first three principal components of the last patch tokens over these pictures, as '
         f'red, green and blue ({found.words()}): patches of one colour are alike to the model, in '

@@ -96,8 +96,8 @@ def test_a_run_has_all_of_its_story(workdir):
     page = Page(text)
     check_alone(page, text)
     assert page.headings == [
-        'Curves', 'Evaluations', 'Mistakes', 'Warnings', 'Training data', 'Attention', 'Weights',
-        'Memory and operations', 'Time', 'Config', 'Versions',
+        'Curves', 'Evaluations', 'Mistakes', 'Warnings', 'Training data', 'Attention', 'Patches',
+        'Weights', 'Memory and operations', 'Time', 'Config', 'Versions',
     ]  # fmt: skip
     for words in (
         '3 of 3',
@@ -116,6 +116,7 @@ def test_a_run_has_all_of_its_story(workdir):
     alts = [image['alt'] for image in page.tags['img']]
     assert f'Training example of class {NAME}' in alts
     assert 'Training image 1: rollout, map of attention' in alts
+    assert 'Training image 8, components of its patches' in alts
 
 
 def test_the_command_writes_where_it_is_told(workdir, tmp_path, capsys):
@@ -349,3 +350,39 @@ def test_a_study_whose_rows_are_lost_shows_its_test(tmp_path):
     (tmp_path / 'test.json').write_text(json.dumps({'control': scores}))
     page = report.swept(str(tmp_path))
     assert '50.00%' in page and 'Validation, * is what it chose' not in page
+
+
+@pytest.mark.slow
+def test_a_run_without_labels_has_no_classes_and_no_accuracy(tmp_path, capsys):
+    photos = write_folder(tmp_path / 'photos', examples=24)
+    for picture in photos.glob('*/*.jpg'):
+        picture.rename(photos / picture.name)
+    (photos / '0003.jpg').write_bytes(b'\xff\xd8\xffbroken')
+    changes = {
+        'task.name': 'masked', 'task.decoder_width': '8', 'task.decoder_depth': '1',
+        'task.decoder_heads': '2', 'data.name': 'folder', 'data.path': str(photos),
+        'data.on_error': 'skip', 'data.max_error_rate': '1', 'model.variant': 'mu/8',
+        'image_size': '16', 'lr': '1e-3', 'data.transform': 'inception_crop(size) | flip_lr',
+        'evals.seen.type': 'representation', 'evals.seen.lidar': '(5, 2)',
+    }  # fmt: skip
+    train.run(config.resolve(dict(overrides(MODEL, RUN, changes))), tmp_path / 'w')
+    told = capsys.readouterr().out
+    assert re.search(r'data +photos train: 24 examples, without labels, 16x16x3', told) or (
+        '24 examples, without labels' in told
+    )
+    assert re.search(r'data    \d of 48 examples were damaged \(1 different ones, each', told)
+    assert f'such as {photos}/0003.jpg' in told
+    text = report.document(str(tmp_path / 'w'))
+    page = Page(text)
+    check_alone(page, text)
+    labels = [svg['aria-label'] for svg in page.tags['svg'] if 'aria-label' in svg]
+    for title in ('Loss', 'Ranks of the features', 'Spread of the features'):
+        assert any(label.startswith(title) for label in labels), title
+    assert not any(label.startswith('Accuracy') for label in labels)
+    assert 'Patches' in page.headings and 'Mistakes' not in page.headings
+    assert '24 examples, learned without labels' in page.text and 'class ' not in ' '.join(
+        image['alt'] for image in page.tags['img']
+    )
+    explore.main([str(tmp_path / 'w'), '--png', str(tmp_path / 'png'), '--foreground'])
+    drawn = {file.stem for file in (tmp_path / 'png').iterdir()}
+    assert {'curves', 'images', 'attention', 'patches'} <= drawn

@@ -18,7 +18,7 @@ from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
-from big_vit.data.transforms import text
+from big_vit.data.transforms import grammar, text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
@@ -415,10 +415,16 @@ def _check_provided(config: Config, key: str, kind: str) -> None:
     if output not in outputs:
         others = [other for other in EVALUATORS if requirements(other).output in outputs]
         providers = [name for name, make in TASKS.items() if output in make().provides]
+        free = _free_of_labels(config)
         raise UserError(
             f'config: {key}.type={kind!r} {_USES[output]}, which task.name={task.name!r} does not '
             f'provide: set it to one of {", ".join(map(repr, others))}, or '
             + ' or '.join(f'task.name={name!r}' for name in providers)
+            + (
+                ''
+                if task.needs_labels or not free
+                else f'; {" and ".join(map(repr, free))} needs no labels'
+            )
         )
 
 
@@ -482,7 +488,10 @@ def _held_out(
         known = replace(known, may_grow=needs.reference == 'gallery_split')
     spec = _spec(section, key, config, transform.host_text, labelled, known, classes)
     lines: list[str] = []
-    source, host = dataset.open_spec(spec, say=lines.append)
+    try:
+        source, host = dataset.open_spec(spec, say=lines.append)
+    except UserError as error:
+        raise _without_labels(spec, config, key, section.type, error) from error
     for line in lines:
         _say(line)
     # Evaluations share the features of equal splits.
@@ -501,6 +510,32 @@ def _held_out(
             'leave out onehot or multihot'
         )
     return found
+
+
+def _without_labels(
+    spec: dataset.Spec, config: Config, key: str, kind: str, error: UserError
+) -> UserError:
+    """Return the error of an evaluation whose dataset opens if no labels are needed, or `error`."""
+    if not spec.labelled or build_task(config.task).needs_labels:
+        return error
+    plain = replace(spec, labelled=False, num_classes=None, classes=None, label_map=None)
+    try:
+        dataset.open_labels(replace(plain, known=None, cache='none'))
+    except UserError:
+        return error
+    free = ' or '.join(map(repr, _free_of_labels(config)))
+    said = str(error).removeprefix('config: ')
+    return UserError(
+        f'config: {key}.type={kind!r} needs labels, which are not there ({said}): set {key}.name '
+        f'and {key}.path to a labelled dataset, or {key}.type={free}, which needs none'
+    )
+
+
+def _free_of_labels(config: Config) -> list[str]:
+    """List the types of evaluations that need no labels, of those that the task allows."""
+    outputs = build_task(config.task).provides
+    every = {name: requirements(name) for name in EVALUATORS}
+    return [n for n, needs in every.items() if needs.labels == 'none' and needs.output in outputs]
 
 
 def _check_same_parts(
@@ -565,22 +600,18 @@ def views_data(
       text: the transform; None for that of training.
 
     Returns:
-      The views; None if there are fewer than two examples, or training's transform is not random.
+      The views; None if there are fewer than two examples, or the transform is that of training,
+      and is not random or of other data.
 
     Raises:
       UserError: the transform is not random, or does not make what the model takes.
     """
     pictures = min(pictures, found.source.length)
-    transform = transforms.parse(
-        config.data.transform if text is None else text,
-        size=config.image_size,
-        key='data' if text is None else key,
-        device=DEVICE_OPERATIONS,
-        skip=_OF_LABELS,
-    )
+    transform = _of_a_view(config, key, text)
     if text is not None and not transform.is_random:
         raise UserError(f'config: {key}.transform: is not random: LiDAR compares views')
-    if pictures < 2 or not transform.is_random:
+    is_other = text is None and found.specs[0].name != config.data.peek('name')
+    if pictures < 2 or is_other or not transform.is_random:
         return None
     # Few examples, loaded anew for each view: there is nothing to keep.
     cache = 'resized' if found.specs[0].cache == 'resized' else 'none'
@@ -589,6 +620,9 @@ def views_data(
     example_spec = transforms.check(host, source, config.image_size, found.reads, found.skip_bad)
     _check_same_parts(example_spec, found, found.reads, key)
     _check_same_range(example_spec, transform, found, key)
+    device = transform.device
+    if all(operation.normalisation is None for _, operation in device):
+        device += found.device
     length = source.length
     chosen = select(source, pictures * views, lambda row: row // views * length // pictures)
 
@@ -599,12 +633,26 @@ def views_data(
         source=replace(chosen, load=load, labels=None),
         transform=host,
         example_spec=example_spec,
-        device=transform.device or found.device,
+        device=device,
     )
 
 
 # Operations that turn labels into vectors of classes.
 _OF_LABELS = frozenset({'onehot', 'multihot'})
+
+
+def _of_a_view(config: Config, key: str, text: str | None) -> transforms.Transform:
+    """Parse the transform of a view; without a text that of training, or of its first view."""
+    parse = functools.partial(
+        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=_OF_LABELS
+    )
+    if text is not None:
+        return parse(text, key=key)
+    before, *views = grammar.statements(config.data.transform)
+    if not views:
+        return parse(before, key='data')
+    _, _, first = grammar.view(views[0], 'data.transform')
+    return parse(' | '.join(filter(str.strip, (before, first))), key='data')
 
 
 def host_batches(

@@ -61,8 +61,18 @@ def from_training_images(loaded: LoadedModel, count: int = 6) -> list[AttentionM
     Raises:
       UserError: the data is not available here, or the model does not take images alone.
     """
-    loaded, images, inputs = examples.training_inputs(loaded, count)
+    return of_inputs(*examples.training_inputs(loaded, count))
+
+
+def of_inputs(
+    loaded: LoadedModel, pictures: list[np.ndarray], inputs: list[np.ndarray]
+) -> list[AttentionMaps]:
+    """Compute the attention to pictures that are given as the model takes them.
+
+    Raises:
+      UserError: the model's tokens form no grid of one picture.
+    """
     return [
         AttentionMaps(image, loaded.attention(model_input), loaded.grid, loaded.model.prefix_tokens)
-        for image, model_input in zip(images, inputs, strict=True)
+        for image, model_input in zip(pictures, inputs, strict=True)
     ]

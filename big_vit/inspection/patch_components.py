@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from big_vit.inspection import examples, plots
+from big_vit.inspection import plots
 from big_vit.inspection.loaded_model import LoadedModel
 
 # Beyond these quantiles a colour is saturated: a few patches must not take all of the scale.
@@ -135,17 +135,6 @@ def from_files(
     pictures = [loaded.picture(path) for path in paths]
     inputs = [loaded.normalised(picture) for picture in pictures]
     return of_inputs(loaded, pictures, inputs, only_foreground)
-
-
-def from_training_images(
-    loaded: LoadedModel, count: int = 8, only_foreground: bool = False
-) -> PatchColours:
-    """Colour the patches of the first training images of one of our runs.
-
-    Raises:
-      UserError: the data is not available here, or the model does not take images alone.
-    """
-    return of_inputs(*examples.training_inputs(loaded, count), only_foreground)
 
 
 def drawn(found: PatchColours) -> plots.Picture:
