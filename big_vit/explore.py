@@ -176,8 +176,7 @@ def images(loaded: LoadedModel, count: int = 50) -> Picture | None:
       UserError: the data is not available here.
     """
     assert loaded.config is not None
-    data, batch = examples.batch(loaded.config, count)
-    batch = examples.once(data, batch)
+    _, batch = examples.batch(loaded.config, count)
     pictures, titles = examples.pictures(batch), [''] * len(next(iter(batch.values())))
     if build_task(loaded.config.task).needs_labels:
         label = batch['label']

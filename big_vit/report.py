@@ -27,11 +27,12 @@ from etils import epath
 
 from big_vit import checkpoint, evaluate, ledger, metrics, runtime, sharding, storage, trees
 from big_vit import config as config_lib
-from big_vit.build.data import Data, train_data
+from big_vit.build.data import host_batches, train_data
 from big_vit.build.experiment import loss_flops
 from big_vit.build.model import build_model, parts_read
 from big_vit.build.steps import batch_seen
 from big_vit.build.task import build_task
+from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.inspection import (
     attention_maps,
@@ -476,8 +477,8 @@ def data(run: Run) -> str:
     source, labelled = train.source, build_task(config.task).needs_labels
     words = f'{source.name} {source.split}: {source.length:,} examples'
     words += f' of {source.num_classes:,} classes. ' if labelled else ', learned without labels. '
-    if train.transform.groups:
-        return views(words, train, batch_seen(config, train, batch, 0))
+    if build_task(config.task).views:
+        return html_pages.paragraph(words) + views(config)
     if 'image' not in batch:
         parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
         return html_pages.paragraph(f'{words}Examples are no pictures: {parts}.')
@@ -493,22 +494,27 @@ def data(run: Run) -> str:
     ) + html_pages.pictures(zip(shown, titles, words_of, strict=True))
 
 
-def views(words: str, train: Data, seen: dict[str, Any]) -> str:
+def views(config: Config) -> str:
     """Show the views of a few training examples as the model receives them, a row for each."""
-    groups = train.transform.groups
+    data = train_data(config.replacing({'data.cache': 'none'}))
+    assert data.order is not None
+    few = data._replace(order=dataclasses.replace(data.order, batch_size=VIEWED, repeats=1))
+    batches = host_batches(few, 0, slice(None))
+    seen = {name: np.asarray(x) for name, x in batch_seen(config, few, next(batches), 0).items()}
+    batches.close()  # type: ignore[attr-defined]
+    by_view = examples.views(few, seen)
     rows = ''
-    for i in range(min(VIEWED, len(seen[next(iter(groups))]))):
-        all_views = [(group, np.asarray(v, np.float32)) for group in groups for v in seen[group][i]]
-        pictures = plots.as_bytes([view for _, view in all_views])
+    for i in range(VIEWED):
+        pictures = plots.as_bytes([view[i].astype(np.float32) for view in by_view.values()])
         rows += html_pages.pictures(
             [
-                (picture, group, f'View {k + 1} of training example {i + 1}: {group}')
-                for k, (picture, (group, _)) in enumerate(zip(pictures, all_views, strict=True))
+                (picture, name, f'Training example {i + 1}: {name}')
+                for picture, name in zip(pictures, by_view, strict=True)
             ],
-            columns=len(all_views),
+            columns=len(by_view),
         )
-    counts = ' and '.join(f'{count} {group}' for group, count in groups.items())
-    return html_pages.paragraph(f'{words}The {counts} views of the first of the run.') + rows
+    words = 'The first of the run as the model sees them, a row for the views of each.'
+    return html_pages.paragraph(words, 'soft') + rows
 
 
 def attention(run: Run) -> str:

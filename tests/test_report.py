@@ -358,18 +358,20 @@ def test_a_run_without_labels_has_no_classes_and_no_accuracy(tmp_path, capsys):
     for picture in photos.glob('*/*.jpg'):
         picture.rename(photos / picture.name)
     (photos / '0003.jpg').write_bytes(b'\xff\xd8\xffbroken')
-    changes = {
-        'task.name': 'masked', 'task.decoder_width': '8', 'task.decoder_depth': '1',
-        'task.decoder_heads': '2', 'data.name': 'folder', 'data.path': str(photos),
-        'data.on_error': 'skip', 'data.max_error_rate': '1', 'model.variant': 'mu/8',
-        'image_size': '16', 'lr': '1e-3', 'data.transform': 'inception_crop(size) | flip_lr',
-        'evals.seen.type': 'representation', 'evals.seen.lidar': '(5, 2)',
-    }  # fmt: skip
-    train.run(config.resolve(dict(overrides(MODEL, RUN, changes))), tmp_path / 'w')
+    settings = config.resolve(
+        {
+            'total_steps': 3, 'batch_size': 16, 'image_size': 16, 'lr': 1e-3, 'log.every_steps': 1,
+            'model.variant': 'mu/8', 'model.width': 32, 'model.depth': 1, 'model.mlp_dim': 64,
+            'model.num_heads': 2, 'task.name': 'masked', 'task.decoder_width': 8,
+            'task.decoder_depth': 1, 'task.decoder_heads': 2, 'data.name': 'folder',
+            'data.path': str(photos), 'data.split': 'train', 'data.on_error': 'skip',
+            'data.max_error_rate': 1.0, 'data.transform': 'inception_crop(size) | flip_lr',
+            'evals.seen.type': 'representation', 'evals.seen.lidar': (5, 2),
+        }
+    )  # fmt: skip
+    train.run(settings, tmp_path / 'w')
     told = capsys.readouterr().out
-    assert re.search(r'data +photos train: 24 examples, without labels, 16x16x3', told) or (
-        '24 examples, without labels' in told
-    )
+    assert '24 examples, without labels, 16x16x3' in told
     assert re.search(r'data    \d of 48 examples were damaged \(1 different ones, each', told)
     assert f'such as {photos}/0003.jpg' in told
     text = report.document(str(tmp_path / 'w'))
