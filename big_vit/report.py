@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -319,11 +320,8 @@ _UNLABELLED = (
 )
 
 
-class _OfFewExamples:
-    """The names of accuracies such as 20nn and 5shot."""
-
-    def __contains__(self, name: str) -> bool:
-        return name.removesuffix('nn').isdecimal() or name.removesuffix('shot').isdecimal()
+# Accuracies such as 20nn and 5shot.
+_FROZEN = re.compile(r'\d+(nn|shot)')
 
 
 def curves(runs: list[Run]) -> str:
@@ -348,11 +346,13 @@ def curves(runs: list[Run]) -> str:
                 chart_lines.append(Line(shown, points, marked=split != 'train', style=style))
         return chart_lines
 
+    keys = {name.rpartition('/')[2] for run in runs for name in history.names(run.rows)}
+    frozen = {*filter(_FROZEN.fullmatch, keys)}
     charts = html_pages.charts(
         [
             html_pages.chart('Loss', lines(('loss',))),
             html_pages.chart('Accuracy', lines(('accuracy', 'top1'))),
-            html_pages.chart('Accuracy on frozen features', lines(_OfFewExamples(), True)),
+            html_pages.chart('Accuracy on frozen features', lines(frozen, True)),
             html_pages.chart('Learning rate', lines(('lr',)), zero=True),
             html_pages.chart('Gradient norm', lines(('grad_norm',)), zero=True),
             *(html_pages.chart(title, lines(keys, True), zero=True) for title, keys in _UNLABELLED),

@@ -159,10 +159,17 @@ def test_what_went_wrong_is_told(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / 'w')
     file = tmp_path / 'w' / 'metrics.jsonl'
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    entropies = {'train/teacher_entropy': 1.0, 'train/teacher_entropy_of_mean': 2.0}
+    rows[0] |= {**entropies, 'x/alpha': 1.5, 'x/rankme': 9.0, 'x/lidar': 8.0}
     rows[0] |= {'train/skipped': 1.0, 'time/resumed_from': 2.0, 'train/loss': None}
     file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     (tmp_path / 'w' / 'damaged' / '2-0').mkdir(parents=True)
-    text = Page(report.document(str(tmp_path / 'w'))).text
+    page = Page(report.document(str(tmp_path / 'w')))
+    text, charts = page.text, {s['aria-label'] for s in page.tags['svg'] if 'aria-label' in s}
+    ranks = next(chart for chart in charts if chart.startswith('Ranks of the features'))
+    assert 'x rankme from 9 to 9' in ranks and 'x lidar from 8 to 8' in ranks
+    assert any(c.startswith('Entropy of the targets') and 'of_mean from 2' in c for c in charts)
+    assert re.search(r'alpha 1\.5 1 – –', text)
     assert 'resumed 1 time(s), from step 2' in text
     assert 'train/loss is not a finite number at 1 step(s), first 1' in text
     assert 'damaged checkpoints were set aside: 2-0' in text

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import linalg, stats
 
 from big_vit import config, sharding, state
-from big_vit.build.data import completed_section, views_data
+from big_vit.build.data import _of_a_view, completed_section, views_data
 from big_vit.build.evaluations import build_evaluators
 from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
@@ -243,3 +243,43 @@ def test_the_split_is_by_default_that_of_the_data_and_of_others_test(photos):
     assert completed_section(own, 'evals', 'y').split == 'test'
     labelled = settings(photos, **{'evals.z.every_steps': 5})
     assert completed_section(labelled, 'evals', 'z').split == 'test'
+
+
+def test_what_needs_labels_says_so_and_names_what_does_not(photos):
+    near = {'evals.x.type': 'knn', 'evals.x.split': 'train'}
+    with pytest.raises(UserError) as caught:
+        build_experiment(settings(photos, **near))
+    line = str(caught.value)
+    assert line.startswith("config: evals.x.type='knn' needs labels, which are not there (")
+    assert 'has no folders' in line and '\n' not in line
+    assert line.endswith(
+        'set evals.x.name and evals.x.path to a labelled dataset, or '
+        "evals.x.type='representation', which needs none"
+    )
+    with pytest.raises(UserError, match=r"needs logits .*; 'representation' needs no labels"):
+        build_experiment(settings(photos, **{'evals.x.type': 'classification'}))
+
+
+def test_labelled_pictures_elsewhere_are_scored_beside_unlabelled_ones(photos, tmp_path):
+    for split, count in (('train', 4), ('test', 2)):
+        for i in range(2 * count):
+            path = tmp_path / split / f'class{i % 2}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (12, 9), (i, 9, 200)).save(path)
+    elsewhere = {'type': 'knn', 'name': 'folder', 'path': str(tmp_path), 'split': 'test'}
+    whole = settings(photos, **{f'evals.near.{key}': value for key, value in elsewhere.items()})
+    parts = build_experiment(whole)
+    assert parts.evals['near'].source.class_names == ('class0', 'class1')
+    assert parts.references['near'].source.labels().tolist() == [0] * 4 + [1] * 4
+    assert parts.evals['x'].source.length == 23 and parts.data.source.num_classes == 1
+
+
+def test_views_are_by_default_those_of_training_or_the_first_of_several(photos):
+    text = 'decode ; global: 2 * inception_crop(size) | flip_lr ; local: rrc(4)'
+    for given, names in (
+        ('inception_crop(size) | flip_lr', ('inception_crop', 'flip_lr')),
+        (text, ('decode', 'inception_crop', 'flip_lr')),
+    ):
+        whole = settings(photos, **{'data.transform': given})
+        assert _of_a_view(whole, 'evals.x', None).names == names
+    assert _of_a_view(whole, 'evals.x', 'flip_ud').names == ('flip_ud',)
