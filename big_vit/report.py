@@ -564,7 +564,7 @@ def patches(run: Run) -> str:
     found = patch_components.of_inputs(*run.seen)
     words = (
         'The first three principal components of the last patch tokens over these pictures, as '
-        f'red, green and blue ({found.words()}): patches of one colour are alike to the model, in '
+        f'red, green and blue ({found.words()} of the variance): patches of one colour are alike to the model, in '
         'any picture.'
     )
     shown = [
