@@ -564,8 +564,8 @@ def patches(run: Run) -> str:
     found = patch_components.of_inputs(*run.seen)
     words = (
         'The first three principal components of the last patch tokens over these pictures, as '
-        f'red, green and blue ({found.words()} of the variance): patches of one colour are alike to the model, in '
-        'any picture.'
+        f'red, green and blue ({found.words()} of the variance): patches of one colour are alike '
+        'to the model, in any picture.'
     )
     shown = [
         (one, '', f'Training image {i + 1}{what}')
