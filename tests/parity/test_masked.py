@@ -66,10 +66,8 @@ def test_loss_and_predictions_are_the_same(names, normalised, tmp_path):
     ours = masked.masked(**options).model(trunk, ExampleShape({'image': (32, 32, 3)}, 0))
     params = jax.tree.map(jnp.asarray, with_learnt(weights))
     with jax.default_matmul_precision('highest'):
-        predicted, hidden = ours.apply(
-            {'params': params}, jnp.asarray(batch), noise=jnp.asarray(noise)
-        )
-        drawn = {'image': jnp.asarray(batch), 'drawn': {'noise': jnp.asarray(noise)}}
+        given = {'image': jnp.asarray(batch), 'drawn': {'noise': jnp.asarray(noise)}}
+        predicted, hidden = ours.apply({'params': params}, given['image'], noise=jnp.asarray(noise))
         loss = masked.masked_loss(ours, normalised)
         value, _ = loss(params, (), given, jax.random.key(0), 0)
     np.testing.assert_array_equal(hidden, wanted.mask.numpy())
