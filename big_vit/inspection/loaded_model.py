@@ -177,7 +177,8 @@ class LoadedModel:
             return {}
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         changes = {'model.dtype': 'float32', 'model.attention': 'xla'}
-        made, titles = task.pictures(self._build(changes, mesh, whole=True)), []
+        made = task.pictures(self._build(changes, mesh, whole=True))
+        titles: list[str] = []
 
         def values(params: Any, images: jax.Array) -> list[jax.Array]:
             pictures = made(params, images, jax.random.key(0))
