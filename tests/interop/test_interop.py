@@ -329,7 +329,7 @@ def test_encoders_of_mae_are_known_by_the_name_of_their_file(name, settings, tmp
     assert again.settings == mine.settings and again.learnt is None
     assert again.meta['format'] == 'mae' and again.meta['mean'] == (0.485, 0.456, 0.406)
     save_file(arrays, tmp_path / 'other.safetensors')
-    with pytest.raises(UserError, match='config.json must be beside it'):
+    with pytest.raises(UserError, match=r'config\.json must be beside it'):
         interop.read(tmp_path / 'other.safetensors')
 
 
