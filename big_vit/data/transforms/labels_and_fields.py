@@ -100,7 +100,7 @@ def grayscale() -> Operation:
 
 
 def over(background=255) -> Operation:
-    """Put RGBA bytes, as `decode(4)` gives, over a colour: one value or three; 3 channels remain."""
+    """Put RGBA bytes, as `decode(4)` gives, over a colour, one value or three; RGB remains."""
     values = background if isinstance(background, tuple | list) else (background,) * 3
     if len(values) != 3:
         raise UnfitError(f'takes one value or three for background, not {background!r}')
