@@ -20,9 +20,9 @@ Metrics = dict[str, jax.Array]
 # State of the task, and the step.
 Extra = tuple[Any, jax.Array]
 
-# Of the keys of a step those for mixing and for what the devices do to each example before; those
-# of dropout have the numbers of microbatches.
-_MIXING, _PREPARING = 2**31, 2**31 + 1
+# Of the keys of a step those for mixing, for what the devices do to each example before, and for what
+# a task draws after; those of dropout have the numbers of microbatches.
+_MIXING, _PREPARING, _DRAWING = 2**31, 2**31 + 1, 2**31 + 2
 # What a spike is measured against: of the window of recent values the last ones, for loss and norms
 # drift; least ratios to their median, from docs/optimizers.md.
 _COMPARED, _NEWEST, _LEAST_KNOWN = 64, 8, 16
@@ -102,6 +102,7 @@ def update(
     sam_adaptive: bool = False,
     after_update: AfterUpdate | None = None,
     teacher_rate: Callable[[jax.Array], jax.Array] | None = None,
+    draw: Mix | None = None,
     targets: Targets | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
@@ -117,6 +118,7 @@ def update(
       loss: of a task.
       after_update: moves the task's own state, `Task.after_update`.
       teacher_rate: step -> share of the new parameters that the average takes in.
+      draw: of a task, what it adds to the whole batch at random.
       targets: of a task, computed once from the whole batch before its gradients.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
@@ -179,6 +181,8 @@ def update(
         replaced = batch.get('replaced')
         batch = {name: x for name, x in batch.items() if name != 'replaced'}
         batch = seen(batch, seed, step, prepare, mix)
+        if draw is not None:
+            batch = draw(batch, jax.random.fold_in(rng, _DRAWING))
         task_state = state.get('task', ())
         if teacher_rate is not None:
             task_state = {**(task_state or {}), 'teacher': state['ema']}
@@ -212,7 +216,10 @@ def update(
                 rate = teacher_rate(step)
             new['ema'] = jax.tree.map(lambda a, p: a + rate * (p - a), state['ema'], new['params'])
         if after_update is not None:
-            new['task'] = after_update(new['params'], state['task'], aux.carried, step)
+            given = state['task']
+            if teacher_rate is not None:
+                given = {**given, 'teacher': new['ema']}
+            new['task'] = after_update(new['params'], given, aux.carried, step)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         # A spike is remembered too, so that a lasting change is soon no spike any more.

@@ -248,6 +248,8 @@ def loss_flops(
     step = jax.ShapeDtypeStruct((), jnp.int32)
     if task.teacher_rate is not None:
         task_state = {**(task_state or {}), 'teacher': params}
+    if task.draw is not None:
+        batch = jax.eval_shape(task.draw(plain, run), batch, key)
     of_targets = 0
     if task.targets is not None:
         rows, shared = task.targets(plain, run)

@@ -84,3 +84,39 @@ def block_masks(
     rank = jnp.where(mask, -1.0, jax.random.uniform(fill, mask.shape))
     last = jnp.take_along_axis(jnp.sort(rank, axis=1), jnp.maximum(counts - 1, 0)[:, None], axis=1)
     return (rank <= last) & (counts > 0)[:, None]
+
+
+def slots(counts: Sequence[int] | np.ndarray, rows: int, views: int) -> int:
+    """Masked patches for which each of `rows` examples has to have room, if they share it.
+
+    Args:
+      counts: those of a group, the most first, from which the examples are any.
+      views: of each example.
+    """
+    return math.ceil(int(np.sort(counts)[::-1][: rows * views].sum()) / rows)
+
+
+def select(
+    masks: Bool[Array, 'batch views patches'], rows: int, slots: int
+) -> tuple[Int[Array, 'blocks places'], Float[Array, 'batch slots']]:
+    """Where the masked patches of blocks of `rows` examples are, and their weights.
+
+    Returns:
+      Index of each among the patches of its block, and one over the number of masked patches of
+      its view; places beyond the masked patches have weight 0.
+    """
+    batch = masks.shape[0]
+    weight = masks / jnp.maximum(masks.sum(-1, keepdims=True), 1)
+    flat = masks.reshape(batch // rows, -1)
+    index = jnp.argsort(~flat, axis=1, stable=True)[:, : rows * slots]
+    weight = jnp.take_along_axis(weight.reshape(flat.shape), index, axis=1)
+    return index, weight.reshape(batch, slots).astype(jnp.float32)
+
+
+def selected(
+    x: Float[Array, 'batch views patches width'], index: Int[Array, 'blocks places']
+) -> Float[Array, 'batch slots width']:
+    """The features of the patches that `select` found."""
+    batch, width = x.shape[0], x.shape[-1]
+    x = x.reshape(index.shape[0], -1, width)
+    return jnp.take_along_axis(x, index[..., None], axis=1).reshape(batch, -1, width)

@@ -52,7 +52,8 @@ Loss = Callable[
     tuple[Float[Array, ''], Aux],
 ]
 
-# (parameters, task state, carried, step) -> task state.
+# (parameters, task state, carried, step) -> task state. What it is given has the new teacher, where
+# there is one, as 'teacher', which is not of what it gives.
 AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
 # (step, total steps) -> what share of the new parameters a teacher takes in: 1 less its momentum,
@@ -114,6 +115,8 @@ class Task(NamedTuple):
       after_update: moves that state after each accepted update.
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
+      draw: (model, run) -> function (batch, key) of a whole batch, which adds to it what is drawn
+        at random, such as masks: the same on any mesh and with any accumulation. None without.
       targets: (model, run) -> `Targets`; None without.
     """
 
@@ -132,6 +135,7 @@ class Task(NamedTuple):
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
+    draw: Callable[[Any, Run], Callable[[Batch, Array], Batch]] | None = None
     targets: Callable[[Any, Run], Targets] | None = None
 
     def is_addition(self, path: str) -> bool:
