@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from big_vit.errors import UserError
 from big_vit.models.prototype_head import PrototypeHead
@@ -193,7 +193,7 @@ class SelfDistillation(nn.Module):
 
     def features(
         self,
-        views: Float[Array, 'batch views height width channels'],
+        views: Float[Array, 'batch views y x channels'] | UInt[Array, 'batch views y x channels'],
         hidden: Bool[Array, 'batch views patches'] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, 'batch views features'], Float[Array, 'batch views patches width']]:

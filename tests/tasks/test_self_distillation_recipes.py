@@ -1,0 +1,213 @@
+"""Twenty steps of DINO and DINOv2 beside the references' modules, with equal weights and views."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vit import sharding, state, steps, trees
+from big_vit.models.vit import make_vit
+from big_vit.optim import factory
+from big_vit.tasks.self_distillation import self_distillation
+from big_vit.tasks.task import ExampleShape, Run
+
+STEPS, BATCH, LOCALS, WIDTH, HEADS, DEPTH = 20, 6, 3, 24, 3, 2
+SHAPES = {'global': (2, 16, 16, 3), 'local': (LOCALS, 8, 8, 3), 'image': (16, 16, 3)}
+COMMON = dict(
+    prototypes=48,
+    bottleneck=12,
+    head_width=32,
+    teacher_temperature=(0.04, 0.07),
+    temperature_warmup=0.3,
+    momentum=(0.9, 1.0),
+)
+TASKS = {
+    'dino_recipe': dict(patch_head='none', prototype_norm='fixed', koleo_weight=0.0),
+    'dinov2_recipe': dict(patch_head='separate', centering='sinkhorn'),
+    'dinov2_whole_recipe': dict(patch_head='shared'),
+}
+
+
+def batch_of(step):
+    rng = np.random.RandomState(100 + step)
+    batch = {
+        'global': rng.uniform(-1, 1, (BATCH, *SHAPES['global'])).astype(np.float32),
+        'local': rng.uniform(-1, 1, (BATCH, *SHAPES['local'])).astype(np.float32),
+    }
+    rng = np.random.RandomState(500 + step)
+    masks = np.zeros((BATCH * 2, 16), bool)
+    for mask in masks:
+        if rng.rand() < 0.6:
+            mask[rng.permutation(16)[: rng.randint(1, 9)]] = True
+    batch['masks'] = masks.reshape(BATCH, 2, 16)
+    batch['masks'][0, 0, :3] = True
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def initial(shapes):
+    """Weights by the names of the reference, in the order of these."""
+    arrays = {}
+    for i, name in enumerate(sorted(shapes)):
+        x = np.random.RandomState(i).standard_normal(shapes[name])
+        if name.endswith('weight_g'):
+            x = np.ones_like(x)
+        elif (x.ndim == 1 and name.endswith('weight')) or 'gamma' in name:
+            x = 1 + 0.1 * x
+        else:
+            x = (0.02 if x.ndim == 1 else 0.15) * x
+        arrays[name] = x.astype(np.float32)
+    return arrays
+
+
+def ours(arrays, norm):
+    """The reference's arrays as our parameters."""
+
+    def dense(name):
+        return {'kernel': arrays[f'{name}.weight'].T, 'bias': arrays[f'{name}.bias']}
+
+    def layer_norm(name):
+        return {'scale': arrays[f'{name}.weight'], 'bias': arrays[f'{name}.bias']}
+
+    def attention(name):
+        split = (WIDTH, HEADS, WIDTH // HEADS)
+        weights = np.split(arrays[f'{name}.qkv.weight'], 3)
+        biases = np.split(arrays[f'{name}.qkv.bias'], 3)
+        parts = {
+            part: {'kernel': w.T.reshape(split), 'bias': b.reshape(split[1:])}
+            for part, w, b in zip(('query', 'key', 'value'), weights, biases, strict=True)
+        }
+        out = dense(f'{name}.proj')
+        return parts | {'out': {**out, 'kernel': out['kernel'].reshape(*split[1:], WIDTH)}}
+
+    def block(i):
+        name = f'backbone.blocks.{i}'
+        made = {
+            'LayerNorm_0': layer_norm(f'{name}.norm1'),
+            'LayerNorm_1': layer_norm(f'{name}.norm2'),
+            'MultiHeadDotProductAttention_0': attention(f'{name}.attn'),
+            'MlpBlock_0': {'Dense_0': dense(f'{name}.mlp.fc1'), 'Dense_1': dense(f'{name}.mlp.fc2')},
+        }
+        for j in range(2):
+            if f'{name}.ls{j + 1}.gamma' in arrays:
+                made[f'LayerScale_{j}'] = {'scale': arrays[f'{name}.ls{j + 1}.gamma']}
+        return made
+
+    def head(name):
+        last = f'{name}.last_layer.weight_v'
+        prototypes = {'kernel': arrays[last].T}
+        if norm == 'learned':
+            prototypes['scale'] = arrays[f'{name}.last_layer.weight_g'][:, 0]
+        layers = {f'mlp_{i}': dense(f'{name}.mlp.{2 * i}') for i in range(3)}
+        return layers | {'prototypes': prototypes}
+
+    blocks = [block(i) for i in range(DEPTH)]
+    projection = arrays['backbone.patch_embed.proj.weight']
+    params = {
+        'cls': arrays['backbone.cls_token'],
+        'pos_embedding': arrays['backbone.pos_embed'],
+        'embedding': {
+            'kernel': projection.transpose(2, 3, 1, 0),
+            'bias': arrays['backbone.patch_embed.proj.bias'],
+        },
+        'Transformer': {
+            'encoderblock': jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
+            'encoder_norm': layer_norm('backbone.norm'),
+        },
+    }
+    if 'backbone.mask_token' in arrays:
+        params['mask_token'] = arrays['backbone.mask_token'][None]
+        params['registers'] = arrays['backbone.register_tokens']
+    for theirs, name in (('head', 'dino_head'), ('dino_head',) * 2, ('ibot_head',) * 2):
+        if f'{theirs}.mlp.0.weight' in arrays:
+            params[name] = head(theirs)
+    return params
+
+
+def reference(name, kind):
+    path = Path(__file__).parents[1] / 'oracles' / f'{name}.npz'
+    with np.load(path) as file:
+        numbers = {key: file[key] for key in file if key.startswith(f'{kind}/')}
+
+    def part(which):
+        start = f'{kind}/{which}/'
+        return {key[len(start) :]: x for key, x in numbers.items() if key.startswith(start)}
+
+    return {key.rpartition('/')[2]: numbers[f'{kind}/{key}'] for key in ('losses', 'lr', 'wd')}, part
+
+
+def decays(name, path):
+    last = path.rpartition('/')[2]
+    # The length of prototypes decays, that of other scales does not.
+    return last != 'bias' and (last != 'scale' or 'prototypes' in path)
+
+
+def rates(name, path, leaf):
+    """Factors on the rate of DINOv2: by layer, and of patches less."""
+    if name == 'dino_recipe':
+        return 1.0
+    if path.startswith('Transformer/encoderblock'):
+        return tuple(0.9 ** (DEPTH - i) for i in range(DEPTH))
+    if path in ('cls', 'pos_embedding', 'mask_token', 'registers'):
+        return 0.9 ** (DEPTH + 1)
+    return 0.2 * 0.9 ** (DEPTH + 1) if path.startswith('embedding') else 1.0
+
+
+def trained(name, kind, options, change=lambda task: task):
+    numbers, part = reference(name, kind)
+    norm = options.get('prototype_norm', 'learned')
+    arrays = initial({key: x.shape for key, x in part('student').items()})
+    settings = dict(patch_size=(4, 4), width=WIDTH, depth=DEPTH, mlp_dim=48, num_heads=HEADS)
+    settings |= dict(dtype=jnp.float32, activation='gelu', pool='cls', posemb='learned')
+    settings |= dict(posemb_prefix=1)
+    if name != 'dino_recipe':
+        settings |= dict(layer_scale=1e-5, registers=2)
+    # Any view may have half of its patches masked, so slots suffice.
+    masks = dict(mask_ratios=(0.5, 0.5), mask_probability=1.0, mask_group=1)
+    task = change(self_distillation(**COMMON, **options, **masks))
+    model = task.model(make_vit(0, **settings), ExampleShape(SHAPES, 0))
+    params = jax.tree.map(jnp.asarray, ours(arrays, norm))
+    wanted = state.abstract_params(model, {n: (s, np.float32) for n, s in SHAPES.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, wanted)
+    flat, run = trees.flatten(params), Run(STEPS, BATCH)
+    lr = jnp.asarray(numbers['lr'], jnp.float32)
+    optimizer = factory.make(
+        factory.adamw(),
+        lambda step: lr[step],
+        decay_factors={path: 0.04 * decays(name, path) for path in flat},
+        lr_factors={path: rates(name, path, leaf) for path, leaf in flat.items()},
+    )
+    step = steps.update(
+        task.loss(model, run),
+        optimizer,
+        lambda step: lr[step],
+        sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
+        after_update=task.after_update,
+        teacher_rate=lambda step: task.teacher_rate(step, STEPS),
+        targets=task.targets(model, run),
+    )
+    now, losses, step = state.from_params(params, optimizer, True, task.state), [], jax.jit(step)
+    for i in range(STEPS):
+        now, metrics = step(now, batch_of(i))
+        losses.append(float(metrics['loss']))
+    finals = {'params': ours(part('student'), norm), 'ema': ours(part('teacher'), norm)}
+    return np.array(losses), numbers['losses'], now, finals
+
+
+def distance(found, wanted):
+    found, wanted = (trees.flatten(jax.device_get(tree)) for tree in (found, wanted))
+    return {
+        name: np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
+        for name in wanted
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['dino_recipe', 'dinov2_recipe'])
+def test_losses_and_parameters_are_those_of_the_reference(name):
+    losses, wanted, now, finals = trained(name, 'plain', TASKS[name])
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    for part, tree in finals.items():
+        far = {k: float(x) for k, x in distance(now[part], tree).items() if x > 1e-4}
+        assert not far
