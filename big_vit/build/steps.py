@@ -81,6 +81,7 @@ def build_update(
         teacher_rate=None if rate is None else lambda step: rate(step, run.total_steps),
         draw=None if task.draw is None else task.draw(parts.model, run),
         targets=None if task.targets is None else task.targets(parts.model, run),
+        weight_decay=parts.decay_schedule,
     )
 
 
@@ -95,4 +96,5 @@ def batch_seen(config: Config, found: Data, batch: dict[str, Any], step: int) ->
         seed=config.seed,
     )
     result = jax.jit(made)(arrays, step=step)
-    return {n: normalise(x) if n in tokenizers.PICTURES else x for n, x in result.items()}
+    pictures = {*tokenizers.PICTURES, *found.transform.groups}
+    return {n: normalise(x) if n in pictures else x for n, x in result.items()}
