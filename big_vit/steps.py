@@ -20,8 +20,8 @@ Metrics = dict[str, jax.Array]
 # State of the task, and the step.
 Extra = tuple[Any, jax.Array]
 
-# Of the keys of a step those for mixing, for what the devices do to each example before, and for what
-# a task draws after; those of dropout have the numbers of microbatches.
+# Of the keys of a step those for mixing, for what the devices do to each example before, and for
+# what a task draws after; those of dropout have the numbers of microbatches.
 _MIXING, _PREPARING, _DRAWING = 2**31, 2**31 + 1, 2**31 + 2
 # What a spike is measured against: of the window of recent values the last ones, for loss and norms
 # drift; least ratios to their median, from docs/optimizers.md.

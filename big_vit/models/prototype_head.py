@@ -44,8 +44,9 @@ class Prototypes(nn.Module):
         start = (
             nn.initializers.truncated_normal(0.02)
             if self.norm == 'none'
-            else lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1)
-            / shape[0] ** 0.5
+            else lambda key, shape: (
+                jax.random.uniform(key, shape, minval=-1, maxval=1) / shape[0] ** 0.5
+            )
         )
         kernel = jnp.asarray(self.param('kernel', start, (width, self.count)))
         if self.norm != 'none':

@@ -1,4 +1,4 @@
-"""Gram anchoring (DINOv3, arXiv 2508.10104): which patches of an image are alike stays as it was."""
+"""Gram anchoring (DINOv3, arXiv 2508.10104): how alike patches of an image are stays as it was."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -231,7 +231,7 @@ class SelfDistillation(nn.Module):
         return (head or self.dino_head).logits(rows)
 
     def teacher(self, views: Array, index: Int[Array, 'blocks places'] | None) -> dict[str, Array]:
-        """Rows of whole large views, and of those of their patches that the student does not see."""
+        """Rows of whole large views, and of those of their patches that are hidden."""
         pooled, patches = self.features(views)
         return self.rows(pooled, None if index is None else block_masks.selected(patches, index))
 
@@ -328,7 +328,8 @@ def _check_views(trunk: ViT, example: ExampleShape) -> tuple[int, int]:
             f'config: data.transform: views of local, {shown[0]}, are larger than those of global, '
             f'{shown[1]}: swap them, or make them smaller'
         )
-    return grids['global']
+    rows, columns = grids['global']
+    return rows, columns
 
 
 def _check_batch(settings: Settings, run: Run, views: int) -> None:
@@ -360,12 +361,13 @@ class _Patches(NamedTuple):
     """The hidden patches of a microbatch: the masks, where they are, and their weights."""
 
     masks: Array | None = None
-    index: Array | None = None
+    place: Array | None = None
     weight: Array | None = None
 
 
 def _draw(model: SelfDistillation, run: Run, *, settings: Settings) -> Any:
     """The masks of a whole batch, so that they are the same in microbatches and on any mesh."""
+    _check_batch(settings, run, model.views)
 
     def draw(batch: Batch, rng: Array) -> Batch:
         examples, views = batch['global'].shape[0], model.views
@@ -399,7 +401,7 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
     def rows(task_state: Tree, batch: Batch, rng: Array, step: Array) -> dict[str, Array]:
         patches = _patches(model, batch, run, settings)
         params = {'params': task_state['teacher']}
-        found = apply(params, batch['global'], patches.index, method='teacher')
+        found = apply(params, batch['global'], patches.place, method='teacher')
         if patches.weight is not None:
             found['weight'] = patches.weight
         return found
@@ -410,9 +412,7 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
         if 'weight' in rows:
             weights['ibot'] = (rows['weight'] > 0).astype(jnp.float32)
         logits = {
-            kind: partial(
-                apply, {'params': task_state['teacher']}, kind=kind, method='logits'
-            )
+            kind: partial(apply, {'params': task_state['teacher']}, kind=kind, method='logits')
             for kind in weights
         }
         found: dict[str, Any] = {'offset': {}, 'mean': {}}
@@ -510,7 +510,7 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
     ) -> tuple[Array, Aux]:
         patches = _patches(model, batch, run, settings)
         inputs = {name: batch[name] for name in ('global', 'local') if name in batch}
-        given = inputs, patches.masks, patches.index, rng is not None
+        given = inputs, patches.masks, patches.place, rng is not None
         rngs = {} if rng is None else {'dropout': rng}
         student = apply({'params': params}, *given, method='student', rngs=rngs)
         temperature = _temperature(settings, run, step)
@@ -548,7 +548,10 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
             'used_prototypes': statistics.used,
             'teacher_temperature': temperature,
         }
-        carried = {'mean': task_state['targets']['mean'], 'gram_due': _gram_due(settings, run, step)}
+        carried = {
+            'mean': task_state['targets']['mean'],
+            'gram_due': _gram_due(settings, run, step),
+        }
         return total, Aux(metrics, carried)
 
     return loss

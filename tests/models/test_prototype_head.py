@@ -1,5 +1,7 @@
 """The head of self-distillation against DINOv2's and DINOv3's in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ def given(norm):
     rng, widths = np.random.RandomState(1), (5, 7, 7, 4)
     params = {
         f'mlp_{i}': {'kernel': rng.standard_normal(pair), 'bias': rng.standard_normal(pair[1])}
-        for i, pair in enumerate(zip(widths, widths[1:], strict=False))
+        for i, pair in enumerate(itertools.pairwise(widths))
     }
     params['prototypes'] = {'kernel': rng.standard_normal((4, 11))}
     scale = 1 + 0.1 * rng.standard_normal(11)

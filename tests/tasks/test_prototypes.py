@@ -60,7 +60,9 @@ def test_losses_with_a_centre_are_those_of_dino_ibot_and_dinov2():
             expected = np.reshape(wanted[name][step], -1)[-1]
             assert float(loss) == pytest.approx(expected, abs=1e-10)
             # Of iBOT all patches move the centre, of DINOv2 the masked.
-            moved = teacher[weight > 0] if name == 'v2_loss_centre' else teacher.reshape(-1, PROTOTYPES)
+            moved = (
+                teacher[weight > 0] if name == 'v2_loss_centre' else teacher.reshape(-1, PROTOTYPES)
+            )
             centre = 0.9 * centre + 0.1 * moved.mean(0)
 
 
