@@ -244,6 +244,20 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
     return gather
 
 
+def collect_kernel(mesh: Mesh):
+    """Returns a function that brings the shards of a matrix along `fsdp` together.
+
+    Its columns stay split over `tensor`, where it divides them, and so do products with it.
+    """
+
+    def collect(kernel: jax.Array) -> jax.Array:
+        axis = None if kernel.shape[1] % mesh.shape['tensor'] else 'tensor'
+        where = NamedSharding(mesh, PartitionSpec(None, axis))
+        return jax.lax.with_sharding_constraint(kernel, where)
+
+    return collect
+
+
 def constrain_replicated(mesh: Mesh):
     """Returns a function that keeps an array in full on every device."""
     sharding = replicated(mesh)

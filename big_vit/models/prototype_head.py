@@ -5,6 +5,7 @@ one logit for each of many prototypes. Between the two lies the only thing worth
 teacher's output: rows of a few hundred numbers instead of logits of a hundred thousand.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from big_vit.models.layers import ACTIVATIONS, PLAIN, Dense, Style
+from big_vit.models.encoder import identity
+from big_vit.models.layers import ACTIVATIONS, PLAIN, Dense, Dtype, Style
 
 NORMS = ('learned', 'fixed', 'none')
 
@@ -24,56 +26,59 @@ def unit(x: Float[Array, '*rows width'], epsilon: float = 1e-12) -> Float[Array,
     return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
 
 
+def similarity(
+    rows: Float[Array, '*rows width'], vectors: Float[Array, 'width prototypes']
+) -> Float[Array, '*rows prototypes']:
+    """Return the product of each row with each vector, summed in float32 or wider."""
+    wide = jnp.promote_types(vectors.dtype, jnp.float32)
+    axes = (((rows.ndim - 1,), (0,)), ((), ()))
+    rows = rows.astype(vectors.dtype)
+    return jax.lax.dot_general(rows, vectors, axes, preferred_element_type=wide)
+
+
 class Prototypes(nn.Module):
-    """Logits of rows: their products with `count` vectors, in float32.
+    """Vectors that rows are compared with.
 
     Attributes:
+      shape: (width of a row, number of vectors).
       norm: 'fixed' makes the vectors as long as 1, 'learned' gives each a length of its own
         (weight normalisation, arXiv 1602.07868), 'none' leaves them as they are.
+      dtype: type of the products with rows.
+      collect: what a mesh does to the vectors before a product.
     """
 
-    count: int
+    shape: tuple[int, int]
     norm: str = 'learned'
-    style: Style = PLAIN
+    dtype: Dtype = jnp.float32
+    collect: Callable[[Array], Array] = identity
 
     @nn.compact
-    def __call__(self, rows: Float[Array, '*rows width']) -> Float[Array, '*rows prototypes']:
-        width = rows.shape[-1]
+    def __call__(self) -> Float[Array, 'width prototypes']:
         # With a norm only directions matter at first, but decay and Adam see the lengths too:
         # those of torch's linear layers, with which the published weights were trained.
+        bound = self.shape[0] ** -0.5
         start = (
             nn.initializers.truncated_normal(0.02)
             if self.norm == 'none'
-            else lambda key, shape: (
-                jax.random.uniform(key, shape, minval=-1, maxval=1) / shape[0] ** 0.5
-            )
+            else lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         )
-        kernel = jnp.asarray(self.param('kernel', start, (width, self.count)))
+        kernel = jnp.asarray(self.param('kernel', start, self.shape))
         if self.norm != 'none':
             kernel = kernel * jax.lax.rsqrt(jnp.square(kernel).sum(0, keepdims=True))
         if self.norm == 'learned':
-            scale = jnp.asarray(self.param('scale', nn.initializers.ones, (self.count,)))
+            scale = jnp.asarray(self.param('scale', nn.initializers.ones, self.shape[1:]))
             kernel = kernel * scale[None]
-
-        def product(x: Array, kernel: Array) -> Array:
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            return jax.lax.dot_general(
-                x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide
-            )
-
-        name = '/'.join((*self.path, 'kernel'))
-        dtype = self.style.dtype
-        return self.style.gather(name, product, rows.astype(dtype), kernel.astype(dtype))
+        return self.collect(kernel.astype(self.dtype))
 
 
 class PrototypeHead(nn.Module):
-    """Features as rows of length 1 (`project`), and these as logits of prototypes (`logits`).
+    """Features as rows of length 1 (`project`), and the logits of these.
 
     Attributes:
       count: number of prototypes.
       bottleneck: width of the rows.
       hidden: width of the two hidden layers.
-      norm: see `Prototypes`.
+      norm, collect: see `Prototypes`.
     """
 
     count: int
@@ -81,6 +86,7 @@ class PrototypeHead(nn.Module):
     hidden: int = 2048
     norm: str = 'learned'
     style: Style = PLAIN
+    collect: Callable[[Array], Array] = identity
 
     def setup(self) -> None:
         dense = partial(
@@ -90,7 +96,8 @@ class PrototypeHead(nn.Module):
             gather=self.style.gather,
         )
         self.mlp = [dense((n,)) for n in (self.hidden, self.hidden, self.bottleneck)]
-        self.prototypes = Prototypes(self.count, self.norm, self.style)
+        shape = self.bottleneck, self.count
+        self.prototypes = Prototypes(shape, self.norm, self.style.dtype, self.collect)
 
     def project(self, x: Float[Array, '*rows features']) -> Float[Array, '*rows bottleneck']:
         """Rows of length 1, in float32."""
@@ -98,9 +105,9 @@ class PrototypeHead(nn.Module):
         first, second, last = self.mlp
         return unit(last(gelu(second(gelu(first(x))))))
 
-    def logits(self, rows: Float[Array, '*rows bottleneck']) -> Float[Array, '*rows prototypes']:
-        """The product of each row with each prototype, in float32."""
-        return self.prototypes(rows)
+    def vectors(self) -> Float[Array, 'bottleneck prototypes']:
+        """The prototypes; `similarity` makes logits of them and rows."""
+        return self.prototypes()
 
     def __call__(self, x: Float[Array, '*rows features']) -> Float[Array, '*rows prototypes']:
-        return self.logits(self.project(x))
+        return similarity(self.project(x), self.vectors())

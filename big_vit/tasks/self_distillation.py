@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from big_vit.errors import UserError
-from big_vit.models.prototype_head import PrototypeHead
+from big_vit.models.prototype_head import PrototypeHead, similarity
 from big_vit.models.tokenizers import EmbeddingContext, grid_of
 from big_vit.models.vit import ViT
 from big_vit.tasks import block_masks, prototypes
@@ -223,12 +223,10 @@ class SelfDistillation(nn.Module):
             found['ibot'] = head.project(patches)
         return found
 
-    def logits(
-        self, rows: Float[Array, 'batch slots bottleneck'], kind: str
-    ) -> Float[Array, 'batch slots prototypes']:
-        """Logits in float32 of rows of views ('dino') or patches ('ibot')."""
+    def vectors(self, kind: str) -> Float[Array, 'bottleneck prototypes']:
+        """The prototypes of views ('dino') or patches ('ibot')."""
         head = self.ibot_head if kind == 'ibot' else self.dino_head
-        return (head or self.dino_head).logits(rows)
+        return (head or self.dino_head).vectors()
 
     def teacher(self, views: Array, index: Int[Array, 'blocks places'] | None) -> dict[str, Array]:
         """Rows of whole large views, and of those of their patches that are hidden."""
@@ -249,7 +247,7 @@ class SelfDistillation(nn.Module):
             small, _ = self.features(inputs['local'], train=train)
             pooled = jnp.concatenate([pooled, small], axis=1)
         rows = self.rows(pooled, None if index is None else block_masks.selected(patches, index))
-        return found | {kind: self.logits(x, kind) for kind, x in rows.items()}
+        return found | {kind: similarity(x, self.vectors(kind)) for kind, x in rows.items()}
 
 
 def _model(trunk: ViT, example: ExampleShape, settings: Settings) -> SelfDistillation:
@@ -412,8 +410,7 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
         if 'weight' in rows:
             weights['ibot'] = (rows['weight'] > 0).astype(jnp.float32)
         logits = {
-            kind: partial(apply, {'params': task_state['teacher']}, kind=kind, method='logits')
-            for kind in weights
+            kind: partial(similarity, vectors=_vectors(model, task_state, kind)) for kind in weights
         }
         found: dict[str, Any] = {'offset': {}, 'mean': {}}
         for kind, weight in weights.items():
@@ -436,6 +433,11 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
         return found
 
     return Targets(rows, shared)
+
+
+def _vectors(model: SelfDistillation, task_state: Tree, kind: str) -> Array:
+    apply: Any = model.apply
+    return apply({'params': task_state['teacher']}, kind, method='vectors')
 
 
 def _temperature(settings: Settings, run: Run, step: Array | int) -> Float[Array, '']:
@@ -495,8 +497,7 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
     gram_from = round(settings.gram_start * run.total_steps)
 
     def targets_of(task_state: Tree, rows: Array, kind: str, temperature: Array) -> Array:
-        params = {'params': task_state['teacher']}
-        logits = apply(params, rows, kind, method='logits') / temperature
+        logits = similarity(rows, _vectors(model, task_state, kind)) / temperature
         offset = task_state['targets']['offset'][kind]
         return jax.lax.stop_gradient(jax.nn.softmax(logits + offset[None, None], axis=-1))
 
