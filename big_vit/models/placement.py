@@ -12,7 +12,7 @@ Model = TypeVar('Model', bound=nn.Module)
 
 
 def placed(model: Model, **functions: Any) -> Model:
-    """A copy with other `constrain`, `gather` or `collect`, wherever a module or section has one."""
+    """A copy with other `constrain`, `gather` or `collect`, wherever a module or part has one."""
     return _replaced(model, functions)
 
 
