@@ -20,9 +20,9 @@ Metrics = dict[str, jax.Array]
 # State of the task, and the step.
 Extra = tuple[Any, jax.Array]
 
-# Of the keys of a step those for mixing, for what the devices do to each example before, and for
-# what a task draws after; those of dropout have the numbers of microbatches.
-_MIXING, _PREPARING, _DRAWING = 2**31, 2**31 + 1, 2**31 + 2
+# Of the keys of a step those for mixing and for what the devices do to each example before; those
+# of dropout have the numbers of microbatches.
+_MIXING, _PREPARING = 2**31, 2**31 + 1
 # What a spike is measured against: of the window of recent values the last ones, for loss and norms
 # drift; least ratios to their median, from docs/optimizers.md.
 _COMPARED, _NEWEST, _LEAST_KNOWN = 64, 8, 16
@@ -102,8 +102,8 @@ def update(
     sam_adaptive: bool = False,
     after_update: AfterUpdate | None = None,
     teacher_rate: Callable[[jax.Array], jax.Array] | None = None,
-    draw: Mix | None = None,
     targets: Targets | None = None,
+    draw: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None,
     weight_decay: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
@@ -119,8 +119,8 @@ def update(
       loss: of a task.
       after_update: moves the task's own state, `Task.after_update`.
       teacher_rate: step -> share of the new parameters that the average takes in.
-      draw: of a task, what it adds to the whole batch at random.
       targets: of a task, computed once from the whole batch before its gradients.
+      draw: of a task, random numbers of the whole batch, `Task.draw`.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
@@ -184,7 +184,7 @@ def update(
         batch = {name: x for name, x in batch.items() if name != 'replaced'}
         batch = seen(batch, seed, step, prepare, mix)
         if draw is not None:
-            batch = draw(batch, jax.random.fold_in(rng, _DRAWING))
+            batch = {**batch, 'drawn': draw(batch, rng)}
         task_state = state.get('task', ())
         if teacher_rate is not None:
             task_state = {**(task_state or {}), 'teacher': state['ema']}

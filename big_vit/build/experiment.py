@@ -255,7 +255,7 @@ def loss_flops(
     if task.teacher_rate is not None:
         task_state = {**(task_state or {}), 'teacher': params}
     if task.draw is not None:
-        batch = jax.eval_shape(task.draw(plain, run), batch, key)
+        batch = {**batch, 'drawn': jax.eval_shape(task.draw(plain), batch, key)}
     of_targets = 0
     if task.targets is not None:
         rows, shared = task.targets(plain, run)

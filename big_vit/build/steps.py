@@ -79,8 +79,8 @@ def build_update(
         sam_adaptive=bool(config.optim.sam_rho) and config.optim.sam_adaptive,
         after_update=task.after_update,
         teacher_rate=None if rate is None else lambda step: rate(step, run.total_steps),
-        draw=None if task.draw is None else task.draw(parts.model, run),
         targets=None if task.targets is None else task.targets(parts.model, run),
+        draw=None if task.draw is None else task.draw(parts.model),
         weight_decay=parts.decay_schedule,
     )
 

@@ -29,6 +29,8 @@ from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Targets, Task, Tree
 
 Pair = tuple[float, float]
 _CENTRE_MOMENTUM = 0.9
+# Number of the step's key for masks; those of dropout have small ones.
+_MASKS = 2**31 + 2
 # Of fewer rows for a prototype Sinkhorn makes nearly uniform targets, from which nothing is learnt.
 _PROTOTYPES_PER_ROW = 64
 
@@ -330,21 +332,18 @@ def _check_views(trunk: ViT, example: ExampleShape) -> tuple[int, int]:
     return rows, columns
 
 
-def _check_batch(settings: Settings, run: Run, views: int) -> None:
-    """Refuses batches that do not divide into groups, or in which Sinkhorn finds too little."""
-    hides, size = settings.patch_head != 'none', run.batch_size
-    groups = {
-        'mask_group': settings.mask_group if hides else 1,
-        'koleo_group': min(settings.koleo_group, size) if settings.koleo_weight else 1,
-    }
-    for key, group in groups.items():
-        if size % group:
-            near = max(n for n in range(1, group) if size % n == 0)
-            raise UserError(
-                f'config: batch_size={size} is not divisible by task.{key}={group}: set '
-                f'task.{key}={near}'
-            )
-    rows = views * size
+def _check_group(batch_size: int, key: str, group: int) -> None:
+    if batch_size % group:
+        near = max(n for n in range(1, group) if batch_size % n == 0)
+        raise UserError(
+            f'config: batch_size={batch_size} is not divisible by task.{key}={group}: set '
+            f'task.{key}={near}'
+        )
+
+
+def _check_sinkhorn(settings: Settings, run: Run, views: int) -> None:
+    """Refuses batches in which Sinkhorn finds too little."""
+    rows = views * run.batch_size
     if settings.centering == 'sinkhorn' and rows * _PROTOTYPES_PER_ROW < settings.prototypes:
         least = -(-settings.prototypes // (_PROTOTYPES_PER_ROW * views))
         raise UserError(
@@ -363,18 +362,18 @@ class _Patches(NamedTuple):
     weight: Array | None = None
 
 
-def _draw(model: SelfDistillation, run: Run, *, settings: Settings) -> Any:
+def _draw(model: SelfDistillation, *, settings: Settings) -> Any:
     """The masks of a whole batch, so that they are the same in microbatches and on any mesh."""
-    _check_batch(settings, run, model.views)
 
-    def draw(batch: Batch, rng: Array) -> Batch:
-        examples, views = batch['global'].shape[0], model.views
-        counts, masks = jax.random.split(rng)
+    def draw(batch: Batch, rng: Array) -> dict[str, Array]:
+        examples, group = batch['global'].shape[0], settings.mask_group
+        _check_group(examples, 'mask_group', group)
+        counts, masks = jax.random.split(jax.random.fold_in(rng, _MASKS))
         drawn = block_masks.shuffled_counts(
-            counts, _counts(settings, views, model.grid), examples // settings.mask_group
+            counts, _counts(settings, model.views, model.grid), examples // group
         )
         found = block_masks.block_masks(masks, drawn.reshape(-1), model.grid)
-        return {**batch, 'masks': found.reshape(examples, views, -1)}
+        return {'masks': found.reshape(examples, model.views, -1)}
 
     return draw
 
@@ -382,7 +381,7 @@ def _draw(model: SelfDistillation, run: Run, *, settings: Settings) -> Any:
 def _patches(model: SelfDistillation, batch: Batch, run: Run, settings: Settings) -> _Patches:
     if not model.hides:
         return _Patches()
-    masks = batch['masks']
+    masks = batch['drawn']['masks']
     examples, views = masks.shape[:2]
     # Of a group of consecutive examples a microbatch has each n-th.
     accumulation, group = run.batch_size // examples, settings.mask_group
@@ -493,7 +492,9 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
     """
     apply: Any = model.apply
     views = model.views
-    _check_batch(settings, run, views)
+    _check_sinkhorn(settings, run, views)
+    if settings.koleo_weight:
+        _check_group(run.batch_size, 'koleo_group', min(settings.koleo_group, run.batch_size))
     gram_from = round(settings.gram_start * run.total_steps)
 
     def targets_of(task_state: Tree, rows: Array, kind: str, temperature: Array) -> Array:

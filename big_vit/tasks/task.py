@@ -115,9 +115,10 @@ class Task(NamedTuple):
       after_update: moves that state after each accepted update.
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
-      draw: (model, run) -> function (batch, key) of a whole batch, which adds to it what is drawn
-        at random, such as masks: the same on any mesh and with any accumulation. None without.
       targets: (model, run) -> `Targets`; None without.
+      draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
+        each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
+        depends on accumulation; a loss that is called by itself draws its own. None without.
     """
 
     name: str
@@ -135,8 +136,8 @@ class Task(NamedTuple):
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
-    draw: Callable[[Any, Run], Callable[[Batch, Array], Batch]] | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""

@@ -42,8 +42,9 @@ def batch_of(step):
     for mask in masks:
         if rng.rand() < 0.6:
             mask[rng.permutation(16)[: rng.randint(1, 9)]] = True
-    batch['masks'] = masks.reshape(BATCH, 2, 16)
-    batch['masks'][0, 0, :3] = True
+    masks = masks.reshape(BATCH, 2, 16)
+    masks[0, 0, :3] = True
+    batch['drawn'] = {'masks': masks}
     return jax.tree.map(jnp.asarray, batch)
 
 
