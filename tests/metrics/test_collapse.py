@@ -72,7 +72,7 @@ def test_targets_that_become_uniform_are_told_once_soon():
 
 def test_a_run_that_never_leaves_the_start_is_told_after_the_warm_up():
     ((step, text),) = collapses(course(lambda step: 0.002))
-    assert TOTAL // 10 < step < TOTAL // 5
+    assert TOTAL // 10 < step <= 20 * EVERY
     assert 'no longer depend on the pictures' in text
 
 
