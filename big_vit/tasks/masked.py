@@ -329,7 +329,9 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         # Cut once, for the embedding and for the targets: each by itself would lay out all pixels
         # with three channels innermost, which accelerators pad to whole lanes.
         pixels = jax.lax.optimization_barrier(patchify(image, stream.patch_size))
-        image = unpatchify(pixels, stream.patch_size, (image.shape[1], image.shape[2]))
+        # The embedding would round them to this type next; before, its layout is that of patches.
+        rounded = pixels.astype(model.trunk.encoder.style.dtype)
+        image = unpatchify(rounded, stream.patch_size, (image.shape[1], image.shape[2]))
         rngs, noise = {} if rng is None else _streams(rng), batch.get('drawn', {}).get('noise')
         predicted, hidden = _apply(model)(
             {'params': params}, image, train=rng is not None, rngs=rngs, noise=noise
