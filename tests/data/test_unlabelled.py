@@ -237,3 +237,29 @@ def test_broken_pictures_are_replaced_and_counted(tmp_path, workers):
     if not workers:
         with pytest.raises(UserError, match=r"cut\.jpg: .*set data\.on_error='skip'"):
             batches(tmp_path, 'resize(size)', skip=False)
+
+
+def test_a_resized_copy_is_made_without_the_broken_ones_and_counts_them(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    for name, make in (KINDS | BROKEN).items():
+        if name in ('x.bmp', 'x.webp', *BROKEN):
+            path = tmp_path / 'photos' / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(make())
+
+    def opened(skip):
+        spec = dataset.Spec(
+            'data', 'folder', 'train', 'resize(size)', (8, 8), labelled=False, cache='resized',
+            settings=(('path', str(tmp_path / 'photos')),), cache_side=20, skip_bad=skip,
+        )  # fmt: skip
+        return dataset.open_spec(spec)[0]
+
+    with pytest.raises(UserError, match=r'cut\.jpg'):
+        opened(False)
+    assert opened(True).length == 2
+    said = capfd.readouterr().err
+    assert 'is a copy of folder:photos without its 4 damaged examples' in said
+    with pytest.raises(UserError, match=r"without the 4 damaged .* set data\.on_error='skip'"):
+        opened(False)
