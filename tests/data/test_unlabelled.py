@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tiny import write_idx
 
 from big_vit.data import dataset, pipeline
-from big_vit.data.sources import folder, parquet, table, tar
+from big_vit.data.sources import arrays, folder, idx, parquet, table, tar
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
@@ -148,6 +149,28 @@ def test_shards_of_pictures_alone(tmp_path):
             archive.addfile(member, io.BytesIO(png(i)))
     source = tar.tar(ANY, path=str(tmp_path))
     assert one_class(source) == [png(i) for i in range(3)]
+
+
+def test_arrays_of_pictures_alone(tmp_path):
+    images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8, 1)
+    np.savez(tmp_path / 'one.npz', image=images)
+    np.savez(tmp_path / 'two.npz', x_train=images, x_test=images[:2], y_test=np.array([0, 1]))
+    for name in ('one', 'two'):
+        path = str(tmp_path / f'{name}.npz')
+        np.testing.assert_array_equal(one_class(arrays.arrays(ANY, path=path)), images)
+        with pytest.raises(UserError):
+            arrays.arrays(Request('train'), path=path)
+    labelled = arrays.arrays(Request('test'), path=str(tmp_path / 'two.npz'))
+    assert labelled.load(np.arange(2))['label'].tolist() == [0, 1]
+
+
+def test_idx_files_of_pictures_alone(tmp_path):
+    root = write_idx(tmp_path, examples=4)
+    whole = idx.idx(Request('train'), path=str(root)).load(np.arange(4))['image']
+    (root / 'train-labels-idx1-ubyte.gz').unlink()
+    np.testing.assert_array_equal(one_class(idx.idx(ANY, path=str(root))), whole)
+    with pytest.raises(UserError, match='no train labels'):
+        idx.idx(Request('train'), path=str(root))
 
 
 # --- Kinds of pictures -----------------------------------------------------------------
