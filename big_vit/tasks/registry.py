@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from big_vit.tasks import classification, contrastive, masked
+from big_vit.tasks import classification, contrastive, masked, self_distillation
 from big_vit.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     'classification': classification.classification,
     'contrastive': contrastive.contrastive,
     'masked': masked.masked,
+    'self_distillation': self_distillation.self_distillation,
 }

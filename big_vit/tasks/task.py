@@ -52,7 +52,8 @@ Loss = Callable[
     tuple[Float[Array, ''], Aux],
 ]
 
-# (parameters, task state, carried, step) -> task state.
+# (parameters, task state, carried, step) -> task state. What it is given has the new teacher, where
+# there is one, as 'teacher', which is not of what it gives.
 AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
 # (step, total steps) -> what share of the new parameters a teacher takes in: 1 less its momentum,
@@ -115,6 +116,9 @@ class Task(NamedTuple):
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
       targets: (model, run) -> `Targets`; None without.
+      draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
+        each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
+        depends on accumulation; a loss that is called by itself draws its own. None without.
     """
 
     name: str
@@ -133,6 +137,7 @@ class Task(NamedTuple):
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""
