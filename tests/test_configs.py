@@ -113,6 +113,7 @@ SLOW = (
     'vit_22b',
     'dino_s16_i1k',
     'dinov2_l16_i1k',
+    'ibot_s16_i1k',
 )
 
 
