@@ -11,7 +11,7 @@ by a linear probe (configs/mae_linear.py:l16). Nobody has run it here.
 
 from ml_collections import ConfigDict
 
-# Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
+# docs/plans/ has the plans of B/16 and H/14.
 PODS = {
     # The decoder's kernels are small: they are split too, or each chip would update all of them.
     'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16, 'min_shard_size': 2**17}},
