@@ -104,6 +104,25 @@ def size(value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def span(lowest: float, highest: float) -> Callable[[Any], tuple[float, float]]:
+    """Makes a check for a pair of numbers, the first of which is not above the second."""
+
+    def check(value: Any) -> tuple[float, float]:
+        pair = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+        try:
+            low, high = (number(lowest, highest)(x) for x in pair)
+        except ValueError:
+            low, high = 1.0, 0.0
+        if low > high or high == 0:
+            raise ValueError(
+                f'a pair (least, greatest) of numbers from {lowest:g} to {highest:g}'
+            )
+        return low, high
+
+    check.__doc__ = f'pair (least, greatest) of numbers from {lowest:g} to {highest:g}'
+    return check
+
+
 def rules(value: Any) -> tuple[tuple[str, float], ...]:
     """pairs of (regex, factor of at least 0)"""
     try:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from big_vit.tasks import classification, contrastive, masked
+from big_vit.tasks import classification, contrastive, joint_embedding, masked
 from big_vit.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     'classification': classification.classification,
     'contrastive': contrastive.contrastive,
+    'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
 }
