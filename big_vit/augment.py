@@ -56,7 +56,28 @@ def compose(functions: Sequence[Function]) -> Function:
     return apply
 
 
-def _number(name: str, value: object, least: float, most: float) -> float:
+def on_views(views: Sequence[tuple[str, int, Sequence[Function]]]) -> Operation:
+    """Apply operations on images to views [batch, views, height, width, channels].
+
+    Args:
+      views: in their order (group, count, operations); the keys depend on that order alone.
+    """
+    groups = dict.fromkeys(group for group, _, _ in views)
+
+    def apply(batch: Batch, rng: Array) -> Batch:
+        made: dict[str, list[Array]] = {group: [] for group in groups}
+        for place, (group, count, functions) in enumerate(views):
+            start = sum(part.shape[1] for part in made[group])
+            part = batch[group][:, start : start + count]
+            rows = {'image': part.reshape(-1, *part.shape[2:])}
+            image = compose(functions)(rows, jax.random.fold_in(rng, place))['image']
+            made[group].append(image.reshape(*part.shape[:2], *image.shape[1:]))
+        return {**batch, **{group: jnp.concatenate(made[group], axis=1) for group in groups}}
+
+    return Operation(apply)
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ValueError(f'takes a number from {least:g} to {most:g} for {name}, not {value!r}')
     return float(value)
@@ -76,7 +97,7 @@ def _input_range(in_low: object, in_high: object) -> tuple[float, float] | None:
         return None
     if in_low is None or in_high is None:
         raise ValueError('takes both of in_low and in_high, or none')
-    first, last = _number('in_low', in_low, -1e9, 1e9), _number('in_high', in_high, -1e9, 1e9)
+    first, last = number('in_low', in_low, -1e9, 1e9), number('in_high', in_high, -1e9, 1e9)
     if first >= last:
         raise ValueError(f'takes in_low below in_high, not {in_low!r} and {in_high!r}')
     return first, last
@@ -102,7 +123,7 @@ def value_range(low, high, in_low=None, in_high=None) -> Operation:
     Images of whole numbers are black at 0 and white at 255 (or 65535); for floats, `in_low` and
     `in_high` must say what is black and white.
     """
-    low, high = _number('low', low, -1e6, 1e6), _number('high', high, -1e6, 1e6)
+    low, high = number('low', low, -1e6, 1e6), number('high', high, -1e6, 1e6)
     if low == high:
         raise ValueError(f'takes a low that is not high, not twice {low:g}')
     given = _input_range(in_low, in_high)
@@ -149,7 +170,7 @@ def normalize(mean='imagenet', std='imagenet', in_low=None, in_high=None) -> Ope
 
 
 def _flip(p: object, axis: int) -> Operation:
-    share = _number('p', p, 0, 1)
+    share = number('p', p, 0, 1)
 
     def apply(batch: Batch, rng: Array) -> Batch:
         image = batch['image']
@@ -200,11 +221,11 @@ def random_erasing(
     normalised images, so bytes become -1..1 first, and `value_range` and `normalize`, which refuse
     floats, come before.
     """
-    share = _number('p', p, 0, 1)
-    least, most = _number('min_area', min_area, 0, 1), _number('max_area', max_area, 0, 1)
+    share = number('p', p, 0, 1)
+    least, most = number('min_area', min_area, 0, 1), number('max_area', max_area, 0, 1)
     if not 0 < least <= most:
         raise ValueError(f'takes 0 < min_area <= max_area, not {min_area!r} and {max_area!r}')
-    steep = np.log(_number('min_aspect', min_aspect, 1e-3, 1))
+    steep = np.log(number('min_aspect', min_aspect, 1e-3, 1))
     if mode not in ('pixel', 'rand', 'const'):
         raise ValueError(f"takes 'pixel', 'rand' or 'const' for mode, not {mode!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 16:

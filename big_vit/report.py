@@ -381,7 +381,7 @@ def operations(run: Run) -> str:
     shapes = {name: shape for name, (shape, _) in parts.items()}
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
-    forward = loss_flops(task, model, loaded.params, parts, config.batch_size)
+    forward, _ = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
     position = (loaded.sidecar or {}).get('position')  # Not all steps had this batch size.
     examples_seen = loaded.run[1] * config.batch_size

@@ -14,7 +14,7 @@ from big_vit.augment import Mix
 from big_vit.optim import factory, sam, schedule_free
 from big_vit.state import WINDOW, State, shardings
 from big_vit.tasks.batch import Batch
-from big_vit.tasks.task import AfterUpdate, Loss
+from big_vit.tasks.task import AfterUpdate, Loss, Targets
 
 Metrics = dict[str, jax.Array]
 # State of the task, and the step.
@@ -51,6 +51,16 @@ def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
         return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(split, batch)
+
+
+def _joined(parts: Any, mesh: Mesh) -> Any:
+    """The inverse of `_split`: [parts, batch / parts, ...] as [batch, ...]."""
+
+    def join(x: jax.Array) -> jax.Array:
+        x = x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+
+    return jax.tree.map(join, parts)
 
 
 def is_spike(
@@ -91,6 +101,8 @@ def update(
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
     after_update: AfterUpdate | None = None,
+    teacher_rate: Callable[[jax.Array], jax.Array] | None = None,
+    targets: Targets | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
 
@@ -98,11 +110,14 @@ def update(
     the step. An update whose loss or gradient is not finite, or a spike, is
     skipped: only the step and the counters of skips advance. The average of
     parameters starts fast, with decay min(ema, (1 + step) / (10 + step)); with a
-    schedule-free optimizer it is that optimizer's own.
+    schedule-free optimizer it is that optimizer's own, and with `teacher_rate` the
+    teacher that the loss learns from.
 
     Args:
       loss: of a task.
       after_update: moves the task's own state, `Task.after_update`.
+      teacher_rate: step -> share of the new parameters that the average takes in.
+      targets: of a task, computed once from the whole batch before its gradients.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
@@ -113,6 +128,27 @@ def update(
         gradients are of the same batch with the same dropout, and each of all microbatches;
         the loss is that of the parameters themselves.
     """
+
+    def in_parts(function: Callable[[Batch, jax.Array], Any], batch: Batch, rng: jax.Array) -> Any:
+        """Apply to each microbatch with its key; rows of the results are in the batch's order."""
+        if accumulation == 1:
+            return function(batch, rng)
+
+        def apply(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, Any]:
+            return None, function(part[1], jax.random.fold_in(rng, part[0]))
+
+        parts = _split(batch, accumulation, mesh)
+        _, results = jax.lax.scan(apply, None, (jnp.arange(accumulation), parts))
+        return _joined(results, mesh)
+
+    def with_targets(batch: Batch, extra: Extra, rng: jax.Array) -> tuple[Batch, Extra]:
+        if targets is None:
+            return batch, extra
+        task_state, step = extra
+        rows = in_parts(lambda part, key: targets.rows(task_state, part, key, step), batch, rng)
+        shared = targets.shared(task_state, rows, step)
+        rows, shared = jax.lax.stop_gradient((rows, shared))
+        return {**batch, 'targets': rows}, ({**task_state, 'targets': shared}, step)
 
     def gradient(params: Any, extra: Extra, batch: Batch, rng: jax.Array):
         task_state, step = extra
@@ -143,7 +179,10 @@ def update(
         replaced = batch.get('replaced')
         batch = {name: x for name, x in batch.items() if name != 'replaced'}
         batch = seen(batch, seed, step, prepare, mix)
-        extra = state.get('task', ()), step
+        task_state = state.get('task', ())
+        if teacher_rate is not None:
+            task_state = {**(task_state or {}), 'teacher': state['ema']}
+        batch, extra = with_targets(batch, (task_state, step), rng)
         (value, aux), grads = gradients(params, extra, batch, rng)
         if sam_rho:
             worst = sam.ascend(params, grads, sam_rho, sam_adaptive)
@@ -167,10 +206,11 @@ def update(
         if average is not None:
             new['ema'] = average
         elif 'ema' in state:
-            decay = jnp.minimum(ema, (1.0 + step) / (10.0 + step))
-            new['ema'] = jax.tree.map(
-                lambda a, p: a + (1 - decay) * (p - a), state['ema'], new['params']
-            )
+            if teacher_rate is None:
+                rate = 1 - jnp.minimum(ema, (1.0 + step) / (10.0 + step))
+            else:
+                rate = teacher_rate(step)
+            new['ema'] = jax.tree.map(lambda a, p: a + rate * (p - a), state['ema'], new['params'])
         if after_update is not None:
             new['task'] = after_update(new['params'], state['task'], aux.carried, step)
         old = {name: state[name] for name in new}

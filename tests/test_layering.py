@@ -21,7 +21,7 @@ LAYERS = [
     {'storage', 'trees', 'signals'},
     {'runtime', 'config', 'command_line', 'distributed', 'ownership'},
     {'models', 'optim', 'data', 'sharding', 'planning', 'compiler', 'completion'},
-    {'tasks', 'augment', 'state', 'checkpoint_hashes', 'metrics', 'interop'},
+    {'tasks', 'augment', 'augment_colour', 'state', 'checkpoint_hashes', 'metrics', 'interop'},
     {'checkpoint', 'workdir'},
     {'steps', 'evaluators'},
     {'build'},
@@ -47,6 +47,8 @@ LAYERS = [
 WITHIN_A_LAYER = {
     ('command_line', 'config'),  # Which key was meant by a flag that there is not.
     ('augment', 'tasks'),  # What bytes become where nothing is said, and labels as targets.
+    ('augment_colour', 'augment'),
+    ('augment_colour', 'tasks'),
     ('explain', 'ledger'),
     ('journal', 'resumption'),
     ('transfer', 'train'),  # All runs of a transfer are runs of train.

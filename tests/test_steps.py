@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from big_vit.models.placement import placed
 from big_vit.optim import factory, schedules
 from big_vit.tasks.batch import normalise, targets
 from big_vit.tasks.classification import classification_loss
-from big_vit.tasks.task import Aux
+from big_vit.tasks.task import Aux, Targets
 
 IMAGE, CLASSES, BATCH, STEPS = (8, 8, 3), 10, 32, 10
 SIZES = dict(patch_size=(4, 4), width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=CLASSES)
@@ -956,3 +957,112 @@ def test_a_copy_of_the_parameters_in_the_state_of_a_task_lies_like_them():
     kernel, teacher = last['params']['head']['kernel'], last['task']['teacher']['head']['kernel']
     assert teacher.sharding.is_equivalent_to(kernel.sharding, 2)
     assert {shard.data.shape for shard in teacher.addressable_shards} == {(4, 4)}
+
+
+class Teaching(NamedTuple):
+    """A tiny linear task of a teacher with targets, on one mesh."""
+
+    step: Any
+    start: Any
+    mesh: Any
+
+
+RATE = 0.25
+
+
+def teaching(devices=1, sizes=(1, 1, 1), accumulation=1, sam_rho=0.0):
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+
+    def rows(task_state, batch, rng, step):
+        return {'out': batch['x'] @ task_state['teacher']['w']}
+
+    def shared(task_state, all_rows, step):
+        return all_rows['out'].mean(0) - task_state['centre']
+
+    def loss(params, task_state, batch, rng, step):
+        wanted = batch['targets']['out'] - task_state['targets'][None]
+        value = jnp.square(batch['x'] @ params['w'] - wanted).sum(-1).mean()
+        return value, Aux({}, {'seen': task_state['targets']})
+
+    def after(params, task_state, carried, step):
+        return {'centre': task_state['centre'] + 0.1 * carried['seen']}
+
+    def initial(params):
+        return {'centre': jnp.zeros(3)}
+
+    optimizer = optax.sgd(0.05)
+    wrapped = optax.with_extra_args_support(optimizer)
+    abstract = jax.eval_shape(
+        lambda: state.from_params({'w': jnp.zeros((4, 3))}, wrapped, True, initial)
+    )
+    where = sharding.shardings_for(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, w: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=w), abstract, where
+    )
+    step = steps.update(
+        loss,
+        wrapped,
+        lambda step: jnp.float32(0.05),
+        mesh,
+        accumulation=accumulation,
+        sam_rho=sam_rho,
+        after_update=after,
+        teacher_rate=lambda step: RATE / (1 + step),
+        targets=Targets(rows, shared),
+    )
+    weights = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    begin = jax.jit(
+        lambda w: state.from_params({'w': w}, wrapped, True, initial), out_shardings=where
+    )
+    return Teaching(steps.make_train_step(step, abstract, mesh), lambda: begin(weights), mesh)
+
+
+def taught(run, batches):
+    with jax.set_mesh(run.mesh):
+        now, losses = run.start(), []
+        for x in batches:
+            batch = jax.device_put({'x': x}, sharding.batch_sharding(run.mesh))
+            now, metrics = run.step(now, batch)
+            losses.append(metrics['loss'])
+        return jax.device_get((losses, {n: now[n] for n in ('params', 'ema', 'task')}))
+
+
+def batches_of_numbers(count=4):
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal((16, 4)).astype(np.float32) + 1 for _ in range(count)]
+
+
+def test_a_teacher_and_targets_follow_their_definition():
+    """In NumPy float64: targets of the whole batch, the gradient, the teacher, then the centre."""
+    w = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32).astype(np.float64)
+    teacher, centre, wanted = w.copy(), np.zeros(3), []
+    for number, x in enumerate(np.float64(batches_of_numbers())):
+        out = x @ teacher
+        shift = out.mean(0) - centre
+        error = x @ w - (out - shift)
+        wanted.append((error**2).sum(-1).mean())
+        w = w - 0.05 * 2 * x.T @ error / len(x)
+        teacher = teacher + RATE / (1 + number) * (w - teacher)
+        centre = centre + 0.1 * shift
+    losses, now = taught(teaching(), batches_of_numbers())
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    np.testing.assert_allclose(now['params']['w'], w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(now['ema']['w'], teacher, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(now['task']['centre'], centre, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'options', [{'accumulation': 4}, {'devices': 8, 'sizes': (2, 4, 1), 'accumulation': 2}]
+)
+@pytest.mark.parametrize('sam_rho', [0.0, 0.1])
+def test_targets_of_the_batch_are_the_same_in_parts_and_on_a_mesh(options, sam_rho):
+    wanted = taught(teaching(sam_rho=sam_rho), batches_of_numbers())
+    found = taught(teaching(sam_rho=sam_rho, **options), batches_of_numbers())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+def test_a_skipped_step_moves_neither_teacher_nor_centre():
+    batches = batches_of_numbers(2)
+    _, before = taught(teaching(), batches[:1])
+    _, after = taught(teaching(), [batches[0], batches[1] * np.inf])
+    jax.tree.map(np.testing.assert_array_equal, after, before)

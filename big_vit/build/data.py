@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from big_vit import augment
+from big_vit import augment, augment_colour
 from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
@@ -23,13 +23,15 @@ from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
 from big_vit.tasks.registry import TASKS
+from big_vit.tasks.task import Task
 
 
 class Data(NamedTuple):
     """A source with what makes its examples fit the model.
 
-    `transform` is done on the host, and gives what `looks` says. `device` is the rest, as
-    (name, function of (batch, rng)). `specs` can be opened by other processes, of which training
+    `transform` is done on the host, and gives what `example_spec` says. `device` is the rest, as
+    (name, function of (batch, rng)); of training data `evaluation_device` is what evaluations do of
+    it. `specs` can be opened by other processes, of which training
     has `workers`. `order` says which examples come when; an evaluation has none.
     """
 
@@ -42,6 +44,7 @@ class Data(NamedTuple):
     order: pipeline.Order | None = None
     workers: int = 0
     reads: tuple[str, ...] = ('image',)
+    evaluation_device: tuple[tuple[str, Any], ...] = ()
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -50,14 +53,20 @@ class Data(NamedTuple):
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in self.shapes.items() if name in self.inputs}
+        return {name: shape for name, shape in self.shapes.items() if name != 'label'}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (shape, _) in self.example_spec.parts.items()}
+        """Shapes of all parts; of several views also that of an 'image' of the first group."""
+        shapes = {name: shape for name, (shape, _) in self.example_spec.parts.items()}
+        first = next(iter(self.transform.groups), None)
+        return shapes if first is None else {**shapes, 'image': shapes[first][1:]}
 
 
-DEVICE_OPERATIONS = transforms.DeviceOperations(augment.OPERATIONS, augment.RANDOM)
+DEVICE_OPERATIONS = transforms.DeviceOperations(
+    augment.OPERATIONS | augment_colour.OPERATIONS,
+    augment.RANDOM.union(augment_colour.OPERATIONS),
+)
 
 
 def _spec(
@@ -243,7 +252,8 @@ def train_data(
             source = replace(source, num_classes=known.num_classes, class_names=known.names)
         if len(specs) == 1:
             _check_length(*next((s, k) for k, s in sections.items()), source)
-    taken = parts_read(config)
+    _check_views(transform, task)
+    taken = tuple(transform.groups) or parts_read(config)
     skip = whole.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
     if config.batch_size % whole.repeats:
@@ -260,10 +270,40 @@ def train_data(
         counts=counts,
     )
     found = Data(
-        source, host, example_spec, transform.device, specs, skip, kept, whole.workers, taken
+        source,
+        host,
+        example_spec,
+        _training_device(transform),
+        specs,
+        skip,
+        kept,
+        whole.workers,
+        taken,
+        _fixed_device(transform),
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
+
+
+def _check_views(transform: transforms.Transform, task: Task) -> None:
+    """Raise UserError where a transform gives other groups of views than the task reads.
+
+    The first group must be there; a task that needs another says so itself.
+    """
+    groups = tuple(transform.groups)
+    if not task.views and groups:
+        raise UserError(
+            f'config: data.transform gives views, {", ".join(groups)}, but '
+            f'task.name={task.name!r} sees each example once: leave out all from the first ; on'
+        )
+    if groups[:1] != task.views[:1] or not set(groups) <= set(task.views):
+        example = ' ; '.join(f'{name}: 2 * rrc(size) | flip_lr' for name in task.views[:1])
+        more = f', and may have {", ".join(task.views[1:])}' if task.views[1:] else ''
+        raise UserError(
+            f'config: task.name={task.name!r} learns from views named {task.views[0]}, which come '
+            f'first{more}; data.transform gives {", ".join(groups) or "none"}: write it as in '
+            f"'decode ; {example}'"
+        )
 
 
 def completed_section(config: Config, kind: str, name: str) -> Config:
@@ -331,10 +371,25 @@ def evaluation_transform(
     transforms.require_deterministic(parsed)
     if parsed.device or key == '--transform':
         return parsed
-    # Devices do what they did in training, for the model to see numbers of the same range.
-    trained = parse(config.data.transform, key='data')
-    fixed = tuple(pair for pair in trained.device if pair[0] not in augment.RANDOM)
-    return replace(parsed, device=fixed)
+    return replace(parsed, device=_fixed_device(parse(config.data.transform, key='data')))
+
+
+def _fixed_device(trained: transforms.Transform) -> tuple[tuple[str, Any], ...]:
+    """What devices do in training that is not random, of several views to the first.
+
+    An evaluation that says nothing does it too, for the model to see numbers of the same range.
+    """
+    device = trained.views[0].transform.device if trained.views else trained.device
+    return tuple(pair for pair in device if pair[0] not in DEVICE_OPERATIONS.random)
+
+
+def _training_device(transform: transforms.Transform) -> tuple[tuple[str, Any], ...]:
+    """What devices do to a batch, to each view as its own text says."""
+    views = [(view.group, view.count, view.transform.device) for view in transform.views]
+    if not any(device for _, _, device in views):
+        return transform.device
+    operations = [(group, count, [o for _, o in device]) for group, count, device in views]
+    return (('views', augment.on_views(operations)),)
 
 
 # What an evaluation does with an output that a task may not provide.
@@ -399,7 +454,7 @@ def _held_out(
         raise UserError(f'config: {key}.name must be set')
     _check_provided(config, key, section.type)
     of_head = needs.output == 'logits'
-    taken = train.reads
+    taken = parts_read(config)
     if 'pairs' in build_task(config.task).provides and not needs.all_streams:
         taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
     # Features may be of any classes, if the training data has others or none.
@@ -429,9 +484,8 @@ def _held_out(
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
     _check_same_parts(example_spec, train, taken, key)
     _check_same_range(example_spec, transform, train, key)
-    # By default devices do as in training, for the model to see numbers of the same range.
-    fixed = tuple(pair for pair in train.device if pair[0] not in augment.RANDOM)
-    found = Data(source, host, example_spec, transform.device or fixed, (spec,), skip, reads=taken)
+    device = transform.device or train.evaluation_device
+    found = Data(source, host, example_spec, device, (spec,), skip, reads=taken)
     _check_fit(found, key, labelled=labelled)
     if needs.labels == 'numbers' and example_spec.parts['label'][0]:
         raise UserError(
@@ -446,7 +500,7 @@ def _check_same_parts(
 ) -> None:
     """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
     for part in taken:
-        found, wanted = example_spec.parts[part][0], train.example_spec.parts[part][0]
+        found, wanted = example_spec.parts[part][0], train.shapes[part]
         if part == 'image' and found[2] != wanted[2]:
             raise UserError(
                 f'config: {key}.transform gives images of {found[2]} channel(s), the '
@@ -467,10 +521,9 @@ def _check_same_range(
     key: str,
 ) -> None:
     """UserError for floats where training has bytes, or the other way, and nothing scales them."""
-    ours, theirs = (
-        s.parts['image'][1] if 'image' in s.parts else None
-        for s in (example_spec, train.example_spec)
-    )
+    trained = next(iter(train.transform.groups), 'image')
+    ours = example_spec.parts['image'][1] if 'image' in example_spec.parts else None
+    theirs = train.example_spec.parts[trained][1] if trained in train.example_spec.parts else None
     operations = [*transform.operations, *(operation for _, operation in transform.device)]
     if not ours or not theirs or (ours.kind == 'f') == (theirs.kind == 'f'):
         return
@@ -560,7 +613,9 @@ def text_data(config: Config, texts: list[str], key: str) -> Data:
             "byte_tokens(LENGTH) or tokenize('FILE', LENGTH) to it"
         )
     names, operations = zip(*chosen, strict=True)
-    made = replace(whole, names=names, operations=operations, device=(), random_operations=())
+    made = replace(
+        whole, names=names, operations=operations, device=(), random_operations=(), views=()
+    )
 
     def load(indices: np.ndarray) -> dict[str, Any]:
         return {'text': [texts[i] for i in indices], 'label': indices.astype(np.int32)}

@@ -30,7 +30,7 @@ from big_vit.errors import UserError
 from big_vit.models import flops
 from big_vit.models.placement import placed, unplaced
 from big_vit.optim import factory, per_layer, schedules
-from big_vit.tasks.task import Task
+from big_vit.tasks.task import Run, Task
 
 
 class Experiment(NamedTuple):
@@ -136,14 +136,16 @@ def build_experiment(
     shapes = _abstract_params(config, model, train)
     model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
     made = build_optimizer(config, shapes, schedule, mesh)
-    averaged = bool(config.ema) or 'schedule_free_adamw' in made.settings
+    schedule_free = 'schedule_free_adamw' in made.settings
+    _check_teacher(config, task, schedule_free)
+    averaged = bool(config.ema) or schedule_free or task.teacher_rate is not None
     abstract_state = state.abstract(
         model, train.inputs, made.transform, averaged, mesh, m.min_shard_size, shapes, task.state
     )
     sharding.check_spread(
         abstract_state, state.shardings(abstract_state), mesh, m.min_shard_size, m.max_replicated
     )
-    forward = loss_flops(task, model, shapes, train.example_spec.parts, config.batch_size)
+    forward, targets = loss_flops(task, model, shapes, train.example_spec.parts, config.batch_size)
     return Experiment(
         mesh=mesh,
         data=train,
@@ -155,8 +157,8 @@ def build_experiment(
         schedule=schedule,
         abstract_state=abstract_state,
         total_steps=total,
-        forward_flops=forward,
-        flops_per_example=training_flops(task, forward, shapes, made.rate),
+        forward_flops=forward + targets,
+        flops_per_example=training_flops(task, forward, shapes, made.rate) + round(targets),
         decay_factors=made.decay,
         lr_factors=made.rate,
         groups=made.group,
@@ -178,6 +180,19 @@ def _abstract_params(config: Config, model: Any, train: Data) -> Any:
             f'config: streams.{taken}: another part of the model has this name: rename the stream, '
             f'as in streams.of_{taken}'
         ) from None
+
+
+def _check_teacher(config: Config, task: Task, schedule_free: bool) -> None:
+    """Refuses a second average of the parameters beside a teacher, which is one."""
+    if task.teacher_rate is None:
+        return
+    what = "optim.name='schedule_free_adamw' averages" if schedule_free else ''
+    what = f'ema={config.ema:g} averages' if config.ema else what
+    if what:
+        raise UserError(
+            f'config: {what} the parameters, but task.name={task.name!r} has an average of them '
+            'already, its teacher, which is what is evaluated and saved: remove it'
+        )
 
 
 def _check_classes(task: Task, source: sources.Source) -> None:
@@ -212,26 +227,37 @@ def loss_flops(
     params: Any,
     parts: dict[str, tuple[tuple[int, ...], Any]],
     batch_size: int,
-) -> float:
-    """Operations of the forward pass of the loss, for one example of a batch.
+) -> tuple[float, float]:
+    """Operations of the forward pass of the loss and of its targets, for one example of a batch.
 
     Counted in the traced program of the task, so whatever a task adds is there, and what it leaves
-    out (hidden patches, dropped ones) is not.
+    out (hidden patches, dropped ones) is not. Targets have no gradient, and are computed once.
 
     Args:
       params: abstract parameters.
       parts: shape and type of each part of an example.
     """
     # Of fused kernels a trace shows no products.
-    loss = task.loss(placed(unplaced(model), attention='xla'))
+    plain, run = placed(unplaced(model), attention='xla'), Run(1, batch_size)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), jax.dtypes.canonicalize_dtype(dtype))
         for name, (shape, dtype) in parts.items()
     }
-    task_state = jax.eval_shape(task.state, params) if task.state else ()
+    task_state: Any = jax.eval_shape(task.state, params) if task.state else ()
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return flops.count(loss, params, task_state, batch, key, step) / batch_size
+    if task.teacher_rate is not None:
+        task_state = {**(task_state or {}), 'teacher': params}
+    of_targets = 0
+    if task.targets is not None:
+        rows, shared = task.targets(plain, run)
+        given = jax.eval_shape(rows, task_state, batch, key, step)
+        of_targets = flops.count(rows, task_state, batch, key, step)
+        of_targets += flops.count(shared, task_state, given, step)
+        task_state = {**task_state, 'targets': jax.eval_shape(shared, task_state, given, step)}
+        batch = {**batch, 'targets': given}
+    of_loss = flops.count(task.loss(plain, run), params, task_state, batch, key, step)
+    return of_loss / batch_size, of_targets / batch_size
 
 
 def training_flops(

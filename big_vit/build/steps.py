@@ -18,6 +18,7 @@ from big_vit.errors import UserError
 from big_vit.models import tokenizers
 from big_vit.optim import factory, schedules
 from big_vit.tasks.batch import normalise
+from big_vit.tasks.task import Run
 
 
 def build_mixing(config: Config, found: Data, mesh: Mesh) -> Any:
@@ -60,8 +61,10 @@ def build_update(
     seed: int | jax.Array,
 ) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
     """The same, not jitted, with another rate or seed than the config's, which may be traced."""
+    task, run = parts.task, Run(parts.total_steps, config.batch_size)
+    rate = task.teacher_rate
     return steps.update(
-        parts.task.loss(parts.model),
+        task.loss(parts.model, run),
         optimizer,
         schedule,
         parts.mesh,
@@ -74,7 +77,9 @@ def build_update(
         frozen=factory.frozen(parts.lr_factors),
         sam_rho=config.optim.sam_rho,
         sam_adaptive=bool(config.optim.sam_rho) and config.optim.sam_adaptive,
-        after_update=parts.task.after_update,
+        after_update=task.after_update,
+        teacher_rate=None if rate is None else lambda step: rate(step, run.total_steps),
+        targets=None if task.targets is None else task.targets(parts.model, run),
     )
 
 

@@ -19,8 +19,8 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 8
 # A Feistel network of fewer bits is visibly non-uniform, so tiny datasets walk in a larger domain.
 _MIN_BITS = 6
-# Separate the keys of the shuffle, the augmentation and the parts of a mixture.
-_SHUFFLE, _EXAMPLE, _PART = 1, 2, 3
+# Separate the keys of the shuffle, the augmentation, the parts of a mixture and views.
+_SHUFFLE, _EXAMPLE, _PART, _VIEW = 1, 2, 3, 4
 # Number of positions in which the parts of a mixture come exactly in their shares.
 _LEAST_CYCLE, _MOST_CYCLE = 1_000, 10_000
 
@@ -221,6 +221,11 @@ def example_keys(
 ) -> UInt64[np.ndarray, ' n']:
     """Return a key for each example, uint64 [N], for `uniform`; a function of these three alone."""
     return np.broadcast_to(_keys(_EXAMPLE, seed, epoch, index), index.shape)
+
+
+def view_keys(keys: UInt64[np.ndarray, ' n'], number: int) -> UInt64[np.ndarray, ' n']:
+    """Return keys for one of several views of examples, a function of their keys and its number."""
+    return _keys(_VIEW, keys, number)
 
 
 def uniform(

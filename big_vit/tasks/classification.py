@@ -26,7 +26,7 @@ def classification(*, loss: str = 'softmax', label_smoothing: float = 0.0) -> Ta
     return Task(
         name='classification',
         model=model,
-        loss=lambda model: classification_loss(model, label_smoothing, loss),
+        loss=lambda model, run: classification_loss(model, label_smoothing, loss),
         headline='accuracy',
         provides=frozenset({'logits', 'features'}),
         additions=HEADS,

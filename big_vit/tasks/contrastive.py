@@ -38,7 +38,7 @@ def contrastive(*, loss: str = 'softmax', embedding_dim: int = 512) -> Task:
     return Task(
         name='contrastive',
         model=model,
-        loss=lambda model: contrastive_loss(model, loss),
+        loss=lambda model, run: contrastive_loss(model, loss),
         headline='accuracy',
         provides=frozenset({'pairs', 'features'}),
     )

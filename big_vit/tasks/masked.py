@@ -56,7 +56,7 @@ def masked(
     return Task(
         name='masked',
         model=model,
-        loss=lambda model: masked_loss(model, normalise_pixels),
+        loss=lambda model, run: masked_loss(model, normalise_pixels),
         headline='loss',
         provides=frozenset({'features'}),
         additions=('decoder',),

@@ -31,8 +31,22 @@ class Aux(NamedTuple):
     carried: Tree = ()
 
 
+class Run(NamedTuple):
+    """What schedules and laws of a whole batch depend on.
+
+    Attributes:
+      total_steps: length of the run, in updates.
+      batch_size: examples of a global batch.
+    """
+
+    total_steps: int
+    batch_size: int
+
+
 # (params, task state, batch, key, step) -> (loss, Aux). Without a key nothing is random: dropout
-# is off. The step is a traced scalar, for schedules of temperatures and the like.
+# is off. The step is a traced scalar, for schedules of temperatures and the like. Of a task with
+# a teacher the state has its parameters as 'teacher', of one with targets their shared part as
+# 'targets'; neither has a gradient.
 Loss = Callable[
     [Tree, Tree, Batch, Array | None, Array | int],
     tuple[Float[Array, ''], Aux],
@@ -41,12 +55,34 @@ Loss = Callable[
 # (parameters, task state, carried, step) -> task state.
 AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
+# (step, total steps) -> what share of the new parameters a teacher takes in: 1 less its momentum,
+# which in float32 is lost near 1.
+TeacherRate = Callable[[Array, int], Float[Array, '']]
+
+
+class Targets(NamedTuple):
+    """What losses aim at and what depends on all examples of a batch, computed before the losses.
+
+    So laws of the whole batch (Sinkhorn's, a batch's mean) are the same with any accumulation and
+    mesh, and the second gradient of SAM aims at the same.
+
+    Attributes:
+      rows: (task state, microbatch, key, step) -> arrays with a row for each example; the key is
+        that which the loss of the microbatch gets. The loss finds them as batch['targets'].
+      shared: (task state, the rows of the whole batch, step) -> tree, in the task state of the
+        losses as 'targets'.
+    """
+
+    rows: Callable[[Tree, Batch, Array, Array], dict[str, Array]]
+    shared: Callable[[Tree, dict[str, Array], Array], Tree]
+
 
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
     Attributes:
-      inputs: shape of each part of the model's input, without the batch.
+      inputs: shape of each part of the model's input, without the batch; of views, which have one
+        axis more, also 'image', one of the first group.
       num_classes: number of classes, 0 without labels.
     """
 
@@ -61,7 +97,7 @@ class Task(NamedTuple):
       name: as `task.name` in the config.
       model: (trunk, example) -> the Flax module that is trained: the trunk and what the task adds.
         The trunk's parameters keep their paths at the root. UserError where they do not fit.
-      loss: model -> `Loss`.
+      loss: (model, run) -> `Loss`.
       headline: the training metric that console and explore show beside the loss.
       provides: what evaluations may ask for: 'logits' of classes, 'features' of examples, 'pairs'
         of embeddings of two streams.
@@ -72,13 +108,18 @@ class Task(NamedTuple):
       least_classes: how many classes the data must have.
       mixes_labels: whether mixup and cutmix make sense.
       logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
-      state: parameters -> the task's own state, such as a teacher's average; None without one.
+      views: names of groups of views that the loss can read. Views of the first group, which must
+        be there, are of the configured size. () where it sees examples once, as they are.
+      state: parameters -> the task's own state, such as a batch's running mean; None without one.
       after_update: moves that state after each accepted update.
+      teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
+        is evaluated and transferred (`ema` of a state); None without a teacher.
+      targets: (model, run) -> `Targets`; None without.
     """
 
     name: str
     model: Callable[[ViT, ExampleShape], nn.Module]
-    loss: Callable[[Any], Loss]
+    loss: Callable[[Any, Run], Loss]
     headline: str
     provides: frozenset[str]
     additions: tuple[str, ...] = ()
@@ -87,8 +128,11 @@ class Task(NamedTuple):
     least_classes: int = 0
     mixes_labels: bool = False
     logits_loss: str = 'softmax'
+    views: tuple[str, ...] = ()
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
+    teacher_rate: TeacherRate | None = None
+    targets: Callable[[Any, Run], Targets] | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""

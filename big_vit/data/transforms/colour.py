@@ -53,7 +53,7 @@ def _sometimes(
     return per_image(apply, draws if probability == 1 else 1 + draws)
 
 
-def _bounds(name: str, value: Any) -> tuple[float, float]:
+def factor_bounds(name: str, value: Any) -> tuple[float, float]:
     """Read the (low, high) of a factor or a hue from one number or two, as torchvision does."""
     least, most = (-0.5, 0.5) if name == 'hue' else (0, 1e3)
     if isinstance(value, tuple | list):
@@ -70,7 +70,7 @@ def color_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=1.0) -
     The four changes come in a random order. Two numbers instead of x are the bounds themselves.
     """
     values = (brightness, contrast, saturation, hue)
-    bounds = [_bounds(kind, value) for kind, value in zip(KINDS, values, strict=True)]
+    bounds = [factor_bounds(kind, value) for kind, value in zip(KINDS, values, strict=True)]
     neutral = [(1.0, 1.0)] * 3 + [(0.0, 0.0)]
 
     def jitter(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -121,12 +121,26 @@ def sharpness(factor, p=1.0) -> Operation:
     return _sometimes(p, lambda image, _: pixels.sharpness(image, factor))
 
 
-def gaussian_blur(low=0.1, high=2.0, p=1.0) -> Operation:
-    """Blur by a Gaussian with a deviation uniform from low to high pixels, with probability p."""
+def kernel_size(kernel: Any) -> int | None:
+    """Check the length in pixels of the kernel of a blur; None is four deviations to each side."""
+    if kernel is None:
+        return None
+    if type(kernel) is not int or not 1 <= kernel <= 1001 or kernel % 2 == 0:
+        raise UnfitError(f'takes an odd whole number up to 1001 for kernel, not {kernel!r}')
+    return kernel
+
+
+def gaussian_blur(low=0.1, high=2.0, p=1.0, kernel=None) -> Operation:
+    """Blur by a Gaussian with a deviation uniform from low to high pixels, with probability p.
+
+    `kernel` is its length in pixels, an odd number (torchvision's; 9 in DINOv2); by default four
+    deviations to each side.
+    """
     low, high = span('(low, high)', (low, high), 0.01, 100)
+    kernel = kernel_size(kernel)
 
     def blur(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        return pixels.gaussian_blur(image, low + (high - low) * draws[0])
+        return pixels.gaussian_blur(image, low + (high - low) * draws[0], kernel)
 
     return _sometimes(p, blur, draws=1)
 

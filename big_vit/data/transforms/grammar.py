@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,40 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     text: str
+
+
+# Views of an example are many at most, and named as nothing else in a batch.
+MOST_VIEWS = 64
+_TAKEN = frozenset({'image', 'label', 'mask', 'replaced', 'targets', 'text', 'text_mask'})
+# What is in quotes, or else a semicolon.
+_SEMICOLON = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(;)""")
+_VIEW = re.compile(r'\s*([a-z][a-z0-9_]*)\s*:\s*(?:(\d{1,6})\s*\*)?(.*)', re.DOTALL)
+
+
+def statements(text: str) -> list[str]:
+    """Split the text of a transform at semicolons that are not in quotes."""
+    ends = [match.start() for match in _SEMICOLON.finditer(text) if match[1]]
+    starts = [0, *(end + 1 for end in ends)]
+    return [text[a:b] for a, b in zip(starts, [*ends, len(text)], strict=True)]
+
+
+def view(text: str, key: str) -> tuple[str, int, str]:
+    """Read 'GROUP: COUNT * OPERATIONS', of which the count may be missing.
+
+    Raises:
+      UserError: the text has another form, the name is taken, or the count is none.
+    """
+    match = _VIEW.fullmatch(text)
+    if match is None or match[1] in _TAKEN:
+        raise UserError(
+            f'{key}: cannot read {text.strip()!r}: behind a semicolon comes a group of views, as '
+            "in 'local: 8 * rrc(96) | flip_lr'"
+            + (f'; {match[1]!r} is the name of something else' if match else '')
+        )
+    count = int(match[2] or 1)
+    if not 1 <= count <= MOST_VIEWS:
+        raise UserError(f'{key}: a group has 1 to {MOST_VIEWS} views, not {count}: {text.strip()}')
+    return match[1], count, match[3]
 
 
 def parse(text: str, *, size: tuple[int, int], key: str) -> list[Call]:

@@ -195,15 +195,18 @@ def shift_hue(image: Image, shift: Real) -> Image:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def gaussian_blur(image: Image, sigma: Real) -> Image:
+def gaussian_blur(image: Image, sigma: Real, size: int | None = None) -> Image:
     """Blur with a Gaussian of standard deviation `sigma` pixels, mirroring at the border.
+
+    Its kernel is `size` pixels long, by default as long as it adds anything.
 
     Values are rounded once, whereas `cv2.GaussianBlur` of bytes has weights of 8 bits.
     """
     import cv2
 
     # Beyond four deviations a pixel adds less than a thirtieth of a level.
-    kernel = cv2.getGaussianKernel(2 * max(1, int(np.ceil(4 * sigma))) + 1, sigma, cv2.CV_32F)
+    size = size or 2 * max(1, int(np.ceil(4 * sigma))) + 1
+    kernel = cv2.getGaussianKernel(size, sigma, cv2.CV_32F)
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 

@@ -3,6 +3,10 @@
 The text is parsed, never evaluated (`grammar`), and its operations come from the modules beside
 this one. Operations from `to_device` on, or from the first one that only devices have, run inside
 the train step, where numbers are floats.
+
+Several views of an example come after semicolons, by the names of the groups that a task reads:
+'decode ; global: 2 * rrc(size) | flip_lr ; local: 8 * rrc(96) | flip_lr'. What comes before the
+first semicolon is done once.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -72,6 +76,15 @@ _NOTHING = DeviceOperations({}, frozenset())
 
 
 @dataclass(frozen=True)
+class View:
+    """Equal ways to see an example: `count` of them, in a group of views of one size."""
+
+    group: str
+    count: int
+    transform: 'Transform'
+
+
+@dataclass(frozen=True)
 class Transform:
     """A sequence of operations, from `parse`.
 
@@ -83,6 +96,7 @@ class Transform:
       host_text: the part of the text that is done on the host.
       device: the devices' part, as (name, operation).
       random_operations: names of all operations that need randomness, on host and devices.
+      views: what is done after the operations to make several views of each example.
     """
 
     text: str
@@ -92,6 +106,15 @@ class Transform:
     host_text: str
     device: tuple[tuple[str, Any], ...]
     random_operations: tuple[str, ...]
+    views: tuple[View, ...] = ()
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """How many views each group has."""
+        counts: dict[str, int] = {}
+        for view in self.views:
+            counts[view.group] = counts.get(view.group, 0) + view.count
+        return counts
 
     @property
     def is_random(self) -> bool:
@@ -113,13 +136,15 @@ class Transform:
         return self._first(next((i for i, name in names if stops(name)), len(self.names)))
 
     def _first(self, count: int) -> 'Transform':
+        before_views = grammar.statements(self.host_text)[0]
         return replace(
             self,
             names=self.names[:count],
             operations=self.operations[:count],
-            host_text=' | '.join(self.host_text.split(' | ')[:count]),
+            host_text=' | '.join(before_views.split(' | ')[:count]).strip(),
             device=(),
             random_operations=(),
+            views=(),
         )
 
     def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -131,9 +156,13 @@ class Transform:
         Returns:
           (mean, std) by which pixels in 0..1 were normalised; (0.5, ...) for both where no
           operation says otherwise. Operations on bytes such as `invert` are not normalisation.
+          All views have the same.
         """
-        steps = [operation.normalisation for operation in self.operations]
-        steps += [operation.normalisation for _, operation in self.device]
+        first = [self.views[0].transform] if self.views else []
+        host = [*self.operations, *(o for view in first for o in view.operations)]
+        device = [*self.device, *(pair for view in first for pair in view.device)]
+        steps = [operation.normalisation for operation in host]
+        steps += [operation.normalisation for _, operation in device]
         return normalisation.mean_and_std(steps, channels)
 
     def preprocessing(self, size: tuple[int, int], channels: int) -> preprocessing.Preprocessing:
@@ -180,7 +209,33 @@ class Transform:
                 raise
             except UnfitError as error:
                 raise UserError(f'{self.key}: {name} {error}') from error
-        return columns
+        return self._views(columns, keys) if self.views else columns
+
+    def _views(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
+        """All views of the images, [B, views, H, W, C] for each group, in place of the images."""
+        if 'image' not in columns:
+            raise UserError(
+                f'{self.key}: views are of pictures, but these examples have '
+                f'{", ".join(sorted(columns))}'
+            )
+        images = {'image': decoded(columns['image'])}
+        groups: dict[str, list[np.ndarray]] = {group: [] for group in self.groups}
+        # A view's randomness depends on its place alone, so one added at the end moves no other.
+        number = 0
+        for view in self.views:
+            for _ in range(view.count):
+                seen = view.transform(images, order.view_keys(keys, number))
+                groups[view.group].append(finished(seen, view.transform)['image'])
+                number += 1
+        for group, views in groups.items():
+            sizes = dict.fromkeys('x'.join(map(str, view.shape[1:3])) for view in views)
+            if len({view.shape for view in views}) > 1:
+                raise UserError(
+                    f'{self.key}: views of {group!r} are {" and ".join(sizes)}: give those of '
+                    'another size another name'
+                )
+        rest = {name: column for name, column in columns.items() if name != 'image'}
+        return rest | {group: np.stack(views, axis=1) for group, views in groups.items()}
 
 
 _unchanged = Operation(lambda columns, draw: columns)
@@ -209,6 +264,41 @@ def parse(
         its arguments.
     """
     key = key if key == '--transform' else f'{key}.transform'
+    text_of_all, *texts = grammar.statements(text)
+    transform = _parse(text_of_all, size, key, device, skip)
+    if not texts:
+        return replace(transform, text=text)
+    if transform.device:
+        raise UserError(
+            f'{key}: {transform.device[0][0]} comes before views, which the host makes: put '
+            f'{BOUNDARY} and what follows behind the operations of each view'
+        )
+    views = tuple(
+        View(group, count, _parse(operations, size, key, device, skip))
+        for group, count, operations in (grammar.view(text, key) for text in texts)
+    )
+    scales = [view.transform.normalisation(3) for view in views]
+    if any(scale != scales[0] for scale in scales):
+        raise UserError(f'{key}: all views are normalised alike, but these are not')
+    shown = [f'{v.group}: {v.count} * {v.transform.host_text}' for v in views]
+    random = [name for view in views for name in view.transform.random_operations]
+    return replace(
+        transform,
+        text=text,
+        host_text=' ; '.join([transform.host_text, *shown]),
+        random_operations=(*transform.random_operations, *random),
+        views=views,
+    )
+
+
+def _parse(
+    text: str,
+    size: tuple[int, int],
+    key: str,
+    device: DeviceOperations,
+    skip: Collection[str],
+) -> Transform:
+    """Parse the operations of one transform without views, or of one view."""
     calls = [c for c in grammar.parse(text, size=size, key=key) if c.name not in skip]
     names: list[str] = []
     operations: list[Operation] = []
@@ -243,7 +333,15 @@ def parse(
 
 
 def require_deterministic(transform: Transform) -> None:
-    """Raise UserError if a transform is random, which would make an evaluation irreproducible."""
+    """Raise UserError if a transform is random, which would make an evaluation irreproducible.
+
+    Several views are random too, or there would be no reason for them.
+    """
+    if transform.views:
+        raise UserError(
+            f'{transform.key}: an evaluation sees each example once: leave out the views, '
+            f'{", ".join(transform.groups)}'
+        )
     if transform.is_random:
         raise UserError(
             f'{transform.key}: {transform.random_operations[0]} is random, which an evaluation '
@@ -361,6 +459,9 @@ def check(
         {name: (column.shape[1:], column.dtype) for name, column in columns.items()},
         float(np.max(columns['image'], initial=0)) if 'image' in columns else 0.0,
     )
+    if transform.views:
+        first = next(iter(transform.groups))
+        _check_size(transform, first, example_spec.parts[first][0][1:], size)
     for part in reads:
         if part not in example_spec.parts:
             has = ', '.join(sorted(example_spec.parts)) or 'nothing'
@@ -384,10 +485,10 @@ _NEEDS = {
 def _check_size(
     transform: Transform, part: str, shape: tuple[int, ...], size: tuple[int, int]
 ) -> None:
-    rank, first = _SIZED[part]
+    rank, first = _SIZED.get(part, _SIZED['image'])
     if len(shape) != rank or shape[first : first + 2] != tuple(size):
         actual = 'x'.join(map(str, shape[first : first + 2]))
-        fix = 'resize(size)' if part == 'image' else 'resize_video(size)'
+        fix = 'resize_video(size)' if part == 'video' else 'resize(size)'
         raise UserError(
             f'{transform.key} gives {actual} {part}s but image_size is '
             f'{size[0]}x{size[1]}: add {fix}'
