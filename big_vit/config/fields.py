@@ -114,9 +114,7 @@ def span(lowest: float, highest: float) -> Callable[[Any], tuple[float, float]]:
         except ValueError:
             low, high = 1.0, 0.0
         if low > high or high == 0:
-            raise ValueError(
-                f'a pair (least, greatest) of numbers from {lowest:g} to {highest:g}'
-            )
+            raise ValueError(f'a pair (least, greatest) of numbers from {lowest:g} to {highest:g}')
         return low, high
 
     check.__doc__ = f'pair (least, greatest) of numbers from {lowest:g} to {highest:g}'

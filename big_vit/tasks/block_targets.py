@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 # Into how many parts the one number that sizes depend on is divided.
 _SIZES = 4096
@@ -145,9 +145,7 @@ def usual_context(law: MultiBlock) -> int:
     return int(context_lengths(law).min(1).mean())
 
 
-def draw(
-    law: MultiBlock, length: int, step: Array | int, key: Array, batch: int
-) -> Blocks:
+def draw(law: MultiBlock, length: int, step: Array | int, key: Array, batch: int) -> Blocks:
     """Blocks of a batch.
 
     Args:

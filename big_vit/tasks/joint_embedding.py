@@ -24,8 +24,7 @@ from big_vit.models.vit import ViT, select_tokens
 from big_vit.tasks import block_targets, lejepa
 from big_vit.tasks.batch import Batch, model_inputs
 from big_vit.tasks.block_targets import Blocks, MultiBlock, Pair
-from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
-
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Targets, Task, Tree
 
 # A context of fewer tokens says too little; the authors draw again below it.
 _LEAST_CONTEXT = 10
@@ -86,6 +85,7 @@ def joint_embedding(
             additions=('projector',),
             trunk=lambda model: model.trunk,
             views=lejepa.VIEWS,
+            whole_batch=True,
         )
 
     def model(trunk: ViT, example: ExampleShape) -> JointEmbedding:
@@ -122,7 +122,10 @@ def joint_embedding(
         provides=frozenset({'features'}),
         additions=('predictor',),
         trunk=lambda model: model.trunk,
-        momentum=lambda step, total: momentum[0] + (momentum[1] - momentum[0]) * step / total,
+        teacher_rate=lambda step, total: (
+            (1 - momentum[0]) + (momentum[0] - momentum[1]) * (step / total)
+        ),
+        targets=lambda model, run: ijepa_targets(model),
     )
 
 
@@ -177,8 +180,13 @@ def _views_model(
             "config: task.method='lejepa' compares views of one image: set "
             "model.tokenizer='patches', without streams"
         )
-    views = [example.inputs[name] for name in lejepa.VIEWS if name in example.inputs]
-    grids = {grid_of(stream, shape[1:]) for shape in views}
+    grids = set()
+    for name in lejepa.VIEWS:
+        if name in example.inputs:
+            try:
+                grids.add(grid_of(stream, example.inputs[name][1:]))
+            except ValueError as error:
+                raise UserError(f'config: data.transform: views {name!r}: {error}') from error
     if len(grids) > 1 and stream.posemb in ('learned', 'relative'):
         shown = ' and '.join('x'.join(map(str, grid)) for grid in sorted(grids))
         raise UserError(
@@ -320,8 +328,20 @@ def _drawn(model: JointEmbedding, step: Array | int, key: Array, batch: int) -> 
     return block_targets.draw(model.law, model.context_tokens, step, key, batch)
 
 
+def ijepa_targets(model: JointEmbedding) -> Targets:
+    """All tokens of the whole image as the teacher encodes them, normalised."""
+
+    def rows(state: Tree, batch: Batch, key: Array, step: Array | int) -> dict[str, Array]:
+        image = model_inputs({'image': batch['image']})
+        apply: Any = model.apply
+        tokens = apply({'params': state['teacher']}, image, method='encoded')
+        return {'tokens': normalised(tokens.astype(jnp.float32))}
+
+    return Targets(rows, lambda state, rows, step: ())
+
+
 def ijepa_loss(model: JointEmbedding, draw: Draw = _drawn) -> Loss:
-    """Smooth L1 distance of predictions from the normalised tokens of the teacher.
+    """Smooth L1 distance of predictions from the targets' tokens.
 
     Metrics: 'target_std', the standard deviation of the teacher's normalised tokens over the batch
     and the image, mean of channels, which falls to 0 when the teacher says the same of everything;
@@ -331,27 +351,21 @@ def ijepa_loss(model: JointEmbedding, draw: Draw = _drawn) -> Loss:
     def loss(
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
-        image = model_inputs({'image': batch['image']})
+        image, tokens = model_inputs({'image': batch['image']}), batch['targets']['tokens']
         dropout, places = jax.random.split(jax.random.key(0) if rng is None else rng)
         blocks = draw(model, step, places, len(image))
-        apply: Any = model.apply
-        tokens = apply({'params': state['teacher']}, image, method='encoded')
-        tokens = normalised(jax.lax.stop_gradient(tokens).astype(jnp.float32))
-        examples, count, length = blocks.target.shape
-        index = blocks.target.reshape(examples, count * length, 1)
-        wanted = jnp.take_along_axis(tokens, index, axis=1).reshape(examples, count, length, -1)
         rngs = {} if rng is None else {'dropout': dropout}
+        apply: Any = model.apply
         predicted = apply({'params': params}, image, blocks, train=rng is not None, rngs=rngs)
-        share = blocks.real / (blocks.real.sum() * examples * count)
+        index = blocks.target.reshape(len(image), -1, 1)
+        wanted = jnp.take_along_axis(tokens, index, axis=1).reshape(predicted.shape)
+        share = blocks.real / (blocks.real.sum() * blocks.target[..., 0].size)
 
         def mean(values: Float[Array, 'batch blocks tokens']) -> Array:
             return (values * share.reshape(1, 1, -1)).sum()
 
-        products = ((predicted * wanted).sum(-1), *(_length(x) for x in (predicted, wanted)))
-        metrics = {
-            'target_std': tokens.std((0, 1)).mean(),
-            'cosine': mean(products[0] / (products[1] * products[2])),
-        }
+        cosine = (predicted * wanted).sum(-1) / (_length(predicted) * _length(wanted))
+        metrics = {'target_std': tokens.std((0, 1)).mean(), 'cosine': mean(cosine)}
         return mean(smooth_l1(predicted - wanted).mean(-1)), Aux(metrics)
 
     return loss

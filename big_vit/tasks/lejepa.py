@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from big_vit.models.layers import Dense
 from big_vit.models.vit import ViT
@@ -85,7 +85,7 @@ class ViewEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Mapping[str, Float[Array, 'batch views height width channels']],
+        inputs: Mapping[str, Shaped[Array, 'batch views height width channels']],
         *,
         train: bool = False,
     ) -> Float[Array, 'batch views outputs']:
@@ -93,7 +93,7 @@ class ViewEmbedding(nn.Module):
         pooled = []
         for name in VIEWS:
             if name in inputs:
-                view = inputs[name]
+                view = normalise(inputs[name])
                 flat = view.reshape(-1, *view.shape[2:])
                 vector, _ = self.trunk(flat, train=train)
                 pooled.append(vector.reshape(*view.shape[:2], -1))
@@ -102,9 +102,7 @@ class ViewEmbedding(nn.Module):
         return projector(jnp.concatenate(pooled, axis=1))
 
 
-def invariance(
-    embeddings: Float[Array, 'batch views width'], leading: int
-) -> Float[Array, '']:
+def invariance(embeddings: Float[Array, 'batch views width'], leading: int) -> Float[Array, '']:
     """Mean square distance of all views from the mean of the first `leading` of each example."""
     centre = embeddings[:, :leading].mean(1, keepdims=True)
     return jnp.square(embeddings - centre).mean()
@@ -116,7 +114,7 @@ def lejepa_loss(model: ViewEmbedding, weight: float, lines: int) -> Loss:
     def loss(
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
-        inputs = {name: normalise(batch[name]) for name in VIEWS if name in batch}
+        inputs = {name: batch[name] for name in VIEWS if name in batch}
         rngs = {} if rng is None else {'dropout': rng}
         apply: Any = model.apply
         z = apply({'params': params}, inputs, train=rng is not None, rngs=rngs)

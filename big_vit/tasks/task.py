@@ -115,6 +115,8 @@ class Task(NamedTuple):
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
       targets: (model, run) -> `Targets`; None without.
+      whole_batch: whether the loss is of all examples of a batch together, with gradients between
+        them, so that a batch cannot be learned from in parts.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Task(NamedTuple):
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    whole_batch: bool = False
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""
