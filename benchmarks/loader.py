@@ -5,6 +5,9 @@ Every contender reads the same folder of JPEG files of 500x375 pixels, crops at 
 and on two cores, taking turns with the others in every round; medians are printed. PYTHON is an
 interpreter with the peers (tensorflow, torch, torchvision, timm, grain, pillow); peers that it
 lacks are left out. Photographs come with packages: scikit-learn, and scikit-image if installed.
+
+With --views each file is seen ten times instead, as DINOv2 does: two crops of 224x224 and eight of
+96x96, flipped, jittered, grey, blurred, solarised.
 """
 
 import argparse
@@ -77,6 +80,21 @@ def files_of(folder: Path) -> list[str]:
 # --- Contenders: each yields uint8 batches [BATCH, 224, 224, 3] forever ---------------------
 
 
+# DINOv2's views as its released models saw them; what colours do comes after the crop.
+_COLOURS = 'color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8) | random_grayscale(0.2)'
+_VIEWS = (
+    ('global: rrc(size, scale=(0.32, 1), method="cubic") | flip_lr', _COLOURS),
+    (
+        'global: rrc(size, scale=(0.32, 1), method="cubic") | flip_lr',
+        f'{_COLOURS} | gaussian_blur(kernel=9, p=0.9) | solarize(p=0.2)',
+    ),
+    (
+        'local: 8 * rrc(96, scale=(0.05, 0.32), method="cubic") | flip_lr',
+        f'{_COLOURS} | gaussian_blur(kernel=9, p=0.5)',
+    ),
+)
+
+
 def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
     from big_vit.data import dataset, pipeline
 
@@ -92,7 +110,18 @@ def _ours(folder: Path, cores: int, transform: str, cache: str) -> Batches:
     source, rest = dataset.open_examples((spec,))
     order = pipeline.Order(batch_size=BATCH, seed=0)
     for batch in pipeline.train_batches(source, rest, order, num_threads=cores):
-        yield batch['image']
+        yield next(batch[name] for name in ('image', 'global') if name in batch)
+
+
+def ours_views(folder: Path, cores: int) -> Batches:
+    views = [f'{crop} | {colours}' for crop, colours in _VIEWS]
+    return _ours(folder, cores, ' ; '.join(['decode(3)', *views]), 'none')
+
+
+def ours_crops(folder: Path, cores: int) -> Batches:
+    """Cut views alone: what is left for the host where devices do the colours."""
+    views = [crop for crop, _ in _VIEWS]
+    return _ours(folder, cores, ' ; '.join(['decode(3)', *views]), 'none')
 
 
 def ours(folder: Path, cores: int) -> Batches:
@@ -253,7 +282,8 @@ class _Folder:
         from PIL import Image
 
         with Image.open(self._files[hash(index * 7919) % len(self._files)]) as image:
-            return np.asarray(self._transform(image.convert('RGB')))
+            seen = self._transform(image.convert('RGB'))
+        return np.asarray(seen) if not isinstance(seen, list) else [np.asarray(x) for x in seen]
 
 
 def _data_loader(folder: Path, cores: int, transform: Any) -> Batches:
@@ -264,9 +294,41 @@ def _data_loader(folder: Path, cores: int, transform: Any) -> Batches:
         BATCH,
         sampler=range(1 << 40),
         num_workers=0 if cores == 1 else cores,
-        collate_fn=np.stack,
+        collate_fn=_stacked,
     )
     yield from loader
+
+
+def _stacked(examples: list[Any]) -> np.ndarray:
+    """The images of a batch; of views all are stacked, and the first returned."""
+    if isinstance(examples[0], np.ndarray):
+        return np.stack(examples)
+    views = [np.stack(view) for view in zip(*examples, strict=True)]
+    return views[0]
+
+
+def torchvision_views(folder: Path, cores: int) -> Batches:
+    """The ten views of DINOv2 by torchvision, in its order of operations."""
+    _torch()
+    from torchvision import transforms as t
+
+    flip_and_colour = [
+        t.RandomHorizontalFlip(),
+        t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        t.RandomGrayscale(0.2),
+    ]
+
+    def view(size: int, scale: tuple[float, float], *more: Any) -> Any:
+        crop = t.RandomResizedCrop(size, scale, interpolation=t.InterpolationMode.BICUBIC)
+        return t.Compose([crop, *flip_and_colour, *more])
+
+    def blur(p: float) -> Any:
+        return t.RandomApply([t.GaussianBlur(9, (0.1, 2.0))], p=p)
+
+    wide, small = (0.32, 1.0), (0.05, 0.32)
+    views = [view(SIZE, wide), view(SIZE, wide, blur(0.9), t.RandomSolarize(128, 0.2))]
+    views += [view(96, small, blur(0.5))] * 8
+    return _data_loader(folder, cores, lambda image: [make(image) for make in views])
 
 
 def torchvision_pillow(folder: Path, cores: int) -> Batches:
@@ -300,7 +362,10 @@ CACHED = {
     'big_vit, from cache=decoded at 256': ours_cached,
     'a bare loop over decoded images at 256': raw_cached,
 }
-CONTENDERS = {**OURS, **PEERS, **CACHED}
+OURS_VIEWS = {'big_vit, views': ours_views, 'big_vit, views without colours': ours_crops}
+PEERS_VIEWS = {'torchvision with Pillow, views': torchvision_views}
+VIEWS = {**OURS_VIEWS, **PEERS_VIEWS}
+CONTENDERS = {**OURS, **PEERS, **CACHED, **VIEWS}
 
 
 def measure(name: str, folder: Path, cores: int, seconds: float) -> dict[str, float]:
@@ -345,10 +410,14 @@ def run(
 
 
 def table(medians: dict[str, dict[str, Any]]) -> str:
-    """Format median images per second as Markdown, relative to tf.data."""
-    base = medians.get('tf.data, decode_and_crop_jpeg')
+    """Format median images per second as Markdown, relative to tf.data, or to torchvision."""
+    first, named = 'tf.data, decode_and_crop_jpeg', 'tf.data'
+    if first not in medians:
+        first, named = next(iter(PEERS_VIEWS)), 'torchvision'
+    base = medians.get(first)
     lines = [
-        '| loader | images/s, 1 core | × tf.data | 2 cores | scaling | CPU ms an image | peak MB |',
+        f'| loader | images/s, 1 core | × {named} | 2 cores | scaling | CPU ms an image '
+        '| peak MB |',
         '|---|---|---|---|---|---|---|',
     ]
     for name, row in medians.items():
@@ -370,8 +439,9 @@ def main() -> None:
     parser.add_argument('--width', type=int, default=500)
     parser.add_argument('--seconds', type=float, default=3.0, help='of each measurement')
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', default=str(RESULTS), help='where the figures go')
+    parser.add_argument('--json', help='where the figures go; by default into benchmarks/results')
     parser.add_argument('--contender', choices=CONTENDERS, help='measure one here, and print JSON')
+    parser.add_argument('--views', action='store_true', help="load DINOv2's ten views of each file")
     parser.add_argument('--folder', type=Path)
     parser.add_argument('--cores', type=int, default=1)
     args = parser.parse_args()
@@ -385,8 +455,9 @@ def main() -> None:
         rounds: dict[str, dict[str, list[dict[str, float]]]] = {}
         missing: set[str] = set()
         for number in range(args.rounds):
-            for contender in CONTENDERS:
-                python = args.peers if contender in PEERS else sys.executable
+            for contender in VIEWS if args.views else {**OURS, **PEERS, **CACHED}:
+                is_peer = contender in {**PEERS, **PEERS_VIEWS}
+                python = args.peers if is_peer else sys.executable
                 for count in cores:
                     if contender in missing:
                         continue
@@ -416,8 +487,11 @@ def main() -> None:
         'median': medians,
         'rounds': rounds,
     }
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(result, indent=1) + '\n')
+    path = Path(
+        args.json or RESULTS.with_name('loader_views.json' if args.views else 'loader.json')
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + '\n')
     print(table(medians))
 
 

@@ -8,8 +8,10 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.bench_data())
 
+import functools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,34 +54,46 @@ def loader_rates(data: Data, seconds: float) -> dict[str, float]:
     return result if memory is None else {**result, 'host_memory_mb': memory}
 
 
+def _draw(keys: Any, first: int, number: int) -> np.ndarray:
+    return order.uniform(keys, first + number)
+
+
 def by_operation(data: Data) -> dict[str, float]:
     """Return microseconds per example for reading and for each operation, in one thread.
 
-    An image is decoded by the first operation that needs its pixels, so that one bears the cost.
+    An image is decoded by the first operation that needs its pixels, so that one bears the cost;
+    of several views each operation is that of all views of its group.
     """
     source, transform = data.source, data.transform
-    spent: dict[str, float] = {'read': 0.0}
-    names = [f'{i + 1} {name}' for i, name in enumerate(transform.names)]
+    spent: dict[str, float] = {}
     assert data.order is not None
+
+    def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args)
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+        return result
+
+    def operate(columns: Any, of: transforms.Transform, keys: Any, name: str) -> Any:
+        for position, (one, operation) in enumerate(zip(of.names, of.operations, strict=True)):
+            draw = functools.partial(_draw, keys, position * operations.STREAMS)
+            columns = timed(f'{name}{position + 1} {one}', operation.apply, columns, draw)
+        return columns
+
     index, _ = data.order.indices(0, source.length)
     index = np.resize(index, _EXAMPLES)
     for start in range(0, _EXAMPLES, _BATCH):
-        batch_index = index[start : start + _BATCH]
-        keys = order.example_keys(data.order.seed, 0, batch_index)
-        began = time.perf_counter()
-        columns = source.load(batch_index)
-        spent['read'] += time.perf_counter() - began
-        for position, (name, operation) in enumerate(zip(names, transform.operations, strict=True)):
-
-            def draw(k: int, first: int = position * operations.STREAMS, keys: Any = keys):
-                return order.uniform(keys, first + k)
-
-            began = time.perf_counter()
-            columns = operation.apply(columns, draw)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
-        began = time.perf_counter()
-        transforms.finished(columns, transform)
-        spent['join'] = spent.get('join', 0.0) + time.perf_counter() - began
+        rows = index[start : start + _BATCH]
+        keys = order.example_keys(data.order.seed, 0, rows)
+        columns = operate(timed('read', source.load, rows), transform, keys, '')
+        if transform.views:
+            columns = {**columns, 'image': timed('decode', operations.decoded, columns['image'])}
+        for number, view in enumerate(transform.every_view):
+            mine = order.view_keys(keys, number)
+            seen = operate({'image': columns['image']}, view.transform, mine, f'{view.group}: ')
+            timed('join', transforms.finished, seen, view.transform)
+        if not transform.views:
+            timed('join', transforms.finished, columns, transform)
     return {name: seconds / _EXAMPLES * 1e6 for name, seconds in spent.items()}
 
 

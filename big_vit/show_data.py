@@ -1,7 +1,8 @@
 """Show transformed examples: `python -m big_vit.show_data --config configs/x.py --png FILE`.
 
 Draws three rows of pictures: as stored in the dataset, after the transform on the host, and after
-the device transform with mixup and cutmix, exactly as the train step sees them.
+the device transform with mixup and cutmix, exactly as the train step sees them. Of several views of
+an example each has a row, as the train step sees it.
 """
 
 from big_vit import command_line
@@ -23,8 +24,7 @@ from big_vit.build.steps import batch_seen
 from big_vit.config import Config
 from big_vit.data import dataset, pipeline, transforms
 from big_vit.errors import UserError
-from big_vit.inspection import plots
-from big_vit.inspection.examples import title
+from big_vit.inspection import examples, plots
 
 
 def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
@@ -49,7 +49,7 @@ def titles(data: Data, batch: dict[str, np.ndarray], count: int) -> list[str]:
     """Describe the labels of the first examples; empty strings without labels."""
     if 'label' not in batch:
         return [''] * count
-    return [title(data, label) for label in batch['label'][:count]]
+    return [examples.title(data, label) for label in batch['label'][:count]]
 
 
 def draw(config: Config, path: Path, step: int, count: int) -> None:
@@ -71,26 +71,19 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
     mixed = jax.device_get(batch_seen(config, data, batch, step))
-    rows = [
-        (
-            'in the dataset',
-            originals(data, index[:count]),
-            [
-                f'{i}: {text}' if text else f'{i}'
-                for i, text in zip(index, titles(data, batch, count), strict=False)
-            ],
-        ),
-        (
-            'after the host',
-            list(batch['image'][:count]),
-            titles(data, batch, count),
-        ),
-        (
-            'what the model sees',
-            list(mixed['image'][:count]),
-            titles(data, mixed, count),
-        ),
+    numbers = [str(number) for number in index[:count]]
+    named = [
+        ': '.join(filter(None, pair))
+        for pair in zip(numbers, titles(data, batch, count), strict=False)
     ]
+    rows = [('in the dataset', originals(data, index[:count]), named)]
+    if not data.transform.views:
+        rows += [('after the host', list(batch['image'][:count]), titles(data, batch, count))]
+    for name, pictures in examples.views(data, mixed).items():
+        line = name or 'what the model sees'
+        rows.append(
+            (line, pictures[:count], titles(data, mixed, count) if not name else [''] * count)
+        )
     plots.picture_rows(rows).save(path)
 
 

@@ -306,6 +306,30 @@ def _check_views(transform: transforms.Transform, task: Task) -> None:
         )
 
 
+def single_view(data: Data) -> Data:
+    """The same examples, seen once each as their first view; for looking at, not for training."""
+    if not data.transform.views:
+        return data
+    transform, first = data.transform, data.transform.views[0].transform
+    host = replace(
+        transform,
+        names=transform.names + first.names,
+        operations=transform.operations + first.operations,
+        host_text=' | '.join(text for text in (transform.host_text, first.host_text) if text),
+        random_operations=first.random_operations,
+        views=(),
+    )
+    parts = {n: p for n, p in data.example_spec.parts.items() if n not in transform.groups}
+    group = next(iter(transform.groups))
+    parts['image'] = data.shapes['image'], data.example_spec.parts[group][1]
+    return data._replace(
+        transform=host,
+        example_spec=data.example_spec._replace(parts=parts),
+        device=data.evaluation_device,
+        reads=('image',),
+    )
+
+
 def completed_section(config: Config, kind: str, name: str) -> Config:
     """An evaluation's section, or a mixture's, with what it leaves open taken from `data`.
 

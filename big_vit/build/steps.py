@@ -94,4 +94,5 @@ def batch_seen(config: Config, found: Data, batch: dict[str, Any], step: int) ->
         seed=config.seed,
     )
     result = jax.jit(made)(arrays, step=step)
-    return {n: normalise(x) if n in tokenizers.PICTURES else x for n, x in result.items()}
+    pictures = {*tokenizers.PICTURES, *found.transform.groups}
+    return {n: normalise(x) if n in pictures else x for n, x in result.items()}

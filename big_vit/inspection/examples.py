@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from big_vit.build.data import Data, train_data
+from big_vit.build.data import Data, single_view, train_data
 from big_vit.config import Config
 from big_vit.data import pipeline
 from big_vit.errors import printable
@@ -14,17 +14,23 @@ from big_vit.inspection import plots
 def batch(config: Config, count: int) -> tuple[Data, dict[str, np.ndarray]]:
     """Load the data of a config, and about `count` of its first training examples.
 
+    Where training sees several views of an example, it is the first of them.
+
     Raises:
       UserError: the dataset is not available here or does not match the config.
     """
     if config.data.cache in ('auto', 'decoded'):  # Filling a cache would decode the whole dataset.
         config = config.replacing({'data.cache': 'none'})
-    data = train_data(config)
+    data = single_view(train_data(config))
     return data, first_examples(data, count)
 
 
 def first_examples(data: Data, count: int) -> dict[str, np.ndarray]:
-    """Return the first training examples of opened data, about `count`: whole groups of repeats."""
+    """Return the first training examples of opened data, about `count`: whole groups of repeats.
+
+    Of several views it is the first.
+    """
+    data = single_view(data)
     assert data.order is not None
     size = max(1, count // data.order.repeats) * data.order.repeats
     order = dataclasses.replace(data.order, batch_size=size)
@@ -38,6 +44,17 @@ def first_examples(data: Data, count: int) -> dict[str, np.ndarray]:
 def pictures(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Return the images of a batch as uint8 [height, width, channels]; [] if it has none."""
     return plots.as_bytes(list(batch['image'])) if 'image' in batch else []
+
+
+def views(data: Data, batch: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Return the pictures of each view of a batch by a name such as 'local 3', or of the images."""
+    if not data.transform.views:
+        return {'': list(batch['image'])}
+    return {
+        f'{group} {number + 1}': list(batch[group][:, number])
+        for group, count in data.transform.groups.items()
+        for number in range(count)
+    }
 
 
 def title(data: Data, label: np.ndarray) -> str:

@@ -117,6 +117,11 @@ class Transform:
         return counts
 
     @property
+    def every_view(self) -> tuple[View, ...]:
+        """The views, each as often as it is made."""
+        return tuple(view for view in self.views for _ in range(view.count))
+
+    @property
     def is_random(self) -> bool:
         return bool(self.random_operations)
 
@@ -221,12 +226,9 @@ class Transform:
         images = {'image': decoded(columns['image'])}
         groups: dict[str, list[np.ndarray]] = {group: [] for group in self.groups}
         # A view's randomness depends on its place alone, so one added at the end moves no other.
-        number = 0
-        for view in self.views:
-            for _ in range(view.count):
-                seen = view.transform(images, order.view_keys(keys, number))
-                groups[view.group].append(finished(seen, view.transform)['image'])
-                number += 1
+        for number, view in enumerate(self.every_view):
+            seen = view.transform(images, order.view_keys(keys, number))
+            groups[view.group].append(finished(seen, view.transform)['image'])
         for group, views in groups.items():
             sizes = dict.fromkeys('x'.join(map(str, view.shape[1:3])) for view in views)
             if len({view.shape for view in views}) > 1:
