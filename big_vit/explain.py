@@ -71,6 +71,11 @@ def _peak(lr: float, factors: list[per_layer.Factor]) -> str:
     return ' to '.join(f'{lr * end:.2e}' if end else 'frozen' for end in ends)
 
 
+def _decay(factor: float, ends: list[float]) -> str:
+    """Formats a weight decay, with both ends if it is on a schedule."""
+    return ' to '.join(f'{factor * end:.6g}' for end in ends) if factor else '0'
+
+
 def optimizers(parts: Experiment) -> list[str]:
     """Lists each optimizer with all of its settings, given or default."""
     return [
@@ -85,7 +90,12 @@ def page(settings: config.Config) -> str:
     intervals, total = parts.intervals, parts.total_steps
     points = sorted({0, *(round(total * share / 10) for share in range(11))})
     # Evaluated on this machine's own device: these are a few scalars.
-    rates = [(step, f'{float(parts.schedule(step)):.3e}') for step in points]
+    rates: list[tuple] = [(step, f'{float(parts.schedule(step)):.3e}') for step in points]
+    columns: tuple[str, ...] = ('step', 'learning rate')
+    if parts.decay_schedule is not None:
+        decays = [f'{float(parts.decay_schedule(step)):.4g}' for step in points]
+        rates = [(*row, decay) for row, decay in zip(rates, decays, strict=True)]
+        columns = (*columns, 'weight decay')
 
     def frequency(every: int) -> str:
         times = total // every + bool(total % every) if every else 0
@@ -98,21 +108,24 @@ def page(settings: config.Config) -> str:
         *((f'evaluate {name}', frequency(every)) for name, every in intervals.evals.items()),
     ]
     groups: dict[tuple, list[str]] = {}
+    by_step = parts.decay_schedule
+    ends = [1.0] if by_step is None else [float(by_step(step)) for step in (0, total)]
     flat = trees.flatten(parts.abstract_state['params'])
     for name, leaf in flat.items():
         collapsed = re.sub(r'encoderblock_\d+', 'encoderblock_*', name)
         key = (
             collapsed,
             'x'.join(map(str, leaf.shape)),
-            f'{parts.decay_factors[name]:g}',
+            _decay(parts.decay_factors[name], ends),
             parts.groups[name],
             spec_text(leaf),
         )
-        groups.setdefault(key, []).append(name)
+        groups.setdefault((key, parts.first_steps.get(name)), []).append(name)
     header = ('parameter', 'shape', 'weight decay', 'optimizer', 'sharding', 'peak lr', 'arrays')
     shown = []
-    for key, names in groups.items():
+    for (key, first), names in groups.items():
         peak = _peak(settings.lr, [parts.lr_factors[name] for name in names])
+        peak += '' if first is None else f' from step {round(first):,}'
         shown.append((*key, peak, len(names)))
     table = metrics.table(header, shown)
     values = sorted(config.flatten(settings.to_dict()).items())
@@ -125,7 +138,7 @@ def page(settings: config.Config) -> str:
         [
             '\n'.join(summary(settings, parts)),
             metrics.table(('duty', 'when'), rows),
-            metrics.table(('step', 'learning rate'), rates),
+            metrics.table(columns, rates),
             '\n'.join(optimizers(parts)),
             table,
             '\n'.join(lines),

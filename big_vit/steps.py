@@ -103,6 +103,7 @@ def update(
     after_update: AfterUpdate | None = None,
     teacher_rate: Callable[[jax.Array], jax.Array] | None = None,
     targets: Targets | None = None,
+    weight_decay: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
 
@@ -127,6 +128,7 @@ def update(
       sam_rho: how far `sam.ascend` goes for the gradient that is used, 0 is off. Both
         gradients are of the same batch with the same dropout, and each of all microbatches;
         the loss is that of the parameters themselves.
+      weight_decay: by step, to report it; None if it is constant.
     """
 
     def in_parts(function: Callable[[Batch, jax.Array], Any], batch: Batch, rng: jax.Array) -> Any:
@@ -229,6 +231,7 @@ def update(
             'loss': value,
             **aux.metrics,
             'lr': schedule(step),
+            **({} if weight_decay is None else {'weight_decay': weight_decay(step)}),
             'grad_norm': norm,
             'param_norm': optax.tree.norm(new['params']),
             'update_norm': jnp.where(good, optax.tree.norm(updates), 0.0),

@@ -20,7 +20,7 @@ from big_vit.build.data import (
     train_data,
 )
 from big_vit.build.model import build_model
-from big_vit.build.optimizer import build_optimizer, in_steps, rate_schedule, run_length
+from big_vit.build.optimizer import Length, build_optimizer, in_steps, rate_schedule, run_length
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.fields import INT_MAX
@@ -39,8 +39,9 @@ class Experiment(NamedTuple):
     `forward_flops` are those of the loss of one example, `flops_per_example` those of a training
     step. `references` are the splits that evaluations learn from or search, by the evaluation's
     name.
-    By parameter path: decay and factor on the rate, and `groups`, the optimizer's name;
-    by that name `settings`, what it is made with.
+    By parameter path: decay (what multiplies `decay_schedule`, if there is one), factor on the
+    rate, first step of those that are held until then, and `groups`, the optimizer's name; by that
+    name `settings`, what it is made with.
     """
 
     mesh: Mesh
@@ -59,6 +60,8 @@ class Experiment(NamedTuple):
     lr_factors: dict[str, per_layer.Factor]
     groups: dict[str, str]
     settings: dict[str, dict[str, Any]]
+    decay_schedule: schedules.Schedule | None
+    first_steps: dict[str, float]
     batch_size: int
     intervals: 'Intervals'
 
@@ -141,7 +144,7 @@ def build_experiment(
     schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
     model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
-    made = build_optimizer(config, shapes, schedule, mesh)
+    made = build_optimizer(config, shapes, schedule, mesh, Length(train.source, total, ahead))
     schedule_free = 'schedule_free_adamw' in made.settings
     _check_teacher(config, task, schedule_free)
     averaged = bool(config.ema) or schedule_free or task.teacher_rate is not None
@@ -169,6 +172,8 @@ def build_experiment(
         lr_factors=made.rate,
         groups=made.group,
         settings=made.settings,
+        decay_schedule=made.decay_schedule,
+        first_steps=made.start,
         batch_size=config.batch_size,
         intervals=_intervals(config, train.source, total),
     )

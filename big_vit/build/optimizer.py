@@ -8,24 +8,47 @@ from jax.sharding import Mesh
 
 from big_vit import config as config_lib
 from big_vit import trees
+from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.config.fields import UNITS
 from big_vit.data import sources
 from big_vit.errors import UserError
-from big_vit.optim import factory, per_layer, schedules
+from big_vit.optim import clipping, factory, per_layer, schedules
 
 
 class Optimizer(NamedTuple):
-    """An optimizer, and by parameter path what it does."""
+    """An optimizer, and by parameter path what it does.
+
+    `decay` multiplies `decay_schedule`, if there is one. `start` has the first step of parameters
+    that stay as they are at first.
+    """
 
     transform: optax.GradientTransformationExtraArgs
     decay: dict[str, float]
     rate: dict[str, per_layer.Factor]
     group: dict[str, str]
     settings: dict[str, dict[str, Any]]
+    decay_schedule: schedules.Schedule | None
+    start: dict[str, float]
+
+
+class Length(NamedTuple):
+    """What durations are measured against: data, steps of the run, and `ahead` of `run_length`."""
+
+    source: sources.Source
+    total: int
+    ahead: int | float = 0.0
+
+    def shift(self, config: Config) -> int | float:
+        """Steps to add to a step, where a run's length is in examples and its batch size changed.
+
+        What a run of this length does is a function of the examples seen.
+        """
+        return self.ahead if config.peek('total_steps') is None else 0.0
 
 
 def build_optimizer(
-    config: Config, shapes: Any, schedule: schedules.Schedule, mesh: Mesh
+    config: Config, shapes: Any, schedule: schedules.Schedule, mesh: Mesh, length: Length
 ) -> Optimizer:
     """The optimizer of the config, for parameters of these shapes.
 
@@ -45,27 +68,102 @@ def build_optimizer(
     if 'schedule_free_adamw' in settings:
         _check_schedule_free(config, settings)
     laws = {name: factory.LAWS[name](**keys) for name, keys in settings.items()}
-    law = next(iter(laws.values())) if len(laws) == 1 else factory.grouped(laws, group)
+    start = _first_steps(config, names, length)
+    by_gradient = bool(start) and o.freeze_by == 'gradient'
+    laws, labels = _later(laws, group, start) if by_gradient else (laws, group)
+    law = next(iter(laws.values())) if len(laws) == 1 else factory.grouped(laws, labels)
     rate: dict[str, Any] = trees.match_rules(o.lr_rules, names, 'config: optim.lr_rules')
     if o.layer_decay != 1:
-        for name, factor in per_layer.decay_factors(o.layer_decay, shapes).items():
+        additions = build_task(config.task).additions
+        for name, factor in per_layer.decay_factors(o.layer_decay, shapes, additions).items():
             each = tuple(rate[name] * f for f in np.atleast_1d(factor).tolist())
             rate[name] = each if isinstance(factor, tuple) else each[0]
-    if o.weight_decay:
+    decay_schedule = _decay_schedule(config, length)
+    decay = dict.fromkeys(names, 0.0)
+    if o.weight_decay or decay_schedule:
         factors = trees.match_rules(o.weight_decay_rules, names, 'config: optim.weight_decay_rules')
-        decay = {name: o.weight_decay * factor for name, factor in factors.items()}
-    else:
-        decay = dict.fromkeys(names, 0.0)
+        largest = 1.0 if decay_schedule else o.weight_decay
+        decay = {name: largest * factor for name, factor in factors.items()}
     made = factory.make(
         law,
         schedule,
         decay_factors=decay,
         lr_factors=rate,
         clip=o.clip,
+        clip_part=_clip_part(config) if o.clip else None,
         agc=o.agc,
         mesh=mesh,
+        decay_schedule=decay_schedule,
+        start={} if by_gradient else start,
     )
-    return Optimizer(made, decay, rate, group, settings)
+    return Optimizer(made, decay, rate, group, settings, decay_schedule, start)
+
+
+def _decay_schedule(config: Config, length: Length) -> schedules.Schedule | None:
+    """The weight decay by step; None if it is constant."""
+    o = config.optim
+    if o.weight_decay_end is None:
+        return None
+    shift = length.shift(config)
+    by_step = schedules.weight_decay(
+        config.schedule.name, o.weight_decay, o.weight_decay_end, length.total + shift
+    )
+    return (lambda step: by_step(step + shift)) if shift else by_step
+
+
+def _first_steps(config: Config, names: list[str], length: Length) -> dict[str, float]:
+    """The step at which each parameter that `optim.freeze_*` holds begins to move.
+
+    Raises:
+      UserError: that is never.
+    """
+    shift = length.shift(config)
+    start = {}
+    for unit in UNITS:
+        key = f'freeze_{unit}'
+        if config.optim[key] is None:
+            continue
+        found = trees.match_rules(config.optim[key], names, f'config: optim.{key}')
+        for name, duration in found.items():
+            count = config_lib.steps(
+                {key: duration},
+                'freeze',
+                batch_size=config.batch_size,
+                examples=length.source.length,
+                total=length.total + shift,
+            )
+            if count:
+                start[name] = count - shift
+            if count and count - shift >= length.total:
+                raise UserError(
+                    f'config: optim.{key} holds {name} for {count} steps, and the run has '
+                    f'{length.total}: shorten it, or freeze it with a factor of 0 in optim.lr_rules'
+                )
+    return start
+
+
+def _later(
+    laws: dict[str, factory.Law], group: dict[str, str], start: dict[str, float]
+) -> tuple[dict[str, factory.Law], dict[str, str]]:
+    """Laws by label and labels by path, where parameters that start later have laws of their own.
+
+    Labels are part of the state's paths, so they do not depend on the steps themselves.
+    """
+    places = {step: place for place, step in enumerate(sorted(set(start.values())), 1)}
+    labels, more = dict(group), {}
+    for name, step in start.items():
+        labels[name] = f'{group[name]}_later_{places[step]}'
+        more[labels[name]] = factory.from_step(laws[group[name]], step)
+    used = set(labels.values())
+    return {label: law for label, law in {**laws, **more}.items() if label in used}, labels
+
+
+def _clip_part(config: Config) -> clipping.Part | None:
+    """The parts of the gradient that `optim.clip` limits; None for the whole."""
+    by = config.optim.clip_by
+    if by == 'module':
+        return clipping.module(build_task(config.task).additions)
+    return clipping.tensor if by == 'tensor' else None
 
 
 def _check_schedule_free(config: Config, settings: dict[str, Any]) -> None:
@@ -76,6 +174,13 @@ def _check_schedule_free(config: Config, settings: dict[str, Any]) -> None:
         )
     if settings['schedule_free_adamw']['b1'] == 0:
         raise UserError('config: optim.b1 must be above 0 for schedule_free_adamw')
+    o = config.optim
+    for key in ('weight_decay_end', *(f'freeze_{unit}' for unit in UNITS)):
+        if o[key] is not None:
+            raise UserError(
+                f'config: optim.{key} is a schedule, which schedule_free_adamw does without: its '
+                'average is of all steps since the first'
+            )
     if config.ema:
         raise UserError(
             'config: ema must be 0 for schedule_free_adamw: what is evaluated is its own average'
@@ -111,9 +216,9 @@ def _rate_by_step(
 ) -> schedules.Schedule:
     section = config.schedule
     more: dict[str, Any] = {}
-    if section.name in ('cosine', 'linear'):
+    if section.name in ('cosine', 'linear', *schedules.COSINES):
         more['end'] = section.end
-    else:
+    elif section.name != schedules.RISING:
         more['cooldown_steps'] = in_steps(section, 'cooldown', config, source, total) or 0
     if section.name == 'rsqrt':
         timescale = in_steps(section, 'timescale', config, source, total)
@@ -124,6 +229,7 @@ def _rate_by_step(
         peak=config.lr if peak is None else peak,
         total_steps=total,
         warmup_steps=warmup,
+        start=section.start or 0.0,
         **more,
     )
 

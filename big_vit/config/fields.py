@@ -131,6 +131,16 @@ def rules(value: Any) -> tuple[tuple[str, float], ...]:
         ) from None
 
 
+def durations_by_rule(value: Any) -> tuple[tuple[str, float], ...]:
+    """pairs of (regex, duration of at least 0)"""
+    try:
+        return rules(value)
+    except ValueError:
+        raise ValueError(
+            "a tuple of (regex on the parameter's path, duration of at least 0)"
+        ) from None
+
+
 def durations(key: str, doc: str, units: tuple[str, ...] = UNITS) -> dict[str, Field]:
     """Makes the fields of a duration, one per unit; `doc` completes "..., in steps."."""
     return {f'{key}_{unit}': Field(number(0), None, f'{doc}, in {unit}.') for unit in units}

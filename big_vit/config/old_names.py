@@ -56,7 +56,16 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_LATER = ('task.', 'init_architecture', 'checkpoint.best', 'early_stopping.')
+_LATER = (
+    'task.',
+    'init_architecture',
+    'checkpoint.best',
+    'early_stopping.',
+    'optim.weight_decay_end',
+    'optim.clip_by',
+    'optim.freeze_',
+    'schedule.start',
+)
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:

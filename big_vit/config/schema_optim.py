@@ -3,12 +3,14 @@
 from typing import Any
 
 from big_vit.config.fields import (
+    UNITS,
     Field,
     below_one,
     boolean,
     check_text,
     choice,
     durations,
+    durations_by_rule,
     integer,
     number,
     rules,
@@ -108,7 +110,14 @@ OPTIMIZATION: dict[str, Field] = {
         None,
         'Type in which updates are sent between devices.',
     ),
-    'optim.clip': Field(number(0), 1.0, 'Largest global norm of the gradient; 0 is off.'),
+    'optim.clip': Field(number(0), 1.0, 'Largest norm of the gradient; 0 is off.'),
+    'optim.clip_by': Field(
+        choice('global', 'module', 'tensor'),
+        None,
+        'What has a norm of its own that `clip` limits: the whole gradient (`global`, as when '
+        'unset), trunk and each module that a task adds (`module`), or each tensor of each layer '
+        '(`tensor`).',
+    ),
     'optim.agc': Field(
         number(0),
         0.0,
@@ -129,6 +138,12 @@ OPTIMIZATION: dict[str, Field] = {
         0.0,
         'Decoupled weight decay, multiplied by the learning rate; L2 for adam and lars.',
     ),
+    'optim.weight_decay_end': Field(
+        number(0),
+        None,
+        'Weight decay at the end of training, to which it goes on a cosine; unset for a constant '
+        'one.',
+    ),
     'optim.weight_decay_rules': Field(
         rules,
         (('.*/kernel', 1.0), ('.*', 0.0)),
@@ -144,14 +159,42 @@ OPTIMIZATION: dict[str, Field] = {
         1.0,
         'Factor on the learning rate per layer of distance from the head; 1 is off.',
     ),
+    **{
+        f'optim.freeze_{unit}': Field(
+            durations_by_rule,
+            None,
+            f'How long parameters stay as they are, in {unit}; the first matching rule wins.',
+        )
+        for unit in UNITS
+    },
+    'optim.freeze_by': Field(
+        choice('rate', 'gradient'),
+        None,
+        'What parameters miss while `freeze_*` holds them: the rate alone, while moments and '
+        'counts run on (as when unset), or the gradient and with it the state.',
+    ),
     'schedule.name': Field(
-        choice('cosine', 'linear', 'constant', 'rsqrt'),
+        choice(
+            'cosine',
+            'linear',
+            'constant',
+            'rsqrt',
+            'cosine_dino',
+            'cosine_dinov3',
+            'cosine_ijepa',
+            'constant_dinov3',
+        ),
         'cosine',
         'Learning rate schedule after the warmup.',
     ),
-    **durations('schedule.warmup', 'Linear warmup from 0'),
+    **durations('schedule.warmup', 'Warmup'),
+    'schedule.start': Field(
+        number(0, 1),
+        None,
+        'Learning rate at the start of the warmup as a share of the peak; 0 if unset.',
+    ),
     'schedule.end': Field(
-        number(0, 1), 0.0, 'Final learning rate as a share of the peak (cosine, linear).'
+        number(0, 1), 0.0, 'Final learning rate as a share of the peak (cosines, linear).'
     ),
     **durations('schedule.cooldown', 'Linear decay to 0 at the end (constant, rsqrt)'),
     **durations(

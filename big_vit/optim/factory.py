@@ -7,7 +7,7 @@ and one line in `LAWS` (docs/development.md, "Add an optimizer").
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +35,30 @@ from big_vit.optim.schedules import Schedule
 
 
 class Rules(NamedTuple):
-    """Learning rate schedule, decay and rate factor by parameter path, and the mesh if any."""
+    """What a law has to know beside its own settings.
+
+    Attributes:
+      schedule: learning rate by step.
+      decay: weight decay by parameter path.
+      rate: factor on the rate by parameter path.
+      mesh: mesh, if any.
+      decay_schedule: multiplies the weight decay, by step; None for a constant decay.
+      start: first step at which the parameter of a path moves; those of the others is 0.
+    """
 
     schedule: Schedule
     decay: dict[str, float]
     rate: dict[str, Factor]
     mesh: Mesh | None = None
+    decay_schedule: Schedule | None = None
+    start: Mapping[str, float] = {}
+
+    def decay_at(self, step: jax.Array) -> Mapping[str, float | jax.Array]:
+        """Weight decay at a step by parameter path; the float 0 where there is never any."""
+        if self.decay_schedule is None:
+            return self.decay
+        now = self.decay_schedule(step)
+        return {name: factor and factor * now for name, factor in self.decay.items()}
 
 
 Law = Callable[[Rules], list[optax.GradientTransformation]]
@@ -59,16 +77,34 @@ def scale_by_factors(factors: dict[str, Factor]) -> optax.GradientTransformation
     return optax.stateless(lambda updates, _: trees.map_with_name(scale, updates))
 
 
-def add_decayed_weights(factors: dict[str, float]) -> optax.GradientTransformation:
-    """Adds `factor * parameter` to each update.
+def stateless(
+    function: Callable[[Any, Any, jax.Array], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that is a function of (updates, parameters, step of the run)."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any):
+        return function(updates, params, step), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def add_decayed_weights(rules: Rules) -> optax.GradientTransformationExtraArgs:
+    """Adds `decay * parameter` to each update.
 
     After the scaler that is decoupled decay (arXiv 1711.05101), before it L2 regularization.
     """
 
-    def add(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
-        return update + factors[name] * param if factors[name] else update
+    def add(updates: Any, params: Any, step: jax.Array) -> Any:
+        decay = rules.decay_at(step)
 
-    return optax.stateless(lambda updates, params: trees.map_with_name(add, updates, params))
+        def add_to(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
+            factor = decay[name]
+            is_some = isinstance(factor, jax.Array) or factor
+            return update + factor * param if is_some else update
+
+        return trees.map_with_name(add_to, updates, params)
+
+    return stateless(add)
 
 
 def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
@@ -77,20 +113,32 @@ def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     The step is that of the run, so a skipped update does not shift the schedule.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any):
+    def scale(updates: Any, _: Any, step: jax.Array) -> Any:
         rate = schedule(step)
-        return jax.tree.map(lambda u: -rate * u, updates), state
+        return jax.tree.map(lambda u: -rate * u, updates)
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return stateless(scale)
+
+
+def _hold(start: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
+    """Takes away the updates of parameters before their first step, as a rate of 0 does."""
+
+    def hold(updates: Any, _: Any, step: jax.Array) -> Any:
+        return trees.map_with_name(
+            lambda name, u: jnp.where(step >= start[name], u, -0.0) if name in start else u, updates
+        )
+
+    return stateless(hold)
 
 
 def _scale_by_rates(rules: Rules) -> list[optax.GradientTransformation]:
-    return [scale_by_factors(rules.rate), scale_by_rate(rules.schedule)]
+    rates = [scale_by_factors(rules.rate), scale_by_rate(rules.schedule)]
+    return [*rates, _hold(rules.start)] if rules.start else rates
 
 
 def decoupled(scaler: optax.GradientTransformation) -> Law:
     """The usual law: a scaler such as `optax.scale_by_adam()`, then decay, then the rate."""
-    return lambda rules: [scaler, add_decayed_weights(rules.decay), *_scale_by_rates(rules)]
+    return lambda rules: [scaler, add_decayed_weights(rules), *_scale_by_rates(rules)]
 
 
 # One function per optimizer. docs/optimizers.md lists paper, state and keys of each.
@@ -106,7 +154,7 @@ def sgd(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32'
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str = 'float32') -> Law:
     """Adam (arXiv 1412.6980); the decay is L2, added to the gradient before scaling."""
     scaler = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [add_decayed_weights(rules.decay), scaler, *_scale_by_rates(rules)]
+    return lambda rules: [add_decayed_weights(rules), scaler, *_scale_by_rates(rules)]
 
 
 def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: str = 'float32') -> Law:
@@ -145,10 +193,20 @@ def adafactor_vit(b1: float = 0.9, b2: float = 0.999, mu_dtype: str = 'bfloat16'
     return decoupled(optax.chain(second, first))
 
 
+def scale_by_lars_ratio(rules: Rules) -> optax.GradientTransformationExtraArgs:
+    """LARS's ratio with the decay of the step."""
+
+    def scale(updates: Any, params: Any, step: jax.Array) -> Any:
+        ratio = lars_lamb.scale_by_lars_ratio(rules.decay_at(step))
+        return ratio.update(updates, optax.EmptyState(), params)[0]
+
+    return stateless(scale)
+
+
 def lars(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32') -> Law:
     """LARS (arXiv 1708.03888); momentum accumulates updates already multiplied by the rate."""
     last = optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [lars_lamb.scale_by_lars_ratio(rules.decay), *_scale_by_rates(rules), last]
+    return lambda rules: [scale_by_lars_ratio(rules), *_scale_by_rates(rules), last]
 
 
 def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 'float32') -> Law:
@@ -156,7 +214,7 @@ def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 
     scaler = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.dtype(mu_dtype))
     return lambda rules: [
         scaler,
-        add_decayed_weights(rules.decay),
+        add_decayed_weights(rules),
         lars_lamb.scale_by_lamb_ratio(),
         *_scale_by_rates(rules),
     ]
@@ -316,6 +374,27 @@ def grouped(laws: dict[str, Law], groups: dict[str, str]) -> Law:
     return law
 
 
+def from_step(law: Law, start: float) -> Law:
+    """The law for parameters that have no gradient before a step: no update, no moments, no count.
+
+    A skipped gradient, as DINO has it, differs from a rate of 0 (`Rules.start`), where moments and
+    counts run on.
+    """
+
+    def later(rules: Rules) -> list[optax.GradientTransformation]:
+        inner = optax.with_extra_args_support(optax.chain(*law(rules)))
+
+        def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any):
+            updates, new = inner.update(updates, state, params, step=step)
+            begun = step >= start
+            updates = jax.tree.map(lambda u: jnp.where(begun, u, -0.0), updates)
+            return updates, jax.tree.map(lambda n, o: jnp.where(begun, n, o), new, state)
+
+        return [optax.GradientTransformationExtraArgs(inner.init, update)]
+
+    return later
+
+
 def _freeze(rules: Rules) -> list[optax.GradientTransformation]:
     """Law of frozen parameters: an update that leaves every bit as it is."""
     # Adding -0.0 changes no bit, while 0.0 turns a weight of -0.0 into 0.0.
@@ -326,12 +405,14 @@ def _freeze(rules: Rules) -> list[optax.GradientTransformation]:
 
 def health(state: Any) -> dict[str, jax.Array]:
     """Health statistics in an optimizer's state, as step metrics; most optimizers have none."""
-    stats = {
-        name.rpartition('health/')[2]: leaf
-        for name, leaf in trees.flatten(state).items()
-        if '/health/' in name
-    }
-    return {f'optim_{name}': leaf for name, leaf in stats.items()}
+    stats: dict[str, jax.Array] = {}
+    for path, leaf in trees.flatten(state).items():
+        if '/health/' in path:
+            name = f'optim_{path.rpartition("health/")[2]}'
+            # Parameters that start later have a state of their own.
+            combine = jnp.maximum if name == 'optim_error' else jnp.add
+            stats[name] = combine(stats[name], leaf) if name in stats else leaf
+    return stats
 
 
 def frozen(lr_factors: dict[str, Factor]) -> frozenset[str]:
@@ -346,8 +427,11 @@ def make(
     decay_factors: dict[str, float],
     lr_factors: dict[str, Factor],
     clip: float = 0.0,
+    clip_part: clipping.Part | None = None,
     agc: float = 0.0,
     mesh: Mesh | None = None,
+    decay_schedule: Schedule | None = None,
+    start: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the complete optimizer.
 
@@ -357,10 +441,13 @@ def make(
       decay_factors: weight decay by parameter path; the rate multiplies it.
       lr_factors: factor on the rate by parameter path. A factor of 0 freezes the parameter: it
         gets no optimizer state and its gradient does not count in the norm that is clipped.
-      clip: largest global norm of the gradient; 0 is off.
+      clip: largest norm of the gradient; 0 is off.
+      clip_part: the part of the gradient, by path, that has a norm of its own; None for one norm.
       agc: largest norm of a unit's gradient as a share of its weights' norm, applied before
         `clip`; 0 is off.
       mesh: mesh over which Shampoo and SOAP spread their blocks.
+      decay_schedule: multiplies `decay_factors`, by step.
+      start: first step with a rate above 0 by parameter path, of parameters that wait.
 
     Returns:
       A transformation whose `update` takes the keyword argument `step`.
@@ -368,7 +455,10 @@ def make(
 
     def moving(rules: Rules) -> list[optax.GradientTransformation]:
         limits = [clipping.adaptive(agc)] if agc else []
-        limits += [clipping.by_global_norm(clip)] if clip else []
+        if clip:
+            limits.append(
+                clipping.by_part(clip, clip_part) if clip_part else clipping.by_global_norm(clip)
+            )
         return [optax.chain(*limits) if limits else optax.identity(), *law(rules)]
 
     frozen_names = frozen(lr_factors)
@@ -376,5 +466,6 @@ def make(
     if frozen_names:
         groups = {name: 'frozen' if name in frozen_names else 'moving' for name in lr_factors}
         complete = grouped({'moving': moving, 'frozen': _freeze}, groups)
-    parts = complete(Rules(schedule, decay_factors, lr_factors, mesh))
+    rules = Rules(schedule, decay_factors, lr_factors, mesh, decay_schedule, start or {})
+    parts = complete(rules)
     return optax.with_extra_args_support(optax.chain(*parts))

@@ -1,6 +1,7 @@
 """Trust ratios for large batches: scale each layer's step by the norm of its weights."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def scale_by_lamb_ratio() -> optax.GradientTransformation:
 
 
 def scale_by_lars_ratio(
-    decay: dict[str, float], coefficient: float = 0.001
+    decay: Mapping[str, float | jax.Array], coefficient: float = 0.001
 ) -> optax.GradientTransformation:
     """Adds L2 decay and multiplies by the local rate (arXiv 1708.03888, equation 6).
 

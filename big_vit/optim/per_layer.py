@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ Factor = float | tuple[float, ...]
 # Everything that turns inputs into tokens is layer 0. "Blocks" are those of the shared encoder:
 # a stream's own blocks, which come before it, count as part of making its tokens.
 _FIRST = re.compile(
-    r'(stem|embedding|pre_norm)/.*|pos_embedding|word_embedding|cls|registers|latents'
+    r'(stem|embedding|pre_norm)/.*|pos_embedding|word_embedding|cls|registers|latents|mask_token'
 )
 _BLOCK = re.compile(r'Transformer/encoderblock_(\d+)/.*')
 _STREAM = re.compile(
@@ -48,7 +48,7 @@ def apply_per_layer(inner: optax.GradientTransformation) -> optax.GradientTransf
     return optax.stateless(lambda updates, params: trees.map_with_name(apply, updates, params))
 
 
-def decay_factors(decay: float, params: Any) -> dict[str, Factor]:
+def decay_factors(decay: float, params: Any, additions: Collection[str] = ()) -> dict[str, Factor]:
     """Layer-wise rate decay: factors on the rate by path (arXiv 2106.08254).
 
     The factor is `decay ** (depth + 1 - layer)`. Embeddings are layer 0, blocks layers 1 to
@@ -57,14 +57,23 @@ def decay_factors(decay: float, params: Any) -> dict[str, Factor]:
     Args:
       decay: factor from one layer to the one before it.
       params: the parameters, or their shapes.
+      additions: first names of modules that come after the encoder, whatever is in them. (A single
+        array, such as a mask token, comes before it.)
     """
     flat = trees.flatten(params)
+    after = {name for name in flat if '/' in name and name.partition('/')[0] in additions}
     numbers = {name: int(match[1]) for name in flat if (match := _BLOCK.fullmatch(name))}
-    stacks = {name: x.shape[0] for name, x in flat.items() if matrices.stacked_axes(name)}
+    stacks = {
+        name: x.shape[0]
+        for name, x in flat.items()
+        if matrices.stacked_axes(name) and name not in after
+    }
     encoder_stacks = {name: size for name, size in stacks.items() if not _STREAM.fullmatch(name)}
     depth = max([*encoder_stacks.values(), *(number + 1 for number in numbers.values())], default=0)
 
     def factor(name: str) -> Factor:
+        if name in after:
+            return 1.0
         if name in encoder_stacks:
             return tuple(decay ** (depth - i) for i in range(depth))
         if name in numbers:

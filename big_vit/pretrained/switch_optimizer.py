@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from big_vit import checkpoint, state, trees
 from big_vit import config as config_lib
 from big_vit.build.experiment import Experiment, fresh_state
-from big_vit.build.optimizer import build_optimizer
+from big_vit.build.optimizer import Length, build_optimizer
 from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.optim import factory, moments
@@ -73,7 +73,8 @@ def _restore(workdir: Any, step: int, config: Config, parts: Experiment) -> stat
     """Restore the full state of the checkpoint onto the mesh of this run."""
     sidecar = checkpoint.read_sidecar(workdir, step)
     saved = config_lib.from_json(sidecar['config'])
-    optimizer = build_optimizer(saved, parts.abstract_state['params'], parts.schedule, parts.mesh)
+    shapes, length = parts.abstract_state['params'], Length(parts.data.source, parts.total_steps)
+    optimizer = build_optimizer(saved, shapes, parts.schedule, parts.mesh, length)
     abstract_state = state.abstract(
         parts.model,
         parts.data.inputs,

@@ -32,7 +32,7 @@ from big_vit.build.experiment import (
     tracker_options,
     train_batches,
 )
-from big_vit.build.optimizer import build_optimizer, rate_schedule
+from big_vit.build.optimizer import Length, build_optimizer, rate_schedule
 from big_vit.build.steps import build_train_step, build_update
 from big_vit.config import Config
 from big_vit.distributed import hosts
@@ -99,6 +99,7 @@ class VmappedTraining:
         self._frozen_paths = factory.frozen(parts.lr_factors)
         self._frozen_axis = None if same_start else 0
         self._shapes = state.abstract_params(parts.model, parts.data.inputs)
+        self._length = Length(parts.data.source, parts.total_steps)
         self._unit_schedule = rate_schedule(config, parts.data.source, parts.total_steps, 1.0)
         self._replicated = sharding.replicated(parts.mesh)
         self._put: Callable[..., dict[str, Any]] | None = None
@@ -124,7 +125,8 @@ class VmappedTraining:
         def schedule(step: Any) -> Any:
             return rate * self._unit_schedule(step)
 
-        optimizer = build_optimizer(self.config, self._shapes, schedule, self.parts.mesh)
+        mesh, length = self.parts.mesh, self._length
+        optimizer = build_optimizer(self.config, self._shapes, schedule, mesh, length)
         step = build_update(self.config, self.parts, optimizer.transform, schedule, seed)
         joined: dict[str, Any] = {
             name: self._joined(now[name], frozen) for name in _PARAMETERS if name in now

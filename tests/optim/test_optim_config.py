@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from big_vit import config, sharding, trees
-from big_vit.build.optimizer import build_optimizer, rate_schedule
+from big_vit.build.optimizer import Length, build_optimizer, rate_schedule
 from big_vit.errors import UserError
 from big_vit.models import vit
 from big_vit.optim import factory
@@ -39,7 +39,7 @@ def resolved(**keys):
 
 def optimizer(settings, scan=True):
     made = rate_schedule(settings, SOURCE, 1000)
-    return build_optimizer(settings, shapes(scan), made, sharding.make_mesh())
+    return build_optimizer(settings, shapes(scan), made, sharding.make_mesh(), Length(SOURCE, 1000))
 
 
 def needs(name):
