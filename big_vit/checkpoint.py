@@ -37,6 +37,8 @@ from big_vit.state import State
 # Format 1 has a hash of its leaves alone; from 2 on, one of all that the sidecar says as well.
 FORMAT = 2
 COMMITTED = 'commit_success.txt'
+# In the folder of a sweep: which trials it chose.
+CHOSEN = 'test.json'
 # A save that is not committed after this long is considered hung.
 TIMEOUT_S = 30 * 60
 # Replicas share the work of saving an array only in parts of at least this many bytes.
@@ -176,6 +178,8 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
         raise UserError(f'{key}: there is no checkpoint {path} (steps there: {present})')
     workdir = given.parent if given.name == 'checkpoints' else given
     available = steps(workdir)
+    if not available and (trial := _chosen_trial(workdir, key)) is not None:
+        return locate(f'{trial}@best' if wants_best else trial, key)
     if not available:
         what = 'no finished checkpoint' if workdir.is_dir() else 'no such folder'
         meant = '' if workdir.is_dir() else interop.name_meant(str(path))
@@ -184,6 +188,34 @@ def locate(path: Place, key: str = '--workdir') -> tuple[epath.Path, int]:
             'checkpoints/STEP folders' + (f', or {meant} of the hub' if meant else '')
         )
     return workdir, _best_step(workdir, key) if wants_best else available[-1]
+
+
+def _chosen_trial(workdir: epath.Path, key: str) -> epath.Path | None:
+    """The first trial of what a sweep chose, and a line that says so; None if it is no sweep."""
+    file = workdir / CHOSEN
+    if not file.exists():
+        if not (workdir / 'trials').is_dir():
+            return None
+        there = sorted(path.parent for path in workdir.glob('trials/*/*/checkpoints'))
+        raise UserError(
+            f'{key}: {workdir}: is a sweep that has not chosen yet: start it again, or name a trial'
+            + (f', as in {there[0]}' if there else '')
+        )
+    advice = 'delete it, and start the sweep again'
+    results = storage.parse_object(file.read_bytes(), str(file), advice)
+    for start, result in results.items():
+        trials = result.get('trials') if isinstance(result, dict) else None
+        inside = isinstance(trials, list) and trials and isinstance(trials[0], str)
+        if not inside or Path(trials[0]).is_absolute() or '..' in Path(trials[0]).parts:
+            raise UserError(f'{file}: is not what a sweep chose; {advice}')
+        trial = workdir / trials[0]
+        others = [name for name in results if name != start]
+        more = f'; the other starts, {", ".join(others)}, are in its test.json' if others else ''
+        seeds = f', the first of {len(trials)} seeds' if trials[1:] else ''
+        print(f'note    {workdir}: is a sweep: this is {trials[0]}, which it chose{seeds}{more}',
+              file=sys.stderr)  # fmt: skip
+        return trial
+    return None
 
 
 def without_selector(path: Place) -> tuple[str, bool]:

@@ -38,9 +38,12 @@ class Run(NamedTuple):
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Shorten different paths to their last parts, as many as tell them apart."""
+    """Shorten different paths to their last parts, as many as tell them apart.
+
+    Of a trial of a sweep, trials/START/NAME, the start is said too.
+    """
     parts = [[part for part in path.split('/') if part] for path in paths]
-    sizes = [1] * len(paths)
+    sizes = [2 if path[-3:-2] == ['trials'] else 1 for path in parts]
     while True:
         names = ['/'.join(path[-size:]) for path, size in zip(parts, sizes, strict=True)]
         again = [

@@ -20,7 +20,7 @@ from big_vit.config.old_names import RENAMED
 from big_vit.errors import UserError
 from big_vit.inspection import plots
 
-ROWS, TEST = 'trials.jsonl', 'test.json'
+ROWS, TEST = 'trials.jsonl', checkpoint.CHOSEN
 STARTS = {
     'train': 'train',
     'pretrained': 'from the checkpoint',

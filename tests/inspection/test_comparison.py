@@ -17,6 +17,7 @@ from big_vit.inspection import comparison, line_styles
         (['gs://one/run', 'gs://two/run'], ['one/run', 'two/run']),
         (['/run', '/a/run'], ['run', 'a/run']),
         (['/r/w@10', '/r/w@20'], ['w@10', 'w@20']),
+        (['/s/trials/train/a', '/s/trials/control/b'], ['train/a', 'control/b']),
     ],
 )
 def test_names_are_the_shortest_ends_that_differ(paths, names):

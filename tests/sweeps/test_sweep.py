@@ -285,6 +285,23 @@ def test_the_report_has_the_sweep_and_what_it_chose(swept):
     assert 'transfer.json' not in page and '<h3>pretrained</h3>' in page
 
 
+def test_the_folder_of_a_sweep_is_the_first_of_what_it_chose(swept, capsys, tmp_path):
+    """Whatever takes a run takes it; one that has not chosen, or chose elsewhere, is told."""
+    workdir, _, _ = swept
+    written = json.loads((workdir / study.TEST).read_text())
+    trial, step = checkpoint.locate(str(workdir))
+    assert str(trial) == str(workdir / written['pretrained']['trials'][0]) and step == 4
+    said = capsys.readouterr().err
+    assert 'the first of 2 seeds; the other starts, control, are in its test.json' in said
+    (tmp_path / 'trials/train/one/checkpoints').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'is a sweep that has not chosen yet.*trials/train/one'):
+        checkpoint.locate(str(tmp_path))
+    for trials in ([], ['../elsewhere'], ['/tmp/elsewhere'], 'trials/train/one'):
+        (tmp_path / study.TEST).write_text(json.dumps({'train': {'trials': trials}}))
+        with pytest.raises(UserError, match='is not what a sweep chose'):
+            checkpoint.locate(str(tmp_path))
+
+
 def test_choosing_again_after_the_test_is_refused(swept, monkeypatch, tmp_path):
     workdir, args, _ = swept
     written = json.loads((workdir / study.TEST).read_text())
