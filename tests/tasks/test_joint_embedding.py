@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import run
+from commands import run, run_many
 from gate import mostly_slow
 from tiny import flags
 
@@ -200,3 +200,137 @@ def test_meshes_compute_the_same(settings, mesh):
         # Biases before BatchNorm have no gradient, which Adam makes steps of any sign of.
         if 'projector/Dense' not in name or name.endswith('kernel'):
             np.testing.assert_allclose(ours[name], value, atol=3e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('settings', [IJEPA, LEJEPA], ids=['ijepa', 'lejepa'])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'optim.sam_rho': 0.05},
+        {'optim.name': 'muon'},
+        {'optim.name': 'shampoo'},
+        {'model.drop_path': 0.2, 'model.scan': False},
+        {'model.remat': 'full'},
+    ],
+    ids=str,
+)
+def test_optimizers_and_sam_learn(settings, changes):
+    losses, found = losses_of(settings, changes, count=6)
+    assert np.isfinite(losses).all() and int(found['skipped']) == 0
+    if settings is LEJEPA:  # The same batches for ever would be better; a falling loss will do.
+        assert losses[-1] < losses[0]
+
+
+def test_accumulation_is_the_whole_batch(monkeypatch):
+    """With the same blocks for all examples, since microbatches draw theirs by keys of their own."""
+    draw = joint_embedding.block_targets.draw
+
+    def alike(law, length, step, key, batch):
+        blocks = draw(law, length, step, jax.random.key(1), 1)
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.ndim > 1 else x, blocks
+        )
+
+    monkeypatch.setattr(joint_embedding.block_targets, 'draw', alike)
+    whole, alone = losses_of(IJEPA, {})
+    parts, shared = losses_of(IJEPA, {'accumulation': 4})
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    for name, value in trees.flatten(alone['ema']).items():
+        np.testing.assert_allclose(trees.flatten(shared['ema'])[name], value, atol=1e-5)
+
+
+def test_the_teacher_is_what_is_evaluated_and_carries_the_trunk():
+    parts = build_experiment(config.resolve(IJEPA))
+    assert set(parts.abstract_state) >= {'params', 'ema'}
+    assert parts.task.trunk(parts.model) is parts.model.trunk
+    names = {name.partition('/')[0] for name in trees.flatten(parts.abstract_state['params'])}
+    assert names == {'Transformer', 'embedding', 'predictor'}
+    # 0.996 at first and 1 at the end, as 1 less it.
+    rates = [float(parts.task.teacher_rate(jnp.asarray(step), 10)) for step in (0, 5, 10)]
+    np.testing.assert_allclose(rates, [0.004, 0.002, 0], atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('settings', [IJEPA, LEJEPA], ids=['ijepa', 'lejepa'])
+def test_a_run_resumes_bit_identically_and_its_trunk_goes_on(tmp_path, settings):
+    """From a checkpoint in the middle, which is what a killed run has."""
+    spec = tmp_path / 'config.py'
+    spec.write_text(
+        'from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict()\n'
+    )
+    options = flags({key: str(value) for key, value in settings.items()})
+    full, half = tmp_path / 'full', tmp_path / 'half'
+    result = run('train', '--config', spec, *options, '--workdir', full)
+    assert result.returncode == 0, result.stderr
+    (half / 'checkpoints').mkdir(parents=True)
+    shutil.copy(full / 'config.json', half)
+    shutil.copytree(full / 'checkpoints' / '3', half / 'checkpoints' / '3')
+    assert run('train', '--config', spec, *options, '--workdir', half).returncode == 0
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(checkpoint.load_params(folder, 6)[0] for folder in (full, half)),
+    )
+    kept = ('loss', 'cosine', 'target_std') if settings is IJEPA else ('loss', 'sigreg')
+    for name in kept:
+        first, second = ([r[f'train/{name}'] for r in metrics.read(f)[-3:]] for f in (full, half))
+        assert first == second
+    moved = run(
+        'transfer',
+        *('--config', 'configs/transfer_digits.py', f'--config.init={half}'),
+        *('--config.total_steps=2', '--config.batch_size=16', '--config.image_size=16'),
+        *('--config.transfer.control=false', '--config.transfer.random_features=false'),
+        *('--workdir', tmp_path / 'moved'),
+    )
+    assert moved.returncode == 0, moved.stderr
+    left = 'predictor' if settings is IJEPA else 'projector'
+    assert f"learnt task 'joint_embedding': its trunk goes on, left is {left}" in moved.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('settings', [IJEPA, LEJEPA], ids=['ijepa', 'lejepa'])
+def test_two_processes_compute_what_one_does(tmp_path, settings):
+    spec = tmp_path / 'config.py'
+    spec.write_text(
+        'from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict()\n'
+    )
+    given = {**settings, 'mesh.replica': 4}
+    options = flags({key: str(value) for key, value in given.items()})
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    assert run('train', '--config', spec, *options, '--workdir', one, devices=4).returncode == 0
+    results = run_many('train', '--config', spec, *options, '--workdir', two)
+    assert all(result.returncode == 0 for result in results), results[0].stderr
+    first, second = ([r['train/loss'] for r in metrics.read(folder)] for folder in (one, two))
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'changes', 'words'),
+    [
+        (IJEPA, {'model.pool': 'cls'}, "set model.pool='gap'"),
+        (IJEPA, {'model.class_token': True}, 'without model.class_token'),
+        (IJEPA, {'model.patch_dropout': 0.5}, 'set no model.patch_dropout'),
+        (IJEPA, {'model.posemb': 'relative'}, 'needs all tokens of a grid'),
+        (IJEPA, {'model.stride': 1}, 'which do not overlap'),
+        (IJEPA, {'image_size': 8}, 'set image_size to 16x16 or more'),
+        (IJEPA, {'task.context_tokens': 40}, 'take at most 21'),
+        (IJEPA, {'task.target_scale': (0.9, 1.0)}, 'leave no context'),
+        (IJEPA, {'task.predictor_width': 18}, 'task.predictor_width=18 must be divisible by 4'),
+        (IJEPA, {'task.predictor_heads': 3}, 'by the 3 heads of the predictor'),
+        (IJEPA, {'task.target_scale': (0.2, 0.1)}, 'a pair (least, greatest) of numbers'),
+        (IJEPA, {'task.sigreg_weight': 0.1}, "is not read by task.method='ijepa'"),
+        (IJEPA, {'data.transform': VIEWS}, 'gives views'),
+        (IJEPA, {'ema': 0.99}, 'its teacher, which is what is evaluated'),
+        (IJEPA, {'evals.test.type': 'classification'}, 'needs logits over classes'),
+        (LEJEPA, {'task.target_blocks': 2}, "is not read by task.method='lejepa'"),
+        (LEJEPA, {'accumulation': 2}, 'is of all examples of a batch together: set it to 1'),
+        (LEJEPA, {'data.transform': 'resize(size)'}, 'learns from views named global'),
+        (LEJEPA, {'model.posemb': 'learned'}, 'views have grids of 4x4 and 8x8 patches'),
+        (LEJEPA, {'data.transform': VIEWS.replace('rrc(8)', 'rrc(7)')}, "views 'local': 7x7"),
+    ],
+)
+def test_bad_input_is_one_line(settings, changes, words):
+    with pytest.raises(UserError, match='config: ') as error:
+        made = config.resolve({**settings, **changes})
+        build_train_step(made, build_experiment(made))
+    assert words in str(error.value) and '\n' not in str(error.value)

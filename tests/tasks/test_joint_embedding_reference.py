@@ -165,7 +165,9 @@ def apart(ours, theirs):
     """Norm of the difference of two flat trees by the norm of the second."""
     assert ours.keys() == theirs.keys()
     difference = sum(np.square(ours[n] - theirs[n]).sum(dtype=np.float64) for n in ours)
-    return float((difference / sum(np.square(x).sum(dtype=np.float64) for x in theirs.values())) ** 0.5)
+    return float(
+        (difference / sum(np.square(x).sum(dtype=np.float64) for x in theirs.values())) ** 0.5
+    )
 
 
 def first_loss(loss=None, model=None, params=None, teacher=None):
@@ -184,9 +186,9 @@ def test_prediction_loss_and_gradients_are_theirs():
     count = int(oracle()['tokens'][0])
     theirs = oracle()['prediction']
     np.testing.assert_allclose(predicted[:, :, :count], theirs, atol=1e-5 * np.abs(theirs).max())
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda p: first_loss(loss, model, p, params))
-    )(params)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: first_loss(loss, model, p, params)))(
+        params
+    )
     assert float(value) == pytest.approx(oracle()['losses'][0], rel=1e-5)
     wanted = {
         **trunk_of(recorded('grad/encoder')),
@@ -207,3 +209,92 @@ def test_twenty_steps_of_the_recipe_are_theirs():
     teacher = trees.flatten(jax.device_get(found['ema']))
     teacher = {name: x for name, x in teacher.items() if not name.startswith('predictor/')}
     assert apart(teacher, trunk_of(recorded('teacher'))) < 1e-4
+
+
+def without_norm(monkeypatch):
+    monkeypatch.setattr(joint_embedding, 'normalised', lambda x: x)
+
+
+def squares(monkeypatch):
+    monkeypatch.setattr(joint_embedding, 'smooth_l1', lambda x: 0.5 * jnp.square(x))
+
+
+def late_positions(monkeypatch):
+    """Positions of the first places for whatever was selected."""
+    select = joint_embedding.select_tokens
+
+    def selected(tokens, index):
+        table = jnp.asarray(joint_embedding.positions.sincos((8, 8), 24, 'sincos2d_mae'))
+        kept = select(tokens._replace(x=tokens.x - table), index)
+        return kept._replace(x=kept.x + table[:, : index.shape[1]])
+
+    monkeypatch.setattr(joint_embedding, 'select_tokens', selected)
+
+
+def one_position_for_all(monkeypatch):
+    """Mask tokens that do not know where they are."""
+    draw = blocks_of
+    monkeypatch.setitem(
+        globals(),
+        'blocks_of',
+        lambda *a: draw(*a)._replace(target=jnp.zeros_like(draw(*a).target)),
+    )
+
+
+@pytest.mark.parametrize('knob', [without_norm, squares, late_positions, one_position_for_all])
+def test_wrong_losses_are_told_apart(monkeypatch, knob):
+    knob(monkeypatch)
+    _, model, params = experiment()
+    loss = joint_embedding.ijepa_loss(model, blocks_of)
+    wrong = float(first_loss(loss, model, params, params))
+    assert abs(wrong / oracle()['losses'][0] - 1) > 1e-3
+
+
+def test_targets_are_the_teachers():
+    _, model, params = experiment()
+    loss = joint_embedding.ijepa_loss(model, blocks_of)
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    right = float(first_loss(loss, model, params, params))
+    assert abs(float(first_loss(loss, model, params, other)) / right - 1) > 1e-3
+    gradient = jax.grad(lambda t: first_loss(loss, model, params, t))
+    targets = joint_embedding.ijepa_targets(model)
+    assert targets.shared({}, {}, 0) == ()
+    assert (
+        np.abs(trees.flatten(gradient(params))['embedding/bias']).max() > 0
+    )  # Stopped by `steps`.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('knob', ['late', 'constant', 'undecayed token'])
+def test_wrong_recipes_are_told_apart(monkeypatch, knob):
+    """A teacher's rate one step off, one that is constant, and a mask token without decay."""
+    settings = dict(SETTINGS)
+    if knob == 'undecayed token':
+        settings['optim.weight_decay_rules'] = (('.*/kernel', 1.0), ('.*', 0.0))
+    monkeypatch.setitem(globals(), 'SETTINGS', settings)
+    real = experiment
+
+    def changed(*given):
+        task, model, params = real(*given)
+        rate = task.teacher_rate
+        if knob == 'late':
+            task = task._replace(teacher_rate=lambda step, total: rate(step + 1, total))
+        if knob == 'constant':
+            task = task._replace(teacher_rate=lambda step, total: rate(0, total))
+        return task, model, params
+
+    monkeypatch.setitem(globals(), 'experiment', changed)
+    found, _ = run()
+    teacher = trees.flatten(jax.device_get(found['ema']))
+    teacher = {name: x for name, x in teacher.items() if not name.startswith('predictor/')}
+    params = trees.flatten(jax.device_get(found['params']))
+    wanted = {**trunk_of(recorded('encoder')), **predictor_of(recorded('predictor'))}
+    if knob == 'undecayed token':
+        name = 'predictor/mask_token'
+        assert apart({name: params[name]}, {name: wanted[name]}) > 1e-3
+    else:
+        moved = trunk_of(recorded('teacher'))
+        begun = trunk_of(drawn(0, 'encoder'))
+        way = {name: moved[name] - begun[name] for name in moved}
+        ours = {name: teacher[name] - begun[name] for name in moved}
+        assert apart(ours, way) > 1e-2
