@@ -160,7 +160,7 @@ def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where
     if format is None:
         format = (
             openclip.recognises(inside)
-            or timm_vit.recognises(inside, source.path.name)
+            or timm_vit.recognises(inside, source.path.name, part.place)
             or huggingface.recognises(inside)
         )
     if format is None:

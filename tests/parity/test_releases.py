@@ -72,6 +72,32 @@ def test_a_release_answers_as_timm_does(name, half, tmp_path):
     assert distance(theirs(model, batch), ours(weights, batch)) <= CLOSE
 
 
+@pytest.mark.parametrize('part', ['', ':encoder'])
+def test_a_file_of_ijepa_answers_by_its_averaged_encoder(part, tmp_path):
+    timm = peer('timm')
+    import torch
+
+    more = {**SIZES, 'class_token': False, 'global_pool': 'avg', 'fc_norm': False}
+    averaged, online = (
+        randomise(timm.create_model('vit_base_patch16_224', num_classes=0, **more), seed)
+        for seed in (0, 1)
+    )
+    encoders = {'encoder': online, 'target_encoder': averaged}
+    stored = {
+        name: {f'module.{key}': array for key, array in model.state_dict().items()}
+        for name, model in encoders.items()
+    }
+    stored['predictor'] = {'module.predictor_embed.weight': torch.zeros(8, 192)}
+    file = tmp_path / 'IN1K-vit.h.14-300e.pth.tar'
+    torch.save({**stored, 'opt': {'state': {}}, 'epoch': 300, 'lr': 1e-3}, file)
+    weights = interop.read(f'{file}{part}')
+    assert weights.meta['format'] == 'ijepa' and weights.settings['num_heads'] == 3
+    assert weights.settings['pool'] == 'gap' and not weights.settings['class_token']
+    assert weights.meta['part'].startswith('encoder' if part else 'target_encoder')
+    wanted = theirs(online if part else averaged, images(32))
+    assert distance(wanted, ours(weights, images(32))) <= CLOSE
+
+
 def test_nothing_in_a_file_is_run(tmp_path):
     peer('timm')
     import torch

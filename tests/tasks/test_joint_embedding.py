@@ -223,7 +223,7 @@ def test_optimizers_and_sam_learn(settings, changes):
 
 
 def test_accumulation_is_the_whole_batch(monkeypatch):
-    """With the same blocks for all examples, since microbatches draw theirs by keys of their own."""
+    """With the same blocks for all, since microbatches draw theirs by keys of their own."""
     draw = joint_embedding.block_targets.draw
 
     def alike(law, length, step, key, batch):

@@ -179,7 +179,7 @@ def first_loss(loss=None, model=None, params=None, teacher=None):
 
 
 def test_prediction_loss_and_gradients_are_theirs():
-    task, model, params = experiment()
+    _, model, params = experiment()
     loss = joint_embedding.ijepa_loss(model, blocks_of)
     blocks = blocks_of(model, 0, None, BATCH)
     predicted = model.apply({'params': params}, jnp.asarray(images(0)), blocks)
