@@ -205,16 +205,16 @@ def _chosen_trial(workdir: epath.Path, key: str) -> epath.Path | None:
     results = storage.parse_object(file.read_bytes(), str(file), advice)
     for start, result in results.items():
         trials = result.get('trials') if isinstance(result, dict) else None
-        inside = isinstance(trials, list) and trials and isinstance(trials[0], str)
-        if not inside or Path(trials[0]).is_absolute() or '..' in Path(trials[0]).parts:
+        trials = trials if isinstance(trials, list) else []
+        trial = Path(trials[0]) if trials and isinstance(trials[0], str) else None
+        if trial is None or trial.is_absolute() or '..' in trial.parts:
             raise UserError(f'{file}: is not what a sweep chose; {advice}')
-        trial = workdir / trials[0]
         others = [name for name in results if name != start]
         more = f'; the other starts, {", ".join(others)}, are in its test.json' if others else ''
         seeds = f', the first of {len(trials)} seeds' if trials[1:] else ''
-        print(f'note    {workdir}: is a sweep: this is {trials[0]}, which it chose{seeds}{more}',
+        print(f'note    {workdir}: is a sweep: this is {trial}, which it chose{seeds}{more}',
               file=sys.stderr)  # fmt: skip
-        return trial
+        return workdir / trial
     return None
 
 

@@ -556,7 +556,7 @@ def digest(config: Config) -> str:
 
 
 def steps(
-    section: Config,
+    section: Config | dict[str, Any],
     name: str,
     *,
     batch_size: int,
