@@ -368,7 +368,17 @@ def explore() -> argparse.ArgumentParser:
     parser.add_argument(
         '--spectra', action='store_true', help='norms and singular values of kernels, by block'
     )
-    parser.add_argument('--image', metavar='FILE', help='what the model looks at in a picture')
+    parser.add_argument(
+        '--image',
+        metavar='FILE',
+        action='append',
+        help='what the model looks at in a picture; several times for several',
+    )
+    parser.add_argument(
+        '--foreground',
+        action='store_true',
+        help='in patches.png, leave out the background that the first component tells',
+    )
     parser.add_argument('--which', choices=('params', 'ema'), help='by default ema where there is')
     parser.add_argument('--png', metavar='FOLDER', help='draw into this folder instead of printing')
     parser.add_argument('--html', metavar='FILE', help='compare the runs on one page instead')

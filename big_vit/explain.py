@@ -25,6 +25,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
     assert data.order is not None
     positions = data.order.shift + parts.total_steps * data.order.positions
     epochs = positions * data.order.repeats / data.source.length
+    labels = f'{data.source.num_classes} classes' if parts.task.needs_labels else 'without labels'
     return [
         f'mesh    {mesh}',
         f'state   {memory}',
@@ -32,7 +33,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
         f'model   ViT-{settings.model.variant}: {encoder.depth} blocks of width {encoder.width}, '
         f'{params / 1e6:,.2f} M parameters, {tokens} tokens, {operations / 1e9:,.3g} GFLOP {unit}',
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
-        f'{data.source.num_classes} classes, {shown}',
+        f'{labels}, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
         f'{epochs:,.2f} epochs, {", ".join(parts.settings)}',
     ]

@@ -17,6 +17,7 @@ if __name__ == '__main__':  # Before the slow imports.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 
 from big_vit import checkpoint, interop, metrics, runtime, storage, trees
 from big_vit.build.data import train_data
+from big_vit.build.task import build_task
 from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError, printable
 from big_vit.inspection import (
@@ -33,6 +35,7 @@ from big_vit.inspection import (
     comparison,
     examples,
     loaded_model,
+    patch_components,
     plots,
     weight_statistics,
 )
@@ -160,17 +163,25 @@ def attention_table(maps: attention_maps.AttentionMaps) -> str:
     )
 
 
+def _attention_text(
+    loaded: LoadedModel, path: str, maps: Callable[[str], attention_maps.AttentionMaps]
+) -> str:
+    return f'{loaded.path}: {path}\n{attention_table(maps(path))}'
+
+
 def images(loaded: LoadedModel, count: int = 50) -> Picture | None:
-    """Show training images with their labels; None if examples have no images.
+    """Show training images, with their labels if these are learned; None without images.
 
     Raises:
       UserError: the data is not available here.
     """
     assert loaded.config is not None
     _, batch = examples.batch(loaded.config, count)
-    labels = batch['label'] if batch['label'].ndim == 1 else batch['label'].argmax(axis=1)
-    pictures = examples.pictures(batch)
-    return plots.grid(np.stack(pictures), list(map(str, labels))) if pictures else None
+    pictures, titles = examples.pictures(batch), [''] * len(next(iter(batch.values())))
+    if build_task(loaded.config.task).needs_labels:
+        label = batch['label']
+        titles = list(map(str, label if label.ndim == 1 else label.argmax(axis=1)))
+    return plots.grid(np.stack(pictures), titles) if pictures else None
 
 
 def embedding(loaded: LoadedModel) -> Picture | None:
@@ -210,8 +221,14 @@ def as_trained(loaded: LoadedModel) -> LoadedModel:
     return dataclasses.replace(loaded, image_shape=image_shape)
 
 
-def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None]]:
-    """Return what can be drawn of some checkpoints and of the first in detail, by file name."""
+def overview(
+    loaded: list[LoadedModel], only_foreground: bool = False
+) -> dict[str, Callable[[], Picture | None]]:
+    """Return what can be drawn of some checkpoints and of the first in detail, by file name.
+
+    Args:
+      only_foreground: leave the background of patches out.
+    """
     first = as_trained(loaded[0])
     drawings: dict[str, Callable[[], Picture | None]] = {}
     if paths := [one.path for one in loaded if one.run is not None]:
@@ -225,7 +242,13 @@ def overview(loaded: list[LoadedModel]) -> dict[str, Callable[[], Picture | None
         drawings['images'] = lambda: images(first)
     drawings |= {'embedding': lambda: embedding(first), 'positions': lambda: positions(first)}
     if first.config is not None:
-        drawings['attention'] = lambda: attention(attention_maps.from_training_images(first))
+        seen = functools.cache(lambda: examples.training_inputs(first, 8))
+        drawings['attention'] = lambda: attention(
+            attention_maps.of_inputs(seen()[0], *(images[:6] for images in seen()[1:]))
+        )
+        drawings['patches'] = lambda: patch_components.drawn(
+            patch_components.of_inputs(*seen(), only_foreground)
+        )
     return drawings
 
 
@@ -293,6 +316,8 @@ def main(argv: list[str]) -> None:
     single_only = [flag for flag in ('compare', 'spectra', 'image') if getattr(args, flag)]
     if single_only and len(args.path) > 1:
         raise UserError(f'--{single_only[0]} looks at one checkpoint; there are {len(args.path)}')
+    if args.foreground and not args.png:
+        raise UserError('--foreground is of the pictures of --png FOLDER: add it')
     runtime.start()
     paths = study.runs_of(args.path) if len(args.path) > 1 or args.html else args.path
     if args.html:
@@ -317,12 +342,17 @@ def main(argv: list[str]) -> None:
         drawings['spectra'] = lambda: plots.spectra(_spectra(first.params))
         drawings['norms'] = lambda: norms(first.params)
     if args.image:
-        maps = attention_maps.from_file(first, args.image)
-        texts.append(lambda: f'{first.path}: {args.image}\n{attention_table(maps)}')
-        drawings['attention'] = lambda: attention([maps])
-        drawings['distances'] = lambda: plots.distances(maps.distances)
+        maps = functools.cache(lambda path: attention_maps.from_file(first, path))
+        texts += [functools.partial(_attention_text, first, path, maps) for path in args.image]
+        drawings['attention'] = lambda: attention([*map(maps, args.image)])
+        drawings['distances'] = lambda: plots.distances(
+            np.mean([maps(path).distances for path in args.image], axis=0)
+        )
+        drawings['patches'] = lambda: patch_components.drawn(
+            patch_components.from_files(first, args.image, args.foreground)
+        )
     if args.png:
-        written = save(drawings or overview(loaded), Path(args.png))
+        written = save(drawings or overview(loaded, args.foreground), Path(args.png))
         print('drew ' + ', '.join(map(str, written)))
     elif texts:
         print('\n\n'.join(text() for text in texts))

@@ -15,6 +15,7 @@ from big_vit import checkpoint, metrics, resumption
 from big_vit.build.experiment import Experiment, example_indices
 from big_vit.config import Config
 from big_vit.data import pipeline
+from big_vit.data.sources import Source
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.state import State
@@ -60,6 +61,21 @@ class Damage:
                 f'more than data.max_error_rate={self._max_rate:g}: repair the data '
                 "(data.on_error='stop' names the first of them)"
             )
+
+    def line(self, damaged: Collection[int], source: Source) -> str | None:
+        """Say how many examples were replaced, and name one; None if none was.
+
+        Args:
+          damaged: the different ones that this process has met.
+        """
+        if not self._replaced:
+            return None
+        where = f', such as {source.place(min(damaged))}' if damaged else ''
+        count = f'{len(damaged):,} different ones, ' if jax.process_count() == 1 else ''
+        return (
+            f'data    {self._replaced:,} of {self._seen:,} examples were damaged ({count}each '
+            f'replaced by the next){where}'
+        )
 
 
 def max_damage_rate(config: Config, parts: Experiment) -> float:
@@ -206,6 +222,7 @@ class RunJournal:
       peak_flops: operations per second of all devices together; None shows no MFU.
       meter: measures the loader of the batches.
       choice: the scores so far by `checkpoint.best`, if it is set.
+      collapse: watches for a collapse of what is learned.
     """
 
     config: Config
@@ -218,6 +235,7 @@ class RunJournal:
     manager: checkpoint.Manager
     meter: pipeline.Meter
     choice: Choice | None = None
+    collapse: metrics.Collapse = dataclasses.field(default_factory=metrics.Collapse)
 
     def __post_init__(self) -> None:
         self._course = Course(self.parts.total_steps)
@@ -258,13 +276,21 @@ class RunJournal:
         row |= self.manager.timings()
         self.writer.write(step, row)
         self.console.training(step, row)
+        self._warn_of_collapse(step, row)
 
     def write_scores(self, step: int, evaluation: str, scores: dict[str, float]) -> None:
         """Write and show the scores of one evaluation."""
-        self.writer.write(step, {f'{evaluation}/{name}': x for name, x in scores.items()})
+        row = {f'{evaluation}/{name}': x for name, x in scores.items()}
+        self.writer.write(step, row)
         self.console.evaluation(step, evaluation, scores)
+        self._warn_of_collapse(step, row)
         if self.choice is not None:
             self.choice.add(step, evaluation, scores)
+
+    def _warn_of_collapse(self, step: int, row: Mapping[str, float]) -> None:
+        text = self.collapse.add({'step': step, **row})
+        if text is not None:
+            self.console.say(f'WARNING step {step}: {text}')
 
     def verdict(self, step: int) -> tuple[bool, bool]:
         """Judge the scores of a step by `checkpoint.best`; what process 0 decides holds for all."""

@@ -10,14 +10,16 @@ from big_vit import command_line
 if __name__ == '__main__':  # Before the slow imports.
     command_line.answer_help(command_line.report())
 
+import dataclasses
 import datetime
 import functools
 import json
 import math
 import os
+import re
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,12 @@ from etils import epath
 
 from big_vit import checkpoint, evaluate, ledger, metrics, runtime, sharding, storage, trees
 from big_vit import config as config_lib
-from big_vit.build.data import train_data
+from big_vit.build.data import host_batches, train_data
 from big_vit.build.experiment import loss_flops
 from big_vit.build.model import build_model, parts_read
 from big_vit.build.steps import batch_seen
 from big_vit.build.task import build_task
+from big_vit.config import Config
 from big_vit.errors import UserError
 from big_vit.inspection import (
     attention_maps,
@@ -41,6 +44,7 @@ from big_vit.inspection import (
     line_styles,
     loaded_model,
     mistakes,
+    patch_components,
     plots,
     weight_statistics,
 )
@@ -50,18 +54,24 @@ from big_vit.sweeps import study
 
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
-EXAMPLES, ATTENTION_IMAGES = 24, 4
+EXAMPLES, VIEWED, ATTENTION_IMAGES, COLOURED = 24, 6, 4, 8
 # Seconds that each evaluation is judged for.
 JUDGED_S = 60.0
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """A run with its newest checkpoint and its metrics; `name` is '' if it is the only one."""
 
     name: str
     workdir: epath.Path
     loaded: LoadedModel
     rows: history.Rows
+
+    @functools.cached_property
+    def seen(self) -> tuple[LoadedModel, list[np.ndarray], list[np.ndarray]]:
+        """The model, some training images, and what it is given of them; UserError if absent."""
+        return examples.training_inputs(self.loaded, COLOURED)
 
 
 def open_runs(path: str) -> list[Run]:
@@ -266,8 +276,7 @@ def evaluations(run: Run) -> str:
             _word(score.name),
             _with_error(score),
             f'{score.last_step:,}',
-            _shown(score, score.best),
-            f'{score.best_step:,}',
+            *_best(score),
             '–' if score.examples is None else f'{score.examples:,.0f}',
         ]
         for split, scores in history.scores(run.rows).items()
@@ -277,6 +286,12 @@ def evaluations(run: Run) -> str:
         return html_pages.paragraph('No evaluation has been made.', 'soft')
     header = ['evaluation', 'score', 'last', 'at step', 'best', 'at step', 'examples']
     return html_pages.table('All evaluations', header, rows)
+
+
+def _best(score: history.Score) -> tuple[str, str]:
+    if not metrics.has_direction(score.name):
+        return '–', '–'
+    return _shown(score, score.best), f'{score.best_step:,}'
 
 
 def errors(run: Run) -> str:
@@ -293,33 +308,54 @@ def errors(run: Run) -> str:
     )
 
 
+# What is drawn of learning without labels: see `metrics.collapse`.
+_UNLABELLED = (
+    ('Entropy of the targets, in nats', ('teacher_entropy', 'teacher_entropy_of_mean')),
+    ('KL of the student from the teacher', ('kl',)),
+    ('Share of the prototypes in use', ('used_prototypes',)),
+    ('Standard deviation of the targets', ('target_std',)),
+    ('Ranks of the features', ('rankme', 'lidar')),
+    ('Spread of the features', ('std', 'cosine')),
+    ('Decay of the spectrum', ('alpha',)),
+)
+
+
+# Accuracies such as 20nn and 5shot.
+_FROZEN = re.compile(r'\d+(nn|shot)')
+
+
 def curves(runs: list[Run]) -> str:
     """Plot each kind of metric over the steps, with all runs and splits in one chart."""
     # The same in all charts: a run has its colour, a split its dash; of one run a split has both.
     splits: dict[str, int] = {}
     slots = line_styles.slots([str(storage.absolute(run.workdir)) for run in runs])
 
-    def lines(*wanted: str) -> list[Line]:
+    def lines(wanted: Container[str], by_key: bool = False) -> list[Line]:
         chart_lines = []
         for run in runs:
             for name in history.names(run.rows):
                 split, _, key = name.rpartition('/')
                 if key not in wanted or name.startswith(metrics.TIMING):
                     continue
-                shown = f'{run.name} {split}'.strip()
-                number = splits.setdefault(split, len(splits))
+                shown = f'{split} {key}' if by_key else split
+                number = splits.setdefault(shown, len(splits))
+                shown = f'{run.name} {shown}'.strip()
                 colour, _ = line_styles.style(slots[str(storage.absolute(run.workdir))])
                 style = (colour if run.name else number % 10, number % 6)
                 points = history.series(run.rows, name)
                 chart_lines.append(Line(shown, points, marked=split != 'train', style=style))
         return chart_lines
 
+    keys = {name.rpartition('/')[2] for run in runs for name in history.names(run.rows)}
+    frozen = {*filter(_FROZEN.fullmatch, keys)}
     charts = html_pages.charts(
         [
-            html_pages.chart('Loss', lines('loss')),
-            html_pages.chart('Accuracy', lines('accuracy', 'top1')),
-            html_pages.chart('Learning rate', lines('lr'), zero=True),
-            html_pages.chart('Gradient norm', lines('grad_norm'), zero=True),
+            html_pages.chart('Loss', lines(('loss',))),
+            html_pages.chart('Accuracy', lines(('accuracy', 'top1'))),
+            html_pages.chart('Accuracy on frozen features', lines(frozen, True)),
+            html_pages.chart('Learning rate', lines(('lr',)), zero=True),
+            html_pages.chart('Gradient norm', lines(('grad_norm',)), zero=True),
+            *(html_pages.chart(title, lines(keys, True), zero=True) for title, keys in _UNLABELLED),
         ]
     )
     none = html_pages.paragraph('There are no metrics yet.', 'soft')
@@ -370,28 +406,31 @@ def memory(run: Run) -> str:
 def operations(run: Run) -> str:
     loaded, config = run.loaded, run.loaded.config
     assert config is not None and loaded.run is not None
-    if list(config.streams) or parts_read(config) != ('image',):
+    task = build_task(config.task)
+    if task.views or list(config.streams) or parts_read(config) != ('image',):
         train = train_data(config)  # Only the data knows the shapes of other inputs.
         parts, classes = train.example_spec.parts, train.source.num_classes
+        shapes = train.shapes
     else:
         heads = trees.flatten(loaded.params).get('head/kernel')
         classes = 0 if heads is None else heads.shape[-1]
         image = (*loaded.image_size, loaded.channels)
         parts = {'image': (image, np.dtype(np.uint8)), 'label': ((), np.dtype(np.int32))}
-    shapes = {name: shape for name, (shape, _) in parts.items()}
+        shapes = {name: shape for name, (shape, _) in parts.items()}
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    task, model = build_task(config.task), build_model(config, classes, shapes, mesh)
-    forward, _ = loss_flops(task, model, loaded.params, parts, config.batch_size)
+    model = build_model(config, classes, shapes, mesh)
+    forward, targets = loss_flops(task, model, loaded.params, parts, config.batch_size)
     tokens = model.sequence_length(shapes)
     position = (loaded.sidecar or {}).get('position')  # Not all steps had this batch size.
     examples_seen = loaded.run[1] * config.batch_size
     if position is not None:
         examples_seen = position * config.data.repeats
     return html_pages.paragraph(
-        f'An example is {tokens:,} tokens and takes {forward / 1e9:,.3f} GFLOP forward; '
+        f'An example is {tokens:,} tokens and takes {(forward + targets) / 1e9:,.3f} GFLOP '
+        'forward; '
         f'{loaded.run[1]:,} steps with {examples_seen:,} examples have taken '
-        f'{3 * forward * examples_seen:.3g} FLOP. Gradients, while stepping, are as large as the '
-        'parameters in float32.',
+        f'{(3 * forward + targets) * examples_seen:.3g} FLOP. Gradients, while stepping, '
+        'are as large as the parameters in float32.',
         'soft',
     )
 
@@ -435,29 +474,54 @@ def data(run: Run) -> str:
     assert run.loaded.config is not None
     config = run.loaded.config
     train, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
-    source = train.source
-    words = (
-        f'{source.name} {source.split}: {source.length:,} examples of {source.num_classes:,} '
-        'classes. '
-    )
+    source, labelled = train.source, build_task(config.task).needs_labels
+    words = f'{source.name} {source.split}: {source.length:,} examples'
+    words += f' of {source.num_classes:,} classes. ' if labelled else ', learned without labels. '
+    if build_task(config.task).views:
+        return html_pages.paragraph(words) + views(config)
     if 'image' not in batch:
         parts = ', '.join(f'{n} {list(x.shape[1:])} {x.dtype}' for n, x in batch.items())
         return html_pages.paragraph(f'{words}Examples are no pictures: {parts}.')
     model_inputs = batch_seen(config, train, batch, 0)
-    titles = [examples.title(train, np.asarray(label)) for label in model_inputs['label']]
     shown = plots.as_bytes([np.asarray(image, np.float32) for image in model_inputs['image']])
+    titles, words_of = [''] * len(shown), [f'Training example {i + 1}' for i in range(len(shown))]
+    if labelled:
+        titles = [examples.title(train, np.asarray(label)) for label in model_inputs['label']]
+        words_of = [f'Training example of class {title}' for title in titles]
     mixed = ', mixed among themselves' if config.mixup or config.cutmix else ''
     return html_pages.paragraph(
         f'{words}The first of the run, after all that is done to them{mixed}.'
-    ) + html_pages.pictures(
-        (image, title, f'Training example of class {title}')
-        for image, title in zip(shown, titles, strict=True)
-    )
+    ) + html_pages.pictures(zip(shown, titles, words_of, strict=True))
+
+
+def views(config: Config) -> str:
+    """Show the views of a few training examples as the model receives them, a row for each."""
+    data = train_data(config.replacing({'data.cache': 'none'}))
+    assert data.order is not None
+    few = data._replace(order=dataclasses.replace(data.order, batch_size=VIEWED, repeats=1))
+    batches = host_batches(few, 0, slice(None))
+    seen = {name: np.asarray(x) for name, x in batch_seen(config, few, next(batches), 0).items()}
+    batches.close()  # type: ignore[attr-defined]
+    by_view = examples.views(few, seen)
+    rows = ''
+    for i in range(VIEWED):
+        pictures = plots.as_bytes([view[i].astype(np.float32) for view in by_view.values()])
+        rows += html_pages.pictures(
+            [
+                (picture, name, f'Training example {i + 1}: {name}')
+                for picture, name in zip(pictures, by_view, strict=True)
+            ],
+            columns=len(by_view),
+        )
+    words = 'The first of the run as the model sees them, a row for the views of each.'
+    return html_pages.paragraph(words, 'soft') + rows
 
 
 def attention(run: Run) -> str:
     """Show the model's attention to some training images."""
-    maps = attention_maps.from_training_images(run.loaded, ATTENTION_IMAGES)
+    loaded, images, inputs = run.seen
+    few = slice(ATTENTION_IMAGES)
+    maps = attention_maps.of_inputs(loaded, images[few], inputs[few])
     rows = ''.join(
         html_pages.pictures(
             [
@@ -483,6 +547,22 @@ def attention(run: Run) -> str:
         'rollout of attention through all blocks (arXiv 2005.00928).'
     )
     return html_pages.paragraph(words, 'soft') + rows + html_pages.charts([chart])
+
+
+def patches(run: Run) -> str:
+    """Show the principal components of the patch tokens of some training images as colours."""
+    found = patch_components.of_inputs(*run.seen)
+    words = (
+        'The first three principal components of the last patch tokens over these pictures, as '
+        f'red, green and blue ({found.words()}): patches of one colour are alike to the model, in '
+        'any picture.'
+    )
+    shown = [
+        (one, '', f'Training image {i + 1}{what}')
+        for i, pair in enumerate(found.panels())
+        for one, what in zip(pair, ('', ', components of its patches'), strict=True)
+    ]
+    return html_pages.paragraph(words, 'soft') + html_pages.pictures(shown, columns=8)
 
 
 def _map(title: str) -> str:
@@ -606,6 +686,7 @@ def document(path: str) -> str:
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
         ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),
+        ('Patches', for_each_run(runs, patches, 'Patches cannot be shown')),
         ('Weights', for_each_run(runs, weights, 'Weights')),
         ('Memory and operations', guarded(lambda: memory(runs[0]), 'Memory')),
         ('Time', for_each_run(runs, times, 'Time')),

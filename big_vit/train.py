@@ -127,6 +127,7 @@ def run(
             journal = RunJournal(
                 config, parts, peak_flops, damage,
                 clock, writer, console, manager, batches.meter, choice,
+                metrics.Collapse(writer.rows),
             )  # fmt: skip
             outcome = training_loop.run(
                 now, start, total, intervals, journal,
@@ -240,6 +241,8 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
     end = int(jax.device_get(outcome.state['step']))
     writer.checkpoint(workdir / 'checkpoints' / str(end), end)
     console.say(f'time    {clock.summary()}')
+    if line := journal.damage.line(journal.meter.damaged, journal.parts.data.source):
+        console.say(line)
     if outcome.stopped:
         training_loop.say_stopped(end, journal.parts.total_steps, console)
     else:

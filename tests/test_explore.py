@@ -9,7 +9,12 @@ from test_export import weights_of
 
 from big_vit import explore, export, interop
 from big_vit.errors import UserError
-from big_vit.inspection import attention_maps, loaded_model, weight_statistics
+from big_vit.inspection import (
+    attention_maps,
+    loaded_model,
+    patch_components,
+    weight_statistics,
+)
 
 pytest.importorskip('safetensors')
 
@@ -42,6 +47,25 @@ def test_ours_and_a_peers_give_the_same_numbers(places):
     np.testing.assert_allclose(one.weights, other.weights, atol=1e-5)
     assert one.rollout.sum() == pytest.approx(1)
     assert one.distances.shape == (2, 3) and (one.distances < 16 * 2**0.5).all()
+
+
+def test_patches_of_several_pictures_are_coloured_alike(places, tmp_path):
+    ours, theirs = (loaded_model.load(str(places / name)) for name in ('run', 'timm'))
+    picture = ours.normalised(ours.picture(places / 'photo.jpg'))
+    tokens = ours.patch_tokens(picture)
+    assert tokens.shape == (2, 2, 48)
+    np.testing.assert_allclose(tokens, theirs.patch_tokens(picture), atol=1e-4)
+    _, extra = ours.model.apply({'params': ours.params}, picture[None])
+    np.testing.assert_allclose(tokens.reshape(4, 48), extra['tokens'][0, 1:], atol=1e-4)
+    paths = [str(places / 'photo.jpg')] * 2
+    found = patch_components.from_files(theirs, paths)
+    np.testing.assert_array_equal(*found.colours)
+    assert found.colours.std() > 0 and found.pictures[0].shape == (32, 32, 3)
+
+
+def test_a_foreground_is_of_pictures_to_draw(places):
+    line = error_line(run('explore', places / 'run', '--foreground'))
+    assert '--foreground is of the pictures of --png FOLDER' in line
 
 
 def test_pictures_are_normalised_as_the_weights_have_seen_them(places):
@@ -84,7 +108,7 @@ def test_pictures_need_no_data(name, places, tmp_path, capsys):
     more = ['--spectra', '--image', str(places / 'photo.jpg'), '--compare', str(places / 'timm')]
     explore.main([path, *more, '--png', str(tmp_path / 'b')])
     drawn = {file.stem for file in (tmp_path / 'b').iterdir()}
-    assert drawn == {'spectra', 'norms', 'attention', 'distances', 'comparison'}
+    assert drawn == {'spectra', 'norms', 'attention', 'distances', 'patches', 'comparison'}
     for file in (tmp_path / 'b').iterdir():
         assert cv2.imread(str(file)).std() > 5, file
 

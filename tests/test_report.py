@@ -96,8 +96,8 @@ def test_a_run_has_all_of_its_story(workdir):
     page = Page(text)
     check_alone(page, text)
     assert page.headings == [
-        'Curves', 'Evaluations', 'Mistakes', 'Warnings', 'Training data', 'Attention', 'Weights',
-        'Memory and operations', 'Time', 'Config', 'Versions',
+        'Curves', 'Evaluations', 'Mistakes', 'Warnings', 'Training data', 'Attention', 'Patches',
+        'Weights', 'Memory and operations', 'Time', 'Config', 'Versions',
     ]  # fmt: skip
     for words in (
         '3 of 3',
@@ -116,6 +116,7 @@ def test_a_run_has_all_of_its_story(workdir):
     alts = [image['alt'] for image in page.tags['img']]
     assert f'Training example of class {NAME}' in alts
     assert 'Training image 1: rollout, map of attention' in alts
+    assert 'Training image 8, components of its patches' in alts
 
 
 def test_the_command_writes_where_it_is_told(workdir, tmp_path, capsys):
@@ -158,10 +159,17 @@ def test_what_went_wrong_is_told(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / 'w')
     file = tmp_path / 'w' / 'metrics.jsonl'
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    entropies = {'train/teacher_entropy': 1.0, 'train/teacher_entropy_of_mean': 2.0}
+    rows[0] |= {**entropies, 'x/alpha': 1.5, 'x/rankme': 9.0, 'x/lidar': 8.0}
     rows[0] |= {'train/skipped': 1.0, 'time/resumed_from': 2.0, 'train/loss': None}
     file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     (tmp_path / 'w' / 'damaged' / '2-0').mkdir(parents=True)
-    text = Page(report.document(str(tmp_path / 'w'))).text
+    page = Page(report.document(str(tmp_path / 'w')))
+    text, charts = page.text, {s['aria-label'] for s in page.tags['svg'] if 'aria-label' in s}
+    ranks = next(chart for chart in charts if chart.startswith('Ranks of the features'))
+    assert 'x rankme from 9 to 9' in ranks and 'x lidar from 8 to 8' in ranks
+    assert any(c.startswith('Entropy of the targets') and 'of_mean from 2' in c for c in charts)
+    assert re.search(r'alpha 1\.5 1 – –', text)
     assert 'resumed 1 time(s), from step 2' in text
     assert 'train/loss is not a finite number at 1 step(s), first 1' in text
     assert 'damaged checkpoints were set aside: 2-0' in text
@@ -349,3 +357,41 @@ def test_a_study_whose_rows_are_lost_shows_its_test(tmp_path):
     (tmp_path / 'test.json').write_text(json.dumps({'control': scores}))
     page = report.swept(str(tmp_path))
     assert '50.00%' in page and 'Validation, * is what it chose' not in page
+
+
+@pytest.mark.slow
+def test_a_run_without_labels_has_no_classes_and_no_accuracy(tmp_path, capsys):
+    photos = write_folder(tmp_path / 'photos', examples=24)
+    for picture in photos.glob('*/*.jpg'):
+        picture.rename(photos / picture.name)
+    (photos / '0003.jpg').write_bytes(b'\xff\xd8\xffbroken')
+    settings = config.resolve(
+        {
+            'total_steps': 3, 'batch_size': 16, 'image_size': 16, 'lr': 1e-3, 'log.every_steps': 1,
+            'model.variant': 'mu/8', 'model.width': 32, 'model.depth': 1, 'model.mlp_dim': 64,
+            'model.num_heads': 2, 'task.name': 'masked', 'task.decoder_width': 8,
+            'task.decoder_depth': 1, 'task.decoder_heads': 2, 'data.name': 'folder',
+            'data.path': str(photos), 'data.split': 'train', 'data.on_error': 'skip',
+            'data.max_error_rate': 1.0, 'data.transform': 'inception_crop(size) | flip_lr',
+            'evals.seen.type': 'representation', 'evals.seen.lidar': (5, 2),
+        }
+    )  # fmt: skip
+    train.run(settings, tmp_path / 'w')
+    told = capsys.readouterr().out
+    assert '24 examples, without labels, 16x16x3' in told
+    assert re.search(r'data    \d of 48 examples were damaged \(1 different ones, each', told)
+    assert f'such as {photos}/0003.jpg' in told
+    text = report.document(str(tmp_path / 'w'))
+    page = Page(text)
+    check_alone(page, text)
+    labels = [svg['aria-label'] for svg in page.tags['svg'] if 'aria-label' in svg]
+    for title in ('Loss', 'Ranks of the features', 'Spread of the features'):
+        assert any(label.startswith(title) for label in labels), title
+    assert not any(label.startswith('Accuracy') for label in labels)
+    assert 'Patches' in page.headings and 'Mistakes' not in page.headings
+    assert '24 examples, learned without labels' in page.text and 'class ' not in ' '.join(
+        image['alt'] for image in page.tags['img']
+    )
+    explore.main([str(tmp_path / 'w'), '--png', str(tmp_path / 'png'), '--foreground'])
+    drawn = {file.stem for file in (tmp_path / 'png').iterdir()}
+    assert {'curves', 'images', 'attention', 'patches'} <= drawn

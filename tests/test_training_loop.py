@@ -6,6 +6,7 @@ import pytest
 
 from big_vit import journal, metrics, training_loop
 from big_vit.build.experiment import Intervals
+from big_vit.data.sources import declared
 from big_vit.errors import UserError
 
 INTERVALS = Intervals(log=2, save=3, keep=0, keep_last=1, evals={'val': 4, 'test': 0, 'near': 2})
@@ -137,3 +138,14 @@ def test_damage_ends_a_run_once_a_rate_can_be_told(monkeypatch):
     damage.add(10, 20)
     with pytest.raises(UserError, match=r'11 of the last 40 examples .*max_error_rate=0\.1'):
         damage.add(1, 20)
+
+
+def test_damage_is_told_at_the_end_in_a_line():
+    damage, source = journal.Damage(1.0), declared('photos', 'train', 9, 1, (8, 8))
+    assert damage.line(set(), source) is None
+    damage.add(2, 20)
+    damage.add(1, 20)
+    assert damage.line({7, 3}, source) == (
+        'data    3 of 40 examples were damaged (2 different ones, each replaced by the next), such '
+        "as example 3 of 'train' of photos"
+    )

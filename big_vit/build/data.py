@@ -15,10 +15,10 @@ from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
 from big_vit.data import dataset, order, pipeline, sources, transforms
-from big_vit.data.sources.base import concatenate
+from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
-from big_vit.data.transforms import text
+from big_vit.data.transforms import grammar, text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
@@ -340,7 +340,9 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
     defaults: dict[str, Any] = {'cache': whole.cache, 'cache_side': whole.peek('cache_side')}
     defaults['on_error'] = whole.on_error
     if kind == 'evals':
-        defaults |= {'split': 'test', 'transform': 'resize(size)', 'type': DEFAULT}
+        of_data = requirements(own.peek('type') or DEFAULT).of_data and _is_of_data(own, whole)
+        split = (of_data and whole.peek('split')) or 'test'
+        defaults |= {'split': split, 'transform': 'resize(size)', 'type': DEFAULT}
     else:
         defaults['split'] = whole.split
     # Without data of its own, what `data` says is read by the parts of a mixture alone.
@@ -350,6 +352,12 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
         what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
     return own.completed(defaults)
+
+
+def _is_of_data(section: Config, whole: Config) -> bool:
+    """Whether an evaluation's section is of the dataset of `data`."""
+    pairs = [(section.peek(key), whole.peek(key)) for key in ('name', 'path')]
+    return all(ours in (None, theirs) for ours, theirs in pairs)
 
 
 def evaluation_transform(
@@ -431,10 +439,16 @@ def _check_provided(config: Config, key: str, kind: str) -> None:
     if output not in outputs:
         others = [other for other in EVALUATORS if requirements(other).output in outputs]
         providers = [name for name, make in TASKS.items() if output in make().provides]
+        free = _free_of_labels(config)
         raise UserError(
             f'config: {key}.type={kind!r} {_USES[output]}, which task.name={task.name!r} does not '
             f'provide: set it to one of {", ".join(map(repr, others))}, or '
             + ' or '.join(f'task.name={name!r}' for name in providers)
+            + (
+                ''
+                if task.needs_labels or not free
+                else f'; {" and ".join(map(repr, free))} needs no labels'
+            )
         )
 
 
@@ -498,7 +512,10 @@ def _held_out(
         known = replace(known, may_grow=needs.reference == 'gallery_split')
     spec = _spec(section, key, config, transform.host_text, labelled, known, classes)
     lines: list[str] = []
-    source, host = dataset.open_spec(spec, say=lines.append)
+    try:
+        source, host = dataset.open_spec(spec, say=lines.append)
+    except UserError as error:
+        raise _without_labels(spec, config, key, section.type, error) from error
     for line in lines:
         _say(line)
     # Evaluations share the features of equal splits.
@@ -517,6 +534,32 @@ def _held_out(
             'leave out onehot or multihot'
         )
     return found
+
+
+def _without_labels(
+    spec: dataset.Spec, config: Config, key: str, kind: str, error: UserError
+) -> UserError:
+    """Return the error of an evaluation whose dataset opens if no labels are needed, or `error`."""
+    if not spec.labelled or build_task(config.task).needs_labels:
+        return error
+    plain = replace(spec, labelled=False, num_classes=None, classes=None, label_map=None)
+    try:
+        dataset.open_labels(replace(plain, known=None, cache='none'))
+    except UserError:
+        return error
+    free = ' or '.join(map(repr, _free_of_labels(config)))
+    said = str(error).removeprefix('config: ')
+    return UserError(
+        f'config: {key}.type={kind!r} needs labels, which are not there ({said}): set {key}.name '
+        f'and {key}.path to a labelled dataset, or {key}.type={free}, which needs none'
+    )
+
+
+def _free_of_labels(config: Config) -> list[str]:
+    """List the types of evaluations that need no labels, of those that the task allows."""
+    outputs = build_task(config.task).provides
+    every = {name: requirements(name) for name in EVALUATORS}
+    return [n for n, needs in every.items() if needs.labels == 'none' and needs.output in outputs]
 
 
 def _check_same_parts(
@@ -556,6 +599,84 @@ def _check_same_range(
             f'config: {key}.transform gives images of {ours}, data.transform of {theirs}: say what '
             'is black and white in them, as in value_range(-1, 1, in_low=0, in_high=1)'
         )
+
+
+def sampled(found: Data, count: int) -> Data:
+    """Keep at most `count` examples of a split, spread evenly."""
+    length = found.source.length
+    if count >= length:
+        return found
+    return found._replace(source=select(found.source, count, lambda index: index * length // count))
+
+
+def views_data(
+    config: Config, found: Data, key: str, pictures: int, views: int, text: str | None
+) -> Data | None:
+    """Random views of some examples of a split, those of one example in turn.
+
+    Labels become the numbers of rows, whatever the examples have.
+
+    Args:
+      found: the split.
+      key: section of the evaluation.
+      pictures: most examples, spread evenly.
+      views: of each.
+      text: the transform; None for that of training.
+
+    Returns:
+      The views; None if there are fewer than two examples, or the transform is that of training,
+      and is not random or of other data.
+
+    Raises:
+      UserError: the transform is not random, or does not make what the model takes.
+    """
+    pictures = min(pictures, found.source.length)
+    transform = _of_a_view(config, key, text)
+    if text is not None and not transform.is_random:
+        raise UserError(f'config: {key}.transform: is not random: LiDAR compares views')
+    is_other = text is None and found.specs[0].name != config.data.peek('name')
+    if pictures < 2 or is_other or not transform.is_random:
+        return None
+    # Few examples, loaded anew for each view: there is nothing to keep.
+    cache = 'resized' if found.specs[0].cache == 'resized' else 'none'
+    spec = replace(found.specs[0], transform=transform.host_text, cache=cache)
+    source, host = dataset.open_spec(spec)
+    example_spec = transforms.check(host, source, config.image_size, found.reads, found.skip_bad)
+    _check_same_parts(example_spec, found, found.reads, key)
+    _check_same_range(example_spec, transform, found, key)
+    device = transform.device
+    if all(operation.normalisation is None for _, operation in device):
+        device += found.device
+    length = source.length
+    chosen = select(source, pictures * views, lambda row: row // views * length // pictures)
+
+    def load(rows: np.ndarray) -> dict[str, Any]:
+        return {**chosen.load(rows), 'label': np.asarray(rows, np.int32)}
+
+    return found._replace(
+        source=replace(chosen, load=load, labels=None),
+        transform=host,
+        example_spec=example_spec,
+        device=device,
+    )
+
+
+# Operations that turn labels into vectors of classes.
+_OF_LABELS = frozenset({'onehot', 'multihot'})
+
+
+def _of_a_view(config: Config, key: str, text: str | None) -> transforms.Transform:
+    """Parse the transform of a view; without a text that of training, or of its first view."""
+    parse = functools.partial(
+        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=_OF_LABELS
+    )
+    if text is not None:
+        return parse(text, key=key)
+    before, *views = grammar.statements(config.data.transform)
+    if not views:
+        return parse(before, key='data')
+    _, _, first = grammar.view(views[0], 'data.transform')
+    return parse(' | '.join(filter(str.strip, (before, first))), key='data')
 
 
 def host_batches(

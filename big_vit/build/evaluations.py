@@ -6,10 +6,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from big_vit import steps
-from big_vit.build.data import Data, completed_section, eval_device_operations, text_data
+from big_vit.build.data import (
+    Data,
+    completed_section,
+    device_operations,
+    eval_device_operations,
+    sampled,
+    text_data,
+    views_data,
+)
 from big_vit.build.experiment import Experiment, all_batches
 from big_vit.config import Config, registries
 from big_vit.data.sources.base import select
@@ -150,7 +159,7 @@ def _check_one_input(model: Any, key: str, kind: str) -> None:
 def _evaluation(
     config: Config, parts: Experiment, name: str, extractor: FeatureExtractor, compile_sums: Any
 ) -> Evaluation:
-    key, reference = f'evals.{name}', parts.references.get(name)
+    key, reference, own = f'evals.{name}', parts.references.get(name), parts.evals[name]
 
     def compute_features(
         split: Split, embedding: Embedding, params: Any, shared: SharedFeatures
@@ -160,9 +169,21 @@ def _evaluation(
     def as_split(sentences: list[str]) -> Split:
         return _split(parts, text_data(config, sentences, key))
 
+    def sample(count: int) -> Split:
+        split = _split(parts, sampled(own, count))
+        whole = count >= own.source.length
+        return split if whole else split._replace(identity=(split.identity, count))
+
+    def views(pictures: int, each: int, text: str | None) -> Split | None:
+        try:
+            data = views_data(config, own, key, pictures, each, text)
+        except UserError as error:
+            raise UserError(str(error).replace(f'{key}.transform', f'{key}.views')) from error
+        return None if data is None else _views_split(parts, data, (pictures, each, text))
+
     return Evaluation(
         key=key,
-        split=_split(parts, parts.evals[name]),
+        split=_split(parts, own),
         reference=None if reference is None else _split(parts, reference),
         training=parts.data.source,
         model=parts.task.trunk(parts.model),
@@ -172,7 +193,20 @@ def _evaluation(
         compute_features=compute_features,
         compile_sums=compile_sums,
         as_split=as_split,
+        sample=sample,
+        views=views,
     )
+
+
+def _views_split(parts: Experiment, data: Data, how: tuple[int, int, str | None]) -> Split:
+    apply, key = device_operations(data), jax.random.key(0)
+
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        # Labels are the numbers of rows: no two batches draw alike.
+        return apply(batch, jax.random.fold_in(key, batch['label'].max())) if apply else batch
+
+    split = _split(parts, data)
+    return split._replace(identity=(split.identity, how), prepare=prepare)
 
 
 def _split(parts: Experiment, data: Data) -> Split:

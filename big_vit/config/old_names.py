@@ -66,6 +66,7 @@ _LATER = (
     'optim.freeze_',
     'schedule.start',
 )
+_LATER_OF_EVALS = ('examples', 'window', 'views', 'lidar')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +84,13 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
         if former.get(new) in (new_value, _IMPLIED[new]):
             former.pop(new)
     # Keys that came later, where nothing is set.
-    return {k: v for k, v in former.items() if not (k.startswith(_LATER) and v is None)}
+    return {k: v for k, v in former.items() if not (_came_later(k) and v is None)}
+
+
+def _came_later(key: str) -> bool:
+    section, _, rest = key.partition('.')
+    of_evals = section == 'evals' and rest.rpartition('.')[2] in _LATER_OF_EVALS
+    return key.startswith(_LATER) or of_evals
 
 
 def _note(old: str, new: str) -> None:

@@ -1,5 +1,6 @@
 """Keys of `evals` that say what is measured, and how."""
 
+from collections.abc import Callable
 from typing import Any
 
 from big_vit.config.fields import (
@@ -19,6 +20,24 @@ from big_vit.config.registries import EVALUATORS
 def _subset(value: Any) -> tuple[str | int, ...] | str:
     """present, or tuple of names or numbers"""
     return 'present' if value == 'present' else classes(value)
+
+
+def _two(lowest: int, what: str, ordered: bool = False) -> Callable[[Any], tuple[int, int]]:
+    """Makes a check for two whole numbers, in order where they are a range."""
+    check_item = integer(lowest, 10**6)
+
+    def check(value: Any) -> tuple[int, int]:
+        pair = value if isinstance(value, tuple) and len(value) == 2 else ()
+        try:
+            first, second = map(check_item, pair)
+        except ValueError:
+            raise ValueError(f'two whole numbers from {lowest}, {what}') from None
+        if ordered and first >= second:
+            raise ValueError(f'two whole numbers in order, {what}')
+        return first, second
+
+    check.__doc__ = what
+    return check
 
 
 CORRUPTIONS = (
@@ -120,5 +139,22 @@ EVALUATION = {
     ),
     'severities': Field(
         several(integer(1, 5), 'whole number from 1 to 5'), None, 'How much of it.'
+    ),
+    'examples': Field(
+        integer(2), None, 'Most examples, spread evenly over the split; those of LiDAR are apart.'
+    ),
+    'window': Field(
+        _two(1, '(first, last)', ordered=True),
+        None,
+        'Eigenvalues of which alpha is the slope; by default from the fifth to the middle one.',
+    ),
+    'views': Field(
+        check_text,
+        None,
+        'Random transform of the views for LiDAR; by default `data.transform`, and no LiDAR if '
+        'that is not random.',
+    ),
+    'lidar': Field(
+        _two(2, '(pictures, views)'), None, 'Most pictures for LiDAR, and views of each.'
     ),
 }

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,12 +81,17 @@ class Order:
 
 @dataclass
 class Meter:
-    """Measures the capacity of a loader: rows loaded, and the thread seconds that took."""
+    """Measures the capacity of a loader: rows loaded, and the thread seconds that took.
+
+    Attributes:
+      damaged: indices of the examples in whose place others were loaded.
+    """
 
     threads: int = 1
     rows: int = 0
     seconds: float = 0.0
     last: float | None = None
+    damaged: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, rows: int, seconds: float | int) -> None:
@@ -242,13 +247,19 @@ def train_batches(
         return load(source, transform, index, view, order.seed, skip_bad)
 
     if source.in_memory and not workers:
-        yield from _in_turn(load_part, None, len(numbers), meter)
+        batches = _in_turn(load_part, None, len(numbers), meter)
     elif workers:
         assert opener is not None
         task = _WorkerTask(opener, order, start_step, numbers, skip_bad)
-        yield from _in_processes(task, len(numbers), workers, meter)
+        batches = _in_processes(task, len(numbers), workers, meter)
     else:
-        yield from _threaded(load_part, None, len(numbers), num_threads, meter)
+        batches = _threaded(load_part, None, len(numbers), num_threads, meter)
+    with contextlib.closing(batches):
+        for step, columns in enumerate(batches, start_step):
+            if skip_bad and columns['replaced'].any():
+                index, _ = order.indices(step, source.length, numbers[columns['replaced'] > 0])
+                meter.damaged.update(index.tolist())
+            yield columns
 
 
 def eval_steps(length: int, batch_size: int) -> int:
@@ -309,7 +320,9 @@ def eval_batches(
 LoadPart = Callable[[int, slice], Columns]
 
 
-def _in_turn(load_part: LoadPart, steps: int | None, batch: int, meter: Meter) -> Iterator[Columns]:
+def _in_turn(
+    load_part: LoadPart, steps: int | None, batch: int, meter: Meter
+) -> Generator[Columns, None, None]:
     """Load complete batches one after the other, `steps` of them or forever."""
     step = 0
     while steps is None or step < steps:
@@ -354,7 +367,7 @@ class _Assembly:
 
 def _threaded(
     load_part: LoadPart, steps: int | None, batch: int, num_threads: int | None, meter: Meter
-) -> Iterator[Columns]:
+) -> Generator[Columns, None, None]:
     """Load batches of `batch` rows in threads, and yield them in order."""
     threads = num_threads or default_threads()
     meter.threads = threads
@@ -435,7 +448,9 @@ class _WorkerTask:
 _ENDLESS = 1 << 40
 
 
-def _in_processes(task: _WorkerTask, batch: int, workers: int, meter: Meter) -> Iterator[Columns]:
+def _in_processes(
+    task: _WorkerTask, batch: int, workers: int, meter: Meter
+) -> Generator[Columns, None, None]:
     """Load parts of batches in workers in turn, and yield the batches in order."""
     import grain
     from absl import flags

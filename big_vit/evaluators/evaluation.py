@@ -78,6 +78,10 @@ class Evaluation(NamedTuple):
       compile_sums: jits sums over a batch, once for all evaluations that give the same key:
         (key, sums) -> step of (params, batch).
       as_split: sentences as a split, tokenized as the training data is; example i is sentence i.
+      sample: the split with at most so many examples, spread evenly.
+      views: random views of some examples as a split, from (most examples, views of each, transform
+        or None for that of training). Those of one come in turn, and labels are numbers of rows.
+        None if the transform is not random.
     """
 
     key: str
@@ -91,3 +95,5 @@ class Evaluation(NamedTuple):
     compute_features: Callable[[Split, Embedding, Any, SharedFeatures], Features]
     compile_sums: Callable[[Hashable, Sums], Sums]
     as_split: Callable[[list[str]], Split]
+    sample: Callable[[int], Split]
+    views: Callable[[int, int, str | None], Split | None]

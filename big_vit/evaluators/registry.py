@@ -14,6 +14,7 @@ from big_vit.evaluators.knn import knn
 from big_vit.evaluators.linear_grid import linear_grid
 from big_vit.evaluators.linear_probe import linear_probe
 from big_vit.evaluators.matching import matching
+from big_vit.evaluators.representation import representation
 from big_vit.evaluators.requirements import Requirements, requirements_of
 from big_vit.evaluators.retrieval import retrieval
 from big_vit.evaluators.robustness import robustness
@@ -25,6 +26,7 @@ EVALUATORS: dict[str, Callable[..., Evaluator]] = {
     'knn': knn,
     'linear_probe': linear_probe,
     'linear_grid': linear_grid,
+    'representation': representation,
     'retrieval': retrieval,
     'robustness': robustness,
     'zero_shot': zero_shot,

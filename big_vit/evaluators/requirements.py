@@ -24,6 +24,7 @@ class Requirements(NamedTuple):
       head_top1: whether its 'top1' is the accuracy of the model's head on the split, unchanged.
       scores: the metrics that checkpoints and settings can be chosen by, from the values of the
         evaluator's keys; those that only its data can tell (a class, the way back) are left out.
+      of_data: whether its split is by default that of the training data.
     """
 
     output: Output
@@ -32,6 +33,7 @@ class Requirements(NamedTuple):
     all_streams: bool = False
     head_top1: bool = False
     scores: Callable[..., tuple[str, ...]] = lambda **_: ()
+    of_data: bool = False
 
 
 _BY_FACTORY: dict[Callable[..., Any], Requirements] = {}
@@ -45,12 +47,13 @@ def requires(
     all_streams: bool = False,
     head_top1: bool = False,
     scores: Callable[..., tuple[str, ...]] = Requirements._field_defaults['scores'],
+    of_data: bool = False,
 ) -> Callable[[Factory], Factory]:
     """Decorate a factory of evaluators with its `Requirements`, whose fields the arguments are."""
 
     def record(factory: Factory) -> Factory:
         _BY_FACTORY[factory] = Requirements(
-            output, labels, reference, all_streams, head_top1, scores
+            output, labels, reference, all_streams, head_top1, scores, of_data
         )
         return factory
 

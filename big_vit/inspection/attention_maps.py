@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from big_vit.build.steps import batch_seen
-from big_vit.errors import UserError
 from big_vit.inspection import examples, plots, weight_statistics
 from big_vit.inspection.loaded_model import LoadedModel
 
@@ -60,25 +58,21 @@ def from_file(loaded: LoadedModel, path: str | Path) -> AttentionMaps:
 def from_training_images(loaded: LoadedModel, count: int = 6) -> list[AttentionMaps]:
     """Compute the attention to the first training images of one of our runs.
 
-    Images are transformed as in training but not mixed, so that each shows one example.
-
     Raises:
       UserError: the data is not available here, or the model does not take images alone.
     """
-    assert loaded.config is not None
-    data, batch = examples.batch(loaded.config, count)
-    if data.reads != ('image',):
-        raise UserError(f'{loaded.path}: its model reads {", ".join(data.reads)}, no images alone')
-    first_images = {name: value[:count] for name, value in batch.items()}
-    config = loaded.config.replacing({'mixup': 0.0, 'cutmix': 0.0})
-    loaded = dataclasses.replace(loaded, image_shape=data.shapes['image'])
-    model_inputs = batch_seen(config, data, first_images, 0)['image']
+    return of_inputs(*examples.training_inputs(loaded, count))
+
+
+def of_inputs(
+    loaded: LoadedModel, pictures: list[np.ndarray], inputs: list[np.ndarray]
+) -> list[AttentionMaps]:
+    """Compute the attention to pictures that are given as the model takes them.
+
+    Raises:
+      UserError: the model's tokens form no grid of one picture.
+    """
     return [
-        AttentionMaps(
-            image,
-            loaded.attention(np.asarray(model_input, np.float32)),
-            loaded.grid,
-            loaded.model.prefix_tokens,
-        )
-        for image, model_input in zip(examples.pictures(first_images), model_inputs, strict=True)
+        AttentionMaps(image, loaded.attention(model_input), loaded.grid, loaded.model.prefix_tokens)
+        for image, model_input in zip(pictures, inputs, strict=True)
     ]

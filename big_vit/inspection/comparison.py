@@ -102,8 +102,9 @@ def results(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             if score is None:
                 row += ['–'] * 3
             else:
-                shown = (metrics.shown(name, value) for value in (score.last, score.best))
-                row += [*shown, f'{score.best_step:,}']
+                row.append(metrics.shown(name, score.last))
+                best = metrics.shown(name, score.best), f'{score.best_step:,}'
+                row += best if metrics.has_direction(name) else ('–', '–')
         body.append(row)
     return header, body
 

@@ -1,14 +1,16 @@
-"""A few training examples of a config, without building the rest of an experiment."""
+"""A few training examples of a run, without building the rest of an experiment."""
 
 import dataclasses
 
 import numpy as np
 
 from big_vit.build.data import Data, single_view, train_data
+from big_vit.build.steps import batch_seen
 from big_vit.config import Config
 from big_vit.data import pipeline
-from big_vit.errors import printable
+from big_vit.errors import UserError, printable
 from big_vit.inspection import plots
+from big_vit.inspection.loaded_model import LoadedModel
 
 
 def batch(config: Config, count: int) -> tuple[Data, dict[str, np.ndarray]]:
@@ -39,6 +41,31 @@ def first_examples(data: Data, count: int) -> dict[str, np.ndarray]:
     examples.pop('replaced', None)
     batches.close()  # type: ignore[attr-defined]
     return examples
+
+
+def training_inputs(
+    loaded: LoadedModel, count: int
+) -> tuple[LoadedModel, list[np.ndarray], list[np.ndarray]]:
+    """Return the first training images of a run, and what its model is given of them.
+
+    They are transformed as in training, the first view of each where there are several, but not
+    mixed, so that each shows one example.
+
+    Returns:
+      (the model, for images of their size, the images as uint8, the images as floats).
+
+    Raises:
+      UserError: the data is not available here, or the model does not take images alone.
+    """
+    assert loaded.config is not None
+    data, columns = batch(loaded.config, count)
+    if data.reads != ('image',):
+        raise UserError(f'{loaded.path}: its model reads {", ".join(data.reads)}, no images alone')
+    first = {name: value[:count] for name, value in columns.items()}
+    config = loaded.config.replacing({'mixup': 0.0, 'cutmix': 0.0})
+    loaded = dataclasses.replace(loaded, image_shape=data.shapes['image'])
+    seen = batch_seen(config, data, first, 0)['image']
+    return loaded, pictures(first), [np.asarray(image, np.float32) for image in seen]
 
 
 def pictures(batch: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -63,8 +63,8 @@ def standard_error(score: Score) -> float | None:
 
 
 def warnings(rows: Rows) -> list[str]:
-    """Return warnings: skipped updates, resumes, damaged examples and non-finite values."""
-    messages = []
+    """Return warnings: collapses, skipped updates, resumes, damaged examples, non-finite values."""
+    messages = [f'step {step:,}: {text}' for step, text in metrics.collapses(rows)]
     skipped = series(rows, 'train/skipped')
     if skipped and skipped[-1][1]:
         first = next(step for step, value in skipped if value)

@@ -148,13 +148,17 @@ class LoadedModel:
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
         shapes = {name: shape for name, (shape, _) in inputs.items()}
         model = build_model(config, classes, shapes, mesh)
-        model_of_inputs = state.abstract_params(model, inputs)
+        task = build_task(config.task)
+        trunk = task.trunk(model)
+        model_of_inputs = state.abstract_params(trunk, inputs)
         # Of streams that stay apart, those without an input have no parameters there.
         absent = {s.name for s in build_streams(config) if s.name and s.reads not in inputs}
         absent |= {f'shared_{name}' for name in absent}
+        # Of what a task adds to its trunk nothing is computed, and it may read other inputs.
+        absent |= set() if trunk is model else set(task.additions)
         saved = {name: leaf for name, leaf in self.params.items() if name not in absent}
         checkpoint.check_params(saved, model_of_inputs, self.path)
-        return build_task(config.task).trunk(model)
+        return trunk
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -293,6 +297,24 @@ class LoadedModel:
     def _capture(self) -> Any:
         apply = functools.partial(self.model.apply, capture=('attention',))
         return jax.jit(lambda params, image: apply({'params': params}, image)[1]['attention'])
+
+    @functools.cached_property
+    def _tokens(self) -> Any:
+        return jax.jit(
+            lambda params, image: self.model.apply({'params': params}, image)[1]['tokens']
+        )
+
+    def patch_tokens(
+        self, image: Float[np.ndarray, 'height width channels']
+    ) -> Float[np.ndarray, 'rows columns width']:
+        """Compute the last tokens of the patches of one normalised image.
+
+        Raises:
+          UserError: the tokens do not form one grid.
+        """
+        rows, columns = self.grid
+        tokens = self._tokens(self.params, jnp.asarray(image)[None])[0, self.model.prefix_tokens :]
+        return np.asarray(tokens, np.float32).reshape(rows, columns, -1)
 
     def attention(
         self, image: Float[np.ndarray, 'height width channels']

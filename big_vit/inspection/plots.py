@@ -39,22 +39,30 @@ def canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, A
 
 
 def curves(runs: dict[str, list[dict[str, Any]]], slots: dict[str, int] | None = None) -> Picture:
-    """Plot loss, accuracy and learning rate over the steps, with one line per run and split.
+    """Plot loss, accuracy, rank of features and learning rate, one line per run and split.
+
+    Of these there are only panels for what the runs have.
 
     Args:
       runs: rows of `metrics.read` by the name of the run.
       slots: of colour and dash in `line_styles`, by the name of the run; by default in order.
     """
     height = max(3.6, min(0.2 * len(runs), 6.0))
-    figure, axes = canvas(3, 1, 5.0, height)
+    there = {run: {name for row in rows for name in row} for run, rows in runs.items()}
+    shares = {run: {*filter(metrics.is_share, metrics.headlines(r))} for run, r in runs.items()}
+    wanted = {
+        'loss': {run: _called(names, 'loss') for run, names in there.items()},
+        'accuracy': {run: _called(names, 'accuracy') | shares[run] for run, names in there.items()},
+        'rank of the features': {run: _called(names, 'rankme') for run, names in there.items()},
+        'learning rate': {run: _called(names, 'lr') for run, names in there.items()},
+    }
+    panels = {title: names for title, names in wanted.items() if any(names.values())}
+    figure, axes = canvas(max(len(panels), 1), 1, 5.0, height)
     entries: dict[str, Any] = {}
-    panels = (('loss', ('loss',)), ('accuracy', ('accuracy',)), ('learning rate', ('lr',)))
-    for axis, (title, wanted) in zip(axes[0], panels, strict=True):
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=False):
         for i, (run, rows) in enumerate(runs.items()):
             colour, dash = line_styles.style(slots[run] if slots else i)
-            names = {n for row in rows for n in row if n.rpartition('/')[2] in wanted}
-            names |= set(metrics.headlines(rows)) if title == 'accuracy' else set()
-            for name in sorted(names):
+            for name in sorted(names[run]):
                 points = [(row['step'], row[name]) for row in rows if name in row]
                 split = name.partition('/')[0]
                 held_out = split != 'train'
@@ -81,6 +89,10 @@ def curves(runs: dict[str, list[dict[str, Any]]], slots: dict[str, int] | None =
             fontsize=8, ncols=1 + int(0.17 * (len(entries) - 1) / height),
         )  # fmt: skip
     return Picture(figure)
+
+
+def _called(names: set[str], key: str) -> set[str]:
+    return {name for name in names if name.rpartition('/')[2] == key}
 
 
 def grid(

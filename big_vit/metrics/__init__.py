@@ -1,6 +1,7 @@
 """Metrics of a run: rows, the console, trackers and traces."""
 
-from big_vit.metrics.best import Best, lower_is_better
+from big_vit.metrics.best import Best, has_direction, lower_is_better
+from big_vit.metrics.collapse import Collapse, collapses
 from big_vit.metrics.console import Clock, Console, duration, table
 from big_vit.metrics.writer import (
     FILE,
@@ -26,9 +27,12 @@ __all__ = [
     'TIMING',
     'Best',
     'Clock',
+    'Collapse',
     'Console',
     'Writer',
+    'collapses',
     'duration',
+    'has_direction',
     'headlines',
     'host_memory_mb',
     'is_share',

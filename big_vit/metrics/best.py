@@ -5,12 +5,19 @@ from collections.abc import Collection
 from typing import Any
 
 # Words of metrics of which lower is better; of all others, higher is.
-_LOWER_IS_BETTER = ('loss', 'nll', 'ece', 'mce', 'brier', 'error', 'mae', 'mse', 'rmse')
+_LOWER_IS_BETTER = ('loss', 'nll', 'ece', 'mce', 'brier', 'error', 'mae', 'mse', 'rmse', 'cosine')
+# Metrics of which neither the highest nor the lowest is best: what was chosen, and a slope.
+_NEITHER = ('alpha', 'alpha_r2', 'alpha_first', 'alpha_last', 'l2', 'rate', 'iterations')
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether a score such as val/loss is better the lower it is."""
     return any(word in _LOWER_IS_BETTER for word in metric.rpartition('/')[2].split('_'))
+
+
+def has_direction(metric: str) -> bool:
+    """Whether one of two different values of a score such as val/loss is better."""
+    return metric.rpartition('/')[2] not in _NEITHER
 
 
 class Best:

@@ -19,7 +19,10 @@ FILE = 'metrics.jsonl'
 TIMING = 'time/'
 # Metrics of evaluations that are not shares: losses, counts and hyperparameters that were chosen.
 LOSSES = ('loss', 'nll', 'brier')
-_NUMBERS = ('count', 'iterations', 'l2', 'rate', 'last_blocks', 'mean_joined')
+_NUMBERS = (
+    *('count', 'iterations', 'l2', 'rate', 'last_blocks', 'mean_joined'),
+    *('rankme', 'lidar', 'std', 'cosine', 'alpha', 'alpha_r2', 'alpha_first', 'alpha_last'),
+)
 # Object stores cannot append: the file is written anew, so not at every row.
 REWRITE_EVERY_S = 30
 # In the first row after a resume: the step that the run resumed from.
@@ -118,6 +121,10 @@ class Writer:
       wandb: also log to this Weights & Biases project.
       config: dump of the config, for the trackers.
 
+    Attributes:
+      latest: the newest value of each metric, without timings.
+      rows: those from before the start; only where this process writes.
+
     Raises:
       UserError: the file cannot be written, even after some tries.
     """
@@ -136,6 +143,7 @@ class Writer:
         self._trackers: list[trackers.Tracker] = []
         self._active = active
         self.latest: dict[str, float] = {}
+        self.rows: list[dict[str, Any]] = []
         if not active:
             return
         folder = storage.place(workdir)
@@ -143,7 +151,7 @@ class Writer:
         old_rows, _ = _parse(self._path.read_bytes() if self._path.exists() else b'')
         rows = [row for row in old_rows if row['step'] <= start_step]
         self._mark = {RESUMED: float(start_step)} if old_rows and start_step else {}
-        self.latest = latest(rows)
+        self.rows, self.latest = rows, latest(rows)
         if wandb:
             self._trackers.append(trackers.WeightsAndBiases(folder, wandb, config or {}, rows))
         if tensorboard:

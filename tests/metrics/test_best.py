@@ -38,8 +38,14 @@ def test_the_best_is_numpys_and_the_count_is_of_what_came_after(metric):
     [
         *(('val/loss', True), ('val/nll', True), ('val/ece', True), ('a/brier', True)),
         *(('val/top1', False), ('near/20nn', False), ('pairs/back/map', False)),
+        *(('seen/rankme', False), ('seen/std', False), ('seen/cosine', True)),
         *(('probe/held_out', False), ('hard/mean', False), ('hard/severity_1', False)),
     ],
 )
 def test_the_direction_is_that_of_the_metric(metric, lower):
-    assert metrics.lower_is_better(metric) == lower
+    assert metrics.lower_is_better(metric) == lower and metrics.has_direction(metric)
+
+
+@pytest.mark.parametrize('metric', ['seen/alpha', 'seen/alpha_r2', 'probe/l2', 'grid/rate'])
+def test_what_was_chosen_and_slopes_have_no_best(metric):
+    assert not metrics.has_direction(metric) and not metrics.is_share(metric)

@@ -299,6 +299,13 @@ class Labels:
         if self.ends is not None:
             check_lists(self.values, self.codes, self.ends, f'{place}: column {column!r}')
 
+    @classmethod
+    def none(cls, rows: int) -> 'Labels':
+        """Return the label 0 for each of some rows without one."""
+        labels = cls.__new__(cls)
+        labels.values, labels.codes, labels.ends = [0], np.zeros(rows, np.int32), None
+        return labels
+
     def numbered(self, indices: np.ndarray, numbers: np.ndarray) -> Any:
         """Return int32 [B], or a list of B such arrays; `numbers` has the class of each value."""
         if self.ends is None:

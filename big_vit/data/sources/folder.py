@@ -65,7 +65,7 @@ def folder(request: Request, *, path: str) -> Source:
     root = files.place(path, f'{key}.path')
     if not request.labelled and (loose := _loose_splits(root, key)):
         return _unlabelled(root, loose, request)
-    places = split_places(root, key)
+    places = split_places(root, key) if request.labelled else _splits_if_any(root, key)
     if not places:
         if request.labelled:
             _check_wrapped(root, key)
@@ -76,9 +76,13 @@ def folder(request: Request, *, path: str) -> Source:
     def open_split(name: str) -> Source:
         place, class_names = places[name], classes_of(name)
         classes = sorted_classes(classes_of(first))
-        numbers = classes.numbers(class_names, f'{key}.path: {root}', name, first, key)
-        names, rows, labels, kind = _scan(root, place, class_names, key, may_be_empty=name != first)
-        labels = numbers[labels]
+        may_be_empty = name != first or not request.labelled
+        names, rows, labels, kind = _scan(root, place, class_names, key, may_be_empty)
+        if request.labelled or {*class_names} <= {*classes_of(first)}:
+            numbers = classes.numbers(class_names, f'{key}.path: {root}', name, first, key)
+            labels = numbers[labels]
+        else:  # Folders need not be classes.
+            labels = np.zeros_like(labels)
         read = loader(kind, lambda index: files.read(place / names[int(rows[index])]))
 
         def load(indices: np.ndarray) -> Columns:
@@ -112,6 +116,14 @@ def _loose_splits(root: files.Place, key: str) -> dict[str, files.Place]:
         return {}
     inside = [entry for place in splits.values() for entry in list_folder(place, key)]
     return splits if any(not is_folder and kind_of(name) for name, is_folder in inside) else {}
+
+
+def _splits_if_any(root: files.Place, key: str) -> dict[str, files.Place]:
+    """Find the splits of pictures without labels, whose other folders may be called anything."""
+    entries = list_folder(root, key) if files.is_folder(root) else []
+    names = [name for name, is_folder in entries if is_folder]
+    some = [name for name in names if _SPLIT.fullmatch(name)]
+    return {} if 0 < len(some) < len(names) else split_places(root, key)
 
 
 def _unlabelled(root: files.Place, places: dict[str, files.Place], request: Request) -> Source:

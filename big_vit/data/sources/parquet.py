@@ -32,7 +32,8 @@ def parquet(
     (train/0000.parquet), or what save_to_disk recorded. Images are bytes, alone or beside a path
     to read where they are missing: one below the folder of the file, or an absolute one on this
     machine. Labels are numbers (with names if `datasets` recorded them), names, or lists of
-    these, which make 'label' a list. Local Arrow files are memory-mapped.
+    these, which make 'label' a list; none are needed where no labels are. Local Arrow files are
+    memory-mapped.
 
     Args:
       request: the examples to open; classes are those that are named, or occur in `train`.
@@ -51,16 +52,25 @@ def parquet(
 
     first = training_split(splits)
 
+    def read(name: str, columns: dict[str, str]) -> tuple[Any, list[int], arrow.Labels]:
+        shards = splits[name]
+        try:
+            table, rows = arrow.read_table(shards, {**columns, **label_columns}, key)
+            return table, rows, arrow.Labels(table, label_column, str(shards[0]), name)
+        except UserError:
+            if request.labelled or not columns:
+                raise
+            table, rows = arrow.read_table(shards, columns, key)
+            return table, rows, arrow.Labels.none(len(table))
+
     @functools.cache
     def train_labels() -> arrow.Labels:
         assert first is not None
-        shards = splits[first]  # Read for its classes only, so without its images.
-        table, _ = arrow.read_table(shards, label_columns, key)
-        return arrow.Labels(table, label_column, str(shards[0]), first)
+        return read(first, {})[2]  # Read for its classes only, so without its images.
 
     def open_split(name: str) -> Source:
         shards = splits[name]
-        table, rows = arrow.read_table(shards, {image_column: 'image_column', **label_columns}, key)
+        table, rows, labels = read(name, {image_column: 'image_column'})
         if not len(table):
             raise UserError(f'{shards[0]}: has no rows')
         features = _features(table.schema)
@@ -70,17 +80,17 @@ def parquet(
             )
         except UserError as error:
             raise UserError(f'{shards[0]}: {error}: set {key}.image_column') from None
-        labels = arrow.Labels(table, label_column, str(shards[0]), name)
         names = _class_names(features.get(label_column))
         if names and all(type(value) is int for value in labels.values):
             classes = named_classes(names)  # And the labels are numbers of them.
             plain = classes._replace(names=None)
         else:
-            known = labels if first in (None, name) else train_labels()
+            alone = first in (None, name) or not request.labelled
+            known = labels if alone else train_labels()
             plain = classes = infer_classes(known.values, request, title)
         numbers = plain.numbers(labels.values, shards[0], name, first or name, key)
         ends = np.cumsum(rows)
-        read = _reader(data, paths, lambda index: shards[locate(index, ends)[0]])
+        read_row = _reader(data, paths, lambda index: shards[locate(index, ends)[0]])
 
         def where(index: int) -> str:
             shard, row = locate(index, ends)
@@ -88,7 +98,7 @@ def parquet(
 
         def load(indices: np.ndarray) -> Columns:
             indices = np.asarray(indices, np.int64)
-            values = [read(index) for index in indices.tolist()]
+            values = [read_row(index) for index in indices.tolist()]
             return {kind: values, 'label': labels.numbered(indices, numbers)}
 
         return Source(

@@ -90,7 +90,7 @@ def table(
     names, whose classes are the sorted names of the split `train` (of all, if there is none). A
     column `split` may be written in capitals. If any row has several labels,
     separated by | or ; (in JSONL a list), 'label' is a list of arrays, which may be empty; else
-    each row needs one.
+    each row needs one, unless no labels are needed.
 
     Args:
       request: the examples to open.
@@ -104,7 +104,14 @@ def table(
     key = request.key
     root = files.place(path, f'{key}.path')
     tables, home = _find_tables(root, key)
-    rows = _read(tables, lambda file: _parse(file, home, image_column, label_column, key))
+    needed = {image_column: 'image_column'}
+    if request.labelled:
+        needed[label_column] = 'label_column'
+
+    def parse(file: files.Place) -> Iterator[_Row]:
+        return _parse(file, home, image_column, label_column, needed, key)
+
+    rows = _read(tables, parse, request.labelled)
     first = training_split(rows.splits)
     learned = [rows.values[code] for code in rows.used(first)]
     if not learned:
@@ -195,8 +202,16 @@ def _find_tables(root: files.Place, key: str) -> tuple[dict[str, files.Place], f
     return tables, root
 
 
-def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterator[_Row]]) -> _Rows:
-    """Read tables by split; one without a name has a column `split`, or is `train`."""
+def _read(
+    tables: dict[str, files.Place],
+    parse: Callable[[files.Place], Iterator[_Row]],
+    labelled: bool,
+) -> _Rows:
+    """Read tables by split; one without a name has a column `split`, or is `train`.
+
+    Args:
+      labelled: whether each row needs a label; if not, and one has none, all are of class 0.
+    """
     numbers: dict[Any, int] = {}
     codes, ends, lines, kinds = array('q'), array('q'), array('q'), array('b')
     splits: dict[str, tuple[files.Place, array]] = {}
@@ -230,9 +245,12 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
                 raise UserError(f'{file}: has no rows')
 
     paths = Names(names())
-    check_lists(list(numbers), np.array(codes), np.array(ends), next(iter(tables.values())))
     if unlabelled is not None and not multilabel:
-        raise UserError(f'{unlabelled}: has no label: give it one, or leave it out')
+        if labelled:
+            raise UserError(f'{unlabelled}: has no label: give it one, or leave it out')
+        numbers, codes = {0: 0}, array('q', [0]) * len(lines)
+        ends = array('q', range(1, len(lines) + 1))
+    check_lists(list(numbers), np.array(codes), np.array(ends), next(iter(tables.values())))
     return _Rows(
         names=paths,
         values=list(numbers),
@@ -246,13 +264,22 @@ def _read(tables: dict[str, files.Place], parse: Callable[[files.Place], Iterato
 
 
 def _parse(
-    file: files.Place, home: files.Place, image_column: str, label_column: str, key: str
+    file: files.Place,
+    home: files.Place,
+    image_column: str,
+    label_column: str,
+    needed: dict[str, str],
+    key: str,
 ) -> Iterator[_Row]:
-    """Yield the rows of a table, each checked on its own."""
+    """Yield the rows of a table, each checked on its own.
+
+    Args:
+      needed: columns that must be there, and the keys that name them.
+    """
     is_json = file.name.lower().endswith('.jsonl')
     used = (image_column, label_column, *_SPLIT_COLUMNS)
     for line, row in _json_rows(file, key) if is_json else _csv_rows(file, used, key):
-        for column, option in ((image_column, 'image_column'), (label_column, 'label_column')):
+        for column, option in needed.items():
             if column not in row:
                 raise UserError(
                     f'{file}, line {line}: no column {column!r} (it has {", ".join(row)}): '
@@ -270,7 +297,7 @@ def _parse(
         split = '' if said is None else str(said).strip()
         if split == '':
             raise UserError(f'{file}, line {line}: the column split says none')
-        cell = row[label_column]
+        cell = row.get(label_column)
         multilabel = isinstance(cell, list)
         if isinstance(cell, str) and not is_json:
             if _LIST.fullmatch(cell.strip()):
