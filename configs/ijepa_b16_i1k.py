@@ -3,10 +3,10 @@
     python -m big_vit.train --config configs/ijepa_b16_i1k.py --workdir gs://BUCKET/ijepa_b16
 
 The rate, decay and momentum of facebookresearch/ijepa's recipes for larger models, with its default
-predictor of 6 blocks; it has none for this size. Contexts have one length, that which batches of 128
-are cut to there on average, and initial values are those of all models here. A linear probe reaches
-72.9 % after 600 epochs as reported in the paper, which was not checked here. Nobody has run this
-config.
+predictor of 6 blocks; it has none for this size. Contexts have one length, that which batches of
+128 are cut to there on average, and initial values are those of all models here. A linear probe
+reaches 72.9 % after 600 epochs as reported in the paper, which was not checked here. Nobody has run
+this config.
 """
 
 from ml_collections import ConfigDict

@@ -25,7 +25,7 @@ COLOURS = (
     ' | gaussian_blur(p=0.5) | solarize(128, p=0.2)'
 )
 # Of a laptop's model, and of a model of the papers.
-PREDICTORS = {
+PREDICTORS: dict[str, tuple[dict, dict]] = {
     'mae': (
         {'decoder_width': 96, 'decoder_depth': 2, 'decoder_heads': 3},
         {'decoder_width': 512, 'decoder_depth': 8, 'decoder_heads': 16},
@@ -39,7 +39,7 @@ PREDICTORS = {
         {'projector_width': 2048, 'projection_dim': 128},
     ),
 }
-TASKS = {
+TASKS: dict[str, dict] = {
     'mae': {'name': 'masked'},
     'ijepa': {'name': 'joint_embedding', 'method': 'ijepa', 'whole_grid': True},
     'jepa': {'name': 'joint_embedding', 'method': 'lejepa'},

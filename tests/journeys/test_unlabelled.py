@@ -1,4 +1,4 @@
-"""From a folder of unlabelled pictures to a model that tells five labelled examples a class apart."""
+"""From a folder of unlabelled pictures to a model that learns from five labelled ones a class."""
 
 import sys
 

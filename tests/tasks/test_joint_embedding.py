@@ -313,7 +313,7 @@ def test_two_processes_compute_what_one_does(tmp_path, settings):
         (IJEPA, {'model.posemb': 'relative'}, 'needs all tokens of a grid'),
         (IJEPA, {'model.stride': 1}, 'which do not overlap'),
         (IJEPA, {'image_size': 8}, 'set image_size to 16x16 or more'),
-        (IJEPA, {'task.context_tokens': 40}, 'take at most 21'),
+        (IJEPA, {'task.context_tokens': 40}, 'take at most 22'),
         (IJEPA, {'task.target_scale': (0.9, 1.0)}, 'leave no context'),
         (IJEPA, {'task.predictor_width': 18}, 'task.predictor_width=18 must be divisible by 4'),
         (IJEPA, {'task.predictor_heads': 3}, 'by the 3 heads of the predictor'),
