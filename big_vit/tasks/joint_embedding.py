@@ -202,28 +202,35 @@ def _context_length(law: MultiBlock, given: int | None, patch: tuple[int, int]) 
     Raises:
       UserError: no contexts of that length can be drawn; says which sizes do.
     """
-    usual = block_targets.usual_context(law)
-    shown = 'x'.join(map(str, law.grid))
-    if given is None and usual < _LEAST_CONTEXT:
-        grid = law.grid
-        while block_targets.usual_context(replace(law, grid=grid)) < _LEAST_CONTEXT:
-            grid = grid[0] + 1, grid[1] + 1
-        pixels = 'x'.join(str(n * side) for n, side in zip(grid, patch, strict=True))
-        raise UserError(
-            f'config: of {shown} patches the target blocks leave contexts of {usual} tokens, fewer '
-            f'than {_LEAST_CONTEXT}: set image_size to {pixels} or more, take smaller patches, or '
-            'set task.whole_grid=True or task.context_tokens'
-        )
-    length = usual if given is None else given
+    usual, shown = block_targets.usual_context(law), 'x'.join(map(str, law.grid))
     half = int(np.median(block_targets.context_lengths(law)))
     most = min(half, law.least_context())
-    if length > most:
+    if most < 1:
         raise UserError(
-            f'config: task.context_tokens={length}: of {shown} patches half of the contexts have '
-            f'fewer than {half + 1} tokens: take at most {most}'
-            if most > 0
-            else f'config: of {shown} patches the target blocks leave no context: take smaller '
+            f'config: of {shown} patches the target blocks may leave no context: take smaller '
             'patches, larger images or a smaller task.target_scale'
+        )
+    if given is None and usual < _LEAST_CONTEXT:
+        grids = ((law.grid[0] + n, law.grid[1] + n) for n in range(1, 64))
+        enough = (
+            'x'.join(str(n * side) for n, side in zip(grid, patch, strict=True))
+            for grid in grids
+            if block_targets.usual_context(replace(law, grid=grid)) >= _LEAST_CONTEXT
+        )
+        pixels = next(enough, None)
+        raise UserError(
+            f'config: of {shown} patches the target blocks leave contexts of {usual} tokens, fewer '
+            f'than {_LEAST_CONTEXT}: '
+            + (f'set image_size to {pixels} or more, ' if pixels else '')
+            + 'take smaller patches, or set task.whole_grid=True or task.context_tokens'
+        )
+    length = usual if given is None else given
+    if length > most:
+        why = f'half of the contexts have fewer than {half + 1}'
+        if most < half:
+            why = f'the target blocks may take all but {most}'
+        raise UserError(
+            f'config: task.context_tokens={length}: of {shown} patches {why}: take at most {most}'
         )
     return length
 
@@ -285,12 +292,13 @@ class JointEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, 'batch height width channels'],
+        inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
         blocks: Blocks | None = None,
         *,
         train: bool = False,
-    ) -> Float[Array, 'batch blocks tokens width']:
+    ) -> Float[Array, 'batch blocks tokens features']:
         """Predictions of the encoded target blocks, of the encoded context alone."""
+        image = inputs['image'] if isinstance(inputs, dict) else inputs
         if blocks is None:
             key = jax.random.key(0)
             blocks = block_targets.draw(self.law, self.context_tokens, 0, key, len(image))
@@ -302,7 +310,7 @@ class JointEmbedding(nn.Module):
 
     def encoded(
         self, image: Float[Array, 'batch height width channels']
-    ) -> Float[Array, 'batch tokens width']:
+    ) -> Float[Array, 'batch tokens features']:
         """All tokens of the whole image, encoded."""
         x, _ = self.trunk.encode(*self.trunk.embed(image))
         return x[:, self.trunk.prefix_tokens :]

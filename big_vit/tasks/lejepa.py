@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from big_vit.models.layers import Dense
 from big_vit.models.vit import ViT
@@ -85,11 +85,11 @@ class ViewEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Mapping[str, Shaped[Array, 'batch views height width channels']],
+        inputs: Mapping[str, Array],
         *,
         train: bool = False,
     ) -> Float[Array, 'batch views outputs']:
-        """Embeddings of all views, those of the first group first."""
+        """Embeddings of views [batch, views, height, width, channels], the first group's first."""
         pooled = []
         for name in VIEWS:
             if name in inputs:

@@ -48,7 +48,7 @@ def test_contexts_are_free_of_targets_and_targets_are_blocks(grid, whole):
 
 @pytest.mark.parametrize('side', [14, 16])
 def test_sizes_and_lengths_are_those_of_the_authors(side):
-    """6,000 draws of theirs, in batches of one, which are not cut."""
+    """Draws of theirs in batches of one, which are not cut."""
     with np.load(ORACLE) as oracle:
         theirs = oracle[f'law{side}/lengths'].astype(float)
         sizes = dict(oracle[f'law{side}/sizes'].tolist())
@@ -56,19 +56,20 @@ def test_sizes_and_lengths_are_those_of_the_authors(side):
     ours = block_targets.context_lengths(law).ravel().astype(float)
     # Standard errors of both: lengths of a batch share their sizes, so its mean is one draw.
     means = block_targets.context_lengths(law).mean(1)
-    error = np.hypot(theirs.std() / 6000**0.5, means.std() / len(means) ** 0.5)
+    error = np.hypot(theirs.std() / len(theirs) ** 0.5, means.std() / len(means) ** 0.5)
     assert abs(ours.mean() - theirs.mean()) < 4 * error
     assert abs(ours.std() / theirs.std() - 1) < 0.05
     tokens, counts = np.unique(law.target_sizes.prod(1), return_counts=True)
     assert tokens.tolist() == sorted(sizes)
-    share = np.array([sizes[n] for n in sorted(sizes)]) / 6000
-    np.testing.assert_allclose(counts / counts.sum(), share, atol=4 * (0.25 / 6000) ** 0.5)
+    share = np.array([sizes[n] for n in sorted(sizes)]) / len(theirs)
+    np.testing.assert_allclose(counts / counts.sum(), share, atol=4 * (0.25 / len(theirs)) ** 0.5)
 
 
 def test_places_are_those_of_the_authors():
     """How often a token is asked for, and how often it is in a context that is not cut."""
     with np.load(ORACLE) as oracle:
         in_target, in_context = oracle['law14/in_target'], oracle['law14/in_context']
+        recorded = len(oracle['law14/lengths'])
     law, batch = MultiBlock((14, 14)), 256
     asked, seen, draws = np.zeros(196), np.zeros(196), 0
     # A length of 1 accepts the first draw. All contexts of 14 x 14 have the same block.
@@ -79,7 +80,7 @@ def test_places_are_those_of_the_authors():
         asked += hidden.sum(0)
         seen += ((~hidden).reshape(-1, 14, 14) & _square(13, 14)).reshape(batch, -1).sum(0)
         draws += batch
-    error = 5 * (0.25 / 6000 + 0.25 / draws) ** 0.5
+    error = 5 * (0.25 / recorded + 0.25 / draws) ** 0.5
     np.testing.assert_allclose(asked / draws, in_target, atol=error)
     np.testing.assert_allclose(seen / draws, in_context, atol=error)
 

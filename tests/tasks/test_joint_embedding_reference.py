@@ -135,7 +135,7 @@ def blocks_of(model, step, key, batch):
 def train_step(task, model, loss, mesh, params):
     settings = config.resolve(SETTINGS)
     length = build.Length(SimpleNamespace(length=64), STEPS, 0)
-    schedule = build.rate_schedule(settings, length)
+    schedule = build.rate_schedule(settings, length.source, STEPS)
     shapes = jax.eval_shape(lambda: params)
     made = build.build_optimizer(settings, shapes, schedule, mesh, length)
     update = steps.update(
