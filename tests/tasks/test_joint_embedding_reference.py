@@ -247,7 +247,7 @@ def test_wrong_losses_are_told_apart(monkeypatch, knob):
     _, model, params = experiment()
     loss = joint_embedding.ijepa_loss(model, blocks_of)
     wrong = float(first_loss(loss, model, params, params))
-    assert abs(wrong / oracle()['losses'][0] - 1) > 1e-3
+    assert abs(wrong / oracle()['losses'][0] - 1) > 5e-5  # What is right is closer than 1e-5.
 
 
 def test_targets_are_the_teachers():
