@@ -70,12 +70,14 @@ class Damage:
         """
         if not self._replaced:
             return None
-        where = f', such as {source.place(min(damaged))}' if damaged else ''
-        count = f'{len(damaged):,} different ones, ' if jax.process_count() == 1 else ''
-        return (
-            f'data    {self._replaced:,} of {self._seen:,} examples were damaged ({count}each '
-            f'replaced by the next){where}'
+        line = (
+            f'data    {self._replaced:,} of {self._seen:,} examples were damaged, and replaced by '
+            'the next ones'
         )
+        if not damaged:
+            return line
+        number = f'{len(damaged):,} different, ' if jax.process_count() == 1 else ''
+        return f'{line} ({number}such as {source.place(min(damaged))})'
 
 
 def max_damage_rate(config: Config, parts: Experiment) -> float:

@@ -309,11 +309,13 @@ def errors(run: Run) -> str:
 
 
 # What is drawn of learning without labels: see `metrics.collapse`.
-_UNLABELLED = (
+_OF_TARGETS = (
     ('Entropy of the targets, in nats', ('teacher_entropy', 'teacher_entropy_of_mean')),
     ('KL of the student from the teacher', ('kl',)),
     ('Share of the prototypes in use', ('used_prototypes',)),
     ('Standard deviation of the targets', ('target_std',)),
+)
+_OF_FEATURES = (
     ('Ranks of the features', ('rankme', 'lidar')),
     ('Spread of the features', ('std', 'cosine')),
     ('Decay of the spectrum', ('alpha',)),
@@ -330,12 +332,16 @@ def curves(runs: list[Run]) -> str:
     splits: dict[str, int] = {}
     slots = line_styles.slots([str(storage.absolute(run.workdir)) for run in runs])
 
-    def lines(wanted: Container[str], by_key: bool = False) -> list[Line]:
+    def lines(
+        wanted: Container[str], by_key: bool = False, of_evaluations: bool = False
+    ) -> list[Line]:
         chart_lines = []
         for run in runs:
             for name in history.names(run.rows):
                 split, _, key = name.rpartition('/')
                 if key not in wanted or name.startswith(metrics.TIMING):
+                    continue
+                if of_evaluations and split == 'train':
                     continue
                 shown = f'{split} {key}' if by_key else split
                 number = splits.setdefault(shown, len(splits))
@@ -355,7 +361,11 @@ def curves(runs: list[Run]) -> str:
             html_pages.chart('Accuracy on frozen features', lines(frozen, True)),
             html_pages.chart('Learning rate', lines(('lr',)), zero=True),
             html_pages.chart('Gradient norm', lines(('grad_norm',)), zero=True),
-            *(html_pages.chart(title, lines(keys, True), zero=True) for title, keys in _UNLABELLED),
+            *(html_pages.chart(title, lines(keys, True), zero=True) for title, keys in _OF_TARGETS),
+            *(
+                html_pages.chart(title, lines(keys, True, True), zero=True)
+                for title, keys in _OF_FEATURES
+            ),
         ]
     )
     none = html_pages.paragraph('There are no metrics yet.', 'soft')
@@ -554,8 +564,8 @@ def patches(run: Run) -> str:
     found = patch_components.of_inputs(*run.seen)
     words = (
         'The first three principal components of the last patch tokens over these pictures, as '
-        f'red, green and blue ({found.words()}): patches of one colour are alike to the model, in '
-        'any picture.'
+        f'red, green and blue ({found.words()} of the variance): patches of one colour are alike '
+        'to the model, in any picture.'
     )
     shown = [
         (one, '', f'Training image {i + 1}{what}')

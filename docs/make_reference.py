@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a notebook or a script of one's own needs; commands are told by --help.
 MODULES = (
     'checkpoint', 'inspection.loaded_model', 'explore', 'inspection.attention_maps',
-    'inspection.weight_statistics', 'inspection.plots', 'metrics.writer', 'metrics.console',
+    'inspection.patch_components', 'inspection.weight_statistics', 'inspection.plots',
+    'metrics.writer', 'metrics.console',
     'inspection.history', 'inspection.examples', 'config.config', 'trees', 'interop',
     'interop.weights', 'interop.reader', 'interop.locations', 'interop.writer',
     'pretrained.load', 'models.vit', 'models.encoder', 'models.flops', 'models.variants', 'ledger',

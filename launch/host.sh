@@ -21,6 +21,15 @@ alive() {
     ps -o stat= -s "$(cat "$RUN/pid")" | awk '!/^Z/ { lives = 1 } END { exit !lives }'
 }
 
+# Babysit says how a run ended just before it ends itself: waits for the latter.
+settle() {
+  local left=30
+  while [ -s "$RUN/outcome" ] && alive && [ "$left" -gt 0 ]; do
+    sleep 1
+    left=$((left - 1))
+  done
+}
+
 find_python() {
   local name
   for name in python3.13 python3.12 python3.11 python3; do
@@ -47,6 +56,7 @@ make_venv() {
 # big_vit.secret beside them; twice is as good as once.
 install() {
   local commit=$1 extra=$2 wanted
+  settle
   alive && die 'a run is active; stop it first: launch/tpu.sh kill' 3
   if [ -d "$ROOT/code.new" ]; then
     rm -rf "$ROOT/code"
@@ -75,6 +85,7 @@ start() {
   local words
   words=$(printf '%q ' "$@")
   [ -x "$ROOT/venv/bin/python" ] || die 'not installed; run: launch/tpu.sh install'
+  settle
   if alive; then
     [ "$words" = "$(cat "$RUN/command")" ] || die 'another run is active; run: launch/tpu.sh kill' 3
     echo "$(hostname): runs already"

@@ -60,6 +60,11 @@ EVALS = {
     'find.type': 'retrieval',
     'find.split': 'test[:70]',
     'find.gallery_split': 'test[70:150]',
+    'seen.type': 'representation',
+    'seen.split': 'test[:90]',
+    'seen.examples': '70',
+    'seen.views': 'inception_crop(size) | flip_lr',
+    'seen.lidar': '(21, 3)',
     'hard.type': 'robustness',
     'hard.split': 'test[:30]',
     'hard.corruptions': "('gaussian_noise', 'pixelate')",
@@ -83,19 +88,23 @@ def scored(trained):
     return evaluate.run(*checkpoint.locate(trained))
 
 
+SPECTRA = ('rankme', 'lidar', 'std', 'cosine', 'alpha', 'alpha_r2')
+
+
 def assert_alike(got, want):
     """Counts and answers to the bit, what is summed as floats to rounding."""
     assert got.keys() == want.keys()
     for name, value in want.items():
-        near = {'loss', 'nll', 'brier', 'ece', 'map', 'iterations'} & {name.rpartition('/')[2]}
-        rel = {'iterations': 1}.get(name.rpartition('/')[2], 1e-5)
+        metric = name.rpartition('/')[2]
+        near = metric in ('loss', 'nll', 'brier', 'ece', 'map', 'iterations', *SPECTRA)
+        rel = {'iterations': 1, **dict.fromkeys(SPECTRA, 1e-4)}.get(metric, 1e-5)
         wanted = pytest.approx(value, rel=rel, abs=1e-6) if near else value
         assert got[name] == wanted, name
 
 
 def test_training_logs_what_evaluate_finds_of_its_checkpoint(trained, scored):
     logged = metrics.latest(metrics.read(trained))
-    assert list(scored) == ['test', 'near', 'block', 'few', 'probe', 'grid', 'find', 'hard']
+    assert list(scored) == ['test', 'near', 'block', 'few', 'probe', 'grid', 'find', 'seen', 'hard']
     found = {f'{name}/{k}': x for name, values in scored.items() for k, x in values.items()}
     assert_alike({n: x for n, x in logged.items() if not n.startswith('train/')}, found)
     assert found['near/count'] == found['few/count'] == found['probe/count'] == 70
@@ -105,6 +114,7 @@ def test_training_logs_what_evaluate_finds_of_its_checkpoint(trained, scored):
         keys = evaluations._settings(settings, name, kind)
         scores = registry.requirements(kind).scores(**keys)
         assert scores and {f'{name}/{score}' for score in scores} <= found.keys()
+    assert found['seen/count'] == 70 and 1 < found['seen/lidar'] < 20.01
     assert found['hard/count'] == 30 and found['find/back/count'] == 80
     assert {'test/ece', 'test/mean_per_class', 'test/top1/7', 'few/5shot_std'} <= set(found)
     assert found['near/9nn'] > 0.5 and found['few/5shot'] > 0.4 and found['probe/top1'] > 0.6
@@ -215,7 +225,7 @@ def test_reports_cope_with_evaluations_without_top1(trained, tmp_path, capsys):
     rows = metrics.read(trained)
     assert metrics.headlines(rows) == [
         'test/top1', 'near/1nn', 'block/5nn', 'few/1shot', 'probe/top1', 'grid/top1',
-        'find/recall@1', 'hard/mean',
+        'find/recall@1', 'seen/rankme', 'hard/mean',
     ]  # fmt: skip
     table = history_table(rows).splitlines()
     assert {'few/1shot', 'test/loss', 'train/lr'} <= set(table[0].split())

@@ -1,10 +1,13 @@
 """When a run is given up: its last updates were skipped, or its losses left where they began."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from big_vit import config, train
-from big_vit.journal import Course, Diverged
+from big_vit import config, metrics, train
+from big_vit.data import pipeline
+from big_vit.journal import Course, Damage, Diverged, RunJournal
 
 
 def verdicts(losses, skipped=None, total=None):
@@ -50,6 +53,41 @@ def test_the_last_step_decides_about_a_short_run():
 
 def test_a_run_that_explodes_at_once_ends_too():
     assert verdicts([2.3, 2e3, 2e5, 4e5, 6e5] + [1e6] * 40)[0] == 20
+
+
+def nothing(*_, **__):
+    return {}
+
+
+def watched(said):
+    """A journal that keeps what it says in a list, and nothing else."""
+    parts = SimpleNamespace(
+        total_steps=5000, batch_size=8, flops_per_example=1.0, task=SimpleNamespace(headline='loss')
+    )
+    console = SimpleNamespace(say=said.append, training=nothing, evaluation=nothing)
+    return RunJournal(
+        config=None, parts=parts, peak_flops=None, damage=Damage(1.0), clock=metrics.Clock(),
+        writer=SimpleNamespace(write=nothing), console=console,
+        manager=SimpleNamespace(timings=nothing), meter=pipeline.Meter(),
+    )  # fmt: skip
+
+
+def test_a_collapse_is_said_once_in_a_line_beside_the_rows():
+    said = []
+    journal = watched(said)
+    for step in range(100, 4000, 100):
+        entropy = 3.0 if step < 2000 else 6.0
+        values = {'lr': 1.0, 'teacher_entropy': entropy, 'teacher_entropy_of_mean': 6.0}
+        journal.write(step, {name: np.float32(value) for name, value in values.items()})
+    (line,) = said
+    assert line.startswith('WARNING step 2200: collapse: the targets no longer depend on')
+    said.clear()
+    journal = watched(said)
+    for step, std in ((100, 0.5), (200, 0.5), (300, 1e-4), (400, 1e-4)):
+        journal.write(step, {'lr': np.float32(1.0)})
+        journal.write_scores(step, 'seen', {'rankme': 9.0, 'std': std, 'cosine': 1 - std})
+    (line,) = said
+    assert line.startswith('WARNING step 300: collapse: seen: the features are nearly the same')
 
 
 @pytest.mark.parametrize('total, lr', [(40, 1e6), pytest.param(30, 100.0, marks=pytest.mark.slow)])

@@ -345,6 +345,22 @@ def test_kill_lets_it_save_and_status_says_so(stage, host):
     assert 'nothing runs' in on_host(stage, host, 'kill').stdout
 
 
+def test_a_run_that_is_over_but_not_gone_is_waited_for(stage, host):
+    """Babysit writes the outcome and then ends, which on a busy host takes a while."""
+    folder = host.root / 'run'
+    folder.mkdir()
+    with subprocess.Popen(['sleep', '1.5'], start_new_session=True) as ending:
+        (folder / 'pid').write_text(f'{ending.pid}\n')
+        (folder / 'boot').write_text(Path('/proc/sys/kernel/random/boot_id').read_text())
+        (folder / 'command').write_text('another\n')
+        (folder / 'outcome').write_text('done 0\n')
+        result = on_host(stage, host, 'run', '--', 'python', '-c', 'print("next")')
+        assert ending.poll() == 0
+    assert result.returncode == 0, result.stderr
+    assert host.outcome() == 'done 0'
+    assert (host.root / 'log').read_text().endswith('next\n')
+
+
 @pytest.mark.slow
 def test_kill_9_ends_what_does_not_listen(stage, host):
     on_host(stage, host, 'run', '--', 'python', '-c', DEAF + 'time.sleep(60)')

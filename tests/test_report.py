@@ -379,7 +379,9 @@ def test_a_run_without_labels_has_no_classes_and_no_accuracy(tmp_path, capsys):
     train.run(settings, tmp_path / 'w')
     told = capsys.readouterr().out
     assert '24 examples, without labels, 16x16x3' in told
-    assert re.search(r'data    \d of 48 examples were damaged \(1 different ones, each', told)
+    assert re.search(
+        r'data    \d of 48 examples were damaged, and replaced by the next ones \(1 different', told
+    )
     assert f'such as {photos}/0003.jpg' in told
     text = report.document(str(tmp_path / 'w'))
     page = Page(text)

@@ -146,6 +146,6 @@ def test_damage_is_told_at_the_end_in_a_line():
     damage.add(2, 20)
     damage.add(1, 20)
     assert damage.line({7, 3}, source) == (
-        'data    3 of 40 examples were damaged (2 different ones, each replaced by the next), such '
-        "as example 3 of 'train' of photos"
+        'data    3 of 40 examples were damaged, and replaced by the next ones '
+        "(2 different, such as example 3 of 'train' of photos)"
     )

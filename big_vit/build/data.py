@@ -356,7 +356,7 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
 
 def _is_of_data(section: Config, whole: Config) -> bool:
     """Whether an evaluation's section is of the dataset of `data`."""
-    pairs = [(section.peek(key), whole.peek(key)) for key in ('name', 'path')]
+    pairs = [(section.peek(key), whole.peek(key)) for key in ('name', 'path', 'tfds_name')]
     return all(ours in (None, theirs) for ours, theirs in pairs)
 
 

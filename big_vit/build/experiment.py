@@ -61,7 +61,7 @@ class Experiment(NamedTuple):
     groups: dict[str, str]
     settings: dict[str, dict[str, Any]]
     decay_schedule: schedules.Schedule | None
-    first_steps: dict[str, float]
+    first_steps: dict[str, int | float]
     batch_size: int
     intervals: 'Intervals'
 

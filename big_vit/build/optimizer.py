@@ -29,7 +29,7 @@ class Optimizer(NamedTuple):
     group: dict[str, str]
     settings: dict[str, dict[str, Any]]
     decay_schedule: schedules.Schedule | None
-    start: dict[str, float]
+    start: dict[str, int | float]
 
 
 class Length(NamedTuple):
@@ -111,7 +111,7 @@ def _decay_schedule(config: Config, length: Length) -> schedules.Schedule | None
     return (lambda step: by_step(step + shift)) if shift else by_step
 
 
-def _first_steps(config: Config, names: list[str], length: Length) -> dict[str, float]:
+def _first_steps(config: Config, names: list[str], length: Length) -> dict[str, int | float]:
     """The step at which each parameter that `optim.freeze_*` holds begins to move.
 
     Raises:
@@ -143,7 +143,7 @@ def _first_steps(config: Config, names: list[str], length: Length) -> dict[str, 
 
 
 def _later(
-    laws: dict[str, factory.Law], group: dict[str, str], start: dict[str, float]
+    laws: dict[str, factory.Law], group: dict[str, str], start: dict[str, int | float]
 ) -> tuple[dict[str, factory.Law], dict[str, str]]:
     """Laws by label and labels by path, where parameters that start later have laws of their own.
 

@@ -41,7 +41,7 @@ class PatchColours(NamedTuple):
     def words(self) -> str:
         """Say what share of the variance the colours show."""
         red, green, blue = (f'{share:.0%}' for share in self.shares)
-        return f'red {red}, green {green}, blue {blue} of the variance'
+        return f'red {red}, green {green}, blue {blue}'
 
 
 def components(
@@ -145,5 +145,5 @@ def drawn(found: PatchColours) -> plots.Picture:
         above, below = zip(*panels[start : start + 8], strict=True)
         rows += [('', list(above), [''] * len(above)), ('', list(below), [''] * len(below))]
     figure = plots.picture_rows(rows)
-    figure.figure.suptitle(f'principal components of the patch tokens: {found.words()}', fontsize=9)
+    figure.figure.suptitle(f'principal components\n{found.words()}', fontsize=8)
     return figure

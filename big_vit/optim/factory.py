@@ -51,7 +51,7 @@ class Rules(NamedTuple):
     rate: dict[str, Factor]
     mesh: Mesh | None = None
     decay_schedule: Schedule | None = None
-    start: Mapping[str, float] = {}
+    start: Mapping[str, int | float] = {}
 
     def decay_at(self, step: jax.Array) -> Mapping[str, float | jax.Array]:
         """Weight decay at a step by parameter path; the float 0 where there is never any."""
@@ -120,7 +120,7 @@ def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return stateless(scale)
 
 
-def _hold(start: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
+def _hold(start: Mapping[str, int | float]) -> optax.GradientTransformationExtraArgs:
     """Takes away the updates of parameters before their first step, as a rate of 0 does."""
 
     def hold(updates: Any, _: Any, step: jax.Array) -> Any:
@@ -374,7 +374,7 @@ def grouped(laws: dict[str, Law], groups: dict[str, str]) -> Law:
     return law
 
 
-def from_step(law: Law, start: float) -> Law:
+def from_step(law: Law, start: int | float) -> Law:
     """The law for parameters that have no gradient before a step: no update, no moments, no count.
 
     A skipped gradient, as DINO has it, differs from a rate of 0 (`Rules.start`), where moments and
@@ -431,7 +431,7 @@ def make(
     agc: float = 0.0,
     mesh: Mesh | None = None,
     decay_schedule: Schedule | None = None,
-    start: Mapping[str, float] | None = None,
+    start: Mapping[str, int | float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the complete optimizer.
 

@@ -15,8 +15,9 @@ RULES: tuple[tuple[str, int, int], ...] = (
     (r'embedding/kernel', 3, 1),
 )
 
-# Not hidden: parameters next to the data or the labels (kept on AdamW by arXiv 2502.16982).
-_OUTSIDE = re.compile(r'(^|/)(embedding|head|head_dist|pool)/')
+# Not hidden: parameters next to the data, the labels, or what stands for labels (kept on AdamW by
+# arXiv 2502.16982).
+_OUTSIDE = re.compile(r'(^|/)(embedding|head|head_dist|pool|prototypes)/')
 _SCANNED = re.compile(r'(^|/)encoderblock/')
 
 

@@ -99,6 +99,48 @@ def test_the_defaults_are_those_of_the_papers():
             r'optim\.b1 must be above 0 for schedule_free_adamw',
         ),
         (
+            {
+                'optim.name': 'schedule_free_adamw',
+                'schedule.name': 'constant',
+                'optim.weight_decay_end': 0.1,
+            },
+            r'optim\.weight_decay_end is a schedule, which schedule_free_adamw does without',
+        ),
+        (
+            {
+                'optim.name': 'schedule_free_adamw',
+                'schedule.name': 'constant',
+                'optim.freeze_epochs': (('.*', 1),),
+            },
+            r'optim\.freeze_epochs is a schedule, which schedule_free_adamw does without',
+        ),
+        ({'optim.clip_by': 'layer'}, r"optim\.clip_by must be one of 'global', 'module', 'tensor'"),
+        (
+            {'optim.weight_decay_end': -0.1},
+            r'optim\.weight_decay_end must be a number of at least 0',
+        ),
+        (
+            {'optim.freeze_steps': (('head/.*', -1), ('.*', 0))},
+            r'optim\.freeze_steps must be .*duration of at least 0',
+        ),
+        ({'optim.freeze_steps': (('head/.*', 1),)}, r'optim\.freeze_steps: no rule matches'),
+        (
+            {'optim.freeze_steps': (('heads/.*', 1), ('.*', 0))},
+            r"optim\.freeze_steps: rule 'heads/\.\*' has no effect: it matches no parameter",
+        ),
+        (
+            {'optim.freeze_percent': (('head/.*', 100), ('.*', 0))},
+            r'optim\.freeze_percent holds head/bias for 1000 steps, and the run has 1000: shorten',
+        ),
+        (
+            {'optim.freeze_percent': (('.*', 1),), 'optim.freeze_steps': (('.*', 1),)},
+            r'optim\.freeze_\w+ and optim\.freeze_\w+ are both set; set one',
+        ),
+        (
+            {'schedule.name': 'cosine_dino', 'schedule.warmup_percent': 120},
+            r'schedule\.warmup_\* comes to 1200 steps',
+        ),
+        (
             {'schedule.name': 'rsqrt', 'schedule.timescale_steps': 0},
             r'schedule\.timescale_\* must be above 0',
         ),
@@ -122,6 +164,10 @@ def test_mistakes_name_the_key_and_what_it_takes(keys, message):
         ({'schedule.cooldown_steps': 10}, 'schedule.cooldown_steps'),
         ({'schedule.name': 'linear', 'schedule.timescale_epochs': 1}, 'schedule.timescale_epochs'),
         ({'schedule.name': 'constant', 'schedule.timescale_steps': 9}, 'schedule.timescale_steps'),
+        ({'schedule.name': 'constant_dinov3', 'schedule.end': 0.1}, 'schedule.end'),
+        ({'schedule.name': 'cosine_dino', 'schedule.cooldown_steps': 9}, 'schedule.cooldown_steps'),
+        ({'optim.clip': 0, 'optim.clip_by': 'tensor'}, 'optim.clip_by'),
+        ({'optim.freeze_by': 'gradient'}, 'optim.freeze_by'),
         ({'optim.name': 'lion', 'optim.eps': 1e-6}, 'optim.eps'),
         ({'optim.name': 'adafactor', 'optim.b1': 0.9}, 'optim.b1'),
         (
@@ -180,3 +226,45 @@ def test_rates_are_the_product_of_rules_and_layers(scan):
     state = trees.flatten(jax.eval_shape(made.transform.init, shapes(scan)))
     assert not any(path.endswith(n) for path in state for n in still)
     assert not np.any([re.search(r'/nu/.*LayerNorm', path) for path in state])
+
+
+@pytest.mark.parametrize(
+    'keys, count',
+    [
+        ({'freeze_steps': 30}, 30),
+        ({'freeze_epochs': 2}, 20),
+        ({'freeze_examples': 88}, 11),
+        ({'freeze_percent': 1.5}, 15),
+    ],
+)
+def test_parameters_are_held_for_a_duration_in_any_unit(keys, count):
+    ((key, duration),) = keys.items()
+    given = {f'optim__{key}': (('head/.*', duration), ('.*', 0))}
+    found = optimizer(resolved(**given)).start
+    assert found == {'head/kernel': count, 'head/bias': count}
+
+
+def test_after_a_change_of_batch_size_examples_count():
+    """A run of 100 epochs of 80 examples: 100 steps of 16, then the rest of 8."""
+    keys = {
+        'optim__weight_decay': 0.04,
+        'optim__weight_decay_end': 0.4,
+        'optim__freeze_epochs': (('head/.*', 30), ('.*', 0)),
+    }
+    settings = resolved(**keys, total_steps=None, total_epochs=100)
+    length = Length(SOURCE, 900, ahead=100)
+    made = rate_schedule(settings, SOURCE, 900, ahead=100)
+    mesh = sharding.make_mesh()
+    late = build_optimizer(settings, shapes(), made, mesh, length)
+    whole = build_optimizer(settings, shapes(), made, mesh, Length(SOURCE, 1000))
+    assert late.start == {'head/kernel': 200, 'head/bias': 200}
+    assert whole.start == {'head/kernel': 300, 'head/bias': 300}
+    for step in (100, 500, 899):
+        assert float(late.decay_schedule(step)) == float(whole.decay_schedule(step + 100))
+
+
+def test_a_decay_may_begin_at_zero_and_by_default_is_no_schedule():
+    assert optimizer(resolved(optim__weight_decay=0.1)).decay_schedule is None
+    made = optimizer(resolved(optim__weight_decay_end=0.4))
+    assert float(made.decay_schedule(0)) == 0 and made.decay['head/kernel'] == 1
+    assert float(made.decay_schedule(500)) == pytest.approx(0.2)

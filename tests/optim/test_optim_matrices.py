@@ -8,7 +8,7 @@ import pytest
 
 from big_vit import trees
 from big_vit.models.vit import make_vit
-from big_vit.optim import matrices
+from big_vit.optim import factory, matrices
 
 
 def shapes(scan, pool='map'):
@@ -54,3 +54,26 @@ def test_only_scanned_blocks_are_stacked():
     for name in shapes(scan=True):
         assert matrices.stacked_axes(name) == ('encoderblock' in name)
     assert not any(map(matrices.stacked_axes, shapes(scan=False)))
+
+
+@pytest.mark.parametrize('count, bottleneck', [(65_536, 256), (131_072, 384)])
+@pytest.mark.parametrize('name', ['muon', 'shampoo', 'soap', 'adafactor_vit'])
+def test_no_optimizer_has_a_square_of_all_prototypes(name, count, bottleneck):
+    """Shampoo and SOAP cut them, and Muon leaves them to AdamW as it does a classifier."""
+    head = {'kernel': (bottleneck, count), 'scale': (count,)}
+    params = {'dino_head': {'prototypes': {n: jnp.zeros((), jnp.float32) for n in head}}}
+    params = trees.map_with_name(
+        lambda path, x: jax.ShapeDtypeStruct(head[path.rpartition('/')[2]], x.dtype), params
+    )
+    factors = dict.fromkeys(trees.flatten(params), 1.0)
+    optimizer = factory.make(
+        factory.LAWS[name](),
+        lambda step: jnp.float32(1.0),
+        decay_factors=factors,
+        lr_factors=factors,
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    times = trees.nbytes(state) / trees.nbytes(params)
+    assert times < {'muon': 2.01, 'shampoo': 10.6, 'soap': 10.6, 'adafactor_vit': 0.51}[name]
+    if name == 'muon':
+        assert all('/adamw/' in n for n in trees.flatten(state) if 'prototypes' in n)

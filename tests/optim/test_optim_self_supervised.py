@@ -31,21 +31,25 @@ BASE = {
     'optim.weight_decay': 0.04,
     'optim.weight_decay_end': 0.4,
     'optim.clip': 3.0,
-    'optim.weight_decay_rules': (('.*/(bias|scale)', 0.0), ('.*', 1.0)),
+    'optim.weight_decay_rules': (
+        ('.*/prototypes/.*', 1.0),
+        ('.*/(bias|scale)', 0.0),
+        ('.*', 1.0),
+    ),
 }
 RECIPES = {
     'dino': BASE
     | {
         'schedule.warmup_epochs': 2,
         'optim.clip_by': 'tensor',
-        'optim.freeze_epochs': (('dino_head/last_layer/.*', 1), ('.*', 0)),
+        'optim.freeze_epochs': (('dino_head/prototypes/.*', 1), ('.*', 0)),
         'optim.freeze_by': 'gradient',
     },
     'dinov2': BASE
     | {
         'schedule.warmup_steps': 6,
         'optim.clip_by': 'module',
-        'optim.freeze_steps': (('.*/last_layer/.*', 4), ('.*', 0)),
+        'optim.freeze_steps': (('.*/prototypes/.*', 4), ('.*', 0)),
         'optim.layer_decay': 0.7,
         'optim.lr_rules': (('embedding/.*', 0.2), ('.*', 1.0)),
     },
@@ -95,8 +99,8 @@ def renamed(tensors):
                 'norm.bias': 'Transformer/encoder_norm/bias',
                 'mlp.0.weight': 'mlp/kernel',
                 'mlp.0.bias': 'mlp/bias',
-                'last_layer.weight_g': 'last_layer/g',
-                'last_layer.weight_v': 'last_layer/kernel',
+                'last_layer.weight_g': 'prototypes/scale',
+                'last_layer.weight_v': 'prototypes/kernel',
             }[rest]
             found[module + path] = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
     return found
@@ -212,11 +216,11 @@ WRONG = {
         {'optim.clip_by': 'tensor'},
         {'optim.clip_by': 'global'},
         {'optim.freeze_by': 'gradient'},
-        {'optim.freeze_steps': (('.*/last_layer/.*', 5), ('.*', 0))},
+        {'optim.freeze_steps': (('.*/prototypes/.*', 5), ('.*', 0))},
         {'optim.weight_decay_end': 0.2},
         {'optim.lr_rules': (('.*', 1.0),)},
         {'optim.layer_decay': 0.75},
-        {'optim.weight_decay_rules': (('.*/(bias|scale|g)|cls', 0.0), ('.*', 1.0))},
+        {'optim.weight_decay_rules': (('.*/(bias|scale)', 0.0), ('.*', 1.0))},
     ],
 }
 
