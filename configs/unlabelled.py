@@ -8,7 +8,7 @@ GPU name a model and its pixels: path=PHOTOS,variant=S/16,size=224. Other argume
 * method: what is learned. jepa is LeJEPA, which learns most from few pictures; mae hides patches
   and predicts their pixels; ijepa predicts what an averaged model makes of hidden blocks, and needs
   many pictures.
-* epochs=100, batch=64; large models are trained with 256 and more.
+* epochs=50, batch=64; large models are trained with 256 and more.
 
 Pictures that cannot be read are skipped and counted. Evaluations need no labels: how many
 dimensions of features are used, and whether they collapse. To start from released weights take
@@ -51,7 +51,7 @@ def get_config(
     method: str = 'jepa',
     variant: str = '',
     size: int = 64,
-    epochs: int = 100,
+    epochs: int = 50,
     batch: int = 64,
 ):
     patch = int((variant or 'Ti/8').rpartition('/')[2])
