@@ -103,6 +103,7 @@ def update(
     after_update: AfterUpdate | None = None,
     teacher_rate: Callable[[jax.Array], jax.Array] | None = None,
     targets: Targets | None = None,
+    draw: Callable[[Batch, jax.Array], dict[str, jax.Array]] | None = None,
     weight_decay: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function `train_step(state, batch) -> (state, metrics)`, not jitted yet.
@@ -119,6 +120,7 @@ def update(
       after_update: moves the task's own state, `Task.after_update`.
       teacher_rate: step -> share of the new parameters that the average takes in.
       targets: of a task, computed once from the whole batch before its gradients.
+      draw: of a task, random numbers of the whole batch, `Task.draw`.
       prepare: what is done to each example of the whole batch first: (batch, rng) -> batch.
       mix: what makes new examples of the whole batch, whatever the mesh and `accumulation`.
       seed: with the state's step, all that dropout and mixing depend on.
@@ -181,6 +183,8 @@ def update(
         replaced = batch.get('replaced')
         batch = {name: x for name, x in batch.items() if name != 'replaced'}
         batch = seen(batch, seed, step, prepare, mix)
+        if draw is not None:
+            batch = {**batch, 'drawn': draw(batch, rng)}
         task_state = state.get('task', ())
         if teacher_rate is not None:
             task_state = {**(task_state or {}), 'teacher': state['ema']}

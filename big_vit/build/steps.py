@@ -80,6 +80,7 @@ def build_update(
         after_update=task.after_update,
         teacher_rate=None if rate is None else lambda step: rate(step, run.total_steps),
         targets=None if task.targets is None else task.targets(parts.model, run),
+        draw=None if task.draw is None else task.draw(parts.model),
         weight_decay=parts.decay_schedule,
     )
 

@@ -139,11 +139,18 @@ def recognises(names: Any, file: str = '', place: str = '') -> str | None:
     # Its encoder has the arrays of timm's models without class token.
     if re.match(r'(target_)?encoder(\.|$)', place) and 'cls_token' not in names:
         return 'ijepa'
-    if 'decoder_embed.weight' in names:
+    # That of MAE alone has timm's very arrays.
+    if 'decoder_embed.weight' in names or re.match(r'(?i)mae_', file):
         return 'mae'
     if 'register_tokens' in names or {'mask_token', 'blocks.0.ls1.gamma'} <= names:
         return 'dinov2'
     return 'timm'
+
+
+def block_rows() -> list[Row]:
+    """The rows of a plain block."""
+    rows = _table('timm', {'mlp': 'mlp', 'tokenizer': 'patches'}, {'distilled': False})
+    return [(ours, theirs) for ours, theirs in rows if theirs.startswith('blocks.{i}.')]
 
 
 def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Row]:

@@ -4,7 +4,8 @@ The encoder sees the visible tokens alone; a small decoder gets them back with m
 between and predicts the pixels of each patch.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from big_vit.models.layers import Dense
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT, select_tokens
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Pictures, Task, Tree
 
 
 def masked(
@@ -61,6 +62,8 @@ def masked(
         provides=frozenset({'features'}),
         additions=('decoder',),
         trunk=lambda model: model.trunk,
+        draw=draw_masks,
+        pictures=lambda model: reconstructions(model, normalise_pixels),
     )
 
 
@@ -97,10 +100,16 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
             'model.patch_dropout'
         )
     rows, columns = grid_of(stream, example.inputs[stream.reads])
-    if not 0 < visible_tokens(rows * columns, ratio) < rows * columns:
+    patches = rows * columns
+    visible = visible_tokens(patches, ratio)
+    if not 0 < visible < patches:
+        most = math.floor(1000 * (1 - 1 / patches)) / 1000
+        hint = f'take one from {1 / patches:.3g} to {most:g}'
+        if patches == 1:
+            hint = 'take smaller patches (model.variant) or a larger image_size'
         raise UserError(
-            f'config: task.mask_ratio={ratio:g} of {rows * columns} patches leaves none '
-            f'{"hidden" if ratio < 0.5 else "visible"}'
+            f'config: task.mask_ratio={ratio:g} of {patches} patches leaves none '
+            f'{"hidden" if visible else "visible"}: {hint}'
         )
     if width % heads or not positions.divides(width, 2):
         raise UserError(
@@ -112,6 +121,11 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
 def visible_tokens(tokens: int, ratio: float) -> int:
     """How many tokens stay, rounded as MAE does."""
     return int(tokens * (1 - ratio))
+
+
+def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+    """What decides which patches of each example are hidden: those of the largest numbers."""
+    return jax.random.uniform(key, (batch, tokens))
 
 
 class Decoder(nn.Module):
@@ -167,25 +181,33 @@ class MaskedAutoencoder(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.trunk)
 
+    def noise(self, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+        """What decides which patches are hidden, from the random stream 'mask'."""
+        if not self.has_rng('mask'):
+            return jnp.broadcast_to(jnp.linspace(0, 1, tokens), (batch, tokens))
+        return mask_noise(self.make_rng('mask'), batch, tokens)
+
     @nn.compact
     def __call__(
         self,
         inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
         *,
         train: bool = False,
+        noise: Float[Array, 'batch tokens'] | None = None,
     ) -> tuple[Float[Array, 'batch tokens pixels'], Float[Array, 'batch tokens']]:
         """The predicted pixels of each patch, and a mask that is 1 for hidden patches.
 
-        Which are hidden depends on the random stream 'mask'; without it, the last ones are.
+        Args:
+          noise: of each example the patches with the largest numbers are hidden; by default drawn
+            from the random stream 'mask', and without it the last patches are hidden.
         """
         stream = self.trunk.single
         assert stream is not None
         image = inputs[stream.reads] if isinstance(inputs, dict) else inputs
         tokens, context = self.trunk.embed(image, train=train)
         batch, length = tokens.x.shape[:2]
-        noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
-        if self.has_rng('mask'):
-            noise = jax.random.uniform(self.make_rng('mask'), (batch, length))
+        if noise is None:
+            noise = self.noise(batch, length)
         order = jnp.argsort(noise, axis=1)
         restore = jnp.argsort(order, axis=1)
         kept = visible_tokens(length, self.mask_ratio)
@@ -208,8 +230,72 @@ def patchify(
     return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
 
 
+def unpatchify(
+    pixels: Float[Array, 'batch tokens pixels'], patch: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, 'batch height width channels']:
+    """The image of this height and width that `patchify` cuts into these patches."""
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    x = pixels.reshape(len(pixels), rows, columns, patch[0], patch[1], -1).swapaxes(2, 3)
+    return x.reshape(len(pixels), *size, -1)
+
+
+def pixel_targets(
+    image: Float[Array, 'batch height width channels'], patch: tuple[int, int], normalise: bool
+) -> Float[Array, 'batch tokens pixels']:
+    """What is to be predicted: the pixels of each patch, maybe standardised patch by patch."""
+    pixels = patchify(image, patch)
+    if not normalise:
+        return pixels
+    mean, deviation = patch_statistics(pixels)
+    return (pixels - mean) / deviation
+
+
+def patch_statistics(
+    pixels: Float[Array, 'batch tokens pixels'],
+) -> tuple[Float[Array, 'batch tokens 1'], Float[Array, 'batch tokens 1']]:
+    """Mean and deviation of each patch, as targets are standardised with."""
+    # Unbiased, as in the authors' code.
+    variance = pixels.var(-1, keepdims=True, ddof=1)
+    return pixels.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
+
+
+def hidden_error(
+    predicted: Float[Array, 'batch tokens pixels'],
+    targets: Float[Array, 'batch tokens pixels'],
+    hidden: Float[Array, 'batch tokens'],
+) -> Float[Array, '']:
+    """Mean squared error of the hidden patches of all examples."""
+    return (jnp.square(predicted - targets).mean(-1) * hidden).sum() / hidden.sum()
+
+
+def _streams(rng: Array) -> dict[str, Array]:
+    dropout, mask = jax.random.split(rng)
+    return {'dropout': dropout, 'mask': mask}
+
+
+def _apply(model: MaskedAutoencoder) -> Any:
+    return model.apply  # Flax types its result as one value or a pair.
+
+
+def draw_masks(model: MaskedAutoencoder) -> Callable[[Batch, Array], dict[str, Array]]:
+    """`Task.draw` of the noise that a loss of the whole batch would draw."""
+    stream = model.trunk.single
+    assert stream is not None
+
+    def draw(batch: Batch, key: Array) -> dict[str, Array]:
+        rows, columns = grid_of(stream, batch['image'].shape[1:])
+        sizes = len(batch['image']), rows * columns
+        return {'noise': _apply(model)({}, *sizes, rngs=_streams(key), method='noise')}
+
+    return draw
+
+
 def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
-    """Mean squared error of the pixels of hidden patches; its metric 'hidden' is their share."""
+    """Mean squared error of the pixels of hidden patches.
+
+    Metrics are `hidden`, the share of hidden patches, and `flat`, of patches of one colour: these
+    are soon predicted exactly, so many of them make the loss small whatever else is learnt.
+    """
     stream = model.trunk.single
     assert stream is not None
 
@@ -217,19 +303,42 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
         image = model_inputs({'image': batch['image']})
-        rngs = {}
-        if rng is not None:
-            dropout, mask = jax.random.split(rng)
-            rngs = {'dropout': dropout, 'mask': mask}
-        apply: Any = model.apply
-        predicted, hidden = apply({'params': params}, image, train=rng is not None, rngs=rngs)
-        wanted = patchify(image, stream.patch_size)
-        if normalise_pixels:
-            mean = wanted.mean(-1, keepdims=True)
-            # Unbiased, as in the authors' code.
-            variance = wanted.var(-1, keepdims=True, ddof=1)
-            wanted = (wanted - mean) / jnp.sqrt(variance + 1e-6)
-        error = jnp.square(predicted - wanted).mean(-1)
-        return (error * hidden).sum() / hidden.sum(), Aux({'hidden': hidden.mean()})
+        rngs, noise = {} if rng is None else _streams(rng), batch.get('drawn', {}).get('noise')
+        predicted, hidden = _apply(model)(
+            {'params': params}, image, train=rng is not None, rngs=rngs, noise=noise
+        )
+        targets = pixel_targets(image, stream.patch_size, normalise_pixels)
+        by_channel = patchify(image, stream.patch_size).reshape(*hidden.shape, -1, image.shape[-1])
+        metrics = {
+            'hidden': hidden.mean(),
+            'flat': (jnp.ptp(by_channel, axis=2) == 0).all(-1).mean(),
+        }
+        return hidden_error(predicted, targets, hidden), Aux(metrics)
 
     return loss
+
+
+def reconstructions(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Pictures:
+    """Images with patches hidden, and with predictions in their place.
+
+    Predictions of normalised pixels get the mean and deviation of the true patch, which nothing
+    predicts: without these they look like coloured noise.
+    """
+    stream = model.trunk.single
+    assert stream is not None
+
+    def pictures(params: Tree, images: Array, key: Array) -> dict[str, Array]:
+        predicted, hidden = _apply(model)({'params': params}, images, rngs={'mask': key})
+        pixels = patchify(images, stream.patch_size)
+        if normalise_pixels:
+            mean, deviation = patch_statistics(pixels)
+            predicted = predicted * deviation + mean
+        is_hidden = hidden[..., None] > 0
+        shown = {
+            'what it sees': jnp.where(is_hidden, jnp.nan, pixels),
+            'reconstruction': jnp.where(is_hidden, predicted, pixels),
+        }
+        size = images.shape[1], images.shape[2]
+        return {name: unpatchify(x, stream.patch_size, size) for name, x in shown.items()}
+
+    return pictures

@@ -77,6 +77,14 @@ class Targets(NamedTuple):
     shared: Callable[[Tree, dict[str, Array], Array], Tree]
 
 
+# (parameters, images as the model sees them, key) -> pictures of each of them by title, in the
+# range of the images; NaN where there is nothing to see.
+Pictures = Callable[
+    [Tree, Float[Array, 'batch height width channels'], Array],
+    dict[str, Float[Array, 'batch height width channels']],
+]
+
+
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -115,6 +123,10 @@ class Task(NamedTuple):
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
       targets: (model, run) -> `Targets`; None without.
+      draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
+        each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
+        depends on accumulation; a loss that is called by itself draws its own. None without.
+      pictures: model -> `Pictures` of what it makes of images, for reports; None without.
       whole_batch: whether the loss is of all examples of a batch together, with gradients between
         them, so that a batch cannot be learned from in parts.
     """
@@ -135,6 +147,8 @@ class Task(NamedTuple):
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
+    draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
+    pictures: Callable[[Any], Pictures] | None = None
     whole_batch: bool = False
 
     def is_addition(self, path: str) -> bool:
