@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Into how many parts the one number that sizes depend on is divided.
 _SIZES = 4096
@@ -145,13 +145,20 @@ def usual_context(law: MultiBlock) -> int:
     return int(context_lengths(law).min(1).mean())
 
 
-def draw(law: MultiBlock, length: int, step: Array | int, key: Array, batch: int) -> Blocks:
-    """Blocks of a batch.
+def places(law: MultiBlock, key: Array, batch: int) -> Float[Array, 'batch draws blocks 2']:
+    """Random numbers from 0 to 1: where the context's block and each target lie, for some draws."""
+    return jax.random.uniform(key, (batch, _DRAWS + 1, law.blocks + 1, 2))
+
+
+def blocks_at(
+    law: MultiBlock, length: int, step: Array | int, place: Float[Array, 'batch draws blocks 2']
+) -> Blocks:
+    """The blocks of a batch.
 
     Args:
       length: tokens of each context, which many contexts must have.
       step: what the sizes depend on, alone: all microbatches and devices have the same.
-      key: what the places depend on.
+      place: as `places` draws them; an example has its first draw that leaves enough.
     """
     rows, columns = law.grid
     sizes = []
@@ -160,18 +167,17 @@ def draw(law: MultiBlock, length: int, step: Array | int, key: Array, batch: int
         index = jax.random.randint(of_step, (), 0, len(table))
         sizes.append(jnp.asarray(table)[index])
     size, context_size = sizes
-    place = jax.random.uniform(key, (_DRAWS + 1, batch, law.blocks + 1, 2))
     target = _corners(law, place[:, :, 1:], size.reshape(1, 1, 1, 2))
     # The last draw always leaves enough: all targets are in the place of the first.
-    together = jnp.broadcast_to(target[-1:, :, :1], target[-1:].shape)
-    target = jnp.concatenate([target[:-1], together])
+    together = jnp.broadcast_to(target[:, -1:, :1], target[:, -1:].shape)
+    target = jnp.concatenate([target[:, :-1], together], axis=1)
     context = _corners(law, place[:, :, 0], context_size.reshape(1, 1, 2))
     left = _contexts(
         law, context, target, context_size.reshape(1, 1, 2), size.reshape(1, 1, 2)
-    ).reshape(_DRAWS + 1, batch, rows * columns)
-    chosen = (left.sum(-1) >= length).argmax(0).reshape(1, batch)
-    left = jnp.take_along_axis(left, chosen[..., None], axis=0)[0]
-    target = jnp.take_along_axis(target, chosen[..., None, None], axis=0)[0]
+    ).reshape(len(place), -1, rows * columns)
+    chosen = (left.sum(-1) >= length).argmax(1).reshape(-1, 1, 1)
+    left = jnp.take_along_axis(left, chosen, axis=1)[:, 0]
+    target = jnp.take_along_axis(target, chosen[..., None], axis=1)[:, 0]
     # The first tokens of the context, in their order.
     order = jnp.argsort(~left, axis=1, stable=True)
     number = jnp.arange(law.target_tokens)
@@ -180,3 +186,8 @@ def draw(law: MultiBlock, length: int, step: Array | int, key: Array, batch: int
     index = (target[..., 0, None] + row.reshape(1, 1, -1)) * columns
     index = index + target[..., 1, None] + column.reshape(1, 1, -1)
     return Blocks(order[:, :length], jnp.where(real.reshape(1, 1, -1), index, 0), real)
+
+
+def draw(law: MultiBlock, length: int, step: Array | int, key: Array, batch: int) -> Blocks:
+    """`blocks_at` places of a key."""
+    return blocks_at(law, length, step, places(law, key, batch))

@@ -126,6 +126,7 @@ def joint_embedding(
             (1 - momentum[0]) + (momentum[0] - momentum[1]) * (step / total)
         ),
         targets=lambda model, run: ijepa_targets(model),
+        draw=draw_places,
     )
 
 
@@ -328,12 +329,26 @@ def smooth_l1(difference: Float[Array, '...']) -> Float[Array, '...']:
     return jnp.where(size < 1, 0.5 * jnp.square(size), size - 0.5)
 
 
-# (model, step, key, batch) -> blocks.
-Draw = Callable[[JointEmbedding, Array | int, Array, int], Blocks]
+# (model, step, places of the examples) -> blocks.
+Choose = Callable[[JointEmbedding, Array | int, Array], Blocks]
 
 
-def _drawn(model: JointEmbedding, step: Array | int, key: Array, batch: int) -> Blocks:
-    return block_targets.draw(model.law, model.context_tokens, step, key, batch)
+def _chosen(model: JointEmbedding, step: Array | int, place: Array) -> Blocks:
+    return block_targets.blocks_at(model.law, model.context_tokens, step, place)
+
+
+def draw_places(model: JointEmbedding) -> Callable[[Batch, Array], dict[str, Array]]:
+    """`Task.draw` of where blocks lie."""
+
+    def draw(batch: Batch, key: Array) -> dict[str, Array]:
+        return {'places': block_targets.places(model.law, _keys(key)[1], len(batch['image']))}
+
+    return draw
+
+
+def _keys(rng: Array | None) -> Array:
+    """Those of dropout and of the places."""
+    return jax.random.split(jax.random.key(0) if rng is None else rng)
 
 
 def ijepa_targets(model: JointEmbedding) -> Targets:
@@ -348,7 +363,7 @@ def ijepa_targets(model: JointEmbedding) -> Targets:
     return Targets(rows, lambda state, rows, step: ())
 
 
-def ijepa_loss(model: JointEmbedding, draw: Draw = _drawn) -> Loss:
+def ijepa_loss(model: JointEmbedding, choose: Choose = _chosen) -> Loss:
     """Smooth L1 distance of predictions from the targets' tokens.
 
     Metrics: 'target_std', the standard deviation of the teacher's normalised tokens over the batch
@@ -360,8 +375,11 @@ def ijepa_loss(model: JointEmbedding, draw: Draw = _drawn) -> Loss:
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
         image, tokens = model_inputs({'image': batch['image']}), batch['targets']['tokens']
-        dropout, places = jax.random.split(jax.random.key(0) if rng is None else rng)
-        blocks = draw(model, step, places, len(image))
+        dropout, key = _keys(rng)
+        place = batch.get('drawn', {}).get('places')
+        if place is None:
+            place = block_targets.places(model.law, key, len(image))
+        blocks = choose(model, step, place)
         rngs = {} if rng is None else {'dropout': dropout}
         apply: Any = model.apply
         predicted = apply({'params': params}, image, blocks, train=rng is not None, rngs=rngs)

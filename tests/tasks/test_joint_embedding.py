@@ -223,17 +223,7 @@ def test_optimizers_and_sam_learn(settings, changes):
         assert losses[-1] < losses[0]
 
 
-def test_accumulation_is_the_whole_batch(monkeypatch):
-    """With the same blocks for all, since microbatches draw theirs by keys of their own."""
-    draw = joint_embedding.block_targets.draw
-
-    def alike(law, length, step, key, batch):
-        blocks = draw(law, length, step, jax.random.key(1), 1)
-        return jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.ndim > 1 else x, blocks
-        )
-
-    monkeypatch.setattr(joint_embedding.block_targets, 'draw', alike)
+def test_accumulation_is_the_whole_batch():
     first = jax.devices()[:1]
     whole, alone = losses_of(IJEPA, {}, 2, first)
     parts, shared = losses_of(IJEPA, {'accumulation': 4}, 2, first)
