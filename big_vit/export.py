@@ -22,7 +22,7 @@ import jax
 from big_vit import checkpoint, deployment, interop, runtime, sharding, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
-from big_vit.build.model import build_model
+from big_vit.build.model import build_scored_model
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import transforms
@@ -96,7 +96,7 @@ def from_checkpoint(
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     task = build_task(config.task)
     shape = {'image': (*config.image_size, channels)}
-    model = task.trunk(build_model(config, classes, shape, mesh))
+    model = build_scored_model(config, classes, shape, mesh)
     settings = {name: x for name, x in settings_of(model).items() if name in fit.FIELDS}
     settings['num_classes'] = classes
     params, _ = task_parameters(params, task)

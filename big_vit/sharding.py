@@ -39,6 +39,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'word_embedding', (None, 'fsdp')),
     (r'pos_embedding', (None, None, 'fsdp')),
     (r'(head|head_dist|pre_logits)/kernel', ('fsdp', 'tensor')),
+    # Heads of self-distillation: their logits are split by prototypes over `tensor`.
+    (r'mlp_0/kernel', ('fsdp', 'tensor')),
+    (r'mlp_0/bias', ('tensor',)),
+    (r'mlp_1/kernel', ('tensor', 'fsdp')),
+    (r'mlp_2/kernel', ('fsdp', None)),
+    (r'prototypes/kernel', ('fsdp', 'tensor')),
+    (r'prototypes/scale', ('tensor',)),
     (r'.*', ()),
 )
 # On a mesh without a `tensor` axis these take precedence. They keep gathered weights and summed
@@ -48,6 +55,9 @@ WITHOUT_TENSOR: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'(query|key|value)/kernel', (None, 'fsdp', None)),
     (r'out/kernel', ('fsdp', None, None)),
     (r'Dense_1/kernel', ('fsdp', None)),
+    (r'mlp_1/kernel', ('fsdp', None)),
+    # Their norms are then local.
+    (r'prototypes/kernel', (None, 'fsdp')),
 )
 
 
@@ -232,6 +242,20 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
         )(x, kernel)
 
     return gather
+
+
+def collect_kernel(mesh: Mesh):
+    """Returns a function that brings the shards of a matrix along `fsdp` together.
+
+    Its columns stay split over `tensor`, where it divides them, and so do products with it.
+    """
+
+    def collect(kernel: jax.Array) -> jax.Array:
+        axis = None if kernel.shape[1] % mesh.shape['tensor'] else 'tensor'
+        where = NamedSharding(mesh, PartitionSpec(None, axis))
+        return jax.lax.with_sharding_constraint(kernel, where)
+
+    return collect
 
 
 def constrain_replicated(mesh: Mesh):

@@ -218,7 +218,10 @@ def update(
                 rate = teacher_rate(step)
             new['ema'] = jax.tree.map(lambda a, p: a + rate * (p - a), state['ema'], new['params'])
         if after_update is not None:
-            new['task'] = after_update(new['params'], state['task'], aux.carried, step)
+            given = state['task']
+            if teacher_rate is not None:
+                given = {**given, 'teacher': new['ema']}
+            new['task'] = after_update(new['params'], given, aux.carried, step)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         # A spike is remembered too, so that a lasting change is soon no spike any more.

@@ -57,6 +57,14 @@ def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
     loaded = config.load(str(path), [], base={'model.variant': 'mu/4'})
     # That of the config may be longer than three steps.
     found = [('schedule.warmup_steps', '2')] if loaded.schedule.peek('warmup_steps') else []
+    if loaded.task.name == 'self_distillation':
+        found += [('task.prototypes', '64'), ('task.head_width', '32'), ('task.mask_group', '8')]
+    for unit, short in (('steps', 1), ('epochs', 0.08)):
+        if loaded.optim.peek(f'freeze_{unit}'):
+            held = f'(("dino_head/prototypes/.*", {short}), (".*", 0))'
+            found.append((f'optim.freeze_{unit}', held))
+    if loaded.schedule.peek('warmup_epochs'):
+        found.append(('schedule.warmup_epochs', '0.08'))
     if loaded.data.name == 'idx':
         found += [('data.path', str(idx_folder)), ('data.split', 'train')]
     if loaded.data.name == 'folder':
@@ -97,6 +105,8 @@ SLOW = (
     'vit_h14',
     'vit_g14',
     'vit_22b',
+    'dino_s16_i1k',
+    'dinov2_l16_i1k',
 )
 
 

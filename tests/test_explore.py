@@ -1,6 +1,7 @@
 """`python -m big_vit.explore` on our checkpoints, on peers' weights, and on what is neither."""
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import error_line, run
@@ -55,7 +56,7 @@ def test_patches_of_several_pictures_are_coloured_alike(places, tmp_path):
     tokens = ours.patch_tokens(picture)
     assert tokens.shape == (2, 2, 48)
     np.testing.assert_allclose(tokens, theirs.patch_tokens(picture), atol=1e-4)
-    _, extra = ours.model.apply({'params': ours.params}, picture[None])
+    _, extra = ours.model.apply({'params': ours.params}, jnp.asarray(picture)[None])
     np.testing.assert_allclose(tokens.reshape(4, 48), extra['tokens'][0, 1:], atol=1e-4)
     paths = [str(places / 'photo.jpg')] * 2
     found = patch_components.from_files(theirs, paths)

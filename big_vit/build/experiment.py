@@ -143,7 +143,8 @@ def build_experiment(
         raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
     schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
-    model = placed(model, gather=sharding.gather_weights(mesh, shapes, m.min_shard_size))
+    gather = sharding.gather_weights(mesh, shapes, m.min_shard_size)
+    model = placed(model, gather=gather, collect=sharding.collect_kernel(mesh))
     made = build_optimizer(config, shapes, schedule, mesh, Length(train.source, total, ahead))
     schedule_free = 'schedule_free_adamw' in made.settings
     _check_teacher(config, task, schedule_free)
@@ -259,6 +260,8 @@ def loss_flops(
     step = jax.ShapeDtypeStruct((), jnp.int32)
     if task.teacher_rate is not None:
         task_state = {**(task_state or {}), 'teacher': params}
+    if task.draw is not None:
+        batch = {**batch, 'drawn': jax.eval_shape(task.draw(plain), batch, key)}
     of_targets = 0
     if task.targets is not None:
         rows, shared = task.targets(plain, run)

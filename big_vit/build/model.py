@@ -138,6 +138,22 @@ def build_model(
     return build_task(config.task).model(trunk, ExampleShape(shapes, num_classes))
 
 
+def build_scored_model(
+    config: Config, num_classes: int, shapes: dict[str, tuple[int, ...]], mesh: Mesh
+) -> Any:
+    """What evaluations, exports and inspections apply: the task's model without its additions.
+
+    Inputs are those of an evaluation, which sees an example once where training sees views of it.
+
+    Raises:
+      UserError: as `build_model`.
+    """
+    task = build_task(config.task)
+    if task.views:
+        return build_trunk(config, shapes, mesh)
+    return task.trunk(build_model(config, num_classes, shapes, mesh))
+
+
 def _check_device(section: Config, mesh: Mesh) -> None:
     """Raises UserError where the devices lack something that the `model` section asks for."""
     device = mesh.devices.flat[0]

@@ -62,9 +62,6 @@ TASK: dict[str, Field] = {
         None,
         'Attention heads of the predictor; by default as many as the model has.',
     ),
-    'task.momentum': Field(
-        span(0, 1), None, "Momentum of the teacher's average at the start and at the end."
-    ),
     'task.projector_width': Field(integer(1, WIDEST), None, 'Hidden width of the projector.'),
     'task.projection_dim': Field(
         integer(1, WIDEST), None, 'Dimension in which views are compared.'
@@ -72,5 +69,68 @@ TASK: dict[str, Field] = {
     'task.sigreg_weight': Field(number(0, 1), None, 'Share of the loss that is SIGReg.'),
     'task.sigreg_directions': Field(
         integer(1, WIDEST), None, 'Random directions of SIGReg in each step.'
+    ),
+    'task.prototypes': Field(integer(2, 2**20), None, 'Number of prototypes.'),
+    'task.bottleneck': Field(
+        integer(1, WIDEST), None, 'Width of the rows that are compared with prototypes.'
+    ),
+    'task.head_width': Field(integer(1, WIDEST), None, 'Width of the hidden layers of heads.'),
+    'task.patch_head': Field(
+        choice('shared', 'separate', 'none'),
+        None,
+        'Hidden patches have the head of views, a head of their own, or none are hidden.',
+    ),
+    'task.prototype_norm': Field(
+        choice('learned', 'fixed', 'none'),
+        None,
+        'Length of the prototypes: one for each, 1, or as it comes.',
+    ),
+    'task.centering': Field(
+        choice('centre', 'sinkhorn'),
+        None,
+        "What is between a teacher and a single prototype: a running mean, or Sinkhorn's law.",
+    ),
+    'task.teacher_temperature': Field(
+        span(1e-3, 1), None, "The teacher's temperature at the start and after the warm-up."
+    ),
+    'task.temperature_warmup': Field(
+        number(0, 1), None, "Share of the run in which the teacher's temperature rises."
+    ),
+    'task.student_temperature': Field(number(1e-3, 1), None, "The student's temperature."),
+    'task.momentum': Field(
+        span(0, 1), None, "Momentum of the teacher's average at the start and at the end."
+    ),
+    'task.dino_weight': Field(number(0, 1000), None, 'Factor of the loss of views.'),
+    'task.ibot_weight': Field(number(0, 1000), None, 'Factor of the loss of hidden patches.'),
+    'task.koleo_weight': Field(
+        number(0, 1000), None, 'Factor of the loss that keeps features apart; 0 has none.'
+    ),
+    'task.koleo_group': Field(
+        integer(2), None, 'Examples among which the nearest one is kept apart.'
+    ),
+    'task.gram_weight': Field(
+        number(0, 1000),
+        None,
+        'Factor of the loss that keeps likenesses of patches as they were; 0 has none.',
+    ),
+    'task.gram_start': Field(
+        below_one, None, 'Share of the run after which it begins, against the teacher of then.'
+    ),
+    'task.gram_every': Field(
+        below_one, None, 'Share of the run after which that teacher is taken again; 0 is never.'
+    ),
+    'task.mask_ratios': Field(
+        span(0, 1), None, 'Least and greatest share of the patches that are hidden in a view.'
+    ),
+    'task.mask_probability': Field(
+        number(0, 1), None, 'Share of the views in which patches are hidden.'
+    ),
+    'task.mask_group': Field(
+        integer(1), None, 'Examples over whose views the shares are spread evenly.'
+    ),
+    'task.position_offset': Field(
+        number(0, 1),
+        None,
+        'Added to the grid of small views where learned positions are interpolated.',
     ),
 }

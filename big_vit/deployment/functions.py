@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from big_vit import checkpoint, sharding, state, trees
 from big_vit.build.data import train_data
-from big_vit.build.model import build_model, build_streams
+from big_vit.build.model import build_scored_model, build_streams
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.errors import UserError
@@ -119,10 +119,10 @@ def _parts(loaded: LoadedModel, unrolled: bool) -> tuple[Any, dict[str, np.ndarr
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         task = build_task(config.task)
         shapes = {name: shape for name, (shape, _) in inputs.items()}
-        whole = build_model(config, classes, shapes, mesh)
-        checkpoint.check_params(params, state.abstract_params(whole, inputs), loaded.path)
-        model = unplaced(task.trunk(whole))
+        scored = build_scored_model(config, classes, shapes, mesh)
         params, _ = task_parameters(params, task)
+        checkpoint.check_params(params, state.abstract_params(scored, inputs), loaded.path)
+        model = unplaced(scored)
     flat = {name: np.asarray(x, np.float32) for name, x in trees.flatten(params).items()}
     for name, x in flat.items():
         if not np.isfinite(x).all():

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from big_vit import checkpoint, interop, sharding, state, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
-from big_vit.build.model import build_model, build_streams, parts_read
+from big_vit.build.model import build_model, build_scored_model, build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import decode, files, transforms
@@ -152,18 +152,16 @@ class LoadedModel:
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
         shapes = {name: shape for name, (shape, _) in inputs.items()}
-        model = build_model(config, classes, shapes, mesh)
-        task = build_task(config.task)
-        trunk = task.trunk(model)
-        model_of_inputs = state.abstract_params(trunk, inputs)
+        model = build_scored_model(config, classes, shapes, mesh)
+        model_of_inputs = state.abstract_params(model, inputs)
         # Of streams that stay apart, those without an input have no parameters there.
         absent = {s.name for s in build_streams(config) if s.name and s.reads not in inputs}
         absent |= {f'shared_{name}' for name in absent}
-        # Of what a task adds to its trunk nothing is computed, and it may read other inputs.
-        absent |= set() if trunk is model else set(task.additions)
+        # Of what a task adds to its trunk nothing may be computed here.
+        absent |= set(build_task(config.task).additions) - model_of_inputs.keys()
         saved = {name: leaf for name, leaf in self.params.items() if name not in absent}
         checkpoint.check_params(saved, model_of_inputs, self.path)
-        return model if whole else trunk
+        return build_model(config, classes, shapes, mesh) if whole else model
 
     def task_pictures(
         self, images: Float[np.ndarray, 'count height width channels']

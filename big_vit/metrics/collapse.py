@@ -24,10 +24,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Steps, and rows that have a metric, before it is judged; rows in turn that say the same.
-_FIRST_STEPS, _FIRST_ROWS, _IN_TURN = 100, 10, 3
-# Above so many times what counts as 0, a value has recovered.
-_RECOVERED = 2
+# Steps, and rows that have a metric, before it is judged.
+_FIRST_STEPS, _FIRST_ROWS = 100, 10
+# Rows in turn that say the same; of a run that has never been beyond the start, which takes long.
+_IN_TURN, _AT_START = 3, 20
+# Above so many times what counts as 0, a value has recovered, or has been beyond the start.
+_RECOVERED, _BEYOND = 2, 5
 # Entropies of the mean target of so few nats, or of this share of the largest: one prototype.
 _ONE_NATS, _ONE_SHARE = 0.1, 0.05
 
@@ -47,6 +49,7 @@ class _Vanishing:
     share: float
     first_rows: int = _FIRST_ROWS
     in_turn: int = _IN_TURN
+    at_start: int = _AT_START
     largest: float = 0.0
     rows: int = 0
     low: int = 0
@@ -57,7 +60,8 @@ class _Vanishing:
         zero = max(self.floor, self.share * self.largest)
         self.rows += 1
         self.low = self.low + 1 if value <= zero else 0
-        if settled and self.rows > self.first_rows and self.low >= self.in_turn:
+        in_turn = self.in_turn if self.largest > _BEYOND * self.floor else self.at_start
+        if settled and self.rows > self.first_rows and self.low >= in_turn:
             self.gone = True
         elif value > _RECOVERED * zero:
             self.gone = False
@@ -141,7 +145,7 @@ class Collapse:
         return None
 
     def _features(self, row: Mapping[str, Any]) -> str | None:
-        text, at_once = None, {'first_rows': 0, 'in_turn': 1}
+        text, at_once = None, {'first_rows': 0, 'in_turn': 1, 'at_start': 1}
         for key, std in row.items():
             name, _, metric = key.rpartition('/')
             if metric != 'std' or f'{name}/rankme' not in row:

@@ -144,10 +144,14 @@ def _kernel(x: np.ndarray, cubic: float | None) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-def resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, 'new old']:
+def resize_matrix(
+    old: int, new: int, method: str, offset: float = 0.0
+) -> Float[np.ndarray, 'new old']:
     """Return the matrix that resamples a vector of `old` values to `new` values.
 
     Args:
+      offset: added to `new` where it scales coordinates (not by 'aligned'): DINO and DINOv2 were
+        trained with 0.1, a guard against rounding that moves all positions a little.
       method: 'aligned' is linear and keeps the end points (as vision_transformer and big_vision do,
         with scipy.ndimage.zoom); 'bilinear' is linear between centres; 'bicubic' is cubic with
         coefficient -0.75 (Hugging Face); 'bicubic_antialias' is cubic with -0.5 and widens when
@@ -158,7 +162,7 @@ def resize_matrix(old: int, new: int, method: str) -> Float[np.ndarray, 'new old
     if method == 'aligned':
         ends = np.linspace(0, old - 1, new)
         return _kernel(ends[:, None] - np.arange(old)[None], None)
-    scale = old / new
+    scale = old / (new + offset)
     source_points = (np.arange(new, dtype=np.float64) + 0.5) * scale - 0.5
     if method == 'bicubic_antialias':
         filter_width = max(scale, 1.0)
@@ -193,6 +197,18 @@ def resize_positions(
         matrix = resize_matrix(before, after, method)
         grid = np.moveaxis(np.tensordot(matrix, grid, (1, axis)), 0, axis)
     return grid.reshape(1, math.prod(new), -1).astype(np.float32)
+
+
+def interpolated(
+    table: Float[Array, '1 old width'], old: Grid, new: Grid, offset: float = 0.0
+) -> Float[Array, '1 new width']:
+    """Return learned positions of another grid, bicubic, as a product that has a derivative."""
+    grid = table.reshape(*old, -1)
+    for axis, (before, after) in enumerate(zip(old, new, strict=True)):
+        matrix = jnp.asarray(resize_matrix(before, after, 'bicubic', offset), table.dtype)
+        product = jnp.tensordot(matrix, grid, (1, axis), precision='highest')
+        grid = jnp.moveaxis(product, 0, axis)
+    return grid.reshape(1, math.prod(new), -1)
 
 
 def resize_patches(

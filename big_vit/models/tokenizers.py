@@ -81,6 +81,26 @@ class Tokens(NamedTuple):
     rotation: tuple[Array, Array] | None = None
 
 
+class EmbeddingContext(NamedTuple):
+    """What embedding depends on beside the input; None where there is nothing.
+
+    hidden: which patches a mask token takes the place of, [batch, tokens], before positions are
+      added, as in BEiT (arXiv 2106.08254).
+    mask_token: the token, [1, 1, width].
+    table: the grid of learned positions, where it may be another than the input's: then they are
+      interpolated.
+    offset: what interpolation adds to the grid's size, see `positions.resize_matrix`.
+    """
+
+    hidden: Array | None = None
+    mask_token: Array | None = None
+    table: Grid | None = None
+    offset: float = 0.0
+
+
+NO_EMBEDDING_CONTEXT = EmbeddingContext()
+
+
 class Tokenizer(NamedTuple):
     """One way to make tokens.
 
@@ -102,6 +122,7 @@ class Scope(NamedTuple):
     module: nn.Module
     stream: Stream
     encoder: EncoderConfig
+    context: EmbeddingContext = NO_EMBEDDING_CONTEXT
 
     @property
     def style(self) -> Style:
@@ -293,7 +314,11 @@ class ShiftedPatches(nn.Module):
 
 
 def tokenize(
-    module: nn.Module, stream: Stream, encoder: EncoderConfig, inputs: dict[str, Array]
+    module: nn.Module,
+    stream: Stream,
+    encoder: EncoderConfig,
+    inputs: dict[str, Array],
+    context: EmbeddingContext = NO_EMBEDDING_CONTEXT,
 ) -> Tokens:
     """The tokens of one stream, with their positions; parameters go into `module`'s scope.
 
@@ -304,13 +329,16 @@ def tokenize(
     tokens = TOKENIZERS[stream.tokenizer].tokens
     keys = list(inspect.signature(tokens).parameters)[2:]
     options = {key: getattr(stream, key) for key in keys}
-    return tokens(Scope(module, stream, encoder), inputs, **options)
+    return tokens(Scope(module, stream, encoder, context), inputs, **options)
 
 
 def _with_positions(scope: Scope, x: Float[Array, 'batch *grid width']) -> Tokens:
     """Flattens a grid of tokens and adds its positions."""
-    grid = x.shape[1:-1]
+    grid, context = x.shape[1:-1], scope.context
     x = x.reshape(x.shape[0], math.prod(grid), x.shape[-1])
+    if context.hidden is not None:
+        assert context.mask_token is not None
+        x = jnp.where(context.hidden[..., None], context.mask_token.astype(x.dtype), x)
     x, rotation = _placed(scope, x, grid)
     return Tokens(x, grid, rotation=rotation)
 
@@ -432,13 +460,15 @@ TOKENIZERS = {
 
 def _placed(scope: Scope, x: Array, grid: Grid) -> tuple[Array, tuple[Array, Array] | None]:
     """Tokens with the positions of their grid, and the rotation, if that is what they have."""
-    stream, style = scope.stream, scope.style
-    tokens, width = x.shape[1:]
+    stream, style, width = scope.stream, scope.style, x.shape[-1]
     if stream.posemb == 'learned':
-        init = nn.initializers.normal(width**-0.5)
-        shape = (1, stream.posemb_prefix + tokens, width)
+        init, own = nn.initializers.normal(width**-0.5), scope.context.table or grid
+        shape = (1, stream.posemb_prefix + math.prod(own), width)
         table = jnp.asarray(scope.module.param('pos_embedding', init, shape))
-        x = x + table[:, stream.posemb_prefix :].astype(style.dtype)
+        table = table[:, stream.posemb_prefix :]
+        if own != grid:
+            table = positions.interpolated(table, own, grid, scope.context.offset)
+        x = x + table.astype(style.dtype)
     elif stream.posemb in positions.LAWS:
         table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
         x = x + table.astype(style.dtype)

@@ -19,7 +19,12 @@ from big_vit.models import heads, positions, tokenizers
 from big_vit.models.encoder import Encoder, EncoderConfig
 from big_vit.models.fusion import Fusion
 from big_vit.models.layers import NO_CONTEXT, AttentionContext, Dense, Style, norm
-from big_vit.models.tokenizers import Stream, Tokens
+from big_vit.models.tokenizers import (
+    NO_EMBEDDING_CONTEXT,
+    EmbeddingContext,
+    Stream,
+    Tokens,
+)
 
 # Pools that read the class token.
 OF_CLASS_TOKEN = ('cls', 'cls_gap', 'cls_dist')
@@ -75,10 +80,14 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: dict[str, Array], deterministic: bool
+        self,
+        inputs: dict[str, Array],
+        deterministic: bool,
+        context: EmbeddingContext = NO_EMBEDDING_CONTEXT,
     ) -> tuple[Tokens, AttentionContext]:
         if not self.streams[0].name:
-            return tokenizers.tokenize(self, self.streams[0], self.encoder, inputs), NO_CONTEXT
+            own = self, self.streams[0], self.encoder
+            return tokenizers.tokenize(*own, inputs, context), NO_CONTEXT
         fused = Fusion(self.streams, self.encoder, self.fusion, self.latents)
         nn.share_scope(self, fused)
         return fused(inputs, deterministic)
@@ -273,15 +282,22 @@ class ViT(nn.Module):
             nn.share_scope(self, stage)
 
     def embed(
-        self, inputs: Float[Array, '...'] | dict[str, Array], *, train: bool = False
+        self,
+        inputs: Float[Array, '...'] | dict[str, Array],
+        *,
+        train: bool = False,
+        context: EmbeddingContext = NO_EMBEDDING_CONTEXT,
     ) -> tuple[Tokens, AttentionContext]:
         """Tokens of the input with their positions, and what else blocks attend to.
+
+        Args:
+          context: patches to hide and another grid of positions, of a model with one input.
 
         Raises:
           ValueError: the input does not divide into patches.
         """
         parts = inputs if isinstance(inputs, dict) else {self.streams[0].reads: inputs}
-        return self.embedder(parts, not train)
+        return self.embedder(parts, not train, context)
 
     def encode(
         self,

@@ -2,7 +2,13 @@
 
 from collections.abc import Callable
 
-from big_vit.tasks import classification, contrastive, joint_embedding, masked
+from big_vit.tasks import (
+    classification,
+    contrastive,
+    joint_embedding,
+    masked,
+    self_distillation,
+)
 from big_vit.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -10,4 +16,5 @@ TASKS: dict[str, Callable[..., Task]] = {
     'contrastive': contrastive.contrastive,
     'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
+    'self_distillation': self_distillation.self_distillation,
 }

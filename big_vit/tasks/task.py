@@ -52,7 +52,8 @@ Loss = Callable[
     tuple[Float[Array, ''], Aux],
 ]
 
-# (parameters, task state, carried, step) -> task state.
+# (parameters, task state, carried, step) -> task state. What it is given has the new teacher, where
+# there is one, as 'teacher', which is not of what it gives.
 AfterUpdate = Callable[[Tree, Tree, Tree, Array], Tree]
 
 # (step, total steps) -> what share of the new parameters a teacher takes in: 1 less its momentum,

@@ -401,6 +401,22 @@ def test_a_transform_is_split_before_its_first_draw():
     np.testing.assert_array_equal(run(after, middle, keys_of(4)), whole)
 
 
+def test_transparent_pixels_over_a_colour():
+    """Within a level of Pillow's; what is not transparent stays as it is."""
+    drawing = images_of(1, 6, 7, 4)
+    for background, text in (((255, 255, 255), 'over'), ((10, 20, 30), 'over((10, 20, 30))')):
+        pillow = Image.new('RGBA', (7, 6), background)
+        pillow.alpha_composite(Image.fromarray(drawing[0]))
+        wanted = np.asarray(pillow.convert('RGB')).astype(int)
+        assert np.abs(apply(text, drawing)[0].astype(int) - wanted).max() <= 1
+    opaque = np.concatenate([drawing[..., :3], np.full((1, 6, 7, 1), 255, np.uint8)], axis=3)
+    np.testing.assert_array_equal(apply('over(0)', opaque), drawing[..., :3])
+    with pytest.raises(UserError, match='over takes images of 4 channels, not 3'):
+        apply('over', drawing[..., :3])
+    with pytest.raises(UserError, match='takes one value or three for background'):
+        apply('over((1, 2))', drawing)
+
+
 def test_colours_against_opencv():
     colour = images_of(4, 6, 7, 3)
     grey = apply('grayscale', colour)

@@ -211,7 +211,9 @@ def test_batches_and_devices_change_nothing(photos):
 def test_views_are_of_one_picture_in_turn_and_drawn_anew(photos):
     whole = settings(photos)
     parts = build_experiment(whole)
-    data = views_data(whole, parts.evals['x'], 'evals.x', 4, 3, 'resize(size) | brightness(0.5)')
+    data = views_data(
+        whole, parts.evals['x'], 'evals.x', 4, 3, 'resize(size) | color_jitter(0.4, 0.0, 0.0, 0.0)'
+    )
     assert data.source.length == 12
     columns = data.source.load(np.arange(12))
     assert columns['label'].tolist() == list(range(12))
@@ -229,12 +231,15 @@ def test_views_are_of_one_picture_in_turn_and_drawn_anew(photos):
 
 def test_a_transform_without_chance_makes_no_views(photos):
     plain = settings(photos, **{'data.transform': 'resize(size)'})
-    found, _ = measured(plain)
-    assert 'lidar' not in found
-    with pytest.raises(UserError, match=r'config: evals\.x\.views: is not random'):
-        measured(settings(photos, **{'evals.x.views': 'resize(size)'}))
-    with pytest.raises(UserError, match=r'evals\.x\.views gives 16x16 images but image_size'):
-        measured(settings(photos, **{'evals.x.views': 'resize(16) | flip_lr'}))
+    parts = build_experiment(plain)
+    assert views_data(plain, parts.evals['x'], 'evals.x', 9, 3, None) is None
+    for views, message in (
+        ('resize(size)', r'config: evals\.x\.views: is not random'),
+        ('resize(16) | flip_lr', r'evals\.x\.views gives 16x16 images but image_size is 8x8'),
+        ('resize(size) | grayscale | flip_lr', r'evals\.x\.views gives images of 1 channel'),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_evaluators(plain.replacing({'evals.x.views': views}), parts)
 
 
 def test_the_split_is_by_default_that_of_the_data_and_of_others_test(photos):

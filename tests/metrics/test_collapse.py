@@ -72,7 +72,7 @@ def test_targets_that_become_uniform_are_told_once_soon():
 
 def test_a_run_that_never_leaves_the_start_is_told_after_the_warm_up():
     ((step, text),) = collapses(course(lambda step: 0.002))
-    assert TOTAL // 10 < step < TOTAL // 5
+    assert TOTAL // 10 < step <= 20 * EVERY
     assert 'no longer depend on the pictures' in text
 
 
@@ -165,3 +165,22 @@ def test_a_report_warns_of_it():
     rows = course(lambda step: learns(step) * (1 if step < 1800 else 0.002))
     (warning,) = history.warnings(rows)
     assert warning.startswith('step 1,8') and 'collapse: the targets' in warning
+
+
+@pytest.mark.parametrize(
+    ('last', 'told'),
+    [
+        ({'rankme': 40.0, 'std': 0.024, 'cosine': 0.99}, True),  # Of 0.6 before.
+        ({'rankme': 40.0, 'std': 0.04, 'cosine': 0.99}, False),
+        ({'rankme': 1.2, 'std': 0.9, 'cosine': 0.0}, True),  # A line through the origin.
+        ({'rankme': 1.4, 'std': 0.9, 'cosine': 0.0}, False),
+    ],
+)
+def test_features_have_collapsed_beside_what_they_were_or_onto_a_line(last, told):
+    first = {'rankme': 40.0, 'std': 0.6, 'cosine': 0.6}
+    rows = [{'step': step, 'train/lr': 1.0} for step in (100, 200, 300)]
+    rows[1:1] = [{'step': 200, **{f'a/b/{name}': value for name, value in first.items()}}]
+    rows.append({'step': 300, **{f'a/b/{name}': value for name, value in last.items()}})
+    onsets = collapses(rows)
+    assert bool(onsets) == told
+    assert not told or (onsets[0][0] == 300 and 'a/b: the features are' in onsets[0][1])

@@ -99,6 +99,24 @@ def grayscale() -> Operation:
     return on_images(lambda images, draw: _map_images(images, convert), step='grey')
 
 
+def over(background=255) -> Operation:
+    """Put RGBA bytes, as `decode(4)` gives, over a colour, one value or three; RGB remains."""
+    values = background if isinstance(background, tuple | list) else (background,) * 3
+    if len(values) != 3:
+        raise UnfitError(f'takes one value or three for background, not {background!r}')
+    colour = np.array([whole_number('background', value, 0, 255) for value in values], np.int32)
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        need_bytes(image)
+        need_channels(image, 4)
+        alpha = image[..., 3:].astype(np.int32)
+        shape = (1,) * (image.ndim - 1) + (3,)
+        blended = image[..., :3] * alpha + colour.reshape(shape) * (255 - alpha)
+        return ((blended + 127) // 255).astype(np.uint8)
+
+    return on_images(lambda images, draw: _map_images(images, convert))
+
+
 def invert() -> Operation:
     """Swap black and white."""
 
@@ -206,6 +224,7 @@ OPERATIONS = {
         rgb,
         grayscale,
         invert,
+        over,
         channels,
         onehot,
         multihot,

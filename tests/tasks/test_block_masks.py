@@ -1,0 +1,68 @@
+"""Block masks: exact numbers, and the law of DINOv3's generator by 4,000 of its masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gate import mostly_slow
+from self_distillation_oracle import numbers
+
+from big_vit.tasks.block_masks import block_masks, masked_counts, shuffled_counts
+
+DRAWN = 4000
+
+
+@pytest.mark.parametrize(
+    ('count', 'grid'),
+    mostly_slow([(20, (14, 14)), (59, (14, 14)), (98, (14, 14)), (30, (8, 10))], 30),
+)
+def test_masks_have_the_law_of_the_reference(count, grid):
+    draw = jax.jit(lambda key: block_masks(key, jnp.full(DRAWN, count), grid))
+    masks = np.asarray(draw(jax.random.key(0))).reshape(DRAWN, *grid)
+    assert (masks.sum((1, 2)) == count).all()
+    wanted = numbers()
+    # Where, within five standard errors of the difference at the least certain place.
+    error = (2 * 0.25 / DRAWN) ** 0.5
+    assert np.abs(masks.mean(0) - wanted[f'mask_{count}_map']).max() < 5 * error
+    # And in what shapes: the border between masked and visible patches.
+    border = (masks[:, 1:] != masks[:, :-1]).sum((1, 2))
+    border = border + (masks[:, :, 1:] != masks[:, :, :-1]).sum((1, 2))
+    mean, deviation = wanted[f'mask_{count}_edges']
+    assert abs(border.mean() - mean) < 5 * deviation * (2 / DRAWN) ** 0.5
+    assert border.std() == pytest.approx(deviation, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ('views', 'patches', 'probability', 'ratios'),
+    [
+        (64, 196, 0.5, (0.1, 0.5)),
+        (16, 196, 0.5, (0.1, 0.5)),
+        (12, 256, 0.5, (0.1, 0.5)),
+        (10, 36, 0.7, (0.2, 0.6)),
+        (32, 1024, 0.5, (0.1, 0.5)),
+    ],
+)
+def test_numbers_of_a_group_are_those_of_the_reference(views, patches, probability, ratios):
+    counts = masked_counts(views, patches, probability, ratios)
+    wanted = numbers()[f'counts_{views}_{patches}']
+    # The reference has its ratios in float32: a whole number may be the one below.
+    masked = counts[: len(wanted)][::-1]
+    assert ((masked - wanted >= 0) & (masked - wanted <= 1)).all()
+    assert (masked != wanted).sum() <= 2
+    assert (counts[len(wanted) :] == 0).all() and len(counts) == views
+
+
+def test_each_group_has_all_numbers_and_each_view_its_own():
+    counts = masked_counts(6, 24, 0.5, (0.1, 0.5))
+    assert counts.tolist() == [12, 8, 5, 0, 0, 0]
+    drawn = shuffled_counts(jax.random.key(1), counts, 50)
+    np.testing.assert_array_equal(np.sort(drawn, axis=1), np.broadcast_to(np.sort(counts), (50, 6)))
+    assert len({tuple(row) for row in drawn.tolist()}) > 20
+    masks = block_masks(jax.random.key(2), drawn.reshape(-1), (4, 6))
+    np.testing.assert_array_equal(masks.sum(1), drawn.reshape(-1))
+
+
+@pytest.mark.parametrize('count', [0, 1, 3, 4, 5])
+def test_small_numbers_on_a_small_grid(count):
+    masks = block_masks(jax.random.key(0), jnp.full(64, count), (2, 3))
+    np.testing.assert_array_equal(masks.sum(1), count)
