@@ -162,8 +162,8 @@ def blocks_at(
     """
     rows, columns = law.grid
     sizes = []
-    for number, table in enumerate((law.target_sizes, law.context_sizes)):
-        of_step = jax.random.fold_in(jax.random.key(number), step)
+    for seed, table in enumerate((law.target_sizes, law.context_sizes)):
+        of_step = jax.random.fold_in(jax.random.key(seed), step)
         index = jax.random.randint(of_step, (), 0, len(table))
         sizes.append(jnp.asarray(table)[index])
     size, context_size = sizes
