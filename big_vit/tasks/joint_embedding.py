@@ -181,20 +181,31 @@ def _views_model(
             "config: task.method='lejepa' compares views of one image: set "
             "model.tokenizer='patches', without streams"
         )
-    grids = set()
+    if trunk.prefix.patch_dropout:
+        raise UserError(
+            "config: task.method='lejepa' embeds whole views: set no model.patch_dropout"
+        )
+    grids, count = [], 0
     for name in lejepa.VIEWS:
         if name in example.inputs:
+            number, *shape = example.inputs[name]
+            count += number
             try:
-                grids.add(grid_of(stream, example.inputs[name][1:]))
+                grids.append(grid_of(stream, tuple(shape)))
             except ValueError as error:
                 raise UserError(f'config: data.transform: views {name!r}: {error}') from error
-    if len(grids) > 1 and stream.posemb in ('learned', 'relative'):
-        shown = ' and '.join('x'.join(map(str, grid)) for grid in sorted(grids))
+    if count < 2:
         raise UserError(
-            f'config: model.posemb={stream.posemb!r} is of one grid, and the views have grids of '
-            f"{shown} patches: take 'sincos2d', 'sincos2d_mae' or 'rope'"
+            "config: task.method='lejepa' compares views of an image, and data.transform makes "
+            "one: write it as in 'decode ; global: 2 * rrc(size) | flip_lr'"
         )
-    return lejepa.ViewEmbedding(trunk, width, outputs)
+    if len(set(grids)) > 1 and stream.posemb == 'relative':
+        shown = ' and '.join('x'.join(map(str, grid)) for grid in grids)
+        raise UserError(
+            f"config: model.posemb='relative' is of one grid, and the views have grids of {shown} "
+            "patches: take 'learned', 'sincos2d', 'sincos2d_mae' or 'rope'"
+        )
+    return lejepa.ViewEmbedding(trunk, width, outputs, grids[0])
 
 
 def _context_length(law: MultiBlock, given: int | None, patch: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vit.models.layers import Dense
+from big_vit.models.tokenizers import EmbeddingContext
 from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch, normalise
 from big_vit.tasks.sigreg import directions, sigreg
@@ -63,11 +64,13 @@ class ViewEmbedding(nn.Module):
     Attributes:
       width: hidden width of the projector.
       outputs: width of the embeddings that are compared.
+      grid: of learned positions; those of smaller views are interpolated.
     """
 
     trunk: ViT
     width: int
     outputs: int
+    grid: tuple[int, ...] | None = None
 
     def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Tokens of the longest view, for views of these shapes without the batch."""
@@ -95,7 +98,10 @@ class ViewEmbedding(nn.Module):
             if name in inputs:
                 view = normalise(inputs[name])
                 flat = view.reshape(-1, *view.shape[2:])
-                vector, _ = self.trunk(flat, train=train)
+                context = EmbeddingContext(table=self.grid)
+                tokens, attention = self.trunk.embed(flat, train=train, context=context)
+                x, _ = self.trunk.encode(tokens, attention, train=train)
+                vector = self.trunk.classify(self.trunk.pool(x, tokens))
                 pooled.append(vector.reshape(*view.shape[:2], -1))
         style = self.trunk.encoder.style
         projector = Projector(self.width, self.outputs, style.dtype, style.gather, name='projector')

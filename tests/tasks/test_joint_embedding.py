@@ -223,6 +223,24 @@ def test_optimizers_and_sam_learn(settings, changes):
         assert losses[-1] < losses[0]
 
 
+def test_learned_positions_of_small_views_are_those_of_the_global_ones_interpolated():
+    """All small views of a constant table look alike to the trunk, whatever their grid is."""
+    settings = {**LEJEPA, 'model.posemb': 'learned', 'model.class_token': True}
+    parts = build_experiment(config.resolve(settings), jax.devices()[:1])
+    model = parts.model
+    shapes = {name: (1, *shape) for name, (shape, _) in parts.data.inputs.items()}
+    views = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    params = model.init(jax.random.key(0), views)['params']
+    assert params['pos_embedding'].shape == (1, 64, 32)
+    flat = jnp.full_like(params['pos_embedding'], 0.3)
+    with_table = {'params': {**params, 'pos_embedding': flat}}
+    z = model.apply(with_table, views)
+    np.testing.assert_allclose(z[:, 2:], jnp.broadcast_to(z[:, :1], z[:, 2:].shape), atol=1e-4)
+    # A table that is not constant is another one for a smaller grid.
+    z = model.apply({'params': params}, views)
+    assert np.abs(z[:, 2:] - z[:, :1]).max() > 1e-3
+
+
 def test_accumulation_is_the_whole_batch():
     first = jax.devices()[:1]
     whole, alone = losses_of(IJEPA, {}, 2, first)
@@ -317,7 +335,13 @@ def test_two_processes_compute_what_one_does(tmp_path, settings):
         (LEJEPA, {'task.target_blocks': 2}, "is not read by task.method='lejepa'"),
         (LEJEPA, {'accumulation': 2}, 'is of all examples of a batch together: set it to 1'),
         (LEJEPA, {'data.transform': 'resize(size)'}, 'learns from views named global'),
-        (LEJEPA, {'model.posemb': 'learned'}, 'views have grids of 4x4 and 8x8 patches'),
+        (LEJEPA, {'model.posemb': 'relative'}, 'views have grids of 8x8 and 4x4 patches'),
+        (
+            LEJEPA,
+            {'data.transform': 'decode ; global: rrc(size)'},
+            'data.transform makes one: write',
+        ),
+        (LEJEPA, {'model.patch_dropout': 0.5}, 'set no model.patch_dropout'),
         (LEJEPA, {'data.transform': VIEWS.replace('rrc(8)', 'rrc(7)')}, "views 'local': 7x7"),
     ],
 )
