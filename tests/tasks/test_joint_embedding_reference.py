@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 
 from big_vit import config, sharding, state, steps, trees
 from big_vit.build import optimizer as build
@@ -242,7 +243,9 @@ def one_position_for_all(monkeypatch):
     monkeypatch.setitem(globals(), 'blocks_of', alike)
 
 
-@pytest.mark.parametrize('knob', [without_norm, squares, late_positions, one_position_for_all])
+@pytest.mark.parametrize(
+    'knob', mostly_slow([without_norm, squares, late_positions, one_position_for_all], squares)
+)
 def test_wrong_losses_are_told_apart(monkeypatch, knob):
     knob(monkeypatch)
     _, model, params = experiment()
@@ -251,6 +254,7 @@ def test_wrong_losses_are_told_apart(monkeypatch, knob):
     assert abs(wrong / oracle()['losses'][0] - 1) > 5e-5  # What is right is closer than 1e-5.
 
 
+@pytest.mark.slow
 def test_targets_are_the_teachers():
     _, model, params = experiment()
     loss = joint_embedding.ijepa_loss(model, blocks_of)
