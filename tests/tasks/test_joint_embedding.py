@@ -242,6 +242,7 @@ def test_learned_positions_of_small_views_are_those_of_the_global_ones_interpola
     assert np.abs(z[:, 2:] - z[:, :1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     first = jax.devices()[:1]
     whole, alone = losses_of(IJEPA, {}, 2, first)
@@ -305,7 +306,7 @@ def test_two_processes_compute_what_one_does(tmp_path, settings):
     spec.write_text(
         'from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict()\n'
     )
-    given = {**settings, 'mesh.replica': 4}
+    given = {**settings, 'mesh.replica': 4, 'optim.name': 'sgd', 'lr': 0.1}
     options = flags({key: str(value) for key, value in given.items()})
     one, two = tmp_path / 'one', tmp_path / 'two'
     assert run('train', '--config', spec, *options, '--workdir', one, devices=4).returncode == 0
