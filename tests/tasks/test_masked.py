@@ -242,7 +242,8 @@ def test_it_learns_with_each_of_these(changes, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_and_restart_ends_bit_identical(tmp_path):
-    command = (*write_config(tmp_path), '--config.total_steps=300')
+    short = ('--config.total_steps=120', '--config.checkpoint.every_steps=15')
+    command = (*write_config(tmp_path), *short)
     whole = run(*command, '--workdir', tmp_path / 'whole')
     assert whole.returncode == 0, whole.stderr
     process = start(*command, '--workdir', tmp_path / 'killed')
@@ -254,12 +255,12 @@ def test_kill_9_and_restart_ends_bit_identical(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert metrics.read(tmp_path / 'killed')[-1]['step'] < 300, 'killed too late to show anything'
+    assert metrics.read(tmp_path / 'killed')[-1]['step'] < 120, 'killed too late to show anything'
     result = run(*command, '--workdir', tmp_path / 'killed')
     assert result.returncode == 0 and 'resume' in result.stdout
     jax.tree.map(
         np.testing.assert_array_equal,
-        *(checkpoint.load_params(tmp_path / name, 300)[0] for name in ('whole', 'killed')),
+        *(checkpoint.load_params(tmp_path / name, 120)[0] for name in ('whole', 'killed')),
     )
 
 
