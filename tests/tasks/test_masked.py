@@ -247,17 +247,14 @@ def test_kill_9_and_restart_ends_bit_identical(tmp_path):
     whole = run(*command, '--workdir', tmp_path / 'whole')
     assert whole.returncode == 0, whole.stderr
     process = start(*command, '--workdir', tmp_path / 'killed')
-    until = time.monotonic() + 240
-    while time.monotonic() < until and process.poll() is None:
-        rows = metrics.read(tmp_path / 'killed')
-        if rows and rows[-1]['step'] >= 20:
-            break
+    until, workdir = time.monotonic() + 240, tmp_path / 'killed'
+    while time.monotonic() < until and process.poll() is None and not checkpoint.steps(workdir):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert metrics.read(tmp_path / 'killed')[-1]['step'] < 120, 'killed too late to show anything'
-    result = run(*command, '--workdir', tmp_path / 'killed')
-    assert result.returncode == 0 and 'resume' in result.stdout
+    assert metrics.read(workdir)[-1]['step'] < 120, 'killed too late to show anything'
+    result = run(*command, '--workdir', workdir)
+    assert result.returncode == 0 and 'resume' in result.stdout, result.stdout + result.stderr
     jax.tree.map(
         np.testing.assert_array_equal,
         *(checkpoint.load_params(tmp_path / name, 120)[0] for name in ('whole', 'killed')),
