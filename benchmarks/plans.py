@@ -35,6 +35,12 @@ PLANS: dict[str, list[str]] = {
         )
     },
     **{
+        f'{config}_v5e-256': [
+            *('--config', f'configs/{config}.py:pod=v5e-256', '--topology', 'v5e:16x16'),
+        ]
+        for config in ('mae_b16_i1k', 'mae_l16_i1k', 'mae_h14_i1k')
+    },
+    **{
         f'vit_gigantic14_{pod}': [
             *('--config', f'configs/vit_g14.py:variant=G/14,pod={pod}', '--topology', topology),
         ]

@@ -37,6 +37,7 @@ from big_vit.inspection import (
     loaded_model,
     patch_components,
     plots,
+    task_pictures,
     weight_statistics,
 )
 from big_vit.inspection.loaded_model import LoadedModel
@@ -203,6 +204,12 @@ def attention(maps: list[attention_maps.AttentionMaps]) -> Picture:
     return plots.attention([image_maps.panels() for image_maps in maps])
 
 
+def predictions(rows: task_pictures.Rows) -> Picture | None:
+    """Show images with what the task makes of them; None if that is nothing."""
+    titled = [('', [p for _, p in row], [title for title, _ in row]) for row in rows]
+    return plots.picture_rows(titled) if rows else None
+
+
 def norms(params: dict[str, Any]) -> Picture:
     """Plot root mean square and stable rank of the kernels over the blocks."""
     ranks = {part: weight_statistics.stable_rank(each) for part, each in _spectra(params).items()}
@@ -248,6 +255,9 @@ def overview(
         )
         drawings['patches'] = lambda: patch_components.drawn(
             patch_components.of_inputs(*seen(), only_foreground)
+        )
+        drawings['predictions'] = lambda: predictions(
+            task_pictures.of_inputs(seen()[0], seen()[2][:6])
         )
     return drawings
 
@@ -351,6 +361,7 @@ def main(argv: list[str]) -> None:
         drawings['patches'] = lambda: patch_components.drawn(
             patch_components.from_files(first, args.image, args.foreground)
         )
+        drawings['predictions'] = lambda: predictions(task_pictures.from_files(first, args.image))
     if args.png:
         written = save(drawings or overview(loaded, args.foreground), Path(args.png))
         print('drew ' + ', '.join(map(str, written)))

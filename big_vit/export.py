@@ -33,7 +33,12 @@ from big_vit.interop import Weights, class_names, fit, google, pictures
 from big_vit.interop.weights import ORIGIN, PREPARED
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
-from big_vit.pretrained.load import config_of_weights, image_normalisation, task_parameters
+from big_vit.pretrained.load import (
+    config_of_weights,
+    image_normalisation,
+    task_parameters,
+    with_learnt,
+)
 
 
 def settings_from_text(pairs: Sequence[str]) -> dict[str, Any]:
@@ -143,7 +148,8 @@ def to_checkpoint(
       UserError: the folder already has a run, or cannot be written.
     """
     config = config_of_weights(weights, overrides)
-    params = stack_blocks(weights.params) if config.model.scan else weights.params
+    params = with_learnt(weights)
+    params = stack_blocks(params) if config.model.scan else params
     names = weights.meta.get('class_names')
     workdir = Path(checkpoint.save_params(out, params, 0, config.to_dict(), names))
     storage.write_text(storage.place(workdir) / ORIGIN, json.dumps(weights.meta, indent=2) + '\n')

@@ -46,6 +46,7 @@ from big_vit.inspection import (
     mistakes,
     patch_components,
     plots,
+    task_pictures,
     weight_statistics,
 )
 from big_vit.inspection.html_pages import Line
@@ -54,7 +55,7 @@ from big_vit.sweeps import study
 
 # Eigenvalues of wider kernels take minutes.
 MAX_SPECTRUM_WIDTH = 2048
-EXAMPLES, VIEWED, ATTENTION_IMAGES, COLOURED = 24, 6, 4, 8
+EXAMPLES, VIEWED, ATTENTION_IMAGES, PREDICTED, COLOURED = 24, 6, 4, 6, 8
 # Seconds that each evaluation is judged for.
 JUDGED_S = 60.0
 
@@ -559,6 +560,20 @@ def attention(run: Run) -> str:
     return html_pages.paragraph(words, 'soft') + rows + html_pages.charts([chart])
 
 
+def predictions(run: Run) -> str:
+    """Show what the run's task makes of some training images; '' if it makes nothing of them."""
+    loaded, _, inputs = run.seen
+    rows = task_pictures.of_inputs(loaded, inputs[:PREDICTED])
+    words = 'Training images, and what the task makes of them; grey is what the model does not see.'
+    return (html_pages.paragraph(words, 'soft') if rows else '') + ''.join(
+        html_pages.pictures(
+            [(picture, title, f'Training image {i + 1}: {title}') for title, picture in row],
+            columns=len(row),
+        )
+        for i, row in enumerate(rows)
+    )
+
+
 def patches(run: Run) -> str:
     """Show the principal components of the patch tokens of some training images as colours."""
     found = patch_components.of_inputs(*run.seen)
@@ -695,6 +710,7 @@ def document(path: str) -> str:
         ('Mistakes', for_each_run(runs, errors, 'Mistakes cannot be shown')),
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
+        ('Predictions', for_each_run(runs, predictions, 'Predictions cannot be shown')),
         ('Attention', for_each_run(runs, attention, 'Attention cannot be shown')),
         ('Patches', for_each_run(runs, patches, 'Patches cannot be shown')),
         ('Weights', for_each_run(runs, weights, 'Weights')),

@@ -50,7 +50,7 @@ from big_vit.inspection import examples
 from big_vit.journal import Choice, Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
-from big_vit.pretrained.load import initial_params
+from big_vit.pretrained.standardise import start_params
 from big_vit.workdir import check_workdir, known_classes, owned, restore_newest, write_config
 
 
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> None:
         return
     with hosts.session(args.distributed, same):
         interop.recall(args.workdir)
-        params = initial_params(config, keep_head=True) if config.init else None
+        params = start_params(config, keep_head=True)
         run(config, args.workdir, force=args.force, params=params)
 
 

@@ -42,7 +42,7 @@ def audited(settings):
     build_train_step(settings, parts)
     build_evaluators(settings, parts)
     tracker_options(settings)
-    _ = settings.init, settings.switch, settings.data.max_error_rate
+    _ = settings.init, settings.init_standardise, settings.switch, settings.data.max_error_rate
     settings.audit()
     return parts
 

@@ -61,6 +61,12 @@ SCHEMA: dict[str, Field] = {
         'How to resize the learned position embeddings of `init`: as big_vision does, with '
         'half-pixel centers, as Hugging Face does, or as timm does.',
     ),
+    'init_standardise': Field(
+        boolean,
+        None,
+        'Standardise frozen features by their mean and deviation over the first training examples, '
+        'as a BatchNorm before the head would.',
+    ),
     'switch': Field(
         check_text,
         None,

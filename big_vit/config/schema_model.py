@@ -154,6 +154,11 @@ MODEL: dict[str, Field] = {
         integer(0, DEEPEST), 0, 'Number of blocks of this stream alone, before it meets the others.'
     ),
     'model.dropout': Field(below_one, 0.0, 'Dropout rate in the residual branches.'),
+    'model.weight_init': Field(
+        choice('vit', 'mae'),
+        None,
+        "Law of initial values: that of big_vision ('vit'), or of MAE's code.",
+    ),
     'model.dtype': Field(choice('bfloat16', 'float32'), 'bfloat16', 'Computation type.'),
     'model.scan': Field(
         boolean, True, 'Compile one block and scan over layers, instead of unrolling them.'

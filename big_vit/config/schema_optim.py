@@ -57,6 +57,11 @@ OPTIMIZATION: dict[str, Field] = {
     ),
     'optim.momentum': Field(below_one, None, 'Decay of the momentum.'),
     'optim.nesterov': Field(boolean, None, 'Use Nesterov momentum.'),
+    'optim.rate_in_momentum': Field(
+        boolean,
+        None,
+        'Momentum of lars accumulates updates times their rate; or the rate multiplies their sum.',
+    ),
     'optim.block': Field(
         integer(2), None, 'Largest side of the blocks that matrices are cut into.'
     ),

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from big_vit import checkpoint, interop, sharding, state, storage, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
-from big_vit.build.model import build_scored_model, build_streams, parts_read
+from big_vit.build.model import build_model, build_scored_model, build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import decode, files, transforms
@@ -132,8 +132,13 @@ class LoadedModel:
         return self._build({}, mesh, inputs)
 
     def _build(
-        self, changes: dict[str, Any], mesh: jax.sharding.Mesh, inputs: Inputs | None = None
+        self,
+        changes: dict[str, Any],
+        mesh: jax.sharding.Mesh,
+        inputs: Inputs | None = None,
+        whole: bool = False,
     ) -> Any:
+        """The trunk, or the whole module that was trained."""
         if self.config is None:
             assert self.foreign_weights is not None
             settings = {**self.foreign_weights.settings, 'dtype': jnp.float32, 'scan': False}
@@ -147,7 +152,8 @@ class LoadedModel:
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
         shapes = {name: shape for name, (shape, _) in inputs.items()}
-        model = build_scored_model(config, classes, shapes, mesh)
+        build = build_model if whole else build_scored_model
+        model = build(config, classes, shapes, mesh)
         model_of_inputs = state.abstract_params(model, inputs)
         # Of streams that stay apart, those without an input have no parameters there.
         absent = {s.name for s in build_streams(config) if s.name and s.reads not in inputs}
@@ -157,6 +163,29 @@ class LoadedModel:
         saved = {name: leaf for name, leaf in self.params.items() if name not in absent}
         checkpoint.check_params(saved, model_of_inputs, self.path)
         return model
+
+    def task_pictures(
+        self, images: Float[np.ndarray, 'count height width channels']
+    ) -> dict[str, Float[np.ndarray, 'count height width channels']]:
+        """What the task of a run makes of normalised images (`Task.pictures`), by title.
+
+        Patches are hidden alike whenever it is called; {} if the task makes nothing of them.
+        """
+        task = build_task(self.config.task) if self.config is not None else None
+        if task is None or task.pictures is None:
+            return {}
+        mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+        changes = {'model.dtype': 'float32', 'model.attention': 'xla'}
+        made = task.pictures(self._build(changes, mesh, whole=True))
+        titles: list[str] = []
+
+        def values(params: Any, images: jax.Array) -> list[jax.Array]:
+            pictures = made(params, images, jax.random.key(0))
+            titles.extend(pictures)  # In this order, which a dictionary would not keep.
+            return list(pictures.values())
+
+        found = jax.jit(values)(self.params, jnp.asarray(images))
+        return {title: np.asarray(x, np.float32) for title, x in zip(titles, found, strict=True)}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -279,17 +308,30 @@ class LoadedModel:
             raise UserError(f'{self.path}: takes images of {self.channels} channels, no picture')
         return pixels
 
-    def normalised(
-        self, picture: UInt8[np.ndarray, 'height width channels']
-    ) -> Float[np.ndarray, 'height width channels']:
-        """Normalise a picture as in training."""
+    def _normalisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation that images of training are normalised with, of pixels in 0..1."""
         if self.config is not None:
             mean, std = image_normalisation(self.config, self.channels)
         else:
             assert self.foreign_weights is not None
             mean = self.foreign_weights.meta.get('mean') or (0.5,) * self.channels
             std = self.foreign_weights.meta.get('std') or (0.5,) * self.channels
-        return ((picture / 255 - np.array(mean)) / np.array(std)).astype(np.float32)
+        return np.array(mean), np.array(std)
+
+    def normalised(
+        self, picture: UInt8[np.ndarray, 'height width channels']
+    ) -> Float[np.ndarray, 'height width channels']:
+        """Normalise a picture as in training."""
+        mean, std = self._normalisation()
+        return ((picture / 255 - mean) / std).astype(np.float32)
+
+    def visible(
+        self, normalised: Float[np.ndarray, '*lead channels']
+    ) -> UInt8[np.ndarray, '*lead channels']:
+        """The picture that `normalised` normalises; NaN becomes grey."""
+        mean, std = self._normalisation()
+        picture = np.nan_to_num(255 * (normalised * std + mean), nan=128.0)
+        return np.rint(np.clip(picture, 0, 255)).astype(np.uint8)
 
     @functools.cached_property
     def _capture(self) -> Any:

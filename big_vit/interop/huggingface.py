@@ -7,7 +7,7 @@ transformers 4.x, which 5.x still reads and writes, except that 5.x leaves out S
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def recognises(names: Any) -> str | None:
     return next((name for name, sign in signs.items() if re.search(sign, text)), None)
 
 
-def newer_names(format: str, arrays: Mapping[str, Any]) -> dict[str, str]:
+def newer_names(format: str, arrays: Iterable[str]) -> dict[str, str]:
     """Map names of transformers 5.x in the file to those of 4.x, where they differ."""
     if format not in ('hf_vit', 'hf_deit', 'hf_mae'):
         return {}
@@ -118,6 +118,11 @@ def _table(format: str, layout: Mapping[str, Any], gated: bool) -> list[Row]:
         ('head_dist', 'distillation_classifier.{leaf}'),
     ]
     return [(ours, prefix + theirs) for ours, theirs in rows] + heads
+
+
+def block_rows() -> list[Row]:
+    """The rows of a plain block."""
+    return [(ours, theirs) for ours, theirs in _vit() if theirs.startswith('encoder.layer.{i}.')]
 
 
 def _vit() -> list[Row]:

@@ -18,6 +18,7 @@ from big_vit.interop import (
     huggingface,
     layout,
     locations,
+    mae_decoder,
     openclip,
     parts,
     pictures,
@@ -99,6 +100,7 @@ def read(
     filled = [n for n in recorded.get('filled', ()) if n in arrays]
     if not any(arrays[n].any() for n in filled):
         arrays = {n: array for n, array in arrays.items() if n not in filled}
+    arrays, beside = mae_decoder.split(format, arrays)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if named and format == 'timm' and not given:  # Else it is one with other sizes.
         timm_vit.check_architecture(named, shapes, where)
@@ -130,8 +132,12 @@ def read(
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
+    learnt = None
+    if beside:
+        beside = {n: files.as_float(a, f'{where}: {n}') for n, a in beside.items()}
+        learnt = mae_decoder.read(format, beside, fields, meta, source.config, where)
     arrays = {n: files.as_float(a, f'{where}: {n}') for n, a in arrays.items()}
-    return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta)
+    return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta, learnt)
 
 
 def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where: str) -> _Encoder:
@@ -312,4 +318,8 @@ def load_init(spec: str, architecture: str | None = None) -> Weights | None:
     params = {
         name: np.asarray(leaf, np.float32) for name, leaf in trees.flatten(weights.params).items()
     }
-    return weights._replace(params=trees.unflatten(params))
+    learnt = weights.learnt
+    if learnt is not None:
+        beside = {name: np.asarray(leaf, np.float32) for name, leaf in learnt.params.items()}
+        learnt = learnt._replace(params=beside)
+    return weights._replace(params=trees.unflatten(params), learnt=learnt)

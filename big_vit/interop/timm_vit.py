@@ -135,11 +135,18 @@ def recognises(names: Any, file: str = '') -> str | None:
     # Models with RoPE beside their table have DeiT-III's very arrays: the name of its files tells.
     if 'blocks.0.gamma_1' in names and re.match(r'(?i)deit_?3', file):
         return 'deit3'
-    if 'decoder_embed.weight' in names:
+    # Its encoder alone has timm's very arrays.
+    if 'decoder_embed.weight' in names or re.match(r'(?i)mae_', file):
         return 'mae'
     if 'register_tokens' in names or {'mask_token', 'blocks.0.ls1.gamma'} <= names:
         return 'dinov2'
     return 'timm'
+
+
+def block_rows() -> list[Row]:
+    """The rows of a plain block."""
+    rows = _table('timm', {'mlp': 'mlp', 'tokenizer': 'patches'}, {'distilled': False})
+    return [(ours, theirs) for ours, theirs in rows if theirs.startswith('blocks.{i}.')]
 
 
 def _table(format: str, settings: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Row]:

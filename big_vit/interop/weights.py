@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from big_vit import trees
 from big_vit.data.sources.classes import shown
 from big_vit.errors import printable
@@ -18,6 +20,13 @@ META = (
 )  # fmt: skip
 
 
+class Learnt(NamedTuple):
+    """What a model learnt with, beside its encoder: keys of `task`, and flat parameters of ours."""
+
+    task: dict[str, Any]
+    params: dict[str, np.ndarray]
+
+
 class Weights(NamedTuple):
     """A model in our layout, read from another codebase or about to be written for one.
 
@@ -29,11 +38,13 @@ class Weights(NamedTuple):
         for one without), class_descriptions (longer names), multi_label (whether classes do not
         exclude each other), licence, source, dropped (names that were left out), part (the place
         of the encoder in the file); None where unknown.
+      learnt: what it was pretrained with, where the file has that too.
     """
 
     params: dict[str, Any]
     settings: dict[str, Any]
     meta: dict[str, Any]
+    learnt: Learnt | None = None
 
 
 def describe(weights: Weights) -> str:
@@ -54,10 +65,15 @@ def describe(weights: Weights) -> str:
     images += f', {crop_mode} {crop_pct:.4g}, {meta.get("interpolation") or "any"} interpolation'
     names = meta.get('class_descriptions') or meta.get('class_names')
     classes = [printable(f'classes  {shown(names)}')] if names else []
+    beside = []
+    if weights.learnt is not None:
+        keys = ', '.join(f'{key}={value!r}' for key, value in weights.learnt.task.items())
+        beside = [f'task     {keys}: {trees.count(weights.learnt.params):,} parameters beside it']
     return '\n'.join(
         [
             f'model    {count:,} parameters: {kinds}',
             f'         {rest}',
+            *beside,
             f'images   {images}',
             *classes,
             printable(

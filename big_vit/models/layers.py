@@ -21,11 +21,59 @@ from jaxtyping import Array, Bool, Float
 
 Dtype = Any
 Product = Callable[[Array, Array], Array]
+Init = nn.initializers.Initializer
 Gather = Callable[[str, Product, Array, Array], Array]
 
 
 def ungathered(name: str, product: Product, x: Array, kernel: Array) -> Array:
     return product(x, kernel)
+
+
+def joined_xavier(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
+    """Xavier's law for one of three matrices [inputs, outputs] that lie side by side in one."""
+    bound = (6 / (shape[0] + 3 * shape[1])) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class InitialLaws(NamedTuple):
+    """Laws of initial values in which codebases differ; all others are the same in all.
+
+    Attributes:
+      qkv: kernels of queries, keys and values, each [inputs, outputs].
+      mlp_bias: biases of MLPs.
+      patches: kernel of the patch embedding, flattened to [pixels, width].
+      patch_bias: its bias, as a function of the pixels.
+      token: the class token and registers are drawn with this deviation; None has a class token
+        of zeros, and registers with a deviation of 0.02.
+    """
+
+    qkv: Init = nn.initializers.xavier_uniform()
+    mlp_bias: Init = nn.initializers.normal(1e-6)
+    patches: Init = nn.initializers.lecun_normal()
+    patch_bias: Callable[[int], Init] = lambda pixels: nn.initializers.zeros
+    token: float | None = None
+
+
+def _torch_bias(inputs: int) -> Init:
+    """PyTorch's law of biases: uniform within one over the root of the inputs."""
+    bound = inputs**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+# 'vit' is that of google-research/vision_transformer, 'mae' that of facebookresearch/mae, whose
+# queries, keys and values are one matrix and whose patch embedding keeps PyTorch's bias.
+INITIAL_LAWS = {
+    'vit': InitialLaws(),
+    'mae': InitialLaws(
+        qkv=joined_xavier,
+        mlp_bias=nn.initializers.zeros,
+        patches=nn.initializers.xavier_uniform(),
+        patch_bias=_torch_bias,
+        token=0.02,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +95,7 @@ class Style:
       lora: rank of the LoRA correction of attention kernels, see `Dense`.
       dropout: dropout rate of the MLP's hidden units and of the residual branches.
       dtype: type of the matrix products and of the residual stream.
+      weight_init: law of initial values, a name in `INITIAL_LAWS`; None is 'vit'.
       gather: multiplies by a kernel; a mesh replaces it to collect the shards of the kernel first.
     """
 
@@ -63,7 +112,12 @@ class Style:
     lora: int = 0
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    weight_init: str | None = None
     gather: Gather = ungathered
+
+    @property
+    def laws(self) -> InitialLaws:
+        return INITIAL_LAWS[self.weight_init or 'vit']
 
 
 PLAIN = Style()
@@ -368,6 +422,30 @@ def _gelu_backward(x: Array, g: Array):
 gelu.defvjp(lambda x: (nn.gelu(x), x), _gelu_backward)
 
 
+@jax.custom_vjp
+def exact_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
+    """Apply GELU with the error function, in float32 (arXiv 1606.08415)."""
+    return _exact_gelu_forward(x)[0]
+
+
+def _exact_gelu_forward(x: Array) -> tuple[Array, Array]:
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype), x
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def _exact_gelu_backward(x: Array, g: Array):
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32) * (2 * jnp.pi) ** -0.5
+    return ((g * (_normal_cdf(x32) + x32 * density)).astype(x.dtype),)
+
+
+exact_gelu.defvjp(_exact_gelu_forward, _exact_gelu_backward)
+
+
 def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
     """Apply x * sigmoid(1.702 x), CLIP's approximation of GELU (arXiv 1606.08415)."""
     return x * jax.nn.sigmoid(1.702 * x)
@@ -375,7 +453,7 @@ def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'gelu_tanh': gelu,
-    'gelu': partial(jax.nn.gelu, approximate=False),
+    'gelu': exact_gelu,
     'quick_gelu': quick_gelu,
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
@@ -430,10 +508,11 @@ class Attention(nn.Module):
         width = x.shape[-1]
         heads = (self.num_heads, style.head_dim or width // self.num_heads)
         dense = partial(Dense, dtype=style.dtype, gather=style.gather, lora=style.lora)
-        query_or_value = partial(dense, heads, use_bias=style.qkv_bias)
+        projection = partial(dense, heads, kernel_init=style.laws.qkv)
+        query_or_value = partial(projection, use_bias=style.qkv_bias)
         query = checkpoint_name(query_or_value(name='query')(x), 'qkv')
         key_bias = style.qkv_bias and style.key_bias
-        key = checkpoint_name(dense(heads, use_bias=key_bias, name='key')(memory), 'qkv')
+        key = checkpoint_name(projection(use_bias=key_bias, name='key')(memory), 'qkv')
         value = checkpoint_name(query_or_value(name='value')(memory), 'qkv')
         if style.qk_norm:
             query, key = norm(style, 'query_norm')(query), norm(style, 'key_norm')(key)
@@ -479,7 +558,7 @@ class Mlp(nn.Module):
     ) -> Float[Array, 'batch tokens width']:
         style = self.style
         dense = partial(
-            Dense, bias_init=nn.initializers.normal(1e-6), dtype=style.dtype, gather=style.gather
+            Dense, bias_init=style.laws.mlp_bias, dtype=style.dtype, gather=style.gather
         )
         hidden = checkpoint_name(dense((self.hidden,), name='Dense_0')(x), 'hidden')
         if style.mlp == 'swiglu':

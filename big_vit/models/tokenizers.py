@@ -189,12 +189,18 @@ def _projected(
     product: Callable[[Array, Array], Array],
 ) -> Array:
     """x times the kernel [*patch, channels, width] of `module`, and a bias; [..., width]."""
-    kernel = jnp.asarray(module.param('kernel', _flat_init, (*patch, channels, width)))
+    pixels, laws = math.prod(patch) * channels, style.laws
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        # The fan is that of the flattened patch, as the papers have it.
+        return laws.patches(key, (pixels, width)).reshape(shape)
+
+    kernel = jnp.asarray(module.param('kernel', init, (*patch, channels, width)))
     x, kernel = x.astype(style.dtype), kernel.astype(style.dtype)
     tokens = style.gather('/'.join((*module.path, 'kernel')), product, x, kernel)
     if not use_bias:
         return tokens
-    bias = jnp.asarray(module.param('bias', nn.initializers.zeros, (width,)))
+    bias = jnp.asarray(module.param('bias', laws.patch_bias(pixels), (width,)))
     return tokens + bias.astype(style.dtype).reshape((1,) * (tokens.ndim - 1) + bias.shape)
 
 
@@ -273,11 +279,6 @@ class RaggedPatches(nn.Module):
 
         how = self.width, self.style, self.use_bias
         return _projected(self, patches, self.patch_size, channels, *how, product)
-
-
-def _flat_init(key: Array, shape: tuple[int, ...]) -> Array:
-    """The fan is that of the flattened patch, as the papers have it."""
-    return nn.initializers.lecun_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
 
 class ShiftedPatches(nn.Module):

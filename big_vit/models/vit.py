@@ -141,10 +141,12 @@ class Body(nn.Module):
     ) -> Float[Array, 'batch prefix width'] | None:
         """The class token and the registers, with what positions they have."""
         width, found = self.encoder.width, []
+        deviation = self.encoder.style.laws.token
         if self.prefix.class_token or self.head.pool in OF_CLASS_TOKEN:
-            found.append(self.param('cls', nn.initializers.zeros, (1, 1, width)))
+            start = nn.initializers.normal(deviation) if deviation else nn.initializers.zeros
+            found.append(self.param('cls', start, (1, 1, width)))
         if self.prefix.registers:
-            start = nn.initializers.normal(0.02)
+            start = nn.initializers.normal(deviation or 0.02)
             found.append(self.param('registers', start, (1, self.prefix.registers, width)))
         if not found:
             return None
@@ -399,7 +401,7 @@ SETTINGS = tuple(name for names in _SECTIONS.values() for name in names)
 # Settings that a user chooses for speed or training: weights are the same with any.
 RUNTIME_SETTINGS = (
     *('dropout', 'drop_path', 'patch_dropout', 'scan', 'remat', 'attention', 'dtype'),
-    *('gather', 'constrain', 'lora'),
+    *('gather', 'constrain', 'lora', 'weight_init'),
 )
 
 

@@ -203,10 +203,26 @@ def scale_by_lars_ratio(rules: Rules) -> optax.GradientTransformationExtraArgs:
     return stateless(scale)
 
 
-def lars(momentum: float = 0.9, nesterov: bool = False, mu_dtype: str = 'float32') -> Law:
-    """LARS (arXiv 1708.03888); momentum accumulates updates already multiplied by the rate."""
-    last = optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype))
-    return lambda rules: [scale_by_lars_ratio(rules), *_scale_by_rates(rules), last]
+def lars(
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    mu_dtype: str = 'float32',
+    rate_in_momentum: bool = True,
+) -> Law:
+    """LARS (arXiv 1708.03888).
+
+    Args:
+      rate_in_momentum: momentum accumulates updates already multiplied by the rate, as in the
+        paper; or the rate of a step multiplies all that was accumulated (MoCo v3, MAE).
+    """
+    trace = optax.trace(momentum, nesterov, accumulator_dtype=jnp.dtype(mu_dtype))
+
+    def law(rules: Rules) -> list[optax.GradientTransformation]:
+        rates = _scale_by_rates(rules)
+        last = [*rates, trace] if rate_in_momentum else [trace, *rates]
+        return [scale_by_lars_ratio(rules), *last]
+
+    return law
 
 
 def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6, mu_dtype: str = 'float32') -> Law:

@@ -15,6 +15,7 @@ from big_vit.data.sources.classes import shown
 from big_vit.errors import UserError
 from big_vit.models import encoder, positions, tokenizers, vit
 from big_vit.models.positions import Grid
+from big_vit.models.tokenizers import Stream
 
 CHANNELS = ('mean', 'sum', 'repeat')
 VIDEO = ('central', 'inflate')
@@ -106,24 +107,29 @@ def adapt(
     scan = model.encoder.scan
     params = encoder.stack_blocks(params) if scan else encoder.unstack_blocks(params)
     flat, wanted = trees.flatten(params), trees.flatten(abstract_state)
+    _new_last_norm(flat, wanted, where)
     name = 'pos_embedding'
     if name in flat and name in wanted and old_grid and new_grid:
         prefix = model.single.posemb_prefix
         front, table = flat[name][:, :prefix], flat[name][:, prefix:]
         table = positions.resize_positions(np.asarray(table), old_grid, new_grid, resize)
         flat[name] = np.concatenate([front, table.astype(front.dtype)], axis=1)
-    # A head starts at zero, other parts of the task as in a run of their own.
-    fresh = []
-    for name, leaf in wanted.items():
-        same_shape = name in flat and flat[name].shape == leaf.shape
-        if not is_addition(name) or (same_shape and (keep_head or not is_head(name))):
-            continue
-        if is_head(name):
-            flat[name] = np.zeros(leaf.shape, leaf.dtype)
-        else:
-            fresh.append(name)
-    if fresh and additions is not None:
-        flat |= additions(fresh)
+    # A head starts at zero, other parts of the task as in a run of their own: each is taken whole
+    # or not at all.
+    added = [name for name in wanted if is_addition(name)]
+    others = [name for name in added if name not in flat or flat[name].shape != wanted[name].shape]
+    for name in added:
+        if is_head(name) and (name in others or not keep_head):
+            flat[name] = np.zeros(wanted[name].shape, wanted[name].dtype)
+    parts = {name.partition('/')[0] for name in others if not is_head(name)}
+    replaced = sorted(parts & {name.partition('/')[0] for name in flat})
+    if replaced:
+        print(
+            f'init    {where}: {", ".join(replaced)} is of other sizes than here, and starts anew'
+        )
+    flat = {n: leaf for n, leaf in flat.items() if n.partition('/')[0] not in parts}
+    if parts and additions is not None:
+        flat |= additions([name for name in added if name.partition('/')[0] in parts])
     # A model without a head, or with another, has no place for it.
     for name in [name for name in flat if is_head(name) and name not in wanted]:
         del flat[name]
@@ -136,6 +142,71 @@ def adapt(
     adapted = trees.unflatten(flat)
     checkpoint.check_params(adapted, abstract_state, where)
     return adapted
+
+
+def _new_last_norm(flat: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """A norm of the pooled vector, where the parameters have one of each token, starts anew.
+
+    So MAE and its heirs are fine-tuned. The other way round there is nothing to go on with.
+    """
+    old, new = 'Transformer/encoder_norm/', 'encoder_norm/'
+    missing = [n for n in wanted if n.startswith(new) and n not in flat]
+    left = [n for n in flat if n.startswith(old) and n not in wanted]
+    if not missing or not left:
+        return
+    for name in left:
+        del flat[name]
+    for name in missing:
+        start = np.ones if name.endswith('/scale') else np.zeros
+        flat[name] = start(wanted[name].shape, wanted[name].dtype)
+    print(f'init    {where}: its last norm is left out, that of the pooled vector starts anew')
+
+
+def with_positions(
+    params: dict[str, Any], old: Stream, grid: Grid | None, new: Stream, width: int, where: str
+) -> dict[str, Any]:
+    """Parameters with learned positions in place of fixed ones of equal values, or without them.
+
+    Args:
+      old, new: the stream of the parameters, and that of the model that they are for.
+      grid: of the tokens, in the training of the parameters.
+      width: of the tokens.
+
+    Raises:
+      UserError: learned positions are not those that are fixed here.
+    """
+    if grid is None or old.posemb == new.posemb:
+        return params
+    table, rest = params.get('pos_embedding'), {**params}
+    if new.posemb == 'learned' and old.posemb in positions.LAWS:
+        fixed = positions.sincos(grid, width, old.posemb)
+        rest['pos_embedding'] = np.pad(fixed, ((0, 0), (new.posemb_prefix, 0), (0, 0)))
+    if new.posemb in positions.LAWS and table is not None:
+        front, of_patches = np.split(np.asarray(table), [old.posemb_prefix], axis=1)
+        fixed = positions.sincos(grid, width, new.posemb)
+        # Files hold them rounded, some in bfloat16.
+        if of_patches.shape != fixed.shape or np.abs(of_patches - fixed).max() > 5e-3:
+            raise UserError(
+                f'{where} has learned positions, and model.posemb={new.posemb!r} has fixed ones: '
+                f"set model.posemb='learned' and model.posemb_prefix={old.posemb_prefix}"
+            )
+        if np.abs(front).max(initial=0) > 5e-3:
+            rest = _rows_into_tokens(rest, front)
+        del rest['pos_embedding']
+    return rest
+
+
+def _rows_into_tokens(params: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
+    """Adds the positions of prefix tokens to the tokens, which are learned too."""
+    start = 0
+    for name in ('cls', 'registers'):
+        if name in params:
+            count = np.shape(params[name])[1]
+            own = rows[:, start : start + count]
+            padded = np.pad(own, ((0, 0), (0, count - own.shape[1]), (0, 0)))
+            params = {**params, name: params[name] + padded}
+            start += count
+    return params
 
 
 def _lora_factor(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

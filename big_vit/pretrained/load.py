@@ -31,7 +31,10 @@ _UNSEEN = (
     'rope_theta',
     'parallel',
     'norm_after_pool',
+    'posemb',
 )
+# Those of these are in arrays.
+_SEEN_POSITIONS = ('learned', 'relative')
 
 
 class Pretrained(NamedTuple):
@@ -64,7 +67,8 @@ def read_pretrained(
         mean, std = weights.meta.get('mean'), weights.meta.get('std')
         known = (mean, std) if mean and std else None
         part, names = weights.meta.get('part'), weights.meta.get('class_names')
-        return Pretrained(weights.params, config_of_weights(weights), init, known, part, names)
+        params = with_learnt(weights)
+        return Pretrained(params, config_of_weights(weights), init, known, part, names)
     if architecture is not None:
         raise UserError(
             f'config: init_architecture={architecture!r} is of weights of timm without a config, '
@@ -217,6 +221,16 @@ def initial_params(
             params = adapt.head_by_name(
                 params, pretrained.class_names, parts.class_names, pretrained.where
             )
+        streams = build_streams(pretrained.config), build_streams(config)
+        if max(map(len, streams)) == 1:
+            params = adapt.with_positions(
+                params,
+                streams[0][0],
+                adapt.saved_grid(pretrained.config),
+                streams[1][0],
+                trunk.encoder.width,
+                pretrained.where,
+            )
         if task.name != parts.task.name:
             names = sorted({name.partition('/')[0] for name in left})
             print(
@@ -273,6 +287,8 @@ def _check_unseen(config: Config, model: vit.ViT, found: Pretrained) -> None:
             continue
         if name == 'rope_theta' and here['posemb'] != 'rope':
             continue
+        if name == 'posemb' and {had, here[name]} & {*_SEEN_POSITIONS}:
+            continue
         wrong.append(f'model.{name}={had!r} (here {here[name]!r})')
     if wrong:
         raise UserError(
@@ -325,6 +341,12 @@ def image_normalisation(
     return transform.normalisation(channels)
 
 
+def with_learnt(weights: Weights) -> dict[str, Any]:
+    """The parameters of a model, and what it learnt with beside them."""
+    beside = weights.learnt.params if weights.learnt is not None else {}
+    return trees.unflatten({**trees.flatten(weights.params), **beside})
+
+
 def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """A config whose model is that of the weights; data and recipe are only a beginning.
 
@@ -350,6 +372,8 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
         'data.name': 'folder',
         'data.transform': pictures.transform_of(meta),
     }
+    if weights.learnt is not None:
+        flat |= {f'task.{name}': value for name, value in weights.learnt.task.items()}
     if size == 'mu':
         flat |= {f'model.{name}': settings[name] for name in _SIZES}
     for name in fit.FIELDS:

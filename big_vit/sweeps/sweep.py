@@ -28,7 +28,7 @@ from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import EVALUATORS, requirements
 from big_vit.journal import Diverged
-from big_vit.pretrained.load import initial_params
+from big_vit.pretrained.standardise import start_params
 from big_vit.sweeps import study, vmapped_trials
 from big_vit.sweeps.trial_journal import Trial
 from big_vit.workdir import owned
@@ -169,7 +169,7 @@ def starts(config: Config, *left_out: str) -> dict[str, Config]:
 
 def make_params(config: Config, keep_head: bool = False) -> Callable[[Experiment], Any] | None:
     """Return a function that loads the parameters to start from; None to start from random ones."""
-    return initial_params(config, keep_head=keep_head) if config.init else None
+    return start_params(config, keep_head)
 
 
 TRANSFER = Recipe(starts, make_params, must_test=True)

@@ -4,7 +4,8 @@ The encoder sees the visible tokens alone; a small decoder gets them back with m
 between and predicts the pixels of each patch.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from big_vit.models.layers import Dense
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT, select_tokens
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Loss, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Pictures, Task, Tree
 
 
 def masked(
@@ -61,6 +62,8 @@ def masked(
         provides=frozenset({'features'}),
         additions=('decoder',),
         trunk=lambda model: model.trunk,
+        draw=draw_masks,
+        pictures=lambda model: reconstructions(model, normalise_pixels),
     )
 
 
@@ -97,10 +100,16 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
             'model.patch_dropout'
         )
     rows, columns = grid_of(stream, example.inputs[stream.reads])
-    if not 0 < visible_tokens(rows * columns, ratio) < rows * columns:
+    patches = rows * columns
+    visible = visible_tokens(patches, ratio)
+    if not 0 < visible < patches:
+        most = math.floor(1000 * (1 - 1 / patches)) / 1000
+        hint = f'take one from {1 / patches:.3g} to {most:g}'
+        if patches == 1:
+            hint = 'take smaller patches (model.variant) or a larger image_size'
         raise UserError(
-            f'config: task.mask_ratio={ratio:g} of {rows * columns} patches leaves none '
-            f'{"hidden" if ratio < 0.5 else "visible"}'
+            f'config: task.mask_ratio={ratio:g} of {patches} patches leaves none '
+            f'{"hidden" if visible else "visible"}: {hint}'
         )
     if width % heads or not positions.divides(width, 2):
         raise UserError(
@@ -112,6 +121,37 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
 def visible_tokens(tokens: int, ratio: float) -> int:
     """How many tokens stay, rounded as MAE does."""
     return int(tokens * (1 - ratio))
+
+
+def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+    """What decides which patches of each example are hidden: those of the largest numbers."""
+    return jax.random.uniform(key, (batch, tokens))
+
+
+@jax.custom_vjp
+def permuted(
+    x: Float[Array, 'batch tokens width'],
+    order: Int[Array, 'batch tokens'],
+    inverse: Int[Array, 'batch tokens'],
+) -> Float[Array, 'batch tokens width']:
+    """The tokens in another order; `inverse` puts them back.
+
+    So the gradient is another permutation and not a sum into places, which accelerators make one
+    by one.
+    """
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _permuted_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
+    return permuted(x, order, inverse), (order, inverse)
+
+
+def _permuted_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    order, inverse = saved
+    return permuted(g, inverse, order), None, None
+
+
+permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
 class Decoder(nn.Module):
@@ -126,6 +166,7 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, 'batch visible width'],
         prefix: int,
+        order: Int[Array, 'batch tokens'],
         restore: Int[Array, 'batch tokens'],
         deterministic: bool,
     ) -> Float[Array, 'batch tokens outputs']:
@@ -138,7 +179,7 @@ class Decoder(nn.Module):
         tokens = jnp.concatenate(
             [visible, jnp.broadcast_to(token, (x.shape[0], hidden, width))], axis=1
         )
-        tokens = jnp.take_along_axis(tokens, restore[..., None], axis=1)
+        tokens = permuted(tokens, restore, order)
         table = jnp.asarray(positions.sincos(self.grid, width, 'sincos2d_mae'))
         x = jnp.concatenate([before, tokens + table.astype(x.dtype)], axis=1)
         x, _ = Encoder(self.encoder, name='Transformer')(self.encoder.constrain(x), deterministic)
@@ -167,34 +208,43 @@ class MaskedAutoencoder(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.trunk)
 
+    def noise(self, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
+        """What decides which patches are hidden, from the random stream 'mask'."""
+        if not self.has_rng('mask'):
+            return jnp.broadcast_to(jnp.linspace(0, 1, tokens), (batch, tokens))
+        return mask_noise(self.make_rng('mask'), batch, tokens)
+
     @nn.compact
     def __call__(
         self,
         inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
         *,
         train: bool = False,
+        noise: Float[Array, 'batch tokens'] | None = None,
     ) -> tuple[Float[Array, 'batch tokens pixels'], Float[Array, 'batch tokens']]:
         """The predicted pixels of each patch, and a mask that is 1 for hidden patches.
 
-        Which are hidden depends on the random stream 'mask'; without it, the last ones are.
+        Args:
+          noise: of each example the patches with the largest numbers are hidden; by default drawn
+            from the random stream 'mask', and without it the last patches are hidden.
         """
         stream = self.trunk.single
         assert stream is not None
         image = inputs[stream.reads] if isinstance(inputs, dict) else inputs
         tokens, context = self.trunk.embed(image, train=train)
         batch, length = tokens.x.shape[:2]
-        noise = jnp.broadcast_to(jnp.linspace(0, 1, length), (batch, length))
-        if self.has_rng('mask'):
-            noise = jax.random.uniform(self.make_rng('mask'), (batch, length))
+        if noise is None:
+            noise = self.noise(batch, length)
         order = jnp.argsort(noise, axis=1)
         restore = jnp.argsort(order, axis=1)
         kept = visible_tokens(length, self.mask_ratio)
         visible = select_tokens(tokens, order[:, :kept])
+        visible = visible._replace(x=permuted(tokens.x, order, restore)[:, :kept])
         x, _ = self.trunk.encode(visible, context, train=train)
         rows, columns = grid_of(stream, image.shape[1:])
         pixels = stream.patch_size[0] * stream.patch_size[1] * image.shape[-1]
         decoder = Decoder(self.decoder_config, (rows, columns), pixels, name='decoder')
-        predicted = decoder(x, self.trunk.prefix_tokens, restore, not train)
+        predicted = decoder(x, self.trunk.prefix_tokens, order, restore, not train)
         return predicted, (restore >= kept).astype(jnp.float32)
 
 
@@ -208,6 +258,65 @@ def patchify(
     return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
 
 
+def unpatchify(
+    pixels: Float[Array, 'batch tokens pixels'], patch: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, 'batch height width channels']:
+    """The image of this height and width that `patchify` cuts into these patches."""
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    x = pixels.reshape(len(pixels), rows, columns, patch[0], patch[1], -1).swapaxes(2, 3)
+    return x.reshape(len(pixels), *size, -1)
+
+
+def pixel_targets(
+    pixels: Float[Array, 'batch tokens pixels'], normalise: bool
+) -> Float[Array, 'batch tokens pixels']:
+    """What is to be predicted of each patch: its pixels, maybe standardised by themselves."""
+    if not normalise:
+        return pixels
+    mean, deviation = patch_statistics(pixels)
+    return (pixels - mean) / deviation
+
+
+def patch_statistics(
+    pixels: Float[Array, 'batch tokens pixels'],
+) -> tuple[Float[Array, 'batch tokens 1'], Float[Array, 'batch tokens 1']]:
+    """Mean and deviation of each patch, as targets are standardised with."""
+    # Unbiased, as in the authors' code.
+    variance = pixels.var(-1, keepdims=True, ddof=1)
+    return pixels.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
+
+
+def hidden_error(
+    predicted: Float[Array, 'batch tokens pixels'],
+    targets: Float[Array, 'batch tokens pixels'],
+    hidden: Float[Array, 'batch tokens'],
+) -> Float[Array, '']:
+    """Mean squared error of the hidden patches of all examples."""
+    return (jnp.square(predicted - targets).mean(-1) * hidden).sum() / hidden.sum()
+
+
+def _streams(rng: Array) -> dict[str, Array]:
+    dropout, mask = jax.random.split(rng)
+    return {'dropout': dropout, 'mask': mask}
+
+
+def _apply(model: MaskedAutoencoder) -> Any:
+    return model.apply  # Flax types its result as one value or a pair.
+
+
+def draw_masks(model: MaskedAutoencoder) -> Callable[[Batch, Array], dict[str, Array]]:
+    """`Task.draw` of the noise that a loss of the whole batch would draw."""
+    stream = model.trunk.single
+    assert stream is not None
+
+    def draw(batch: Batch, key: Array) -> dict[str, Array]:
+        rows, columns = grid_of(stream, batch['image'].shape[1:])
+        sizes = len(batch['image']), rows * columns
+        return {'noise': _apply(model)({}, *sizes, rngs=_streams(key), method='noise')}
+
+    return draw
+
+
 def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss:
     """Mean squared error of the pixels of hidden patches; its metric 'hidden' is their share."""
     stream = model.trunk.single
@@ -217,19 +326,43 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
         image = model_inputs({'image': batch['image']})
-        rngs = {}
-        if rng is not None:
-            dropout, mask = jax.random.split(rng)
-            rngs = {'dropout': dropout, 'mask': mask}
-        apply: Any = model.apply
-        predicted, hidden = apply({'params': params}, image, train=rng is not None, rngs=rngs)
-        wanted = patchify(image, stream.patch_size)
-        if normalise_pixels:
-            mean = wanted.mean(-1, keepdims=True)
-            # Unbiased, as in the authors' code.
-            variance = wanted.var(-1, keepdims=True, ddof=1)
-            wanted = (wanted - mean) / jnp.sqrt(variance + 1e-6)
-        error = jnp.square(predicted - wanted).mean(-1)
-        return (error * hidden).sum() / hidden.sum(), Aux({'hidden': hidden.mean()})
+        # Cut once, for the embedding and for the targets: each by itself would lay out all pixels
+        # with three channels innermost, which accelerators pad to whole lanes.
+        pixels = jax.lax.optimization_barrier(patchify(image, stream.patch_size))
+        # The embedding would round them to this type next; before, its layout is that of patches.
+        rounded = pixels.astype(model.trunk.encoder.style.dtype)
+        image = unpatchify(rounded, stream.patch_size, (image.shape[1], image.shape[2]))
+        rngs, noise = {} if rng is None else _streams(rng), batch.get('drawn', {}).get('noise')
+        predicted, hidden = _apply(model)(
+            {'params': params}, image, train=rng is not None, rngs=rngs, noise=noise
+        )
+        error = hidden_error(predicted, pixel_targets(pixels, normalise_pixels), hidden)
+        return error, Aux({'hidden': hidden.mean()})
 
     return loss
+
+
+def reconstructions(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Pictures:
+    """Images with patches hidden, and with predictions in their place.
+
+    Predictions of normalised pixels get the mean and deviation of the true patch, which nothing
+    predicts: without these they look like coloured noise.
+    """
+    stream = model.trunk.single
+    assert stream is not None
+
+    def pictures(params: Tree, images: Array, key: Array) -> dict[str, Array]:
+        predicted, hidden = _apply(model)({'params': params}, images, rngs={'mask': key})
+        pixels = patchify(images, stream.patch_size)
+        if normalise_pixels:
+            mean, deviation = patch_statistics(pixels)
+            predicted = predicted * deviation + mean
+        is_hidden = hidden[..., None] > 0
+        shown = {
+            'what it sees': jnp.where(is_hidden, jnp.nan, pixels),
+            'reconstruction': jnp.where(is_hidden, predicted, pixels),
+        }
+        size = images.shape[1], images.shape[2]
+        return {name: unpatchify(x, stream.patch_size, size) for name, x in shown.items()}
+
+    return pictures

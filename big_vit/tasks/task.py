@@ -78,6 +78,14 @@ class Targets(NamedTuple):
     shared: Callable[[Tree, dict[str, Array], Array], Tree]
 
 
+# (parameters, images as the model sees them, key) -> pictures of each of them by title, in the
+# range of the images; NaN where there is nothing to see.
+Pictures = Callable[
+    [Tree, Float[Array, 'batch height width channels'], Array],
+    dict[str, Float[Array, 'batch height width channels']],
+]
+
+
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -119,6 +127,7 @@ class Task(NamedTuple):
       draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
+      pictures: model -> `Pictures` of what it makes of images, for reports; None without.
     """
 
     name: str
@@ -138,6 +147,7 @@ class Task(NamedTuple):
     teacher_rate: TeacherRate | None = None
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
+    pictures: Callable[[Any], Pictures] | None = None
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""

@@ -1,17 +1,19 @@
 """Masked autoencoding: the loss against NumPy, what the encoder sees, and a run from end to end."""
 
 import shutil
+import signal
+import time
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import error_line, run
+from commands import error_line, run, run_many, start
 from gate import mostly_slow
 from tiny import flags
 
-from big_vit import checkpoint, config, metrics, state, trees
+from big_vit import checkpoint, config, metrics, state, train, trees
 from big_vit.build.experiment import build_experiment, loss_flops
 from big_vit.build.steps import build_train_step
 from big_vit.errors import UserError
@@ -145,6 +147,122 @@ def test_tokens_come_back_in_the_order_of_the_image():
         assert np.flatnonzero(moved).tolist() == [patch]
 
 
+@pytest.mark.parametrize('normalise', mostly_slow([True, False], True))
+def test_pictures_have_predictions_where_patches_are_hidden(normalise):
+    model = model_of()
+    params = initialised(model)
+    seen = images(3).astype(np.float32) / 127.5 - 1
+    key = jax.random.key(4)
+    made = jax.jit(masked.reconstructions(model, normalise))(params, jnp.asarray(seen), key)
+    predicted, hidden = model.apply({'params': params}, jnp.asarray(seen), rngs={'mask': key})
+    is_shown = np.broadcast_to(shown(hidden), seen.shape)
+    blind, whole = (np.asarray(made[name]) for name in ('what it sees', 'reconstruction'))
+    np.testing.assert_array_equal(np.isnan(blind), ~is_shown)
+    np.testing.assert_array_equal(blind[is_shown], seen[is_shown])
+    np.testing.assert_array_equal(whole[is_shown], seen[is_shown])
+    for i, patch in np.argwhere(np.asarray(hidden) == 1):
+        row, column = divmod(int(patch), 6)
+        place = i, slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
+        wanted, pixels = np.asarray(predicted, np.float64)[i, patch], seen[place]
+        if normalise:
+            wanted = wanted * np.sqrt(pixels.var(ddof=1, dtype=np.float64) + 1e-6) + pixels.mean()
+        np.testing.assert_allclose(whole[place], wanted.reshape(4, 4, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_hides_the_same_however_it_is_cut():
+    """Noise is drawn for all examples at once; by itself a loss would hide the same of them."""
+    model = model_of()
+    params, key = initialised(model), jax.random.key(3)
+    batch = {'image': jnp.asarray(images(6))}
+    drawn = masked.draw_masks(model)(batch, key)
+    loss = jax.jit(masked.masked_loss(model))
+    whole, _ = loss(params, (), batch, key, 0)
+    assert float(whole) == float(loss(params, (), {**batch, 'drawn': drawn}, key, 0)[0])
+    parts = [
+        float(loss(params, (), jax.tree.map(lambda x, i=i: x[i::3], {**batch, 'drawn': drawn}),
+                   jax.random.key(i), 0)[0])
+        for i in range(3)
+    ]  # fmt: skip
+    assert np.mean(parts) == pytest.approx(float(whole), rel=1e-6)
+
+
+def losses_of(changes, tmp_path):
+    settings = config.resolve({**DIGITS, 'skip_sigmas': 0.0, **changes})
+    train.run(settings, tmp_path)
+    return [row['train/loss'] for row in metrics.read(tmp_path) if 'train/loss' in row]
+
+
+@pytest.mark.slow
+def test_meshes_and_accumulation_give_the_same_losses(tmp_path):
+    sharded = {'mesh.min_shard_size': 0}
+    wanted = losses_of({'mesh.fsdp': 1, 'mesh.replica': 8}, tmp_path / 'data')
+    for name, changes in {
+        'fsdp': {**sharded, 'mesh.fsdp': 8},
+        '2d': {**sharded, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'accumulation': 2},
+        'accumulated': {'mesh.fsdp': 2, 'mesh.tensor': 4, 'accumulation': 8},
+    }.items():
+        np.testing.assert_allclose(losses_of(changes, tmp_path / name), wanted, rtol=2e-5)
+    alone = write_config(tmp_path)
+    result = run(*alone, '--workdir', tmp_path / 'one', devices=1)
+    assert result.returncode == 0, result.stderr
+    first, second = run_many(*alone, '--workdir', tmp_path / 'two')
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    for name in ('one', 'two'):
+        rows = metrics.read(tmp_path / name)
+        found = [row['train/loss'] for row in rows if 'train/loss' in row]
+        np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
+def write_config(folder):
+    """The command that trains `DIGITS`."""
+    spec = folder / 'config.py'
+    spec.write_text(
+        'from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict()\n'
+    )
+    options = flags({key: str(value) for key, value in {**DIGITS, 'skip_sigmas': 0}.items()})
+    return ('train', '--config', spec, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'ema': 0.9},
+        {'optim.sam_rho': 0.05},
+        {'optim.name': 'muon', 'accumulation': 2},
+        {'optim.name': 'shampoo', 'optim.start': 2, 'optim.every': 2},
+    ],
+    ids=['ema', 'sam', 'muon', 'shampoo'],
+)
+def test_it_learns_with_each_of_these(changes, tmp_path):
+    losses = losses_of({**changes, 'total_steps': 20}, tmp_path)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+@pytest.mark.slow
+def test_kill_9_and_restart_ends_bit_identical(tmp_path):
+    command = (*write_config(tmp_path), '--config.total_steps=300')
+    whole = run(*command, '--workdir', tmp_path / 'whole')
+    assert whole.returncode == 0, whole.stderr
+    process = start(*command, '--workdir', tmp_path / 'killed')
+    until = time.monotonic() + 240
+    while time.monotonic() < until and process.poll() is None:
+        rows = metrics.read(tmp_path / 'killed')
+        if rows and rows[-1]['step'] >= 20:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert metrics.read(tmp_path / 'killed')[-1]['step'] < 300, 'killed too late to show anything'
+    result = run(*command, '--workdir', tmp_path / 'killed')
+    assert result.returncode == 0 and 'resume' in result.stdout
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(checkpoint.load_params(tmp_path / name, 300)[0] for name in ('whole', 'killed')),
+    )
+
+
 def test_the_trunk_is_a_plain_one_and_flops_are_of_what_is_seen():
     model = model_of()
     inputs = {'image': (IMAGE, np.dtype(np.uint8))}
@@ -189,6 +307,12 @@ def test_a_run_resumes_bit_identically_and_its_trunk_goes_on(tmp_path):
     )
     assert moved.returncode == 0, moved.stderr
     assert "learnt task 'masked': its trunk goes on, left is decoder" in moved.stdout
+    drawn = run('explore', half, '--png', tmp_path / 'png')
+    assert 'predictions.png' in drawn.stdout, drawn.stderr
+    reported = run('report', half, '--out', tmp_path / 'report.html')
+    assert reported.returncode == 0, reported.stderr
+    page = (tmp_path / 'report.html').read_text()
+    assert page.count('Training image 1: reconstruction') == 1
     explored = run('explore', half)
     assert explored.returncode == 0, explored.stderr
     assert 'train/loss' in explored.stdout and 'accuracy' not in explored.stdout
@@ -220,7 +344,17 @@ def test_pictures_need_no_labels_where_none_are_learnt(tmp_path):
         ({'mixup': 0.2}, 'set both to 0'),
         ({'model.pool': 'map'}, 'trains no pooling'),
         ({'model.patch_dropout': 0.5}, 'set task.mask_ratio'),
-        ({'task.mask_ratio': 0.97}, 'leaves none visible'),
+        (
+            {'task.mask_ratio': 0.97},
+            'leaves none visible: take one from 0.0625 to 0.937',
+        ),
+        (
+            {'task.mask_ratio': 0.0},
+            'leaves none hidden: take one from 0.0625 to 0.937',
+        ),
+        ({'task.mask_ratio': 1.0}, 'task.mask_ratio'),
+        ({'model.variant': 'mu/8'}, 'of 1 patches leaves none visible: take smaller patches'),
+        ({'image_size': 9}, 'image_size 9x9 is not divisible by the 2x2 patch'),
         ({'task.decoder_width': 18}, 'task.decoder_width=18 must be divisible by 4'),
         ({'model.posemb': 'relative'}, 'needs all tokens of a grid'),
     ],
