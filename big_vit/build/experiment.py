@@ -124,6 +124,12 @@ def build_experiment(
         if reference is not None:
             references[name] = reference
     task = build_task(config.task)
+    if task.whole_batch and config.accumulation > 1:
+        raise UserError(
+            f'config: accumulation={config.accumulation}, but the loss of task.name={task.name!r} '
+            'as configured is of all examples of a batch together: set it to 1, with a smaller '
+            "batch_size, model.remat='full' or more devices"
+        )
     model = build_model(config, classes, train.input_shapes, mesh)
     _check_classes(task, train.source)
     order = train.order

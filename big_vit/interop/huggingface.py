@@ -1,6 +1,6 @@
 """Hugging Face's formats of vision models.
 
-ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3 and ViTMAE. A folder has
+ViT, DeiT, DINOv2 (with registers), SigLIP's vision tower, DINOv3, ViTMAE and I-JEPA. A folder has
 model.safetensors and config.json, which says everything that arrays do not. Names are those of
 transformers 4.x, which 5.x still reads and writes, except that 5.x leaves out SigLIP's
 `vision_model.`.
@@ -22,6 +22,7 @@ TYPES = {
     'vit': 'hf_vit',
     'deit': 'hf_deit',
     'vit_mae': 'hf_mae',
+    'ijepa': 'hf_ijepa',
     'dinov2': 'hf_dinov2',
     'dinov2_with_registers': 'hf_dinov2_reg',
     'siglip': 'hf_siglip',
@@ -33,6 +34,7 @@ _PREFIXES = {
     'hf_vit': ('vit.',),
     'hf_deit': ('deit.',),
     'hf_mae': ('vit.',),
+    'hf_ijepa': ('ijepa.',),
     'hf_dinov2': ('dinov2.',),
     'hf_dinov2_reg': ('dinov2_with_registers.',),
     'hf_siglip': ('vision_model.',),
@@ -91,7 +93,7 @@ def recognises(names: Any) -> str | None:
 
 def newer_names(format: str, arrays: Iterable[str]) -> dict[str, str]:
     """Map names of transformers 5.x in the file to those of 4.x, where they differ."""
-    if format not in ('hf_vit', 'hf_deit', 'hf_mae'):
+    if format not in ('hf_vit', 'hf_deit', 'hf_mae', 'hf_ijepa'):
         return {}
     renamed = {}
     for name in arrays:
@@ -240,6 +242,7 @@ def settings_of(
     classifier = 'cls_classifier' if layout['teacher'] else 'classifier'
     size = _pair(_required(config, 'image_size', where))
     defaults = {'hf_siglip': 1e-6, 'hf_dinov2': 1e-6, 'hf_dinov2_reg': 1e-6, 'hf_dinov3': 1e-5}
+    defaults['hf_ijepa'] = 1e-6
     activation = config.get('hidden_act', 'gelu_pytorch_tanh' if format == 'hf_siglip' else 'gelu')
     if activation not in _ACTIVATIONS:
         raise UserError(f'{where}: hidden_act {activation!r} is not one that big_vit has')
@@ -261,6 +264,7 @@ def settings_of(
     kind = {
         'hf_vit': _settings_of_vit,
         'hf_mae': _settings_of_vit,
+        'hf_ijepa': _settings_of_ijepa,
         'hf_deit': _settings_of_deit,
         'hf_dinov2': _settings_of_dinov2,
         'hf_dinov2_reg': _settings_of_dinov2,
@@ -320,6 +324,11 @@ def _settings_of_vit(settings: Settings, shapes: Shapes, config: Any, prefix: st
     if pooler and config.get('pooler_act', 'tanh') != 'tanh':
         raise UserError(f'config.json: pooler_act {config["pooler_act"]!r} is not one big_vit has')
     return {'representation': pooler}
+
+
+def _settings_of_ijepa(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
+    more = {'class_token': False, 'posemb_prefix': 0, 'pool': 'gap'}
+    return {**_settings_of_vit(settings, shapes, config, prefix), **more}
 
 
 def _settings_of_deit(settings: Settings, shapes: Shapes, config: Any, prefix: str) -> Settings:
@@ -411,6 +420,10 @@ def convert(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
             allowed |= dict(mlp=('mlp',), layer_scale=(0.0,))
         if format == 'hf_deit':
             registers, pools = (1,), ('cls', 'cls_dist')
+        if format == 'hf_ijepa':
+            pools = ('gap',)
+            if 'cls' in model.params:
+                raise UserError('--to hf_ijepa: it has no class token, this model has one')
         if classes and settings['representation']:
             raise UserError(
                 f'--to {format}: a classifier of theirs has no layer between pooling and head '
@@ -421,7 +434,7 @@ def convert(format: str, model: Model) -> tuple[Model, dict[str, Any]]:
         if format == 'hf_dinov2_reg' and not settings['registers']:
             raise UserError('--to hf_dinov2_reg: this model has no registers; --to hf_dinov2')
         allowed |= dict(posemb=_TABLES, pool=pools, registers=registers)
-        count = 2 if format == 'hf_deit' else 1
+        count = {'hf_deit': 2, 'hf_ijepa': 0}.get(format, 1)
         changes = [fit.with_position_table, lambda m: fit.with_prefix(m, count)]
         changes += [fit.with_layer_scale] if dinov2 else []
         changes += [fit.with_biases] if settings['qkv_bias'] else []
@@ -479,7 +492,7 @@ def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str,
             config['num_register_tokens'] = settings['registers']
     else:
         config['intermediate_size'] = settings['mlp_dim']
-    if format in ('hf_vit', 'hf_deit', 'hf_mae'):
+    if format in ('hf_vit', 'hf_deit', 'hf_mae', 'hf_ijepa'):
         config['qkv_bias'] = settings['qkv_bias']
         if settings['representation']:
             config |= {'pooler_act': 'tanh', 'pooler_output_size': settings['representation']}
@@ -551,6 +564,7 @@ def _class_of(format: str, settings: Mapping[str, Any]) -> str:
         'hf_vit': ('ViTModel', 'ViTForImageClassification'),
         'hf_deit': ('DeiTModel', 'DeiTForImageClassification'),
         'hf_mae': ('ViTMAEModel', ''),
+        'hf_ijepa': ('IJepaModel', 'IJepaForImageClassification'),
         'hf_dinov2': ('Dinov2Model', 'Dinov2ForImageClassification'),
         'hf_dinov2_reg': ('Dinov2WithRegistersModel', 'Dinov2WithRegistersForImageClassification'),
         'hf_siglip': ('SiglipVisionModel', 'SiglipForImageClassification'),

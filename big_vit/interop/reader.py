@@ -16,6 +16,7 @@ from big_vit.interop import (
     formats,
     google,
     huggingface,
+    ijepa_predictor,
     layout,
     locations,
     mae_decoder,
@@ -53,13 +54,14 @@ class _SourceFile(NamedTuple):
 
 
 class _Encoder(NamedTuple):
-    """The arrays of one encoder, as stored, and where they were."""
+    """The arrays of one encoder, as stored, and where they were; and those of a predictor."""
 
     format: str
     arrays: Arrays
     part: str | None
     dropped: tuple[str, ...]
     google_layout: dict[str, Any]
+    predictor: Arrays | None = None
 
 
 def read(
@@ -101,6 +103,7 @@ def read(
     if not any(arrays[n].any() for n in filled):
         arrays = {n: array for n, array in arrays.items() if n not in filled}
     arrays, beside = mae_decoder.split(format, arrays)
+    beside = beside or encoder.predictor or {}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if named and format == 'timm' and not given:  # Else it is one with other sizes.
         timm_vit.check_architecture(named, shapes, where)
@@ -135,7 +138,11 @@ def read(
     learnt = None
     if beside:
         beside = {n: files.as_float(a, f'{where}: {n}') for n, a in beside.items()}
-        learnt = mae_decoder.read(format, beside, fields, meta, source.config, where)
+        learnt = (
+            ijepa_predictor.read(beside, fields, meta, where)
+            if format == 'ijepa'
+            else mae_decoder.read(format, beside, fields, meta, source.config, where)
+        )
     arrays = {n: files.as_float(a, f'{where}: {n}') for n, a in arrays.items()}
     return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta, learnt)
 
@@ -166,7 +173,7 @@ def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where
     if format is None:
         format = (
             openclip.recognises(inside)
-            or timm_vit.recognises(inside, source.path.name)
+            or timm_vit.recognises(inside, source.path.name, part.place)
             or huggingface.recognises(inside)
         )
     if format is None:
@@ -177,7 +184,10 @@ def _encoder(source: _SourceFile, format: str | None, drop: Sequence[str], where
     renamed = huggingface.newer_names(format, arrays)
     arrays = {renamed.get(name, name): array for name, array in arrays.items()}
     dropped = (*sorted(beside), *dropped)
-    return _Encoder(format, arrays, parts.about(part, others), dropped, {})
+    predictor: Arrays | None = None
+    if format == 'ijepa':
+        predictor = ijepa_predictor.beside(source.sections, part.section, part.prefix)
+    return _Encoder(format, arrays, parts.about(part, others), dropped, {}, predictor)
 
 
 def _open_source(spec: str) -> _SourceFile:

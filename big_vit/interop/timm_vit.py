@@ -1,4 +1,4 @@
-"""timm's format, and the PyTorch releases that it grew from: MAE, DeiT-III, DINOv2.
+"""timm's format, and the PyTorch releases that it grew from: MAE, DeiT-III, DINOv2, I-JEPA.
 
 A folder has model.safetensors and config.json; `timm.create_model('local-dir:PATH',
 pretrained=True)` reads it. The name of the architecture determines what arrays do not reveal: the
@@ -18,7 +18,7 @@ from big_vit.interop import class_names, fit, pictures
 from big_vit.interop.fit import ATTENTION, Model, Settings
 from big_vit.interop.layout import Row, Rule, Shapes, depth_of, torch_rules
 
-FORMATS = ('timm', 'mae', 'deit3', 'dinov2')
+FORMATS = ('timm', 'mae', 'deit3', 'dinov2', 'ijepa')
 _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 _BLOCK = 'Transformer/encoderblock_{i}'
 _MAP = 'MAPHead_0'
@@ -46,6 +46,7 @@ _RELEASED_HEADS = {
     'mae': {768: 12, 1024: 16, 1280: 16},
     'deit3': {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},
     'dinov2': {384: 6, 768: 12, 1024: 16, 1536: 24},
+    'ijepa': {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16},
 }
 # Architectures that big_vit has. Others have blocks that compute something else, some under the
 # same names, so that a name with an unknown part is refused.
@@ -127,15 +128,18 @@ def unknown_architecture(name: str, where: str) -> UserError:
     return UserError(f'{where}: {name} is not a ViT that big_vit has{hint}')
 
 
-def recognises(names: Any, file: str = '') -> str | None:
-    """Return the format of arrays with these names, in a file of this name."""
+def recognises(names: Any, file: str = '', place: str = '') -> str | None:
+    """Return the format of arrays with these names, in a file of this name, at this place of it."""
     names = set(names)
     if 'patch_embed.proj.weight' not in names:
         return None
     # Models with RoPE beside their table have DeiT-III's very arrays: the name of its files tells.
     if 'blocks.0.gamma_1' in names and re.match(r'(?i)deit_?3', file):
         return 'deit3'
-    # Its encoder alone has timm's very arrays.
+    # Its encoder has the arrays of timm's models without class token.
+    if re.match(r'(target_)?encoder(\.|$)', place) and 'cls_token' not in names:
+        return 'ijepa'
+    # That of MAE alone has timm's very arrays.
     if 'decoder_embed.weight' in names or re.match(r'(?i)mae_', file):
         return 'mae'
     if 'register_tokens' in names or {'mask_token', 'blocks.0.ls1.gamma'} <= names:
@@ -470,8 +474,9 @@ def _about(format: str, name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
         about['source'] = cfg.get('hf_hub_id') or cfg.get('url') or cfg.get('origin_url')
         return about
     licences = {'mae': 'cc-by-nc-4.0', 'deit3': 'apache-2.0', 'dinov2': 'apache-2.0'}
-    crop = {'mae': 0.875, 'deit3': 1.0, 'dinov2': 1.0}
-    source = {'mae': 'mae', 'deit3': 'deit', 'dinov2': 'dinov2'}
+    licences['ijepa'] = 'cc-by-nc-4.0'
+    crop = {'mae': 0.875, 'deit3': 1.0, 'dinov2': 1.0, 'ijepa': 0.875}
+    source = {'mae': 'mae', 'deit3': 'deit', 'dinov2': 'dinov2', 'ijepa': 'ijepa'}
     return {
         **about,
         **_IMAGENET,

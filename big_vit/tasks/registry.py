@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 
-from big_vit.tasks import classification, contrastive, masked, self_distillation
+from big_vit.tasks import (
+    classification,
+    contrastive,
+    joint_embedding,
+    masked,
+    self_distillation,
+)
 from big_vit.tasks.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     'classification': classification.classification,
     'contrastive': contrastive.contrastive,
+    'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
     'self_distillation': self_distillation.self_distillation,
 }

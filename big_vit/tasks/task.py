@@ -128,6 +128,8 @@ class Task(NamedTuple):
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
+      whole_batch: whether the loss is of all examples of a batch together, with gradients between
+        them, so that a batch cannot be learned from in parts.
     """
 
     name: str
@@ -148,6 +150,7 @@ class Task(NamedTuple):
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
     pictures: Callable[[Any], Pictures] | None = None
+    whole_batch: bool = False
 
     def is_addition(self, path: str) -> bool:
         """Whether a parameter belongs to the task and not to its trunk."""

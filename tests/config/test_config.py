@@ -407,6 +407,7 @@ WRONG = {
     'severities': ['x', 0, 6, 1.5, True, (), (1, 6)],
     'groups': ['x', 5, (('.*', 'adam', 1),), (('.*',),), (('.*', 1.0),), (('.*', 'adm'),)],
     'classes': [1.5, True, (), (1.5,), (True,), (None,)],
+    'pair': ['x', 0.1, True, (), (0.1,), (0.2, 0.1), (0.1, 'x'), (-0.1, 0.2), (0.1, 0.2, 0.3)],
     'rules': [
         'x',
         5,
@@ -470,6 +471,12 @@ GROUPS = {
     'prompts': 'texts',
     'task.embedding_dim': 'int', 'task.mask_ratio': 'below one', 'task.decoder_width': 'int',
     'task.decoder_depth': 'int', 'task.decoder_heads': 'int', 'task.normalise_pixels': 'bool',
+    'task.method': 'choice', 'task.target_blocks': 'int', 'task.target_scale': 'pair',
+    'task.target_aspect': 'pair', 'task.context_scale': 'pair', 'task.context_tokens': 'int',
+    'task.whole_grid': 'bool', 'task.predictor_width': 'int', 'task.predictor_depth': 'int',
+    'task.predictor_heads': 'int', 'task.momentum': 'pair', 'task.projector_width': 'int',
+    'task.projection_dim': 'int', 'task.sigreg_weight': 'share',
+    'task.sigreg_directions': 'int',
 }  # fmt: skip
 
 

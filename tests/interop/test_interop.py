@@ -82,6 +82,7 @@ MODELS = {
         dict(posemb='learned', posemb_prefix=2, registers=1, pool='cls_dist', **GELU),
     ),
     'hf_mae': ('hf_mae', {**LEARNED, **GELU, **NO_HEAD}),
+    'hf_ijepa': ('hf_ijepa', dict(posemb='learned', pool='gap', **GELU)),
     'hf_dinov2': ('hf_dinov2', {**LEARNED, **GELU, 'pool': 'cls_gap', 'layer_scale': 1.0}),
     'hf_dinov2 swiglu': (
         'hf_dinov2',
@@ -452,6 +453,7 @@ def test_what_a_peer_has_no_word_for_becomes_what_it_has(to, settings, tmp_path)
         ('hf_vit', dict(pool='gap'), "no pool='gap' (it has 'cls'); --to hf_siglip has 'gap'"),
         ('hf_vit', {**LEARNED, 'representation': 8}, '--drop'),
         ('hf_mae', LEARNED, 'no num_classes=5'),
+        ('hf_ijepa', dict(pool='cls', num_classes=0), 'no class token'),
         ('hf_dinov2', {**LEARNED, 'pool': 'cls_gap', 'mlp_dim': 100}, 'a multiple of the width'),
         ('hf_dinov2_reg', {**LEARNED, 'pool': 'cls_gap'}, '--to hf_dinov2'),
         ('hf_siglip', dict(pool='cls', num_classes=0), 'no class token'),

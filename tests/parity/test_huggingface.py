@@ -21,6 +21,10 @@ def pooled(y):
     return y.pooler_output
 
 
+def mean(outputs):
+    return outputs.last_hidden_state.mean(1)
+
+
 def first(y):
     return y.last_hidden_state[:, 0]
 
@@ -105,6 +109,14 @@ MODELS = {
         (r'.*(mask|register)_tokens?',),
     ),
     'hf_mae': ('ViTMAEModel', 'ViTMAEConfig', first, dict(mask_ratio=0.0), ()),
+    'hf_ijepa': ('IJepaModel', 'IJepaConfig', mean, {}, ()),
+    'hf_ijepa classifier': (
+        'IJepaForImageClassification',
+        'IJepaConfig',
+        logits,
+        dict(num_labels=5),
+        (),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from peers import CLOSE, distance, images, ours, peer, randomise, theirs
 
 from big_vit import interop, trees
 from big_vit.errors import UserError
+from big_vit.models import positions
 
 SIZES = dict(img_size=32, embed_dim=192, depth=2, num_heads=3)
 
@@ -70,6 +71,57 @@ def test_a_release_answers_as_timm_does(name, half, tmp_path):
         return
     batch = images(28 if name == 'dinov2' else 32)
     assert distance(theirs(model, batch), ours(weights, batch)) <= CLOSE
+
+
+def predictor_of(model, torch):
+    """Arrays of I-JEPA's predictor of 48 features, whose block is that of a model of timm."""
+    renamed = {'blocks.': 'predictor_blocks.', 'norm.': 'predictor_norm.'}
+    arrays = {
+        f'module.{new}{key.removeprefix(old)}': array
+        for key, array in model.state_dict().items()
+        for old, new in renamed.items()
+        if key.startswith(old)
+    }
+    table = positions.sincos((2, 2), 48, 'sincos2d_mae')
+    shapes = {'predictor_embed': (48, 192), 'predictor_proj': (192, 48)}
+    for name, shape in shapes.items():
+        arrays[f'module.{name}.weight'] = torch.randn(shape)
+        arrays[f'module.{name}.bias'] = torch.randn(shape[0])
+    more = {'mask_token': torch.randn(1, 1, 48), 'predictor_pos_embed': torch.from_numpy(table)}
+    return arrays | {f'module.{name}': array for name, array in more.items()}
+
+
+@pytest.mark.parametrize('part', ['', ':encoder'])
+def test_a_file_of_ijepa_answers_by_its_averaged_encoder(part, tmp_path):
+    timm = peer('timm')
+    import torch
+
+    more = {**SIZES, 'class_token': False, 'global_pool': 'avg', 'fc_norm': False}
+    averaged, online = (
+        randomise(timm.create_model('vit_base_patch16_224', num_classes=0, **more), seed)
+        for seed in (0, 1)
+    )
+    encoders = {'encoder': online, 'target_encoder': averaged}
+    stored = {
+        name: {f'module.{key}': array for key, array in model.state_dict().items()}
+        for name, model in encoders.items()
+    }
+    small = {**more, 'embed_dim': 48, 'depth': 1}
+    predictor = randomise(timm.create_model('vit_base_patch16_224', num_classes=0, **small), 2)
+    stored['predictor'] = predictor_of(predictor, torch)
+    file = tmp_path / 'IN1K-vit.h.14-300e.pth.tar'
+    torch.save({**stored, 'opt': {'state': {}}, 'epoch': 300, 'lr': 1e-3}, file)
+    weights = interop.read(f'{file}{part}')
+    assert weights.meta['format'] == 'ijepa' and weights.settings['num_heads'] == 3
+    assert weights.settings['pool'] == 'gap' and not weights.settings['class_token']
+    assert weights.meta['part'].startswith('encoder' if part else 'target_encoder')
+    task = {'name': 'joint_embedding', 'method': 'ijepa'}
+    assert weights.learnt.task == {**task, 'predictor_width': 48, 'predictor_depth': 1}
+    kernel = weights.learnt.params['predictor/embedding/kernel']
+    stored_kernel = stored['predictor']['module.predictor_embed.weight']
+    np.testing.assert_array_equal(kernel, stored_kernel.numpy().T)
+    wanted = theirs(online if part else averaged, images(32))
+    assert distance(wanted, ours(weights, images(32))) <= CLOSE
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
