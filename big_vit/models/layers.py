@@ -424,13 +424,13 @@ gelu.defvjp(lambda x: (nn.gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def exact_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-    """Apply GELU with the error function, in float32 (arXiv 1606.08415)."""
+    """Apply GELU with the error function, in float32 or wider (arXiv 1606.08415)."""
     return _exact_gelu_forward(x)[0]
 
 
 def _exact_gelu_forward(x: Array) -> tuple[Array, Array]:
-    x32 = x.astype(jnp.float32)
-    return (x32 * _normal_cdf(x32)).astype(x.dtype), x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * _normal_cdf(wide)).astype(x.dtype), x
 
 
 def _normal_cdf(x: Array) -> Array:
@@ -438,9 +438,9 @@ def _normal_cdf(x: Array) -> Array:
 
 
 def _exact_gelu_backward(x: Array, g: Array):
-    x32 = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * x32 * x32) * (2 * jnp.pi) ** -0.5
-    return ((g * (_normal_cdf(x32) + x32 * density)).astype(x.dtype),)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
+    return ((g * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
 
 
 exact_gelu.defvjp(_exact_gelu_forward, _exact_gelu_backward)
