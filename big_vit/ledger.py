@@ -194,11 +194,11 @@ def optimizers() -> list[str]:
 def with_optimizer(config: Config, name: str) -> Config:
     """Returns the config with another optimizer.
 
-    Keys of `optim` that this optimizer does not read are harmless: only a run calls `audit`. The
-    schedule takes no memory; 'constant' is the one that every optimizer accepts.
+    Keys of `optim` that this optimizer does not read are harmless: only a run calls `audit`.
+    Schedules take no memory; constants are what every optimizer accepts.
     """
     changes = {'optim.name': name, 'optim.group_rules': None, 'schedule.name': 'constant'}
-    return config.replacing({**changes, 'mesh.max_replicated': 1.0})
+    return config.replacing({**changes, 'optim.weight_decay_end': None, 'mesh.max_replicated': 1.0})
 
 
 def make_row(config: Config, devices: list[jax.Device], optimizer: str) -> Row:

@@ -10,9 +10,10 @@ features; `recipe=boosted` is its second (300 epochs, batch 1024):
     vanilla   69.3        74.0
     boosted   73.3        76.0
 
-They have not been reproduced here. Differences: the teacher's temperature rises by step and not by
-epoch; crops are cut on the host and colours changed on the devices, by the same laws. Neighbours
-are sought in a tenth of the training split while it trains; theirs are of all.
+They have not been reproduced here. Differences: weights start as those of this codebase; the
+teacher's temperature rises by step and not by epoch; crops are cut on the host and colours changed
+on the devices, by the same laws. Neighbours are sought in a tenth of the training split while it
+trains; theirs are of all.
 """
 
 from ml_collections import ConfigDict

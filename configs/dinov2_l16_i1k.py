@@ -4,15 +4,15 @@
 
 The authors' repository gives for it, 125,000 steps of 2048 examples on 32 GPUs, top-1 of 81.6 % by
 nearest neighbours and of 82.9 % by a linear probe of the frozen features. They have not been
-reproduced here. Differences: stochastic depth leaves out a branch for each example by itself, and
-earlier blocks less often, on a line up to the rate, where theirs runs an exact number of examples
-of each GPU at one rate; masked patches are counted as in DINOv3, exactly for each group of
-`task.mask_group` examples, and neighbours sought among 64 examples of the batch, as many as a GPU
-had there.
+reproduced here. Differences: weights start as those of this codebase; stochastic depth leaves out a
+branch for each example by itself, and earlier blocks less often, on a line up to the rate, where
+theirs runs an exact number of examples of each GPU at one rate; masked patches are counted as in
+DINOv3, exactly for each group of `task.mask_group` examples, and neighbours sought among 64
+examples of the batch, as many as a GPU had there.
 
-The second large view is blurred nine times in ten, the first never: the authors meant the
-opposite, but this is what their code does, and what the published weights were trained with.
-`blur=paper` is as written.
+The second large view is blurred nine times in ten, the first never: the authors meant the opposite,
+but this is what their code does, and what the published weights were trained with. `blur=paper` is
+as written.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 # Found by `python -m big_vit.plan --search`; docs/plans/ has the plans.
 PODS = {
-    'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16}},
+    # The decoder's kernels are small: they are split too, or each chip would update all of them.
+    'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16, 'min_shard_size': 2**17}},
 }
 
 

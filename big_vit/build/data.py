@@ -105,6 +105,7 @@ def _spec(
         label_map=section.label_map,
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
+        skip_bad=section.cache == 'resized' and section.on_error == 'skip',
     )
 
 

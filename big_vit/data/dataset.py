@@ -15,6 +15,7 @@ from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
 from big_vit.data.sources.classes import relabel, shown, subset
 from big_vit.data.sources.known import Known, known_of, meet
+from big_vit.data.sources.media import say_once
 from big_vit.data.sources.registry import SOURCES
 from big_vit.data.sources.splits import parse_split, split_name
 from big_vit.data.transforms import Transform
@@ -41,6 +42,7 @@ class Spec:
       seed: of generated sources.
       settings: (key, value) of the config keys that this source reads; None is not set.
       labelled, least_classes: as in `Request`.
+      skip_bad: whether damaged examples are left out of a resized copy.
       known: classes whose numbers the labels become, those of a model; None keeps the dataset's.
       num_classes: as the config key, like the rest.
     """
@@ -60,6 +62,7 @@ class Spec:
     label_map: str | None = None
     cache: str = 'auto'
     cache_side: int = 256
+    skip_bad: bool = False
 
 
 def open_spec(
@@ -285,7 +288,16 @@ def _resized(source: Source, spec: Spec) -> Source:
     path = files.cache_folder() / 'records' / _mark(source, spec, settings, first)
     source = _transformed(source, first) if first.names else source
     if not path.exists():
-        records.write_records(source, path, 'train', spec.cache_side)
+        on_error = 'skip' if spec.skip_bad else 'stop'
+        records.write_records(source, path, 'train', spec.cache_side, on_error=on_error)
+    left_out = json.loads((path / 'train.json').read_text()).get('left_out', 0)
+    if left_out and not spec.skip_bad:
+        raise UserError(
+            f'{path}: is a copy without the {left_out:,} damaged examples of {source.name}: repair '
+            f"them and delete it, or set {spec.key}.on_error='skip' as when it was made"
+        )
+    if left_out:
+        say_once(f'{path}: is a copy of {source.name} without its {left_out:,} damaged examples')
     copy = records.records(Request('train', spec.key), path=str(path))
     # Copies of former versions lack names where the number of classes was known.
     names = copy.class_names or source.class_names

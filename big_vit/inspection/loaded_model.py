@@ -152,7 +152,8 @@ class LoadedModel:
         flat = trees.flatten(self.params)
         classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
         shapes = {name: shape for name, (shape, _) in inputs.items()}
-        model = build_scored_model(config, classes, shapes, mesh)
+        build = build_model if whole else build_scored_model
+        model = build(config, classes, shapes, mesh)
         model_of_inputs = state.abstract_params(model, inputs)
         # Of streams that stay apart, those without an input have no parameters there.
         absent = {s.name for s in build_streams(config) if s.name and s.reads not in inputs}
@@ -161,7 +162,7 @@ class LoadedModel:
         absent |= set(build_task(config.task).additions) - model_of_inputs.keys()
         saved = {name: leaf for name, leaf in self.params.items() if name not in absent}
         checkpoint.check_params(saved, model_of_inputs, self.path)
-        return build_model(config, classes, shapes, mesh) if whole else model
+        return model
 
     def task_pictures(
         self, images: Float[np.ndarray, 'count height width channels']

@@ -422,6 +422,30 @@ def _gelu_backward(x: Array, g: Array):
 gelu.defvjp(lambda x: (nn.gelu(x), x), _gelu_backward)
 
 
+@jax.custom_vjp
+def exact_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
+    """Apply GELU with the error function, in float32 (arXiv 1606.08415)."""
+    return _exact_gelu_forward(x)[0]
+
+
+def _exact_gelu_forward(x: Array) -> tuple[Array, Array]:
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype), x
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def _exact_gelu_backward(x: Array, g: Array):
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32) * (2 * jnp.pi) ** -0.5
+    return ((g * (_normal_cdf(x32) + x32 * density)).astype(x.dtype),)
+
+
+exact_gelu.defvjp(_exact_gelu_forward, _exact_gelu_backward)
+
+
 def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
     """Apply x * sigmoid(1.702 x), CLIP's approximation of GELU (arXiv 1606.08415)."""
     return x * jax.nn.sigmoid(1.702 * x)
@@ -429,7 +453,7 @@ def quick_gelu(x: Float[Array, '...']) -> Float[Array, '...']:
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'gelu_tanh': gelu,
-    'gelu': partial(jax.nn.gelu, approximate=False),
+    'gelu': exact_gelu,
     'quick_gelu': quick_gelu,
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,

@@ -49,6 +49,11 @@ def state_of(path: str, config: Config, parts: Experiment) -> state.State:
             'nadamw, lamb, shampoo and soap do'
         )
 
+    if parts.first_steps and config.optim.freeze_by == 'gradient':
+        raise UserError(
+            "config: switch: with optim.freeze_by='gradient' held parameters begin with moments of "
+            "their own, which none can be handed to: remove optim.freeze_* or take 'rate'"
+        )
     frozen = factory.frozen(parts.lr_factors)
     shampoo_params = (name for name, group in parts.groups.items() if group == 'shampoo')
     blocked = frozenset(name for name in shampoo_params if name not in frozen)

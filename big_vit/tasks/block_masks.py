@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 _LEAST_AREA, _ASPECT = 4, 0.3
-# A view is given up after so many rectangles that did not fit, as in the authors' code, and
-# after so many in all; see the test for how few ever come there.
+# A view is given up after so many rectangles that did not fit, as in the authors' code, and after
+# so many in all, to which none of thousands came: half of 32x32 patches took 41 at most.
 _FAILURES, _ATTEMPTS = 10, 64
 
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tiny import write_idx
 
 from big_vit.data import dataset, pipeline
-from big_vit.data.sources import folder, parquet, table, tar
+from big_vit.data.sources import arrays, folder, idx, parquet, table, tar
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
@@ -150,6 +151,28 @@ def test_shards_of_pictures_alone(tmp_path):
     assert one_class(source) == [png(i) for i in range(3)]
 
 
+def test_arrays_of_pictures_alone(tmp_path):
+    images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8, 1)
+    np.savez(tmp_path / 'one.npz', image=images)
+    np.savez(tmp_path / 'two.npz', x_train=images, x_test=images[:2], y_test=np.array([0, 1]))
+    for name in ('one', 'two'):
+        path = str(tmp_path / f'{name}.npz')
+        np.testing.assert_array_equal(one_class(arrays.arrays(ANY, path=path)), images)
+        with pytest.raises(UserError):
+            arrays.arrays(Request('train'), path=path)
+    labelled = arrays.arrays(Request('test'), path=str(tmp_path / 'two.npz'))
+    assert labelled.load(np.arange(2))['label'].tolist() == [0, 1]
+
+
+def test_idx_files_of_pictures_alone(tmp_path):
+    root = write_idx(tmp_path, examples=4)
+    whole = idx.idx(Request('train'), path=str(root)).load(np.arange(4))['image']
+    (root / 'train-labels-idx1-ubyte.gz').unlink()
+    np.testing.assert_array_equal(one_class(idx.idx(ANY, path=str(root))), whole)
+    with pytest.raises(UserError, match='no train labels'):
+        idx.idx(Request('train'), path=str(root))
+
+
 # --- Kinds of pictures -----------------------------------------------------------------
 
 
@@ -237,3 +260,29 @@ def test_broken_pictures_are_replaced_and_counted(tmp_path, workers):
     if not workers:
         with pytest.raises(UserError, match=r"cut\.jpg: .*set data\.on_error='skip'"):
             batches(tmp_path, 'resize(size)', skip=False)
+
+
+def test_a_resized_copy_is_made_without_the_broken_ones_and_counts_them(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    for name, make in (KINDS | BROKEN).items():
+        if name in ('x.bmp', 'x.webp', *BROKEN):
+            path = tmp_path / 'photos' / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(make())
+
+    def opened(skip):
+        spec = dataset.Spec(
+            'data', 'folder', 'train', 'resize(size)', (8, 8), labelled=False, cache='resized',
+            settings=(('path', str(tmp_path / 'photos')),), cache_side=20, skip_bad=skip,
+        )  # fmt: skip
+        return dataset.open_spec(spec)[0]
+
+    with pytest.raises(UserError, match=r'cut\.jpg'):
+        opened(False)
+    assert opened(True).length == 2
+    said = capfd.readouterr().err
+    assert 'is a copy of folder:photos without its 4 damaged examples' in said
+    with pytest.raises(UserError, match=r"without the 4 damaged .* set data\.on_error='skip'"):
+        opened(False)

@@ -305,6 +305,35 @@ def test_a_model_of_several_asks_which_one(tmp_path):
 # Names of the PyTorch releases.
 
 
+@pytest.mark.parametrize(
+    ('name', 'settings'),
+    [
+        ('mae_pretrain_vit_base', {**LEARNED, **NO_HEAD}),
+        (
+            'mae_finetuned_vit_base',
+            dict(posemb='learned', posemb_prefix=1, class_token=True, pool='gap',
+                 norm_after_pool=True),
+        ),
+    ],
+)  # fmt: skip
+def test_encoders_of_mae_are_known_by_the_name_of_their_file(name, settings, tmp_path):
+    from safetensors.numpy import save_file
+
+    mine = weights_of({**settings, **GELU, 'width': 192, 'num_heads': 3}, image_size=(32, 32))
+    shapes = layout.shapes_of(mine.settings, mine.meta)
+    rules = timm_vit.rules_of('mae', mine.settings, shapes, {'distilled': False})
+    arrays = layout.to_theirs(rules, trees.flatten(mine.params))
+    assert ('fc_norm.weight' in arrays) == ('finetuned' in name)
+    save_file(arrays, tmp_path / f'{name}.safetensors')
+    again = interop.read(tmp_path / f'{name}.safetensors', settings={'num_heads': 3})
+    same(mine, again)
+    assert again.settings == mine.settings and again.learnt is None
+    assert again.meta['format'] == 'mae' and again.meta['mean'] == (0.485, 0.456, 0.406)
+    save_file(arrays, tmp_path / 'other.safetensors')
+    with pytest.raises(UserError, match=r'config\.json must be beside it'):
+        interop.read(tmp_path / 'other.safetensors')
+
+
 @pytest.mark.parametrize('release', ['deit3', 'mae', 'dinov2'])
 def test_the_names_of_releases(release, tmp_path):
     settings = {

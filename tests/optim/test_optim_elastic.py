@@ -185,6 +185,10 @@ def test_the_moments_that_are_handed_over_are_those_of_the_checkpoint(of_adamw, 
     [
         pytest.param({'optim.name': 'muon'}, '', marks=pytest.mark.slow),
         ({'optim.name': 'lion'}, 'config: switch: lion takes over no moments; adam'),
+        (
+            {'optim.freeze_steps': "(('head/.*', 4), ('.*', 0))", 'optim.freeze_by': 'gradient'},
+            "config: switch: with optim.freeze_by='gradient' .*remove optim.freeze_",
+        ),
         ({**SHAMPOO, 'total_steps': '3'}, 'is at step 3, and this run has 3: set total_steps'),
         ({**SHAMPOO, 'model.width': '64'}, 'holds another architecture: '),
         ({**SHAMPOO, 'optim.groups': '3'}, r'optim.groups: 3 does not divide every=2; try every=3'),

@@ -94,6 +94,7 @@ def test_fixed_positions_become_learned_ones_and_back(law):
         adapt.with_positions(there, learned, (3, 5), Stream(posemb=other), 16, 'it')
 
 
+@pytest.mark.slow
 def test_fine_tuning_has_trainable_positions_and_a_norm_of_its_own(pretrained, capfd):
     fine = {'model.pool': 'gap', 'model.norm_after_pool': True, 'model.class_token': True}
     learned = {'model.posemb': 'learned', 'model.posemb_prefix': 1, 'model.activation': 'gelu'}
@@ -111,6 +112,7 @@ def test_fine_tuning_has_trainable_positions_and_a_norm_of_its_own(pretrained, c
         np.testing.assert_array_equal(found[name], saved[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_positions_of_another_law_are_told(pretrained):
     settings = {**DIGITS, 'model.class_token': True, 'model.pool': 'cls', 'init': str(pretrained)}
     with pytest.raises(UserError, match=r"model.posemb='sincos2d_mae' \(here 'sincos2d'\)"):
@@ -125,14 +127,15 @@ def test_a_decoder_goes_on_whole_or_not_at_all(pretrained, capfd):
     jax.tree.map(np.testing.assert_array_equal, found, saved)
     capfd.readouterr()
     parts, found = start_of({**again, 'task.decoder_depth': 2})
-    assert 'decoder is of other sizes than here: it starts anew' in capfd.readouterr().out
+    assert 'decoder is of other sizes than here, and starts anew' in capfd.readouterr().out
     random = state.initial_leaves(parts.model, parts.data.inputs, 0, list(found))
     for name, leaf in found.items():
         wanted = random if name.startswith('decoder/') else saved
         np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
 
 
-@pytest.mark.parametrize('pool', ['cls', pytest.param('gap', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('pool', ['cls', 'gap'])
 def test_standardised_features_are_those_behind_a_batch_norm(pretrained, pool):
     probe = {**DIGITS, **{k: v for k, v in MAE.items() if not k.startswith('task.')}}
     probe |= {'model.pool': pool, 'init': str(pretrained)}

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT, environment, error_line, run
@@ -22,6 +24,9 @@ from big_vit.build.experiment import build_experiment, example_indices
 from big_vit.errors import UserError
 from big_vit.sweeps import study, sweep, vmapped_trials
 from big_vit.sweeps.trial_journal import Trial
+from big_vit.tasks import classification, registry
+from big_vit.tasks.batch import model_inputs
+from big_vit.tasks.task import Aux, Targets
 
 SPLITS = {
     'data.split': 'train[:40%]',
@@ -128,6 +133,95 @@ DIGITS = {
     'log.every_steps': 8,
     'checkpoint.every_steps': 8,
 }
+
+
+def taught():
+    """Classification whose student also follows its teacher, with a state of its own."""
+    plain = classification.classification()
+
+    def loss(model, run):
+        supervised = plain.loss(model, run)
+
+        def total(params, task_state, batch, rng, step):
+            value, aux = supervised(params, task_state, batch, rng, step)
+            logits, _ = model.apply({'params': params}, model_inputs(batch))
+            shift = task_state['targets'] + task_state['centre']
+            wanted = batch['targets']['logits'] - shift[None]
+            return value + jnp.square(logits - wanted).mean(), Aux(aux.metrics, logits.mean(0))
+
+        return total
+
+    def targets(model, run):
+        def rows(task_state, batch, rng, step):
+            logits, _ = model.apply({'params': task_state['teacher']}, model_inputs(batch))
+            return {'logits': logits + jax.random.normal(rng, logits.shape)}
+
+        return Targets(rows, lambda task_state, rows, step: rows['logits'].mean(0))
+
+    return plain._replace(
+        name='taught',
+        loss=loss,
+        targets=targets,
+        state=lambda params: {'centre': params['head']['bias'] * 0},
+        after_update=lambda params, task_state, carried, step: {
+            'centre': task_state['centre'] + 0.1 * carried
+        },
+        teacher_rate=lambda step, total: 0.5 / (1.0 + step),
+    )
+
+
+TAUGHT = {
+    'task.name': 'taught',
+    'total_steps': 6,
+    'evals.test.every_steps': 6,
+    'checkpoint.every_steps': 3,
+    'accumulation': 2,
+    'model.scan': True,
+    'model.depth': 2,
+    'optim.name': 'adamw',
+    'optim.sam_rho': 0.1,
+    'optim.eps': 1e-3,
+    'optim.clip': 0.5,
+    'optim.clip_by': 'tensor',
+    'optim.weight_decay': 0.04,
+    'optim.weight_decay_end': 0.4,
+    'optim.freeze_steps': (('head/.*', 2), ('.*', 0)),
+    'optim.freeze_by': 'gradient',
+    'optim.lr_rules': (('pos_embedding|cls|embedding/.*', 0.0), ('.*', 1.0)),
+    'schedule.name': 'cosine_dino',
+    'schedule.warmup_steps': 2,
+}
+
+
+@pytest.mark.slow
+def test_trials_at_once_have_teachers_and_states_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.TASKS, 'taught', taught)
+    settings = config.resolve(DIGITS | TAUGHT)
+
+    def folder(trial):
+        return tmp_path / f'{trial.lr:g}-{trial.seed}'
+
+    found = vmapped_trials.run(settings, [3, 4], [0.02, 0.1], folder, start=sweep.make_params)
+    assert len(found) == 4
+    for trial in (Trial(0.1, 3), Trial(0.02, 4)):
+        alone = tmp_path / f'alone-{trial.lr:g}-{trial.seed}'
+        one = settings.replacing({'lr': trial.lr, 'seed': trial.seed})
+        ended = train.run(one, alone)
+        for name in ('test/loss', 'train/loss', 'train/lr', 'train/weight_decay'):
+            np.testing.assert_allclose(found[trial][name], ended.metrics[name], rtol=3e-5)
+        parts = build_experiment(one)
+        mine, theirs = (
+            trees.flatten(jax.device_get(checkpoint.restore(f, 6, parts.abstract_state)))
+            for f in (folder(trial), alone)
+        )
+        for name, leaf in theirs.items():
+            np.testing.assert_allclose(mine[name], leaf, rtol=2e-4, atol=2e-6, err_msg=name)
+        assert np.abs(mine['task/centre']).max() > 1e-4
+        assert np.abs(mine['ema/head/kernel'] - mine['params/head/kernel']).max() > 1e-4
+    # One that ran with others goes on as it would alone, from the middle.
+    shutil.rmtree(folder(trial) / 'checkpoints' / '6')
+    again = train.run(one, folder(trial))
+    np.testing.assert_allclose(again.metrics['test/loss'], ended.metrics['test/loss'], rtol=3e-5)
 
 
 def ran_at_once(folder, rates=(0.02, 0.1)):

@@ -169,15 +169,6 @@ def test_pictures_have_predictions_where_patches_are_hidden(normalise):
         np.testing.assert_allclose(whole[place], wanted.reshape(4, 4, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_patches_of_one_colour_are_counted():
-    image = images(2)
-    image[0, :8, :8] = [200, 10, 30]  # Four of them.
-    model = model_of()
-    batch = {'image': jnp.asarray(image)}
-    _, aux = masked.masked_loss(model)(initialised(model), (), batch, jax.random.key(0), 0)
-    assert float(aux.metrics['flat']) == pytest.approx(4 / 48)
-
-
 def test_a_batch_hides_the_same_however_it_is_cut():
     """Noise is drawn for all examples at once; by itself a loss would hide the same of them."""
     model = model_of()

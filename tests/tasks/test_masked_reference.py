@@ -111,6 +111,7 @@ def farthest(found, wanted):
     return max((distance(found[name], wanted[name]), name) for name in names)
 
 
+@pytest.mark.slow
 def test_loss_prediction_and_gradients_are_the_references(tmp_path, noise):
     about, arrays = oracle()
     params, images, drawn = start()
@@ -124,7 +125,8 @@ def test_loss_prediction_and_gradients_are_the_references(tmp_path, noise):
     assert value == pytest.approx(float(arrays['loss_f64']), rel=1e-5)
     assert farthest(gradient, wanted)[0] < 1e-5
     for knob, wrong in about['wrong'].items():
-        assert wrong == pytest.approx(wrong) and abs(wrong / value - 1) > 2e-6, knob
+        least = 2e-6 if knob == 'tanh GELU' else 1e-4  # That one is told by the gradients.
+        assert abs(wrong / value - 1) > least, knob
     with jax.default_matmul_precision('highest'):
         rngs = {'mask': jax.random.key(0)}
         predicted, hidden = model.apply({'params': mine}, jnp.asarray(images[0]), rngs=rngs)
@@ -154,7 +156,7 @@ def test_the_loss_alone_is_the_references_in_float64():
         image, predicted = jnp.asarray(images[0], jnp.float64), jnp.asarray(arrays['pred'])
         hidden = jnp.asarray(arrays['mask'], jnp.float64)
         for normalise, wanted in ((True, 'loss_f64'), (False, 'pixels_f64')):
-            targets = masked.pixel_targets(image, (4, 4), normalise)
+            targets = masked.pixel_targets(masked.patchify(image, (4, 4)), normalise)
             value = float(masked.hidden_error(predicted, targets, hidden))
             assert value == pytest.approx(float(arrays[wanted]), rel=1e-10)
 

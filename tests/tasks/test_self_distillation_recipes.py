@@ -1,5 +1,6 @@
 """Twenty steps of DINO and DINOv2 beside the references' modules, with equal weights and views."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import pytest
 from big_vit import config, sharding, state, steps, trees
 from big_vit.build.optimizer import Length, build_optimizer, rate_schedule
 from big_vit.models.vit import make_vit
-from big_vit.tasks.self_distillation import self_distillation
+from big_vit.tasks import block_masks, prototypes
+from big_vit.tasks.self_distillation import self_distillation, teacher_rate
 from big_vit.tasks.task import ExampleShape, Run
 
 STEPS, BATCH, LOCALS, WIDTH, HEADS, DEPTH = 20, 6, 3, 24, 3, 2
@@ -198,7 +200,7 @@ def settings_of(name, kind):
     return config.resolve(settings)
 
 
-def trained(name, kind, options, change=lambda task: task):
+def trained(name, kind, options, change=lambda task: task, count=STEPS):
     numbers, part = reference(name, kind)
     norm = options.get('prototype_norm', 'learned')
     arrays = initial({key: x.shape for key, x in part('student').items()})
@@ -229,11 +231,11 @@ def trained(name, kind, options, change=lambda task: task):
         targets=task.targets(model, run),
     )
     now, losses, step = state.from_params(params, optimizer, True, task.state), [], jax.jit(step)
-    for i in range(STEPS):
+    for i in range(count):
         now, metrics = step(now, batch_of(i))
         losses.append(float(metrics['loss']))
     finals = {'params': ours(part('student'), norm), 'ema': ours(part('teacher'), norm)}
-    return np.array(losses), numbers['losses'], now, finals
+    return np.array(losses), numbers['losses'][:count], now, finals
 
 
 def distance(found, wanted):
@@ -262,3 +264,47 @@ def test_losses_and_parameters_are_those_of_the_reference(name, kind):
         # A softmax does not know the bias of keys: its gradient is rounding, which Adam enlarges.
         far = distance(now[part], tree)
         assert {k: x for k, x in far.items() if x > 1e-4 and 'key/bias' not in k} == {}
+
+
+def own_views_too(targets, student):
+    """DINO's loss with pairs of a view with itself."""
+    wanted = jnp.broadcast_to(targets.sum(1, keepdims=True), student.shape)
+    pairs = targets.shape[1] * student.shape[1]
+    return prototypes.cross_entropy(wanted, student).sum() / (len(targets) * pairs)
+
+
+def masked_views_only(targets, student, weight, views):
+    """iBOT's loss over the views that have masked patches."""
+    return (prototypes.cross_entropy(targets, student) * weight).sum() / weight.sum()
+
+
+def swapped(x, index):
+    return select(x[:, ::-1], index)
+
+
+select = block_masks.selected
+LAW = 'big_vit.tasks.self_distillation'
+KNOBS = {
+    'a momentum one step late': {'change': lambda task: task._replace(
+        teacher_rate=lambda step, total: teacher_rate(step + 1, total, (0.9, 1.0)))},
+    'no offset of positions': {'options': {'position_offset': 0.0}},
+    'two iterations of Sinkhorn': {'patch': (f'{LAW}.prototypes.sinkhorn', partial(
+        prototypes.sinkhorn, iterations=2))},
+    'pairs of a view with itself': {'patch': (f'{LAW}.prototypes.views_loss', own_views_too)},
+    'masked views only': {'patch': (f'{LAW}.prototypes.patches_loss', masked_views_only)},
+    'patches of the other view': {'patch': (f'{LAW}.block_masks.selected', swapped)},
+    'neighbours in threes': {'options': {'koleo_group': 3}},
+    'a rising temperature without end': {'options': {'temperature_warmup': 0.35}},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('knob', KNOBS)
+def test_a_wrong_knob_is_seen(knob, monkeypatch):
+    wrong = KNOBS[knob]
+    if 'patch' in wrong:
+        monkeypatch.setattr(*wrong['patch'])
+    options = TASKS['dinov2_recipe'] | wrong.get('options', {})
+    change = wrong.get('change', lambda task: task)
+    losses, wanted, _, _ = trained('dinov2_recipe', 'plain', options, change, count=4)
+    assert np.abs(losses / wanted - 1).max() > 1e-4

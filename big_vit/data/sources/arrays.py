@@ -30,7 +30,8 @@ def arrays(
     columns in an .npz that is named after the split (train.npz). Images are [N, H, W] or
     [N, H, W, C] of uint8, uint16 or floats (float64 becomes float32) with any number of channels,
     or videos [N, T, H, W, C]. Labels are integers [N] or [N, 1], or 0 and 1 for each class,
-    [N, C], which make 'label' a list of arrays. .npy files are memory-mapped, whatever their size.
+    [N, C], which make 'label' a list of arrays; none are needed where no labels are. .npy files are
+    memory-mapped, whatever their size.
 
     Args:
       request: the examples to open; `num_classes` defaults to the largest label of the split
@@ -49,7 +50,7 @@ def arrays(
     splits = {
         name: (functools.cache(images), functools.cache(labels))
         for name, (images, labels) in _find_splits(
-            root, image_column, label_column, request.key
+            root, image_column, label_column, request
         ).items()
     }
 
@@ -160,9 +161,10 @@ def _class_count(
 
 
 def _find_splits(
-    path: Path, image_column: str, label_column: str, key: str
+    path: Path, image_column: str, label_column: str, request: Request
 ) -> dict[str, tuple[Reader, Reader]]:
     """Find the arrays of each split and return readers of its images and labels."""
+    key, labelled = request.key, request.labelled
     if path.is_dir():
         archives = {p.stem: p for p in sorted(path.glob('*.npz'))}
         readers: dict[str, Reader] = {
@@ -172,14 +174,15 @@ def _find_splits(
         archives, readers = {'train': path}, {}
     else:
         raise UserError(f'{key}.path: {path} is neither a folder nor an .npz file of this machine')
-    splits, array_names = _pairs(readers), list(readers)
+    splits, array_names = _pairs(readers, labelled), list(readers)
     for stem, archive in archives.items():
         inside = _npz_readers(archive)
         array_names += inside
-        if image_column in inside and label_column in inside:
-            pairs = {stem: (inside[image_column], inside[label_column])}
+        if image_column in inside and (label_column in inside or not labelled):
+            images = inside[image_column]
+            pairs = {stem: (images, inside.get(label_column) or _all_zero(images))}
         else:
-            pairs = _pairs(inside)
+            pairs = _pairs(inside, labelled)
         twice = sorted(set(pairs) & set(splits))
         if twice:
             raise UserError(f'{key}.path: {path} holds the split {twice[0]} more than once')
@@ -194,15 +197,23 @@ def _find_splits(
     return splits
 
 
-def _pairs(readers: dict[str, Reader]) -> dict[str, tuple[Reader, Reader]]:
+def _all_zero(images: Reader) -> Reader:
+    """Return a reader of the label 0 for each of some images."""
+    return lambda: np.zeros(len(images()), np.int32)
+
+
+def _pairs(readers: dict[str, Reader], labelled: bool) -> dict[str, tuple[Reader, Reader]]:
     """Pair the readers of the images and labels of each split by their usual names."""
     pairs = {}
     for images, labels in _NAMES:
         start, end = images.split('{}')
         for name, reader in readers.items():
             split = name.removeprefix(start).removesuffix(end)
-            if split and name == images.format(split) and labels.format(split) in readers:
-                pairs[split] = (reader, readers[labels.format(split)])
+            if not split or name != images.format(split):
+                continue
+            found = readers.get(labels.format(split))
+            if found is not None or not labelled:
+                pairs[split] = (reader, found or _all_zero(reader))
     return pairs
 
 

@@ -60,6 +60,8 @@ def idx(request: Request, *, path: str) -> Source:
 
     def read_labels(name: str) -> tuple[Path, np.ndarray]:
         file = _find(directory, name, 'labels-idx1', key)
+        if file is None and not request.labelled:
+            return image_files[name], np.zeros(len(_read(image_files[name], 3)), np.uint8)
         if file is None:
             raise UserError(f'{key}.path: no {name} labels in {path}: {_HELP}')
         return file, _read(file, 1)

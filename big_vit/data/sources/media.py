@@ -120,11 +120,11 @@ class LeftOut:
                 f'{key}.path: {where} has {taken:,} {kind} files, and {self}, which cannot be '
                 f'read: {_CONVERT}'
             )
-        _say_once(f'{where}: {self}')
+        say_once(f'{where}: {self}')
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
     """Print a line, but not again where a dataset is opened again, nor in each loading process."""
     if multiprocessing.parent_process() is None:
         print(f'data    {line}', file=sys.stderr, flush=True)
