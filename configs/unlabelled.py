@@ -137,7 +137,7 @@ def get_config(
                 'name': 'folder',
                 'path': path,
                 'split': 'train',
-                'transform': views(method, size, int(model['variant'].rpartition('/')[2])),
+                'transform': views(method, size, int(str(model['variant']).rpartition('/')[2])),
                 'on_error': 'skip',
             },
             'evals': {

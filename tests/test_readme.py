@@ -21,6 +21,7 @@ COMMANDS = [line for line in LINES if line.startswith('python -m big_vit.')]
 SLOW = (
     *('big_vit.plan', 'big_vit.ledger', 'optimizer=shampoo', 'evals.near', '--sweep'),
     *('--workdir runs/photos', 'report runs/photos', 'predict runs/photos', '--workdir runs/more'),
+    *('report runs/unlabelled', 'runs/few_labels'),
 )
 
 # What the README promises of its examples: arrays of NumPy, and the sidecar of the last step; three
@@ -46,6 +47,8 @@ def small(words: list[str], data) -> list[str]:
         if any('contrastive' in word for word in words):
             splits = {'evals.all.split': 'test[:20]', 'evals.unseen.split': 'unseen[:20]'}
             splits['evals.pairs.split'] = 'train[:20]'
+        if any('unlabelled' in word for word in words):
+            splits = {'evals.features.lidar': '(10, 3)'}
         more = flags(MODEL, RUN, splits)
         if any('fashion' in word for word in words):
             more += flags({'data.path': data})
