@@ -54,6 +54,7 @@ TASKS: dict[str, tuple[dict, dict, dict]] = {
         {'head_width': 2048, 'bottleneck': 256},
     ),
 }
+LAPTOP = {'variant': 'Ti/8', 'depth': 6, 'scan': False}
 # Prototypes for fewer pictures than these.
 PROTOTYPES = ((2e4, 1024), (5e4, 2048), (1e5, 4096), (2e5, 16_384), (5e5, 32_768), (1e12, 65_536))
 FIXED = {'posemb': 'sincos2d_mae', 'activation': 'gelu', 'norm_eps': 1e-6}
@@ -122,7 +123,7 @@ def get_config(
     if method in ('dino', 'ijepa'):
         by_number = from_average(pictures)
         task |= by_number if method == 'dino' else {'momentum': by_number['momentum']}
-    model = {'variant': variant} if variant else {'variant': 'Ti/8', 'depth': 6, 'scan': False}
+    model: dict = {'variant': variant} if variant else {**LAPTOP}
     pool = {'pool': 'gap'} if method == 'ijepa' or start == 'ijepa' else {'pool': 'cls'}
     config = ConfigDict(
         {

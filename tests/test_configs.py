@@ -60,6 +60,10 @@ def smoke_overrides(path, idx_folder, tfds_folder, image_folder):
     # That of the config may be longer than three steps.
     found = [('schedule.warmup_steps', '2')] if loaded.schedule.peek('warmup_steps') else []
     found += [('task.decoder_depth', '1')] if loaded.task.peek('decoder_depth') else []
+    if loaded.task.peek('predictor_depth'):
+        found += [('task.predictor_depth', '1'), ('task.predictor_width', '32')]
+    if loaded.task.peek('projector_width'):
+        found += [('task.projector_width', '32'), ('task.sigreg_directions', '32')]
     if loaded.task.name == 'self_distillation':
         found += [('task.prototypes', '64'), ('task.head_width', '32'), ('task.mask_group', '8')]
     for unit, short in (('steps', 1), ('epochs', 0.08)):
@@ -114,6 +118,11 @@ SLOW = (
     'dino_s16_i1k',
     'dinov2_l16_i1k',
     'ibot_s16_i1k',
+    'ijepa_b16_i1k',
+    'ijepa_h14_i1k',
+    'lejepa_l14_i1k',
+    'lejepa_s8_imagenette',
+    'unlabelled',
 )
 
 

@@ -62,11 +62,10 @@ def labelled(tmp_path):
     return tmp_path / 'labelled'
 
 
-@pytest.mark.parametrize('method', ['jepa', 'mae', 'ijepa'])
+@pytest.mark.parametrize('method', ['jepa', 'dino', 'mae', 'ijepa'])
 def test_from_unlabelled_pictures_to_few_labels(method, photos, labelled, tmp_path):
     learnt, few = tmp_path / 'runs' / 'learnt', tmp_path / 'runs' / 'few'
-    epochs = 20
-    said = done('train', '--config', RECIPE.format(photos, method, epochs), '--workdir', learnt)
+    said = done('train', '--config', RECIPE.format(photos, method, 8), '--workdir', learnt)
     rows = [row for row in metrics.read(learnt) if 'train/loss' in row]
     assert rows[-1]['train/loss'] < rows[0]['train/loss']
     assert sum(row.get('train/replaced', 0) for row in rows) > 0
@@ -82,8 +81,8 @@ def test_from_unlabelled_pictures_to_few_labels(method, photos, labelled, tmp_pa
         '--config.transfer.random_features=false',
         *('--workdir', few),
     )
-    last = [row for row in metrics.read(few) if 'test/accuracy' in row][-1]
-    assert last['test/accuracy'] > 0.5  # A third by chance.
+    last = [row for row in metrics.read(few / 'pretrained') if 'test/top1' in row][-1]
+    assert last['test/top1'] > 0.45  # A third by chance.
 
 
 def test_bad_starts_are_one_line(photos, tmp_path):

@@ -39,6 +39,7 @@ def test_a_mask_token_comes_before_positions():
     np.testing.assert_array_equal(found, jnp.where(hidden[..., None], placed, plain))
 
 
+@pytest.mark.slow
 def test_one_table_serves_another_grid_and_learns_from_it():
     model = make_vit(0, **SIZES, posemb='learned', pool='cls', posemb_prefix=1)
     context = EmbeddingContext(table=(4, 6), offset=0.1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from self_distillation_oracle import numbers
 
 from big_vit.models.layers import Style
@@ -26,7 +27,7 @@ def given(norm):
     return jax.tree.map(jnp.asarray, (params, x, weight))
 
 
-@pytest.mark.parametrize('norm', ['learned', 'none'])
+@pytest.mark.parametrize('norm', mostly_slow(['learned', 'none'], 'learned'))
 def test_logits_and_gradients_are_those_of_the_reference(norm):
     wanted = numbers()
     with jax.enable_x64(True):
@@ -59,6 +60,7 @@ def test_fixed_prototypes_are_learned_ones_of_length_one():
     )
 
 
+@pytest.mark.slow
 def test_rows_are_of_length_one_and_float32_in_any_type():
     head = PrototypeHead(11, 4, 7, style=Style(dtype=jnp.bfloat16))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5)), jnp.bfloat16)

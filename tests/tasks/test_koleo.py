@@ -17,6 +17,7 @@ def test_value_and_gradient_are_those_of_dinov2():
     np.testing.assert_allclose(gradient, numbers()['koleo_grad'], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_groups_are_rows_of_equal_remainder():
     x = jnp.asarray(inputs().koleo, jnp.float32)
     apart = [koleo_loss(x[i::3], 4) for i in range(3)]

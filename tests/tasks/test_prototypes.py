@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from self_distillation_oracle import GLOBALS, PATCHES, PROTOTYPES, inputs, numbers
 
 from big_vit.tasks import prototypes
@@ -66,7 +67,7 @@ def test_losses_with_a_centre_are_those_of_dino_ibot_and_dinov2():
             centre = 0.9 * centre + 0.1 * moved.mean(0)
 
 
-@pytest.mark.parametrize('size', [2**28, 7 * PROTOTYPES, 1])
+@pytest.mark.parametrize('size', mostly_slow([2**28, 7 * PROTOTYPES, 1], 7 * PROTOTYPES))
 def test_sinkhorn_is_that_of_dinov2_in_chunks_of_any_size(monkeypatch, size):
     monkeypatch.setattr(prototypes, '_LOGITS', size)
     given, wanted = inputs(), numbers()
@@ -95,7 +96,7 @@ def test_sinkhorn_does_not_overflow():
     assert np.isfinite(offset).all()
 
 
-@pytest.mark.parametrize('size', [2**28, 7 * PROTOTYPES])
+@pytest.mark.parametrize('size', mostly_slow([2**28, 7 * PROTOTYPES], 7 * PROTOTYPES))
 def test_statistics_are_those_of_numpy(monkeypatch, size):
     monkeypatch.setattr(prototypes, '_LOGITS', size)
     rows = inputs().cls[0]

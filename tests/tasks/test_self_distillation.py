@@ -194,9 +194,10 @@ def test_parts_of_the_loss_sum_to_it_and_gram_begins_when_it_is_due():
         assert 0 < row['used_prototypes'] <= 1
         assert 0 <= row['teacher_entropy'] <= row['teacher_entropy_of_mean'] + 1e-5
     assert [row['gram'] > 0 for row in rows] == [False] * 3 + [True] * 3
-    # The copy of the third step's teacher stays.
-    for later, name in ((3, 'cls'), (6, 'mask_token')):
-        np.testing.assert_array_equal(states[later]['task']['gram'][name], states[3]['ema'][name])
+    # The copy of the third step's teacher, but for the rounding of computing it twice, stays.
+    copy = states[3]['task']['gram']
+    np.testing.assert_allclose(copy['cls'], states[3]['ema']['cls'], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, states[6]['task']['gram'], copy)
     assert np.abs(states[6]['ema']['cls'] - states[3]['ema']['cls']).max() > 0
 
 
@@ -219,7 +220,7 @@ def test_prototypes_and_logits_are_never_whole_on_a_device():
     assert not [s for s, _ in shapes if len(s) > 1 and count // 2 in s and width not in s]
 
 
-@pytest.mark.parametrize('group', [4, 2])
+@pytest.mark.parametrize('group', mostly_slow([4, 2], 4))
 def test_slots_hold_all_masked_patches_and_nothing_else(group):
     rng = np.random.default_rng(0)
     counts = block_masks.masked_counts(4 * 2, 16, 0.5, (0.1, 0.5))
@@ -273,7 +274,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(('changes', 'words'), mostly_slow(BAD, *BAD[:7]))
+@pytest.mark.parametrize(('changes', 'words'), mostly_slow(BAD, *BAD[:2], *BAD[4:7]))
 def test_bad_input_is_one_line(changes, words):
     with pytest.raises(UserError, match='config: ') as error:
         built({'mesh.fsdp': 8, **changes})
