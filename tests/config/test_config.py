@@ -476,7 +476,18 @@ GROUPS = {
     'task.whole_grid': 'bool', 'task.predictor_width': 'int', 'task.predictor_depth': 'int',
     'task.predictor_heads': 'int', 'task.momentum': 'pair', 'task.projector_width': 'int',
     'task.projection_dim': 'int', 'task.sigreg_weight': 'share',
-    'task.sigreg_directions': 'int',
+    'task.sigreg_directions': 'int', 'task.prototypes': 'int', 'task.bottleneck': 'int',
+    'task.head_width': 'int', 'task.patch_head': 'choice', 'task.prototype_norm': 'choice',
+    'task.centering': 'choice', 'task.teacher_temperature': 'pair',
+    'task.temperature_warmup': 'share', 'task.student_temperature': 'positive',
+    'task.dino_weight': 'number', 'task.ibot_weight': 'number', 'task.koleo_weight': 'number',
+    'task.koleo_group': 'int', 'task.gram_weight': 'number', 'task.gram_start': 'below one',
+    'task.gram_every': 'below one', 'task.mask_ratios': 'pair', 'task.mask_probability': 'share',
+    'task.mask_group': 'int', 'task.position_offset': 'share',
+    'init_standardise': 'bool', 'model.weight_init': 'choice', 'examples': 'int',
+    'window': 'pair', 'views': 'str', 'lidar': 'pair', 'optim.rate_in_momentum': 'bool',
+    'optim.clip_by': 'choice', 'optim.weight_decay_end': 'number', 'optim.freeze_by': 'choice',
+    'schedule.start': 'share',
 }  # fmt: skip
 
 
