@@ -14,6 +14,7 @@ from big_vit import bench_data, config, journal, metrics, show_data, train
 from big_vit.build.data import train_data
 from big_vit.build.experiment import build_experiment
 from big_vit.errors import UserError
+from big_vit.inspection import examples
 
 SMALL = {**MODEL, **RUN, 'image_size': '16', 'model.variant': 'Ti/8'}
 
@@ -269,8 +270,8 @@ def test_the_commands(photos, tmp_path):
 
 def test_pictures_are_shown_with_their_labels(photos):
     found = train_data(load(photos))
-    assert show_data.title(found, np.int32(1)) == 'class1'
-    assert show_data.title(found, np.array([0.25, 0.0, 0.75])) == '0.75 class2\n0.25 class0'
+    assert examples.title(found, np.int32(1)) == 'class1'
+    assert examples.title(found, np.array([0.25, 0.0, 0.75])) == '0.75 class2\n0.25 class0'
     pictures = show_data.originals(found, np.array([0, 5]))
     assert [picture.shape[2] for picture in pictures] == [3, 3]
 

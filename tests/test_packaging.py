@@ -155,7 +155,7 @@ def test_recipes_are_the_configs_and_take_their_arguments(monkeypatch, tmp_path)
     ('spec', 'words'),
     [
         ('big_vit:fashon_mnist', 'no recipe big_vit:fashon_mnist; did you mean big_vit:fashion_m'),
-        ('big_vit:', 'the recipes are big_vit:contrastive, big_vit:fashion_mnist'),
+        ('big_vit:', 'the recipes are big_vit:contrastive, big_vit:dino_s16_i1k'),
         ('big_vit:pretrain_fdsl:clases=7', "no argument 'clases'; did you mean classes?"),
         ('fashion_mnist', 'no file fashion_mnist; did you mean big_vit:fashion_mnist'),
         ('configs/vit_b16.py:x=1', 'no file configs/vit_b16.py; did you mean big_vit:vit_b16_i1k'),

@@ -151,7 +151,7 @@ def test_scanned_checkpoints_go_into_unrolled_models(pretrained, tmp_path):
     [
         ({'model.width': '16'}, r'another architecture: .*scale is \(1, 32\).*\(1, 16\)'),
         ({'model.pool': 'cls'}, 'cls is only in the model'),
-        ({'model.posemb': 'sincos2d'}, 'pos_embedding is only in the checkpoint'),
+        ({'model.posemb': 'sincos2d'}, r"has learned positions, and model\.posemb='sincos2d'"),
         (
             {
                 'data.transform': 'rgb | resize(size)',

@@ -257,7 +257,7 @@ def test_color_jitter_leaves_out_what_cannot_change_and_nothing_else(monkeypatch
 def test_blur_and_jpeg_draw_uniformly(monkeypatch):
     seen = spied(monkeypatch, 'gaussian_blur', 'jpeg')
     apply('gaussian_blur(0.1, 2, 0.9)', BLACK)
-    sigmas = [sigma for _, sigma in seen]
+    sigmas = [sigma for _, sigma, _ in seen]
     assert stats.kstest(sigmas, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
     seen.clear()
     apply('jpeg_quality(30, 34)', BLACK)
