@@ -96,8 +96,8 @@ def test_only_rgb_bytes_are_taken():
 
 def test_views_have_keys_of_their_place():
     """A view added at the end moves no other; equal views draw each for itself."""
-    views = {'global': jnp.asarray(images_of(8).reshape(4, 2, 13, 16, 3))}
-    jitter = augment_colour.color_jitter(0.4, 0.4, 0.2, 0.1)
+    views = {'global': jnp.asarray(images_of(64).reshape(32, 2, 13, 16, 3))}
+    jitter = augment_colour.solarize(p=0.5)
     two = [('global', 1, [jitter]), ('global', 1, [jitter])]
     found = augment.on_views(two)(views, KEY)['global']
     alone = augment.on_views([('global', 1, [jitter])])({'global': views['global'][:, :1]}, KEY)

@@ -27,6 +27,7 @@ def embedded(model, image, context):
     return params, tokens.x
 
 
+@pytest.mark.slow
 def test_a_mask_token_comes_before_positions():
     model = make_vit(0, **SIZES, posemb='learned', pool='cls', posemb_prefix=1)
     rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ def test_groups_are_rows_of_equal_remainder():
     assert float(koleo_loss(x, 2)) == pytest.approx(float(np.mean(halves)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_there_twice_moves_nothing():
     x = jnp.asarray(inputs().koleo, jnp.float32)[:4]
     gradient = jax.grad(koleo_loss)(jnp.concatenate([x[:1], x[:1], 3 * x[:1]]), 3)

@@ -147,6 +147,7 @@ def test_tokens_come_back_in_the_order_of_the_image():
         assert np.flatnonzero(moved).tolist() == [patch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('normalise', mostly_slow([True, False], True))
 def test_pictures_have_predictions_where_patches_are_hidden(normalise):
     model = model_of()
@@ -169,6 +170,7 @@ def test_pictures_have_predictions_where_patches_are_hidden(normalise):
         np.testing.assert_allclose(whole[place], wanted.reshape(4, 4, 3), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_hides_the_same_however_it_is_cut():
     """Noise is drawn for all examples at once; by itself a loss would hide the same of them."""
     model = model_of()

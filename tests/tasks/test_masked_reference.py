@@ -206,6 +206,7 @@ def trained(settings, tmp_path, noise):
     return np.array(losses), trees.flatten(jax.device_get(state['params']))
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_recipe_are_the_references(tmp_path, noise):
     about, arrays = oracle()
     losses, params = trained(recipe(), tmp_path, noise)
