@@ -80,16 +80,16 @@ def files_of(folder: Path) -> list[str]:
 # --- Contenders: each yields uint8 batches [BATCH, 224, 224, 3] forever ---------------------
 
 
-# DINOv2's views as its released models saw them; what colours do comes after the crop.
+# DINOv2's views as its released models saw them, averaged where they shrink; colours come after.
 _COLOURS = 'color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8) | random_grayscale(0.2)'
 _VIEWS = (
-    ('global: rrc(size, scale=(0.32, 1), method="cubic") | flip_lr', _COLOURS),
+    ('global: rrc(size, scale=(0.32, 1)) | flip_lr', _COLOURS),
     (
-        'global: rrc(size, scale=(0.32, 1), method="cubic") | flip_lr',
+        'global: rrc(size, scale=(0.32, 1)) | flip_lr',
         f'{_COLOURS} | gaussian_blur(kernel=9, p=0.9) | solarize(p=0.2)',
     ),
     (
-        'local: 8 * rrc(96, scale=(0.05, 0.32), method="cubic") | flip_lr',
+        'local: 8 * rrc(96, scale=(0.05, 0.32)) | flip_lr',
         f'{_COLOURS} | gaussian_blur(kernel=9, p=0.5)',
     ),
 )
