@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -219,18 +220,23 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
     # A kernel inside the scan has the sharding of its stack without the layer axis.
     shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
     specs = {name: spec_for(name, shapes[name], mesh, min_shard_size) for name in shapes}
+    on_cpus = mesh.devices.flat[0].platform == 'cpu'
 
     def gather(name: str, product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         spec = specs[name][len(shapes[name]) - kernel.ndim :]
         # Models are initialized with a single example, which no mesh can split.
         if 'fsdp' not in spec or mesh.shape['fsdp'] == 1 or x.shape[0] % ways:
             return product(x, kernel)
-        axis = spec.index('fsdp')
+        axis, dtype = spec.index('fsdp'), kernel.dtype
         part = PartitionSpec(*(None,) * axis, 'fsdp')
+        if on_cpus and dtype == jnp.bfloat16:
+            # XLA for CPUs aborts the process where devices sum gradients of this type.
+            kernel = kernel.astype(jnp.float32)
 
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
             kernel = jax.lax.pcast(kernel, ('replica',), to='varying')
-            return product(x, jax.lax.all_gather(kernel, 'fsdp', axis=axis, tiled=True))
+            kernel = jax.lax.all_gather(kernel, 'fsdp', axis=axis, tiled=True)
+            return product(x, kernel.astype(dtype))
 
         # Axes that are not named here, i.e. `tensor`, are left to the partitioner.
         return jax.shard_map(

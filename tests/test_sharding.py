@@ -372,3 +372,25 @@ def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), have, want)
     if sizes[0] == 1:
         assert 'reduce-scatter' in step.lower(parts, batch).compile().as_text()
+
+
+def test_gradients_of_bfloat16_kernels_are_summed_over_fake_devices_too():
+    """XLA for CPUs aborts the process if it sums them as they are; NumPy says what they are."""
+    mesh = sharding.make_mesh(2, 4, 1, devices=jax.devices()[:8])
+    rng = np.random.default_rng(0)
+    kernel, x = rng.standard_normal((256, 256)) / 16, rng.standard_normal((16, 256)) / 16
+    shapes = {'dense': {'kernel': jax.ShapeDtypeStruct(kernel.shape, jnp.float32)}}
+    gather = sharding.gather_weights(mesh, shapes)
+
+    def loss(kernel, x):
+        y = gather('dense/kernel', jnp.matmul, x, kernel.astype(jnp.bfloat16))
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    where = NamedSharding(mesh, sharding.spec_for('dense/kernel', kernel.shape, mesh, 0))
+    with jax.set_mesh(mesh):
+        given = jax.device_put(jnp.asarray(kernel, jnp.float32), where)
+        rows = jax.device_put(jnp.asarray(x, jnp.bfloat16), sharding.batch_sharding(mesh))
+        found = jax.jit(jax.grad(loss))(given, rows)
+    assert 'fsdp' in str(where.spec)
+    wanted = 2 * x.T @ x @ kernel
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
