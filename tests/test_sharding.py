@@ -379,14 +379,15 @@ def test_gradients_of_bfloat16_kernels_are_summed_over_fake_devices_too():
     mesh = sharding.make_mesh(2, 4, 1, devices=jax.devices()[:8])
     rng = np.random.default_rng(0)
     kernel, x = rng.standard_normal((256, 256)) / 16, rng.standard_normal((16, 256)) / 16
-    shapes = {'dense': {'kernel': jax.ShapeDtypeStruct(kernel.shape, jnp.float32)}}
+    name = 'Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel'
+    shapes = trees.unflatten({name: jax.ShapeDtypeStruct(kernel.shape, jnp.float32)})
     gather = sharding.gather_weights(mesh, shapes)
 
     def loss(kernel, x):
-        y = gather('dense/kernel', jnp.matmul, x, kernel.astype(jnp.bfloat16))
+        y = gather(name, jnp.matmul, x, kernel.astype(jnp.bfloat16))
         return jnp.square(y.astype(jnp.float32)).sum()
 
-    where = NamedSharding(mesh, sharding.spec_for('dense/kernel', kernel.shape, mesh, 0))
+    where = NamedSharding(mesh, sharding.spec_for(name, kernel.shape, mesh, 0))
     with jax.set_mesh(mesh):
         given = jax.device_put(jnp.asarray(kernel, jnp.float32), where)
         rows = jax.device_put(jnp.asarray(x, jnp.bfloat16), sharding.batch_sharding(mesh))
