@@ -67,7 +67,10 @@ def test_from_unlabelled_pictures_to_few_labels(method, photos, labelled, tmp_pa
     learnt, few = tmp_path / 'runs' / 'learnt', tmp_path / 'runs' / 'few'
     said = done('train', '--config', RECIPE.format(photos, method, 8), '--workdir', learnt)
     rows = [row for row in metrics.read(learnt) if 'train/loss' in row]
-    assert rows[-1]['train/loss'] < rows[0]['train/loss']
+    # The cross-entropy to a teacher has that of the teacher's own targets in it, which rises while
+    # its centre settles; what is left to learn is the rest.
+    learns = 'train/kl' if 'train/kl' in rows[0] else 'train/loss'
+    assert rows[-1][learns] < rows[0][learns]
     assert sum(row.get('train/replaced', 0) for row in rows) > 0
     watched = [row for row in metrics.read(learnt) if 'features/rankme' in row]
     assert len(watched) >= 2 and watched[-1]['features/rankme'] > 1.5, said

@@ -158,7 +158,7 @@ def split_places(root: files.Place, key: str) -> dict[str, files.Place]:
       UserError: no such folder, an empty one, or splits beside other folders.
     """
     if not files.is_folder(root):
-        raise UserError(f'{key}.path: {root} is not a folder: it must hold one per class')
+        raise UserError(f'{key}.path: {root} is not a folder: name the one that holds the files')
     below = _subfolders(root, key)
     if not below:
         raise UserError(
