@@ -53,7 +53,7 @@ def get_config(epochs: int = 300):
             },
             'schedule': {
                 'name': 'cosine_ijepa',
-                'warmup_percent': 100 * 40 / 300,
+                'warmup_epochs': 40,
                 'start': 0.2,
                 'end': 1e-3,
             },
