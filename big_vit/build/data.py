@@ -18,7 +18,7 @@ from big_vit.data import dataset, order, pipeline, sources, transforms
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
-from big_vit.data.transforms import grammar, text
+from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
@@ -311,20 +311,11 @@ def single_view(data: Data) -> Data:
     """The same examples, seen once each as their first view; for looking at, not for training."""
     if not data.transform.views:
         return data
-    transform, first = data.transform, data.transform.views[0].transform
-    host = replace(
-        transform,
-        names=transform.names + first.names,
-        operations=transform.operations + first.operations,
-        host_text=' | '.join(text for text in (transform.host_text, first.host_text) if text),
-        random_operations=first.random_operations,
-        views=(),
-    )
-    parts = {n: p for n, p in data.example_spec.parts.items() if n not in transform.groups}
-    group = next(iter(transform.groups))
-    parts['image'] = data.shapes['image'], data.example_spec.parts[group][1]
+    groups = data.transform.groups
+    parts = {n: p for n, p in data.example_spec.parts.items() if n not in groups}
+    parts['image'] = data.shapes['image'], data.example_spec.parts[next(iter(groups))][1]
     return data._replace(
-        transform=host,
+        transform=data.transform.seen_once(),
         example_spec=data.example_spec._replace(parts=parts),
         device=data.evaluation_device,
         reads=('image',),
@@ -412,7 +403,7 @@ def _fixed_device(trained: transforms.Transform) -> tuple[tuple[str, Any], ...]:
 
     An evaluation that says nothing does it too, for the model to see numbers of the same range.
     """
-    device = trained.views[0].transform.device if trained.views else trained.device
+    device = trained.seen_once().device
     return tuple(pair for pair in device if pair[0] not in DEVICE_OPERATIONS.random)
 
 
@@ -668,16 +659,14 @@ _OF_LABELS = frozenset({'onehot', 'multihot'})
 
 def _of_a_view(config: Config, key: str, text: str | None) -> transforms.Transform:
     """Parse the transform of a view; without a text that of training, or of its first view."""
-    parse = functools.partial(
-        transforms.parse, size=config.image_size, device=DEVICE_OPERATIONS, skip=_OF_LABELS
+    parsed = transforms.parse(
+        config.data.transform if text is None else text,
+        size=config.image_size,
+        key='data' if text is None else key,
+        device=DEVICE_OPERATIONS,
+        skip=_OF_LABELS,
     )
-    if text is not None:
-        return parse(text, key=key)
-    before, *views = grammar.statements(config.data.transform)
-    if not views:
-        return parse(before, key='data')
-    _, _, first = grammar.view(views[0], 'data.transform')
-    return parse(' | '.join(filter(str.strip, (before, first))), key='data')
+    return parsed.seen_once()
 
 
 def host_batches(

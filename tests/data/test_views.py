@@ -159,3 +159,15 @@ def test_keys_of_views_differ_from_those_of_examples():
     keys = order.example_keys(0, 0, np.arange(1000))
     several = np.concatenate([keys, *(order.view_keys(keys, number) for number in range(10))])
     assert len(set(several.tolist())) == 11_000
+
+
+def test_a_transform_that_is_seen_once_is_its_first_view():
+    first = 'rrc(size) | to_device | solarize(p=0.3)'
+    text = f'decode(3) | flip_lr(0.5) ; global: {first} ; local: 2 * rrc(8)'
+    once = parse(text).seen_once()
+    assert once.views == () and once.host_text == 'decode(3) | flip_lr(0.5) | rrc(size)'
+    assert once.names == ('decode', 'flip_lr', 'rrc')
+    assert [name for name, _ in once.device] == ['solarize']
+    assert once.random_operations == ('flip_lr', 'rrc', 'solarize')
+    plain = parse('decode | rrc(size)')
+    assert plain.seen_once() is plain

@@ -125,6 +125,23 @@ class Transform:
     def is_random(self) -> bool:
         return bool(self.random_operations)
 
+    def seen_once(self) -> 'Transform':
+        """Return the operations that make an example's first view; itself without views."""
+        if not self.views:
+            return self
+        first = self.views[0].transform
+        before = [n for n, o in zip(self.names, self.operations, strict=True) if o.random]
+        text = grammar.statements(self.host_text)[0].strip()
+        return replace(
+            self,
+            names=self.names + first.names,
+            operations=self.operations + first.operations,
+            host_text=' | '.join(filter(None, (text, first.host_text))),
+            device=first.device,
+            random_operations=(*before, *first.random_operations),
+            views=(),
+        )
+
     def split(self) -> tuple['Transform', 'Transform']:
         """Split before the first random operation; both parts together draw as the whole does."""
         first = next((i for i, o in enumerate(self.operations) if o.random), len(self.names))
@@ -163,11 +180,9 @@ class Transform:
           operation says otherwise. Operations on bytes such as `invert` are not normalisation.
           All views have the same.
         """
-        first = [self.views[0].transform] if self.views else []
-        host = [*self.operations, *(o for view in first for o in view.operations)]
-        device = [*self.device, *(pair for view in first for pair in view.device)]
-        steps = [operation.normalisation for operation in host]
-        steps += [operation.normalisation for _, operation in device]
+        seen = self.seen_once()
+        steps = [operation.normalisation for operation in seen.operations]
+        steps += [operation.normalisation for _, operation in seen.device]
         return normalisation.mean_and_std(steps, channels)
 
     def preprocessing(self, size: tuple[int, int], channels: int) -> preprocessing.Preprocessing:
