@@ -58,7 +58,8 @@ class EncoderConfig:
         in the memory of the host) or 'full'.
       constrain: applied to the [batch, tokens, width] residual stream after the embedding and
         after each block; a mesh pins its sharding there.
-      pack: lay short sequences side by side, as many as `LANES` tokens hold, with the same result.
+      pack: lay short sequences side by side, as many as `LANES` tokens hold, with the same result;
+        how many devices the batch is split over, 0 is off.
     """
 
     width: int
@@ -72,7 +73,7 @@ class EncoderConfig:
     scan: bool = True
     remat: str = 'none'
     constrain: Callable[[Array], Array] = identity
-    pack: bool | None = None
+    pack: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -270,11 +271,12 @@ class Encoder(nn.Module):
         return not (self.capture or self.config.style.lsa) and all(x is None for x in context)
 
     def _packed(self, x: Array, context: AttentionContext) -> int:
-        """How many sequences lie side by side: as many as divide the batch."""
-        plain = self._plain(context._replace(rotation=None))
-        if not (self.config.pack and plain and self.config.style.attention == 'fused'):
+        """How many sequences lie side by side, which are of one device."""
+        devices, fused = self.config.pack, self.config.style.attention == 'fused'
+        if not devices or not fused or not self._plain(context._replace(rotation=None)):
             return 1
-        return max((n for n in range(2, LANES // x.shape[1] + 1) if len(x) % n == 0), default=1)
+        counts = range(2, LANES // x.shape[1] + 1)
+        return max((n for n in counts if len(x) % (n * devices) == 0), default=1)
 
 
 def _side_by_side(x: Float[Array, '#batch tokens *rest'], packed: int) -> Float[Array, '...']:

@@ -157,7 +157,7 @@ def test_the_loss_alone_is_the_references_in_float64():
         image, predicted = jnp.asarray(images[0], jnp.float64), jnp.asarray(arrays['pred'])
         hidden = np.asarray(arrays['mask']) > 0
         for normalise, wanted in ((True, 'loss_f64'), (False, 'pixels_f64')):
-            targets = masked.pixel_targets(patchify(image, (4, 4))[hidden], normalise)
+            targets = masked.pixel_targets(patchify(image, (4, 4)), normalise)[hidden]
             value = float(jnp.square(predicted[hidden] - targets).mean())
             assert value == pytest.approx(float(arrays[wanted]), rel=1e-10)
 
