@@ -259,18 +259,18 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
 def _rows_of(x_axes: int, split: int, shape: tuple[int, ...]) -> int:
     """How many leading axes of a kernel are the rows of a matrix to gather it as; 0 is as it is.
 
-    Whole kernels are laid out as their shards are. Those of heads, where these do not divide, have
-    the 64 features of a head last, which TPUs pad to 128; so have gradients.
+    Whole kernels, and their gradients, are laid out as their shards are. Where heads do not divide,
+    the 64 features of a head are an axis of their own there, which TPUs pad to 128.
 
     Args:
       x_axes: axes of what is multiplied with it; three of tokens, four of tokens by heads.
       split: the axis that is sharded.
     """
-    if x_axes == 3 and split == 0:
+    last = len(shape) - 1
+    if x_axes == 3 and split == 0 and shape[last] % 128:
         return 1
-    if split == len(shape) - 1 and (x_axes == 3 or x_axes == len(shape) + 1 == 4):
-        return split
-    return 0
+    of_tokens = x_axes == 3 or x_axes == last + 2 == 4
+    return split if of_tokens and split == last > 1 and shape[last - 1] % 128 else 0
 
 
 def collect_kernel(mesh: Mesh):

@@ -588,7 +588,7 @@ def test_sequences_side_by_side_are_as_by_themselves(changes):
     np.testing.assert_allclose(packed, alone, rtol=2e-5, atol=2e-5)
     for (name, a), b in zip(trees.flatten(found).items(), jax.tree.leaves(wanted), strict=True):
         # Biases of keys have no gradient but what rounding makes.
-        scale = np.inf if name.endswith('key/bias') else np.abs(b).max()
+        scale = np.inf if name.endswith(('key/bias', 'key_norm/bias')) else np.abs(b).max()
         np.testing.assert_allclose(a / scale, b / scale, atol=3e-5, err_msg=name)
     tokens = nets[0].sequence_length({'image': x.shape[1:]})
     rows = f'[1,{6 * tokens},24]'
