@@ -233,10 +233,16 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
             # XLA for CPUs aborts the process where devices sum gradients of this type.
             kernel = kernel.astype(jnp.float32)
 
+        shape = kernel.shape
+        as_matrix = _rows_of(x.ndim, axis, shape)
+
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
             kernel = jax.lax.pcast(kernel, ('replica',), to='varying')
-            kernel = jax.lax.all_gather(kernel, 'fsdp', axis=axis, tiled=True)
-            return product(x, kernel.astype(dtype))
+            if as_matrix:
+                kernel = kernel.reshape(-1, math.prod(kernel.shape[as_matrix:]))
+            along = axis if not as_matrix else int(axis > 0)
+            kernel = jax.lax.all_gather(kernel, 'fsdp', axis=along, tiled=True)
+            return product(x, kernel.reshape(shape).astype(dtype))
 
         # Axes that are not named here, i.e. `tensor`, are left to the partitioner.
         return jax.shard_map(
@@ -248,6 +254,23 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
         )(x, kernel)
 
     return gather
+
+
+def _rows_of(x_axes: int, split: int, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a kernel are the rows of a matrix to gather it as; 0 is as it is.
+
+    Whole kernels, and their gradients, are laid out as their shards are. Where heads do not divide,
+    the 64 features of a head are an axis of their own there, which TPUs pad to 128.
+
+    Args:
+      x_axes: axes of what is multiplied with it; three of tokens, four of tokens by heads.
+      split: the axis that is sharded.
+    """
+    last = len(shape) - 1
+    if x_axes == 3 and split == 0 and shape[last] % 128:
+        return 1
+    of_tokens = x_axes == 3 or x_axes == last + 2 == 4
+    return split if of_tokens and split == last > 1 and shape[last - 1] % 128 else 0
 
 
 def collect_kernel(mesh: Mesh):

@@ -14,7 +14,11 @@ from ml_collections import ConfigDict
 # docs/plans/ has the plans of B/16 and H/14.
 PODS = {
     # The decoder's kernels are small: they are split too, or each chip would update all of them.
-    'v5e-256': {'mesh': {'replica': 16, 'fsdp': 16, 'min_shard_size': 2**17}},
+    # Two images of 50 visible tokens fill a tile.
+    'v5e-256': {
+        'mesh': {'replica': 16, 'fsdp': 16, 'min_shard_size': 2**17},
+        'model': {'pack': True},
+    },
 }
 
 

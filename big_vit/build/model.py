@@ -22,7 +22,7 @@ _SIZES = ('width', 'depth', 'mlp_dim', 'num_heads')
 _SETTINGS = tuple(
     name
     for name in SETTINGS
-    if name not in (*_SIZES, 'num_classes', 'dtype', 'gather', 'constrain')
+    if name not in (*_SIZES, 'num_classes', 'dtype', 'gather', 'constrain', 'pack')
     and name not in {field.name for field in fields(Stream)}
 )
 
@@ -114,6 +114,7 @@ def build_trunk(config: Config, shapes: dict[str, tuple[int, ...]], mesh: Mesh) 
         **sizes,
         dtype=jnp.dtype(m.dtype),
         constrain=sharding.constrain_batch(mesh, config.mesh.sequence),
+        pack=mesh.shape['replica'] * mesh.shape['fsdp'] if m.pack else 0,
         **{name: m[name] for name in _SETTINGS},
     )
     if streams[0].name:

@@ -63,6 +63,7 @@ _LATER = (
     'early_stopping.',
     'init_standardise',
     'model.weight_init',
+    'model.pack',
     'optim.rate_in_momentum',
     'optim.weight_decay_end',
     'optim.clip_by',

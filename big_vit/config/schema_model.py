@@ -168,4 +168,9 @@ MODEL: dict[str, Field] = {
         'none',
         'What the backward pass recomputes (rematerialization) or keeps in host memory.',
     ),
+    'model.pack': Field(
+        boolean,
+        None,
+        'Lay sequences of up to 64 tokens side by side, which fills the tiles of TPUs.',
+    ),
 }

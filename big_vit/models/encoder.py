@@ -30,6 +30,8 @@ POLICIES = {
     ),
 }
 CAPTURES = ('blocks', 'attention')
+# What tiles of TPUs are wide: an array whose last axis is shorter is padded to it.
+LANES = 128
 
 
 def identity(x: Array) -> Array:
@@ -56,6 +58,8 @@ class EncoderConfig:
         in the memory of the host) or 'full'.
       constrain: applied to the [batch, tokens, width] residual stream after the embedding and
         after each block; a mesh pins its sharding there.
+      pack: lay short sequences side by side, as many as `LANES` tokens hold, with the same result;
+        how many devices the batch is split over, 0 is off.
     """
 
     width: int
@@ -69,6 +73,7 @@ class EncoderConfig:
     scan: bool = True
     remat: str = 'none'
     constrain: Callable[[Array], Array] = identity
+    pack: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -77,13 +82,23 @@ class EncoderConfig:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the entire branch for random examples (arXiv 1603.09382)."""
+    """Stochastic depth: drops the entire branch for random examples (arXiv 1603.09382).
+
+    Attributes:
+      packed: examples in a row.
+    """
+
+    packed: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, 'batch tokens width'], rate: Array | float
     ) -> Float[Array, 'batch tokens width']:
-        kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - rate, (x.shape[0], 1, 1))
+        examples = (x.shape[0] * self.packed, 1, 1)
+        kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - rate, examples)
+        if self.packed > 1:
+            kept = kept.reshape(x.shape[0], self.packed, 1)
+            kept = jnp.repeat(kept, x.shape[1] // self.packed, axis=1)
         scale = (1 / (1 - jnp.asarray(rate, jnp.float32))).astype(x.dtype)
         return jnp.where(kept, x * scale, jnp.zeros((), x.dtype))
 
@@ -95,6 +110,8 @@ class Block(nn.Module):
       relative: rows of the relative bias table.
       cross: attend to `context.memory` between the two branches, as a decoder does.
       capture: which of `CAPTURES` to return.
+      packed: sequences that a row consists of.
+      outputs: how many tokens, the first ones, are computed; 0 is all.
       constrain: applied to the output, for instance to fix its sharding.
     """
 
@@ -102,6 +119,8 @@ class Block(nn.Module):
     relative: int = 0
     cross: bool = False
     capture: tuple[str, ...] = ()
+    packed: int = 1
+    outputs: int = 0
 
     @nn.compact
     def __call__(
@@ -110,7 +129,7 @@ class Block(nn.Module):
         deterministic: bool,
         drop_path: Float[Array, ''] | None = None,
         context: AttentionContext = NO_CONTEXT,
-    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
+    ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
         config, style, branches = self.config, self.config.style, iter(range(3))
 
         def branch(y: Array) -> Array:
@@ -120,7 +139,7 @@ class Block(nn.Module):
                 y = scale(y)
             y = nn.Dropout(style.dropout)(y, deterministic)
             if drop_path is not None and not deterministic:
-                y = DropPath(name=f'DropPath_{number}')(y, drop_path)
+                y = DropPath(self.packed, name=f'DropPath_{number}')(y, drop_path)
             return y
 
         y = norm(style, 'LayerNorm_0')(x)
@@ -129,10 +148,13 @@ class Block(nn.Module):
             style,
             self.relative,
             'attention' in self.capture,
+            self.packed,
             name='MultiHeadDotProductAttention_0',
         )
-        mlp = Mlp(config.mlp_dim, style, name='MlpBlock_0')
-        z, weights = attention(y, None, context)
+        mlp, memory = Mlp(config.mlp_dim, style, name='MlpBlock_0'), None
+        if self.outputs:
+            x, y, memory = x[:, : self.outputs], y[:, : self.outputs], y
+        z, weights = attention(y, memory, context)
         x = x + checkpoint_name(branch(z), 'attention_out')
         if self.cross:
             z = norm(style, 'LayerNorm_2')(x)
@@ -172,6 +194,7 @@ class Encoder(nn.Module):
     Attributes:
       relative, cross, capture: see `Block`.
       final_norm: normalise the output.
+      outputs: how many tokens, the first ones, are wanted; 0 is all.
     """
 
     config: EncoderConfig
@@ -179,6 +202,7 @@ class Encoder(nn.Module):
     cross: bool = False
     final_norm: bool = True
     capture: tuple[str, ...] = ()
+    outputs: int = 0
 
     @nn.compact
     def __call__(
@@ -186,8 +210,15 @@ class Encoder(nn.Module):
         x: Float[Array, 'batch tokens width'],
         deterministic: bool = True,
         context: AttentionContext = NO_CONTEXT,
-    ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
-        config = self.config
+    ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
+        config, batch, width = self.config, len(x), x.shape[2]
+        packed = self._packed(x, context)
+        if packed > 1:
+            x = config.constrain(_side_by_side(x, packed))
+            if context.rotation is not None:
+                sin, cos = context.rotation
+                rotation = _side_by_side(sin, packed), _side_by_side(cos, packed)
+                context = context._replace(rotation=rotation)
         block: Any = Block
         if config.remat != 'none':
             # prevent_cse is costly and unnecessary under scan: the loop boundary already keeps the
@@ -199,8 +230,13 @@ class Encoder(nn.Module):
                 policy=POLICIES[config.remat],
             )
         fields: dict[str, Any] = dict(
-            config=config, relative=self.relative, cross=self.cross, capture=self.capture
+            config=config,
+            relative=self.relative,
+            cross=self.cross,
+            capture=self.capture,
+            packed=packed,
         )
+        last_outputs = self.outputs if packed == 1 and self._plain(context) else 0
         rates = None
         if config.drop_path and not deterministic:
             rates = jnp.linspace(0, config.drop_path, config.depth)
@@ -217,16 +253,37 @@ class Encoder(nn.Module):
             captures = []
             for i in range(config.depth):
                 rate = None if rates is None else rates[i]
-                unrolled_block = block(name=f'encoderblock_{i}', **fields)
+                outputs = last_outputs if i == config.depth - 1 else 0
+                unrolled_block = block(name=f'encoderblock_{i}', outputs=outputs, **fields)
                 x, block_captured = unrolled_block(x, deterministic, rate, context)
                 captures.append(block_captured)
             captured = {
                 name: jnp.stack([block_captured[name] for block_captured in captures])
                 for name in self.capture
             }
+        x = x.reshape(batch, -1, width)[:, : self.outputs or None]
         if self.final_norm:
             x = norm(config.style, 'encoder_norm')(x)
         return x, captured
+
+    def _plain(self, context: AttentionContext) -> bool:
+        """Whether attention is of tokens alone, and nobody looks at its weights."""
+        return not (self.capture or self.config.style.lsa) and all(x is None for x in context)
+
+    def _packed(self, x: Array, context: AttentionContext) -> int:
+        """How many sequences lie side by side, which are of one device."""
+        devices, fused = self.config.pack, self.config.style.attention == 'fused'
+        if not devices or not fused or not self._plain(context._replace(rotation=None)):
+            return 1
+        counts = range(2, LANES // x.shape[1] + 1)
+        return max((n for n in counts if len(x) % (n * devices) == 0), default=1)
+
+
+def _side_by_side(x: Float[Array, '#batch tokens *rest'], packed: int) -> Float[Array, '...']:
+    """[batch, tokens, ...] as [batch / packed, packed * tokens, ...]."""
+    if len(x) == 1:
+        return jnp.tile(x, (1, packed, *(1,) * (x.ndim - 2)))
+    return x.reshape(len(x) // packed, packed * x.shape[1], *x.shape[2:])
 
 
 def _map_encoders(

@@ -354,19 +354,22 @@ def _rms_norm_backward(epsilon: float, dtype: Dtype, saved: tuple[Array, ...], g
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(
     query: Float[Array, 'batch queries heads features'],
     key: Float[Array, 'batch keys heads features'],
     value: Float[Array, 'batch keys heads features'],
+    packed: int = 1,
 ) -> Float[Array, 'batch queries heads features']:
     """Return softmax(query · key / sqrt(features)) · value, with float32 logits and softmax.
+
+    A row is `packed` sequences of equal length, each of which attends to itself alone.
 
     Only two arrays of size queries x keys are ever written to memory, both in the type of the
     operands: the exponentials here, which are normalised after their product with the values, and
     the gradient of the logits in the backward pass.
     """
-    return _attend_forward(query, key, value)[0]
+    return _attend_forward(query, key, value, packed)[0]
 
 
 def _logits(query: Array, key: Array) -> Float[Array, 'batch heads keys queries']:
@@ -379,9 +382,13 @@ def _per_query(x: Float[Array, 'batch heads queries']) -> Float[Array, 'batch qu
     return jnp.swapaxes(x, 1, 2)[..., None]
 
 
-def _attend_forward(query: Array, key: Array, value: Array):
+def _attend_forward(query: Array, key: Array, value: Array, packed: int):
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     logits = _logits(query, key)
+    if packed > 1:
+        sequence = jnp.arange(logits.shape[-1]) * packed // logits.shape[-1]
+        together = sequence.reshape(1, 1, -1, 1) == sequence.reshape(1, 1, 1, -1)
+        logits = jnp.where(together, logits, -jnp.inf)
     weights = jnp.exp(logits - logits.max(2, keepdims=True))
     total = weights.sum(2)
     weights = weights.astype(value.dtype)
@@ -390,7 +397,7 @@ def _attend_forward(query: Array, key: Array, value: Array):
     return mixed, (query, key, value, weights, total, mixed)
 
 
-def _attend_backward(saved: tuple[Array, ...], g: Array):
+def _attend_backward(packed: int, saved: tuple[Array, ...], g: Array):
     query, key, value, weights, total, mixed = saved
     g = (g / _per_query(total)).astype(g.dtype)
     d_value = jnp.einsum('bhkq,bqhd->bkhd', weights, g)
@@ -498,12 +505,17 @@ class Attention(nn.Module):
     """Multi-head attention of `x` to `memory`, by default to itself (arXiv 1706.03762).
 
     Returns (output, weights [batch, heads, queries, keys]); weights are None without `capture`.
+
+    Attributes:
+      relative: rows of the relative bias table; 0 for none.
+      packed: sequences that a row consists of, see `attend`.
     """
 
     num_heads: int
     style: Style = PLAIN
-    relative: int = 0  # Rows of the relative bias table; 0 for none.
+    relative: int = 0
     capture: bool = False
+    packed: int = 1
 
     @nn.compact
     def __call__(
@@ -540,7 +552,7 @@ class Attention(nn.Module):
             table = self.param('relative', nn.initializers.zeros, (self.relative, heads[0]))
             bias = jnp.asarray(table)[context.relative].transpose(2, 0, 1)[None]
         if style.attention == 'fused' and mask is None and bias is None:
-            mixed = attend(query, key, value)
+            mixed = attend(query, key, value, self.packed)
         else:
             mixed = jax.nn.dot_product_attention(
                 query,

@@ -12,8 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.models import positions, stems
 from big_vit.models.encoder import EncoderConfig
@@ -81,6 +82,17 @@ class Tokens(NamedTuple):
     rotation: tuple[Array, Array] | None = None
 
 
+class Cut(NamedTuple):
+    """Some patches of images, in any order.
+
+    pixels: of each patch, as `patchify` has them, [batch, kept, pixels].
+    place: their indices in the grid, [batch, kept].
+    """
+
+    pixels: Array
+    place: Array
+
+
 class EmbeddingContext(NamedTuple):
     """What embedding depends on beside the input; None where there is nothing.
 
@@ -90,12 +102,14 @@ class EmbeddingContext(NamedTuple):
     table: the grid of learned positions, where it may be another than the input's: then they are
       interpolated.
     offset: what interpolation adds to the grid's size, see `positions.resize_matrix`.
+    cut: patches that are embedded in place of the image, of which only the size is read then.
     """
 
     hidden: Array | None = None
     mask_token: Array | None = None
     table: Grid | None = None
     offset: float = 0.0
+    cut: Cut | None = None
 
 
 NO_EMBEDDING_CONTEXT = EmbeddingContext()
@@ -202,6 +216,39 @@ def _projected(
         return tokens
     bias = jnp.asarray(module.param('bias', laws.patch_bias(pixels), (width,)))
     return tokens + bias.astype(style.dtype).reshape((1,) * (tokens.ndim - 1) + bias.shape)
+
+
+def patchify(
+    image: Float[Array, 'batch height width channels'], patch: tuple[int, int]
+) -> Float[Array, 'batch tokens pixels']:
+    """The pixels of each patch, by rows, channels last."""
+    batch, height, width, channels = image.shape
+    rows, columns = height // patch[0], width // patch[1]
+    x = image.reshape(batch, rows, patch[0], columns, patch[1], channels).swapaxes(2, 3)
+    return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
+
+
+def unpatchify(
+    pixels: Float[Array, 'batch tokens pixels'], patch: tuple[int, int], size: tuple[int, int]
+) -> Float[Array, 'batch height width channels']:
+    """The image of this height and width that `patchify` cuts into these patches."""
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    x = pixels.reshape(len(pixels), rows, columns, patch[0], patch[1], -1).swapaxes(2, 3)
+    return x.reshape(len(pixels), *size, -1)
+
+
+@jax.jit
+def chosen(
+    x: Float[Array, '#batch tokens features'], index: Int[Array, 'batch chosen']
+) -> Float[Array, 'batch chosen features']:
+    """The tokens of an index, as a product with ones and zeros, to the bit.
+
+    TPUs gather tokens, and sum gradients into their places, one by one. `flops` does not count it.
+    """
+    ones = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)
+    where = 'bkn,nf->bkf' if len(x) == 1 else 'bkn,bnf->bkf'
+    x = x[0] if len(x) == 1 else x
+    return jnp.einsum(where, ones, x, precision=jax.lax.Precision.HIGHEST)
 
 
 class Patches(nn.Module):
@@ -352,8 +399,25 @@ def patches(
 ) -> Tokens:
     """Plain patches (arXiv 2010.11929), which may overlap (AST, arXiv 2104.01778)."""
     size = scope.stream.patch_size
+    if scope.context.cut is not None:
+        grid = _rows(scope.stream, inputs[scope.stream.reads].shape[1:3])
+        return _of_cut(scope, scope.context.cut, grid, embedding_bias)
     embedding = Patches(scope.width, size, scope.style, stride, embedding_bias, name='embedding')
     return _with_positions(scope, embedding(inputs[scope.stream.reads]))
+
+
+def _of_cut(scope: Scope, cut: Cut, grid: Grid, embedding_bias: bool) -> Tokens:
+    """Tokens of patches that were cut out already, with the positions of their places."""
+    embedding = RaggedPatches(
+        scope.width, scope.stream.patch_size, scope.style, embedding_bias, name='embedding'
+    )
+    x = embedding(cut.pixels)
+    table, turns = _placed(scope, jnp.zeros((1, math.prod(grid), x.shape[-1]), x.dtype), grid)
+    if turns is not None:
+        index, batch = cut.place[..., None, None], len(x)
+        sin, cos = (jnp.broadcast_to(turn, (batch, *turn.shape[1:])) for turn in turns)
+        turns = jnp.take_along_axis(sin, index, 1), jnp.take_along_axis(cos, index, 1)
+    return Tokens(x + chosen(table, cut.place), rotation=turns)
 
 
 def spt(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:

@@ -401,7 +401,7 @@ SETTINGS = tuple(name for names in _SECTIONS.values() for name in names)
 # Settings that a user chooses for speed or training: weights are the same with any.
 RUNTIME_SETTINGS = (
     *('dropout', 'drop_path', 'patch_dropout', 'scan', 'remat', 'attention', 'dtype'),
-    *('gather', 'constrain', 'lora', 'weight_init'),
+    *('gather', 'constrain', 'lora', 'weight_init', 'pack'),
 )
 
 

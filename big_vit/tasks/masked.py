@@ -6,19 +6,26 @@ between and predicts the pixels of each patch.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from big_vit.errors import UserError
 from big_vit.models import positions
 from big_vit.models.encoder import Encoder, EncoderConfig
 from big_vit.models.layers import Dense
-from big_vit.models.tokenizers import grid_of
-from big_vit.models.vit import ViT, select_tokens
+from big_vit.models.tokenizers import (
+    Cut,
+    EmbeddingContext,
+    chosen,
+    grid_of,
+    patchify,
+    unpatchify,
+)
+from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch, model_inputs
 from big_vit.tasks.task import Aux, ExampleShape, Loss, Pictures, Task, Tree
 
@@ -128,63 +135,54 @@ def mask_noise(key: Array, batch: int, tokens: int) -> Float[Array, 'batch token
     return jax.random.uniform(key, (batch, tokens))
 
 
-@jax.custom_vjp
-def permuted(
-    x: Float[Array, 'batch tokens width'],
-    order: Int[Array, 'batch tokens'],
-    inverse: Int[Array, 'batch tokens'],
-) -> Float[Array, 'batch tokens width']:
-    """The tokens in another order; `inverse` puts them back.
+class Order(NamedTuple):
+    """Indices of the patches that are hidden, and of those that are not, [batch, patches]."""
 
-    So the gradient is another permutation and not a sum into places, which accelerators make one
-    by one.
-    """
-    return jnp.take_along_axis(x, order[..., None], axis=1)
-
-
-def _permuted_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
-    return permuted(x, order, inverse), (order, inverse)
-
-
-def _permuted_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
-    order, inverse = saved
-    return permuted(g, inverse, order), None, None
-
-
-permuted.defvjp(_permuted_forward, _permuted_backward)
+    hidden: Array
+    visible: Array
 
 
 class Decoder(nn.Module):
-    """Encoded visible tokens, with mask tokens in between, as predictions of each patch."""
+    """Encoded visible tokens, with mask tokens for hidden patches, as predictions of pixels.
+
+    Hidden patches come first and others last: attention knows patches by their positions, so
+    that none need be put back into its place.
+    """
 
     encoder: EncoderConfig
-    grid: tuple[int, int]
-    outputs: int
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, 'batch visible width'],
-        prefix: int,
-        order: Int[Array, 'batch tokens'],
-        restore: Int[Array, 'batch tokens'],
+        order: Order,
+        grid: tuple[int, int],
+        pixels: int,
+        everything: bool,
         deterministic: bool,
-    ) -> Float[Array, 'batch tokens outputs']:
+    ) -> Float[Array, 'batch patches pixels']:
+        """Predictions of hidden patches and, if asked for, of visible ones behind them.
+
+        Args:
+          x: visible patches, behind tokens that are none.
+          pixels: how many numbers are predicted of each patch.
+        """
         width, style = self.encoder.width, self.encoder.style
+        hidden, before = order.hidden.shape[1], x.shape[1] - order.visible.shape[1]
         x = Dense((width,), dtype=style.dtype, gather=style.gather, name='embedding')(x)
         start = nn.initializers.normal(0.02)
         token = jnp.asarray(self.param('mask_token', start, (1, 1, width))).astype(x.dtype)
-        before, visible = x[:, :prefix], x[:, prefix:]
-        hidden = restore.shape[1] - visible.shape[1]
-        tokens = jnp.concatenate(
-            [visible, jnp.broadcast_to(token, (x.shape[0], hidden, width))], axis=1
-        )
-        tokens = permuted(tokens, restore, order)
-        table = jnp.asarray(positions.sincos(self.grid, width, 'sincos2d_mae'))
-        x = jnp.concatenate([before, tokens + table.astype(x.dtype)], axis=1)
-        x, _ = Encoder(self.encoder, name='Transformer')(self.encoder.constrain(x), deterministic)
-        predict = Dense((self.outputs,), dtype=jnp.float32, gather=style.gather, name='prediction')
-        return predict(x[:, prefix:])
+        table = jnp.asarray(positions.sincos(grid, width, 'sincos2d_mae')).astype(x.dtype)
+        placed = chosen(table, jnp.concatenate(order, axis=1))
+        x = x + jnp.pad(placed[:, hidden:], ((0, 0), (before, 0), (0, 0)))
+        x = jnp.concatenate([token + placed[:, :hidden], x], axis=1)
+        outputs = 0 if everything else hidden
+        encoder = Encoder(self.encoder, outputs=outputs, name='Transformer')
+        x, _ = encoder(self.encoder.constrain(x), deterministic)
+        if everything:
+            x = jnp.concatenate([x[:, :hidden], x[:, hidden + before :]], axis=1)
+        predict = Dense((pixels,), dtype=jnp.float32, gather=style.gather, name='prediction')
+        return predict(x)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -207,6 +205,7 @@ class MaskedAutoencoder(nn.Module):
 
     def setup(self) -> None:
         nn.share_scope(self, self.trunk)
+        self.decoder = Decoder(self.decoder_config)
 
     def noise(self, batch: int, tokens: int) -> Float[Array, 'batch tokens']:
         """What decides which patches are hidden, from the random stream 'mask'."""
@@ -214,7 +213,6 @@ class MaskedAutoencoder(nn.Module):
             return jnp.broadcast_to(jnp.linspace(0, 1, tokens), (batch, tokens))
         return mask_noise(self.make_rng('mask'), batch, tokens)
 
-    @nn.compact
     def __call__(
         self,
         inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
@@ -228,43 +226,47 @@ class MaskedAutoencoder(nn.Module):
           noise: of each example the patches with the largest numbers are hidden; by default drawn
             from the random stream 'mask', and without it the last patches are hidden.
         """
+        predicted, order, _ = self._predict(inputs, train, noise, everything=True)
+        hidden = order.hidden.shape[1]
+        place = jnp.argsort(jnp.concatenate(order, axis=1), axis=1)
+        predicted = jnp.take_along_axis(predicted, place[..., None], axis=1)
+        return predicted, (place < hidden).astype(jnp.float32)
+
+    def hidden_patches(
+        self,
+        inputs: Float[Array, 'batch height width channels'] | dict[str, Array],
+        *,
+        train: bool = False,
+        noise: Float[Array, 'batch tokens'] | None = None,
+    ) -> tuple[Float[Array, 'batch hidden pixels'], Float[Array, 'batch hidden pixels']]:
+        """The pixels of hidden patches as predicted, and as they are; arguments are those above."""
+        predicted, order, pixels = self._predict(inputs, train, noise, everything=False)
+        return predicted, chosen(pixels, order.hidden)
+
+    def _predict(
+        self, inputs: Any, train: bool, noise: Array | None, everything: bool
+    ) -> tuple[Array, Order, Array]:
+        """What the decoder predicts, of which patches, and the pixels of all patches."""
         stream = self.trunk.single
         assert stream is not None
         image = inputs[stream.reads] if isinstance(inputs, dict) else inputs
-        tokens, context = self.trunk.embed(image, train=train)
-        batch, length = tokens.x.shape[:2]
+        # Cut once, for tokens and for targets: each by itself would lay out all pixels with three
+        # channels innermost, which accelerators pad to whole lanes.
+        pixels = jax.lax.optimization_barrier(patchify(image, stream.patch_size))
+        batch, length = pixels.shape[:2]
         if noise is None:
             noise = self.noise(batch, length)
-        order = jnp.argsort(noise, axis=1)
-        restore = jnp.argsort(order, axis=1)
-        kept = visible_tokens(length, self.mask_ratio)
-        visible = select_tokens(tokens, order[:, :kept])
-        visible = visible._replace(x=permuted(tokens.x, order, restore)[:, :kept])
-        x, _ = self.trunk.encode(visible, context, train=train)
-        rows, columns = grid_of(stream, image.shape[1:])
-        pixels = stream.patch_size[0] * stream.patch_size[1] * image.shape[-1]
-        decoder = Decoder(self.decoder_config, (rows, columns), pixels, name='decoder')
-        predicted = decoder(x, self.trunk.prefix_tokens, order, restore, not train)
-        return predicted, (restore >= kept).astype(jnp.float32)
-
-
-def patchify(
-    image: Float[Array, 'batch height width channels'], patch: tuple[int, int]
-) -> Float[Array, 'batch tokens pixels']:
-    """The pixels of each patch, by rows, channels last."""
-    batch, height, width, channels = image.shape
-    rows, columns = height // patch[0], width // patch[1]
-    x = image.reshape(batch, rows, patch[0], columns, patch[1], channels).swapaxes(2, 3)
-    return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
-
-
-def unpatchify(
-    pixels: Float[Array, 'batch tokens pixels'], patch: tuple[int, int], size: tuple[int, int]
-) -> Float[Array, 'batch height width channels']:
-    """The image of this height and width that `patchify` cuts into these patches."""
-    rows, columns = size[0] // patch[0], size[1] // patch[1]
-    x = pixels.reshape(len(pixels), rows, columns, patch[0], patch[1], -1).swapaxes(2, 3)
-    return x.reshape(len(pixels), *size, -1)
+        kept, indices = visible_tokens(length, self.mask_ratio), jnp.argsort(noise, axis=1)
+        order = Order(indices[:, kept:], indices[:, :kept])
+        seen = chosen(pixels.astype(self.trunk.encoder.style.dtype), order.visible)
+        cut = EmbeddingContext(cut=Cut(seen, order.visible))
+        tokens, context = self.trunk.embed(image, train=train, context=cut)
+        x, _ = self.trunk.encode(tokens, context, train=train)
+        grid = grid_of(stream, image.shape[1:])
+        predicted = self.decoder(
+            x, order, (grid[0], grid[1]), pixels.shape[2], everything, not train
+        )
+        return predicted, order, pixels
 
 
 def pixel_targets(
@@ -284,15 +286,6 @@ def patch_statistics(
     # Unbiased, as in the authors' code.
     variance = pixels.var(-1, keepdims=True, ddof=1)
     return pixels.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
-
-
-def hidden_error(
-    predicted: Float[Array, 'batch tokens pixels'],
-    targets: Float[Array, 'batch tokens pixels'],
-    hidden: Float[Array, 'batch tokens'],
-) -> Float[Array, '']:
-    """Mean squared error of the hidden patches of all examples."""
-    return (jnp.square(predicted - targets).mean(-1) * hidden).sum() / hidden.sum()
 
 
 def _streams(rng: Array) -> dict[str, Array]:
@@ -325,19 +318,19 @@ def masked_loss(model: MaskedAutoencoder, normalise_pixels: bool = True) -> Loss
     def loss(
         params: Tree, state: Tree, batch: Batch, rng: Array | None, step: Array | int
     ) -> tuple[Array, Aux]:
-        image = model_inputs({'image': batch['image']})
-        # Cut once, for the embedding and for the targets: each by itself would lay out all pixels
-        # with three channels innermost, which accelerators pad to whole lanes.
-        pixels = jax.lax.optimization_barrier(patchify(image, stream.patch_size))
-        # The embedding would round them to this type next; before, its layout is that of patches.
-        rounded = pixels.astype(model.trunk.encoder.style.dtype)
-        image = unpatchify(rounded, stream.patch_size, (image.shape[1], image.shape[2]))
         rngs, noise = {} if rng is None else _streams(rng), batch.get('drawn', {}).get('noise')
-        predicted, hidden = _apply(model)(
-            {'params': params}, image, train=rng is not None, rngs=rngs, noise=noise
+        predicted, pixels = _apply(model)(
+            {'params': params},
+            model_inputs({'image': batch['image']}),
+            train=rng is not None,
+            rngs=rngs,
+            noise=noise,
+            method='hidden_patches',
         )
-        error = hidden_error(predicted, pixel_targets(pixels, normalise_pixels), hidden)
-        return error, Aux({'hidden': hidden.mean()})
+        error = jnp.square(predicted - pixel_targets(pixels, normalise_pixels)).mean()
+        rows, columns = grid_of(stream, batch['image'].shape[1:])
+        hidden = jnp.float32(pixels.shape[1] / (rows * columns))
+        return error, Aux({'hidden': hidden})
 
     return loss
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gate import mostly_slow
 from self_distillation_oracle import numbers
 
 from big_vit.models import positions
-from big_vit.models.tokenizers import EmbeddingContext
+from big_vit.models.tokenizers import Cut, EmbeddingContext, chosen, patchify
 from big_vit.models.vit import make_vit
 
 SIZES = dict(patch_size=(4, 4), width=16, depth=1, mlp_dim=24, num_heads=2, dtype=jnp.float32)
@@ -57,3 +58,39 @@ def test_one_table_serves_another_grid_and_learns_from_it():
     # Each of six positions is a weighted mean, whose weights sum to 1, in both pictures.
     assert float(gradient[0, 1:, 0].sum()) == pytest.approx(12, rel=1e-5)
     assert float(jnp.abs(gradient[0, 0]).max()) == 0
+
+
+@pytest.mark.parametrize(
+    ('posemb', 'dtype'),
+    mostly_slow(
+        [
+            ('learned', 'bfloat16'),
+            ('rope', 'float32'),
+            ('sincos2d', 'float32'),
+            ('none', 'float32'),
+        ],
+        ('learned', 'bfloat16'),
+    ),
+)
+def test_patches_that_were_cut_are_embedded_as_in_the_whole(posemb, dtype):
+    model = make_vit(0, **{**SIZES, 'dtype': jnp.dtype(dtype)}, posemb=posemb)
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.standard_normal((2, 16, 24, 3)), jnp.float32)
+    place = np.stack([rng.permutation(24)[:7] for _ in range(2)])
+    apply = jax.jit(
+        lambda params, context: model.apply(
+            {'params': params}, image, context=context, method='embed'
+        )[0]
+    )
+    params = model.init(jax.random.key(0), image[:1])['params']
+    whole = apply(params, EmbeddingContext())
+    pixels = patchify(image.astype(dtype), (4, 4))
+    cut = Cut(chosen(pixels, jnp.asarray(place)), jnp.asarray(place))
+    np.testing.assert_array_equal(cut.pixels, np.asarray(pixels)[np.arange(2)[:, None], place])
+    some = apply(params, EmbeddingContext(cut=cut))
+    wanted = np.float32(whole.x)[np.arange(2)[:, None], place]
+    rounding = 0.02 if dtype == 'bfloat16' else 1e-6
+    np.testing.assert_allclose(np.float32(some.x), wanted, rtol=rounding, atol=rounding)
+    if posemb == 'rope':
+        for turned, turns in zip(some.rotation, whole.rotation, strict=True):
+            np.testing.assert_array_equal(turned, np.asarray(turns)[0][place])

@@ -560,3 +560,49 @@ def test_merged_corrections_answer_the_same_in_a_plain_model(scan):
     np.testing.assert_allclose(apply(plain, merged, image)[0], wanted, rtol=1e-5, atol=1e-5)
     dropped = {n: x for n, x in trees.flatten(params).items() if '/lora_' not in n}
     assert np.abs(apply(plain, trees.unflatten(dropped), image)[0] - wanted).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    'changes',
+    mostly_slow(
+        [
+            {'posemb': 'rope', 'class_token': True, 'drop_path': 0.5},
+            {'scan': True, 'remat': 'names'},
+            {'qk_norm': True, 'parallel': True, 'posemb': 'learned', 'registers': 2},
+        ],
+        {'posemb': 'rope', 'class_token': True, 'drop_path': 0.5},
+    ),
+)
+def test_sequences_side_by_side_are_as_by_themselves(changes):
+    """Values and gradients of six images, whose sequences lie in rows of several."""
+    x = images((6, 8, 12, 3))
+    nets = [model(**changes, pack=pack) for pack in (0, 1)]
+    params = random_params(nets[0], x)
+
+    def loss(params, net):
+        out, _ = net.apply({'params': params}, x, train=True, rngs={'dropout': jax.random.key(4)})
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    ((_, alone), wanted), ((_, packed), found) = (step(params, net) for net in nets)
+    np.testing.assert_allclose(packed, alone, rtol=2e-5, atol=2e-5)
+    for (name, a), b in zip(trees.flatten(found).items(), jax.tree.leaves(wanted), strict=True):
+        # Biases of keys have no gradient but what rounding makes.
+        scale = np.inf if name.endswith(('key/bias', 'key_norm/bias')) else np.abs(b).max()
+        np.testing.assert_allclose(a / scale, b / scale, atol=3e-5, err_msg=name)
+    tokens = nets[0].sequence_length({'image': x.shape[1:]})
+    rows = f'[1,{6 * tokens},24]'
+    assert 6 * tokens <= 128 and rows in str(jax.make_jaxpr(lambda p: loss(p, nets[1]))(params))
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_outputs_that_are_not_wanted_are_left_out(scan):
+    config = encoder.EncoderConfig(width=8, depth=2, mlp_dim=12, num_heads=2, scan=scan)
+    whole, first = encoder.Encoder(config), encoder.Encoder(config, outputs=3)
+    x = images((2, 7, 8))
+    params = random_params(first, x)
+    # The same parameters, whatever is wanted.
+    assert trees.flatten(params).keys() == trees.flatten(random_params(whole, x)).keys()
+    wanted, _ = apply(whole, params, x)
+    found, _ = apply(first, params, x)
+    np.testing.assert_allclose(found, wanted[:, :3], rtol=1e-5, atol=1e-5)

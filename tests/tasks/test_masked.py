@@ -17,6 +17,7 @@ from big_vit import checkpoint, config, metrics, state, train, trees
 from big_vit.build.experiment import build_experiment, loss_flops
 from big_vit.build.steps import build_train_step
 from big_vit.errors import UserError
+from big_vit.models import tokenizers
 from big_vit.models.vit import make_vit
 from big_vit.tasks import masked
 from big_vit.tasks.task import ExampleShape
@@ -105,7 +106,9 @@ def test_the_loss_is_that_of_numpy_on_hidden_patches(normalise):
 
 def test_patches_are_cut_by_rows():
     image = np.arange(2 * np.prod(IMAGE)).reshape(2, *IMAGE).astype(np.float32)
-    np.testing.assert_array_equal(masked.patchify(jnp.asarray(image), (4, 4)), patches_of(image))
+    np.testing.assert_array_equal(
+        tokenizers.patchify(jnp.asarray(image), (4, 4)), patches_of(image)
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,10 +274,10 @@ def test_the_trunk_is_a_plain_one_and_flops_are_of_what_is_seen():
     trunk = {name: leaf for name, leaf in params.items() if name != 'decoder'}
     assert trees.flatten(trunk) == trees.flatten(plain)
     counted, _ = loss_flops(masked.masked(**OPTIONS), model, params, inputs, 2)
-    # By hand: 24 patches of 48 numbers are projected, 6 tokens encoded, 24 decoded.
+    # By hand: 6 patches of 48 numbers are projected and encoded, 24 decoded, 18 predicted.
     block = 2 * 6 * (4 * 16**2 + 2 * 16 * 24) + 4 * 6**2 * 16
     decoder = 2 * 24 * (4 * 8**2 + 2 * 8 * 32) + 4 * 24**2 * 8
-    assert counted == (2 * 24 * 48 * 16 + 2 * block + 2 * 6 * 16 * 8 + decoder + 2 * 24 * 8 * 48)
+    assert counted == (2 * 6 * 48 * 16 + 2 * block + 2 * 6 * 16 * 8 + decoder + 2 * 18 * 8 * 48)
 
 
 @pytest.mark.slow
