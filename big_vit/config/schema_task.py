@@ -6,6 +6,7 @@ from big_vit.config.fields import (
     Field,
     below_one,
     boolean,
+    check_text,
     choice,
     integer,
     number,
@@ -89,6 +90,11 @@ TASK: dict[str, Field] = {
         choice('centre', 'sinkhorn'),
         None,
         "What is between a teacher and a single prototype: a running mean, or Sinkhorn's law.",
+    ),
+    'task.teacher': Field(
+        check_text,
+        None,
+        'Workdir or checkpoint of a run of the same task whose model is the teacher, frozen.',
     ),
     'task.teacher_temperature': Field(
         span(1e-3, 1), None, "The teacher's temperature at the start and after the warm-up."
