@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from big_vit.errors import UserError
-from big_vit.models.positions import interpolated
 from big_vit.models.prototype_head import PrototypeHead, similarity
 from big_vit.models.tokenizers import EmbeddingContext, grid_of
 from big_vit.models.vit import ViT
-from big_vit.tasks import block_masks
+from big_vit.tasks import block_masks, gram
 from big_vit.tasks.batch import normalise
 from big_vit.tasks.task import ExampleShape
 
@@ -82,18 +80,13 @@ class SelfDistillation(nn.Module):
         self,
         views: Float[Array, 'batch views y x channels'] | UInt[Array, 'batch views y x channels'],
     ) -> Float[Array, 'batch views patches width']:
-        """Patches after the last norm on the grid of large views, whatever grid these have.
-
-        Others are resized to it, bicubic without antialiasing, as in DINOv3 (arXiv 2508.10104).
-        """
+        """Patches after the last norm, resized to the grid of large views from that of these."""
         stream = self.trunk.single
         assert stream is not None
         grid, (_, patches) = grid_of(stream, views.shape[2:]), self.features(views)
-        if grid == self.grid:
-            return patches
         flat = patches.reshape(-1, *patches.shape[2:])
-        resized = jax.vmap(lambda x: interpolated(x[None], grid, self.grid)[0])(flat)
-        return resized.reshape(*patches.shape[:2], *resized.shape[1:])
+        fitting = gram.resized(flat, grid, self.grid)
+        return fitting.reshape(*patches.shape[:2], *fitting.shape[1:])
 
     def rows(
         self,

@@ -83,7 +83,7 @@ class View:
     Attributes:
       like: group whose random numbers they draw; None draws their own.
       number, statement: place of the first of those whose numbers they draw, among all views and
-        among all statements.
+        among all statements that draw their own.
     """
 
     group: str
@@ -307,8 +307,8 @@ def parse(
             view.count,
             _parse(view.operations, size, key, device, skip),
             view.like,
-            sum(other.count for other in read[:place]),
-            place,
+            sum(other.count for other in read[:place] if other.like is None),
+            sum(other.like is None for other in read[:place]),
         )
         for view, place in zip(read, _places(read, key), strict=True)
     )
