@@ -204,7 +204,7 @@ def test_parts_of_the_loss_sum_to_it_and_gram_begins_when_it_is_due():
 
 LARGE = 'rrc(16) | to_device | flip_lr'
 SMALL = LARGE.replace('to_device', 'resize(size) | to_device')
-TWICE = f'decode ; global: {SMALL} ; global: {SMALL} ; gram as global: {LARGE} ; gram as global: {LARGE}'
+TWICE = f'decode ; global: {SMALL} ; global: {SMALL}' + 2 * f' ; gram as global: {LARGE}'
 
 
 def test_the_gram_teacher_sees_the_same_crops_in_twice_the_size():
