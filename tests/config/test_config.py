@@ -450,6 +450,7 @@ GROUPS = {
     'init_resize': 'choice', 'model.head_dim': 'int', 'tokenizer': 'choice', 'stride': 'size',
     'tubelet': 'int', 'vocab': 'int', 'posemb': 'choice', 'model.embedding_bias': 'bool',
     'model.posemb_prefix': 'int', 'model.posemb_grid': 'size', 'model.rope_theta': 'number',
+    'model.rope_shift': 'number', 'model.rope_jitter': 'number', 'model.rope_rescale': 'number',
     'model.class_token': 'bool', 'model.registers': 'int', 'model.norm': 'choice',
     'model.norm_eps': 'positive', 'model.pre_norm': 'bool', 'model.norm_after_pool': 'bool',
     'model.activation': 'choice', 'model.mlp': 'choice', 'model.qkv_bias': 'bool',
