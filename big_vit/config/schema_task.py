@@ -134,6 +134,14 @@ TASK: dict[str, Field] = {
     'task.mask_group': Field(
         integer(1), None, 'Examples over whose views the shares are spread evenly.'
     ),
+    'task.mask_law': Field(
+        choice('exact', 'ibot'),
+        None,
+        'Exact numbers of hidden patches in a group, or those that blocks come to in each view.',
+    ),
+    'task.patch_centre': Field(
+        choice('hidden', 'all'), None, 'Patches of the teacher whose mean is their centre.'
+    ),
     'task.position_offset': Field(
         number(0, 1),
         None,

@@ -61,6 +61,10 @@ class Settings(NamedTuple):
       mask_ratios: least and greatest share of the patches that are hidden in a view.
       mask_probability: share of the views that have hidden patches.
       mask_group: examples over whose views the ratios are spread evenly.
+      mask_law: 'exact' numbers of hidden patches, as in DINOv3, or those that blocks come to in
+        each view by itself ('ibot'), for which heads keep room for the greatest ratio.
+      patch_centre: the centre of patches is the mean of 'hidden' ones, as in DINOv2, or of 'all'
+        patches of the teacher, as in iBOT.
       position_offset: of the interpolation of learned positions for small views.
     """
 
@@ -85,6 +89,8 @@ class Settings(NamedTuple):
     mask_ratios: Pair = (0.1, 0.5)
     mask_probability: float = 0.5
     mask_group: int = 8
+    mask_law: str = 'exact'
+    patch_centre: str = 'hidden'
     position_offset: float = 0.1
 
 
@@ -174,6 +180,10 @@ def _model(trunk: ViT, example: ExampleShape, settings: Settings) -> SelfDistill
 
 
 def _counts(settings: Settings, views: int, grid: tuple[int, int]) -> Int[np.ndarray, ' views']:
+    """Numbers of hidden patches in the views of a group; the most there may be by iBOT's law."""
+    if settings.mask_law == 'ibot':
+        most = int(settings.mask_ratios[1] * grid[0] * grid[1] * (settings.mask_probability > 0))
+        return np.full(settings.mask_group * views, most)
     return block_masks.masked_counts(
         settings.mask_group * views,
         grid[0] * grid[1],
@@ -240,12 +250,22 @@ def _draw(model: SelfDistillation, *, settings: Settings) -> Any:
 
     def draw(batch: Batch, rng: Array) -> dict[str, Array]:
         examples, group = batch['global'].shape[0], settings.mask_group
-        _check_group(examples, 'mask_group', group)
         counts, masks = jax.random.split(jax.random.fold_in(rng, _MASKS))
-        drawn = block_masks.shuffled_counts(
-            counts, _counts(settings, model.views, model.grid), examples // group
-        )
-        found = block_masks.block_masks(masks, drawn.reshape(-1), model.grid)
+        exact = settings.mask_law == 'exact'
+        if exact:
+            _check_group(examples, 'mask_group', group)
+            drawn = block_masks.shuffled_counts(
+                counts, _counts(settings, model.views, model.grid), examples // group
+            ).reshape(-1)
+        else:
+            drawn = block_masks.independent_targets(
+                counts,
+                examples * model.views,
+                model.grid[0] * model.grid[1],
+                settings.mask_probability,
+                settings.mask_ratios,
+            )
+        found = block_masks.block_masks(masks, drawn, model.grid, exact)
         return {'masks': found.reshape(examples, model.views, -1)}
 
     return draw
@@ -257,7 +277,8 @@ def _patches(model: SelfDistillation, batch: Batch, run: Run, settings: Settings
     masks = batch['drawn']['masks']
     examples, views = masks.shape[:2]
     # Of a group of consecutive examples a microbatch has each n-th.
-    accumulation, group = run.batch_size // examples, settings.mask_group
+    accumulation = run.batch_size // examples
+    group = settings.mask_group if settings.mask_law == 'exact' else 1
     rows = 1 if group % accumulation else group // accumulation
     room = block_masks.slots(_counts(settings, views, model.grid), rows, views)
     index, weight = block_masks.select(masks, rows, min(room, masks[0].size))
@@ -268,11 +289,13 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
     """The teacher's rows, and what of the whole batch its assignments depend on."""
     teacher: Any = model if run.teacher is None else run.teacher
     _check_teacher(model, teacher, settings)
+    of_all = model.patches and settings.patch_centre == 'all'
 
     def rows(task_state: Tree, batch: Batch, rng: Array, step: Array) -> dict[str, Array]:
         patches = _patches(model, batch, run, settings)
         params = {'params': task_state['teacher']}
-        found = teacher.apply(params, batch['global'], patches.place, method='teacher')
+        given = batch['global'], patches.place, of_all
+        found = teacher.apply(params, *given, method='teacher')
         if patches.weight is not None:
             found['weight'] = patches.weight
         return found
@@ -295,7 +318,10 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
             else:
                 found['offset'][kind] = -task_state['centre'][kind] / temperature
                 # Logits are linear in rows, so the mean of rows has their mean.
-                total = (rows[kind] * weight[..., None]).sum((0, 1)) / weight.sum()
+                counted = rows[kind] * weight[..., None], jnp.maximum(weight.sum(), 1)
+                total = counted[0].sum((0, 1)) / counted[1]
+                if kind == 'ibot' and 'all' in rows:
+                    total = rows['all'].mean((0, 1))
                 found['mean'][kind] = logits[kind](total[None, None])[0, 0]
         found['statistics'] = prototypes.statistics(
             logits['dino'],

@@ -105,10 +105,21 @@ class SelfDistillation(nn.Module):
         head = self.ibot_head if kind == 'ibot' else self.dino_head
         return (head or self.dino_head).vectors()
 
-    def teacher(self, views: Array, index: Int[Array, 'blocks places'] | None) -> dict[str, Array]:
-        """Rows of whole large views, and of those of their patches that are hidden."""
+    def teacher(
+        self, views: Array, index: Int[Array, 'blocks places'] | None, mean: bool = False
+    ) -> dict[str, Array]:
+        """Rows of whole large views, and of those of their patches that are hidden.
+
+        Args:
+          mean: also the mean row of all patches of each example ('all').
+        """
         pooled, patches = self.features(views)
-        return self.rows(pooled, None if index is None else block_masks.selected(patches, index))
+        hidden = None if index is None else block_masks.selected(patches, index)
+        found = self.rows(pooled, hidden)
+        if mean:
+            project = (self.ibot_head or self.dino_head).project
+            found['all'] = project(patches).mean((1, 2))[:, None]
+        return found
 
     def student(
         self,

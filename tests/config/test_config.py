@@ -485,6 +485,7 @@ GROUPS = {
     'task.koleo_group': 'int', 'task.gram_weight': 'number', 'task.gram_start': 'below one',
     'task.gram_every': 'below one', 'task.mask_ratios': 'pair', 'task.mask_probability': 'share',
     'task.mask_group': 'int', 'task.position_offset': 'share', 'task.teacher': 'str',
+    'task.mask_law': 'choice', 'task.patch_centre': 'choice',
     'init_standardise': 'bool', 'model.weight_init': 'choice', 'examples': 'int',
     'window': 'pair', 'views': 'str', 'lidar': 'pair', 'optim.rate_in_momentum': 'bool',
     'optim.clip_by': 'choice', 'optim.weight_decay_end': 'number', 'optim.freeze_by': 'choice',

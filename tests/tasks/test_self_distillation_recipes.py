@@ -1,4 +1,4 @@
-"""Twenty steps of DINO and DINOv2 beside the references' modules, with equal weights and views.
+"""Twenty steps of DINO, iBOT and DINOv2 beside the references' modules, of equal weights and views.
 
 And of a student of a larger frozen teacher, whose heads have other widths.
 """
@@ -33,6 +33,7 @@ COMMON = dict(
 )
 TASKS = {
     'dino_recipe': dict(patch_head='none', prototype_norm='fixed', koleo_weight=0.0),
+    'ibot_recipe': dict(patch_head='shared', koleo_weight=0.0, patch_centre='all'),
     'dinov2_recipe': dict(patch_head='separate', centering='sinkhorn'),
     'dinov2_whole_recipe': dict(patch_head='shared'),
     'distilled_recipe': dict(patch_head='separate', centering='sinkhorn', teacher='there'),
@@ -130,6 +131,8 @@ def ours(arrays, norm, sizes=STUDENT):
             'encoder_norm': layer_norm('backbone.norm'),
         },
     }
+    if 'backbone.masked_embed' in arrays:
+        params['mask_token'] = arrays['backbone.masked_embed'][None]
     if 'backbone.mask_token' in arrays:
         params['mask_token'] = arrays['backbone.mask_token'][None]
         params['registers'] = arrays['backbone.register_tokens']
@@ -153,17 +156,13 @@ def reference(name, kind):
     }, part
 
 
+# The length of prototypes decays, that of other scales does not.
+LENGTHS = (('.*prototypes/scale', 1.0), ('.*(bias|scale)', 0.0), ('.*', 1.0))
 OPTIMIZERS = {
-    'dino_recipe': {
-        'optim.weight_decay_rules': (('.*(bias|scale)', 0.0), ('.*', 1.0)),
-    },
+    'dino_recipe': {'optim.weight_decay_rules': LENGTHS[1:]},
+    'ibot_recipe': {'optim.weight_decay_rules': LENGTHS},
     'dinov2_recipe': {
-        # The length of prototypes decays, that of other scales does not.
-        'optim.weight_decay_rules': (
-            ('.*prototypes/scale', 1.0),
-            ('.*(bias|scale)', 0.0),
-            ('.*', 1.0),
-        ),
+        'optim.weight_decay_rules': LENGTHS,
         'optim.layer_decay': 0.9,
         'optim.lr_rules': (('embedding/.*', 0.2), ('.*', 1.0)),
     },
@@ -200,7 +199,7 @@ def settings_of(name, kind):
         'schedule.name': 'cosine_dino',
         'schedule.warmup_steps': 4,
         'schedule.end': 1e-6 / 2e-3,
-        **OPTIMIZERS['dino_recipe' if name == 'dino_recipe' else 'dinov2_recipe'],
+        **OPTIMIZERS.get(name, OPTIMIZERS['dinov2_recipe']),
     }
     if kind == 'whole':
         settings |= {'optim.weight_decay_end': 0.4, **LAWS[name]}
@@ -212,7 +211,7 @@ def trunk(name, sizes):
     settings = dict(patch_size=(4, 4), width=width, depth=depth, mlp_dim=2 * width)
     settings |= dict(dtype=jnp.float32, activation='gelu', pool='cls', posemb='learned')
     settings |= dict(posemb_prefix=1, num_heads=heads)
-    if name != 'dino_recipe':
+    if name not in ('dino_recipe', 'ibot_recipe'):
         settings |= dict(layer_scale=1e-5, registers=2)
     return make_vit(0, **settings)
 
@@ -262,9 +261,9 @@ def trained(name, kind, options, change=lambda task: task, count=STEPS):
         losses.append(float(metrics['loss']))
     finals = {'params': ours(part('student'), norm), 'ema': ours(part('teacher'), norm)}
     jax.tree.map(np.testing.assert_array_equal, {name: now[name] for name in extra}, extra)
-    if teacher is not None:
-        for tree in finals.values():
-            del tree['mask_token']
+    # There is none in a distilled student, and no average of it in iBOT's teacher.
+    for part in {'distilled_recipe': ('params', 'ema'), 'ibot_recipe': ('ema',)}.get(name, ()):
+        finals[part].pop('mask_token', None)
     return np.array(losses), numbers['losses'][:count], now, finals
 
 
@@ -282,6 +281,7 @@ def distance(found, wanted):
     [
         ('dino_recipe', 'plain'),
         ('dino_recipe', 'whole'),
+        ('ibot_recipe', 'plain'),
         ('dinov2_recipe', 'plain'),
         ('dinov2_whole_recipe', 'whole'),
         ('distilled_recipe', 'plain'),
