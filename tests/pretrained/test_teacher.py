@@ -238,3 +238,28 @@ def test_the_abstract_state_counts_the_teacher_and_a_checkpoint_does_not(teacher
     # The teacher's forward pass counts: it is larger than the student's own would be.
     own = build_experiment(config.resolve(STUDENT))
     assert parts.forward_flops > 1.2 * own.forward_flops
+
+
+def flat(spec):
+    return config.flatten(config.load(spec).to_dict())
+
+
+def test_the_recipes_of_other_runs_differ_from_the_first_phase_in_what_they_say():
+    recipe = 'configs/dinov2_l16_i1k.py'
+    first, high = flat(recipe), flat(f'{recipe}:phase=high')
+    lengths = [(x['total_steps'], x['schedule.warmup_steps']) for x in (first, high)]
+    assert lengths == [(125_000, 12_500), (10_000, 1000)]
+    held = [x['optim.freeze_steps'][0][1] / x['total_steps'] for x in (first, high)]
+    assert held[0] == held[1] == 0.01
+    # The lowest rate is the same, the highest that of the square root.
+    for found in (first, high):
+        assert found['lr'] * found['schedule.end'] == pytest.approx(1e-6)
+    assert high['lr'] == pytest.approx(1.51e-5 * 2**0.5)
+    # Trunk, heads and views are as they were.
+    same = [key for key in first if key.startswith(('task.', 'model.', 'data.'))]
+    assert {key for key in same if first[key] != high[key]} == {'model.drop_path', 'model.remat'}
+    assert (high['image_size'], high['init_resize']) == ([416, 416], 'bicubic')
+    student = flat('configs/dinov2_distilled_i1k.py:variant=B/16')
+    assert {key for key in first if first[key] != student[key]} == {
+        *('model.variant', 'model.drop_path', 'task.teacher', 'task.momentum')
+    }
