@@ -56,21 +56,25 @@ def compose(functions: Sequence[Function]) -> Function:
     return apply
 
 
-def on_views(views: Sequence[tuple[str, int, Sequence[Function]]]) -> Operation:
+def on_views(
+    views: Sequence[tuple[str, int, Sequence[Function]]], numbers: Sequence[int] | None = None
+) -> Operation:
     """Apply operations on images to views [batch, views, height, width, channels].
 
     Args:
-      views: in their order (group, count, operations); the keys depend on that order alone.
+      views: in their order (group, count, operations).
+      numbers: of their keys, on which all randomness depends; by default their places.
     """
     groups = dict.fromkeys(group for group, _, _ in views)
+    keys = range(len(views)) if numbers is None else numbers
 
     def apply(batch: Batch, rng: Array) -> Batch:
         made: dict[str, list[Array]] = {group: [] for group in groups}
-        for place, (group, count, functions) in enumerate(views):
+        for number, (group, count, functions) in zip(keys, views, strict=True):
             start = sum(part.shape[1] for part in made[group])
             part = batch[group][:, start : start + count]
             rows = {'image': part.reshape(-1, *part.shape[2:])}
-            image = compose(functions)(rows, jax.random.fold_in(rng, place))['image']
+            image = compose(functions)(rows, jax.random.fold_in(rng, number))['image']
             made[group].append(image.reshape(*part.shape[:2], *image.shape[1:]))
         return {**batch, **{group: jnp.concatenate(made[group], axis=1) for group in groups}}
 

@@ -88,7 +88,7 @@ def by_operation(data: Data) -> dict[str, float]:
         columns = operate(timed('read', source.load, rows), transform, keys, '')
         if transform.views:
             columns = {**columns, 'image': timed('decode', operations.decoded, columns['image'])}
-        for number, view in enumerate(transform.every_view):
+        for number, view in transform.every_view:
             mine = order.view_keys(keys, number)
             seen = operate({'image': columns['image']}, view.transform, mine, f'{view.group}: ')
             timed('join', transforms.finished, seen, view.transform)

@@ -32,7 +32,7 @@ from big_vit import interop, ownership, sharding, storage, trees
 from big_vit import metrics as metrics_lib
 from big_vit.checkpoint_hashes import hash_array, hashes_of
 from big_vit.errors import UserError, failure_at
-from big_vit.state import State
+from big_vit.state import State, to_save
 
 # Format 1 has a hash of its leaves alone; from 2 on, one of all that the sidecar says as well.
 FORMAT = 2
@@ -481,7 +481,7 @@ class Manager:
         Raises:
           UserError: too little disk space, or this save or the previous one failed.
         """
-        began = time.monotonic()
+        began, state = time.monotonic(), to_save(state)
         self.wait()
         step = int(jax.device_get(state['step']))
         problem = _first_problem(self._reason_not_to_save(step, trees.nbytes(state)))
@@ -611,13 +611,15 @@ def _leave_without_waiting(status: int) -> None:
 def restore(workdir: Place, step: int, abstract_state: State) -> State:
     """Restores a checkpoint with the shapes, dtypes and shardings of `abstract_state`.
 
+    A frozen teacher is not in it: see `state.to_save`.
+
     All processes must call it: if one cannot read its part, all of them fail.
 
     Raises:
       UserError: the checkpoint is of another architecture.
       CorruptCheckpointError: it is unreadable, or its bits are not those that were saved.
     """
-    where = _folder(workdir, step)
+    where, abstract_state = _folder(workdir, step), to_save(abstract_state)
     sidecar = _read_sidecar_everywhere(workdir, step)
     check_leaves(sidecar, abstract_state, str(where))
     with _silence_orbax():

@@ -32,10 +32,21 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
         *(layout(parts.abstract_state) if parts.mesh.size > 1 else []),
         f'model   ViT-{settings.model.variant}: {encoder.depth} blocks of width {encoder.width}, '
         f'{params / 1e6:,.2f} M parameters, {tokens} tokens, {operations / 1e9:,.3g} GFLOP {unit}',
+        *_teacher_lines(parts),
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{labels}, {shown}',
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
         f'{epochs:,.2f} epochs, {", ".join(parts.settings)}',
+    ]
+
+
+def _teacher_lines(parts: Experiment) -> list[str]:
+    teacher = parts.teacher
+    if teacher is None:
+        return []
+    return [
+        f'teacher ViT-{teacher.config.model.variant} of {teacher.where}, frozen: '
+        f'{trees.count(teacher.params) / 1e6:,.2f} M parameters with its heads'
     ]
 
 

@@ -70,7 +70,8 @@ class Ledger(NamedTuple):
       params: parameters.
       average: averaged parameters; zeros if the run keeps none.
       optimizer: optimizer state by purpose, such as 'first moment'.
-      task: the task's own state, such as a teacher's average; zeros if it has none.
+      task: the task's own state, such as a teacher's average, and a frozen teacher; zeros if it
+        has none.
       counters: steps, and the loss history that detects spikes.
       gradients: held during a step, in float32, sharded like the parameters.
     """
@@ -133,7 +134,7 @@ def measure(abstract_state: state.State) -> Ledger:
     parts: dict[str, list[Any]] = {}
     for path, leaf in trees.flatten(abstract_state['opt']).items():
         parts.setdefault(purpose(path, leaf.ndim, abstract_state['params']), []).append(leaf)
-    measured = ('params', 'opt', 'ema', 'task')
+    measured = ('params', 'opt', 'ema', 'task', 'teacher')
     rest = [abstract_state[name] for name in abstract_state if name not in measured]
     params = usage(abstract_state['params'])
     by_device = sum(
@@ -144,7 +145,7 @@ def measure(abstract_state: state.State) -> Ledger:
         params=params,
         average=usage(abstract_state.get('ema', {})),
         optimizer={name: usage(leaves) for name, leaves in parts.items()},
-        task=usage(abstract_state.get('task', {})),
+        task=usage([abstract_state.get(name, {}) for name in ('task', 'teacher')]),
         counters=usage(rest),
         gradients=params._replace(nbytes=4 * params.scalars, on_device=by_device),
     )

@@ -2,6 +2,7 @@
 
 params, opt, ema (if any)    parameters, optimizer, averaged parameters
 task (if any)                the task's own state, such as a teacher's average
+teacher (if any)             parameters of a frozen model that is learned from; never saved
 step                         updates asked for so far
 skipped, skipped_in_a_row    of these, updates that were not made
 recent                       loss and gradient norm of the last steps, to tell a spike
@@ -28,6 +29,11 @@ Inputs = tuple[int, ...] | dict[str, tuple[tuple[int, ...], Any]]
 
 # How many steps back a spike is measured against.
 WINDOW = 128
+
+
+def to_save(state: State) -> State:
+    """What a checkpoint holds of a state: all but a frozen teacher, which has one of its own."""
+    return {name: part for name, part in state.items() if name != 'teacher'}
 
 
 def from_params(
@@ -136,12 +142,12 @@ def create(
     params: Any = None,
     task_state: Callable[[Any], Any] | None = None,
 ) -> State:
-    """A fresh state, born sharded like the abstract state `like`.
+    """A fresh state without a frozen teacher, born sharded like the abstract state.
 
     Args:
       params: NumPy parameters to start from instead of random ones.
     """
-    where = shardings(abstract_state)
+    where = shardings(to_save(abstract_state))
     if params is None:
         make = jax.jit(
             lambda: from_params(

@@ -113,7 +113,7 @@ def update(
     skipped: only the step and the counters of skips advance. The average of
     parameters starts fast, with decay min(ema, (1 + step) / (10 + step)); with a
     schedule-free optimizer it is that optimizer's own, and with `teacher_rate` the
-    teacher that the loss learns from.
+    teacher that the loss learns from, unless the state has a frozen one.
 
     Args:
       loss: of a task.
@@ -187,7 +187,8 @@ def update(
             batch = {**batch, 'drawn': draw(batch, rng)}
         task_state = state.get('task', ())
         if teacher_rate is not None:
-            task_state = {**(task_state or {}), 'teacher': state['ema']}
+            teacher = state.get('teacher', state['ema'])
+            task_state = {**(task_state or {}), 'teacher': teacher}
         batch, extra = with_targets(batch, (task_state, step), rng)
         (value, aux), grads = gradients(params, extra, batch, rng)
         if sam_rho:
@@ -231,6 +232,8 @@ def update(
             .set(jnp.where(jnp.isfinite(seen), seen, jnp.nan))
             for name, seen in watched.items()
         }
+        if 'teacher' in state:
+            new['teacher'] = state['teacher']
         new['step'] = step + 1
         new['skipped'] = state['skipped'] + ~good
         new['skipped_in_a_row'] = jnp.where(good, 0, state['skipped_in_a_row'] + 1)

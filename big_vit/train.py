@@ -50,7 +50,9 @@ from big_vit.inspection import examples
 from big_vit.journal import Choice, Damage, RunJournal, max_damage_rate
 from big_vit.metrics import profiler
 from big_vit.pretrained import switch_optimizer
+from big_vit.pretrained.load import continued
 from big_vit.pretrained.standardise import start_params
+from big_vit.pretrained.teacher import load_teacher
 from big_vit.workdir import check_workdir, known_classes, owned, restore_newest, write_config
 
 
@@ -186,13 +188,16 @@ def starting_state(
     Returns:
       The state, and a console line that says where it comes from, '' for a new one.
     """
+    teacher = parts.teacher
+    frozen = {} if teacher is None else {'teacher': load_teacher(config, teacher, workdir)}
     restored = restore_newest(workdir, parts.abstract_state)
     if restored is not None:
-        return restored, f'resume  from step {int(restored["step"])} of {workdir}'
+        return {**restored, **frozen}, f'resume  from step {int(restored["step"])} of {workdir}'
     if config.switch:
         switched = switch_optimizer.state_of(config.switch, config, parts)
-        return switched, f'switch  from step {int(switched["step"])} of {config.switch}'
-    return fresh_state(parts, config.seed, params), ''
+        line = f'switch  from step {int(switched["step"])} of {config.switch}'
+        return {**switched, **frozen}, line
+    return {**continued(config, parts, fresh_state(parts, config.seed, params)), **frozen}, ''
 
 
 def introduce(

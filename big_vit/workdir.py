@@ -87,7 +87,8 @@ def check_workdir(
             checkpoint.CorruptCheckpointError
         ):  # `restore_newest` will say so.
             sidecar = checkpoint.read_sidecar(workdir, step)
-            checkpoint.check_leaves(sidecar, abstract_state, f'{workdir}/checkpoints/{step}')
+            wanted = state.to_save(abstract_state)
+            checkpoint.check_leaves(sidecar, wanted, f'{workdir}/checkpoints/{step}')
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:

@@ -409,11 +409,11 @@ def _fixed_device(trained: transforms.Transform) -> tuple[tuple[str, Any], ...]:
 
 def _training_device(transform: transforms.Transform) -> tuple[tuple[str, Any], ...]:
     """What devices do to a batch, to each view as its own text says."""
-    views = [(view.group, view.count, view.transform.device) for view in transform.views]
-    if not any(device for _, _, device in views):
+    if not any(view.transform.device for view in transform.views):
         return transform.device
-    operations = [(group, count, [o for _, o in device]) for group, count, device in views]
-    return (('views', augment.on_views(operations)),)
+    views = [(v.group, v.count, [o for _, o in v.transform.device]) for v in transform.views]
+    numbers = [view.statement for view in transform.views]
+    return (('views', augment.on_views(views, numbers)),)
 
 
 # What an evaluation does with an output that a task may not provide.

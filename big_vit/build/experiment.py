@@ -22,6 +22,7 @@ from big_vit.build.data import (
 from big_vit.build.model import build_model
 from big_vit.build.optimizer import Length, build_optimizer, in_steps, rate_schedule, run_length
 from big_vit.build.task import build_task
+from big_vit.build.teacher import Teacher, build_teacher
 from big_vit.config import Config
 from big_vit.config.fields import INT_MAX
 from big_vit.data import pipeline, sources, to_device
@@ -64,6 +65,7 @@ class Experiment(NamedTuple):
     first_steps: dict[str, int | float]
     batch_size: int
     intervals: 'Intervals'
+    teacher: Teacher | None = None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -152,10 +154,14 @@ def build_experiment(
     abstract_state = state.abstract(
         model, train.inputs, made.transform, averaged, mesh, m.min_shard_size, shapes, task.state
     )
+    teacher = build_teacher(config, task, train.input_shapes, mesh) if to_train else None
+    if teacher is not None:
+        abstract_state['teacher'] = teacher.params
     sharding.check_spread(
         abstract_state, state.shardings(abstract_state), mesh, m.min_shard_size, m.max_replicated
     )
-    forward, targets = loss_flops(task, model, shapes, train.example_spec.parts, config.batch_size)
+    parts = train.example_spec.parts
+    forward, targets = loss_flops(task, model, shapes, parts, config.batch_size, teacher)
     return Experiment(
         mesh=mesh,
         data=train,
@@ -177,6 +183,7 @@ def build_experiment(
         first_steps=made.start,
         batch_size=config.batch_size,
         intervals=_intervals(config, train.source, total),
+        teacher=teacher,
     )
 
 
@@ -217,7 +224,7 @@ def _check_classes(task: Task, source: sources.Source) -> None:
 
 
 def fresh_state(parts: Experiment, seed: int, params: Any = None) -> state.State:
-    """The state at step 0, sharded as the experiment says.
+    """The state at step 0, sharded as the experiment says, without a frozen teacher.
 
     Args:
       params: NumPy parameters to start from instead of random ones.
@@ -239,6 +246,7 @@ def loss_flops(
     params: Any,
     parts: dict[str, tuple[tuple[int, ...], Any]],
     batch_size: int,
+    teacher: Teacher | None = None,
 ) -> tuple[float, float]:
     """Operations of the forward pass of the loss and of its targets, for one example of a batch.
 
@@ -249,8 +257,13 @@ def loss_flops(
       params: abstract parameters.
       parts: shape and type of each part of an example.
     """
+
     # Of fused kernels a trace shows no products.
-    plain, run = placed(unplaced(model), attention='xla'), Run(1, batch_size)
+    def plain_one(model: Any) -> Any:
+        return placed(unplaced(model), attention='xla')
+
+    plain = plain_one(model)
+    run = Run(1, batch_size, None if teacher is None else plain_one(teacher.model))
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), jax.dtypes.canonicalize_dtype(dtype))
         for name, (shape, dtype) in parts.items()
@@ -259,7 +272,8 @@ def loss_flops(
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), jnp.int32)
     if task.teacher_rate is not None:
-        task_state = {**(task_state or {}), 'teacher': params}
+        frozen = params if teacher is None else teacher.params
+        task_state = {**(task_state or {}), 'teacher': frozen}
     if task.draw is not None:
         batch = {**batch, 'drawn': jax.eval_shape(task.draw(plain), batch, key)}
     of_targets = 0

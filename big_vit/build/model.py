@@ -69,7 +69,7 @@ def _stream(section: Config, key: str, variant: dict[str, Any]) -> Stream:
     if section.posemb == 'learned':
         taken |= {'posemb_prefix'} | ({'posemb_grid'} if tokenizer == 'ragged' else set())
     if section.posemb == 'rope':
-        taken.add('rope_theta')
+        taken |= {'rope_theta', 'rope_shift', 'rope_jitter', 'rope_rescale'}
     options = {name: section[name] for name in sorted(taken) if name in section}
     if 'resnet' in taken:
         options['resnet'] = variant.get('resnet')

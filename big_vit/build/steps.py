@@ -61,7 +61,8 @@ def build_update(
     seed: int | jax.Array,
 ) -> Callable[[state.State, Any], tuple[state.State, steps.Metrics]]:
     """The same, not jitted, with another rate or seed than the config's, which may be traced."""
-    task, run = parts.task, Run(parts.total_steps, config.batch_size)
+    teacher = None if parts.teacher is None else parts.teacher.model
+    task, run = parts.task, Run(parts.total_steps, config.batch_size, teacher)
     rate = task.teacher_rate
     return steps.update(
         task.loss(parts.model, run),

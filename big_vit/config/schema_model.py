@@ -58,6 +58,19 @@ MODEL: dict[str, Field] = {
     'model.rope_theta': Field(
         number(1), 100.0, 'Ratio of the highest to the lowest rotary frequency.'
     ),
+    'model.rope_shift': Field(
+        number(0, 10),
+        None,
+        'Most by which rotary positions, from -1 to 1, are shifted along each axis in training.',
+    ),
+    'model.rope_jitter': Field(
+        number(1, 100),
+        None,
+        'Greatest factor, as its inverse, on them along each axis in training.',
+    ),
+    'model.rope_rescale': Field(
+        number(1, 100), None, 'Greatest factor, as its inverse, on all of them in training.'
+    ),
     'model.class_token': Field(boolean, False, 'Add a class token even if `pool` needs none.'),
     'model.registers': Field(
         integer(0, 4096), 0, 'Number of register tokens: learned, and ignored at the output.'

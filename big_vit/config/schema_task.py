@@ -6,6 +6,7 @@ from big_vit.config.fields import (
     Field,
     below_one,
     boolean,
+    check_text,
     choice,
     integer,
     number,
@@ -90,6 +91,11 @@ TASK: dict[str, Field] = {
         None,
         "What is between a teacher and a single prototype: a running mean, or Sinkhorn's law.",
     ),
+    'task.teacher': Field(
+        check_text,
+        None,
+        'Workdir or checkpoint of a run of the same task whose model is the teacher, frozen.',
+    ),
     'task.teacher_temperature': Field(
         span(1e-3, 1), None, "The teacher's temperature at the start and after the warm-up."
     ),
@@ -127,6 +133,14 @@ TASK: dict[str, Field] = {
     ),
     'task.mask_group': Field(
         integer(1), None, 'Examples over whose views the shares are spread evenly.'
+    ),
+    'task.mask_law': Field(
+        choice('exact', 'ibot'),
+        None,
+        'Exact numbers of hidden patches in a group, or those that blocks come to in each view.',
+    ),
+    'task.patch_centre': Field(
+        choice('hidden', 'all'), None, 'Patches of the teacher whose mean is their centre.'
     ),
     'task.position_offset': Field(
         number(0, 1),

@@ -17,6 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from big_vit.models import positions
 from big_vit.models.layers import NO_CONTEXT, PLAIN, Attention, AttentionContext, Mlp, Style, norm
 
 POLICIES = {
@@ -131,6 +132,9 @@ class Block(nn.Module):
         context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
         config, style, branches = self.config, self.config.style, iter(range(3))
+        if context.variation is not None:
+            rotation = positions.varied_rotation(context.variation, self.make_rng('dropout'))
+            context = context._replace(rotation=rotation)
 
         def branch(y: Array) -> Array:
             number = next(branches)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from big_vit.models.positions import Variation
+
 Dtype = Any
 Product = Callable[[Array, Array], Array]
 Init = nn.initializers.Initializer
@@ -132,6 +134,7 @@ class AttentionContext(NamedTuple):
       relative: row of the relative bias table per (query, key), int32 [tokens, tokens].
       memory: tokens to cross-attend to, [batch, memory tokens, width].
       memory_mask: as `mask`, [batch, 1, 1, memory tokens].
+      variation: from which each block draws a rotation of its own, in place of `rotation`.
     """
 
     rotation: tuple[Array, Array] | None = None
@@ -139,6 +142,7 @@ class AttentionContext(NamedTuple):
     relative: Array | None = None
     memory: Array | None = None
     memory_mask: Array | None = None
+    variation: Variation | None = None
 
 
 NO_CONTEXT = AttentionContext()

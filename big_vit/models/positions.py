@@ -5,10 +5,12 @@ for videos, (length,) for text. Tokens are in row-major order, the last axis fas
 """
 
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Grid = tuple[int, ...]
 LAWS = ('sincos2d', 'sincos2d_mae')
@@ -88,16 +90,63 @@ def rotation(
     Raises:
       ValueError: head_dim is not divisible by two for each axis.
     """
-    axes = places.shape[-1]
+    return _waves(places, rotary_frequencies(head_dim, places.shape[-1], theta))
+
+
+def rotary_frequencies(head_dim: int, axes: int, theta: float) -> Float[Array, ' count']:
+    """Return the frequencies of RoPE along each axis, see `rotation`."""
     if head_dim % (2 * axes):
         raise ValueError(
             f"posemb='rope' needs heads of a width divisible by {2 * axes}, got {head_dim}"
         )
     count = head_dim // (2 * axes)
-    omega = jnp.asarray(2 * np.pi * theta ** (-np.arange(count) / count), jnp.float32)
+    return jnp.asarray(2 * np.pi * theta ** (-np.arange(count) / count), jnp.float32)
+
+
+def _waves(
+    places: Float[Array, 'batch tokens axes'], omega: Float[Array, ' count']
+) -> tuple[Float[Array, 'batch tokens 1 features'], Float[Array, 'batch tokens 1 features']]:
     angle = (places[..., None] * omega[None, None, None]).reshape(*places.shape[:2], -1)
     angle = jnp.concatenate([angle, angle], -1)[:, :, None]
     return jnp.sin(angle), jnp.cos(angle)
+
+
+class Variation(NamedTuple):
+    """How rotary positions vary at random in training, in arrays that blocks are given.
+
+    Attributes:
+      places: of the tokens, as for `rotation`; any for those that are not turned.
+      turned: which tokens have positions.
+      omega: `rotary_frequencies`.
+      limits: most that is added to places; greatest factor along each axis, and of all together,
+        whose least are their inverses.
+    """
+
+    places: Float[Array, 'batch tokens axes']
+    turned: Bool[Array, ' tokens']
+    omega: Float[Array, ' count']
+    limits: Float[Array, ' three']
+
+
+def varied(variation: Variation, key: Array) -> Float[Array, 'batch tokens axes']:
+    """Return places shifted and stretched along each axis, then scaled, at random as in DINOv3.
+
+    One draw is for all tokens of all examples; factors are uniform in their logarithm.
+    """
+    axes = variation.places.shape[-1]
+    draw = jax.random.uniform(key, (2 * axes + 1,), minval=-1, maxval=1)
+    shift, jitter, rescale = variation.limits
+    stretch = jnp.exp(draw[axes : 2 * axes] * jnp.log(jitter) + draw[-1] * jnp.log(rescale))
+    return (variation.places + (draw[:axes] * shift)[None, None]) * stretch[None, None]
+
+
+def varied_rotation(
+    variation: Variation, key: Array
+) -> tuple[Float[Array, 'batch tokens 1 features'], Float[Array, 'batch tokens 1 features']]:
+    """Return sine and cosine of RoPE at `varied` places; of tokens without positions 0 and 1."""
+    sin, cos = _waves(varied(variation, key), variation.omega)
+    turned = variation.turned[None, :, None, None]
+    return jnp.where(turned, sin, 0), jnp.where(turned, cos, 1)
 
 
 def centres(grid: Grid) -> Float[np.ndarray, '1 tokens axes']:

@@ -44,6 +44,7 @@ class Stream:
       posemb_prefix: prefix tokens that have a row of their own in front of a learned table.
       posemb_grid: (rows, columns) of the learned table of 'ragged', whose images have any.
       rope_theta: see `positions.rotation`.
+      rope_shift, rope_jitter, rope_rescale: see `positions.Variation`; None does not vary.
       depth: blocks of its own, before it is attended to by another stream.
     """
 
@@ -60,6 +61,9 @@ class Stream:
     posemb_prefix: int = 0
     posemb_grid: tuple[int, int] = (16, 16)
     rope_theta: float = 100.0
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
     depth: int = 0
 
     @property
@@ -73,6 +77,7 @@ class Tokens(NamedTuple):
     grid: how they lie, where that is the same in all examples.
     mask: which of them are real, [batch, tokens].
     segment: of 'ragged', which image each belongs to, from 1; 0 is padding.
+    rotation, places: of rotary positions, see `positions.rotation`.
     """
 
     x: Array
@@ -80,6 +85,7 @@ class Tokens(NamedTuple):
     mask: Array | None = None
     segment: Array | None = None
     rotation: tuple[Array, Array] | None = None
+    places: Array | None = None
 
 
 class Cut(NamedTuple):
@@ -386,8 +392,12 @@ def _with_positions(scope: Scope, x: Float[Array, 'batch *grid width']) -> Token
     if context.hidden is not None:
         assert context.mask_token is not None
         x = jnp.where(context.hidden[..., None], context.mask_token.astype(x.dtype), x)
-    x, rotation = _placed(scope, x, grid)
-    return Tokens(x, grid, rotation=rotation)
+    x = _placed(scope, x, grid)
+    rotation, places = None, None
+    if scope.stream.posemb == 'rope':
+        places = jnp.asarray(positions.centres(grid))
+        rotation = positions.rotation(places, scope.encoder.head_dim, scope.stream.rope_theta)
+    return Tokens(x, grid, rotation=rotation, places=places)
 
 
 def patches(
@@ -495,7 +505,7 @@ def ragged(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = Tru
     segment = inputs['segment'].astype(jnp.int32)
     place = inputs['place'].astype(jnp.float32)
     sizes = jnp.maximum(inputs['grid'].astype(jnp.float32), 1)
-    rotation = None
+    rotation, places = None, None
     if stream.posemb == 'learned':
         init = nn.initializers.normal(width**-0.5)
         shape = (1, math.prod(stream.posemb_grid), width)
@@ -505,9 +515,9 @@ def ragged(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = Tru
     elif stream.posemb in positions.LAWS:
         x = x + positions.sincos_at(place, width, stream.posemb).astype(style.dtype)
     elif stream.posemb == 'rope':
-        centre = (place + 0.5) / sizes * 2 - 1
-        rotation = positions.rotation(centre, scope.encoder.head_dim, stream.rope_theta)
-    return Tokens(x, None, segment > 0, segment, rotation)
+        places = (place + 0.5) / sizes * 2 - 1
+        rotation = positions.rotation(places, scope.encoder.head_dim, stream.rope_theta)
+    return Tokens(x, None, segment > 0, segment, rotation, places)
 
 
 TOKENIZERS = {
@@ -522,8 +532,8 @@ TOKENIZERS = {
 }
 
 
-def _placed(scope: Scope, x: Array, grid: Grid) -> tuple[Array, tuple[Array, Array] | None]:
-    """Tokens with the positions of their grid, and the rotation, if that is what they have."""
+def _placed(scope: Scope, x: Array, grid: Grid) -> Array:
+    """Tokens with the positions of their grid, where these are added."""
     stream, style, width = scope.stream, scope.style, x.shape[-1]
     if stream.posemb == 'learned':
         init, own = nn.initializers.normal(width**-0.5), scope.context.table or grid
@@ -536,10 +546,7 @@ def _placed(scope: Scope, x: Array, grid: Grid) -> tuple[Array, tuple[Array, Arr
     elif stream.posemb in positions.LAWS:
         table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
         x = x + table.astype(style.dtype)
-    elif stream.posemb == 'rope':
-        centres = jnp.asarray(positions.centres(grid))
-        return x, positions.rotation(centres, scope.encoder.head_dim, stream.rope_theta)
-    return x, None
+    return x
 
 
 def padded_rotation(

@@ -124,6 +124,8 @@ class Body(nn.Module):
             rows = positions.relative_rows(tokens.grid, length)
             index = jnp.asarray(positions.relative_index(tokens.grid, length))
             context = context._replace(relative=index)
+        if train and stream is not None and tokens.places is not None:
+            context = context._replace(variation=self._variation(stream, tokens.places, length))
         if rotation is not None and length:
             rotation = tokenizers.padded_rotation(rotation, length, 0, self.encoder.head_dim)
         context = context._replace(rotation=rotation, mask=_visible(tokens.segment, mask, length))
@@ -135,6 +137,22 @@ class Body(nn.Module):
             final_norm=not self.head.norm_after_pool,
             name='Transformer',
         )(x, not train, context)
+
+    def _variation(
+        self, stream: Stream, places: Float[Array, 'batch tokens axes'], prefix: int
+    ) -> positions.Variation | None:
+        """How the positions of tokens behind a prefix vary in training; None if they do not."""
+        shift, *factors = stream.rope_shift, stream.rope_jitter, stream.rope_rescale
+        if shift is None and factors == [None, None]:
+            return None
+        return positions.Variation(
+            jnp.pad(places, ((0, 0), (prefix, 0), (0, 0))),
+            jnp.arange(prefix + places.shape[1]) >= prefix,
+            positions.rotary_frequencies(
+                self.encoder.head_dim, places.shape[-1], stream.rope_theta
+            ),
+            jnp.array([shift or 0.0, *(factor or 1.0 for factor in factors)]),
+        )
 
     def _prefix(
         self, tokens: Float[Array, 'batch tokens width']
@@ -372,6 +390,7 @@ def select_tokens(tokens: Tokens, index: Array) -> Tokens:
         maybe(tokens.mask),
         maybe(tokens.segment),
         None if rotation is None else (take(rotation[0]), take(rotation[1])),
+        maybe(tokens.places),
     )
 
 
@@ -402,6 +421,7 @@ SETTINGS = tuple(name for names in _SECTIONS.values() for name in names)
 RUNTIME_SETTINGS = (
     *('dropout', 'drop_path', 'patch_dropout', 'scan', 'remat', 'attention', 'dtype'),
     *('gather', 'constrain', 'lora', 'weight_init', 'pack'),
+    *('rope_shift', 'rope_jitter', 'rope_rescale'),
 )
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from big_vit import checkpoint, interop, state, trees
+from big_vit import checkpoint, interop, sharding, state, trees
 from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, Data
 from big_vit.build.experiment import Experiment
@@ -19,6 +20,7 @@ from big_vit.data import transforms
 from big_vit.errors import UserError, printable
 from big_vit.interop import Weights, fit, pictures
 from big_vit.models import encoder, stems, variants, vit
+from big_vit.models.positions import Grid
 from big_vit.pretrained import adapt
 from big_vit.tasks.task import Task
 
@@ -80,17 +82,21 @@ def read_pretrained(
     saved = config_lib.from_json(sidecar['config']).without('model.lora')
     where, names = f'{source}/checkpoints/{step}', checkpoint.class_names(sidecar)
     found = Pretrained(encoder.merge_lora(params), saved, where, class_names=names)
-    _check_finite(found)
+    check_finite(found.params, f'config: init: {where}')
     return found if tower is None else _tower(found, tower)
 
 
-def _check_finite(pretrained: Pretrained) -> None:
-    """Raise UserError for a run that had diverged; `interop.read` checks files itself."""
-    for name, leaf in trees.flatten(pretrained.params).items():
+def check_finite(params: dict[str, Any], where: str) -> None:
+    """Raise UserError for a run that had diverged; `interop.read` checks files itself.
+
+    Args:
+      where: the key and the checkpoint, for the message.
+    """
+    for name, leaf in trees.flatten(params).items():
         if not np.isfinite(np.asarray(leaf)).all():
             raise UserError(
-                f'config: init: {pretrained.where} has NaN or infinite numbers in {name}: its run '
-                'had diverged; name an earlier checkpoint'
+                f'{where} has NaN or infinite numbers in {name}: its run had diverged; name an '
+                'earlier checkpoint'
             )
 
 
@@ -237,11 +243,15 @@ def initial_params(
                 f'init    {pretrained.where} learnt task {task.name!r}: its trunk goes on'
                 + (f', left is {", ".join(names)}' if names else '')
             )
+        old_grid = adapt.saved_grid(pretrained.config)
+        new_grid = adapt.grid_of(config, parts.data.shapes)
+        if task.name == parts.task.name and task.teacher_rate is not None:
+            _tell_taken(params, old_grid, new_grid, parts, pretrained.where)
         return adapt.adapt(
             params,
-            adapt.saved_grid(pretrained.config),
+            old_grid,
             trunk,
-            adapt.grid_of(config, parts.data.shapes),
+            new_grid,
             parts.abstract_state['params'],
             pretrained.where,
             additions=lambda names: state.initial_leaves(
@@ -255,6 +265,51 @@ def initial_params(
         )
 
     return load
+
+
+def _tell_taken(
+    params: dict[str, Any], old: Grid | None, new: Grid | None, parts: Experiment, where: str
+) -> None:
+    """Say what a run takes over from one of the same task whose average it starts from."""
+    ours, wanted = trees.flatten(params), trees.flatten(parts.abstract_state['params'])
+    added = [name for name in wanted if parts.task.is_addition(name)]
+    anew = {n.partition('/')[0] for n in added if n not in ours or ours[n].shape != wanted[n].shape}
+    names = dict.fromkeys(name.partition('/')[0] for name in added)
+    taken = ', '.join(['trunk', *(name for name in names if name not in anew)])
+    new_ones = f'; {", ".join(name for name in names if name in anew)} starts anew' if anew else ''
+    resized = ''
+    if old and new and old != new and 'pos_embedding' in ours and 'pos_embedding' in wanted:
+        grids = ['x'.join(map(str, grid)) for grid in (old, new)]
+        resized = f'; positions are resized from {grids[0]} to {grids[1]}'
+    print(f'init    {where}: the average of {taken} goes on{resized}{new_ones}')
+
+
+def continued(config: Config, parts: Experiment, now: state.State) -> state.State:
+    """A state at step 0 with what goes on of the task's own state in the run of `config.init`.
+
+    That is nothing where the task, or the size of something that it adds, is another one.
+    """
+    if not config.init or not parts.task.continues or interop.load_init(config.init) is not None:
+        return now
+    source, step = checkpoint.locate(config.init, 'config: init')
+    sidecar = checkpoint.read_sidecar(source, step)
+    if build_task(config_lib.from_json(sidecar['config']).task).name != parts.task.name:
+        return now
+    saved = {name: tuple(leaf['shape']) for name, leaf in sidecar['leaves'].items()}
+    here = {name: leaf.shape for name, leaf in trees.flatten(now).items()}
+    added = [n for n in here if n.startswith('params/') and parts.task.is_addition(n[7:])]
+    prefixes = tuple(f'task/{name}/' for name in parts.task.continues)
+    names = [name for name in here if name.startswith(prefixes)]
+    if any(saved.get(name) != here[name] for name in (*added, *names)):
+        return now
+    theirs, _ = checkpoint.load_params(source, step, 'task')
+    places = {name: now['task'][name] for name in parts.task.continues}
+    going_on = {
+        name: jax.tree.map(lambda x, like: sharding.place(x, like.sharding), theirs[name], place)
+        for name, place in places.items()
+    }
+    print(f'init    {source}/checkpoints/{step}: its {", ".join(going_on)} goes on')
+    return {**now, 'task': {**now['task'], **going_on}}
 
 
 def task_parameters(

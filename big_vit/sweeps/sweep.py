@@ -21,6 +21,7 @@ from big_vit import checkpoint, evaluate, metrics, storage, train
 from big_vit import config as config_lib
 from big_vit.build.evaluations import check_chosen
 from big_vit.build.experiment import Experiment, build_experiment
+from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.old_names import renamed
 from big_vit.data import dataset
@@ -230,6 +231,9 @@ def train_all(
     """
     many = len(seeds) * len(rates)
     one_by_one = config.optim.peek('name') in vmapped_trials.ONE_BY_ONE
+    task = build_task(config.task)
+    # What beside parameters a run starts with is of `train`.
+    one_by_one |= task.teacher is not None or bool(config.init and task.continues)
     # A trial that chooses a checkpoint may end before the others.
     if one_by_one or config.optim.peek('group_rules') or config.checkpoint.peek('best'):
         at_once = 1

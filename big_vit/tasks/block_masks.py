@@ -2,8 +2,9 @@
 
 Rectangles are placed until a view has nearly its number of masked patches, and single patches make
 up the rest, as in DINOv3 (arXiv 2508.10104). The numbers of a group of views are fixed, and only
-whose is which is random: so arrays of masked patches have a shape. Masks are drawn on the devices
-from a key, for a whole batch.
+whose is which is random: so arrays of masked patches have a shape. By iBOT's own law (2111.07832)
+each view draws its number by itself, and is done with as many patches as its rectangles come to.
+Masks are drawn on the devices from a key, for a whole batch.
 """
 
 import math
@@ -43,11 +44,28 @@ def shuffled_counts(
     return jnp.asarray(counts, jnp.int32)[jnp.argsort(noise, axis=1)]
 
 
+def independent_targets(
+    key: Array, views: int, patches: int, probability: float, ratios: tuple[float, float]
+) -> Float[Array, ' views']:
+    """How many patches iBOT masks at most in each view, which is 0 or of a uniform ratio."""
+    masked, ratio = jax.random.split(key)
+    drawn = jax.random.uniform(ratio, (views,), minval=ratios[0], maxval=ratios[1])
+    return jnp.where(jax.random.bernoulli(masked, probability, (views,)), drawn * patches, 0)
+
+
 def block_masks(
-    key: Array, counts: Int[Array, ' views'], grid: tuple[int, int]
+    key: Array,
+    counts: Int[Array, ' views'] | Float[Array, ' views'],
+    grid: tuple[int, int],
+    exact: bool = True,
 ) -> Bool[Array, 'views patches']:
-    """A mask for each view with exactly its number of patches."""
+    """A mask for each view with exactly its number of patches, or with at most these, as in iBOT.
+
+    Then rectangles have at least the area of a square of a third of the grid, and one may cover
+    more than half of it.
+    """
     (rows, columns), views = grid, counts.shape[0]
+    least = _LEAST_AREA if exact else (min(grid) // 3) ** 2
     place, fill = jax.random.split(key)
     row = jnp.arange(rows).reshape(1, rows, 1)
     column = jnp.arange(columns).reshape(1, 1, columns)
@@ -59,8 +77,8 @@ def block_masks(
             jax.random.fold_in(place, index), (4, views)
         )
         missing = counts - mask.sum((1, 2))
-        most = jnp.minimum(missing, rows * columns // 2)
-        area = _LEAST_AREA + (most - _LEAST_AREA) * draw[0]
+        most = jnp.minimum(missing, rows * columns // 2) if exact else missing
+        area = least + (most - least) * draw[0]
         aspect = jnp.exp(limit * (1 - 2 * draw[1]))
         height = jnp.round(jnp.sqrt(jnp.maximum(area, 0) * aspect)).astype(jnp.int32)
         width = jnp.round(jnp.sqrt(jnp.maximum(area, 0) / aspect)).astype(jnp.int32)
@@ -80,6 +98,8 @@ def block_masks(
     start = jnp.zeros((views, rows, columns), bool), jnp.zeros(views, jnp.int32)
     mask, _ = jax.lax.fori_loop(0, _ATTEMPTS, attempt, start)
     mask = mask.reshape(views, rows * columns)
+    if not exact:
+        return mask
     # Those of blocks come first, then others at random.
     rank = jnp.where(mask, -1.0, jax.random.uniform(fill, mask.shape))
     last = jnp.take_along_axis(jnp.sort(rank, axis=1), jnp.maximum(counts - 1, 0)[:, None], axis=1)

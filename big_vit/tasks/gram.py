@@ -1,8 +1,10 @@
 """Gram anchoring (DINOv3, arXiv 2508.10104): how alike patches of an image are stays as it was."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from big_vit.models.positions import Grid, interpolated
 from big_vit.models.prototype_head import unit
 
 
@@ -16,3 +18,12 @@ def gram_loss(
         return jnp.einsum('bid,bjd->bij', x, x, precision='highest')
 
     return jnp.square(cosines(student) - cosines(teacher)).mean()
+
+
+def resized(
+    patches: Float[Array, 'images tokens width'], old: Grid, new: Grid
+) -> Float[Array, 'images new_tokens width']:
+    """Features of another grid of patches, bicubic without antialiasing, as DINOv3 resizes them."""
+    if old == new:
+        return patches
+    return jax.vmap(lambda x: interpolated(x[None], old, new)[0])(patches)

@@ -4,27 +4,26 @@ A student sees several views of an image, some of them small, some with patches 
 the average of the student, sees the large ones whole. The student learns to assign each view to
 prototypes as the teacher does another view of the same image, and hidden patches as the teacher
 does those patches. What keeps all images from one prototype is a running centre, or Sinkhorn's
-iterations over the whole batch.
+iterations over the whole batch. A large frozen model may be the teacher of a smaller one instead.
 """
 
-from collections.abc import Mapping
+import inspect
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
 from big_vit.errors import UserError
 from big_vit.models.prototype_head import PrototypeHead, similarity
-from big_vit.models.tokenizers import EmbeddingContext, grid_of
 from big_vit.models.vit import ViT
 from big_vit.tasks import block_masks, prototypes
-from big_vit.tasks.batch import Batch, normalise
+from big_vit.tasks.batch import Batch
 from big_vit.tasks.gram import gram_loss
 from big_vit.tasks.koleo import koleo_loss
+from big_vit.tasks.self_distillation_model import SelfDistillation, check_trunk, check_views
 from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Targets, Task, Tree
 
 Pair = tuple[float, float]
@@ -36,58 +35,9 @@ _PROTOTYPES_PER_ROW = 64
 
 
 class Settings(NamedTuple):
-    """Keyword arguments of `self_distillation`."""
+    """Settings of self-distillation: keys of the config, with their defaults.
 
-    prototypes: int
-    bottleneck: int
-    head_width: int
-    patch_head: str
-    prototype_norm: str
-    centering: str
-    teacher_temperature: Pair
-    temperature_warmup: float
-    student_temperature: float
-    momentum: Pair
-    dino_weight: float
-    ibot_weight: float
-    koleo_weight: float
-    koleo_group: int
-    gram_weight: float
-    gram_start: float
-    gram_every: float
-    mask_ratios: Pair
-    mask_probability: float
-    mask_group: int
-    position_offset: float
-
-
-def self_distillation(
-    *,
-    prototypes: int = 65_536,
-    bottleneck: int = 256,
-    head_width: int = 2048,
-    patch_head: str = 'shared',
-    prototype_norm: str = 'learned',
-    centering: str = 'centre',
-    teacher_temperature: Pair = (0.04, 0.07),
-    temperature_warmup: float = 0.3,
-    student_temperature: float = 0.1,
-    momentum: Pair = (0.992, 1.0),
-    dino_weight: float = 1.0,
-    ibot_weight: float = 1.0,
-    koleo_weight: float = 0.1,
-    koleo_group: int = 64,
-    gram_weight: float = 0.0,
-    gram_start: float = 0.0,
-    gram_every: float = 0.0,
-    mask_ratios: Pair = (0.1, 0.5),
-    mask_probability: float = 0.5,
-    mask_group: int = 8,
-    position_offset: float = 0.1,
-) -> Task:
-    """Learns from an average of itself.
-
-    Args:
+    Attributes:
       prototypes: number of prototypes.
       bottleneck, head_width: width of the rows that are compared with prototypes, and of the
         hidden layers before.
@@ -96,9 +46,11 @@ def self_distillation(
       prototype_norm: length of the prototypes: 'fixed' to 1, 'learned', or 'none' (DINOv3).
       centering: 'centre' subtracts a running mean of the teacher's logits, 'sinkhorn' gives each
         prototype an equal part of the batch.
+      teacher: run whose model is the teacher, frozen, in place of the average. Then no patch is
+        hidden from the student, which still learns of those that would be.
       teacher_temperature: at the start and, from `temperature_warmup` on, a share of the run.
       student_temperature: temperature of the student's logits.
-      momentum: of the teacher at the start and at the end, on a cosine.
+      momentum: of the average at the start and at the end, on a cosine.
       dino_weight, ibot_weight, koleo_weight: factors of the losses of views, hidden patches, and
         of the distance of features.
       koleo_group: examples among which the nearest is sought; of a smaller batch all.
@@ -109,30 +61,74 @@ def self_distillation(
       mask_ratios: least and greatest share of the patches that are hidden in a view.
       mask_probability: share of the views that have hidden patches.
       mask_group: examples over whose views the ratios are spread evenly.
+      mask_law: 'exact' numbers of hidden patches, as in DINOv3, or those that blocks come to in
+        each view by itself ('ibot'), for which heads keep room for the greatest ratio.
+      patch_centre: the centre of patches is the mean of 'hidden' ones, as in DINOv2, or of 'all'
+        patches of the teacher, as in iBOT.
       position_offset: of the interpolation of learned positions for small views.
     """
-    settings = Settings(**locals())
-    stateful = centering == 'centre' or gram_weight > 0
 
-    def model(trunk: ViT, example: ExampleShape) -> 'SelfDistillation':
+    prototypes: int = 65_536
+    bottleneck: int = 256
+    head_width: int = 2048
+    patch_head: str = 'shared'
+    prototype_norm: str = 'learned'
+    centering: str = 'centre'
+    teacher: str | None = None
+    teacher_temperature: Pair = (0.04, 0.07)
+    temperature_warmup: float = 0.3
+    student_temperature: float = 0.1
+    momentum: Pair = (0.992, 1.0)
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    koleo_group: int = 64
+    gram_weight: float = 0.0
+    gram_start: float = 0.0
+    gram_every: float = 0.0
+    mask_ratios: Pair = (0.1, 0.5)
+    mask_probability: float = 0.5
+    mask_group: int = 8
+    mask_law: str = 'exact'
+    patch_centre: str = 'hidden'
+    position_offset: float = 0.1
+
+
+def self_distillation(**keys: Any) -> Task:
+    """Learn from an average of itself, or from a frozen teacher; `Settings` has the arguments."""
+    settings = Settings(**keys)
+    if settings.teacher is not None and settings.gram_weight:
+        raise UserError(
+            'config: task.gram_weight keeps patches as the average had them, and task.teacher is '
+            'another model: remove one of them'
+        )
+    centred = settings.centering == 'centre'
+    stateful = centred or settings.gram_weight > 0
+
+    def model(trunk: ViT, example: ExampleShape) -> SelfDistillation:
         return _model(trunk, example, settings)
 
-    additions = ('dino_head', 'ibot_head', 'mask_token')
     return Task(
         name='self_distillation',
         model=model,
         loss=partial(_loss, settings=settings),
         headline='kl',
         provides=frozenset({'features'}),
-        additions=additions,
+        additions=('dino_head', 'ibot_head', 'mask_token'),
         trunk=lambda model: model.trunk,
-        views=('global', 'local'),
-        draw=partial(_draw, settings=settings) if patch_head != 'none' else None,
+        views=('global', 'local', 'gram'),
+        draw=partial(_draw, settings=settings) if settings.patch_head != 'none' else None,
         state=partial(_state, settings=settings) if stateful else None,
         after_update=_after_update if stateful else None,
-        teacher_rate=partial(teacher_rate, momentum=momentum),
+        teacher_rate=partial(teacher_rate, momentum=settings.momentum),
+        teacher=settings.teacher,
+        continues=('centre',) if centred else (),
         targets=partial(_targets, settings=settings),
     )
+
+
+# The keys of the config, with their defaults, are read from the signature of a task.
+self_distillation.__signature__ = inspect.signature(Settings)  # type: ignore[attr-defined]
 
 
 def teacher_rate(step: Array | int, total_steps: int, momentum: Pair) -> Float[Array, '']:
@@ -154,107 +150,14 @@ def teacher_temperature(
     return start + (end - start) * share
 
 
-class SelfDistillation(nn.Module):
-    """A trunk, whose parameters stay at the root, with heads and a mask token beside it.
-
-    Attributes:
-      dino_head: of pooled features.
-      ibot_head: of patches; None where they have the other head, or none.
-      hides: whether patches are hidden.
-      views: large views of an example.
-      grid: that of large views, which has the learned positions.
-      offset: see `positions.resize_matrix`.
-    """
-
-    trunk: ViT
-    dino_head: PrototypeHead
-    ibot_head: PrototypeHead | None
-    hides: bool
-    views: int
-    grid: tuple[int, int]
-    offset: float = 0.0
-
-    def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Tokens of a large view in the encoder."""
-        return self.trunk.sequence_length(shapes)
-
-    def setup(self) -> None:
-        nn.share_scope(self, self.trunk)
-        if self.hides:
-            shape = (1, 1, self.trunk.encoder.width)
-            self.mask_token = self.param('mask_token', nn.initializers.zeros, shape)
-
-    def __call__(self, inputs: dict[str, Array]) -> Float[Array, 'batch views prototypes']:
-        """Logits of large views; for what parameters there are."""
-        views = inputs['global']
-        hidden = jnp.zeros((*views.shape[:2], self.grid[0] * self.grid[1]), bool)
-        pooled, patches = self.features(views, hidden if self.hides else None)
-        if self.ibot_head is not None:
-            self.ibot_head(patches)
-        return self.dino_head(pooled)
-
-    def features(
-        self,
-        views: Float[Array, 'batch views y x channels'] | UInt[Array, 'batch views y x channels'],
-        hidden: Bool[Array, 'batch views patches'] | None = None,
-        train: bool = False,
-    ) -> tuple[Float[Array, 'batch views features'], Float[Array, 'batch views patches width']]:
-        """Pooled features of each view in float32, and its patches after the last norm."""
-        batch, count = views.shape[:2]
-        images = normalise(views).reshape(batch * count, *views.shape[2:])
-        token = self.mask_token if hidden is not None else None
-        hidden = None if hidden is None else hidden.reshape(batch * count, -1)
-        context = EmbeddingContext(hidden, token, self.grid, self.offset)
-        tokens, attention = self.trunk.embed(images, train=train, context=context)
-        x, _ = self.trunk.encode(tokens, attention, train=train)
-        pooled, patches = self.trunk.pool(x, tokens), x[:, self.trunk.prefix_tokens :]
-        return (
-            pooled.reshape(batch, count, -1),
-            patches.reshape(batch, count, *patches.shape[1:]),
-        )
-
-    def rows(
-        self,
-        pooled: Float[Array, 'batch views features'],
-        patches: Float[Array, 'batch slots width'] | None,
-    ) -> dict[str, Array]:
-        """Bottleneck rows of views ('dino') and patches ('ibot'), of length 1 in float32."""
-        found = {'dino': self.dino_head.project(pooled)}
-        if patches is not None:
-            head = self.ibot_head or self.dino_head
-            found['ibot'] = head.project(patches)
-        return found
-
-    def vectors(self, kind: str) -> Float[Array, 'bottleneck prototypes']:
-        """The prototypes of views ('dino') or patches ('ibot')."""
-        head = self.ibot_head if kind == 'ibot' else self.dino_head
-        return (head or self.dino_head).vectors()
-
-    def teacher(self, views: Array, index: Int[Array, 'blocks places'] | None) -> dict[str, Array]:
-        """Rows of whole large views, and of those of their patches that are hidden."""
-        pooled, patches = self.features(views)
-        return self.rows(pooled, None if index is None else block_masks.selected(patches, index))
-
-    def student(
-        self,
-        inputs: dict[str, Array],
-        hidden: Bool[Array, 'batch views patches'] | None,
-        index: Int[Array, 'blocks places'] | None,
-        train: bool,
-    ) -> dict[str, Array]:
-        """Logits of all views ('dino') and hidden patches ('ibot'); features of large views."""
-        pooled, patches = self.features(inputs['global'], hidden, train)
-        found = {'pooled': pooled, 'patches': patches}
-        if 'local' in inputs:
-            small, _ = self.features(inputs['local'], train=train)
-            pooled = jnp.concatenate([pooled, small], axis=1)
-        rows = self.rows(pooled, None if index is None else block_masks.selected(patches, index))
-        return found | {kind: similarity(x, self.vectors(kind)) for kind, x in rows.items()}
-
-
 def _model(trunk: ViT, example: ExampleShape, settings: Settings) -> SelfDistillation:
-    _check_trunk(trunk)
-    grid = _check_views(trunk, example)
+    check_trunk(trunk)
+    grid = check_views(trunk, example)
+    if 'gram' in example.inputs and not settings.gram_weight:
+        raise UserError(
+            'config: data.transform gives views of gram, which are compared with '
+            'task.gram_weight above 0 alone: set it, or leave them out'
+        )
     head = PrototypeHead(
         settings.prototypes,
         settings.bottleneck,
@@ -262,8 +165,8 @@ def _model(trunk: ViT, example: ExampleShape, settings: Settings) -> SelfDistill
         settings.prototype_norm,
         trunk.encoder.style,
     )
-    hides, views = settings.patch_head != 'none', example.inputs['global'][0]
-    if hides:
+    patches, views = settings.patch_head != 'none', example.inputs['global'][0]
+    if patches:
         counts = _counts(settings, views, grid)
         if not counts.any():
             raise UserError(
@@ -272,10 +175,15 @@ def _model(trunk: ViT, example: ExampleShape, settings: Settings) -> SelfDistill
                 "ones, or task.patch_head='none'"
             )
     separate = head.clone() if settings.patch_head == 'separate' else None
-    return SelfDistillation(trunk, head, separate, hides, views, grid, settings.position_offset)
+    hides, offset = patches and settings.teacher is None, settings.position_offset
+    return SelfDistillation(trunk, head, separate, patches, hides, views, grid, offset)
 
 
 def _counts(settings: Settings, views: int, grid: tuple[int, int]) -> Int[np.ndarray, ' views']:
+    """Numbers of hidden patches in the views of a group; the most there may be by iBOT's law."""
+    if settings.mask_law == 'ibot':
+        most = int(settings.mask_ratios[1] * grid[0] * grid[1] * (settings.mask_probability > 0))
+        return np.full(settings.mask_group * views, most)
     return block_masks.masked_counts(
         settings.mask_group * views,
         grid[0] * grid[1],
@@ -284,60 +192,35 @@ def _counts(settings: Settings, views: int, grid: tuple[int, int]) -> Int[np.nda
     )
 
 
-def _check_trunk(trunk: ViT) -> None:
-    """Refuses trunks that self-distillation cannot be done with."""
-    name, stream, head = "task.name='self_distillation'", trunk.single, trunk.head
-    if stream is None or stream.reads != 'image' or stream.tokenizer == 'ragged':
-        raise UserError(f'config: {name} learns from views of one image: leave out streams')
-    if stream.posemb == 'relative':
-        raise UserError(
-            f"config: model.posemb='relative' has a table for one size, and {name} sees views of "
-            "two: take 'learned', 'rope' or another"
-        )
-    if head.pool == 'cls_dist' or head.norm_after_pool or head.representation:
-        raise UserError(
-            f'config: {name} learns from normalised tokens and one vector of them: set model.pool '
-            "to 'cls', 'gap', 'cls_gap', 'map' or 'seq', without model.norm_after_pool and "
-            'model.representation'
-        )
-    if trunk.prefix.patch_dropout:
-        raise UserError(
-            f'config: {name} hides patches itself: set task.mask_ratios and no model.patch_dropout'
-        )
-
-
-def _check_views(trunk: ViT, example: ExampleShape) -> tuple[int, int]:
-    """Refuses views that do not fit together; the grid of large ones."""
-    stream, shapes, grids = trunk.single, example.inputs, {}
-    assert stream is not None
-    for group in ('global', 'local'):
-        if group in shapes:
-            try:
-                grids[group] = grid_of(stream, shapes[group][1:])
-            except ValueError as error:
-                raise UserError(f'config: data.transform: views of {group!r}: {error}') from None
-    large, small = shapes['global'], shapes.get('local')
-    if small is None and large[0] < 2:
-        raise UserError(
-            'config: data.transform gives one view, but a student learns from other views than '
-            "its own: write 'global: 2 * ...', or add 'local: ...'"
-        )
-    if small is not None and any(a > b for a, b in zip(small[1:3], large[1:3], strict=True)):
-        shown = ['x'.join(map(str, shape[1:3])) for shape in (small, large)]
-        raise UserError(
-            f'config: data.transform: views of local, {shown[0]}, are larger than those of global, '
-            f'{shown[1]}: swap them, or make them smaller'
-        )
-    rows, columns = grids['global']
-    return rows, columns
-
-
 def _check_group(batch_size: int, key: str, group: int) -> None:
     if batch_size % group:
         near = max(n for n in range(1, group) if batch_size % n == 0)
         raise UserError(
             f'config: batch_size={batch_size} is not divisible by task.{key}={group}: set '
             f'task.{key}={near}'
+        )
+
+
+def _check_teacher(model: Any, teacher: Any, settings: Settings) -> None:
+    """Refuses a teacher whose assignments the student cannot learn."""
+    heads = [teacher.dino_head.count]
+    if model.patches:
+        heads.append((teacher.ibot_head or teacher.dino_head).count)
+    if any(count != settings.prototypes for count in heads):
+        raise UserError(
+            f'config: task.prototypes={settings.prototypes}, but task.teacher has {heads[0]}: set '
+            f'task.prototypes={heads[0]}'
+        )
+    if model.patches and not teacher.patches:
+        raise UserError(
+            "config: task.teacher has learnt nothing of patches: set task.patch_head='none'"
+        )
+    ours, theirs = (m.trunk.single.patch_size for m in (model, teacher))
+    if model.patches and ours != theirs:
+        shown = ['x'.join(map(str, size)) for size in (ours, theirs)]
+        raise UserError(
+            f'config: model.variant has patches of {shown[0]} pixels, but task.teacher of '
+            f"{shown[1]}: take the same, or task.patch_head='none'"
         )
 
 
@@ -367,24 +250,35 @@ def _draw(model: SelfDistillation, *, settings: Settings) -> Any:
 
     def draw(batch: Batch, rng: Array) -> dict[str, Array]:
         examples, group = batch['global'].shape[0], settings.mask_group
-        _check_group(examples, 'mask_group', group)
         counts, masks = jax.random.split(jax.random.fold_in(rng, _MASKS))
-        drawn = block_masks.shuffled_counts(
-            counts, _counts(settings, model.views, model.grid), examples // group
-        )
-        found = block_masks.block_masks(masks, drawn.reshape(-1), model.grid)
+        exact = settings.mask_law == 'exact'
+        if exact:
+            _check_group(examples, 'mask_group', group)
+            drawn = block_masks.shuffled_counts(
+                counts, _counts(settings, model.views, model.grid), examples // group
+            ).reshape(-1)
+        else:
+            drawn = block_masks.independent_targets(
+                counts,
+                examples * model.views,
+                model.grid[0] * model.grid[1],
+                settings.mask_probability,
+                settings.mask_ratios,
+            )
+        found = block_masks.block_masks(masks, drawn, model.grid, exact)
         return {'masks': found.reshape(examples, model.views, -1)}
 
     return draw
 
 
 def _patches(model: SelfDistillation, batch: Batch, run: Run, settings: Settings) -> _Patches:
-    if not model.hides:
+    if not model.patches:
         return _Patches()
     masks = batch['drawn']['masks']
     examples, views = masks.shape[:2]
     # Of a group of consecutive examples a microbatch has each n-th.
-    accumulation, group = run.batch_size // examples, settings.mask_group
+    accumulation = run.batch_size // examples
+    group = settings.mask_group if settings.mask_law == 'exact' else 1
     rows = 1 if group % accumulation else group // accumulation
     room = block_masks.slots(_counts(settings, views, model.grid), rows, views)
     index, weight = block_masks.select(masks, rows, min(room, masks[0].size))
@@ -393,12 +287,15 @@ def _patches(model: SelfDistillation, batch: Batch, run: Run, settings: Settings
 
 def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Targets:
     """The teacher's rows, and what of the whole batch its assignments depend on."""
-    apply: Any = model.apply
+    teacher: Any = model if run.teacher is None else run.teacher
+    _check_teacher(model, teacher, settings)
+    of_all = model.patches and settings.patch_centre == 'all'
 
     def rows(task_state: Tree, batch: Batch, rng: Array, step: Array) -> dict[str, Array]:
         patches = _patches(model, batch, run, settings)
         params = {'params': task_state['teacher']}
-        found = apply(params, batch['global'], patches.place, method='teacher')
+        given = batch['global'], patches.place, of_all
+        found = teacher.apply(params, *given, method='teacher')
         if patches.weight is not None:
             found['weight'] = patches.weight
         return found
@@ -409,7 +306,8 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
         if 'weight' in rows:
             weights['ibot'] = (rows['weight'] > 0).astype(jnp.float32)
         logits = {
-            kind: partial(similarity, vectors=_vectors(model, task_state, kind)) for kind in weights
+            kind: partial(similarity, vectors=_vectors(teacher, task_state, kind))
+            for kind in weights
         }
         found: dict[str, Any] = {'offset': {}, 'mean': {}}
         for kind, weight in weights.items():
@@ -420,7 +318,10 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
             else:
                 found['offset'][kind] = -task_state['centre'][kind] / temperature
                 # Logits are linear in rows, so the mean of rows has their mean.
-                total = (rows[kind] * weight[..., None]).sum((0, 1)) / weight.sum()
+                counted = rows[kind] * weight[..., None], jnp.maximum(weight.sum(), 1)
+                total = counted[0].sum((0, 1)) / counted[1]
+                if kind == 'ibot' and 'all' in rows:
+                    total = rows['all'].mean((0, 1))
                 found['mean'][kind] = logits[kind](total[None, None])[0, 0]
         found['statistics'] = prototypes.statistics(
             logits['dino'],
@@ -434,9 +335,8 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
     return Targets(rows, shared)
 
 
-def _vectors(model: SelfDistillation, task_state: Tree, kind: str) -> Array:
-    apply: Any = model.apply
-    return apply({'params': task_state['teacher']}, kind, method='vectors')
+def _vectors(teacher: Any, task_state: Tree, kind: str) -> Array:
+    return teacher.apply({'params': task_state['teacher']}, kind, method='vectors')
 
 
 def _temperature(settings: Settings, run: Run, step: Array | int) -> Float[Array, '']:
@@ -491,6 +391,7 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
     tells a collapse: see `prototypes.Statistics`.
     """
     apply: Any = model.apply
+    teacher: Any = model if run.teacher is None else run.teacher
     views = model.views
     _check_sinkhorn(settings, run, views)
     if settings.koleo_weight:
@@ -498,12 +399,13 @@ def _loss(model: SelfDistillation, run: Run, *, settings: Settings) -> Loss:
     gram_from = round(settings.gram_start * run.total_steps)
 
     def targets_of(task_state: Tree, rows: Array, kind: str, temperature: Array) -> Array:
-        logits = similarity(rows, _vectors(model, task_state, kind)) / temperature
+        logits = similarity(rows, _vectors(teacher, task_state, kind)) / temperature
         offset = task_state['targets']['offset'][kind]
         return jax.lax.stop_gradient(jax.nn.softmax(logits + offset[None, None], axis=-1))
 
     def gram(task_state: Tree, patches: Array, batch: Batch) -> Array:
-        _, wanted = apply({'params': task_state['gram']}, batch['global'], method='features')
+        views = batch.get('gram', batch['global'])
+        wanted = apply({'params': task_state['gram']}, views, method='anchors')
         by_image = (-1, *patches.shape[2:])
         return gram_loss(patches.reshape(by_image), wanted.reshape(by_image))
 

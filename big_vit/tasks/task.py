@@ -37,10 +37,13 @@ class Run(NamedTuple):
     Attributes:
       total_steps: length of the run, in updates.
       batch_size: examples of a global batch.
+      teacher: module of the frozen model that is learned from (`Task.teacher`), which the
+        teacher's parameters are of; None where the teacher is an average of the model itself.
     """
 
     total_steps: int
     batch_size: int
+    teacher: Any = None
 
 
 # (params, task state, batch, key, step) -> (loss, Aux). Without a key nothing is random: dropout
@@ -123,6 +126,9 @@ class Task(NamedTuple):
       after_update: moves that state after each accepted update.
       teacher_rate: of the teacher, an average of all parameters that the loss learns from and that
         is evaluated and transferred (`ema` of a state); None without a teacher.
+      teacher: workdir or checkpoint of a run of the same task whose model is the teacher, frozen;
+        then the average is only what is kept. None where the average is the teacher.
+      continues: parts of the task's own state that go on where a run starts from another one.
       targets: (model, run) -> `Targets`; None without.
       draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
@@ -147,6 +153,8 @@ class Task(NamedTuple):
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
     teacher_rate: TeacherRate | None = None
+    teacher: str | None = None
+    continues: tuple[str, ...] = ()
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
     pictures: Callable[[Any], Pictures] | None = None

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from big_vit.build.data import DEVICE_OPERATIONS
 from big_vit.data import cache, order, pipeline, transforms
@@ -104,6 +105,24 @@ def test_views_draw_each_for_itself():
     assert means.std(0).min() > 300
 
 
+CROPS = "decode(3) ; global: 2 * rrc(32) | flip_lr | resize(size, method='area')"
+
+
+def test_views_as_others_are_the_same_crops_in_another_size():
+    text = f'{CROPS} ; gram as global: 2 * rrc(32) | flip_lr ; local: rrc(8)'
+    batch = first_batch(text)
+    assert batch['gram'].shape == (12, 2, 32, 32, 3)
+    for number in np.ndindex(12, 2):
+        halved = np.asarray(Image.fromarray(batch['gram'][number]).reduce(2), int)
+        assert np.abs(halved - batch['global'][number]).max() <= 1
+    assert np.abs(batch['global'][:, 0].astype(int) - batch['global'][:, 1]).mean() > 5
+    # They move none of the others, and worker processes read the same.
+    again = parse(parse(text).host_text)
+    assert [number for number, _ in again.every_view] == [0, 1, 0, 1, 2]
+    for name, column in first_batch(f'{CROPS} ; local: rrc(8)').items():
+        np.testing.assert_array_equal(column, batch[name])
+
+
 def test_workers_get_a_text_that_says_the_same():
     """Worker processes parse `host_text`; what devices do is left out."""
     text = TEXT + ' | to_device | gaussian_blur(p=0.5) | normalize'
@@ -131,6 +150,10 @@ def test_workers_get_a_text_that_says_the_same():
         ('decode | to_device | flip_lr ; a: rrc(8)', 'flip_lr comes before views'),
         ('decode ; a: rrc(8) | normalize ; b: rrc(8)', 'all views are normalised alike'),
         ('decode ; a: rcr(8)', 'there is no operation'),
+        ('decode ; a: rrc(8) ; b as c: rrc(4)', 'b as c: the views of each such statement'),
+        ('decode ; a: 2 * rrc(8) ; b as a: rrc(4)', 'as many as those of one of a'),
+        ('decode ; a: rrc(8) ; b as a: rrc(4) ; b as a: rrc(4)', 'as many as those of one'),
+        ('decode ; a: rrc(8) ; b as a: rrc(4) ; c as b: rrc(4)', 'c as b: '),
         ('decode ; a: rrc(8) ; a: rrc(4)', "views of 'a' are 8x8 and 4x4: give those of another"),
     ],
 )

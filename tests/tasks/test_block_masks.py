@@ -1,13 +1,21 @@
-"""Block masks: exact numbers, and the law of DINOv3's generator by 4,000 of its masks."""
+"""Block masks: exact numbers, and the laws of DINOv3's and iBOT's generators by 4,000 masks."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gate import mostly_slow
+from scipy import stats
 from self_distillation_oracle import numbers
 
-from big_vit.tasks.block_masks import block_masks, masked_counts, shuffled_counts
+from big_vit.tasks.block_masks import (
+    block_masks,
+    independent_targets,
+    masked_counts,
+    shuffled_counts,
+)
 
 DRAWN = 4000
 
@@ -66,3 +74,25 @@ def test_each_group_has_all_numbers_and_each_view_its_own():
 def test_small_numbers_on_a_small_grid(count):
     masks = block_masks(jax.random.key(0), jnp.full(64, count), (2, 3))
     np.testing.assert_array_equal(masks.sum(1), count)
+
+
+@pytest.mark.parametrize(('grid',), mostly_slow([((14, 14),), ((8, 10),)], ((8, 10),)))
+def test_masks_of_each_view_by_itself_have_the_law_of_ibot(grid):
+    """Ratios of 0 or 0.1 to 0.5, half and half; blocks until these, and none to fill up."""
+    count, mask = jax.random.split(jax.random.key(4))
+    targets = independent_targets(count, DRAWN, grid[0] * grid[1], 0.5, (0.1, 0.5))
+    masks = np.asarray(jax.jit(lambda key: block_masks(key, targets, grid, exact=False))(mask))
+    masks = masks.reshape(DRAWN, *grid)
+    with np.load(Path(__file__).parents[1] / 'oracles' / 'ibot_masks.npz') as file:
+        name = 'x'.join(map(str, grid))
+        wanted, counts = file[f'{name}_map'], file[f'{name}_counts']
+        mean, deviation = file[f'{name}_edges']
+    assert np.abs(masks.mean(0) - wanted).max() < 5 * (2 * 0.25 / DRAWN) ** 0.5
+    found = masks.sum((1, 2))
+    assert (found <= np.asarray(targets) + 1e-3).all() and (found < np.floor(targets)).any()
+    assert stats.ks_2samp(found, counts).pvalue > 1e-3
+    assert stats.ks_2samp(found[found > 0], counts[counts > 0]).pvalue > 1e-3
+    border = (masks[:, 1:] != masks[:, :-1]).sum((1, 2))
+    border = border + (masks[:, :, 1:] != masks[:, :, :-1]).sum((1, 2))
+    assert abs(border.mean() - mean) < 5 * deviation * (2 / DRAWN) ** 0.5
+    assert border.std() == pytest.approx(deviation, rel=0.08)

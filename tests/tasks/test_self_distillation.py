@@ -14,6 +14,7 @@ from self_distillation_oracle import numbers
 from tiny import flags
 
 from big_vit import checkpoint, config, metrics
+from big_vit.build.data import device_operations
 from big_vit.build.experiment import abstract_batch, build_experiment, fresh_state, train_batches
 from big_vit.build.steps import build_train_step
 from big_vit.errors import UserError
@@ -201,6 +202,22 @@ def test_parts_of_the_loss_sum_to_it_and_gram_begins_when_it_is_due():
     assert np.abs(states[6]['ema']['cls'] - states[3]['ema']['cls']).max() > 0
 
 
+LARGE = 'rrc(16) | to_device | flip_lr'
+SMALL = LARGE.replace('to_device', 'resize(size) | to_device')
+TWICE = f'decode ; global: {SMALL} ; global: {SMALL}' + 2 * f' ; gram as global: {LARGE}'
+
+
+def test_the_gram_teacher_sees_the_same_crops_in_twice_the_size():
+    changes = {'data.transform': TWICE, 'task.gram_weight': 1.0, 'mesh.fsdp': 8}
+    parts = build_experiment(config.resolve({**DIGITS, **changes}))
+    with train_batches(config.resolve({**DIGITS, **changes}), parts, 0) as batches:
+        batch = jax.device_get(device_operations(parts.data)(next(batches), jax.random.key(0)))
+    small, large = (np.asarray(batch[name], np.float64) for name in ('global', 'gram'))
+    halved = large.reshape(16, 2, 8, 2, 8, 2, 1).mean((3, 5))
+    # Bytes, of which the smaller ones are rounded once more.
+    assert np.abs(halved - small).max() <= 1 and np.abs(small[:, 0] - small[:, 1]).mean() > 5
+
+
 @pytest.mark.slow
 def test_prototypes_and_logits_are_never_whole_on_a_device():
     count, width = 352, 24
@@ -271,6 +288,13 @@ BAD = [
     ({'task.momentum': (1.0, 0.9)}, 'task.momentum must be'),
     ({'mixup': 0.2}, 'set both to 0'),
     ({'optim.name': 'schedule_free_adamw'}, 'average'),
+    ({'data.transform': TWICE}, 'set it, or leave them out'),
+    (
+        {'data.transform': TWICE.rpartition(' ; ')[0], 'task.gram_weight': 1.0},
+        '1 views of gram and 2 of global',
+    ),
+    ({'task.teacher': 'runs/none', 'task.gram_weight': 1.0}, 'remove one of them'),
+    ({'task.teacher': 'runs/none'}, 'config: task.teacher: runs/none: no such folder'),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Twenty steps of DINO and DINOv2 beside the references' modules, with equal weights and views."""
+"""Twenty steps of DINO, iBOT and DINOv2 beside the references' modules, of equal weights and views.
+
+And of a student of a larger frozen teacher, whose heads have other widths.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,9 @@ from big_vit.tasks import block_masks, prototypes
 from big_vit.tasks.self_distillation import self_distillation, teacher_rate
 from big_vit.tasks.task import ExampleShape, Run
 
-STEPS, BATCH, LOCALS, WIDTH, HEADS, DEPTH = 20, 6, 3, 24, 3, 2
+STEPS, BATCH, LOCALS = 20, 6, 3
+# Width, heads and blocks.
+STUDENT, TEACHER = (24, 3, 2), (32, 4, 3)
 SHAPES = {'global': (2, 16, 16, 3), 'local': (LOCALS, 8, 8, 3), 'image': (16, 16, 3)}
 COMMON = dict(
     prototypes=48,
@@ -28,8 +33,10 @@ COMMON = dict(
 )
 TASKS = {
     'dino_recipe': dict(patch_head='none', prototype_norm='fixed', koleo_weight=0.0),
+    'ibot_recipe': dict(patch_head='shared', koleo_weight=0.0, patch_centre='all'),
     'dinov2_recipe': dict(patch_head='separate', centering='sinkhorn'),
     'dinov2_whole_recipe': dict(patch_head='shared'),
+    'distilled_recipe': dict(patch_head='separate', centering='sinkhorn', teacher='there'),
 }
 
 
@@ -65,8 +72,9 @@ def initial(shapes):
     return arrays
 
 
-def ours(arrays, norm):
+def ours(arrays, norm, sizes=STUDENT):
     """The reference's arrays as our parameters."""
+    width, heads, depth = sizes
 
     def dense(name):
         return {'kernel': arrays[f'{name}.weight'].T, 'bias': arrays[f'{name}.bias']}
@@ -75,7 +83,7 @@ def ours(arrays, norm):
         return {'scale': arrays[f'{name}.weight'], 'bias': arrays[f'{name}.bias']}
 
     def attention(name):
-        split = (WIDTH, HEADS, WIDTH // HEADS)
+        split = (width, heads, width // heads)
         weights = np.split(arrays[f'{name}.qkv.weight'], 3)
         biases = np.split(arrays[f'{name}.qkv.bias'], 3)
         parts = {
@@ -83,7 +91,7 @@ def ours(arrays, norm):
             for part, w, b in zip(('query', 'key', 'value'), weights, biases, strict=True)
         }
         out = dense(f'{name}.proj')
-        return parts | {'out': {**out, 'kernel': out['kernel'].reshape(*split[1:], WIDTH)}}
+        return parts | {'out': {**out, 'kernel': out['kernel'].reshape(*split[1:], width)}}
 
     def block(i):
         name = f'backbone.blocks.{i}'
@@ -109,7 +117,7 @@ def ours(arrays, norm):
         layers = {f'mlp_{i}': dense(f'{name}.mlp.{2 * i}') for i in range(3)}
         return layers | {'prototypes': prototypes}
 
-    blocks = [block(i) for i in range(DEPTH)]
+    blocks = [block(i) for i in range(depth)]
     projection = arrays['backbone.patch_embed.proj.weight']
     params = {
         'cls': arrays['backbone.cls_token'],
@@ -123,6 +131,8 @@ def ours(arrays, norm):
             'encoder_norm': layer_norm('backbone.norm'),
         },
     }
+    if 'backbone.masked_embed' in arrays:
+        params['mask_token'] = arrays['backbone.masked_embed'][None]
     if 'backbone.mask_token' in arrays:
         params['mask_token'] = arrays['backbone.mask_token'][None]
         params['registers'] = arrays['backbone.register_tokens']
@@ -146,17 +156,13 @@ def reference(name, kind):
     }, part
 
 
+# The length of prototypes decays, that of other scales does not.
+LENGTHS = (('.*prototypes/scale', 1.0), ('.*(bias|scale)', 0.0), ('.*', 1.0))
 OPTIMIZERS = {
-    'dino_recipe': {
-        'optim.weight_decay_rules': (('.*(bias|scale)', 0.0), ('.*', 1.0)),
-    },
+    'dino_recipe': {'optim.weight_decay_rules': LENGTHS[1:]},
+    'ibot_recipe': {'optim.weight_decay_rules': LENGTHS},
     'dinov2_recipe': {
-        # The length of prototypes decays, that of other scales does not.
-        'optim.weight_decay_rules': (
-            ('.*prototypes/scale', 1.0),
-            ('.*(bias|scale)', 0.0),
-            ('.*', 1.0),
-        ),
+        'optim.weight_decay_rules': LENGTHS,
         'optim.layer_decay': 0.9,
         'optim.lr_rules': (('embedding/.*', 0.2), ('.*', 1.0)),
     },
@@ -193,30 +199,48 @@ def settings_of(name, kind):
         'schedule.name': 'cosine_dino',
         'schedule.warmup_steps': 4,
         'schedule.end': 1e-6 / 2e-3,
-        **OPTIMIZERS['dino_recipe' if name == 'dino_recipe' else 'dinov2_recipe'],
+        **OPTIMIZERS.get(name, OPTIMIZERS['dinov2_recipe']),
     }
     if kind == 'whole':
         settings |= {'optim.weight_decay_end': 0.4, **LAWS[name]}
     return config.resolve(settings)
 
 
+def trunk(name, sizes):
+    width, heads, depth = sizes
+    settings = dict(patch_size=(4, 4), width=width, depth=depth, mlp_dim=2 * width)
+    settings |= dict(dtype=jnp.float32, activation='gelu', pool='cls', posemb='learned')
+    settings |= dict(posemb_prefix=1, num_heads=heads)
+    if name not in ('dino_recipe', 'ibot_recipe'):
+        settings |= dict(layer_scale=1e-5, registers=2)
+    return make_vit(0, **settings)
+
+
+def frozen(name, shapes):
+    """A larger teacher, whose rows are wider, and its parameters."""
+    wider = dict(bottleneck=16, head_width=40, patch_head='separate')
+    model = self_distillation(**{**COMMON, **wider}).model(
+        trunk(name, TEACHER), ExampleShape(SHAPES, 0)
+    )
+    return model, jax.tree.map(jnp.asarray, ours(initial(shapes), 'learned', TEACHER))
+
+
 def trained(name, kind, options, change=lambda task: task, count=STEPS):
     numbers, part = reference(name, kind)
     norm = options.get('prototype_norm', 'learned')
     arrays = initial({key: x.shape for key, x in part('student').items()})
-    settings = dict(patch_size=(4, 4), width=WIDTH, depth=DEPTH, mlp_dim=48, num_heads=HEADS)
-    settings |= dict(dtype=jnp.float32, activation='gelu', pool='cls', posemb='learned')
-    settings |= dict(posemb_prefix=1)
-    if name != 'dino_recipe':
-        settings |= dict(layer_scale=1e-5, registers=2)
     # Any view may have half of its patches masked, so slots suffice.
     masks = dict(mask_ratios=(0.5, 0.5), mask_probability=1.0, mask_group=1)
     task = change(self_distillation(**{**COMMON, **options, **masks}))
-    model = task.model(make_vit(0, **settings), ExampleShape(SHAPES, 0))
+    model = task.model(trunk(name, STUDENT), ExampleShape(SHAPES, 0))
     params = jax.tree.map(jnp.asarray, ours(arrays, norm))
+    extra, teacher = {}, None
+    if name == 'distilled_recipe':
+        del params['mask_token']
+        teacher, extra['teacher'] = frozen(name, part('shapes'))
     wanted = state.abstract_params(model, {n: (s, np.float32) for n, s in SHAPES.items()})
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, wanted)
-    run, made = Run(STEPS, BATCH), settings_of(name, kind)
+    run, made = Run(STEPS, BATCH, teacher), settings_of(name, kind)
     source, mesh = SimpleNamespace(length=64), sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     schedule = rate_schedule(made, source, STEPS)
     np.testing.assert_allclose([schedule(i) for i in range(STEPS)], numbers['lr'], rtol=1e-5)
@@ -231,10 +255,15 @@ def trained(name, kind, options, change=lambda task: task, count=STEPS):
         targets=task.targets(model, run),
     )
     now, losses, step = state.from_params(params, optimizer, True, task.state), [], jax.jit(step)
+    now |= extra
     for i in range(count):
         now, metrics = step(now, batch_of(i))
         losses.append(float(metrics['loss']))
     finals = {'params': ours(part('student'), norm), 'ema': ours(part('teacher'), norm)}
+    jax.tree.map(np.testing.assert_array_equal, {name: now[name] for name in extra}, extra)
+    # There is none in a distilled student, and no average of it in iBOT's teacher.
+    for part in {'distilled_recipe': ('params', 'ema'), 'ibot_recipe': ('ema',)}.get(name, ()):
+        finals[part].pop('mask_token', None)
     return np.array(losses), numbers['losses'][:count], now, finals
 
 
@@ -252,8 +281,10 @@ def distance(found, wanted):
     [
         ('dino_recipe', 'plain'),
         ('dino_recipe', 'whole'),
+        ('ibot_recipe', 'plain'),
         ('dinov2_recipe', 'plain'),
         ('dinov2_whole_recipe', 'whole'),
+        ('distilled_recipe', 'plain'),
     ],
 )
 def test_losses_and_parameters_are_those_of_the_reference(name, kind):

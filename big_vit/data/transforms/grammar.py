@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from big_vit.errors import UserError, nearest
@@ -23,7 +24,10 @@ MOST_VIEWS = 64
 _TAKEN = frozenset({'image', 'label', 'mask', 'replaced', 'targets', 'text', 'text_mask'})
 # What is in quotes, or else a semicolon.
 _SEMICOLON = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(;)""")
-_VIEW = re.compile(r'\s*([a-z][a-z0-9_]*)\s*:\s*(?:(\d{1,6})\s*\*)?(.*)', re.DOTALL)
+_NAME = '[a-z][a-z0-9_]*'
+_VIEW = re.compile(
+    rf'\s*({_NAME})(?:\s+as\s+({_NAME}))?\s*:\s*(?:(\d{{1,6}})\s*\*)?(.*)', re.DOTALL
+)
 
 
 def statements(text: str) -> list[str]:
@@ -33,8 +37,18 @@ def statements(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(starts, [*ends, len(text)], strict=True)]
 
 
-def view(text: str, key: str) -> tuple[str, int, str]:
-    """Read 'GROUP: COUNT * OPERATIONS', of which the count may be missing.
+@dataclass(frozen=True)
+class ViewText:
+    """Views as written: their group, the group that they are drawn as, and their number."""
+
+    group: str
+    like: str | None
+    count: int
+    operations: str
+
+
+def view(text: str, key: str) -> ViewText:
+    """Read 'GROUP as OTHER: COUNT * OPERATIONS', of which 'as OTHER' and the count may be missing.
 
     Raises:
       UserError: the text has another form, the name is taken, or the count is none.
@@ -46,10 +60,10 @@ def view(text: str, key: str) -> tuple[str, int, str]:
             "in 'local: 8 * rrc(96) | flip_lr'"
             + (f'; {match[1]!r} is the name of something else' if match else '')
         )
-    count = int(match[2] or 1)
+    count = int(match[3] or 1)
     if not 1 <= count <= MOST_VIEWS:
         raise UserError(f'{key}: a group has 1 to {MOST_VIEWS} views, not {count}: {text.strip()}')
-    return match[1], count, match[3]
+    return ViewText(match[1], match[2], count, match[4])
 
 
 def parse(text: str, *, size: tuple[int, int], key: str) -> list[Call]:

@@ -6,7 +6,8 @@ the train step, where numbers are floats.
 
 Several views of an example come after semicolons, by the names of the groups that a task reads:
 'decode ; global: 2 * rrc(size) | flip_lr ; local: 8 * rrc(96) | flip_lr'. What comes before the
-first semicolon is done once.
+first semicolon is done once. Views of 'other as global: ...' draw the random numbers of those of
+global: the same crops in another size, say.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -77,11 +78,20 @@ _NOTHING = DeviceOperations({}, frozenset())
 
 @dataclass(frozen=True)
 class View:
-    """Equal ways to see an example: `count` of them, in a group of views of one size."""
+    """Equal ways to see an example: `count` of them, in a group of views of one size.
+
+    Attributes:
+      like: group whose random numbers they draw; None draws their own.
+      number, statement: place of the first of those whose numbers they draw, among all views and
+        among all statements that draw their own.
+    """
 
     group: str
     count: int
     transform: 'Transform'
+    like: str | None
+    number: int
+    statement: int
 
 
 @dataclass(frozen=True)
@@ -117,9 +127,9 @@ class Transform:
         return counts
 
     @property
-    def every_view(self) -> tuple[View, ...]:
-        """The views, each as often as it is made."""
-        return tuple(view for view in self.views for _ in range(view.count))
+    def every_view(self) -> tuple[tuple[int, View], ...]:
+        """The views, each as often as it is made, after the number that its randomness has."""
+        return tuple((view.number + i, view) for view in self.views for i in range(view.count))
 
     @property
     def is_random(self) -> bool:
@@ -241,7 +251,7 @@ class Transform:
         images = {'image': decoded(columns['image'])}
         groups: dict[str, list[np.ndarray]] = {group: [] for group in self.groups}
         # A view's randomness depends on its place alone, so one added at the end moves no other.
-        for number, view in enumerate(self.every_view):
+        for number, view in self.every_view:
             seen = view.transform(images, order.view_keys(keys, number))
             groups[view.group].append(finished(seen, view.transform)['image'])
         for group, views in groups.items():
@@ -290,14 +300,25 @@ def parse(
             f'{key}: {transform.device[0][0]} comes before views, which the host makes: put '
             f'{BOUNDARY} and what follows behind the operations of each view'
         )
+    read = [grammar.view(text, key) for text in texts]
     views = tuple(
-        View(group, count, _parse(operations, size, key, device, skip))
-        for group, count, operations in (grammar.view(text, key) for text in texts)
+        View(
+            view.group,
+            view.count,
+            _parse(view.operations, size, key, device, skip),
+            view.like,
+            sum(other.count for other in read[:place] if other.like is None),
+            sum(other.like is None for other in read[:place]),
+        )
+        for view, place in zip(read, _places(read, key), strict=True)
     )
     scales = [view.transform.normalisation(3) for view in views]
     if any(scale != scales[0] for scale in scales):
         raise UserError(f'{key}: all views are normalised alike, but these are not')
-    shown = [f'{v.group}: {v.count} * {v.transform.host_text}' for v in views]
+    names = [v.group if v.like is None else f'{v.group} as {v.like}' for v in views]
+    shown = [
+        f'{name}: {v.count} * {v.transform.host_text}' for name, v in zip(names, views, strict=True)
+    ]
     random = [name for view in views for name in view.transform.random_operations]
     return replace(
         transform,
@@ -306,6 +327,27 @@ def parse(
         random_operations=(*transform.random_operations, *random),
         views=views,
     )
+
+
+def _places(views: list[grammar.ViewText], key: str) -> list[int]:
+    """The place of each statement, or of the one whose random numbers it draws.
+
+    Raises:
+      UserError: there is no such statement, or it has another number of views.
+    """
+    places = []
+    for place, view in enumerate(views):
+        if view.like is not None:
+            turn = sum(other.group == view.group for other in views[:place])
+            others = [i for i, v in enumerate(views) if v.group == view.like and v.like is None]
+            if turn >= len(others) or views[others[turn]].count != view.count:
+                raise UserError(
+                    f'{key}: {view.group} as {view.like}: the views of each such statement are as '
+                    f'many as those of one of {view.like}, in their order'
+                )
+            place = others[turn]
+        places.append(place)
+    return places
 
 
 def _parse(
