@@ -472,6 +472,7 @@ def prepare() -> argparse.ArgumentParser:
     parser = _parser(
         'prepare',
         'Download a dataset of TensorFlow Datasets and write it for training.',
+        '`prepare index PATH` indexes shards that are there already: see `prepare index --help`.',
         data_dir='~/tensorflow_datasets',
     )
     parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')
@@ -484,6 +485,41 @@ def prepare() -> argparse.ArgumentParser:
     )
     parser.add_argument('--download_dir', help='where downloaded files are, or are put')
     return parser
+
+
+def prepare_index() -> argparse.ArgumentParser:
+    parser = _parser(
+        'prepare index',
+        'Index tar or TFRecord shards once, so that no run must read them to know what they hold.',
+        'It goes on where it was stopped. Hosts may each do a share: --share 0/8, --share 1/8, ...',
+    )
+    parser.add_argument('what', choices=('index',), help=argparse.SUPPRESS)
+    parser.add_argument('path', help='shards as data.path has them: a folder, a glob, a range')
+    parser.add_argument(
+        '--to', metavar='PLACE', help='folder of the indices, where the store is read-only'
+    )
+    parser.add_argument(
+        '--label_column', default='cls', help='as data.label_column, of tar shards; default cls'
+    )
+    parser.add_argument(
+        '--share', type=_share, default=(0, 1), metavar='I/N', help='this host, of how many'
+    )
+    parser.add_argument(
+        '--workers', type=_number(1, 1024), help='processes; as many as there are processors'
+    )
+    return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, of = text.partition('/')
+    if not (which.isdecimal() and of.isdecimal() and int(which) < int(of) <= 10_000):
+        raise argparse.ArgumentTypeError(f'must be I/N with I from 0 to N - 1, got {text[:50]!r}')
+    return int(which), int(of)
+
+
+def preparation(argv: list[str]) -> argparse.ArgumentParser:
+    """Returns the parser of what `prepare` is asked to do."""
+    return prepare_index() if argv[:1] == ['index'] else prepare()
 
 
 def bench_data() -> argparse.ArgumentParser:

@@ -3,14 +3,17 @@
 TensorFlow Datasets downloads it and writes files that support random access. This is the only
 command that may need TensorFlow (`pip install 'big_vit[prepare]'`): the code that writes many
 datasets uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the
-authors.
+authors. `prepare index PATH` writes indices of shards that are there already.
 """
+
+import sys
 
 from big_vit import command_line
 
 if __name__ == '__main__':  # Before the slow imports.
-    command_line.answer_help(command_line.prepare())
+    command_line.answer_help(command_line.preparation(sys.argv[1:]))
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from etils import epath
 
 from big_vit import ownership, runtime
 from big_vit.data import download
-from big_vit.data.sources import prepared
+from big_vit.data.sources import indexing, prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
@@ -104,7 +107,17 @@ def prepare_idx(name: str, data_dir: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    args, _ = command_line.parse(command_line.prepare(), argv)
+    args, _ = command_line.parse(command_line.preparation(argv), argv)
+    if argv[0] == 'index':
+        indexing.index(
+            args.path,
+            to=args.to,
+            label_column=args.label_column,
+            share=args.share,
+            workers=args.workers,
+            say=functools.partial(print, flush=True),
+        )
+        return
     data_dir = str(Path(args.data_dir).expanduser())
     if args.format == 'idx':
         print('\n'.join(prepare_idx(args.name, Path(data_dir))))

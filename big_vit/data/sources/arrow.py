@@ -163,7 +163,7 @@ def _inspect(file: files.Place, columns: list[str]) -> tuple[Any, int, int]:
 
         # The number of rows of a stream is known at its end only, and a remote one is slow to read.
         rows = files.kept_arrays('arrow_rows', files.fingerprint([file]), count)['rows'][0]
-        return schema, int(rows), int(file.system.info(file.path)['size'])
+        return schema, int(rows), files.size_of(file)
 
 
 def _column_bytes(metadata: Any, columns: list[str]) -> int:

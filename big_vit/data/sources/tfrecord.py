@@ -6,14 +6,23 @@ the masked CRC-32C of the data.
 
 import concurrent.futures
 import functools
+import re
 import struct
+from typing import Any
 
 import numpy as np
 
 from big_vit.data import files
-from big_vit.errors import UserError
+from big_vit.data.sources import sidecars
+from big_vit.errors import UserError, failure_at
 
 _HEAD, _FOOT = 12, 4
+_NAME = re.compile(r'.*\.tfrecords?(-\d+-of-\d+)?')
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is a TFRecord file by its name."""
+    return _NAME.fullmatch(name) is not None
 
 
 @functools.cache
@@ -38,7 +47,7 @@ def masked_crc(data: bytes) -> int:
 
 def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
     """Return (offsets, sizes) of the data of all records; UserError if the file is damaged."""
-    end = int(file.system.info(file.path)['size'])
+    end = files.size_of(file)
     take = files.forward(file)
     offsets, sizes, at = [], [], 0
     while at < end:
@@ -81,3 +90,18 @@ def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
         }
 
     return files.kept_arrays('tfrecord', files.fingerprint(shards), build)
+
+
+def sidecar(shard: files.Place, _: str = '') -> tuple[dict[str, Any], sidecars.Arrays]:
+    """Index a file; returns (facts, arrays) as `sidecars` keeps them.
+
+    Raises:
+      UserError: it is damaged; names the byte.
+    """
+    try:
+        offset, size = _records(shard)
+    except OSError as error:
+        kind = failure_at(shard, error)
+        raise kind(f'{shard}: cannot be read: {error.strerror or error}') from error
+    counts = {'counts': [len(size)], 'unlabelled': [0]}
+    return {'values': [], 'left': {}, 'endings': {}, **counts}, {'offset': offset, 'size': size}
