@@ -136,6 +136,7 @@ def tar(
             class_names=classes.names,
             labels=lambda: labels,
             where=lambda i: _place(shards[shard[i]], int(offset[i]), int(size[i])),
+            shard_lengths=np.bincount(shard, minlength=len(shards)),
         )
 
     return cut(title, splits, open_split, request)
