@@ -18,6 +18,7 @@ from big_vit.data import dataset, order, pipeline, sources, transforms, windows
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
+from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
@@ -244,7 +245,7 @@ def train_data(
     else:
         source, host, parts = dataset.open_mixture(specs, say=_say)
         lengths = tuple(part.length for part in parts)
-        shards = _shards(whole, parts)
+        shards = _shards(whole, parts, config.seed)
         if known and not to_train and has_other_words(source, known):
             names = zip(source.class_names or (), known.names or (), strict=True)
             pairs = shown([f'{ours} is {theirs}' for ours, theirs in names], 3)
@@ -290,7 +291,9 @@ def train_data(
     return found
 
 
-def _shards(whole: Config, parts: Sequence[sources.Source]) -> tuple[windows.Shards | int, ...]:
+def _shards(
+    whole: Config, parts: Sequence[sources.Source], seed: int
+) -> tuple[windows.Shards | int, ...]:
     """The shards of each part for an order with locality; none where the order has none."""
     shuffle = whole.shuffle
     lengths = [part.shard_lengths for part in parts]
@@ -304,10 +307,25 @@ def _shards(whole: Config, parts: Sequence[sources.Source]) -> tuple[windows.Sha
             'shards: set it to true'
         )
     window = whole.window
-    return tuple(
+    opened = tuple(
         part.length if each is None else windows.opened(each, window)
         for part, each in zip(parts, lengths, strict=True)
     )
+    for part, shards in zip(parts, opened, strict=True):
+        _warn_of_sorted(part, shards, seed)
+    return opened
+
+
+# Labels of more examples are not read only to see whether they are sorted.
+_MOST_LABELS = 1 << 24
+
+
+def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: int) -> None:
+    """Say where few classes come at a time, if the labels are at hand."""
+    if isinstance(shards, int) or part.labels is None or part.length > _MOST_LABELS:
+        return
+    if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
+        say_once(f'WARNING {part.name}: its {text}')
 
 
 def _check_views(transform: transforms.Transform, task: Task) -> None:

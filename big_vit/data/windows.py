@@ -13,7 +13,7 @@ no batch depends on how many hosts there are.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,12 @@ _PLACE_BITS = 20
 _PHASES = 16
 # Rows of one example are so many apart, if a batch has several views of it.
 _APART = 8
+# Most shards that may be open at once.
+_MOST_SET = 1 << 16
+# Examples that show how many classes come at a time, at each of so many places of an epoch.
+_SAMPLE, _PLACES = 4096, 4
+# A run that sees fewer than this share of the classes at a time is warned, and advised to see more.
+_FEW, _ENOUGH = 0.8, 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,3 +264,48 @@ def _rows(
     copy, member = np.divmod(inside, width)
     chosen = by_place[group * _APART + member]
     return part[chosen], within[chosen], copy
+
+
+# --- Quality ---------------------------------------------------------------------------
+
+
+def effective_number(values: Int64[np.ndarray, ' n']) -> float:
+    """Return the exponential of the entropy of some values: how many equally frequent ones."""
+    counts = np.unique(values, return_counts=True)[1] / len(values)
+    return float(np.exp(-(counts * np.log(counts)).sum()))
+
+
+def classes_at_a_time(
+    shards: Shards, label_of: Callable[[np.ndarray], np.ndarray], seed: int
+) -> tuple[float, float]:
+    """Return the effective number of classes while windows stay open, and that of all examples.
+
+    Args:
+      label_of: maps indices, int64 [N], to labels, int [N].
+    """
+    total = shards.length
+    held = min(total, shards.lanes * WINDOW)
+    sample = np.arange(min(held, _SAMPLE))
+    here = order.shuffled(sample, length=held, seed=seed, epoch=0)
+    anywhere = order.shuffled(sample, length=total, seed=seed, epoch=0)
+    starts = (np.arange(_PLACES) * (total - held) // _PLACES).tolist()
+    seen = [effective_number(label_of(indices(start + here, shards, seed)[0])) for start in starts]
+    return float(np.mean(seen)), effective_number(label_of(anywhere))
+
+
+def warning(shards: Shards, label_of: Callable[[np.ndarray], np.ndarray], seed: int) -> str | None:
+    """Say that shards are sorted by class, and how many would have to be open; None if not."""
+    seen, there = classes_at_a_time(shards, label_of, seed)
+    if seen >= _FEW * there:
+        return None
+    lanes = shards.lanes
+    would_see = seen
+    while would_see < _ENOUGH * there and lanes < min(_MOST_SET, shards.length // 2):
+        lanes *= 2
+        would_see, _ = classes_at_a_time(Shards(shards.lengths, lanes), label_of, seed)
+    window = f'data.window={lanes}, ' if would_see >= _ENOUGH * there else ''
+    return (
+        f'shards are sorted by class: with {shards.lanes:,} of {len(shards.lengths):,} open, what '
+        f'comes at a time is as diverse as {seen:.3g} classes, and all examples as {there:.3g}: '
+        f'set {window}data.shuffle=true, or write the shards anew in a random order'
+    )

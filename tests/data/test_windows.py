@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import tracemalloc
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from gate import mostly_slow
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from big_vit import config as config_lib
 from big_vit.build import data as build_data
@@ -279,7 +281,7 @@ def source_of(*lengths):
 def chosen(sources_, **keys):
     overrides = [(f'data.{name}', str(value).lower()) for name, value in keys.items()]
     config = config_lib.load('configs/fashion_mnist.py', overrides)
-    return build_data._shards(config.data, sources_)
+    return build_data._shards(config.data, sources_, 0)
 
 
 def test_large_sets_are_read_in_windows_unless_the_config_says_no():
@@ -302,3 +304,38 @@ def test_windows_that_cannot_be_are_refused():
         chosen([source_of(100, 200)], shuffle='windows', window=1024)
     with pytest.raises(UserError, match=r'data\.window.*a power of two up to 65536'):
         chosen([source_of(100, 200)], window=100)
+
+
+def test_shards_sorted_by_class_are_noticed():
+    lengths, classes = np.full(200, 600), 10
+    by_class = np.arange(120_000) * classes // 120_000
+    shards = windows.Shards(lengths, 4)
+    seen, there = windows.classes_at_a_time(shards, by_class.__getitem__, 0)
+    assert there == pytest.approx(10, rel=0.01)
+    assert 1 < seen <= 4.5  # Four shards, and of some the next one.
+    text = windows.warning(shards, by_class.__getitem__, 0)
+    advised = int(re.search(r'data\.window=(\d+),', text)[1])
+    assert windows.warning(windows.Shards(lengths, advised), by_class.__getitem__, 0) is None
+    assert windows.warning(windows.Shards(lengths, advised // 2), by_class.__getitem__, 0)
+    mixed = np.random.default_rng(0).permutation(by_class)
+    assert windows.warning(shards, mixed.__getitem__, 0) is None
+
+
+def test_effective_numbers_are_exponentials_of_entropies():
+    values = np.random.default_rng(0).integers(0, 50, 1000) ** 2
+    counts = np.unique(values, return_counts=True)[1]
+    assert windows.effective_number(values) == pytest.approx(np.exp(stats.entropy(counts)))
+
+
+def test_a_run_is_warned_of_sorted_shards(capfd):
+    labels = np.repeat(np.arange(10), 3000)
+    sorted_ = dataclasses.replace(source_of(*[300] * 100), name='by class', labels=lambda: labels)
+    chosen([sorted_], shuffle='windows', window=4)
+    error = capfd.readouterr().err
+    assert error.startswith(
+        'data    WARNING by class: its shards are sorted by class: with 4 of 100'
+    )
+    assert error.count('\n') == 1
+    chosen([sorted_], shuffle='windows', window=64)
+    chosen([sorted_], shuffle=True)
+    assert capfd.readouterr().err == ''
