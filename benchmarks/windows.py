@@ -1,10 +1,10 @@
 """What the order with locality costs and keeps: `python -m benchmarks.windows`.
 
 Computed from the order alone, without data. First how many shards and classes a batch has, and how
-many classes are among the examples that are held, beside a full shuffle, for sets of the shape of LAION-400M
-and of ImageNet-21k, also where their examples are sorted by class: exponentials of entropies, which
-are the numbers of equally frequent ones that would be as diverse. Then, for a billion rows in
-100,000 shards, the time to compute a batch and the share of bytes that hosts read.
+many classes are among the examples that are held, beside a full shuffle, for sets of the shape of
+LAION-400M and of ImageNet-21k, also where their examples are sorted by class: exponentials of
+entropies, which are the numbers of equally frequent ones that would be as diverse. Then, for a
+billion rows in 100,000 shards, the time to compute a batch and the share of bytes that hosts read.
 """
 
 import argparse
