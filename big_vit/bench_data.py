@@ -19,7 +19,7 @@ import numpy as np
 from big_vit import config as config_lib
 from big_vit import metrics, runtime
 from big_vit.build.data import Data, host_batches, train_data
-from big_vit.data import order, pipeline, transforms
+from big_vit.data import order, pipeline, transforms, windows
 from big_vit.data.transforms import operations
 
 # For `by_operation`: examples in total, and examples per call.
@@ -109,6 +109,9 @@ def main(argv: list[str]) -> None:
         return
     source = data.source
     print(f'data    {source.name} {source.split}: {source.length:,} examples')
+    assert data.order is not None
+    if data.order.shards:
+        print(f'order   {windows.line(data.order.shards)}')
     total = sum(cost.values())
     rows = [(name, f'{us:,.0f}', f'{us / total:.0%}') for name, us in cost.items()]
     print(f'\n{metrics.table(("one thread", "µs an example", "share"), rows)}\n')

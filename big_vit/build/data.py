@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
-from big_vit.data import dataset, order, pipeline, sources, transforms
+from big_vit.data import dataset, order, pipeline, sources, transforms, windows
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
+from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
@@ -239,9 +240,12 @@ def train_data(
             config.image_size,
         )
         lengths: tuple[int, ...] = tuple(examples for examples, _ in declared)
+        shards: tuple[windows.Shards | int, ...] = ()
         host = transforms.parse(transform.host_text, size=config.image_size, key='data')
     else:
-        source, host, lengths = dataset.open_mixture(specs, say=_say)
+        source, host, parts = dataset.open_mixture(specs, say=_say)
+        lengths = tuple(part.length for part in parts)
+        shards = _shards(whole, parts, config.seed)
         if known and not to_train and has_other_words(source, known):
             names = zip(source.class_names or (), known.names or (), strict=True)
             pairs = shown([f'{ours} is {theirs}' for ours, theirs in names], 3)
@@ -265,10 +269,11 @@ def train_data(
     kept = pipeline.Order(
         batch_size=config.batch_size,
         seed=config.seed,
-        shuffle=whole.shuffle,
+        shuffle=whole.shuffle is not False,
         repeats=whole.repeats,
         lengths=lengths,
         counts=counts,
+        shards=shards,
     )
     found = Data(
         source,
@@ -284,6 +289,43 @@ def train_data(
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
+
+
+def _shards(
+    whole: Config, parts: Sequence[sources.Source], seed: int
+) -> tuple[windows.Shards | int, ...]:
+    """The shards of each part for an order with locality; none where the order has none."""
+    shuffle = whole.shuffle
+    lengths = [part.shard_lengths for part in parts]
+    if shuffle == 'auto' and any(map(windows.is_large, lengths)):
+        shuffle = 'windows'
+    if shuffle != 'windows':
+        return ()
+    if all(each is None for each in lengths):
+        raise UserError(
+            f"config: data.shuffle='windows' reads shard by shard, but {parts[0].name} has no "
+            'shards: set it to true'
+        )
+    window = whole.window
+    opened = tuple(
+        part.length if each is None else windows.opened(each, window)
+        for part, each in zip(parts, lengths, strict=True)
+    )
+    for part, shards in zip(parts, opened, strict=True):
+        _warn_of_sorted(part, shards, seed)
+    return opened
+
+
+# Labels of more examples are not read only to see whether they are sorted.
+_MOST_LABELS = 1 << 24
+
+
+def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: int) -> None:
+    """Say where few classes come at a time, if the labels are at hand."""
+    if isinstance(shards, int) or part.labels is None or part.length > _MOST_LABELS:
+        return
+    if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
+        say_once(f'WARNING {part.name}: its {text}')
 
 
 def _check_views(transform: transforms.Transform, task: Task) -> None:

@@ -15,6 +15,9 @@ _DEFAULTS = {'loss': 'softmax', 'label_smoothing': 0.0, 'model.shared': 512}
 # Values that a dump with former keys implies, where nothing in it says otherwise.
 _IMPLIED = {'task.name': 'classification', 'model.fusion': 'concat'}
 
+# (default of then, default of today), which leaves to the program what was always so.
+_OTHER_DEFAULTS = {'data.shuffle': (True, 'auto')}
+
 _noted: set[str] = set()
 
 
@@ -53,7 +56,7 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if key in defaults and value == defaults[key] else value
         for key, value in current.items()
-    }
+    } | {key: now for key, (then, now) in _OTHER_DEFAULTS.items() if current.get(key) == then}
 
 
 _LATER = (
@@ -69,6 +72,7 @@ _LATER = (
     'optim.freeze_',
     'schedule.start',
     'data.index',
+    'data.window',
 )
 _LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
 
@@ -87,6 +91,9 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
             former[old] = old_value
         if former.get(new) in (new_value, _IMPLIED[new]):
             former.pop(new)
+    for key, (then, now) in _OTHER_DEFAULTS.items():
+        if former.get(key) == now:
+            former[key] = then
     # Keys that came later, where nothing is set.
     return {k: v for k, v in former.items() if not (_came_later(k) and v is None)}
 

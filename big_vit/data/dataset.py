@@ -134,13 +134,13 @@ def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Tr
 
 def open_mixture(
     specs: tuple[Spec, ...], share: int = 1, say: Callable[[str], None] = lambda line: None
-) -> tuple[Source, Transform, tuple[int, ...]]:
+) -> tuple[Source, Transform, tuple[Source, ...]]:
     """Open datasets and concatenate them. Their classes are those of the part that has the most.
 
     Args: as for `open_spec`.
 
     Returns:
-      (the source, the rest of the transform, the length of each part).
+      (the source, the rest of the transform, the source of each part).
 
     Raises:
       UserError: as `open_spec`, or a part has classes that the others have not.
@@ -152,16 +152,15 @@ def open_mixture(
         for source, spec in zip(stored, specs, strict=True)
     ]
     sources, (transform, *_) = (list(part) for part in zip(*opened, strict=True))
-    lengths = tuple(source.length for source in sources)
     if len(sources) == 1:
-        return sources[0], transform, lengths
+        return sources[0], transform, (sources[0],)
     # If one part has done the first operations of the transform, all must.
     if any(source.in_memory for source in sources) and not all(s.in_memory for s in sources):
         transform = next(rest for source, rest in opened if not source.in_memory)
         before, _ = next(rest for source, rest in opened if source.in_memory).split()
         sources = [_transformed(s, before) if s.in_memory else s for s in sources]
     name = ' + '.join(source.name for source in sources)
-    return concatenate(sources, name, 'mixture'), transform, lengths
+    return concatenate(sources, name, 'mixture'), transform, tuple(sources)
 
 
 def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:

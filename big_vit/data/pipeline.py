@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from big_vit.data import order
+from big_vit.data import order, windows
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
@@ -47,6 +47,8 @@ class Order:
       lengths: of the parts of a mixture.
       counts: positions of each part in a cycle, from `order.shares`; None without a mixture.
       shift: positions ahead of what steps of this batch size come to; see `order.example_indices`.
+      shards: of an order with locality, those of the source or of each part of a mixture, see
+        `windows.example_indices`; none for the order of `order.example_indices`.
     """
 
     batch_size: int
@@ -56,6 +58,7 @@ class Order:
     lengths: tuple[int, ...] = ()
     counts: tuple[int, ...] | None = None
     shift: int = 0
+    shards: tuple[windows.Shards | int, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -66,6 +69,17 @@ class Order:
         self, step: int, length: int, rows: Rows = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (index, view) of the rows of batch `step` of a source of this length."""
+        if self.shards:
+            return windows.example_indices(
+                step,
+                parts=self.shards,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                rows=rows,
+                counts=self.counts,
+                repeats=self.repeats,
+                shift=self.shift,
+            )
         return order.example_indices(
             step,
             length=self.lengths if self.counts else length,

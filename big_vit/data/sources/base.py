@@ -58,6 +58,8 @@ class Source:
         if that is impossible.
       where: maps an index to the location of that example (file, or shard and offset), for
         messages.
+      shard_lengths: number of examples of each shard, int64 [shards], in the order of the
+        examples; None if they do not lie in shards, or not in their order.
     """
 
     name: str
@@ -71,6 +73,13 @@ class Source:
     class_names: tuple[str, ...] | None = None
     labels: Callable[[], np.ndarray] | None = None
     where: Callable[[int], str] | None = None
+    shard_lengths: Int64[np.ndarray, ' shards'] | None = None
+
+    @property
+    def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:
+        """Where the shards start, and where the last one ends, int64 [shards + 1]."""
+        lengths = self.shard_lengths
+        return None if lengths is None else np.concatenate([[0], np.cumsum(lengths)])
 
     def place(self, index: int) -> str:
         """Return the location of example `index`, for messages."""
@@ -86,6 +95,7 @@ def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndar
         source,
         length=length,
         load=lambda indices: source.load(position(np.asarray(indices, np.int64))),
+        shard_lengths=None,
         labels=None if labels is None else lambda: labels()[position(np.arange(length))],
         where=lambda index: source.place(int(position(np.array([index], np.int64))[0])),
     )
@@ -106,6 +116,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
     shapes = {source.image_shape for source in sources}
     names = {source.class_names for source in sources}
     labels = [source.labels for source in sources]
+    shards = [source.shard_lengths for source in sources if source.shard_lengths is not None]
 
     def load(indices: np.ndarray) -> Columns:
         indices = np.asarray(indices, np.int64)
@@ -138,6 +149,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         if None in labels
         else lambda: np.concatenate([read() for read in labels if read is not None]),
         where=where,
+        shard_lengths=np.concatenate(shards) if len(shards) == len(sources) else None,
     )
 
 

@@ -121,6 +121,7 @@ def _open_split(name: str, description: Path) -> Source:
         class_names=tuple(map(label_name, names)) if names else None,
         labels=None if labels is None else lambda: np.asarray(labels),
         where=where,
+        shard_lengths=np.diff([0, *ends]),
     )
 
 

@@ -246,6 +246,7 @@ def _source(samples: _Samples, name: str, classes: Classes, settings: _Settings)
         class_names=classes.names,
         labels=labels,
         where=where,
+        shard_lengths=samples.lengths,
     )
 
 
