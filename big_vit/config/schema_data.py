@@ -7,7 +7,9 @@ from big_vit.config.registries import SOURCES
 DATASET = {
     'name': Field(SOURCES.name, None, 'Source of the examples; see docs/data.md.'),
     'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
-    'path': Field(check_text, None, 'Folder or files, local, gs:// or s3://; the data_dir for tfds.'),
+    'path': Field(
+        check_text, None, 'Folder or files, local, gs:// or s3://; the data_dir for tfds.'
+    ),
     'index': Field(
         check_text, None, 'Folder of the indices of shards, if they are not beside them.'
     ),

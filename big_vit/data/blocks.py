@@ -13,16 +13,16 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from big_vit.data import files, network
 from big_vit.data.sources.media import say_once
 from big_vit.errors import UserError
 
-BLOCK_BYTES = 16 << 20
-_FETCHING = 8
+BLOCK_BYTES = 8 << 20
+_FETCHING = 16
 # Of a block that nothing announced this share is read by small requests before it is fetched:
 # little where all of it will be read, and no loss where examples are read at random.
 _ENOUGH = 1 / 16
@@ -54,11 +54,27 @@ def read_small(file: files.Stored) -> bytes:
     return files.read_range(file.place, 0, file.size) if data is None else data
 
 
-def expect(stored: Iterable[files.Stored]) -> None:
-    """Begin to fetch files that will be read soon, in this order; returns at once."""
-    remote = [file for file in stored if not file.place.is_local]
-    if remote:
-        _cache().expect(remote)
+def expect(file: files.Stored, ranges: list[tuple[int, int]]) -> None:
+    """Begin to fetch the blocks of (offset, size) of a remote file, which will be read soon."""
+    _cache().expect(file, ranges)
+
+
+def later(task: Callable[..., None], *args: Any) -> None:
+    """Do what finds out which blocks to expect, in another thread; its errors come when it is read.
+
+    Whoever reads comes to the same error, and can say which example it was.
+    """
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            task(*args)
+
+    _helpers().submit(attempt)
+
+
+@functools.cache
+def _helpers() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_FETCHING, thread_name_prefix='expected')
 
 
 def forget(file: files.Stored) -> None:
@@ -110,6 +126,9 @@ class _Blocks:
         # Bytes that small requests read of blocks that are not here, the latest last.
         self._touched: collections.OrderedDict[_Key, int] = collections.OrderedDict()
         self._written = limit  # So that what is there is counted first.
+        # Blocks that were dropped, the latest last; fetched so far, and fetched again.
+        self._dropped: collections.OrderedDict[_Key, None] = collections.OrderedDict()
+        self._fetched = self._again = 0
 
     def read(
         self, file: files.Stored, offset: int, size: int, at_once: bool = False
@@ -128,25 +147,18 @@ class _Blocks:
             at += stop - start
         return b''.join(pieces)
 
-    def expect(self, stored: list[files.Stored]) -> None:
-        if not self._limit:
-            return
-        total = sum(file.size for file in stored)
-        if total > self._limit:
-            say_once(
-                f'{len(stored):,} shards of {total / 1e9:.1f} GB are read together, and '
-                f'{self._limit / 1e9:.1f} GB of {self._folder} may hold them: set '
-                f'BIG_VIT_CACHE_GB={total * 1.25 / 1e9:.0f} where there is room for them'
-            )
-            return
-        for file in stored:
-            mark = _mark(file)
-            for number in range(-(-file.size // BLOCK_BYTES)):
+    def expect(self, file: files.Stored, ranges: list[tuple[int, int]]) -> None:
+        mark = _mark(file)
+        numbers = {
+            number
+            for offset, size in ranges
+            for number in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1)
+        }
+        for key in ((mark, number) for number in sorted(numbers)):
+            if self._limit and not self._path(*key).exists():
                 with self._lock:
-                    if (mark, number) not in self._coming and not self._path(mark, number).exists():
-                        self._coming[mark, number] = self._pool.submit(
-                            self._fetch, file, (mark, number)
-                        )
+                    if key not in self._coming:
+                        self._coming[key] = self._pool.submit(self._fetch, file, key)
 
     def _path(self, mark: str, number: int) -> Path:
         return self._folder / mark / str(number)
@@ -208,6 +220,7 @@ class _Blocks:
                 data = files.read_range(file.place, start, size)
                 if copy is not None:
                     self._keep(copy, part, data)
+            self._tell_again(key)
             return data
         finally:
             with self._lock:
@@ -257,6 +270,8 @@ class _Blocks:
             self._written = 0
         found = []
         for path in self._folder.glob('*/*'):
+            if not path.stem.isdecimal():
+                continue
             try:
                 info = path.stat()
             except OSError:  # Another process dropped it.
@@ -270,6 +285,23 @@ class _Blocks:
                 break
             path.unlink(missing_ok=True)
             total -= size
+            with self._lock:
+                self._dropped[path.parent.name, int(path.stem)] = None
+                while len(self._dropped) > self._limit // BLOCK_BYTES:
+                    self._dropped.popitem(last=False)
+
+    def _tell_again(self, key: _Key) -> None:
+        """Say that there is too little room, once much was dropped before it was read."""
+        with self._lock:
+            self._fetched += 1
+            self._again += self._dropped.pop(key, 0) is None
+            is_much = self._again > 64 and self._again > self._fetched / 8
+        if is_much:
+            say_once(
+                f'{self._folder}: {self._limit / 1e9:.1f} GB are too few: parts of shards are '
+                f'fetched again: set BIG_VIT_CACHE_GB to {2 * self._limit / 1e9:.0f} or more, or '
+                'data.window to less'
+            )
 
 
 def _mark(file: files.Stored) -> str:

@@ -26,6 +26,9 @@ from big_vit.errors import UserError, failure_at
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
 _ROWS_PER_TASK = 16
+# Batches after the one that is loaded, of which a source is told. An order with locality goes on
+# beside what it read before, so that a few are enough to fetch the next block in time.
+_STEPS_AHEAD = 8
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -258,6 +261,7 @@ def train_batches(
 
     def load_part(step: int, part: slice) -> Columns:
         index, view = order.indices(start_step + step, source.length, numbers[part])
+        _expect(source, order, start_step + step, numbers[part], is_first=step == 0)
         return load(source, transform, index, view, order.seed, skip_bad)
 
     if source.in_memory and not workers:
@@ -274,6 +278,14 @@ def train_batches(
                 index, _ = order.indices(step, source.length, numbers[columns['replaced'] > 0])
                 meter.damaged.update(index.tolist())
             yield columns
+
+
+def _expect(source: Source, order: Order, step: int, rows: np.ndarray, is_first: bool) -> None:
+    """Tell a source what some rows of later batches are, where the order has locality."""
+    if source.expect is None or not order.shards:
+        return
+    for later in range(1 if is_first else _STEPS_AHEAD, _STEPS_AHEAD + 1):
+        source.expect(order.indices(step + later, source.length, rows)[0])
 
 
 def eval_steps(length: int, batch_size: int) -> int:
@@ -451,6 +463,7 @@ class _WorkerTask:
         began = time.perf_counter()
         rows = self._numbers[self._parts[part]]
         index, view = self._order.indices(self._start + step, source.length, rows)
+        _expect(source, self._order, self._start + step, rows, is_first=step == 0)
         try:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
         except UserError as error:  # Only the text of an error crosses processes.

@@ -59,8 +59,8 @@ def rows(number, count=7, picture=3000):
     ]
 
 
-def fill(store, count=5, folder='bucket/set', **more):
-    for number in range(count):
+def fill(store, shards=5, folder='bucket/set', **more):
+    for number in range(shards):
         data = shard(rows(number, **more))
         store.store[f'/{folder}/train-{number:04d}.tar'] = held(data, f'/{folder}/{number}')
     store.asked.clear()
@@ -294,7 +294,7 @@ def test_indices_of_two_times_are_refused(store):
     store.store['/bucket/set/train-0000.tar.index'] = held(other)
     refused(lambda: source.load(np.array([0])), r'train-0000\.tar\.index: is not of the same time')
     del store.store['/bucket/set/train-0000.tar.index']
-    refused(lambda: source.load(np.array([0])), r'train-0000\.tar\.index: cannot be read \(FileNo')
+    refused(lambda: source.load(np.array([0])), r'train-0000\.tar\.index: is not there: run `')
 
 
 def reformatted(data):

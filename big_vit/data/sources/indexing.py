@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from big_vit.data import files
 from big_vit.data.sources import sidecars, tar, tfrecord
 from big_vit.data.sources.sidecars import Row
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 KEY = 'PATH'
 # Shards that one process reads at a time: most of it is waiting for the store.
@@ -85,7 +85,7 @@ def index(
         return _join(shards, written, task, share, say)
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise UserError(
+        raise failure_at(target, error)(
             f'{target}: cannot be written ({reason}): choose another place by --to PLACE, and set '
             'data.index to it'
         ) from error

@@ -226,6 +226,16 @@ def _source(samples: _Samples, name: str, classes: Classes, settings: _Settings)
             columns['text'] = loader('text', read_text)(numbers)
         return columns
 
+    def expect(indices: np.ndarray) -> None:
+        which = np.searchsorted(ends, indices, side='right')
+        for shard in np.unique(which).tolist():
+            blocks.later(fetch, shard, indices[which == shard] - starts[shard])
+
+    def fetch(shard: int, rows: np.ndarray) -> None:
+        part, _ = part_of(shard)
+        offsets, sizes = part.offset[rows].tolist(), part.size[rows].tolist()
+        blocks.expect(shards[shard], list(zip(offsets, sizes, strict=True)))
+
     def where(index: int) -> str:
         shard, part, row, _ = find(np.array([index]))[0]
         return _place(shards[shard].place, int(part.offset[row]), int(part.size[row]))
@@ -247,6 +257,7 @@ def _source(samples: _Samples, name: str, classes: Classes, settings: _Settings)
         labels=labels,
         where=where,
         shard_lengths=samples.lengths,
+        expect=None if shards[0].place.is_local else expect,
     )
 
 
