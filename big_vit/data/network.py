@@ -57,6 +57,7 @@ class Traffic:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._taken: dict[str, int] = {}
 
     def add(self, **counts: int) -> None:
         with self._lock:
@@ -66,6 +67,14 @@ class Traffic:
     def counts(self) -> dict[str, int]:
         with self._lock:
             return dataclasses.asdict(self)
+
+    def take(self) -> dict[str, int]:
+        """Return what came since the last call; {} if that is nothing."""
+        now = self.counts()
+        with self._lock:
+            news = {name: count - self._taken.get(name, 0) for name, count in now.items()}
+            self._taken = now
+        return news if any(news.values()) else {}
 
 
 TRAFFIC = Traffic()

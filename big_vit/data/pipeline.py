@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from big_vit.data import order, windows
+from big_vit.data import network, order, windows
 from big_vit.data.sources.base import Source
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
@@ -468,7 +468,9 @@ class _WorkerTask:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
         except UserError as error:  # Only the text of an error crosses processes.
             return {'error': np.frombuffer(str(error).encode(), np.uint8)}
-        return {**loaded, 'seconds': np.array([time.perf_counter() - began])}
+        seconds = np.array([time.perf_counter() - began])
+        traffic = np.array(list(network.TRAFFIC.take().values()), np.int64)
+        return {**loaded, 'seconds': seconds, 'traffic': traffic}
 
 
 # Steps of an endless run; times the parts of a step it must fit in 64 bits.
@@ -502,6 +504,10 @@ def _in_processes(
                 if 'error' in loaded:
                     raise UserError(bytes(loaded['error']).decode())
                 meter.add(part.stop - part.start, float(loaded.pop('seconds')[0]))
+                names = network.TRAFFIC.counts()  # Or nothing was asked in the process.
+                network.TRAFFIC.add(
+                    **dict(zip(names, loaded.pop('traffic').tolist(), strict=False))
+                )
                 assembly.put(part, loaded)
             assert assembly.columns is not None
             yield assembly.columns

@@ -185,7 +185,7 @@ def pack_manifest(
     names = '\0'.join(row.name for row in rows).encode('utf-8', 'surrogateescape')
     groups = sorted(facts)
     numbers = [groups.index(row.group) for row in rows]
-    arrays = {
+    arrays: Arrays = {
         'names': np.frombuffer(names, np.uint8),
         'size': np.array([row.size for row in rows], np.uint64),
         'stamp': np.array([row.stamp for row in rows], np.uint64),

@@ -161,7 +161,7 @@ class _Settings(NamedTuple):
     title: str
     label_column: str
     text_column: str | None
-    index: str | None
+    index_folder: str | None
     request: Request
 
     @property
@@ -310,12 +310,12 @@ def _samples(shards: list[files.Stored], name: str, settings: _Settings) -> _Sam
     folders = {shard.place.path.rpartition('/')[0] for shard in shards}
     if len(folders) == 1:
         folder = shards[0].place._replace(path=folders.pop())
-        beside = settings.index or str(folder)
+        beside = settings.index_folder or str(folder)
         place = files.place(beside, f'{settings.request.key}.index')
         manifest = sidecars.read_manifest(place / sidecars.MANIFEST, folder)
         if manifest is not None:
             return _listed(manifest, shards, name, settings, str(folder))
-        if settings.index is not None:
+        if settings.index_folder is not None:
             raise UserError(
                 f'{settings.request.key}.index: no {sidecars.MANIFEST} in {place}: '
                 f'{sidecars.command(f"{settings.path} --to {place}")}'
@@ -437,8 +437,8 @@ def _part(
         raise UserError(f'{shard.place}: its index has {len(rows)} samples of {count}: {again}')
     words = arrays[f'in {ending}'][rows] if ending else None
     values = _unpack_values(arrays['values'])
-    fields = (arrays[name][rows] for name in ('offset', 'size', 'label'))
-    return Part(*fields, words, values)
+    offset, size, codes = (arrays[name][rows] for name in ('offset', 'size', 'label'))
+    return Part(offset, size, codes, words, values)
 
 
 def _counted(
@@ -712,7 +712,7 @@ def sidecar(shard: files.Place, label_column: str) -> tuple[dict[str, Any], side
     kinds = np.array([_KINDS.index(sample.kind) for sample in samples], np.uint8)
     values: dict[int | str, int] = {}
     labels = [-1 if s.label is None else values.setdefault(s.label, len(values)) for s in samples]
-    arrays = {
+    arrays: sidecars.Arrays = {
         'offset': np.array([sample.offset for sample in samples], np.uint64),
         'size': np.array([sample.size for sample in samples], np.uint32),
         'kind': kinds,
