@@ -4,12 +4,20 @@ TensorFlow Datasets downloads it and writes files that support random access. Th
 command that may need TensorFlow (`pip install 'big_vit[prepare]'`): the code that writes many
 datasets uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the
 authors.
+
+`prepare filter SHARDS --out OUT` cleans a large set of pictures (`big_vit.preparation`).
 """
+
+import sys
 
 from big_vit import command_line
 
 if __name__ == '__main__':  # Before the slow imports.
-    command_line.answer_help(command_line.prepare())
+    if sys.argv[1:2] == ['filter']:
+        own, _ = command_line.before_dashes(sys.argv[2:])
+        command_line.answer_help(command_line.prepare_filter(), own)
+    else:
+        command_line.answer_help(command_line.prepare())
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +29,7 @@ from big_vit.data import download
 from big_vit.data.sources import prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
+from big_vit.preparation import filtering
 
 
 def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
@@ -104,6 +113,9 @@ def prepare_idx(name: str, data_dir: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ['filter']:
+        filtering.main(argv[1:])
+        return
     args, _ = command_line.parse(command_line.prepare(), argv)
     data_dir = str(Path(args.data_dir).expanduser())
     if args.format == 'idx':
