@@ -532,9 +532,16 @@ def prepare_filter(name: str = 'prepare filter') -> argparse.ArgumentParser:
     )
     add(
         '--near',
-        default='0.2',
+        default='0.15',
         metavar='D',
-        help='of pictures whose signatures differ in so few of their bits keep one (0.2); or off',
+        help='of pictures whose signatures differ in so few of their bits keep one (0.15); or off',
+    )
+    add(
+        '--near_evaluation',
+        type=_number(0, 0.4, float),
+        default=0.2,
+        metavar='D',
+        help='the same where one is of --evaluation (0.2)',
     )
     add(
         '--embeddings',

@@ -135,11 +135,11 @@ def equal(rows: np.ndarray, first_evaluation: int, keep: str) -> np.ndarray:
     return _edges(rows['id'][taken], leaders[taken], first_evaluation, OF_EQUAL)
 
 
-def alike(rows: np.ndarray, most: int, first_evaluation: int, keep: str) -> np.ndarray:
+def alike(rows: np.ndarray, most: tuple[int, int], first_evaluation: int, keep: str) -> np.ndarray:
     """Find examples that are alike among rows of `ALIKE` that share a key; return edges.
 
     Args:
-      most: bits in which their signatures may differ.
+      most: bits in which signatures may differ, and those in which one of an evaluation may.
       first_evaluation, keep: as of `equal`.
     """
     if not len(rows):
@@ -156,24 +156,25 @@ def alike(rows: np.ndarray, most: int, first_evaluation: int, keep: str) -> np.n
     return _edges(pairs[:, 0], pairs[:, 1], first_evaluation, OF_ALIKE)
 
 
-def _compared(group: np.ndarray, is_own: np.ndarray, most: int) -> Iterator[np.ndarray]:
+def _compared(group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield (left out, for which) of a sorted group, in which all are compared with those before.
 
     What is left out is not compared with what follows, so that a picture that is there a hundred
     thousand times costs no more than its number.
     """
-    remain = np.arange(len(group))
+    remain: np.ndarray = np.arange(len(group))
     while len(remain):
         count = max(1, min(1024, _BLOCK // len(remain)))
         leaders, others = group[remain[:count]], group[remain]
-        near = np.less_equal(distance(leaders['bits'][:, None], others['bits'][None]), most)
+        bound = np.where(is_own[remain[:count]], *most)[:, None]
+        near = np.less_equal(distance(leaders['bits'][:, None], others['bits'][None]), bound)
         near &= np.arange(len(leaders))[:, None] < np.arange(len(others))
         near &= (leaders['id'][:, None] != others['id']) & is_own[remain]
         colours = [part['colours'].astype(np.int16) for part in (leaders, others)]
         apart = np.abs(colours[0][:, None] - colours[1]).sum(-1) > 8 * _MOST_COLOUR
         # What is near an evaluation in grey alone is too near.
         near &= ~(apart & is_own[remain[:count]][:, None])
-        taken = near.any(0)
+        taken: np.ndarray = near.any(0)
         first = near.argmax(0)[taken]
         yield np.stack([others['id'][taken], leaders['id'][first]], axis=1)
         remain = remain[count:][~taken[count:]]

@@ -77,6 +77,7 @@ def settings_of(args: Namespace) -> Settings:
         where=tuple(args.where),
         exact=args.exact,
         near=near,
+        near_evaluation=args.near_evaluation,
         embeddings=tuple(map(_absolute, args.embeddings)),
         keep=args.keep,
         resize=args.resize,

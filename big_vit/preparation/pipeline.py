@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -169,7 +170,9 @@ def _equal(group: tuple[int, Iterable[bytes]], job: Job) -> Iterator[Keyed]:
 
 def _alike(group: tuple[int, Iterable[bytes]], job: Job) -> Iterator[Keyed]:
     assert job.settings.near is not None
-    rows, most = _joined(group[1], duplicates.ALIKE), int(job.settings.near * signatures.BITS)
+    shares = job.settings.near, job.settings.near_evaluation
+    most = int(shares[0] * signatures.BITS), int(shares[1] * signatures.BITS)
+    rows = _joined(group[1], duplicates.ALIKE)
     yield from _by_unit(duplicates.alike(rows, most, job.units, job.settings.keep))
 
 
@@ -374,7 +377,8 @@ def _say(word: str, text: str) -> None:
 def _options(flags: list[str], work: int) -> PipelineOptions:
     """Return Beam's options: by default as many processes here as there are processors."""
     if not any(flag.partition('=')[0] == '--runner' for flag in flags):
-        flags = [f'--runner={_RUNNER}', *flags]
+        flags = [f'--runner={_RUNNER}', '--default_sdk_harness_log_level=ERROR', *flags]
+        logging.getLogger('apache_beam').setLevel(logging.ERROR)
         if not any(flag.startswith('--direct_') for flag in flags):
             count = min(len(os.sched_getaffinity(0)), work)
             if count > 1:

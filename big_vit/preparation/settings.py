@@ -39,6 +39,7 @@ class Settings(NamedTuple):
       where: rules of columns, such as 'score>=5'.
       exact: what equal examples share: 'pixels', 'bytes', or 'off'.
       near: share of the 256 bits of two signatures that may differ; None keeps near duplicates.
+      near_evaluation: the same where one is of an evaluation.
       embeddings: what `predict --embed` wrote, to make signatures of; none makes them of pixels.
       keep: 'largest' or 'first' of several that are alike.
       resize: most pixels of the shorter side; None keeps sizes.
@@ -57,7 +58,8 @@ class Settings(NamedTuple):
     caption_words: tuple[int, int] | None = None
     where: tuple[str, ...] = ()
     exact: str = 'pixels'
-    near: float | None = 0.2
+    near: float | None = 0.15
+    near_evaluation: float = 0.2
     embeddings: tuple[str, ...] = ()
     keep: str = 'largest'
     resize: int | None = None

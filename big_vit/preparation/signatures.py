@@ -2,15 +2,16 @@
 
 The signature is the DCT hash of Zauner (2010, "Implementation and benchmarking of perceptual image
 hash functions"): of a grey picture of 64x64 pixels, whether each of the 16x16 lowest coefficients
-is above their median. It is taken of the picture and of five windows of 95 % of it, so that one
-that was cropped meets the window that it was cropped to. The 8x8 lowest, above the median of their
-own, are cut into four bands of 16 bits: pictures that share a band of any of their windows are
-compared (`duplicates`).
+is above their median. It is taken of the picture and of nine windows of 95 % of its sides, so that
+one that was cropped meets the window that it was cropped to. The 8x8 lowest, above the median of
+their own, are cut into four bands of 16 bits: pictures that share a band of any of their windows
+are compared (`duplicates`).
 
 All sums are of whole numbers below 2^53, so signatures are the same on any machine.
 """
 
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from big_vit.data.transforms.geometry import resized
 
 BITS = 256
 _SIDE, _LOW, _LOWEST, _BANDS = 64, 16, 8, 4
-# The whole, the middle, the beginning and the end of a side; and (rows, columns) of the windows.
-_SPANS = ((0.0, 1.0), (0.025, 0.975), (0.0, 0.95), (0.05, 1.0))
-_WINDOWS = ((0, 0), (1, 1), (2, 2), (2, 3), (3, 2), (3, 3))
+# The whole of a side, its beginning, middle and end; and (rows, columns) of the windows.
+_SPANS = ((0.0, 1.0), (0.0, 0.95), (0.025, 0.975), (0.05, 1.0))
+_WINDOWS = ((0, 0), *itertools.product((1, 2, 3), (1, 2, 3)))
 _CHUNK = 256
 # Below this standard deviation of grey levels, a hash tells of noise and not of a picture.
 _LEAST_CONTRAST = 3.0
@@ -115,9 +116,9 @@ def _bases() -> Float64[np.ndarray, '64 64']:
     cosines = np.cos(np.pi * np.arange(_LOW)[:, None] * points / _SIDE)
     bases = []
     for first, last in _SPANS:
-        at = (first + points / _SIDE * (last - first)) * _SIDE - 0.5
-        left = np.clip(np.floor(at).astype(int), 0, _SIDE - 1)
-        right, part = np.minimum(left + 1, _SIDE - 1), at - np.floor(at)
+        at = np.clip((first + points / _SIDE * (last - first)) * _SIDE - 0.5, 0, _SIDE - 1)
+        left = np.floor(at).astype(int)
+        right, part = np.minimum(left + 1, _SIDE - 1), at - left
         resampled = np.zeros((_SIDE, _SIDE))
         np.add.at(resampled, (np.arange(_SIDE), left), 1 - part)
         np.add.at(resampled, (np.arange(_SIDE), right), part)
@@ -128,7 +129,7 @@ def _bases() -> Float64[np.ndarray, '64 64']:
 _BASES = _bases()
 
 
-def _coefficients(grey: UInt8[np.ndarray, 'n 64 64']) -> Float64[np.ndarray, 'n 6 16 16']:
+def _coefficients(grey: UInt8[np.ndarray, 'n 64 64']) -> Float64[np.ndarray, 'n 10 16 16']:
     both = _BASES @ grey.astype(np.float64) @ _BASES.T
     spans = both.reshape(len(grey), len(_SPANS), _LOW, len(_SPANS), _LOW)
     return np.stack([spans[:, rows, :, columns] for rows, columns in _WINDOWS], axis=1)
