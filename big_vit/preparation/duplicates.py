@@ -97,9 +97,9 @@ def blocks(rows: np.ndarray, parts: int) -> Iterator[tuple[int, bytes]]:
     key = rows['key'] if rows['key'].ndim == 1 else rows['key'][:, 0]
     part = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> _UNIT_BITS) % np.uint64(parts)
     order = np.argsort(part, kind='stable')
-    starts = np.flatnonzero(np.diff(part[order], prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        yield int(part[order[start]]), rows[order[start:stop]].tobytes()
+    numbers, starts = np.unique(part[order], return_index=True)
+    for number, some in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
+        yield number, rows[some].tobytes()
 
 
 def _sorted(rows: np.ndarray, first_evaluation: int, keep: str) -> tuple[np.ndarray, np.ndarray]:
