@@ -3,7 +3,10 @@
 TensorFlow Datasets downloads it and writes files that support random access. This is the only
 command that may need TensorFlow (`pip install 'big_vit[prepare]'`): the code that writes many
 datasets uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the
-authors. `prepare index PATH` writes indices of shards that are there already.
+authors.
+
+`prepare filter SHARDS --out OUT` cleans a large set of pictures (`big_vit.preparation`), and
+`prepare index SHARDS` writes beside them what is in each (`big_vit.data.sources.indexing`).
 """
 
 import sys
@@ -11,7 +14,13 @@ import sys
 from big_vit import command_line
 
 if __name__ == '__main__':  # Before the slow imports.
-    command_line.answer_help(command_line.preparation(sys.argv[1:]))
+    if sys.argv[1:2] == ['filter']:
+        own, _ = command_line.before_dashes(sys.argv[2:])
+        command_line.answer_help(command_line.prepare_filter(), own)
+    elif sys.argv[1:2] == ['index']:
+        command_line.answer_help(command_line.prepare_index(), sys.argv[2:])
+    else:
+        command_line.answer_help(command_line.prepare())
 
 import functools
 from pathlib import Path
@@ -24,6 +33,7 @@ from big_vit.data import download
 from big_vit.data.sources import indexing, prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
+from big_vit.preparation import filtering
 
 
 def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
@@ -106,18 +116,27 @@ def prepare_idx(name: str, data_dir: Path) -> list[str]:
     ]
 
 
+def index(argv: list[str]) -> None:
+    """Index shards, as `prepare index` is told to."""
+    args, _ = command_line.parse(command_line.prepare_index(), argv)
+    indexing.index(
+        args.path,
+        to=args.to,
+        label_column=args.label_column,
+        share=args.share,
+        workers=args.workers,
+        say=functools.partial(print, flush=True),
+    )
+
+
 def main(argv: list[str]) -> None:
-    args, _ = command_line.parse(command_line.preparation(argv), argv)
-    if argv[0] == 'index':
-        indexing.index(
-            args.path,
-            to=args.to,
-            label_column=args.label_column,
-            share=args.share,
-            workers=args.workers,
-            say=functools.partial(print, flush=True),
-        )
+    if argv[:1] == ['filter']:
+        filtering.main(argv[1:])
         return
+    if argv[:1] == ['index']:
+        index(argv[1:])
+        return
+    args, _ = command_line.parse(command_line.prepare(), argv)
     data_dir = str(Path(args.data_dir).expanduser())
     if args.format == 'idx':
         print('\n'.join(prepare_idx(args.name, Path(data_dir))))

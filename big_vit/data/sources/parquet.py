@@ -281,3 +281,12 @@ def _read_json(file: files.Place) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{file}: holds no JSON object: copy it again')
     return content
+
+
+def shards_of_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
+    """Return the files of each split, in order.
+
+    Raises:
+      UserError: there is none.
+    """
+    return _find_splits(root, key)

@@ -966,3 +966,34 @@ def _joined_counts(indices: list[Index]) -> dict[str, tuple[int, str]]:
             before, first = left.get(ending, (0, example))
             left[ending] = before + count, first
     return left
+
+
+# --- Shards as they come ---------------------------------------------------------------
+
+
+def shards_of_splits(path: str, key: str) -> dict[str, list[files.Place]]:
+    """Return the shards of each split of a path, in order.
+
+    Raises:
+      UserError: there is none.
+    """
+    splits = _find_splits(path, key)
+    return {name: [shard.place for shard in shards] for name, shards in splits.items()}
+
+
+def samples(shard: files.Place, take: Take) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield the samples of a shard in order: (name, (offset, size) of its members by ending).
+
+    Args:
+      take: from `files.forward`; the caller may use it between samples, on the last one.
+
+    Raises:
+      UserError: the shard is damaged, or has two members of one name.
+    """
+    for name, members in itertools.groupby(_sample_members(shard, take), lambda member: member[0]):
+        yield name, _parts(shard, name, members)
+
+
+def place_of(shard: files.Place, offset: int, size: int) -> str:
+    """Return where a member lies, as `Source.place` says it."""
+    return _place(shard, offset, size)
