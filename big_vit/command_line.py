@@ -482,8 +482,8 @@ def prepare() -> argparse.ArgumentParser:
     parser = _parser(
         'prepare',
         'Download a dataset of TensorFlow Datasets and write it for training.',
-        '`prepare index SHARDS` indexes shards, `prepare filter INPUT` cleans a large set: see their '
-        '--help.',
+        '`prepare index SHARDS` indexes shards, `prepare filter INPUT` cleans a large set: see the '
+        '--help of each.',
         data_dir='~/tensorflow_datasets',
     )
     parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')

@@ -77,6 +77,23 @@ def _helpers() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(_FETCHING, thread_name_prefix='expected')
 
 
+def kept_file(
+    file: files.Stored, part: object, name: str, make: Callable[[], bytes]
+) -> Path | None:
+    """Make a file of a part of another once, for all threads and processes of a host, and keep it.
+
+    Args:
+      file: the other; where it changes, the part is made anew.
+      part: what else the content depends on.
+      name: a number and an ending.
+      make: returns the content.
+
+    Returns:
+      The file, which may be dropped as blocks are once it is open; None if the disk keeps none.
+    """
+    return _cache().made(file._replace(stamp=f'{file.stamp}\0{part}'), name, make)
+
+
 def forget(file: files.Stored) -> None:
     """Drop what is kept of a file, because it is not what it should be."""
     if not file.place.is_local:
@@ -210,29 +227,41 @@ class _Blocks:
         """Fetch a block unless another process does, and keep it."""
         start = key[1] * BLOCK_BYTES
         size = min(BLOCK_BYTES, file.size - start)
-        part = self._path(*key).with_name(f'{key[1]}.part')
+        path = self._path(*key)
         try:
-            with self._claimed(part) as copy:
-                kept = None if copy is None else self._kept(key, 0, size)
+            with self._claimed(path) as copy:
+                kept = self._kept(key, 0, size) if copy is not None else None
                 if kept is not None:
-                    part.unlink(missing_ok=True)
                     return kept
                 data = files.read_range(file.place, start, size)
                 if copy is not None:
-                    self._keep(copy, part, data)
+                    self._keep(copy, path, data)
             self._tell_again(key)
             return data
         finally:
             with self._lock:
                 self._coming.pop(key, None)
 
+    def made(self, file: files.Stored, name: str, make: Callable[[], bytes]) -> Path | None:
+        path = self._folder / _mark(file) / name
+        if not self._limit:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+            return path
+        with self._claimed(path) as copy:
+            if copy is not None and not path.exists():
+                self._keep(copy, path, make())
+                self._tell_again((path.parent.name, int(path.stem)))
+        return path if path.exists() else None
+
     @contextlib.contextmanager
-    def _claimed(self, part: Path) -> Iterator[BinaryIO | None]:
-        """Open the file that becomes a block, for this process alone; None if the disk refuses."""
+    def _claimed(self, path: Path) -> Iterator[BinaryIO | None]:
+        """Open the file that becomes `path`, for this process alone; None if the disk refuses."""
         copy = None
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            copy = part.open('ab', buffering=0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy = _part(path).open('ab', buffering=0)
             fcntl.flock(copy, fcntl.LOCK_EX)  # Let go when the process ends, however it does.
         except OSError as error:
             self._refuse(error)
@@ -241,17 +270,20 @@ class _Blocks:
         finally:
             if copy is not None:
                 copy.close()
+                with contextlib.suppress(OSError):
+                    if not _part(path).stat().st_size:  # Another had made it.
+                        _part(path).unlink()
 
-    def _keep(self, copy: BinaryIO, part: Path, data: bytes) -> None:
+    def _keep(self, copy: BinaryIO, path: Path, data: bytes) -> None:
         try:
             copy.truncate(0)
             left = memoryview(data)
             while left:
                 left = left[copy.write(left) :]
-            part.replace(part.with_suffix(''))
+            _part(path).replace(path)
             self._make_room(len(data))
         except OSError as error:
-            part.unlink(missing_ok=True)
+            _part(path).unlink(missing_ok=True)
             self._refuse(error)
 
     def _refuse(self, error: OSError) -> None:
@@ -270,7 +302,7 @@ class _Blocks:
             self._written = 0
         found = []
         for path in self._folder.glob('*/*'):
-            if not path.stem.isdecimal():
+            if path.suffix == '.part':
                 continue
             try:
                 info = path.stat()
@@ -286,7 +318,7 @@ class _Blocks:
             path.unlink(missing_ok=True)
             total -= size
             with self._lock:
-                self._dropped[path.parent.name, int(path.stem)] = None
+                self._dropped[path.parent.name, int(path.stem.partition('.')[0])] = None
                 while len(self._dropped) > self._limit // BLOCK_BYTES:
                     self._dropped.popitem(last=False)
 
@@ -302,6 +334,10 @@ class _Blocks:
                 f'fetched again: set BIG_VIT_CACHE_GB to {2 * self._limit / 1e9:.0f} or more, or '
                 'data.window to less'
             )
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f'{path.name}.part')
 
 
 def _mark(file: files.Stored) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -285,6 +286,38 @@ def write(file: Place, data: bytes) -> None:
         except OSError:
             Path(copy.name).unlink(missing_ok=True)
             raise
+
+
+class Ranges(io.RawIOBase):
+    """A remote file as libraries read it, whose every read is one request."""
+
+    def __init__(self, file: Stored):
+        super().__init__()
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._file.size - self._at)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = read_range(self._file.place, self._at, wanted) if wanted else b''
+        self._at += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
 
 
 def forward(file: Place) -> Callable[[int, int], bytes]:

@@ -1,16 +1,20 @@
 """Reading of remote shards: every byte and request is counted, and faults are injected."""
 
+import struct
 import threading
 import time
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stores import Store
 from test_index import fill, held, opened
 
 from big_vit.data import blocks, files, network, pipeline, windows
-from big_vit.data.sources import indexing
+from big_vit.data.sources import arrow, indexing, parquet, tfrecord
+from big_vit.data.sources.base import Request
 from big_vit.errors import Unavailable, UserError
 
 BLOCK = 1 << 16
@@ -246,6 +250,97 @@ def batches_of_images(source, count):
         return source.load(index)['image']
 
     return [loaded(step) for step in range(count)]
+
+
+def parquet_in(store, groups=6, rows=5, picture=40_000):
+    random = np.random.default_rng(5)
+    pictures = [random.bytes(picture) for _ in range(groups * rows)]
+    table = pa.table({'image': pictures, 'label': [i % 3 for i in range(len(pictures))]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=rows, compression='none')
+    data = sink.getvalue().to_pybytes()
+    store.store['/bucket/q/train-00000-of-00001.parquet'] = held(data)
+    store.asked.clear()
+    return pictures, data
+
+
+def test_parquet_in_a_store_is_read_by_groups(store, monkeypatch):
+    pictures, _ = parquet_in(store)
+    monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 1000)
+    source = parquet.parquet(Request('train'), path='counted://bucket/q')
+    assert source.shard_lengths.tolist() == [5] * 6
+    # The footer, and the labels.
+    assert store.bytes_of() < 3 << 16
+    store.asked.clear()
+    assert source.load(np.array([7, 9]))['image'] == [pictures[7], pictures[9]]
+    assert 5 * 40_000 < store.bytes_of() < 5 * 40_000 + (2 << 16)
+    store.asked.clear()
+    assert source.load(np.array([5, 6, 8]))['label'].tolist() == [2, 0, 2]
+    assert not store.asked
+
+
+def test_all_groups_of_parquet_are_read_once_whatever_fails(store, monkeypatch):
+    pictures, data = parquet_in(store)
+    monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 1000)
+    store.faults = fine
+    source = parquet.parquet(Request('train'), path='counted://bucket/q')
+    store.asked.clear()
+    source.expect(np.arange(30))
+    order = np.random.default_rng(0).permutation(30)
+    assert source.load(order)['image'] == [pictures[i] for i in order]
+    assert len(data) * 0.95 < store.bytes_of() < len(data) * 1.5
+
+
+def records_in(store, counts=(4, 3)):
+    random = np.random.default_rng(2)
+    records = [[random.bytes(20_000 + i) for i in range(count)] for count in counts]
+    for number, part in enumerate(records):
+        data = b''.join(
+            struct.pack('<Q', len(r))
+            + struct.pack('<I', tfrecord.masked_crc(struct.pack('<Q', len(r))))
+            + r
+            + struct.pack('<I', tfrecord.masked_crc(r))
+            for r in part
+        )
+        store.store[f'/bucket/r/x-train.tfrecord-0000{number}-of-00002'] = held(data)
+    places = [files.place(f'counted://bucket/r/x-train.tfrecord-0000{n}-of-00002', 'x')
+              for n in range(2)]  # fmt: skip
+    return [record for part in records for record in part], places
+
+
+@pytest.mark.parametrize('has_index', [True, False])
+def test_records_in_a_store_are_indexed_when_they_are_needed(store, has_index):
+    wanted, places = records_in(store)
+    if has_index:
+        indexing.index('counted://bucket/r', say=lambda line: None)
+    store.asked.clear()
+    records = tfrecord.Records(places, [4, 3])
+    assert store.bytes_of('-of-00002') == 0
+    assert [records.read(i) for i in (5, 4, 6)] == [wanted[i] for i in (5, 4, 6)]
+    assert {path for _, path, _ in store.asked if path.endswith('-of-00002')} == {places[1].path}
+    assert [records.read(i) for i in range(7)] == wanted
+
+
+def test_a_record_that_changed_is_noticed(store):
+    pytest.importorskip('google_crc32c')
+    wanted, places = records_in(store)
+    indexing.index('counted://bucket/r', say=lambda line: None)
+    records = tfrecord.Records(places, [4, 3])
+    data = bytearray(store.store[places[0].path].getvalue())
+    data[25_000] ^= 1
+    store.store[places[0].path] = held(bytes(data))
+    assert records.read(0) == wanted[0]
+    with pytest.raises(OSError, match='the record at byte 20,028 has another checksum'):
+        records.read(1)
+
+
+def test_records_that_do_not_add_up(store):
+    _, places = records_in(store)
+    with pytest.raises(UserError, match=r'3 records, but dataset_info\.json says 5'):
+        tfrecord.Records(places, [4, 5]).read(5)
+    indexing.index('counted://bucket/r', say=lambda line: None)
+    with pytest.raises(UserError, match=r'3 records, but dataset_info\.json says 5'):
+        tfrecord.Records(places, [4, 5])
 
 
 def test_a_store_that_does_not_answer_is_unavailable(store, monkeypatch):

@@ -74,6 +74,7 @@ def parquet(
         if not len(table):
             raise UserError(f'{shards[0]}: has no rows')
         features = _features(table.schema)
+        grouped = table if isinstance(table, arrow.GroupedTable) else None
         try:
             kind, data, paths = arrow.media_column(
                 table, image_column, _declared_kind(features.get(image_column))
@@ -112,13 +113,17 @@ def parquet(
             class_names=classes.names,
             labels=None if labels.ends is not None else lambda: numbers[labels.codes],
             where=where,
+            shard_lengths=grouped.lengths if grouped else np.array(rows, np.int64),
+            expect=grouped.expect if grouped else None,
         )
 
     return cut(title, splits, open_split, request)
 
 
 def _reader(
-    data: arrow.Column, paths: arrow.Column | None, shard_of: Callable[[int], files.Place]
+    data: arrow.Column | arrow.GroupedColumn,
+    paths: arrow.Column | arrow.GroupedColumn | None,
+    shard_of: Callable[[int], files.Place],
 ) -> Callable[[int], Any]:
     """Return a function that reads the bytes of a row, or the file that its path names."""
 
