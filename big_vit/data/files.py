@@ -171,11 +171,14 @@ def read(file: Place) -> bytes:
 
 # Threads share descriptors, because pread has no position; the cache bounds and closes them.
 class _Descriptor:
+    number: int | None = None  # Until it is open.
+
     def __init__(self, path: str):
         self.number = open_regular(path)
 
     def __del__(self):
-        os.close(self.number)
+        if self.number is not None:
+            os.close(self.number)
 
 
 _descriptor = functools.lru_cache(maxsize=512)(_Descriptor)
@@ -228,13 +231,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get('BIG_VIT_CACHE') or f'{home}/big_vit').expanduser()
 
 
+def size_and_stamp(file: Place) -> tuple[int, str]:
+    """Return the size of a file, and what changes with its content; OSError."""
+    info = file.system.info(file.path)
+    changed = info.get('mtime') or info.get('etag') or info.get('updated') or ''
+    return int(info['size']), str(changed)
+
+
 def fingerprint(files: list[Place], *more: Any) -> str:
     """Hash the names, sizes and modification times of files, and `more`."""
-    seen: list[Any] = list(more)
-    for file in files:
-        info = file.system.info(file.path)
-        changed = info.get('mtime') or info.get('etag') or info.get('updated') or ''
-        seen.append([str(file), info['size'], str(changed)])
+    seen = [*more, *([str(file), *size_and_stamp(file)] for file in files)]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:24]
 
 

@@ -1,6 +1,7 @@
 """Tar shards in the webdataset layout, indexed once and read by offset."""
 
 import concurrent.futures
+import contextlib
 import fnmatch
 import functools
 import itertools
@@ -13,7 +14,7 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.decode import is_image
-from big_vit.data.sources.base import Columns, Request, Source
+from big_vit.data.sources.base import Columns, Request, Shard, Source
 from big_vit.data.sources.classes import infer_classes
 from big_vit.data.sources.media import KINDS, LeftOut, is_missed, kind_of, loader, main_kind
 from big_vit.data.sources.splits import cut
@@ -137,6 +138,7 @@ def tar(
             labels=lambda: labels,
             where=lambda i: _place(shards[shard[i]], int(offset[i]), int(size[i])),
             shard_lengths=np.bincount(shard, minlength=len(shards)),
+            shards=lambda: [Shard(file.name, *files.size_and_stamp(file)) for file in shards],
         )
 
     return cut(title, splits, open_split, request)
@@ -148,7 +150,9 @@ def _place(shard: files.Place, offset: int, size: int) -> str:
     The header of a member in a remote shard would be a request of its own.
     """
     if shard.is_local:
-        header = files.read_range(shard, offset - 512, 512)
+        header = bytes(512)
+        with contextlib.suppress(OSError):  # It may be the very shard that cannot be read.
+            header = files.read_range(shard, offset - 512, 512)
         name, prefix = (header[i:j].partition(b'\0')[0] for i, j in ((0, 100), (345, 500)))
         # Longer names and, from some writers, other letters than ASCII are in a block before it.
         is_ustar = header[257:263] == b'ustar\0'
