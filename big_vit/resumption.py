@@ -116,7 +116,11 @@ def _shard_changes(run: Begun, parts: Experiment) -> tuple[list[str], bool]:
     if not before:  # Of a version that kept none, in which all was shuffled together.
         return [], not parts.data.order.shards
     found = {key: shard_ledger.changes(old, now.get(key)) for key, old in before.items()}
-    lines = [f'data    {key}: {text}' for key, (told, _) in found.items() for text in told]
+    lines = [
+        f'data    {f"{key}: " if key != "data" else ""}{text}'
+        for key, (told, _) in found.items()
+        for text in told
+    ]
     return lines, all(is_same for _, is_same in found.values())
 
 

@@ -171,13 +171,13 @@ def read(file: Place) -> bytes:
 
 # Threads share descriptors, because pread has no position; the cache bounds and closes them.
 class _Descriptor:
-    number: int | None = None  # Until it is open.
+    number = -1  # Until it is open.
 
     def __init__(self, path: str):
         self.number = open_regular(path)
 
     def __del__(self):
-        if self.number is not None:
+        if self.number >= 0:
             os.close(self.number)
 
 

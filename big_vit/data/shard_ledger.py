@@ -133,14 +133,19 @@ def changes(before: Ledger, now: Ledger | None) -> tuple[list[str], bool]:
     gone = [name for name in now.lost if name not in before.lost]
     back = [name for name in both if name in before.lost]
     told = (
-        (gone, 'vanished: their examples count as damaged until they are back'),
-        (back, 'are back'),
-        ([name for name in old if name not in new], 'vanished'),
-        ([name for name in new if name not in old], 'are new'),
-        (grown, 'have other sizes or numbers of examples than before'),
-        (stamped, 'were written again, with the same size'),
+        (gone, 'vanished', ': until back, its examples count as damaged'),
+        (back, 'came back', ''),
+        ([name for name in old if name not in new], 'vanished', ''),
+        ([name for name in new if name not in old], 'came anew', ''),
+        (grown, 'changed in size or number of examples', ''),
+        (stamped, 'changed without another size', ''),
     )
-    lines = [f'{len(names):,} shards {what} ({listed(names)})' for names, what in told if names]
+    total = f'of {len(old):,} shards'
+    lines = [
+        f'{total} {len(names):,} {what} ({listed(names)}){more}'
+        for names, what, more in told
+        if names
+    ]
     is_same = before.lengths == now.lengths and before.window == now.window
     return lines, is_same and list(old) == list(new)
 
