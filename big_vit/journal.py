@@ -62,11 +62,14 @@ class Damage:
                 "(data.on_error='stop' names the first of them)"
             )
 
-    def line(self, damaged: Collection[int], source: Source) -> str | None:
+    def line(
+        self, damaged: Collection[int], source: Source, lost: Collection[int] = ()
+    ) -> str | None:
         """Say how many examples were replaced, and name one; None if none was.
 
         Args:
           damaged: the different ones that this process has met.
+          lost: shards of which it could read nothing.
         """
         if not self._replaced:
             return None
@@ -77,7 +80,8 @@ class Damage:
         if not damaged:
             return line
         number = f'{len(damaged):,} different, ' if jax.process_count() == 1 else ''
-        return f'{line} ({number}such as {source.place(min(damaged))})'
+        shards = f', {len(lost):,} shards could not be read' if lost else ''
+        return f'{line} ({number}such as {source.place(min(damaged))}{shards})'
 
 
 def max_damage_rate(config: Config, parts: Experiment) -> float:

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,15 @@ from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
-from big_vit.data import dataset, order, pipeline, sources, transforms, windows
+from big_vit.data import (
+    dataset,
+    order,
+    pipeline,
+    shard_ledger,
+    sources,
+    transforms,
+    windows,
+)
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
@@ -32,8 +40,8 @@ class Data(NamedTuple):
 
     `transform` is done on the host, and gives what `example_spec` says. `device` is the rest, as
     (name, function of (batch, rng)); of training data `evaluation_device` is what evaluations do of
-    it. `specs` can be opened by other processes, of which training
-    has `workers`. `order` says which examples come when; an evaluation has none.
+    it. `specs` can be opened by other processes, of which training has `workers`; `parts` are their
+    sources. `order` says which examples come when; an evaluation has none.
     """
 
     source: sources.Source
@@ -46,6 +54,16 @@ class Data(NamedTuple):
     workers: int = 0
     reads: tuple[str, ...] = ('image',)
     evaluation_device: tuple[tuple[str, Any], ...] = ()
+    parts: tuple[sources.Source, ...] = ()
+
+    @property
+    def ledgers(self) -> dict[str, shard_ledger.Ledger]:
+        """The ledgers of the parts that are of shards, by section of the config."""
+        assert self.order is not None
+        opened = self.order.shards or [None] * len(self.parts)
+        ledgers = [shard_ledger.of(*pair) for pair in zip(self.parts, opened, strict=True)]
+        keyed = zip((spec.key for spec in self.specs), ledgers, strict=False)
+        return {key: ledger for key, ledger in keyed if ledger is not None}
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -78,6 +96,7 @@ def _spec(
     labelled: bool = True,
     known: Known | None = None,
     least_classes: int = 0,
+    ledger: shard_ledger.Ledger | None = None,
 ) -> Any:
     """The section as plain values.
 
@@ -107,6 +126,7 @@ def _spec(
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
         skip_bad=section.cache == 'resized' and section.on_error == 'skip',
+        ledger=ledger,
     )
 
 
@@ -186,7 +206,11 @@ def _check_device(found: Data, key: str) -> None:
 
 
 def train_data(
-    config: Config, absent: bool = False, known: Known | None = None, to_train: bool = True
+    config: Config,
+    absent: bool = False,
+    known: Known | None = None,
+    to_train: bool = True,
+    ledgers: Mapping[str, shard_ledger.Ledger] | None = None,
 ) -> Data:
     """The training data: `data`, or the parts of `mixture`.
 
@@ -195,6 +219,7 @@ def train_data(
         without opening anything.
       known: classes of the parameters that are there already, of which labels become numbers.
       to_train: whether examples are trained on; if not, what is known stands for their classes.
+      ledgers: shards that a run had which is gone on with, by section.
 
     Raises:
       UserError: something is missing or does not fit.
@@ -226,6 +251,7 @@ def train_data(
             transform.host_text,
             task.needs_labels,
             known if to_train else None,
+            ledger=(ledgers or {}).get(key),
         )
         for key, section in sections.items()
     )
@@ -241,11 +267,13 @@ def train_data(
         )
         lengths: tuple[int, ...] = tuple(examples for examples, _ in declared)
         shards: tuple[windows.Shards | int, ...] = ()
+        parts: tuple[sources.Source, ...] = ()
         host = transforms.parse(transform.host_text, size=config.image_size, key='data')
     else:
         source, host, parts = dataset.open_mixture(specs, say=_say)
         lengths = tuple(part.length for part in parts)
-        shards = _shards(whole, parts, config.seed)
+        shards = _shards(whole, parts, config.seed, tuple(sections), ledgers)
+        _check_lost(parts, specs, whole.on_error == 'skip')
         if known and not to_train and has_other_words(source, known):
             names = zip(source.class_names or (), known.names or (), strict=True)
             pairs = shown([f'{ours} is {theirs}' for ours, theirs in names], 3)
@@ -286,18 +314,44 @@ def train_data(
         whole.workers,
         taken,
         _fixed_device(transform),
+        parts,
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
 
 
+def _check_lost(parts: Sequence[sources.Source], specs: Sequence[dataset.Spec], skip: bool) -> None:
+    """UserError for shards that have vanished since the run began, unless they may be skipped."""
+    for part, spec in zip(parts, specs, strict=True):
+        lost = [] if part.shards is None else [s.name for s in part.shards() if s.is_lost]
+        if lost and not skip:
+            raise UserError(
+                f'{spec.key}: {len(lost):,} of its shards vanished since the run began '
+                f"({shard_ledger.listed(lost)}): put them back, or set data.on_error='skip' to go "
+                'on without them'
+            )
+
+
 def _shards(
-    whole: Config, parts: Sequence[sources.Source], seed: int
+    whole: Config,
+    parts: Sequence[sources.Source],
+    seed: int,
+    keys: Sequence[str] = (),
+    ledgers: Mapping[str, shard_ledger.Ledger] | None = None,
 ) -> tuple[windows.Shards | int, ...]:
-    """The shards of each part for an order with locality; none where the order has none."""
+    """The shards of each part for an order with locality; none where the order has none.
+
+    Where nothing is said, a run that is gone on with keeps the order that it had.
+
+    Args:
+      keys: sections of the parts.
+    """
     shuffle = whole.shuffle
     lengths = [part.shard_lengths for part in parts]
-    if shuffle == 'auto' and any(map(windows.is_large, lengths)):
+    large = any(map(windows.is_large, lengths))
+    if ledgers is not None:
+        large = any(ledger.window for ledger in ledgers.values())
+    if shuffle == 'auto' and large:
         shuffle = 'windows'
     if shuffle != 'windows':
         return ()
@@ -306,10 +360,10 @@ def _shards(
             f"config: data.shuffle='windows' reads shard by shard, but {parts[0].name} has no "
             'shards: set it to true'
         )
-    window = whole.window
+    window, kept = whole.window, [(ledgers or {}).get(key) for key in keys] or [None] * len(parts)
     opened = tuple(
-        part.length if each is None else windows.opened(each, window)
-        for part, each in zip(parts, lengths, strict=True)
+        part.length if each is None else windows.opened(each, window or (before and before.window))
+        for part, each, before in zip(parts, lengths, kept, strict=True)
     )
     for part, shards in zip(parts, opened, strict=True):
         _warn_of_sorted(part, shards, seed)

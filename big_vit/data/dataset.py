@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vit.data import cache, files, transforms
+from big_vit.data import cache, files, shard_ledger, transforms
 from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
 from big_vit.data.sources.classes import relabel, shown, subset
@@ -45,6 +45,7 @@ class Spec:
       skip_bad: whether damaged examples are left out of a resized copy.
       known: classes whose numbers the labels become, those of a model; None keeps the dataset's.
       num_classes: as the config key, like the rest.
+      ledger: of the shards that the run had when it began, if it is gone on with.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Spec:
     cache: str = 'auto'
     cache_side: int = 256
     skip_bad: bool = False
+    ledger: shard_ledger.Ledger | None = None
 
 
 def open_spec(
@@ -92,7 +94,7 @@ def open_labels(spec: Spec) -> Source:
     Raises:
       UserError: something is missing or does not fit.
     """
-    source = _relabelled(_open(spec), spec)
+    source = shard_ledger.with_lost(_relabelled(_open(spec), spec), spec.ledger)
     return _resized(source, spec) if spec.cache == 'resized' and not is_small(source) else source
 
 

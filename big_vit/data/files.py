@@ -230,11 +230,14 @@ def read(file: Place) -> bytes:
 
 # Threads share descriptors, because pread has no position; the cache bounds and closes them.
 class _Descriptor:
+    number = -1  # Until it is open.
+
     def __init__(self, path: str):
         self.number = open_regular(path)
 
     def __del__(self):
-        os.close(self.number)
+        if self.number >= 0:
+            os.close(self.number)
 
 
 _descriptor = functools.lru_cache(maxsize=512)(_Descriptor)

@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from big_vit.data import network, order, windows
-from big_vit.data.sources.base import Source
+from big_vit.data.sources.base import Source, stand_ins
+from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.data.transforms.transform import TRIED
-from big_vit.errors import UserError, failure_at
+from big_vit.errors import PERMANENT_ERRORS, UserError, failure_at
 
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
@@ -31,6 +32,9 @@ _ROWS_PER_TASK = 16
 _STEPS_AHEAD = 8
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+# Of a store that does not answer nothing is damaged.
+_OUTAGES = (ConnectionError, TimeoutError)
 
 Rows = slice | Int64[np.ndarray, ' rows']
 Columns = dict[str, Any]
@@ -102,6 +106,7 @@ class Meter:
 
     Attributes:
       damaged: indices of the examples in whose place others were loaded.
+      lost: numbers of the shards of those near which nothing could be read.
     """
 
     threads: int = 1
@@ -109,6 +114,7 @@ class Meter:
     seconds: float = 0.0
     last: float | None = None
     damaged: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, rows: int, seconds: float | int) -> None:
@@ -171,7 +177,8 @@ def load(
       view: number of earlier views of each; with seed and index it determines the randomness.
       seed: of the transform.
       skip_bad: replace examples that cannot be read or decoded by the next that can, and mark
-        them in the column 'replaced' (uint8, 1 if replaced).
+        them in the column 'replaced' (uint8: 1 by one that follows, 2 if nothing near it in its
+        shard can be read, by one of another shard; else 0).
       instead: of `skip_bad`, gives what replaces an example, rather than the next that can be read.
 
     Returns:
@@ -191,7 +198,7 @@ def load(
             for i, v in zip(index, views, strict=True)
         ]
         columns = {name: np.concatenate([row[name] for row, _ in rows]) for name in rows[0][0]}
-        replaced = np.array([is_other for _, is_other in rows], np.uint8)
+        replaced = np.array([kind for _, kind in rows], np.uint8)
     return {**columns, 'replaced': replaced} if skip_bad else columns
 
 
@@ -203,17 +210,26 @@ def _load_one(
     seed: int,
     skip_bad: bool,
     instead: Instead | None,
-) -> tuple[Columns, bool]:
-    """Load an example or one that follows it; return (columns, whether it is another)."""
-    first: Exception | None = None
-    for step in range(TRIED if skip_bad else 1):
-        at = np.array([(index + step) % source.length], np.int64)
-        try:
-            return _columns(source, transform, at, order.example_keys(seed, view, at)), step > 0
-        except (BadExampleError, OSError) as error:
-            if instead is not None:
-                return instead(index, error), True
-            first = first or error
+) -> tuple[Columns, int]:
+    """Load an example or another; return (columns, 1 if it is another, 2 if of another shard)."""
+
+    def load_at(place: int) -> Columns:
+        at = np.array([place], np.int64)
+        return _columns(source, transform, at, order.example_keys(seed, view, at))
+
+    try:
+        return load_at(index), 0
+    except (BadExampleError, OSError) as error:
+        if instead is not None:
+            return instead(index, error), 1
+        first = error
+    if skip_bad and not isinstance(first, _OUTAGES):
+        following, of_others = stand_ins(source, index, TRIED)
+        # A shard that is not there has no other example either.
+        is_lost = bool(of_others) and isinstance(first, PERMANENT_ERRORS)
+        for number, other in enumerate(of_others if is_lost else following + of_others):
+            with contextlib.suppress(BadExampleError, OSError):
+                return load_at(other), 2 if is_lost or number >= len(following) else 1
     section = transform.key.rpartition('.')[0]
     hint = (
         f'so are the {TRIED - 1} examples after it'
@@ -277,6 +293,8 @@ def train_batches(
             if skip_bad and columns['replaced'].any():
                 index, _ = order.indices(step, source.length, numbers[columns['replaced'] > 0])
                 meter.damaged.update(index.tolist())
+                _tell_lost(source, index[columns['replaced'][columns['replaced'] > 0] > 1], meter)
+                columns['replaced'] = np.minimum(columns['replaced'], 1)
             yield columns
 
 
@@ -286,6 +304,17 @@ def _expect(source: Source, order: Order, step: int, rows: np.ndarray, is_first:
         return
     for later in range(1 if is_first else _STEPS_AHEAD, _STEPS_AHEAD + 1):
         source.expect(order.indices(step + later, source.length, rows)[0])
+
+
+def _tell_lost(source: Source, index: np.ndarray, meter: Meter) -> None:
+    """Count the shards of examples near which nothing can be read, and name each once."""
+    for shard, example in zip(source.shard_of(index).tolist(), index.tolist(), strict=True):
+        if shard not in meter.lost:
+            meter.lost.add(shard)
+            say_once(
+                f'WARNING {source.place(example)}: nothing near it can be read: the examples of '
+                'its shard are replaced by those of the next ones'
+            )
 
 
 def eval_steps(length: int, batch_size: int) -> int:

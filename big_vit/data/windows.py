@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from big_vit.data import order
 from big_vit.errors import UserError
@@ -269,7 +269,7 @@ def _rows(
 # --- Quality ---------------------------------------------------------------------------
 
 
-def effective_number(values: Int64[np.ndarray, ' n']) -> float:
+def effective_number(values: Int[np.ndarray, ' n']) -> float:
     """Return the exponential of the entropy of some values: how many equally frequent ones."""
     counts = np.unique(values, return_counts=True)[1] / len(values)
     return float(np.exp(-(counts * np.log(counts)).sum()))

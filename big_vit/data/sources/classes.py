@@ -365,8 +365,8 @@ def renumbered(
             raise UserError(f'{key}: no example of {source.name} {source.split} is left')
         bounds = source.shard_bounds
         lengths = None if bounds is None else np.diff(np.searchsorted(kept, bounds))
-        source = select(source, len(kept), kept.astype(np.int64).__getitem__)
-        source = replace(source, shard_lengths=lengths)
+        chosen = select(source, len(kept), kept.astype(np.int64).__getitem__)
+        source = replace(chosen, shard_lengths=lengths, shards=source.shards)
     load, labels = source.load, source.labels
 
     def renumber(columns: Columns) -> Columns:

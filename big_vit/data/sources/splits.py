@@ -162,7 +162,7 @@ def cut(
             part = select(source, stop - start, _Shifted(start))
             bounds = source.shard_bounds
             lengths = None if bounds is None else np.diff(np.clip(bounds, start, stop))
-            parts.append(replace(part, shard_lengths=lengths))
+            parts.append(replace(part, shard_lengths=lengths, shards=source.shards))
     # Without a split `train`, each may have classes of its own.
     known = known_of(max(parts, key=lambda part: part.num_classes), title)
     parts = [meet(part, known, request.key)[0] for part in parts]

@@ -1,6 +1,7 @@
 """Tar shards in the webdataset layout, indexed once and read by offset."""
 
 import concurrent.futures
+import contextlib
 import fnmatch
 import functools
 import itertools
@@ -15,7 +16,7 @@ from big_vit.data import blocks, files
 from big_vit.data.decode import is_image
 from big_vit.data.recent import Recent
 from big_vit.data.sources import sidecars
-from big_vit.data.sources.base import Columns, Request, Source
+from big_vit.data.sources.base import Columns, Request, Shard, Source
 from big_vit.data.sources.classes import Classes, infer_classes
 from big_vit.data.sources.media import (
     KINDS,
@@ -257,6 +258,7 @@ def _source(samples: _Samples, name: str, classes: Classes, settings: _Settings)
         labels=labels,
         where=where,
         shard_lengths=samples.lengths,
+        shards=lambda: [Shard(s.place.name, s.size, s.stamp) for s in shards],
         expect=None if shards[0].place.is_local else expect,
     )
 
@@ -292,7 +294,9 @@ def _place(shard: files.Place, offset: int, size: int) -> str:
     The header of a member in a remote shard would be a request of its own.
     """
     if shard.is_local:
-        header = files.read_range(shard, offset - 512, 512)
+        header = bytes(512)
+        with contextlib.suppress(OSError):  # It may be the very shard that cannot be read.
+            header = files.read_range(shard, offset - 512, 512)
         name, prefix = (header[i:j].partition(b'\0')[0] for i, j in ((0, 100), (345, 500)))
         # Longer names and, from some writers, other letters than ASCII are in a block before it.
         is_ustar = header[257:263] == b'ustar\0'
