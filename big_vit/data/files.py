@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 
 from big_vit.data import network
-from big_vit.errors import UserError
+from big_vit.errors import UserError, failure_at
 
 # Packages of the file systems that fsspec does not ship.
 _PACKAGES = {
@@ -180,6 +180,30 @@ def walk(folder: Place, below: str = '') -> Iterator[Entry]:
             yield from walk(folder / entry.name, name + '/')
         else:
             yield Entry(name, False, entry.size)
+
+
+@contextlib.contextmanager
+def reading(file: Place, key: str) -> Iterator[None]:
+    """Turn errors of files and stores into one line that names the key and what to do.
+
+    Raises:
+      UserError: a file or folder cannot be read; `Unavailable` where that may pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not network.is_of_store(error):
+            raise
+        raise unread(file, error, f'{key}: ') from error
+
+
+def unread(file: Place, error: Exception, key: str = '') -> UserError:
+    """Return what is told of a file or folder that cannot be read."""
+    reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+    kind = failure_at(file, error) if network.passes(error) else UserError
+    reason = ' '.join(str(reason).split())[:200]
+    advice = '' if file.is_local else network.advice(error)
+    return kind(f'{key}cannot read {file} ({reason}){advice}')
 
 
 def exists(file: Place) -> bool:

@@ -22,14 +22,16 @@ _PER_SECOND_REQUEST = 20
 # Before there is experience with requests of a size: seconds, and bytes a second.
 _LATE_S, _SLOW = 2.0, 10e6
 _IN_FLIGHT = 64
-# Libraries that raise errors of their own for what may pass.
-_LIBRARIES = frozenset(('aiohttp', 'botocore', 'aiobotocore', 'gcsfs', 'google', 'requests'))
+# Libraries of stores, which raise errors of their own.
+LIBRARIES = frozenset(('aiohttp', 'botocore', 'aiobotocore', 'gcsfs', 'google', 'requests'))
 # What stores say that another attempt cannot cure, in errors of no class of their own.
-_LASTING = (
-    *('Forbidden', 'AccessDenied', 'InvalidAccessKeyId', 'SignatureDoesNotMatch', 'NoSuchBucket'),
-    *('PermanentRedirect', 'AuthorizationHeaderMalformed', 'IllegalLocationConstraint'),
-    *('Unable to locate credentials', 'Invalid bucket name'),
+_REGION = ('PermanentRedirect', 'AuthorizationHeaderMalformed', 'IllegalLocationConstraint')
+_ACCESS = (
+    *('Forbidden', 'AccessDenied', 'InvalidAccessKeyId', 'SignatureDoesNotMatch'),
+    *('NoCredentialsError', 'Unable to locate credentials', 'DefaultCredentialsError'),
 )
+_BUCKET = ('NoSuchBucket', 'bucket does not exist', 'Invalid bucket name')
+_LASTING = (*_REGION, *_ACCESS, *_BUCKET)
 
 
 class ShortAnswerError(OSError):
@@ -118,10 +120,33 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 def passes(error: BaseException) -> bool:
     """Whether what went wrong may pass by itself."""
-    if isinstance(error, PERMANENT_ERRORS) or any(word in str(error) for word in _LASTING):
+    if isinstance(error, PERMANENT_ERRORS) or any(
+        word in f'{type(error).__name__} {error}' for word in _LASTING
+    ):
         return False
+    return is_of_store(error)
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error tells of files or of a store, not of a mistake in a program."""
     library = type(error).__module__.partition('.')[0]
-    return isinstance(error, OSError | TimeoutError) or library in _LIBRARIES
+    return isinstance(error, OSError | TimeoutError) or library in LIBRARIES
+
+
+def advice(error: BaseException) -> str:
+    """Return what to do about an error of a store; '' if that is not known."""
+    text = f'{type(error).__name__} {error}'
+    if any(word in text for word in _REGION):
+        return ': the bucket is in another region: set AWS_DEFAULT_REGION to it'
+    if isinstance(error, PermissionError) or any(word in text for word in _ACCESS):
+        return (
+            ': give this machine access: gs:// reads GOOGLE_APPLICATION_CREDENTIALS, or what `gcloud '
+            'auth application-default login` keeps, s3:// AWS_PROFILE, or AWS_ACCESS_KEY_ID and '
+            'AWS_SECRET_ACCESS_KEY'
+        )
+    if isinstance(error, FileNotFoundError) or any(word in text for word in _BUCKET):
+        return ': see whether the name of the bucket is right'
+    return ''
 
 
 def answer(ask: Callable[[], T], size: int = 0) -> T:

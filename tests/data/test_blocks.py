@@ -352,6 +352,6 @@ def test_a_store_that_does_not_answer_is_unavailable(store, monkeypatch):
             raise OSError('503')
 
     store.faults = fault
-    with pytest.raises(UserError, match='cannot be read') as caught:
+    with pytest.raises(UserError, match='cannot read counted') as caught:
         opened(path)
     assert caught.value.status == Unavailable.status

@@ -12,8 +12,8 @@ import pytest
 from stores import Store
 
 from big_vit import prepare
-from big_vit.data import files
-from big_vit.data.sources import indexing, sidecars, tar
+from big_vit.data import files, network
+from big_vit.data.sources import indexing, parquet, sidecars, tar
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
@@ -192,7 +192,7 @@ def test_an_index_that_was_stopped_goes_on(store):
             raise PermissionError('denied')
 
     store.faults = fault
-    refused(lambda: indexing.index(path, **quiet), 'train-0004.tar: cannot be read')
+    refused(lambda: indexing.index(path, **quiet), r'train-0004\.tar: cannot be read')
     written = {name for name in store.store if name.endswith('.tar.index')}
     assert 0 < len(written) < 6
     store.faults = None
@@ -516,3 +516,28 @@ def test_a_billion_examples_are_opened_in_seconds(store, monkeypatch):
     assert source.length == 1_000_000_000
     assert seconds < 20 and grown < 1000
     assert len(data) < 4e6
+
+
+@pytest.mark.parametrize(
+    ('error', 'message', 'status'),
+    [
+        (PermissionError('AccessDenied'), r'\(AccessDenied\): give this machine access: gs://', 2),
+        (OSError('NoSuchBucket: x'), r'\(NoSuchBucket: x\): see whether the name of the bu', 2),
+        (OSError('PermanentRedirect'), 'in another region: set AWS_DEFAULT_REGION to it', 2),
+        (OSError('503 Slow Down'), r'cannot read counted:///bucket/set \(503 Slow Down\)$', 75),
+    ],
+)
+def test_a_store_that_refuses(store, monkeypatch, error, message, status):
+    monkeypatch.setattr(network, 'PATIENCE_S', 0.05)
+    fill(store)
+
+    def fault(operation, path, number):
+        raise error
+
+    store.faults = fault
+    for source in (opened, lambda path: parquet.parquet(Request('train'), path=path)):
+        with pytest.raises(UserError, match=message) as caught:
+            source('counted://bucket/set')
+        assert str(caught.value).startswith('data.path: cannot read counted:///bucket/set (')
+        assert '\n' not in str(caught.value)
+        assert caught.value.status == status

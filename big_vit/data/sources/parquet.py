@@ -178,7 +178,7 @@ def _declared_kind(feature: Any) -> str:
 
 def _find_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
     """Return the files of each split, in order."""
-    try:
+    with files.reading(root, f'{key}.path'):
         if _GLOB.search(root.name) and not files.exists(root):
             parent = root._replace(path=root.path.rpartition('/')[0])
             names = [entry.name for entry in files.entries(parent)]
@@ -197,8 +197,6 @@ def _find_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
             splits = _splits_by_name(root, [entry.name for entry in files.walk(root)], key)
             for shards in splits.values():
                 _need_all_shards(shards)
-    except OSError as error:
-        raise UserError(f'{key}.path: cannot read {root}: {error}') from error
     if not any(splits.values()):
         raise UserError(f'{key}.path: no .parquet or .arrow file in {root}')
     return splits

@@ -22,7 +22,7 @@ import numpy as np
 
 from big_vit.data import blocks, files, network
 from big_vit.data.sources.media import say_once
-from big_vit.errors import UserError, failure_at
+from big_vit.errors import UserError
 
 MANIFEST = 'big_vit.index'
 ENDING = '.index'
@@ -208,8 +208,10 @@ def read_manifest(file: files.Place, folder: object) -> Manifest | None:
         data = files.read(file)
     except FileNotFoundError:
         return None
-    except Exception as error:  # Stores raise errors of no common class.
-        raise _unread(file, error) from error
+    except Exception as error:
+        if not network.is_of_store(error):
+            raise
+        raise files.unread(file, error) from error
     about, arrays = unpack(data, file, folder)
     try:
         text = bytes(arrays.pop('names')).decode('utf-8', 'surrogateescape')
@@ -227,11 +229,6 @@ def read_manifest(file: files.Place, folder: object) -> Manifest | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{file}: is damaged ({error}): {command(folder)}') from error
-
-
-def _unread(file: files.Place, error: Exception) -> UserError:
-    reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return failure_at(file, error)(f'{file}: cannot be read: {reason}')
 
 
 def rows_of(manifest: Manifest) -> list[Row]:
@@ -295,7 +292,7 @@ def read_index(manifest: Manifest, shard: files.Stored) -> Arrays:
     except FileNotFoundError as error:
         raise UserError(f'{file}: is not there: {command(folder)}') from error
     except OSError as error:
-        raise _unread(file, error) from error
+        raise files.unread(file, error) from error
     if len(data) != size or zlib.crc32(data) != crc:
         blocks.forget(stored)
         raise UserError(
@@ -345,7 +342,7 @@ def read_counts(folder: files.Place) -> Counts | None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise _unread(file, error) from error
+            raise files.unread(file, error) from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f'{file}: cannot be read ({error}): {command(folder)}, which needs it not'

@@ -506,12 +506,13 @@ def find_shards(path: str, key: str) -> list[files.Stored]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f'{key}: {path} names {twice} twice: name each shard once')
-    if len(names) > 1 and all(name.endswith('.tar') and not _GLOB.search(name) for name in names):
-        shards = _named_shards([files.place(name, key) for name in names], key)
-    else:
-        shards = []
-        for name in names:
-            shards += _find_shards(name, key, is_first=not shards)
+    shards: list[files.Stored] = []
+    with files.reading(files.place(names[0], key), key):
+        if len(names) > 1 and not any(_GLOB.search(n) or not n.endswith('.tar') for n in names):
+            shards = _named_shards([files.place(name, key) for name in names], key)
+        else:
+            for name in names:
+                shards += _find_shards(name, key, is_first=not shards)
     if not shards:
         raise UserError(f'{key}: no .tar file in {path}')
     for shard in shards:
