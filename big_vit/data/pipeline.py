@@ -271,10 +271,11 @@ def train_batches(
     _tune_process()
     numbers = np.arange(order.batch_size)[rows]
     meter = meter or Meter()
+    indices = _kept_indices(order, source.length, numbers)
 
     def load_part(step: int, part: slice) -> Columns:
-        index, view = order.indices(start_step + step, source.length, numbers[part])
-        return load(source, transform, index, view, order.seed, skip_bad)
+        index, view = indices(start_step + step)
+        return load(source, transform, index[part], view[part], order.seed, skip_bad)
 
     if source.in_memory and not workers:
         batches = _in_turn(load_part, None, len(numbers), meter)
@@ -287,11 +288,19 @@ def train_batches(
     with contextlib.closing(batches):
         for step, columns in enumerate(batches, start_step):
             if skip_bad and columns['replaced'].any():
-                index, _ = order.indices(step, source.length, numbers[columns['replaced'] > 0])
-                meter.damaged.update(index.tolist())
-                _tell_lost(source, index[columns['replaced'][columns['replaced'] > 0] > 1], meter)
-                columns['replaced'] = np.minimum(columns['replaced'], 1)
+                index, kind = indices(step)[0], columns['replaced']
+                meter.damaged.update(index[kind > 0].tolist())
+                if (kind > 1).any():
+                    _tell_lost(source, index[kind > 1], meter)
+                columns['replaced'] = np.minimum(kind, 1)
             yield columns
+
+
+def _kept_indices(
+    order: Order, length: int, numbers: np.ndarray
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Return `order.indices` of these rows by the step; all at once take a tenth of the time."""
+    return functools.lru_cache(maxsize=64)(lambda step: order.indices(step, length, numbers))
 
 
 def _tell_lost(source: Source, index: np.ndarray, meter: Meter) -> None:
@@ -460,7 +469,7 @@ class _WorkerTask:
         self._opener, self._order, self._start = opener, order, start_step
         self._numbers, self._skip_bad = numbers, skip_bad
         self._parts = _parts(len(numbers))
-        self._opened: tuple[Source, Transform] | None = None
+        self._opened: tuple[Source, Transform, Callable[[int], Any]] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -474,12 +483,13 @@ class _WorkerTask:
         with self._lock:
             if self._opened is None:
                 _tune_process()
-                self._opened = self._opener()
-        source, transform = self._opened
+                source, transform = self._opener()
+                indices = _kept_indices(self._order, source.length, self._numbers)
+                self._opened = source, transform, indices
+        source, transform, indices = self._opened
         step, part = divmod(int(number), len(self._parts))
         began = time.perf_counter()
-        rows = self._numbers[self._parts[part]]
-        index, view = self._order.indices(self._start + step, source.length, rows)
+        index, view = (rows[self._parts[part]] for rows in indices(self._start + step))
         try:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
         except UserError as error:  # Only the text of an error crosses processes.
