@@ -5,6 +5,9 @@ many classes are among the examples that are held, beside a full shuffle, for se
 LAION-400M and of ImageNet-21k, also where their examples are sorted by class: exponentials of
 entropies, which are the numbers of equally frequent ones that would be as diverse. Then, for a
 billion rows in 100,000 shards, the time to compute a batch and the share of bytes that hosts read.
+
+With --train FOLDER (of Fashion-MNIST's IDX files) a small network learns from 500 shards of 120 in
+either order instead, also where the shards are sorted by class, with five seeds each.
 """
 
 import argparse
@@ -20,6 +23,8 @@ import numpy as np
 
 from big_vit import metrics, runtime
 from big_vit.data import order, windows
+from big_vit.data.sources import idx
+from big_vit.data.sources.base import Request
 
 RESULTS = Path(__file__).parent / 'results' / 'windows.json'
 BATCH, SEED = 4096, 0
@@ -126,6 +131,104 @@ def host_shares(shards: windows.Shards, hosts: int) -> dict[str, float]:
     return {name: max(values) for name, values in shares.items()}
 
 
+# --- Training --------------------------------------------------------------------------
+
+TRAINED = Path(__file__).parent / 'results' / 'windows_training.json'
+SHARDS, ROWS, EPOCHS, WIDTH, RATE, SEEDS = 500, 120, 3, 128, 0.1, 5
+# (whether examples are sorted by class, the window; None for a full shuffle).
+ORDERS = ((False, None), (False, 256), (False, 16), (True, 256), (True, 32), (True, 4))
+
+
+def images_and_labels(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    source = idx.idx(Request(split), path=folder)
+    columns = source.load(np.arange(source.length))
+    return columns['image'].reshape(source.length, -1).astype(np.float32) / 255, columns['label']
+
+
+def scores_of(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    shards: windows.Shards | int,
+    seed: int,
+) -> tuple[float, float]:
+    """Train a network with one hidden layer by SGD; return its error and loss on test examples."""
+    (images, labels), rng = train, np.random.default_rng(seed)
+    shapes = ((images.shape[1], WIDTH), (WIDTH,), (WIDTH, 10), (10,))
+    params = [rng.normal(0, shape[0] ** -0.5, shape) * (len(shape) > 1) for shape in shapes]
+    params = [param.astype(np.float32) for param in params]
+    moments = [np.zeros_like(param) for param in params]
+
+    def forward(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden = np.maximum(x @ params[0] + params[1], 0)
+        logits = hidden @ params[2] + params[3]
+        logits -= logits.max(1, keepdims=True)
+        return hidden, logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    steps = EPOCHS * len(images) // ROWS
+    for step in range(steps):
+        index, _ = windows.example_indices(step, parts=(shards,), batch_size=ROWS, seed=seed)
+        x, rate = images[index], RATE / 2 * (1 + np.cos(np.pi * step / steps))
+        hidden, logs = forward(x)
+        to_logits = (np.exp(logs) - np.eye(10, dtype=np.float32)[labels[index]]) / len(index)
+        to_hidden = (to_logits @ params[2].T) * (hidden > 0)
+        gradients = (x.T @ to_hidden, to_hidden.sum(0), hidden.T @ to_logits, to_logits.sum(0))
+        for param, moment, gradient in zip(params, moments, gradients, strict=True):
+            moment *= 0.9
+            moment += gradient
+            param -= np.float32(rate) * moment
+    logs = forward(test[0])[1]
+    loss = -logs[np.arange(len(logs)), test[1]].mean()
+    return float((logs.argmax(1) != test[1]).mean()), float(loss)
+
+
+def training(folder: str) -> list[dict[str, Any]]:
+    """Measure test errors after training in each order."""
+    (images, labels), test = (images_and_labels(folder, split) for split in ('train', 'test'))
+    by_class, rows = np.argsort(labels, kind='stable'), []
+    mixed = np.random.default_rng(0).permutation(len(labels))
+    for is_sorted, lanes in ORDERS:
+        stored = by_class if is_sorted else mixed
+        shards = windows.Shards(np.full(SHARDS, ROWS), lanes) if lanes else SHARDS * ROWS
+        train = images[stored], labels[stored]
+        scores = [scores_of(train, test, shards, seed) for seed in range(SEEDS)]
+        errors, losses = np.array(scores).T
+        warned = not isinstance(shards, int) and windows.warning(shards, train[1].__getitem__, 0)
+        rows.append(
+            {
+                'sorted': is_sorted,
+                'window': lanes,
+                'error': errors.mean(),
+                'error_std': errors.std(ddof=1),
+                'loss': losses.mean(),
+                'loss_std': losses.std(ddof=1),
+                'warned': bool(warned),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def training_table(rows: list[dict[str, Any]]) -> str:
+    """Format the other table of docs/data.md."""
+    head = ('shards', 'window', 'test error', 'test loss', 'warned')
+    body = [
+        (
+            'sorted by class' if row['sorted'] else 'at random',
+            f'{row["window"] or "all"}',
+            f'{100 * row["error"]:.2f} ± {100 * row["error_std"]:.2f} %',
+            f'{row["loss"]:.3f} ± {row["loss_std"]:.3f}',
+            'yes' if row['warned'] else '',
+        )
+        for row in rows
+    ]
+    return markdown([head, *body])
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = [rows[0], tuple('---' for _ in rows[0]), *rows[1:]]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def table(results: dict[str, Any]) -> str:
     """Format the table of docs/data.md."""
     rows = [
@@ -148,13 +251,18 @@ def table(results: dict[str, Any]) -> str:
         'classes held',
         'warned',
     )
-    lines = [head, tuple('---' for _ in head), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return markdown([head, *rows])
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.windows', description=__doc__)
-    parser.parse_args(argv)
+    parser.add_argument('--train', metavar='FOLDER', help="of Fashion-MNIST's IDX files")
+    args = parser.parse_args(argv)
+    if args.train:
+        rows = training(args.train)
+        TRAINED.write_text(json.dumps(rows, indent=2) + '\n')
+        print(training_table(rows))
+        return
     billion = windows.Shards(np.full(100_000, 10_000), windows.MOST_LANES)
     results = {
         'batch_size': BATCH,
@@ -165,8 +273,8 @@ def main(argv: list[str]) -> None:
     RESULTS.write_text(json.dumps(results, indent=2) + '\n')
     print(table(results))
     print()
-    rows = [(name, f'{value:,.2f}') for name, value in results['billion'].items()]
-    print(metrics.table(('a billion rows in 100,000 shards', ''), rows))
+    times = [(name, f'{value:,.2f}') for name, value in results['billion'].items()]
+    print(metrics.table(('a billion rows in 100,000 shards', ''), times))
     print()
     shares = [(h, f'{x["ranges"]:.4f}', f'{x["whole"]:.4f}') for h, x in results['hosts'].items()]
     print(metrics.table(('hosts', 'bytes x hosts / all, ranges', 'whole shards'), shares))

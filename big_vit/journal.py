@@ -80,7 +80,7 @@ class Damage:
         if not damaged:
             return line
         number = f'{len(damaged):,} different, ' if jax.process_count() == 1 else ''
-        shards = f', {len(lost):,} shards could not be read' if lost else ''
+        shards = f'; shards that cannot be read: {len(lost):,}' if lost else ''
         return f'{line} ({number}such as {source.place(min(damaged))}{shards})'
 
 

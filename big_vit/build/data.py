@@ -376,8 +376,10 @@ _MOST_LABELS = 1 << 24
 
 def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: int) -> None:
     """Say where few classes come at a time, if the labels are at hand."""
-    if isinstance(shards, int) or part.labels is None or part.length > _MOST_LABELS:
+    is_known = part.labels is not None and part.length <= _MOST_LABELS
+    if isinstance(shards, int) or not is_known or jax.process_index():
         return
+    assert part.labels is not None
     if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
         say_once(f'WARNING {part.name}: its {text}')
 

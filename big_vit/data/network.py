@@ -140,9 +140,9 @@ def advice(error: BaseException) -> str:
         return ': the bucket is in another region: set AWS_DEFAULT_REGION to it'
     if isinstance(error, PermissionError) or any(word in text for word in _ACCESS):
         return (
-            ': give this machine access: gs:// reads GOOGLE_APPLICATION_CREDENTIALS, or what `gcloud '
-            'auth application-default login` keeps, s3:// AWS_PROFILE, or AWS_ACCESS_KEY_ID and '
-            'AWS_SECRET_ACCESS_KEY'
+            ': give this machine access: gs:// reads GOOGLE_APPLICATION_CREDENTIALS, or what '
+            '`gcloud auth application-default login` keeps; s3:// reads AWS_PROFILE, or '
+            'AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY'
         )
     if isinstance(error, FileNotFoundError) or any(word in text for word in _BUCKET):
         return ': see whether the name of the bucket is right'

@@ -58,13 +58,16 @@ def parse(dump: Mapping[str, Any]) -> Ledger:
 
 def of(source: Source, shards: Shards | int | None) -> Ledger | None:
     """Return the ledger of a source, and how its shards are read; None if it is not of shards."""
-    if source.shards is None or source.shard_lengths is None:
+    lengths = source.shard_lengths
+    if lengths is None:
         return None
     window = shards.lanes if isinstance(shards, Shards) else None
-    there = source.shards()
+    # Without their names, changes of their lengths are noticed.
+    unnamed = [Shard(str(number), 0, '') for number in range(len(lengths))]
+    there = unnamed if source.shards is None else source.shards()
     lost = tuple(shard.name for shard in there if shard.is_lost)
     kept = tuple(shard._replace(is_lost=False) for shard in there)
-    return Ledger(kept, tuple(source.shard_lengths.tolist()), window, lost)
+    return Ledger(kept, tuple(lengths.tolist()), window, lost)
 
 
 def with_lost(source: Source, ledger: Ledger | None) -> Source:

@@ -13,8 +13,9 @@ from big_vit.build.data import train_data
 from big_vit.data import dataset, files, pipeline, shard_ledger, sources, transforms, windows
 from big_vit.data.sources.base import Shard, stand_ins
 from big_vit.errors import Unavailable, UserError
+from big_vit.journal import Damage
 
-EXAMPLES = 12
+EXAMPLES, SHARDS = 12, 10
 SOURCE = sources.Source('many', 'train', 12, 1, None, dict, False)
 
 
@@ -40,7 +41,7 @@ def write(folder, number, count=EXAMPLES, offset=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    for number in range(20):
+    for number in range(SHARDS):
         write(tmp_path / 'shards', number)
     return tmp_path / 'shards'
 
@@ -79,22 +80,22 @@ def take(source, steps, rows=slice(None), start=0, meter=None, **settings):
 
 def test_a_ledger_is_of_the_files(folder):
     ledger = ledger_of(opened(folder))
-    assert [shard.name for shard in ledger.shards] == [f'{n:03d}.tar' for n in range(20)]
+    assert [shard.name for shard in ledger.shards] == [f'{n:03d}.tar' for n in range(SHARDS)]
     assert [shard.size for shard in ledger.shards] == [
-        (folder / f'{n:03d}.tar').stat().st_size for n in range(20)
+        (folder / f'{n:03d}.tar').stat().st_size for n in range(SHARDS)
     ]
-    assert (ledger.lengths, ledger.window, ledger.lost) == ((EXAMPLES,) * 20, 4, ())
+    assert (ledger.lengths, ledger.window, ledger.lost) == ((EXAMPLES,) * SHARDS, 4, ())
     assert shard_ledger.changes(ledger, ledger) == ([], True)
 
 
 def test_a_lost_shard_keeps_its_place_and_comes_back(folder, capfd):
     before = opened(folder)
-    ledger, clean = ledger_of(before), take(before, 20)
+    ledger, clean = ledger_of(before), take(before, 6)
     (folder / '007.tar').rename(folder.parent / 'kept')
     source = opened(folder, ledger)
     assert source.length == before.length
     meter = pipeline.Meter()
-    batches = take(source, 20, meter=meter)
+    batches = take(source, 6, meter=meter)
     lost = range(7 * EXAMPLES, 8 * EXAMPLES)
     seen = set()
     for batch, whole in zip(batches, clean, strict=True):
@@ -109,7 +110,7 @@ def test_a_lost_shard_keeps_its_place_and_comes_back(folder, capfd):
     assert seen == set(lost) and meter.damaged == set(lost) and meter.lost == {7}
     error = capfd.readouterr().err
     assert error.count('WARNING 007.tar: nothing near it can be read') == 1
-    halves = [take(source, 20, rows) for rows in (np.arange(12), np.arange(12, 24))]
+    halves = [take(source, 6, rows) for rows in (np.arange(12), np.arange(12, 24))]
     for whole, *parts in zip(batches, *halves, strict=True):
         for name in whole:
             np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
@@ -118,50 +119,50 @@ def test_a_lost_shard_keeps_its_place_and_comes_back(folder, capfd):
     assert then.lost == ('007.tar',)
     told, same = shard_ledger.changes(ledger, then)
     assert same
-    assert told == ['of 20 shards 1 vanished (007.tar): until back, its examples count as damaged']
+    assert told == ['of 10 shards 1 vanished (007.tar): until back, its examples count as damaged']
     (folder.parent / 'kept').rename(folder / '007.tar')
     back = opened(folder, then)
     assert shard_ledger.changes(then, ledger_of(back)) == (
-        ['of 20 shards 1 came back (007.tar)'],
+        ['of 10 shards 1 came back (007.tar)'],
         True,
     )
-    for batch, whole in zip(take(back, 20), clean, strict=True):
+    for batch, whole in zip(take(back, 6), clean, strict=True):
         np.testing.assert_array_equal(batch['image'], whole['image'])
 
 
 def test_a_shard_that_vanishes_while_a_run_reads_is_replaced(folder, capfd):
     source = opened(folder)
-    clean = take(source, 20)
+    clean = take(source, 6)
     gone = folder / '003.tar'
     gone.unlink()
     gone.symlink_to(folder / 'nothing')
 
     files._descriptor.cache_clear()
-    batches = take(source, 20)
+    batches = take(source, 6)
     for batch, whole in zip(batches, clean, strict=True):
         values = whole['image'][:, 0, 0, 0]
         is_lost = values // EXAMPLES == 3
         np.testing.assert_array_equal(batch['replaced'], is_lost)
         assert not np.isin(batch['image'][:, 0, 0, 0] // EXAMPLES, 3).any()
     with pytest.raises(UserError, match=r'003\.tar.*No such file'):
-        take(source, 20, skip_bad=False)
+        take(source, 6, skip_bad=False)
 
 
 def test_changes_are_told(folder):
     before = ledger_of(opened(folder))
     write(folder, 4, count=EXAMPLES + 1)
     write(folder, 5, offset=1)
-    write(folder, 20)
+    write(folder, SHARDS)
     (folder / '001.tar').unlink()
     source = opened(folder, before)
-    assert source.length == 20 * EXAMPLES + 1
+    assert source.length == SHARDS * EXAMPLES + 1
     told, same = shard_ledger.changes(before, ledger_of(source))
     assert not same
     assert told == [
-        'of 20 shards 1 vanished (001.tar)',
-        'of 20 shards 1 came anew (020.tar)',
-        'of 20 shards 1 changed in size or number of examples (004.tar)',
-        'of 20 shards 1 changed without another size (005.tar)',
+        'of 10 shards 1 vanished (001.tar)',
+        'of 10 shards 1 came anew (010.tar)',
+        'of 10 shards 1 changed in size or number of examples (004.tar)',
+        'of 10 shards 1 changed without another size (005.tar)',
     ]
 
 
@@ -188,12 +189,12 @@ def test_a_run_that_may_not_skip_ends_where_a_shard_is_lost(folder):
         return train_data(config, ledgers=ledgers)
 
     ledgers = data().ledgers
-    assert ledgers['data'].window == 16
+    assert ledgers['data'].window == 8
     (folder / '002.tar').unlink()
     with pytest.raises(UserError, match=r'^data: 1 of its shards vanished .*\(002\.tar\): put'):
         data(ledgers=ledgers)
     skipping = data(('data.on_error', 'skip'), ledgers=ledgers)
-    assert skipping.source.length == 20 * EXAMPLES
+    assert skipping.source.length == SHARDS * EXAMPLES
     # What says nothing of the order keeps that of the run, and an older run had none.
     assert data(('data.shuffle', 'auto'), ('data.on_error', 'skip'), ledgers=ledgers).order.shards
     assert data(('data.shuffle', 'auto'), ledgers={}).order.shards == ()
@@ -225,3 +226,20 @@ def test_shards_of_one_name_do_not_end_a_run():
         SOURCE, length=7, shard_lengths=np.array([3, 4]), shards=lambda: twice
     )
     assert shard_ledger.with_lost(source, ledger) is source
+
+
+def test_the_end_of_a_run_says_how_many_shards_were_lost():
+    damage = Damage(1.0)
+    damage.add(30, 100)
+    line = damage.line({3, 4}, SOURCE, {1})
+    assert line.startswith('data    30 of 100 examples were damaged')
+    assert line.endswith('; shards that cannot be read: 1)')
+
+
+def test_shards_without_names_have_a_ledger_of_lengths():
+    source = dataclasses.replace(SOURCE, shard_lengths=np.array([5, 7]))
+    before = ledger_of(source)
+    assert shard_ledger.changes(before, before) == ([], True)
+    now = ledger_of(dataclasses.replace(source, shard_lengths=np.array([6, 6])))
+    told, same = shard_ledger.changes(before, now)
+    assert told == ['of 2 shards 2 changed in size or number of examples (0, 1)'] and not same
