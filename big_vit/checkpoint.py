@@ -72,11 +72,13 @@ def describe(
     metrics: dict[str, float],
     class_names: Sequence[str] | None = None,
     position: int | None = None,
+    shards: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Builds the sidecar of a state: everything needed to read, check and understand it.
 
     Args:
       position: of the next example in the order of the data; None if all steps had one batch size.
+      shards: of the training data, see `data.shard_ledger`; none where it is not of shards.
     """
     hashes = hashes_of(state)
     leaves = {
@@ -91,6 +93,7 @@ def describe(
         'metrics': metrics,
         'class_names': None if class_names is None else list(class_names),
         **({} if position is None else {'position': position}),
+        **({'shards': shards} if shards else {}),
         'versions': {
             'big_vit': big_vit.__version__,
             'python': sys.version.split()[0],
@@ -417,6 +420,7 @@ class Manager:
       keep_last: number of newest checkpoints to keep.
       keep_every: multiples of this step are kept forever; None keeps none.
       class_names: those of the run's classes, if they have names.
+      shards: as for `describe`.
     """
 
     def __init__(
@@ -425,6 +429,7 @@ class Manager:
         keep_last: int,
         keep_every: int | None = None,
         class_names: Sequence[str] | None = None,
+        shards: dict[str, Any] | None = None,
     ):
         with _silence_orbax():
             import orbax.checkpoint as ocp
@@ -452,7 +457,7 @@ class Manager:
             )
         self._workdir, self._folder = workdir, _folder(workdir)
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._class_names = class_names
+        self._class_names, self._shards = class_names, shards
         self._best: int | None = None
         self._saving: threading.Thread | None = None
         self._step, self._began = 0, 0.0
@@ -488,7 +493,7 @@ class Manager:
         if problem:
             raise self._failure(step, problem)
         # A copy: the caller goes on writing metrics while the sidecar is stored.
-        sidecar = describe(state, config, dict(metrics), self._class_names, position)
+        sidecar = describe(state, config, dict(metrics), self._class_names, position, self._shards)
         args = self._ocp.args.Composite(
             state=self._ocp.args.PyTreeSave(state), sidecar=self._ocp.args.JsonSave(sidecar)
         )

@@ -7,6 +7,7 @@ import numpy as np
 
 from big_vit import config, ledger, metrics, state, trees
 from big_vit.build.experiment import Experiment, build_experiment
+from big_vit.data import windows
 from big_vit.optim import per_layer
 
 
@@ -35,6 +36,7 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
         *_teacher_lines(parts),
         f'data    {data.source.name} {data.source.split}: {data.source.length:,} examples, '
         f'{labels}, {shown}',
+        *([f'order   {windows.line(data.order.shards)}'] if data.order.shards else []),
         f'train   {parts.total_steps:,} steps of {settings.batch_size} examples = '
         f'{epochs:,.2f} epochs, {", ".join(parts.settings)}',
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from big_vit import checkpoint, metrics, resumption
 from big_vit.build.experiment import Experiment, example_indices
 from big_vit.config import Config
-from big_vit.data import pipeline
+from big_vit.data import network, pipeline
 from big_vit.data.sources import Source
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
@@ -62,11 +62,14 @@ class Damage:
                 "(data.on_error='stop' names the first of them)"
             )
 
-    def line(self, damaged: Collection[int], source: Source) -> str | None:
+    def line(
+        self, damaged: Collection[int], source: Source, lost: Collection[int] = ()
+    ) -> str | None:
         """Say how many examples were replaced, and name one; None if none was.
 
         Args:
           damaged: the different ones that this process has met.
+          lost: shards of which it could read nothing.
         """
         if not self._replaced:
             return None
@@ -77,7 +80,8 @@ class Damage:
         if not damaged:
             return line
         number = f'{len(damaged):,} different, ' if jax.process_count() == 1 else ''
-        return f'{line} ({number}such as {source.place(min(damaged))})'
+        shards = f'; shards that cannot be read: {len(lost):,}' if lost else ''
+        return f'{line} ({number}such as {source.place(min(damaged))}{shards})'
 
 
 def max_damage_rate(config: Config, parts: Experiment) -> float:
@@ -275,6 +279,7 @@ class RunJournal:
             steps_left=self.parts.total_steps - step,
             loader_rate=self.meter.rate(),
         )
+        row |= {f'time/store_{name}': float(n) for name, n in network.TRAFFIC.take().items()}
         row |= self.manager.timings()
         self.writer.write(step, row)
         self.console.training(step, row)

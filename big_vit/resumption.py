@@ -9,6 +9,7 @@ from big_vit import config as config_lib
 from big_vit.build.experiment import Experiment, Seen
 from big_vit.build.optimizer import rate_schedule, run_length
 from big_vit.config import Config
+from big_vit.data import shard_ledger
 from big_vit.errors import UserError
 
 # What the order of examples depends on, and what the rate does.
@@ -40,7 +41,8 @@ def begun(path: str | os.PathLike[str], config: Config) -> Begun | None:
     for step in reversed(steps):
         with contextlib.suppress(checkpoint.CorruptCheckpointError):
             sidecar = checkpoint.read_sidecar(workdir, step)
-            return Begun(Seen(step, _position(sidecar)), sidecar['config'])
+            kept = {key: shard_ledger.parse(x) for key, x in sidecar.get('shards', {}).items()}
+            return Begun(Seen(step, _position(sidecar), kept), sidecar['config'])
     return None
 
 
@@ -89,7 +91,10 @@ def changes(run: Begun | None, config: Config, parts: Experiment) -> list[str]:
             f'position {at:,} of the data ({epochs:.2f} epochs), so none is repeated or skipped; '
             'lr is not scaled'
         )
-    if any(line.startswith(_ORDER) and not line.startswith(_NOT_ORDER) for line in changed):
+    told, is_same = _shard_changes(run, parts)
+    lines += told
+    moved = any(line.startswith(_ORDER) and not line.startswith(_NOT_ORDER) for line in changed)
+    if moved or not is_same:
         lines.append(
             f'data    in another order from position {at:,} on: of the epoch that was begun, '
             'examples may come twice or not at all'
@@ -99,8 +104,28 @@ def changes(run: Begun | None, config: Config, parts: Experiment) -> list[str]:
     return lines
 
 
+def ledgers(parts: Experiment) -> dict[str, Any]:
+    """Return what the sidecar of a checkpoint says of the shards of the data."""
+    return {key: ledger.dump() for key, ledger in parts.data.ledgers.items()}
+
+
+def _shard_changes(run: Begun, parts: Experiment) -> tuple[list[str], bool]:
+    """Return (what happened to shards, whether the examples still come in the same order)."""
+    assert parts.data.order is not None
+    now, before = parts.data.ledgers, run.seen.ledgers
+    if not before:  # Of a version that kept none, in which all was shuffled together.
+        return [], not parts.data.order.shards
+    found = {key: shard_ledger.changes(old, now.get(key)) for key, old in before.items()}
+    lines = [
+        f'data    {f"{key}: " if key != "data" else ""}{text}'
+        for key, (told, _) in found.items()
+        for text in told
+    ]
+    return lines, all(is_same for _, is_same in found.values())
+
+
 def _rate_lines(run: Begun, config: Config, parts: Experiment) -> list[str]:
-    (step, at), source = run.seen, parts.data.source
+    step, at, source = run.seen.step, run.seen.position, parts.data.source
     try:
         old = config_lib.from_json(run.config)
         ahead = at * old.data.repeats / old.batch_size - step

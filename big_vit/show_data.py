@@ -22,7 +22,7 @@ from big_vit import runtime
 from big_vit.build.data import Data, host_batches, train_data
 from big_vit.build.steps import batch_seen
 from big_vit.config import Config
-from big_vit.data import dataset, pipeline, transforms
+from big_vit.data import dataset, pipeline, transforms, windows
 from big_vit.errors import UserError
 from big_vit.inspection import examples, plots
 
@@ -52,8 +52,11 @@ def titles(data: Data, batch: dict[str, np.ndarray], count: int) -> list[str]:
     return [examples.title(data, label) for label in batch['label'][:count]]
 
 
-def draw(config: Config, path: Path, step: int, count: int) -> None:
+def draw(config: Config, path: Path, step: int, count: int) -> Data:
     """Write a PNG of the first examples of the batch of this step.
+
+    Returns:
+      The data that they are of.
 
     Raises:
       UserError: the examples have no images.
@@ -85,6 +88,7 @@ def draw(config: Config, path: Path, step: int, count: int) -> None:
             (line, pictures[:count], titles(data, mixed, count) if not name else [''] * count)
         )
     plots.picture_rows(rows).save(path)
+    return data
 
 
 def main(argv: list[str]) -> None:
@@ -93,7 +97,9 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(args.config, overrides)
     runtime.start()
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(config, path, args.step, args.count)
+    data = draw(config, path, args.step, args.count)
+    if data.order and data.order.shards:
+        print(f'order   {windows.line(data.order.shards)}')
     print(f'drew    {path}')
 
 

@@ -108,7 +108,11 @@ def run(
             total = start
         with (
             checkpoint.Manager(
-                workdir, intervals.keep_last, intervals.keep, parts.class_names
+                workdir,
+                intervals.keep_last,
+                intervals.keep,
+                parts.class_names,
+                resumption.ledgers(parts),
             ) as manager,
             metrics.Writer(workdir, start, active=active, config=dump, **trackers) as writer,
             metrics.Console(
@@ -246,7 +250,9 @@ def finish(outcome: training_loop.Outcome, journal: RunJournal, workdir: epath.P
     end = int(jax.device_get(outcome.state['step']))
     writer.checkpoint(workdir / 'checkpoints' / str(end), end)
     console.say(f'time    {clock.summary()}')
-    if line := journal.damage.line(journal.meter.damaged, journal.parts.data.source):
+    if line := journal.damage.line(
+        journal.meter.damaged, journal.parts.data.source, journal.meter.lost
+    ):
         console.say(line)
     if outcome.stopped:
         training_loop.say_stopped(end, journal.parts.total_steps, console)

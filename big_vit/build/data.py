@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,10 +14,19 @@ from big_vit.build.model import build_streams, parts_read
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
-from big_vit.data import dataset, order, pipeline, sources, transforms
+from big_vit.data import (
+    dataset,
+    order,
+    pipeline,
+    shard_ledger,
+    sources,
+    transforms,
+    windows,
+)
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
+from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
@@ -31,8 +40,8 @@ class Data(NamedTuple):
 
     `transform` is done on the host, and gives what `example_spec` says. `device` is the rest, as
     (name, function of (batch, rng)); of training data `evaluation_device` is what evaluations do of
-    it. `specs` can be opened by other processes, of which training
-    has `workers`. `order` says which examples come when; an evaluation has none.
+    it. `specs` can be opened by other processes, of which training has `workers`; `parts` are their
+    sources. `order` says which examples come when; an evaluation has none.
     """
 
     source: sources.Source
@@ -45,6 +54,16 @@ class Data(NamedTuple):
     workers: int = 0
     reads: tuple[str, ...] = ('image',)
     evaluation_device: tuple[tuple[str, Any], ...] = ()
+    parts: tuple[sources.Source, ...] = ()
+
+    @property
+    def ledgers(self) -> dict[str, shard_ledger.Ledger]:
+        """The ledgers of the parts that are of shards, by section of the config."""
+        assert self.order is not None
+        opened = self.order.shards or [None] * len(self.parts)
+        ledgers = [shard_ledger.of(*pair) for pair in zip(self.parts, opened, strict=True)]
+        keyed = zip((spec.key for spec in self.specs), ledgers, strict=False)
+        return {key: ledger for key, ledger in keyed if ledger is not None}
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -77,6 +96,7 @@ def _spec(
     labelled: bool = True,
     known: Known | None = None,
     least_classes: int = 0,
+    ledger: shard_ledger.Ledger | None = None,
 ) -> Any:
     """The section as plain values.
 
@@ -106,6 +126,7 @@ def _spec(
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
         skip_bad=section.cache == 'resized' and section.on_error == 'skip',
+        ledger=ledger,
     )
 
 
@@ -185,7 +206,11 @@ def _check_device(found: Data, key: str) -> None:
 
 
 def train_data(
-    config: Config, absent: bool = False, known: Known | None = None, to_train: bool = True
+    config: Config,
+    absent: bool = False,
+    known: Known | None = None,
+    to_train: bool = True,
+    ledgers: Mapping[str, shard_ledger.Ledger] | None = None,
 ) -> Data:
     """The training data: `data`, or the parts of `mixture`.
 
@@ -194,6 +219,7 @@ def train_data(
         without opening anything.
       known: classes of the parameters that are there already, of which labels become numbers.
       to_train: whether examples are trained on; if not, what is known stands for their classes.
+      ledgers: shards that a run had which is gone on with, by section.
 
     Raises:
       UserError: something is missing or does not fit.
@@ -225,6 +251,7 @@ def train_data(
             transform.host_text,
             task.needs_labels,
             known if to_train else None,
+            ledger=(ledgers or {}).get(key),
         )
         for key, section in sections.items()
     )
@@ -239,9 +266,14 @@ def train_data(
             config.image_size,
         )
         lengths: tuple[int, ...] = tuple(examples for examples, _ in declared)
+        shards: tuple[windows.Shards | int, ...] = ()
+        parts: tuple[sources.Source, ...] = ()
         host = transforms.parse(transform.host_text, size=config.image_size, key='data')
     else:
-        source, host, lengths = dataset.open_mixture(specs, say=_say)
+        source, host, parts = dataset.open_mixture(specs, say=_say)
+        lengths = tuple(part.length for part in parts)
+        shards = _shards(whole, parts, config.seed, tuple(sections), ledgers)
+        _check_lost(parts, specs, whole.on_error == 'skip')
         if known and not to_train and has_other_words(source, known):
             names = zip(source.class_names or (), known.names or (), strict=True)
             pairs = shown([f'{ours} is {theirs}' for ours, theirs in names], 3)
@@ -265,10 +297,11 @@ def train_data(
     kept = pipeline.Order(
         batch_size=config.batch_size,
         seed=config.seed,
-        shuffle=whole.shuffle,
+        shuffle=whole.shuffle is not False,
         repeats=whole.repeats,
         lengths=lengths,
         counts=counts,
+        shards=shards,
     )
     found = Data(
         source,
@@ -281,9 +314,74 @@ def train_data(
         whole.workers,
         taken,
         _fixed_device(transform),
+        parts,
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
+
+
+def _check_lost(parts: Sequence[sources.Source], specs: Sequence[dataset.Spec], skip: bool) -> None:
+    """UserError for shards that have vanished since the run began, unless they may be skipped."""
+    for part, spec in zip(parts, specs, strict=True):
+        lost = [] if part.shards is None else [s.name for s in part.shards() if s.is_lost]
+        if lost and not skip:
+            raise UserError(
+                f'{spec.key}: {len(lost):,} of its shards vanished since the run began '
+                f"({shard_ledger.listed(lost)}): put them back, or set data.on_error='skip' to go "
+                'on without them'
+            )
+
+
+def _shards(
+    whole: Config,
+    parts: Sequence[sources.Source],
+    seed: int,
+    keys: Sequence[str] = (),
+    ledgers: Mapping[str, shard_ledger.Ledger] | None = None,
+) -> tuple[windows.Shards | int, ...]:
+    """The shards of each part for an order with locality; none where the order has none.
+
+    Where nothing is said, a run that is gone on with keeps the order that it had.
+
+    Args:
+      keys: sections of the parts.
+    """
+    shuffle = whole.shuffle
+    lengths = [part.shard_lengths for part in parts]
+    large = any(map(windows.is_large, lengths))
+    if ledgers is not None:
+        large = any(ledger.window for ledger in ledgers.values())
+    if shuffle == 'auto' and large:
+        shuffle = 'windows'
+    if shuffle != 'windows':
+        return ()
+    if all(each is None for each in lengths):
+        raise UserError(
+            f"config: data.shuffle='windows' reads shard by shard, but {parts[0].name} has no "
+            'shards: set it to true'
+        )
+    window, kept = whole.window, [(ledgers or {}).get(key) for key in keys] or [None] * len(parts)
+    opened = tuple(
+        part.length if each is None else windows.opened(each, window or (before and before.window))
+        for part, each, before in zip(parts, lengths, kept, strict=True)
+    )
+    for part, shards in zip(parts, opened, strict=True):
+        _warn_of_sorted(part, shards, seed)
+    return opened
+
+
+# Labels of more examples are not read only to see whether they are sorted.
+_MOST_LABELS = 1 << 24
+
+
+def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: int) -> None:
+    """Say where few classes come at a time, if the labels are at hand."""
+    is_known = part.labels is not None and part.length <= _MOST_LABELS
+    if isinstance(shards, int) or not is_known or jax.process_index():
+        return
+    assert part.labels is not None
+    if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
+        say_once(f'WARNING {part.name}: its {text}')
 
 
 def _check_views(transform: transforms.Transform, task: Task) -> None:
@@ -343,6 +441,8 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
         where = {key for source in SOURCES.entries() for key in SOURCES.keys(source)}
         what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
+        if own.peek('path') not in (None, whole.peek('path')):
+            defaults.pop('index')  # It is of the other shards.
     return own.completed(defaults)
 
 

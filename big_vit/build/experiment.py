@@ -1,7 +1,8 @@
 """A whole config as an experiment: everything that training needs, nothing computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -25,7 +26,7 @@ from big_vit.build.task import build_task
 from big_vit.build.teacher import Teacher, build_teacher
 from big_vit.config import Config
 from big_vit.config.fields import INT_MAX
-from big_vit.data import pipeline, sources, to_device
+from big_vit.data import pipeline, shard_ledger, sources, to_device
 from big_vit.data.sources.known import Known
 from big_vit.errors import UserError
 from big_vit.models import flops
@@ -74,10 +75,17 @@ class Experiment(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """How far a run is: its steps, and the position of the next example in the data's order."""
+    """How far a run is.
+
+    Attributes:
+      step: number of its steps.
+      position: of the next example in the order of the data.
+      ledgers: of the shards of its data, by their section of the config.
+    """
 
     step: int
     position: int
+    ledgers: Mapping[str, shard_ledger.Ledger] = MappingProxyType({})
 
 
 class Intervals(NamedTuple):
@@ -117,7 +125,13 @@ def build_experiment(
     m, planning = config.mesh, devices is not None
     mesh = sharding.make_mesh(m.replica, m.fsdp, m.tensor, devices)
     sharding.check_batch(config.batch_size, mesh, 'batch_size', config.accumulation)
-    train = train_data(config, absent=planning, known=known, to_train=to_train)
+    train = train_data(
+        config,
+        absent=planning,
+        known=known,
+        to_train=to_train,
+        ledgers=None if seen is None else seen.ledgers,
+    )
     classes = train.source.num_classes
     held_out, references = {}, {}
     for name in () if planning else config.evals:

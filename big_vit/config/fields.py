@@ -73,6 +73,25 @@ def boolean(value: Any) -> bool:
     return value
 
 
+def power_of_two(highest: int) -> Callable[[Any], int]:
+    """Makes a check for the powers of two up to one."""
+    within = integer(1, highest)
+
+    def check(value: Any) -> int:
+        value = within(value)
+        if value & (value - 1):
+            raise ValueError(f'a power of two up to {highest}')
+        return value
+
+    check.__doc__ = f'power of two up to {highest}'
+    return check
+
+
+def shuffle(value: Any) -> bool | str:
+    """true, false, auto, windows"""
+    return value if isinstance(value, bool) else choice('auto', 'windows')(value)
+
+
 def check_text(value: Any) -> str:
     """text"""
     if not isinstance(value, str) or '\0' in value:  # No file's name holds a NUL.

@@ -15,6 +15,9 @@ _DEFAULTS = {'loss': 'softmax', 'label_smoothing': 0.0, 'model.shared': 512}
 # Values that a dump with former keys implies, where nothing in it says otherwise.
 _IMPLIED = {'task.name': 'classification', 'model.fusion': 'concat'}
 
+# (default of then, default of today), which leaves to the program what was always so.
+_OTHER_DEFAULTS = {'data.shuffle': (True, 'auto')}
+
 _noted: set[str] = set()
 
 
@@ -53,7 +56,7 @@ def comparable_dump(flat: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if key in defaults and value == defaults[key] else value
         for key, value in current.items()
-    }
+    } | {key: now for key, (then, now) in _OTHER_DEFAULTS.items() if current.get(key) == then}
 
 
 _LATER = (
@@ -72,8 +75,10 @@ _LATER = (
     'optim.clip_by',
     'optim.freeze_',
     'schedule.start',
+    'data.index',
+    'data.window',
 )
-_LATER_OF_EVALS = ('examples', 'window', 'views', 'lidar')
+_LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
@@ -90,13 +95,16 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
             former[old] = old_value
         if former.get(new) in (new_value, _IMPLIED[new]):
             former.pop(new)
+    for key, (then, now) in _OTHER_DEFAULTS.items():
+        if former.get(key) == now:
+            former[key] = then
     # Keys that came later, where nothing is set.
     return {k: v for k, v in former.items() if not (_came_later(k) and v is None)}
 
 
 def _came_later(key: str) -> bool:
     section, _, rest = key.partition('.')
-    of_evals = section == 'evals' and rest.rpartition('.')[2] in _LATER_OF_EVALS
+    of_evals = section in ('evals', 'mixture') and rest.rpartition('.')[2] in _LATER_OF_EVALS
     return key.startswith(_LATER) or of_evals
 
 

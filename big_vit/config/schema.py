@@ -10,6 +10,8 @@ from big_vit.config.fields import (
     durations,
     integer,
     number,
+    power_of_two,
+    shuffle,
     size,
 )
 from big_vit.config.schema_data import DATASET
@@ -98,7 +100,17 @@ SCHEMA: dict[str, Field] = {
     'mix_prob': Field(number(0, 1), 1.0, 'Probability that an example is mixed at all.'),
     **MODEL,
     **{f'data.{name}': field for name, field in DATASET.items()},
-    'data.shuffle': Field(boolean, True, 'Reshuffle every epoch, or keep the order of the source.'),
+    'data.shuffle': Field(
+        shuffle,
+        'auto',
+        "Reshuffle every epoch, or keep the order of the source; 'windows' reads few shards at a "
+        'time, and auto does so from 10,000,000 examples in 64 shards on.',
+    ),
+    'data.window': Field(
+        power_of_two(2**16),
+        None,
+        "Shards open at once over all hosts, for shuffle='windows'; by default up to 1024.",
+    ),
     'data.repeats': Field(
         integer(1, 2**24), 1, 'Augmented views of each example per batch (repeated augmentation).'
     ),

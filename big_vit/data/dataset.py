@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vit.data import cache, files, transforms
+from big_vit.data import cache, files, shard_ledger, transforms
 from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
 from big_vit.data.sources.classes import relabel, shown, subset
@@ -45,6 +45,7 @@ class Spec:
       skip_bad: whether damaged examples are left out of a resized copy.
       known: classes whose numbers the labels become, those of a model; None keeps the dataset's.
       num_classes: as the config key, like the rest.
+      ledger: of the shards that the run had when it began, if it is gone on with.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Spec:
     cache: str = 'auto'
     cache_side: int = 256
     skip_bad: bool = False
+    ledger: shard_ledger.Ledger | None = None
 
 
 def open_spec(
@@ -92,7 +94,7 @@ def open_labels(spec: Spec) -> Source:
     Raises:
       UserError: something is missing or does not fit.
     """
-    source = _relabelled(_open(spec), spec)
+    source = shard_ledger.with_lost(_relabelled(_open(spec), spec), spec.ledger)
     return _resized(source, spec) if spec.cache == 'resized' and not is_small(source) else source
 
 
@@ -134,13 +136,13 @@ def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Tr
 
 def open_mixture(
     specs: tuple[Spec, ...], share: int = 1, say: Callable[[str], None] = lambda line: None
-) -> tuple[Source, Transform, tuple[int, ...]]:
+) -> tuple[Source, Transform, tuple[Source, ...]]:
     """Open datasets and concatenate them. Their classes are those of the part that has the most.
 
     Args: as for `open_spec`.
 
     Returns:
-      (the source, the rest of the transform, the length of each part).
+      (the source, the rest of the transform, the source of each part).
 
     Raises:
       UserError: as `open_spec`, or a part has classes that the others have not.
@@ -152,16 +154,15 @@ def open_mixture(
         for source, spec in zip(stored, specs, strict=True)
     ]
     sources, (transform, *_) = (list(part) for part in zip(*opened, strict=True))
-    lengths = tuple(source.length for source in sources)
     if len(sources) == 1:
-        return sources[0], transform, lengths
+        return sources[0], transform, (sources[0],)
     # If one part has done the first operations of the transform, all must.
     if any(source.in_memory for source in sources) and not all(s.in_memory for s in sources):
         transform = next(rest for source, rest in opened if not source.in_memory)
         before, _ = next(rest for source, rest in opened if source.in_memory).split()
         sources = [_transformed(s, before) if s.in_memory else s for s in sources]
     name = ' + '.join(source.name for source in sources)
-    return concatenate(sources, name, 'mixture'), transform, lengths
+    return concatenate(sources, name, 'mixture'), transform, tuple(sources)
 
 
 def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:

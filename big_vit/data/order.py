@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
@@ -19,8 +20,9 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 8
 # A Feistel network of fewer bits is visibly non-uniform, so tiny datasets walk in a larger domain.
 _MIN_BITS = 6
-# Separate the keys of the shuffle, the augmentation, the parts of a mixture and views.
-_SHUFFLE, _EXAMPLE, _PART, _VIEW = 1, 2, 3, 4
+# Separate the keys of the shuffle, the augmentation, the parts of a mixture, views, and of the
+# order with locality its shards, lanes and windows.
+_SHUFFLE, _EXAMPLE, _PART, _VIEW, SHARDS, LANES, WINDOWS = range(1, 8)
 # Number of positions in which the parts of a mixture come exactly in their shares.
 _LEAST_CYCLE, _MOST_CYCLE = 1_000, 10_000
 
@@ -35,7 +37,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _keys(*words: int | np.ndarray) -> np.ndarray:
+def keys_of(*words: int | np.ndarray) -> np.ndarray:
     """Hash integers, scalars or [N], to uint64 [N] (or [1] if all are scalars)."""
     key = np.zeros(1, np.uint64)
     for word in words:
@@ -75,34 +77,51 @@ def shuffled(
         raise ValueError(f'positions must lie in [0, {length})')
     if length == 1:
         return np.zeros_like(positions)
-    bits = max(_MIN_BITS, int(length - 1).bit_length())
-    low_bits = bits // 2
-    widths = (low_bits, bits - low_bits)
-    key = np.broadcast_to(_keys(_SHUFFLE, seed, epoch), positions.shape)
+    key = np.broadcast_to(keys_of(_SHUFFLE, seed, epoch), positions.shape)
+    return permuted(positions, length, key)
 
-    def permute(x: np.ndarray, key: np.ndarray) -> np.ndarray:
-        low = x & np.uint64((1 << widths[0]) - 1)
-        high = x >> np.uint64(widths[0])
-        for round_ in range(_ROUNDS):
-            # Each round replaces one half by itself xor a hash of the other, which can be undone
-            # whatever the hash is: so the network is a bijection.
-            word = (high if round_ % 2 == 0 else low) | np.uint64(round_ << 40)
-            word = _mix(word * np.uint64(_GOLDEN) + key)
-            width = widths[round_ % 2]
-            word >>= np.uint64(64 - width)
-            if round_ % 2 == 0:
-                low = low ^ word
-            else:
-                high = high ^ word
-        return (high << np.uint64(widths[0])) | low
 
-    result = permute(positions.astype(np.uint64), key)
+def permuted(
+    positions: Int64[np.ndarray, ' n'],
+    length: int | Int64[np.ndarray, ' n'],
+    key: UInt64[np.ndarray, ' n'],
+) -> Int64[np.ndarray, ' n']:
+    """Evaluate permutations of range(length), one for each key; see `shuffled`.
+
+    Args:
+      positions: int64 [N], each in [0, length).
+      length: at least 1; of the permutation of each position, or of all.
+      key: uint64 [N]; those of one key and length are of one permutation.
+
+    Returns:
+      int64 [N], each in [0, length).
+    """
+    # The exponent of a float is the bit length of the whole number.
+    bits = np.maximum(_MIN_BITS, np.frexp(np.asarray(length, np.float64) - 1)[1]).astype(np.uint64)
+    low_bits = bits // np.uint64(2)
+    result = _feistel(positions.astype(np.uint64), key, low_bits, bits - low_bits).astype(np.int64)
     outside = np.flatnonzero(result >= length)
-    while outside.size:
-        walked = permute(result[outside], key[outside])
-        result[outside] = walked
-        outside = outside[walked >= length]
-    return result.astype(np.int64)
+    if outside.size:
+        lengths = length[outside] if isinstance(length, np.ndarray) else length
+        result[outside] = permuted(result[outside], lengths, key[outside])
+    return result
+
+
+def _feistel(x: np.ndarray, key: np.ndarray, low_bits: Any, high_bits: Any) -> np.ndarray:
+    """Permute uint64 [N] of low_bits + high_bits bits, keyed by uint64 [N]."""
+    low = x & ((np.uint64(1) << low_bits) - np.uint64(1))
+    high = x >> low_bits
+    for round_ in range(_ROUNDS):
+        # Each round replaces one half by itself xor a hash of the other, which can be undone
+        # whatever the hash is: so the network is a bijection.
+        word = (high if round_ % 2 == 0 else low) | np.uint64(round_ << 40)
+        word = _mix(word * np.uint64(_GOLDEN) + key)
+        word >>= np.uint64(64) - (low_bits if round_ % 2 == 0 else high_bits)
+        if round_ % 2 == 0:
+            low = low ^ word
+        else:
+            high = high ^ word
+    return (high << low_bits) | low
 
 
 def shares(weights: Sequence[float | int]) -> tuple[int, ...]:
@@ -131,8 +150,8 @@ def _pattern(cycle: int, counts: tuple[int, ...], seed: int) -> tuple[np.ndarray
     return part, rank
 
 
-def _part_seed(seed: int, part: int) -> int:
-    return int(_keys(_PART, seed, part)[0])
+def part_seed(seed: int, part: int) -> int:
+    return int(keys_of(_PART, seed, part)[0])
 
 
 def example_indices(
@@ -180,13 +199,13 @@ def example_indices(
         index, epoch = _source_indices(position, length, seed, shuffle)
     else:
         assert not isinstance(length, int)
-        part, within = _mixture_positions(position, counts, seed)
+        part, within = mixture_positions(position, counts, seed)
         starts = np.concatenate([[0], np.cumsum(length)])
         index, epoch = np.empty_like(position), np.empty_like(position)
         for number in np.unique(part).tolist():
             chosen = part == number
             local, epoch[chosen] = _source_indices(
-                within[chosen], length[number], _part_seed(seed, number), shuffle
+                within[chosen], length[number], part_seed(seed, number), shuffle
             )
             index[chosen] = local + starts[number]
     return index, epoch * repeats + copy
@@ -201,7 +220,7 @@ def _source_indices(
     return index, epoch
 
 
-def _mixture_positions(
+def mixture_positions(
     position: np.ndarray, counts: tuple[int, ...], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (part, position within the part) of positions of a mixture."""
@@ -220,12 +239,12 @@ def example_keys(
     seed: int, epoch: Int64[np.ndarray, ' n'] | int, index: Int64[np.ndarray, ' n']
 ) -> UInt64[np.ndarray, ' n']:
     """Return a key for each example, uint64 [N], for `uniform`; a function of these three alone."""
-    return np.broadcast_to(_keys(_EXAMPLE, seed, epoch, index), index.shape)
+    return np.broadcast_to(keys_of(_EXAMPLE, seed, epoch, index), index.shape)
 
 
 def view_keys(keys: UInt64[np.ndarray, ' n'], number: int) -> UInt64[np.ndarray, ' n']:
     """Return keys for one of several views of examples, a function of their keys and its number."""
-    return _keys(_VIEW, keys, number)
+    return keys_of(_VIEW, keys, number)
 
 
 def uniform(

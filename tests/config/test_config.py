@@ -431,7 +431,7 @@ GROUPS = {
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'below one', 'model.dtype': 'choice', 'model.scan': 'bool',
-    'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
+    'model.remat': 'choice', 'data.shuffle': 'bool', 'data.window': 'int', 'optim.name': 'choice',
     'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'positive',
     'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',
     'optim.clip': 'number', 'optim.agc': 'number', 'optim.sam_rho': 'number',

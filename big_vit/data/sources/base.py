@@ -36,6 +36,22 @@ class Request(NamedTuple):
     least_classes: int = 0
 
 
+class Shard(NamedTuple):
+    """A shard as a listing shows it.
+
+    Attributes:
+      name: of the file.
+      size: in bytes.
+      stamp: changes with the content: the time of the last change, or what a store has instead.
+      is_lost: whether it was there when the run began, and is not there now.
+    """
+
+    name: str
+    size: int
+    stamp: str
+    is_lost: bool = False
+
+
 @dataclass(frozen=True)
 class Source:
     """A split of a dataset with random access to its examples.
@@ -58,6 +74,12 @@ class Source:
         if that is impossible.
       where: maps an index to the location of that example (file, or shard and offset), for
         messages.
+      shard_lengths: number of examples of each shard, int64 [shards], in the order of the
+        examples; None if they do not lie in shards, or not in their order.
+      expect: is told the indices of examples that `load` will be asked for soon, with their
+        neighbours, so that it can fetch them in large pieces; returns at once. None if that would
+        be of no use.
+      shards: returns the shards, in the same order; None if they are not known.
     """
 
     name: str
@@ -71,6 +93,20 @@ class Source:
     class_names: tuple[str, ...] | None = None
     labels: Callable[[], np.ndarray] | None = None
     where: Callable[[int], str] | None = None
+    shard_lengths: Int64[np.ndarray, ' shards'] | None = None
+    expect: Callable[[np.ndarray], None] | None = None
+    shards: Callable[[], Sequence[Shard]] | None = None
+
+    @property
+    def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:
+        """Where the shards start, and where the last one ends, int64 [shards + 1]."""
+        lengths = self.shard_lengths
+        return None if lengths is None else np.concatenate([[0], np.cumsum(lengths)])
+
+    def shard_of(self, indices: Int64[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
+        """Return the number of the shard of each example."""
+        assert self.shard_lengths is not None
+        return np.searchsorted(np.cumsum(self.shard_lengths), indices, side='right')
 
     def place(self, index: int) -> str:
         """Return the location of example `index`, for messages."""
@@ -81,14 +117,39 @@ class Source:
 
 def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndarray]) -> Source:
     """Return the source whose example i is example `position(i)` of another; i is int64 [B]."""
-    labels = source.labels
+    labels, expect = source.labels, source.expect
     return replace(
         source,
         length=length,
         load=lambda indices: source.load(position(np.asarray(indices, np.int64))),
+        shard_lengths=None,
+        expect=None if expect is None else lambda indices: expect(position(indices)),
+        shards=None,
         labels=None if labels is None else lambda: labels()[position(np.arange(length))],
         where=lambda index: source.place(int(position(np.array([index], np.int64))[0])),
     )
+
+
+def stand_ins(source: Source, index: int, count: int) -> tuple[list[int], list[int]]:
+    """Return the examples that may take the place of one that cannot be read.
+
+    Args:
+      count: of examples.
+
+    Returns:
+      (the next ones, those at the same place of the next shards, none without shards).
+    """
+    following = [(index + step) % source.length for step in range(1, count)]
+    bounds = source.shard_bounds
+    if bounds is None:
+        return following, []
+    lengths = np.diff(bounds)
+    shard = int(source.shard_of(np.array([index]))[0])
+    others = (np.arange(shard + 1, shard + len(lengths)) % len(lengths)).tolist()
+    others = [other for other in others[: 4 * count] if lengths[other]][:count]
+    return following, [
+        int(bounds[other] + (index - bounds[shard]) % lengths[other]) for other in others
+    ]
 
 
 def locate(index: int, ends: Sequence[int] | np.ndarray) -> tuple[int, int]:
@@ -106,6 +167,8 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
     shapes = {source.image_shape for source in sources}
     names = {source.class_names for source in sources}
     labels = [source.labels for source in sources]
+    lengths = [source.shard_lengths for source in sources if source.shard_lengths is not None]
+    shards = [source.shards for source in sources if source.shards is not None]
 
     def load(indices: np.ndarray) -> Columns:
         indices = np.asarray(indices, np.int64)
@@ -119,6 +182,13 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
             column: _interleave([(rows, loaded[k][column]) for k, rows in parts.items()])
             for column in sorted(common)
         }
+
+    def expect(indices: np.ndarray) -> None:
+        which = np.searchsorted(ends, indices, side='right')
+        for k in np.unique(which).tolist():
+            told = sources[k].expect
+            if told is not None:
+                told(indices[which == k] - starts[k])
 
     def where(index: int) -> str:
         part, within = locate(index, ends)
@@ -138,6 +208,11 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         if None in labels
         else lambda: np.concatenate([read() for read in labels if read is not None]),
         where=where,
+        expect=expect if any(source.expect for source in sources) else None,
+        shard_lengths=np.concatenate(lengths) if len(lengths) == len(sources) else None,
+        shards=None
+        if len(shards) < len(sources)
+        else lambda: [shard for listed in shards for shard in listed()],
     )
 
 

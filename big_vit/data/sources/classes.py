@@ -363,7 +363,10 @@ def renumbered(
         kept = np.flatnonzero(targets[source.labels()] >= 0)
         if not kept.size:
             raise UserError(f'{key}: no example of {source.name} {source.split} is left')
-        source = select(source, len(kept), kept.astype(np.int64).__getitem__)
+        bounds = source.shard_bounds
+        lengths = None if bounds is None else np.diff(np.searchsorted(kept, bounds))
+        chosen = select(source, len(kept), kept.astype(np.int64).__getitem__)
+        source = replace(chosen, shard_lengths=lengths, shards=source.shards)
     load, labels = source.load, source.labels
 
     def renumber(columns: Columns) -> Columns:

@@ -31,7 +31,7 @@ import numpy as np
 
 from big_vit.data import files
 from big_vit.data.decode import DecodeError, Encoded
-from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.base import Columns, Request, Shard, Source, locate
 from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.data.transforms.geometry import resized
@@ -121,6 +121,8 @@ def _open_split(name: str, description: Path) -> Source:
         class_names=tuple(map(label_name, names)) if names else None,
         labels=None if labels is None else lambda: np.asarray(labels),
         where=where,
+        shard_lengths=np.diff([0, *ends]),
+        shards=lambda: [Shard(part['name'], part['bytes'], '') for part in about['files']],
     )
 
 

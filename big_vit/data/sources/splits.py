@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -159,7 +159,10 @@ def cut(
         elif by_class:
             parts.append(select(source, stop - start, _Shuffled(start, size)))
         else:
-            parts.append(select(source, stop - start, _Shifted(start)))
+            part = select(source, stop - start, _Shifted(start))
+            bounds = source.shard_bounds
+            lengths = None if bounds is None else np.diff(np.clip(bounds, start, stop))
+            parts.append(replace(part, shard_lengths=lengths, shards=source.shards))
     # Without a split `train`, each may have classes of its own.
     known = known_of(max(parts, key=lambda part: part.num_classes), title)
     parts = [meet(part, known, request.key)[0] for part in parts]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from big_vit.data import decode, normalisation, order, preprocessing
-from big_vit.data.sources.base import Source
+from big_vit.data.sources.base import Source, stand_ins
 from big_vit.data.transforms import (
     audio,
     autoaugment,
@@ -469,7 +469,8 @@ def _ragged(name: str, column: Any, transform: Transform) -> str:
 def _first_intact(transform: Transform, source: Source, tries: int) -> Columns:
     """Transform the first example that is not damaged; UserError for the first error."""
     first: Exception | None = None
-    for index in range(min(tries, source.length)):
+    following, of_others = stand_ins(source, 0, tries) if tries > 1 else ([], [])
+    for index in dict.fromkeys((0, *following, *of_others)):
         at = np.array([index], np.int64)
         try:
             columns = transform(source.load(at), order.example_keys(0, 0, at))
