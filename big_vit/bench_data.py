@@ -19,7 +19,7 @@ import numpy as np
 from big_vit import config as config_lib
 from big_vit import metrics, runtime
 from big_vit.build.data import Data, host_batches, train_data
-from big_vit.data import order, pipeline, transforms, windows
+from big_vit.data import network, order, pipeline, transforms, windows
 from big_vit.data.transforms import operations
 
 # For `by_operation`: examples in total, and examples per call.
@@ -33,12 +33,14 @@ def loader_rates(data: Data, seconds: float) -> dict[str, float]:
 
     Returns:
       examples, seconds, examples_per_s, and, where they can be measured, examples_per_core_s (per
-      second of processor time) and host_memory_mb.
+      second of processor time), host_memory_mb, and of a store in the network store_bytes,
+      store_requests and the other counts of `network.Traffic`.
     """
     batches = host_batches(data, 0, slice(None))
     try:
         for _ in range(2):
             next(batches)
+        network.TRAFFIC.take()
         start, cpu = time.perf_counter(), time.process_time()
         count = 0
         while time.perf_counter() - start < seconds:
@@ -50,6 +52,7 @@ def loader_rates(data: Data, seconds: float) -> dict[str, float]:
     result = {'examples': count, 'seconds': elapsed, 'examples_per_s': count / elapsed}
     if not data.workers:  # The processor time of worker processes is not visible here.
         result['examples_per_core_s'] = count / cpu_seconds
+    result |= {f'store_{name}': count for name, count in network.TRAFFIC.take().items()}
     memory = metrics.host_memory_mb()
     return result if memory is None else {**result, 'host_memory_mb': memory}
 
@@ -124,6 +127,19 @@ def main(argv: list[str]) -> None:
         f'loader  {rates["examples_per_s"]:,.0f} examples/s with {how}'
         + (f', {per_core:,.0f} a second of processor time' if per_core else '')
         + (f', {rates["host_memory_mb"]:,.0f} MB' if 'host_memory_mb' in rates else '')
+    )
+    if 'store_requests' in rates:
+        print(store_line(rates))
+
+
+def store_line(rates: dict[str, float]) -> str:
+    """What was asked of a store in the network, as a line."""
+    reads = rates['store_hits'] + rates['store_misses']
+    return (
+        f'store   {rates["store_bytes"] / rates["seconds"] / 1e6:,.1f} MB/s in '
+        f'{rates["store_requests"]:,.0f} requests; {rates["store_retries"]:,.0f} failed and were '
+        f'sent again, {rates["store_doubled"]:,.0f} were late and sent twice'
+        + (f'; {rates["store_hits"] / reads:.0%} of reads from the local disk' if reads else '')
     )
 
 

@@ -17,18 +17,22 @@ from big_vit.errors import UserError, nearest
 program = 'python -m big_vit.'
 
 
-def answer_help(parser: argparse.ArgumentParser) -> None:
+def answer_help(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
     """Prints a command's help and exits, if that is asked for; Ctrl-C ends it with one line.
 
     A mistake in the flags, a config file that is not there and a key that does not exist are told
     as well: commands call it before their other imports, which take more than a second.
+
+    Args:
+      argv: what the parser reads; by default all arguments.
     """
     signals.handle(lambda number, _: signals.leave(number))
-    if not {'-h', '--help'}.isdisjoint(sys.argv[1:]):
+    argv = sys.argv[1:] if argv is None else argv
+    if not {'-h', '--help'}.isdisjoint(argv):
         parser.print_help()
         sys.exit()
     try:
-        args, overrides = parse(parser, sys.argv[1:])
+        args, overrides = parse(parser, argv)
         if getattr(args, 'config', None):
             from big_vit import config  # Not for --help, which answers in a twentieth of a second.
 
@@ -67,6 +71,12 @@ def parse(
             if not (flag == '--workdir' and args.explain):
                 require_flag(getattr(args, flag.removeprefix('--')), flag, example)
     return args, overrides
+
+
+def before_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits arguments at the first `--`, after which they are another program's."""
+    at = argv.index('--') if '--' in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def _hint(parser: argparse.ArgumentParser, word: str) -> str:
@@ -472,6 +482,8 @@ def prepare() -> argparse.ArgumentParser:
     parser = _parser(
         'prepare',
         'Download a dataset of TensorFlow Datasets and write it for training.',
+        '`prepare index SHARDS` indexes shards, `prepare filter INPUT` cleans a large set: see the '
+        '--help of each.',
         data_dir='~/tensorflow_datasets',
     )
     parser.add_argument('name', help='as in cifar10, imagenet2012, or name/config:1.0.0')
@@ -484,6 +496,116 @@ def prepare() -> argparse.ArgumentParser:
     )
     parser.add_argument('--download_dir', help='where downloaded files are, or are put')
     return parser
+
+
+def prepare_filter(name: str = 'prepare filter') -> argparse.ArgumentParser:
+    """Parser of `prepare filter`; what comes after -- is for Beam."""
+    parser = _parser(
+        name,
+        'Filter a large set of pictures: rules, duplicates, pictures of evaluation sets; shrink '
+        'and write what remains as shards. On Apache Beam.',
+        'Flags of Beam come after --, as in -- --runner=DataflowRunner --project=P. '
+        'docs/data.md has the rest.',
+        out='clean',
+    )
+    add = parser.add_argument
+    add('path', metavar='INPUT', help='shards (a folder, glob or range), Parquet files, a folder')
+    add('--out', metavar='OUT', help='a folder for shards, manifest.json and left_out/')
+    add('--source', help='what reads INPUT, as data.name: tar, parquet, folder, tfds, records, ...')
+    add('--split', help='split of INPUT, where it has several')
+    for column in ('image', 'text', 'label'):
+        add(f'--{column}_column', metavar='NAME', help=f'as data.{column}_column')
+    add('--min_side', type=_number(1, 1 << 20), default=1, metavar='N', help='shorter side, pixels')
+    add('--max_aspect', type=_number(1, 1e6, float), metavar='R', help='longer side / shorter side')
+    for unit in ('chars', 'words'):
+        add(f'--caption_{unit}', metavar='MIN:MAX', help=f'{unit} of the caption; either may miss')
+    add(
+        '--where',
+        action='append',
+        default=[],
+        metavar='RULE',
+        help="of a column, as 'score>=5', 'language=en|de'; may be repeated",
+    )
+    add(
+        '--exact',
+        choices=('pixels', 'bytes', 'off'),
+        default='pixels',
+        help='of examples with equal pixels (or files) keep one',
+    )
+    add(
+        '--near',
+        default='0.15',
+        metavar='D',
+        help='of pictures whose signatures differ in so few of their bits keep one (0.15); or off',
+    )
+    add(
+        '--near_evaluation',
+        type=_number(0, 0.4, float),
+        default=0.2,
+        metavar='D',
+        help='the same where one is of --evaluation (0.2)',
+    )
+    add(
+        '--embeddings',
+        action='append',
+        default=[],
+        metavar='PATH',
+        help='compare what predict --embed wrote instead of pixels; may be repeated',
+    )
+    add(
+        '--keep',
+        choices=('largest', 'first'),
+        default='largest',
+        help='which of several that are alike',
+    )
+    add(
+        '--evaluation',
+        action='append',
+        default=[],
+        metavar='PATH[@SPLIT]',
+        help='leave out what is near or equal to pictures of this set; may be repeated',
+    )
+    add('--resize', type=_number(1, 1 << 14), metavar='N', help='shorter side at most, pixels')
+    add('--encode', choices=('jpeg', 'png', 'webp'), help='write all pictures so')
+    add('--quality', type=_number(1, 100), default=95, metavar='Q', help='of JPEG and WebP (95)')
+    add('--format', choices=('tar', 'parquet'), help='of shards; by default as INPUT, else tar')
+    add(
+        '--shard_samples',
+        type=_number(1, 1 << 24),
+        default=10_000,
+        metavar='N',
+        help='examples of a shard (10000)',
+    )
+    return parser
+
+
+def prepare_index() -> argparse.ArgumentParser:
+    parser = _parser(
+        'prepare index',
+        'Index tar or TFRecord shards once, so that no run must read them to know what they hold.',
+        'It goes on where it was stopped. Hosts may each do a share: --share 0/8, --share 1/8, ...',
+    )
+    parser.add_argument('path', help='shards as data.path has them: a folder, a glob, a range')
+    parser.add_argument(
+        '--to', metavar='PLACE', help='folder of the indices, where the store is read-only'
+    )
+    parser.add_argument(
+        '--label_column', default='cls', help='as data.label_column, of tar shards; default cls'
+    )
+    parser.add_argument(
+        '--share', type=_share, default=(0, 1), metavar='I/N', help='this host, of how many'
+    )
+    parser.add_argument(
+        '--workers', type=_number(1, 1024), help='processes; as many as there are processors'
+    )
+    return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, of = text.partition('/')
+    if not (which.isdecimal() and of.isdecimal() and int(which) < int(of) <= 10_000):
+        raise argparse.ArgumentTypeError(f'must be I/N with I from 0 to N - 1, got {text[:50]!r}')
+    return int(which), int(of)
 
 
 def bench_data() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import numpy as np
 from big_vit import checkpoint, metrics, resumption
 from big_vit.build.experiment import Experiment, example_indices
 from big_vit.config import Config
-from big_vit.data import pipeline
+from big_vit.data import network, pipeline
 from big_vit.data.sources import Source
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
@@ -279,6 +279,7 @@ class RunJournal:
             steps_left=self.parts.total_steps - step,
             loader_rate=self.meter.rate(),
         )
+        row |= {f'time/store_{name}': float(n) for name, n in network.TRAFFIC.take().items()}
         row |= self.manager.timings()
         self.writer.write(step, row)
         self.console.training(step, row)

@@ -4,13 +4,25 @@ TensorFlow Datasets downloads it and writes files that support random access. Th
 command that may need TensorFlow (`pip install 'big_vit[prepare]'`): the code that writes many
 datasets uses it. `prepare fashion_mnist --format idx` needs neither, and takes the files of the
 authors.
+
+`prepare filter SHARDS --out OUT` cleans a large set of pictures (`big_vit.preparation`), and
+`prepare index SHARDS` writes beside them what is in each (`big_vit.data.sources.indexing`).
 """
+
+import sys
 
 from big_vit import command_line
 
 if __name__ == '__main__':  # Before the slow imports.
-    command_line.answer_help(command_line.prepare())
+    if sys.argv[1:2] == ['filter']:
+        own, _ = command_line.before_dashes(sys.argv[2:])
+        command_line.answer_help(command_line.prepare_filter(), own)
+    elif sys.argv[1:2] == ['index']:
+        command_line.answer_help(command_line.prepare_index(), sys.argv[2:])
+    else:
+        command_line.answer_help(command_line.prepare())
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +30,10 @@ from etils import epath
 
 from big_vit import ownership, runtime
 from big_vit.data import download
-from big_vit.data.sources import prepared
+from big_vit.data.sources import indexing, prepared
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
+from big_vit.preparation import filtering
 
 
 def _builder(name: str, data_dir: str, file_format: str | None) -> Any:
@@ -103,7 +116,26 @@ def prepare_idx(name: str, data_dir: Path) -> list[str]:
     ]
 
 
+def index(argv: list[str]) -> None:
+    """Index shards, as `prepare index` is told to."""
+    args, _ = command_line.parse(command_line.prepare_index(), argv)
+    indexing.index(
+        args.path,
+        to=args.to,
+        label_column=args.label_column,
+        share=args.share,
+        workers=args.workers,
+        say=functools.partial(print, flush=True),
+    )
+
+
 def main(argv: list[str]) -> None:
+    if argv[:1] == ['filter']:
+        filtering.main(argv[1:])
+        return
+    if argv[:1] == ['index']:
+        index(argv[1:])
+        return
     args, _ = command_line.parse(command_line.prepare(), argv)
     data_dir = str(Path(args.data_dir).expanduser())
     if args.format == 'idx':

@@ -441,6 +441,8 @@ def completed_section(config: Config, kind: str, name: str) -> Config:
         where = {key for source in SOURCES.entries() for key in SOURCES.keys(source)}
         what = ('name', 'num_classes', 'label_map', 'classes')
         defaults.update({part: take(part) for part in (*where, *what)})
+        if own.peek('path') not in (None, whole.peek('path')):
+            defaults.pop('index')  # It is of the other shards.
     return own.completed(defaults)
 
 

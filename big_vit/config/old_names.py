@@ -71,9 +71,10 @@ _LATER = (
     'optim.clip_by',
     'optim.freeze_',
     'schedule.start',
+    'data.index',
     'data.window',
 )
-_LATER_OF_EVALS = ('examples', 'window', 'views', 'lidar')
+_LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _came_later(key: str) -> bool:
     section, _, rest = key.partition('.')
-    of_evals = section == 'evals' and rest.rpartition('.')[2] in _LATER_OF_EVALS
+    of_evals = section in ('evals', 'mixture') and rest.rpartition('.')[2] in _LATER_OF_EVALS
     return key.startswith(_LATER) or of_evals
 
 

@@ -7,7 +7,12 @@ from big_vit.config.registries import SOURCES
 DATASET = {
     'name': Field(SOURCES.name, None, 'Source of the examples; see docs/data.md.'),
     'split': Field(check_text, 'train', "Splits in TFDS syntax, as in 'train[:90%]+extra'."),
-    'path': Field(check_text, None, 'Folder or files, local or gs://; the data_dir for tfds.'),
+    'path': Field(
+        check_text, None, 'Folder or files, local, gs:// or s3://; the data_dir for tfds.'
+    ),
+    'index': Field(
+        check_text, None, 'Folder of the indices of shards, if they are not beside them.'
+    ),
     'tfds_name': Field(check_text, None, "Name of the TFDS dataset, such as 'cifar10'."),
     'image_column': Field(check_text, None, 'Column of images.'),
     'label_column': Field(

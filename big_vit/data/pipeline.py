@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from big_vit.data import order, windows
+from big_vit.data import network, order, windows
 from big_vit.data.sources.base import Source, stand_ins
 from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import Transform, finished
@@ -27,6 +27,9 @@ from big_vit.errors import PERMANENT_ERRORS, UserError, failure_at
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
 _ROWS_PER_TASK = 16
+# Batches after the one that is loaded, of which a source is told. An order with locality goes on
+# beside what it read before, so that a few are enough to fetch the next block in time.
+_STEPS_AHEAD = 8
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -34,6 +37,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _OUTAGES = (ConnectionError, TimeoutError)
 
 Rows = slice | Int64[np.ndarray, ' rows']
+_Indices = Callable[[int], tuple[np.ndarray, np.ndarray]]
 Columns = dict[str, Any]
 # What stands for an example that cannot be read, of (its index, the error): arrays [1, ...].
 Instead = Callable[[int, Exception], Columns]
@@ -275,6 +279,8 @@ def train_batches(
 
     def load_part(step: int, part: slice) -> Columns:
         index, view = indices(start_step + step)
+        if order.shards:
+            _expect(source, indices, start_step + step, part, is_first=step == 0)
         return load(source, transform, index[part], view[part], order.seed, skip_bad)
 
     if source.in_memory and not workers:
@@ -296,11 +302,17 @@ def train_batches(
             yield columns
 
 
-def _kept_indices(
-    order: Order, length: int, numbers: np.ndarray
-) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+def _kept_indices(order: Order, length: int, numbers: np.ndarray) -> _Indices:
     """Return `order.indices` of these rows by the step; all at once take a tenth of the time."""
     return functools.lru_cache(maxsize=64)(lambda step: order.indices(step, length, numbers))
+
+
+def _expect(source: Source, indices: _Indices, step: int, part: slice, is_first: bool) -> None:
+    """Tell a source which examples later batches have at some rows."""
+    if source.expect is None:
+        return
+    for later in range(1 if is_first else _STEPS_AHEAD, _STEPS_AHEAD + 1):
+        source.expect(indices(step + later)[0][part])
 
 
 def _tell_lost(source: Source, index: np.ndarray, meter: Meter) -> None:
@@ -490,11 +502,16 @@ class _WorkerTask:
         step, part = divmod(int(number), len(self._parts))
         began = time.perf_counter()
         index, view = (rows[self._parts[part]] for rows in indices(self._start + step))
+        if self._order.shards:
+            rows = self._parts[part]
+            _expect(source, indices, self._start + step, rows, is_first=step == 0)
         try:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
         except UserError as error:  # Only the text of an error crosses processes.
             return {'error': np.frombuffer(str(error).encode(), np.uint8)}
-        return {**loaded, 'seconds': np.array([time.perf_counter() - began])}
+        seconds = np.array([time.perf_counter() - began])
+        traffic = np.array(list(network.TRAFFIC.take().values()), np.int64)
+        return {**loaded, 'seconds': seconds, 'traffic': traffic}
 
 
 # Steps of an endless run; times the parts of a step it must fit in 64 bits.
@@ -528,6 +545,10 @@ def _in_processes(
                 if 'error' in loaded:
                     raise UserError(bytes(loaded['error']).decode())
                 meter.add(part.stop - part.start, float(loaded.pop('seconds')[0]))
+                names = network.TRAFFIC.counts()  # Or nothing was asked in the process.
+                network.TRAFFIC.add(
+                    **dict(zip(names, loaded.pop('traffic').tolist(), strict=False))
+                )
                 assembly.put(part, loaded)
             assert assembly.columns is not None
             yield assembly.columns

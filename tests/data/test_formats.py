@@ -529,16 +529,32 @@ def parquet_of(tmp_path, count=10, **more):
     return path
 
 
-def test_a_large_file_is_copied_once_and_then_read_in_place(tmp_path, monkeypatch, capfd):
+def test_a_large_file_is_read_by_groups_of_rows_that_are_kept(tmp_path, monkeypatch):
     path = parquet_of(tmp_path)
     wanted = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
     monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 100)
-    for told in (True, False):
+    kept = tmp_path / 'cache' / 'blocks'
+    source = parquet.parquet(Request('train'), path=str(path))
+    assert source.shard_lengths.tolist() == [3, 3, 3, 1]
+    assert not kept.exists()
+    source.load(np.array([4, 5]))
+    assert [file.name for file in kept.glob('*/*')] == ['1.arrow']
+    for _ in range(2):
         found = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
         assert list(found['image']) == list(wanted['image'])
         np.testing.assert_array_equal(found['label'], wanted['label'])
-        assert ('GB of Parquet once to' in capfd.readouterr().err) == told
-    assert len(list((tmp_path / 'cache' / 'parquet').iterdir())) == 1
+        assert sorted(file.name for file in kept.glob('*/*')) == [f'{n}.arrow' for n in range(4)]
+    assert not (tmp_path / 'cache' / 'parquet').exists()
+
+
+def test_a_copy_that_earlier_versions_made_is_read(tmp_path, monkeypatch):
+    path = parquet_of(tmp_path)
+    wanted = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
+    monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 100)
+    arrow._convert([files.place(str(path), 'x')], ['image', 'label'], 1000)
+    found = parquet.parquet(Request('train'), path=str(path)).load(np.arange(10))
+    assert list(found['image']) == list(wanted['image'])
+    assert not (tmp_path / 'cache' / 'blocks').exists()
 
 
 def test_mistakes_with_parquet(tmp_path):

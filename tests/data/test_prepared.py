@@ -154,6 +154,6 @@ def test_a_tfrecord_index_does_not_read_the_data(tmp_path, monkeypatch):
     path.write_bytes(record * count)
     read, real = [], files.read_range
     monkeypatch.setattr(files, 'read_range', lambda f, a, n: read.append(n) or real(f, a, n))
-    index = tfrecord.indexed([files.place(str(path), 'data.path')])
+    index = tfrecord.indexed(files.stored([files.place(str(path), 'data.path')]))
     np.testing.assert_array_equal(index['offset'], np.arange(count) * len(record) + 12)
     assert sum(read) < path.stat().st_size / 5

@@ -149,7 +149,7 @@ def test_hidden_files_and_masks_are_no_images(tmp_path):
     members = [('./._a.jpg', b'mac'), mask, image, ('./a.cls', b'1')]
     path = write(tmp_path / 'x.tar', members)
     place = files.place(path, 'data.path')
-    index = tar.indexed([place], 'cls')
+    index = tar.indexed(files.stored([place]), 'cls')
     assert [files.read_range(place, int(o), 2) for o in index['offset']] == [b'it']
 
 

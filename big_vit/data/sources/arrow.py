@@ -1,22 +1,28 @@
 """Columns of Parquet and Arrow files as pyarrow tables that can be read by row."""
 
+import concurrent.futures
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from big_vit.data import files
+from big_vit.data import blocks, files
+from big_vit.data.recent import Recent
 from big_vit.data.sources.base import locate
 from big_vit.data.sources.classes import check_lists
 from big_vit.errors import UserError
 
-# Parquet has no access by row. Below this size it is read into memory, still encoded; above, the
-# columns are copied once into an Arrow file, which has.
+# Parquet has no access by row. Below this size it is read into memory, still encoded; above, each
+# group of rows is copied into an Arrow file, which has, when it is first needed.
 IN_MEMORY_BYTES = 1 << 30
+# Arrow files that are mapped at a time, and row groups where there is no disk for them.
+_MAPPED, _GROUP_BYTES = 256, 1 << 30
+# Files whose footers or small columns are read at a time.
+_THREADS = 16
 # Decoded at a time, far below the 2 GiB that an Arrow array of bytes can hold.
 _BATCH_BYTES = 64 << 20
 _BATCH_ROWS = 1000
@@ -67,17 +73,131 @@ def _read_or_convert(
     import pyarrow as pa
 
     names = list(columns)
-    total, rows = 0, []
-    for file in shards:
-        schema, count, size = _inspect(file, names)
+    found = files.stored(shards)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        inspected = list(pool.map(lambda file: _inspect(file, names), found))
+    for file, (schema, _, _) in zip(shards, inspected, strict=True):
         _need_columns(schema, columns, file, key)
-        total += size
-        rows.append(count)
+    groups = [groups for _, groups, _ in inspected]
+    rows, total = [sum(each) for each in groups], sum(size for _, _, size in inspected)
     if not any(rows):
         raise UserError(f'{shards[0]}: has no rows')
     if total <= IN_MEMORY_BYTES:
         return pa.Table.from_batches(list(_batches(shards, names))), rows
+    if is_parquet(shards[0]) and not _copy_of(shards, names).exists():
+        return GroupedTable(found, groups, inspected[0][0], names), rows
     return _map_file(_convert(shards, names, total), 'delete it, and it is made again'), rows
+
+
+class GroupedTable:
+    """Columns of Parquet files that are read one group of rows at a time.
+
+    A group becomes an Arrow file on the local disk when it is first needed, and is dropped when
+    room is needed; see `blocks`.
+
+    Attributes:
+      schema: of all files, with the metadata of the first.
+      lengths: rows of each group, int64 [groups].
+    """
+
+    def __init__(
+        self, shards: list[files.Stored], groups: list[list[int]], schema: Any, columns: list[str]
+    ):
+        self._shards, self._columns = shards, columns
+        self.schema = schema
+        self._places = [
+            (file, group) for file, rows in enumerate(groups) for group in range(len(rows))
+        ]
+        self.lengths = np.array([rows for each in groups for rows in each], np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._table = Recent(self._opened, _GROUP_BYTES)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def column(self, name: str) -> Any:
+        """Read a small column of all rows, such as labels."""
+        import pyarrow as pa
+
+        def read(shard: files.Stored) -> Any:
+            batches = list(_parquet_batches(shard.place, [name]))
+            field = pa.schema([self.schema.field(name)])
+            return (
+                _cast(pa.Table.from_batches(batches, batches[0].schema), field, shard.place)
+                if (batches)
+                else field.empty_table()
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            return pa.concat_tables(pool.map(read, self._shards)).column(name)
+
+    def media(self, column: str, kind: str) -> 'tuple[str, Column, Column | None]':
+        """Return what `media_column` does, of values that are read when they are needed."""
+        empty = self.schema.empty_table()
+        kind, _, paths = media_column(empty, column, kind)
+        parts = Recent(lambda group: (media_column(self._table(group), column, kind), 1), _MAPPED)
+
+        def at(which: int) -> Any:
+            return GroupedColumn(lambda group: parts(group)[which], self._ends)
+
+        return kind, at(1), None if paths is None else at(2)
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Begin to read the groups of some rows."""
+        for group in np.unique(np.searchsorted(self._ends, indices, side='right')).tolist():
+            blocks.later(self._table, group)
+
+    def _opened(self, group: int) -> tuple[Any, int]:
+        file, number = self._places[group]
+        shard = self._shards[file]
+
+        def read() -> Any:
+            import pyarrow.parquet as pq
+
+            with _reading(shard.place), _open(shard) as handle:
+                # What a group has of a column is one range, and comes in few requests.
+                parquet = pq.ParquetFile(handle, pre_buffer=not shard.place.is_local)
+                return _cast(
+                    parquet.read_row_group(number, self._columns, use_threads=False),
+                    _selected(self.schema, self._columns),
+                    shard.place,
+                )
+
+        def copied() -> bytes:
+            import pyarrow as pa
+
+            sink = pa.BufferOutputStream()
+            table = read()
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+            return sink.getvalue().to_pybytes()
+
+        path = blocks.kept_file(shard, self._columns, f'{number}.arrow', copied)
+        if path is None:
+            table = read()
+            return table, table.nbytes
+        with contextlib.suppress(UserError):  # It was dropped meanwhile.
+            table = _map_file(files.place(str(path), 'cache'), 'delete it')
+            return table, _GROUP_BYTES // _MAPPED
+        table = read()
+        return table, table.nbytes
+
+
+def _selected(schema: Any, columns: list[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.schema([schema.field(name) for name in columns], schema.metadata)
+
+
+class GroupedColumn:
+    """Values by row of a column that is read in groups."""
+
+    def __init__(self, column: 'Callable[[int], Column]', ends: np.ndarray):
+        self._column, self._ends = column, ends
+
+    def __getitem__(self, index: int) -> Any:
+        group, row = locate(index, self._ends)
+        return self._column(group)[row]
 
 
 @contextlib.contextmanager
@@ -92,12 +212,15 @@ def _reading(file: files.Place, advice: str = 'copy it again') -> Iterator[None]
         raise UserError(f'{file}: cannot be read ({reason}): {advice}') from error
 
 
-def _open(file: files.Place) -> Any:
+def _open(file: files.Place | files.Stored) -> Any:
     import pyarrow as pa
 
-    if file.is_local:
-        files.check_regular(file.path)
-    return pa.OSFile(file.path) if file.is_local else file.system.open(file.path, 'rb')
+    place = file.place if isinstance(file, files.Stored) else file
+    if place.is_local:
+        files.check_regular(place.path)
+        return pa.OSFile(place.path)
+    stored = file if isinstance(file, files.Stored) else files.stored([file])[0]
+    return pa.PythonFile(files.Ranges(stored), mode='r')
 
 
 def _map_file(file: files.Place, advice: str = 'copy it again') -> Any:
@@ -145,25 +268,28 @@ def _cast(table: Any, schema: Any, file: files.Place) -> Any:
         ) from error
 
 
-def _inspect(file: files.Place, columns: list[str]) -> tuple[Any, int, int]:
-    """Return (schema, rows, bytes of the columns in memory) of a file that is not mapped."""
+def _inspect(stored: files.Stored, columns: list[str]) -> tuple[Any, list[int], int]:
+    """Return (schema, rows by group, bytes of the columns in memory) of a file not mapped."""
     import pyarrow.parquet as pq
 
+    file = stored.place
     with _reading(file):
         if is_parquet(file):
-            with _open(file) as handle:
+            with _open(stored) as handle:
                 parquet = pq.ParquetFile(handle)
                 metadata = parquet.metadata
-                return parquet.schema_arrow, metadata.num_rows, _column_bytes(metadata, columns)
-        with _open(file) as handle:
+                rows = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+                return parquet.schema_arrow, rows, _column_bytes(metadata, columns)
+        with _open(stored) as handle:
             schema = _arrow_reader(handle).schema
 
         def count() -> dict[str, np.ndarray]:
             return {'rows': np.array([sum(map(len, _arrow_batches(file, [])))])}
 
         # The number of rows of a stream is known at its end only, and a remote one is slow to read.
-        rows = files.kept_arrays('arrow_rows', files.fingerprint([file]), count)['rows'][0]
-        return schema, int(rows), int(file.system.info(file.path)['size'])
+        mark = files.fingerprint_of([stored])
+        rows = files.kept_arrays('arrow_rows', mark, count)['rows'][0]
+        return schema, [int(rows)], stored.size
 
 
 def _column_bytes(metadata: Any, columns: list[str]) -> int:
@@ -181,8 +307,8 @@ def _column_bytes(metadata: Any, columns: list[str]) -> int:
 
 def _convert(shards: list[files.Place], columns: list[str], total: int) -> files.Place:
     """Copy columns to an Arrow file, a few rows at a time, unless an earlier copy exists."""
-    folder = files.cache_folder() / 'parquet'
-    target = folder / f'{files.fingerprint(shards, columns)}.arrow'
+    target = _copy_of(shards, columns)
+    folder = target.parent
     if target.exists():
         return files.place(str(target), 'cache')
     kind = 'Parquet' if is_parquet(shards[0]) else 'Arrow'
@@ -208,6 +334,10 @@ def _convert(shards: list[files.Place], columns: list[str], total: int) -> files
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return files.place(str(target), 'cache')
+
+
+def _copy_of(shards: list[files.Place], columns: list[str]) -> Path:
+    return files.cache_folder() / 'parquet' / f'{files.fingerprint(shards, columns)}.arrow'
 
 
 def _write_batches(batches: Iterator[Any], file: Any) -> None:
@@ -327,7 +457,9 @@ class Column:
         return self._chunks[chunk][row].as_py()
 
 
-def media_column(table: Any, column: str, kind: str) -> tuple[str, Column, Column | None]:
+def media_column(
+    table: Any, column: str, kind: str
+) -> tuple[str, Column | GroupedColumn, Column | GroupedColumn | None]:
     """Return (kind, bytes or texts by row, paths by row or None) of a column.
 
     Args:
@@ -338,6 +470,8 @@ def media_column(table: Any, column: str, kind: str) -> tuple[str, Column, Colum
     """
     import pyarrow as pa
 
+    if isinstance(table, GroupedTable):
+        return table.media(column, kind)
     dtype, types = table.column(column).type, pa.types
     chunks = table.column(column).chunks
     if types.is_struct(dtype):

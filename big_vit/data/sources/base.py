@@ -76,6 +76,9 @@ class Source:
         messages.
       shard_lengths: number of examples of each shard, int64 [shards], in the order of the
         examples; None if they do not lie in shards, or not in their order.
+      expect: is told the indices of examples that `load` will be asked for soon, with their
+        neighbours, so that it can fetch them in large pieces; returns at once. None if that would
+        be of no use.
       shards: returns the shards, in the same order; None if they are not known.
     """
 
@@ -91,6 +94,7 @@ class Source:
     labels: Callable[[], np.ndarray] | None = None
     where: Callable[[int], str] | None = None
     shard_lengths: Int64[np.ndarray, ' shards'] | None = None
+    expect: Callable[[np.ndarray], None] | None = None
     shards: Callable[[], Sequence[Shard]] | None = None
 
     @property
@@ -113,12 +117,13 @@ class Source:
 
 def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndarray]) -> Source:
     """Return the source whose example i is example `position(i)` of another; i is int64 [B]."""
-    labels = source.labels
+    labels, expect = source.labels, source.expect
     return replace(
         source,
         length=length,
         load=lambda indices: source.load(position(np.asarray(indices, np.int64))),
         shard_lengths=None,
+        expect=None if expect is None else lambda indices: expect(position(indices)),
         shards=None,
         labels=None if labels is None else lambda: labels()[position(np.arange(length))],
         where=lambda index: source.place(int(position(np.array([index], np.int64))[0])),
@@ -178,6 +183,13 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
             for column in sorted(common)
         }
 
+    def expect(indices: np.ndarray) -> None:
+        which = np.searchsorted(ends, indices, side='right')
+        for k in np.unique(which).tolist():
+            told = sources[k].expect
+            if told is not None:
+                told(indices[which == k] - starts[k])
+
     def where(index: int) -> str:
         part, within = locate(index, ends)
         return sources[part].place(within)
@@ -196,6 +208,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         if None in labels
         else lambda: np.concatenate([read() for read in labels if read is not None]),
         where=where,
+        expect=expect if any(source.expect for source in sources) else None,
         shard_lengths=np.concatenate(lengths) if len(lengths) == len(sources) else None,
         shards=None
         if len(shards) < len(sources)

@@ -74,6 +74,7 @@ def parquet(
         if not len(table):
             raise UserError(f'{shards[0]}: has no rows')
         features = _features(table.schema)
+        grouped = table if isinstance(table, arrow.GroupedTable) else None
         try:
             kind, data, paths = arrow.media_column(
                 table, image_column, _declared_kind(features.get(image_column))
@@ -112,13 +113,17 @@ def parquet(
             class_names=classes.names,
             labels=None if labels.ends is not None else lambda: numbers[labels.codes],
             where=where,
+            shard_lengths=grouped.lengths if grouped else np.array(rows, np.int64),
+            expect=grouped.expect if grouped else None,
         )
 
     return cut(title, splits, open_split, request)
 
 
 def _reader(
-    data: arrow.Column, paths: arrow.Column | None, shard_of: Callable[[int], files.Place]
+    data: arrow.Column | arrow.GroupedColumn,
+    paths: arrow.Column | arrow.GroupedColumn | None,
+    shard_of: Callable[[int], files.Place],
 ) -> Callable[[int], Any]:
     """Return a function that reads the bytes of a row, or the file that its path names."""
 
@@ -173,7 +178,7 @@ def _declared_kind(feature: Any) -> str:
 
 def _find_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
     """Return the files of each split, in order."""
-    try:
+    with files.reading(root, f'{key}.path'):
         if _GLOB.search(root.name) and not files.exists(root):
             parent = root._replace(path=root.path.rpartition('/')[0])
             names = [entry.name for entry in files.entries(parent)]
@@ -192,8 +197,6 @@ def _find_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
             splits = _splits_by_name(root, [entry.name for entry in files.walk(root)], key)
             for shards in splits.values():
                 _need_all_shards(shards)
-    except OSError as error:
-        raise UserError(f'{key}.path: cannot read {root}: {error}') from error
     if not any(splits.values()):
         raise UserError(f'{key}.path: no .parquet or .arrow file in {root}')
     return splits
@@ -281,3 +284,12 @@ def _read_json(file: files.Place) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{file}: holds no JSON object: copy it again')
     return content
+
+
+def shards_of_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
+    """Return the files of each split, in order.
+
+    Raises:
+      UserError: there is none.
+    """
+    return _find_splits(root, key)

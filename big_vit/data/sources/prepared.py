@@ -73,7 +73,7 @@ def tfds(
     def open_split(name: str) -> Source:
         split = info.splits[name]
         _need_all_files(split, directory, name)
-        read = _reader(builder, name, image, key)
+        read, expect = _reader(builder, name, image, key)
         ends = np.cumsum(split.shard_lengths)
 
         def where(index: int) -> str:
@@ -114,6 +114,8 @@ def tfds(
             class_names=label.names,
             labels=None if label.multilabel else all_labels,
             where=where,
+            shard_lengths=np.array(split.shard_lengths, np.int64),
+            expect=expect,
         )
 
     return cut(f'tfds:{tfds_name}', list(info.splits), open_split, request)
@@ -227,8 +229,12 @@ def _need_all_files(split: Any, directory: Any, name: str) -> None:
 
 def _reader(
     builder: Any, name: str, image: _Image, key: str
-) -> Callable[[list[int]], list[dict[str, Any]]]:
-    """Return a function that reads the examples of a split with the given indices."""
+) -> tuple[Callable[[list[int]], list[dict[str, Any]]], Callable[[np.ndarray], None] | None]:
+    """Return a function that reads the examples of a split, and one that is told of them before.
+
+    Raises:
+      UserError: a TFRecord file has another number of records than expected.
+    """
     import tensorflow_datasets
 
     skip = None
@@ -236,38 +242,11 @@ def _reader(
         skip = {image.feature: tensorflow_datasets.decode.SkipDecoding()}
     info = builder.info
     if _format(info) != 'tfrecord':
-        return builder.as_data_source(name, decoders=skip).__getitems__
-    shards = [files.place(os.fspath(p), key) for p in info.splits[name].filepaths]
-    return _tfrecord_reader(shards, info.splits[name].shard_lengths, info.features, skip)
-
-
-def _tfrecord_reader(
-    shards: list[files.Place], lengths: list[int], features: Any, skip: Any
-) -> Callable[[list[int]], list[dict[str, Any]]]:
-    """Return a function that reads examples of TFRecord files.
-
-    Raises:
-      UserError: a file has another number of records than expected.
-    """
-    index = tfrecord.indexed(shards)
-    counts = np.bincount(index['shard'], minlength=len(shards))
-    for place, count, expected in zip(shards, counts, lengths, strict=True):
-        if count != expected:
-            raise UserError(
-                f'{place}: {count} records, but dataset_info.json says {expected}: copy the '
-                'dataset again'
-            )
-    shard, offset, size = index['shard'], index['offset'], index['size']
-
-    def read(indices: list[int]) -> list[dict[str, Any]]:
-        return [
-            features.deserialize_example_np(
-                files.read_range(shards[shard[i]], int(offset[i]), int(size[i])), decoders=skip
-            )
-            for i in indices
-        ]
-
-    return read
+        return builder.as_data_source(name, decoders=skip).__getitems__, None
+    split, decode = info.splits[name], info.features.deserialize_example_np
+    shards = [files.place(os.fspath(path), key) for path in split.filepaths]
+    records = tfrecord.Records(shards, list(split.shard_lengths))
+    return lambda rows: [decode(records.read(i), decoders=skip) for i in rows], records.expect
 
 
 # --- Features --------------------------------------------------------------------------

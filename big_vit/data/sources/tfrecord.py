@@ -6,14 +6,27 @@ the masked CRC-32C of the data.
 
 import concurrent.futures
 import functools
+import re
 import struct
+from typing import Any
 
 import numpy as np
 
-from big_vit.data import files
-from big_vit.errors import UserError
+from big_vit.data import blocks, files
+from big_vit.data.recent import Recent
+from big_vit.data.sources import sidecars
+from big_vit.data.sources.base import locate
+from big_vit.errors import UserError, failure_at
 
 _HEAD, _FOOT = 12, 4
+# Indices of files that are kept in memory.
+_PARTS_BYTES = 256 << 20
+_NAME = re.compile(r'.*\.tfrecords?(-\d+-of-\d+)?')
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is a TFRecord file by its name."""
+    return _NAME.fullmatch(name) is not None
 
 
 @functools.cache
@@ -32,13 +45,16 @@ def masked_crc(data: bytes) -> int:
     crc, table = 0xFFFFFFFF, _table()
     for byte in data:
         crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
+    return _masked(crc ^ 0xFFFFFFFF)
+
+
+def _masked(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
     """Return (offsets, sizes) of the data of all records; UserError if the file is damaged."""
-    end = int(file.system.info(file.path)['size'])
+    end = files.size_of(file)
     take = files.forward(file)
     offsets, sizes, at = [], [], 0
     while at < end:
@@ -60,7 +76,7 @@ def _records(file: files.Place) -> tuple[np.ndarray, np.ndarray]:
     return np.array(offsets, np.uint64), np.array(sizes, np.uint32)
 
 
-def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
+def indexed(shards: list[files.Stored]) -> dict[str, np.ndarray]:
     """Index the records of some files; the index is built once and memory-mapped from then on.
 
     Returns:
@@ -71,8 +87,10 @@ def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
     """
 
     def build() -> dict[str, np.ndarray]:
+        sidecars.tell_walk(shards)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            offsets, sizes = zip(*pool.map(_records, shards), strict=True)
+            found = pool.map(lambda shard: _records(shard.place), shards)
+            offsets, sizes = zip(*found, strict=True)
         numbers = np.arange(len(shards), dtype=np.uint32)
         return {
             'shard': np.repeat(numbers, [len(part) for part in offsets]),
@@ -80,4 +98,111 @@ def indexed(shards: list[files.Place]) -> dict[str, np.ndarray]:
             'size': np.concatenate(sizes),
         }
 
-    return files.kept_arrays('tfrecord', files.fingerprint(shards), build)
+    return files.kept_arrays('tfrecord', files.fingerprint_of(shards), build)
+
+
+class Records:
+    """The records of files whose numbers of records are known; each file is indexed when needed.
+
+    Local files without an index are indexed at once, which is soon done and finds what is damaged.
+
+    Args:
+      shards: the files.
+      lengths: records of each.
+
+    Raises:
+      UserError: a file has another number of records, is damaged, or changed since its index.
+    """
+
+    def __init__(self, shards: list[files.Place], lengths: list[int]):
+        self._shards, self._lengths = files.stored(shards), lengths
+        self._ends = np.cumsum(lengths)
+        folder = shards[0]._replace(path=shards[0].path.rpartition('/')[0])
+        self._manifest = sidecars.read_manifest(folder / sidecars.MANIFEST, folder)
+        if self._manifest is not None:
+            rows = sidecars.check(self._manifest, self._shards, str(folder))
+            self._compare(self._manifest.arrays['counts'][rows, 0])
+        self._every = None
+        if self._manifest is None and shards[0].is_local:
+            index = indexed(self._shards)
+            self._compare(np.bincount(index['shard'], minlength=len(shards)))
+            self._every = index['offset'], index['size']
+        self._part = Recent(self._opened, _PARTS_BYTES)
+
+    def _compare(self, counts: np.ndarray, first: int = 0) -> None:
+        for number, count in enumerate(counts.tolist(), first):
+            if count != self._lengths[number]:
+                raise UserError(
+                    f'{self._shards[number].place}: {count} records, but dataset_info.json says '
+                    f'{self._lengths[number]}: copy the dataset again'
+                )
+
+    def _opened(self, shard: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        stored = self._shards[shard]
+        if self._every is not None:
+            which = slice(int(self._ends[shard]) - self._lengths[shard], int(self._ends[shard]))
+            return (self._every[0][which], self._every[1][which]), 1
+        if self._manifest is not None:
+            index = sidecars.read_index(self._manifest, stored)
+        else:
+            index = indexed([stored])
+            self._compare(np.array([len(index['size'])]), shard)
+        return (index['offset'], index['size']), index['offset'].nbytes + index['size'].nbytes
+
+    def read(self, index: int) -> bytes:
+        """Read a record; of a remote one its length and checksum are compared.
+
+        Raises:
+          OSError: it cannot be read, or is damaged.
+        """
+        shard, row = locate(index, self._ends)
+        offset, size = (int(column[row]) for column in self._part(shard))
+        stored = self._shards[shard]
+        if stored.place.is_local:
+            return files.read_range(stored.place, offset, size)
+        whole = blocks.read_range(stored, offset - _HEAD, _HEAD + size + _FOOT)
+        length, _ = struct.unpack('<QI', whole[:_HEAD])
+        data = whole[_HEAD:-_FOOT]
+        (wanted,) = struct.unpack('<I', whole[-_FOOT:])
+        if length != size or _fast_crc(data) not in (wanted, None):
+            blocks.forget(stored)
+            raise OSError(f'{stored.place}: the record at byte {offset:,} has another checksum')
+        return data
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Begin to read the blocks of some records, if they are remote."""
+        if self._shards[0].place.is_local:
+            return
+        which = np.searchsorted(self._ends, indices, side='right')
+        starts = self._ends - self._lengths
+        for shard in np.unique(which).tolist():
+            blocks.later(self._fetch, shard, indices[which == shard] - starts[shard])
+
+    def _fetch(self, shard: int, rows: np.ndarray) -> None:
+        offset, size = self._part(shard)
+        ranges = list(zip(offset[rows].tolist(), size[rows].tolist(), strict=True))
+        blocks.expect(self._shards[shard], ranges)
+
+
+def _fast_crc(data: bytes) -> int | None:
+    """Return the masked checksum, if the package is there that computes it in no time."""
+    try:
+        import google_crc32c  # Comes with gcsfs.
+    except ImportError:
+        return None
+    return _masked(google_crc32c.value(data))
+
+
+def sidecar(shard: files.Place, _: str = '') -> tuple[dict[str, Any], sidecars.Arrays]:
+    """Index a file; returns (facts, arrays) as `sidecars` keeps them.
+
+    Raises:
+      UserError: it is damaged; names the byte.
+    """
+    try:
+        offset, size = _records(shard)
+    except OSError as error:
+        kind = failure_at(shard, error)
+        raise kind(f'{shard}: cannot be read: {error.strerror or error}') from error
+    counts = {'counts': [len(size)], 'unlabelled': [0]}
+    return {'values': [], 'left': {}, 'endings': {}, **counts}, {'offset': offset, 'size': size}

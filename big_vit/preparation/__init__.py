@@ -1,0 +1,1 @@
+"""Preparation of large sets of pictures on Apache Beam: `python -m big_vit.prepare filter`."""
