@@ -333,7 +333,6 @@ def start(*words):
 def test_killed_twice_and_with_two_workers_it_ends_the_same(done, inputs, tmp_path):
     out = tmp_path / 'out'
     words = command(inputs, out, '--resize', '90')
-    words += ['--', '--direct_running_mode=multi_processing', '--direct_num_workers=2']
     for wanted in ('.work/examined/*.npz', '.work/written/*.json'):
         process = start(*words)
         while process.poll() is None and not list(out.glob(wanted)):
