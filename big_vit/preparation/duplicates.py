@@ -194,7 +194,7 @@ def _one_by_one(
         first, others = remain[:count], group[remain]
         near = _near(group[first][:, None], is_own[first][:, None], others, most)
         near &= (np.arange(len(first))[:, None] < np.arange(len(others))) & is_own[remain]
-        taken: np.ndarray = near.any(0)
+        taken = np.asarray(near.any(0))
         of = group['id'][first][near.argmax(0)[taken]]
         yield np.stack([others['id'][taken], of], axis=1)
         remain = remain[count:][~taken[count:]]
