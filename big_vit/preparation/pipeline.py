@@ -257,8 +257,8 @@ def _decide(group: tuple[int, Iterable[bytes]], job: Job) -> Iterator[Any]:
         if str(row) in about['why']:
             line['why'] = about['why'][str(row)]
         if reason[row] >= len(reasons) - 3:
-            other = tasks[duplicates.unit_of(of[row])][1]
-            line['of'] = f'{other.place}, row {other.start + duplicates.row_of(of[row])}'
+            other_set, other = tasks[duplicates.unit_of(of[row])]
+            line['of'] = examples.where(job.sets[other_set], other, int(duplicates.row_of(of[row])))
         lines.append(json.dumps(line, ensure_ascii=False))
     left_out = ''.join(f'{line}\n' for line in lines) if of_set == 0 else ''
     yield unit.number // _LISTED, (unit.number, json.dumps(summary), left_out)

@@ -144,7 +144,7 @@ def test_what_is_left_out_and_why(done):
     assert reasons.pop('006' if '006' in reasons else '106') == 'near'  # Of equal size.
     assert reasons == {n: r for n, r in WANTED.items() if n != '106'}
     assert found['101']['of'].endswith('00000.tar, row 1')
-    assert found['012']['of'].endswith('evaluation, row 1')
+    assert found['012']['of'].endswith('evaluation/test/12.jpg')
     assert 'JPEG' in found['010']['why']
 
 
