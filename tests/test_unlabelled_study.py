@@ -109,8 +109,8 @@ def test_every_start_learns_for_the_same_operations_from_what_it_is_told(tmp_pat
     steps = {}
     for start in study.TRAINED:
         config = study.config_of(Run(start, 'learned', 1, 3.0), tmp_path, 1e12)
-        base = study.base_config(Run(start, 'learned', 1), tmp_path)
-        assert config.lr == pytest.approx(3 * base.lr)
+        assert config.lr == pytest.approx(0.03)
+        assert config.optim.name == 'muon'
         assert config.data.name == ('fdsl' if start == 'fdsl' else 'arrays')
         steps[start] = config.total_steps
     # A view of a picture costs the supervised start one pass: those with more views take fewer.
