@@ -205,6 +205,7 @@ def test_meshes_and_accumulation_give_the_same_losses(tmp_path):
         'fsdp': {**sharded, 'mesh.fsdp': 8},
         '2d': {**sharded, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'accumulation': 2},
         'accumulated': {'mesh.fsdp': 2, 'mesh.tensor': 4, 'accumulation': 8},
+        'packed': {**sharded, 'mesh.fsdp': 4, 'mesh.replica': 2, 'model.pack': True},
     }.items():
         np.testing.assert_allclose(losses_of(changes, tmp_path / name), wanted, rtol=2e-5)
     alone = write_config(tmp_path)
