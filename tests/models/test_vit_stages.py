@@ -99,13 +99,14 @@ def test_each_stage_needs_its_own_parameters_only():
 def all_of(batch=3, length=7, shared=False):
     """Tokens whose values tell their example and their place; positions may be of all alike."""
     rng = np.random.default_rng(2)
-    tables = [rng.random((1 if shared else batch, length, 4)).astype(np.float32) for _ in range(2)]
+    tables = [rng.random((1 if shared else batch, length, 4)).astype(np.float32) for _ in range(3)]
     return Tokens(
         rng.random((batch, length, 5)).astype(np.float32),
         (1, length),
         rng.random((batch, length)) < 0.5,
         rng.integers(0, 4, (batch, length)).astype(np.int32),
         (tables[0], tables[1]),
+        tables[2],
     )
 
 
@@ -128,7 +129,7 @@ def test_chosen_tokens_keep_their_mask_segment_and_rotation(shared):
 
 def test_what_tokens_have_not_is_not_made_up():
     plain = Tokens(jnp.ones((2, 4, 3)), (2, 2))
-    assert vit.select_tokens(plain, jnp.array([[0, 1], [2, 3]]))[1:] == (None,) * 4
+    assert vit.select_tokens(plain, jnp.array([[0, 1], [2, 3]]))[1:] == (None,) * 5
 
 
 @pytest.mark.parametrize('rate, kept', [(0.0, 7), (0.3, 5), (0.5, 4), (0.99, 1)])

@@ -227,6 +227,7 @@ def test_a_teacher_is_spread_over_the_mesh_and_the_losses_are_the_same(tmp_path,
     np.testing.assert_allclose(*rows, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_abstract_state_counts_the_teacher_and_a_checkpoint_does_not(teacher):
     changes = {'task.teacher': str(teacher[0]), 'mesh.min_shard_size': 0}
     parts = build_experiment(config.resolve({**STUDENT, **changes}))
