@@ -376,7 +376,9 @@ _MOST_LABELS = 1 << 24
 
 def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: int) -> None:
     """Say where few classes come at a time, if the labels are at hand."""
-    is_known = part.labels is not None and part.length <= _MOST_LABELS
+    # TFDS has labels in its examples alone, all of which would be read.
+    is_known = part.labels is not None and not part.name.startswith('tfds:')
+    is_known = is_known and part.length <= _MOST_LABELS
     if isinstance(shards, int) or not is_known or jax.process_index():
         return
     assert part.labels is not None

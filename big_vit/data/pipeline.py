@@ -22,7 +22,7 @@ from big_vit.data.sources.media import say_once
 from big_vit.data.transforms import Transform, finished
 from big_vit.data.transforms.operations import BadExampleError
 from big_vit.data.transforms.transform import TRIED
-from big_vit.errors import PERMANENT_ERRORS, UserError, failure_at
+from big_vit.errors import PERMANENT_ERRORS, Unavailable, UserError, failure_at
 
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
@@ -32,9 +32,6 @@ _ROWS_PER_TASK = 16
 _STEPS_AHEAD = 8
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-# Of a store that does not answer nothing is damaged.
-_OUTAGES = (ConnectionError, TimeoutError)
 
 Rows = slice | Int64[np.ndarray, ' rows']
 _Indices = Callable[[int], tuple[np.ndarray, np.ndarray]]
@@ -203,6 +200,15 @@ def load(
     return {**columns, 'replaced': replaced} if skip_bad else columns
 
 
+def _is_outage(place: str, error: Exception) -> bool:
+    """Whether a store does not answer, of which nothing is damaged."""
+    return (
+        isinstance(error, OSError)
+        and not isinstance(error, network.ShortAnswerError)
+        and failure_at(place, error) is Unavailable
+    )
+
+
 def _load_one(
     source: Source,
     transform: Transform,
@@ -224,7 +230,7 @@ def _load_one(
         if instead is not None:
             return instead(index, error), 1
         first = error
-    if skip_bad and not isinstance(first, _OUTAGES):
+    if skip_bad and not _is_outage(source.place(index), first):
         following, of_others = stand_ins(source, index, TRIED)
         # A shard that is not there has no other example either.
         is_lost = bool(of_others) and isinstance(first, PERMANENT_ERRORS)

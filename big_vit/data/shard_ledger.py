@@ -100,6 +100,12 @@ def with_lost(source: Source, ledger: Ledger | None) -> Source:
             raise FileNotFoundError(errno.ENOENT, 'it has vanished', ledger.shards[gone[0]].name)
         return source.load(indices + moves[which])
 
+    def expect(indices: np.ndarray) -> None:
+        which = shard_of(indices)
+        is_there = places[which] >= 0
+        assert source.expect is not None
+        source.expect(indices[is_there] + moves[which[is_there]])
+
     def where(index: int) -> str:
         which = int(shard_of(np.array([index]))[0])
         gone = places[which] < 0
@@ -115,6 +121,7 @@ def with_lost(source: Source, ledger: Ledger | None) -> Source:
         length=int(ends[-1]),
         load=load,
         labels=None,
+        expect=None if source.expect is None else expect,
         where=where,
         shard_lengths=lengths,
         shards=lambda: shards,

@@ -10,7 +10,16 @@ import pytest
 
 from big_vit import config as config_lib
 from big_vit.build.data import train_data
-from big_vit.data import dataset, files, pipeline, shard_ledger, sources, transforms, windows
+from big_vit.data import (
+    dataset,
+    files,
+    network,
+    pipeline,
+    shard_ledger,
+    sources,
+    transforms,
+    windows,
+)
 from big_vit.data.sources.base import Shard, stand_ins
 from big_vit.errors import Unavailable, UserError
 from big_vit.journal import Damage
@@ -92,7 +101,7 @@ def test_a_lost_shard_keeps_its_place_and_comes_back(folder, capfd):
     before = opened(folder)
     ledger, clean = ledger_of(before), take(before, 6)
     (folder / '007.tar').rename(folder.parent / 'kept')
-    source = opened(folder, ledger)
+    source, stored = opened(folder, ledger), opened(folder)
     assert source.length == before.length
     meter = pipeline.Meter()
     batches = take(source, 6, meter=meter)
@@ -114,6 +123,11 @@ def test_a_lost_shard_keeps_its_place_and_comes_back(folder, capfd):
     for whole, *parts in zip(batches, *halves, strict=True):
         for name in whole:
             np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
+
+    told = []
+    small = dataclasses.replace(stored, expect=told.append)
+    shard_ledger.with_lost(small, ledger).expect(np.array([0, 83, 84, 95, 96, 119]))
+    np.testing.assert_array_equal(np.concatenate(told), [0, 83, 84, 107])
 
     then = ledger_of(source)
     assert then.lost == ('007.tar',)
@@ -209,6 +223,15 @@ def test_a_store_that_does_not_answer_is_no_damage(folder):
     silent = dataclasses.replace(source, load=load, where=lambda i: f's3://bucket/{i}.tar')
     with pytest.raises(Unavailable, match='no answer'):
         take(silent, 1)
+
+    def load_short(indices):
+        if (indices // EXAMPLES == 2).any():
+            raise network.ShortAnswerError('it ends at byte 7')
+        return source.load(indices)
+
+    short = dataclasses.replace(silent, load=load_short)
+    batches = take(short, 5)
+    assert sum(batch['replaced'].sum() for batch in batches) == EXAMPLES
 
 
 def test_stand_ins_are_of_the_next_shards():

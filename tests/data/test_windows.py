@@ -338,4 +338,5 @@ def test_a_run_is_warned_of_sorted_shards(capfd):
     assert error.count('\n') == 1
     chosen([sorted_], shuffle='windows', window=64)
     chosen([sorted_], shuffle=True)
+    chosen([dataclasses.replace(sorted_, name='tfds:all')], shuffle='windows', window=4)
     assert capfd.readouterr().err == ''

@@ -15,7 +15,7 @@ import numpy as np
 from big_vit.data import files
 from big_vit.data.sources import labels as labels_lib
 from big_vit.data.sources import tfrecord
-from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data.sources.base import Columns, Request, Shard, Source, locate
 from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
@@ -75,6 +75,7 @@ def tfds(
         _need_all_files(split, directory, name)
         read, expect = _reader(builder, name, image, key)
         ends = np.cumsum(split.shard_lengths)
+        shards = [files.place(os.fspath(path), key) for path in split.filepaths]
 
         def where(index: int) -> str:
             shard, record = locate(index, ends)
@@ -115,6 +116,9 @@ def tfds(
             labels=None if label.multilabel else all_labels,
             where=where,
             shard_lengths=np.array(split.shard_lengths, np.int64),
+            shards=lambda: [
+                Shard(file.place.name, file.size, file.stamp) for file in files.stored(shards)
+            ],
             expect=expect,
         )
 
