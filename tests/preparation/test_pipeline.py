@@ -144,7 +144,7 @@ def test_what_is_left_out_and_why(done):
     assert reasons.pop('006' if '006' in reasons else '106') == 'near'  # Of equal size.
     assert reasons == {n: r for n, r in WANTED.items() if n != '106'}
     assert found['101']['of'].endswith('00000.tar, row 1')
-    assert found['012']['of'].endswith('evaluation, row 1')
+    assert found['012']['of'].endswith('evaluation/test/12.jpg')
     assert 'JPEG' in found['010']['why']
 
 
@@ -333,7 +333,6 @@ def start(*words):
 def test_killed_twice_and_with_two_workers_it_ends_the_same(done, inputs, tmp_path):
     out = tmp_path / 'out'
     words = command(inputs, out, '--resize', '90')
-    words += ['--', '--direct_running_mode=multi_processing', '--direct_num_workers=2']
     for wanted in ('.work/examined/*.npz', '.work/written/*.json'):
         process = start(*words)
         while process.poll() is None and not list(out.glob(wanted)):
