@@ -91,6 +91,27 @@ def test_what_is_expected_is_fetched_once_in_large_pieces(store, file):
     assert gets(store) == [BLOCK] * 5
 
 
+def test_processes_of_a_host_fetch_a_block_once(store, file, tmp_path):
+    """Two processes, each with a cache of its own in one folder; locks hold between open files."""
+    store.faults = lambda operation, path, number: time.sleep(0.05)
+    store.asked.clear()
+    caches = [blocks._Blocks(tmp_path / 'shared', 1 << 30) for _ in range(2)]
+    read = []
+
+    def work(cache):
+        for number in range(4):
+            read.append(cache.read(file, number * BLOCK, BLOCK) == DATA[number * BLOCK :][:BLOCK])
+
+    threads = [threading.Thread(target=work, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read == [True] * 8
+    assert gets(store) == [BLOCK] * 4
+    assert sorted(path.name for path in (tmp_path / 'shared').glob('*/*')) == list('0123')
+
+
 def test_what_was_used_least_lately_is_dropped(store, file, tmp_path, monkeypatch):
     monkeypatch.setenv('BIG_VIT_CACHE_GB', str(4 * BLOCK / 1e9))
     for number in (0, 1, 2, 0, 3, 0, 4, 0, 5, 0):

@@ -469,6 +469,11 @@ def test_the_command(tmp_path, capsys):
     refused(lambda: prepare.main(['index', str(tmp_path)]), 'PATH.path: no .tar file in')
 
 
+def test_files_that_have_an_index_of_their_own(tmp_path):
+    (tmp_path / 'train-0.parquet').touch()
+    refused(lambda: indexing.index(str(tmp_path)), r'train-0\.parquet needs no index: the end of')
+
+
 @pytest.mark.slow
 def test_processes_write_the_same_index(tmp_path):
     path = write(tmp_path / 'set', 9)
