@@ -498,10 +498,10 @@ def prepare() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_filter(name: str = 'prepare filter') -> argparse.ArgumentParser:
+def prepare_filter() -> argparse.ArgumentParser:
     """Parser of `prepare filter`; what comes after -- is for Beam."""
     parser = _parser(
-        name,
+        'prepare filter',
         'Filter a large set of pictures: rules, duplicates, pictures of evaluation sets; shrink '
         'and write what remains as shards. On Apache Beam.',
         'Flags of Beam come after --, as in -- --runner=DataflowRunner --project=P. '
