@@ -121,7 +121,8 @@ def test_chosen_tokens_keep_their_mask_segment_and_rotation(shared):
             np.testing.assert_array_equal(found.x[row, column], tokens.x[row, place])
             assert found.mask[row, column] == tokens.mask[row, place]
             assert found.segment[row, column] == tokens.segment[row, place]
-            for mine, whole in zip(found.rotation, tokens.rotation, strict=True):
+            kept = (*found.rotation, found.places), (*tokens.rotation, tokens.places)
+            for mine, whole in zip(*kept, strict=True):
                 np.testing.assert_array_equal(mine[row, column], whole[table, place])
     assert found.grid is None
     assert found.x.shape == (3, 3, 5) and found.rotation[0].shape == (3, 3, 4)
