@@ -15,12 +15,15 @@ from big_vit import prepare
 from big_vit.data import files, network
 from big_vit.data.sources import indexing, parquet, sidecars, tar
 from big_vit.data.sources.base import Request
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
+    # On a busy machine a request may be late, and another would be counted.
+    monkeypatch.setattr(network._Lateness, 'may_double', lambda self: False)
 
 
 @pytest.fixture
@@ -458,6 +461,22 @@ def test_without_an_index_shards_are_walked_and_that_is_told(store, capfd):
         'counted:///bucket/other: has no index, so all 4 shards (0.0 GB) are read through once: '
         '`python -m big_vit.prepare index counted:///bucket/other` avoids that'
     ) in capfd.readouterr().err
+
+
+def test_many_hosts_do_not_each_read_all_of_a_store(store, monkeypatch):
+    path = fill(store, 3, folder='bucket/huge')
+    monkeypatch.setattr(hosts, 'count', lambda: 64)
+    assert opened(path).length == 21  # So little they may.
+    monkeypatch.setattr(sidecars, '_MUCH', 10_000)
+    fill(store, 4, folder='bucket/huge')
+    refused(
+        lambda: opened(path),
+        r'each of 64 hosts would read all 4 shards \(.* GB\): run `python -m big_vit\.prepare '
+        r'index counted:///bucket/huge` once$',
+    )
+    assert store.bytes_of('.tar') == 0
+    indexing.index(path, **quiet)
+    assert opened(path).length == 28
 
 
 def test_the_command(tmp_path, capsys):
