@@ -389,6 +389,7 @@ def test_every_one_letter_typo_of_every_key_is_refused_by_name():
 # What each key refuses; every key of the schema is in one of these groups.
 WRONG = {
     'int': ['x', 1.5, True, (1,), float('nan'), float('inf'), -2, 1e30, 2**63],
+    'power': ['x', 1.5, True, (1,), 0, -2, 3, 2**17],
     'number': ['x', True, (1,), float('nan'), -1],
     'share': ['x', True, 1.5, -0.1, float('nan')],
     'bool': ['yes', 1, 0, 1.0],
@@ -431,7 +432,8 @@ GROUPS = {
     'model.variant': 'str', 'model.width': 'int', 'model.depth': 'int', 'model.mlp_dim': 'int',
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'below one', 'model.dtype': 'choice', 'model.scan': 'bool',
-    'model.remat': 'choice', 'data.shuffle': 'bool', 'data.window': 'int', 'optim.name': 'choice',
+    'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
+    'data.window': 'power', 'index': 'str',
     'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'positive',
     'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',
     'optim.clip': 'number', 'optim.agc': 'number', 'optim.sam_rho': 'number',
