@@ -555,6 +555,9 @@ def run(settings: Settings, out: str, flags: list[str], command: str) -> dict[st
 
 
 def _clean(job: Job) -> None:
+    """Remove all that is not part of the result."""
+    for folder in (job.file(), job.file('left_out')):
+        stored.forget_partial(folder)
     if files.exists(job.work()):
         job.work().system.rm(job.work().path, recursive=True)
 

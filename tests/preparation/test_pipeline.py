@@ -214,6 +214,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
     with contextlib.suppress(*CUT_OFF):
         filtering.main([*command(inputs, out, '--resize', '90'), *HERE])
     assert not (out / 'manifest.json').exists()
+    (out / f'.train-00000.tar.{"0a" * 16}').write_text('what a kill leaves of a shard')
     monkeypatch.setattr(stored, 'write', write)
     filtering.main([*command(inputs, out, '--resize', '90'), *HERE])
     assert contents(out) == contents(done)
