@@ -245,7 +245,7 @@ def fine(operation, path, number):
         raise OSError('503 Slow Down')
 
 
-@pytest.mark.parametrize('faults', [None, fine])
+@pytest.mark.parametrize('faults', [None, pytest.param(fine, marks=pytest.mark.slow)])
 def test_an_epoch_with_locality_reads_each_byte_about_once(store, faults, tmp_path):
     path = fill(store, 8, count=64)
     indexing.index(path, say=lambda line: None)

