@@ -112,6 +112,7 @@ setup(
         'text': TEXT,
         'onnx': ONNX,
         'prepare': ['tensorflow>=2.18'],
+        'beam': ['apache-beam>=2.77'],  # Holds back protobuf, pyarrow and NumPy by a version.
         'wandb': ['wandb>=0.18'],
         'test': TEST,
         'dev': [*TEST, 'ruff>=0.9', 'mypy>=1.13', 'mkdocs-material>=9.5'],

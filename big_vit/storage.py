@@ -32,6 +32,11 @@ def place(path: str | os.PathLike[str]) -> epath.Path:
     if is_local(path):
         return epath.Path(path).expanduser()  # Shells leave --workdir=~/run as it is.
     scheme, _, rest = os.fspath(path).partition('://')
+    if scheme == 's3':
+        raise UserError(
+            f'{path}: s3:// is for data: Orbax writes checkpoints to local disks and gs:// '
+            'only, so use one of these'
+        )
     if scheme not in LIBRARIES:
         known = ', '.join(f'{name}://' for name in LIBRARIES)
         raise UserError(f'{path}: {scheme}:// is not supported; a local path, or one of {known}')

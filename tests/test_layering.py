@@ -27,7 +27,7 @@ LAYERS = [
     {'build'},
     {'pretrained', 'ledger', 'explain', 'journal', 'resumption', 'training_loop'},
     {'inspection'},
-    {'sweeps', 'predictor', 'deployment'},
+    {'sweeps', 'predictor', 'deployment', 'preparation'},
     {
         'train',
         'transfer',
@@ -66,7 +66,11 @@ ONLY_IN = {
     'grain': {'data/pipeline.py'},
     'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
     'array_record': {'data/sources/records.py'},
-    'pyarrow': {'data/sources/arrow.py', 'predict.py'},
+    'pyarrow': {
+        *('data/sources/arrow.py', 'predict.py'),
+        *('preparation/columns.py', 'preparation/embeddings.py'),
+    },
+    'apache_beam': {'preparation/pipeline.py'},
     'simplejpeg': {'data/decode.py', 'data/transforms/pixels.py'},
     'av': {'data/transforms/video.py'},
     'onnx': {'deployment/graph.py', 'deployment/operators.py', 'deployment/writer.py'},

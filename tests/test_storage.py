@@ -64,6 +64,10 @@ def store(monkeypatch):
     ('path', 'message'),
     [
         ('hdfs://a/b', r'hdfs:// is not supported; a local path, or one of gs://'),
+        (
+            's3://a/b',
+            r's3://a/b: s3:// is for data: Orbax writes checkpoints to local disks and gs',
+        ),
         ('gs:///', r'names no bucket; write gs://BUCKET/RUN'),
         ('gs://bucket/run', r'gs://bucket/run: gs:// needs `pip install gcsfs`'),
     ],

@@ -199,6 +199,11 @@ def register_saved_steps(saved: Callable[[], list[int]]) -> None:
         _watch.saved = saved
 
 
+def count() -> int:
+    """Returns the number of processes of the run; 1 in a process that only loads data."""
+    return 1 if _watch is None else _watch.processes
+
+
 def gather(value: Any) -> list[Any]:
     """Gathers a JSON value from every process, in process order; all must call it."""
     watch = _active_watch()

@@ -25,8 +25,8 @@ OF_EVALUATION, OF_EQUAL, OF_ALIKE, WITHOUT = 0, 1, 2, 3
 _UNIT_BITS = np.uint64(32)
 # Mean difference of chroma, in levels, above which pictures of one shape are of other things.
 _MOST_COLOUR = 10
-# Comparisons at a time.
-_BLOCK = 1 << 22
+# Comparisons at a time, and the most rows with one key that are compared beside others.
+_BLOCK, _SMALL = 1 << 20, 64
 
 
 def ids(unit: int, rows: np.ndarray) -> np.ndarray:
@@ -145,19 +145,45 @@ def alike(rows: np.ndarray, most: tuple[int, int], first_evaluation: int, keep: 
     if not len(rows):
         return np.zeros(0, EDGE)
     rows, bounds = _sorted(rows, first_evaluation, keep)
-    found = [np.zeros((0, 2), np.uint64)]
-    many = np.flatnonzero(np.diff(bounds) > 1)
-    for start, stop in zip(bounds[many], bounds[many + 1], strict=True):
-        group = rows[start:stop]
-        is_own = unit_of(group['id']) < first_evaluation
-        if is_own.any() and (group['id'] != group['id'][0]).any():
-            found.extend(_compared(group, is_own, most))
+    is_own, sizes = unit_of(rows['id']) < first_evaluation, np.diff(bounds)
+    found = [np.zeros((0, 2), np.uint64), *_side_by_side(rows, is_own, sizes, most)]
+    for group in np.flatnonzero(sizes > _SMALL):
+        some = slice(bounds[group], bounds[group + 1])
+        found.extend(_one_by_one(rows[some], is_own[some], most))
     pairs = np.unique(np.concatenate(found), axis=0)
     return _edges(pairs[:, 0], pairs[:, 1], first_evaluation, OF_ALIKE)
 
 
-def _compared(group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield (left out, for which) of a sorted group, in which all are compared with those before.
+def _near(
+    leaders: np.ndarray, is_own: np.ndarray, others: np.ndarray, most: tuple[int, int]
+) -> np.ndarray:
+    """Whether examples are near others; `is_own` says it of the leaders. Arrays broadcast."""
+    near = distance(leaders['bits'], others['bits']) <= np.where(is_own, *most)
+    near &= leaders['id'] != others['id']
+    colours = leaders['colours'].astype(np.int16) - others['colours']
+    # What is near an evaluation in grey alone is too near.
+    return near & ((np.abs(colours).sum(-1) <= 8 * _MOST_COLOUR) | ~is_own)
+
+
+def _side_by_side(
+    rows: np.ndarray, is_own: np.ndarray, sizes: np.ndarray, most: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yield (left out, for which) of all small groups: each row with the next, the next but one."""
+    after = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(rows)) - 1
+    leaders = np.flatnonzero(np.repeat(sizes, sizes) <= _SMALL)
+    for step in range(1, _SMALL):
+        leaders = leaders[after[leaders] >= step]
+        compared = leaders[is_own[leaders + step]]
+        for some in np.array_split(compared, len(compared) // _BLOCK + 1):
+            one, other = rows[some], rows[some + step]
+            near = _near(one, is_own[some], other, most)
+            yield np.stack([other['id'][near], one['id'][near]], axis=1)
+
+
+def _one_by_one(
+    group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yield (left out, for which) of a large group, in which each is compared with all after it.
 
     What is left out is not compared with what follows, so that a picture that is there a hundred
     thousand times costs no more than its number.
@@ -165,16 +191,10 @@ def _compared(group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]) -> I
     remain: np.ndarray = np.arange(len(group))
     while len(remain):
         count = max(1, min(1024, _BLOCK // len(remain)))
-        leaders, others = group[remain[:count]], group[remain]
-        bound = np.where(is_own[remain[:count]], *most)[:, None]
-        near = np.less_equal(distance(leaders['bits'][:, None], others['bits'][None]), bound)
-        near &= np.arange(len(leaders))[:, None] < np.arange(len(others))
-        near &= (leaders['id'][:, None] != others['id']) & is_own[remain]
-        colours = [part['colours'].astype(np.int16) for part in (leaders, others)]
-        apart = np.abs(colours[0][:, None] - colours[1]).sum(-1) > 8 * _MOST_COLOUR
-        # What is near an evaluation in grey alone is too near.
-        near &= ~(apart & is_own[remain[:count]][:, None])
-        taken: np.ndarray = near.any(0)
-        first = near.argmax(0)[taken]
-        yield np.stack([others['id'][taken], leaders['id'][first]], axis=1)
+        first, others = remain[:count], group[remain]
+        near = _near(group[first][:, None], is_own[first][:, None], others, most)
+        near &= (np.arange(len(first))[:, None] < np.arange(len(others))) & is_own[remain]
+        taken = np.asarray(near.any(0))
+        of = group['id'][first][near.argmax(0)[taken]]
+        yield np.stack([others['id'][taken], of], axis=1)
         remain = remain[count:][~taken[count:]]

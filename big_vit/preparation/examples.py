@@ -309,6 +309,13 @@ def _fields(source: Source, loaded: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def where(given: Given, unit: Unit, row: int) -> str:
+    """Return where an example lies, as far as that is known without reading a shard."""
+    if given.source in SHARDED:
+        return f'{unit.place}, row {row}'
+    return _source(given).place(unit.start + row)
+
+
 # --- What comes with a picture ---------------------------------------------------------
 
 

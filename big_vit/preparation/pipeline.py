@@ -12,7 +12,9 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from big_vit.data import files
 from big_vit.data.decode import DecodeError
@@ -39,7 +43,6 @@ from big_vit.preparation.settings import Given, Settings
 
 # Units whose list of what was left out is one file.
 _LISTED = 64
-_RUNNER = 'apache_beam.runners.portability.fn_api_runner.FnApiRunner'
 Keyed = tuple[int, bytes]
 
 
@@ -254,8 +257,8 @@ def _decide(group: tuple[int, Iterable[bytes]], job: Job) -> Iterator[Any]:
         if str(row) in about['why']:
             line['why'] = about['why'][str(row)]
         if reason[row] >= len(reasons) - 3:
-            other = tasks[duplicates.unit_of(of[row])][1]
-            line['of'] = f'{other.place}, row {other.start + duplicates.row_of(of[row])}'
+            other_set, other = tasks[duplicates.unit_of(of[row])]
+            line['of'] = examples.where(job.sets[other_set], other, int(duplicates.row_of(of[row])))
         lines.append(json.dumps(line, ensure_ascii=False))
     left_out = ''.join(f'{line}\n' for line in lines) if of_set == 0 else ''
     yield unit.number // _LISTED, (unit.number, json.dumps(summary), left_out)
@@ -374,16 +377,27 @@ def _say(word: str, text: str) -> None:
     print(f'{word:8}{text}', flush=True)
 
 
-def _options(flags: list[str], work: int) -> PipelineOptions:
-    """Return Beam's options: by default as many processes here as there are processors."""
-    if not any(flag.partition('=')[0] == '--runner' for flag in flags):
-        flags = [f'--runner={_RUNNER}', '--default_sdk_harness_log_level=ERROR', *flags]
-        logging.getLogger('apache_beam').setLevel(logging.ERROR)
-        if not any(flag.startswith('--direct_') for flag in flags):
-            count = min(len(os.sched_getaffinity(0)), work)
-            if count > 1:
-                flags += ['--direct_running_mode=multi_processing', f'--direct_num_workers={count}']
-    return PipelineOptions(flags)
+def _pipeline(flags: list[str], work: int) -> beam.Pipeline:
+    """Return a pipeline on the runner that the flags name, by default Beam's for one machine.
+
+    That has as many processes as there are processors.
+    """
+    if any(flag.partition('=')[0] == '--runner' for flag in flags):
+        return beam.Pipeline(options=PipelineOptions(flags))
+    # Not by its name, `DirectRunner`, for which Beam looks for another runner in the network first.
+    logging.getLogger('apache_beam').setLevel(logging.ERROR)
+    environment = None
+    if not any(flag.startswith('--direct_') for flag in flags):
+        count = min(len(os.sched_getaffinity(0)), work)
+        if count > 1:
+            # What fails in a worker comes back from it; what it prints is of its own life alone.
+            words = f'{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main'
+            # Ctrl-C, which all processes of a terminal get, is for the command.
+            words = f"trap '' INT; exec {words} 2>/dev/null"
+            environment = SubprocessSDKEnvironment.from_command_string(words)
+            flags = [*flags, f'--direct_num_workers={count}']
+    runner = FnApiRunner(default_environment=environment)
+    return beam.Pipeline(runner=runner, options=PipelineOptions(flags))
 
 
 def _run(
@@ -402,9 +416,14 @@ def _run(
         place = job.work('errors')
         if files.exists(place):
             place.system.rm(place.path, recursive=True)
-    pipeline = beam.Pipeline(options=_options(flags, work))
+    pipeline = _pipeline(flags, work)
     build(pipeline)
-    pipeline.run().wait_until_finish()
+    try:
+        pipeline.run().wait_until_finish()
+    except KeyboardInterrupt:  # Then Beam's threads would tell how they ended.
+        logging.disable(logging.CRITICAL)
+        threading.excepthook = lambda _: None
+        raise
     place = job.work('errors')
     names = [entry.name for entry in files.entries(place)] if files.exists(place) else []
     if names:
@@ -536,6 +555,9 @@ def run(settings: Settings, out: str, flags: list[str], command: str) -> dict[st
 
 
 def _clean(job: Job) -> None:
+    """Remove all that is not part of the result."""
+    for folder in (job.file(), job.file('left_out')):
+        stored.forget_partial(folder)
     if files.exists(job.work()):
         job.work().system.rm(job.work().path, recursive=True)
 

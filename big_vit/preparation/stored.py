@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from big_vit.data import files
+
+# As `partial` names them.
+_PARTIAL = re.compile(r'\..+\.[0-9a-f]{32}')
 
 
 def write(file: files.Place, data: bytes) -> None:
@@ -38,6 +42,13 @@ def partial(file: files.Place) -> Iterator[Path]:
             file.system.put_file(str(path), file.path)
     finally:
         path.unlink(missing_ok=True)
+
+
+def forget_partial(folder: files.Place) -> None:
+    """Remove what runs that were killed had begun to write into a local folder."""
+    for path in Path(folder.path).glob('.*') if folder.is_local else ():
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(file: files.Place, value: Any) -> None:

@@ -144,7 +144,7 @@ def test_what_is_left_out_and_why(done):
     assert reasons.pop('006' if '006' in reasons else '106') == 'near'  # Of equal size.
     assert reasons == {n: r for n, r in WANTED.items() if n != '106'}
     assert found['101']['of'].endswith('00000.tar, row 1')
-    assert found['012']['of'].endswith('evaluation, row 1')
+    assert found['012']['of'].endswith('evaluation/test/12.jpg')
     assert 'JPEG' in found['010']['why']
 
 
@@ -214,6 +214,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
     with contextlib.suppress(*CUT_OFF):
         filtering.main([*command(inputs, out, '--resize', '90'), *HERE])
     assert not (out / 'manifest.json').exists()
+    (out / f'.train-00000.tar.{"0a" * 16}').write_text('what a kill leaves of a shard')
     monkeypatch.setattr(stored, 'write', write)
     filtering.main([*command(inputs, out, '--resize', '90'), *HERE])
     assert contents(out) == contents(done)
@@ -333,7 +334,6 @@ def start(*words):
 def test_killed_twice_and_with_two_workers_it_ends_the_same(done, inputs, tmp_path):
     out = tmp_path / 'out'
     words = command(inputs, out, '--resize', '90')
-    words += ['--', '--direct_running_mode=multi_processing', '--direct_num_workers=2']
     for wanted in ('.work/examined/*.npz', '.work/written/*.json'):
         process = start(*words)
         while process.poll() is None and not list(out.glob(wanted)):

@@ -131,16 +131,17 @@ class GroupedTable:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             return pa.concat_tables(pool.map(read, self._shards)).column(name)
 
-    def media(self, column: str, kind: str) -> 'tuple[str, Column, Column | None]':
+    def media(self, column: str, kind: str) -> 'tuple[str, GroupedColumn, GroupedColumn | None]':
         """Return what `media_column` does, of values that are read when they are needed."""
-        empty = self.schema.empty_table()
-        kind, _, paths = media_column(empty, column, kind)
-        parts = Recent(lambda group: (media_column(self._table(group), column, kind), 1), _MAPPED)
+        kind, _, paths = media_column(self.schema.empty_table(), column, kind)
 
-        def at(which: int) -> Any:
-            return GroupedColumn(lambda group: parts(group)[which], self._ends)
+        def opened(group: int) -> tuple[tuple[Any, ...], int]:
+            return media_column(self._table(group), column, kind)[1:], 1
 
-        return kind, at(1), None if paths is None else at(2)
+        parts = Recent(opened, _MAPPED)
+        values = GroupedColumn(lambda group: parts(group)[0], self._ends)
+        where = GroupedColumn(lambda group: parts(group)[1], self._ends)
+        return kind, values, None if paths is None else where
 
     def expect(self, indices: np.ndarray) -> None:
         """Begin to read the groups of some rows."""

@@ -14,6 +14,7 @@ from big_vit.data.sources.sidecars import Row
 from big_vit.errors import UserError, failure_at
 
 KEY = 'PATH'
+_OWN_INDEX = ('.parquet', '.arrow', '.array_record')
 # Shards that one process reads at a time: most of it is waiting for the store.
 _THREADS = 8
 # From so many shards on processes are worth their start.
@@ -97,6 +98,11 @@ def _find(path: str) -> tuple[str, list[files.Stored]]:
     if not any(sign in path for sign in '*?[{') and files.is_folder(place):
         entries = [e for e in files.entries(place) if not e.is_folder]
         records = [e for e in entries if tfrecord.is_shard(e.name)]
+        kept = next((e.name for e in entries if e.name.endswith(_OWN_INDEX)), None)
+        if kept is not None and not records:
+            raise UserError(
+                f'{path}: {kept} needs no index: the end of the file says what is in it'
+            )
         if records and not any(e.name.endswith('.tar') for e in entries):
             return 'tfrecord', [files.Stored(place / e.name, e.size, e.stamp) for e in records]
     shards = tar.find_shards(path, KEY)

@@ -22,6 +22,7 @@ import numpy as np
 
 from big_vit.data import blocks, files, network
 from big_vit.data.sources.media import say_once
+from big_vit.distributed import hosts
 from big_vit.errors import UserError
 
 MANIFEST = 'big_vit.index'
@@ -376,11 +377,23 @@ _MUCH = 10 << 30
 
 
 def tell_walk(shards: list[files.Stored]) -> None:
-    """Say that shards are read to index them, and what avoids that."""
+    """Say that shards are read to index them, and what avoids that.
+
+    Raises:
+      UserError: several hosts would each read much from a store.
+    """
     total = sum(shard.size for shard in shards)
     folder = shards[0].place._replace(path=shards[0].place.path.rpartition('/')[0])
-    if len(shards) > 1 and (total > _MUCH or not folder.is_local):
+    if folder.is_local and total <= _MUCH:
+        return
+    what = f'all {len(shards):,} shards ({total / 1e9:,.1f} GB)'
+    if not folder.is_local and total > _MUCH and hosts.count() > 1:
+        raise UserError(
+            f'{folder}: has no index, and to make one each of {hosts.count()} hosts would read '
+            f'{what}: {command(folder)} once'
+        )
+    if len(shards) > 1:
         say_once(
-            f'{folder}: has no index, so all {len(shards):,} shards ({total / 1e9:,.1f} GB) are '
-            f'read through once: `python -m big_vit.prepare index {folder}` avoids that'
+            f'{folder}: has no index, so {what} are read through once: `python -m big_vit.prepare '
+            f'index {folder}` avoids that'
         )
