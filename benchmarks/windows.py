@@ -115,6 +115,7 @@ def host_shares(shards: windows.Shards, hosts: int) -> dict[str, float]:
     now = windows._epoch(shards, SEED, 0)
     per_row = np.random.default_rng(0).uniform(20e3, 60e3, len(shards.lengths))
     starts = now.ends - shards.lengths  # All shards are of one length.
+    per_row = per_row[(now.moves + starts) // shards.lengths]  # In the order of the epoch.
     total = float((per_row * shards.lengths).sum())
     shares: dict[str, list[float]] = {'ranges': [], 'whole': []}
     for lanes in np.arange(shards.lanes).reshape(hosts, -1):
