@@ -840,9 +840,9 @@ def test_parts_of_a_mixture_meet_by_the_names_of_their_classes(tmp_path):
             for path in (a, b)
         )
         said = []
-        source, _, _ = dataset.open_mixture(specs, say=said.append)
+        source, _, of_both = dataset.open_mixture(specs, say=said.append)
         folders = [Path(source.place(i)).parent.name for i in range(source.length)]
-        assert lengths == (12, 8)
+        assert [part.length for part in of_both] == [12, 8]
         assert [source.class_names[label] for label in source.labels()] == folders
         loaded = source.load(np.arange(20))['label']
         np.testing.assert_array_equal(loaded, source.labels())
