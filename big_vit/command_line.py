@@ -579,10 +579,10 @@ def prepare_filter() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_index(name: str = 'prepare index') -> argparse.ArgumentParser:
+def prepare_index() -> argparse.ArgumentParser:
     """Parser of `prepare index`."""
     parser = _parser(
-        name,
+        'prepare index',
         'Index tar or TFRecord shards once, so that no run must read them to know what they hold.',
         'It goes on where it was stopped. Hosts may each do a share: --share 0/8, --share 1/8, ...',
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from commands import ROOT, environment, free_port, run, script
-from tiny import MODEL, RUN, flags, write_folder, write_idx
+from tiny import MODEL, RUN, flags, write_captioned, write_folder, write_idx
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, flags=re.DOTALL)
@@ -79,6 +79,7 @@ def check_run(words: list[str], folder, data) -> str:
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp('readme')
     write_folder(folder / 'photos')
+    write_captioned(folder / 'shards')
     return folder / 'runs', write_idx(folder / 'idx')
 
 
