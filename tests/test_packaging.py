@@ -21,7 +21,7 @@ from big_vit.errors import UserError
 # Of `big_vit`'s users; `plan` is for who compiles for TPUs without having any.
 USERS = (
     *('tpu', 'cuda', 'cuda12', 'cuda13', 'gcs', 'hub', 'audio', 'video', 'text', 'prepare'),
-    *('beam', 'wandb'),
+    *('beam', 's3', 'wandb'),
 )
 TOOLS = re.compile(r'(pytest|hypothesis|ruff|mypy|libtpu|nbclient|nbformat|ipykernel|beartype)\b')
 
