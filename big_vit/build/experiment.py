@@ -133,30 +133,16 @@ def build_experiment(
         ledgers=None if seen is None else seen.ledgers,
     )
     classes = train.source.num_classes
-    held_out, references = {}, {}
-    for name in () if planning else config.evals:
-        reference = reference_data(config, name, train)
-        held_out[name] = eval_data(config, name, train, reference)
-        if reference is not None:
-            references[name] = reference
+    held_out, references = ({}, {}) if planning else _evaluated(config, train)
     task = build_task(config.task)
-    if task.whole_batch and config.accumulation > 1:
-        raise UserError(
-            f'config: accumulation={config.accumulation}, but the loss of task.name={task.name!r} '
-            'as configured is of all examples of a batch together: set it to 1, with a smaller '
-            "batch_size, model.remat='full' or more devices"
-        )
+    _check_accumulation(config, task)
     model = build_model(config, classes, train.input_shapes, mesh)
     _check_classes(task, train.source)
     order = train.order
     assert order is not None
     shift = 0 if seen is None else seen.position - seen.step * order.positions
     train, ahead = train._replace(order=replace(order, shift=shift)), shift / order.positions
-    total = run_length(config, train.source, ahead)
-    if not total:
-        raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
-    if total > INT_MAX:
-        raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
+    total = _total_steps(config, train.source, ahead)
     schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
     gather = sharding.gather_weights(mesh, shapes, m.min_shard_size)
@@ -199,6 +185,35 @@ def build_experiment(
         intervals=_intervals(config, train.source, total),
         teacher=teacher,
     )
+
+
+def _evaluated(config: Config, train: Data) -> tuple[dict[str, Data], dict[str, Data]]:
+    """The splits of all evaluations, and those that some of them learn from or search."""
+    held_out, references = {}, {}
+    for name in config.evals:
+        reference = reference_data(config, name, train)
+        held_out[name] = eval_data(config, name, train, reference)
+        if reference is not None:
+            references[name] = reference
+    return held_out, references
+
+
+def _check_accumulation(config: Config, task: Task) -> None:
+    if task.whole_batch and config.accumulation > 1:
+        raise UserError(
+            f'config: accumulation={config.accumulation}, but the loss of task.name={task.name!r} '
+            'as configured is of all examples of a batch together: set it to 1, with a smaller '
+            "batch_size, model.remat='full' or more devices"
+        )
+
+
+def _total_steps(config: Config, source: sources.Source, ahead: float) -> int:
+    total = run_length(config, source, ahead)
+    if not total:
+        raise UserError('config: total_steps, total_epochs or total_examples must be above 0')
+    if total > INT_MAX:
+        raise UserError(f'config: total_* comes to {total} steps; the most are 2**31 - 1')
+    return total
 
 
 def _abstract_params(config: Config, model: Any, train: Data) -> Any:
