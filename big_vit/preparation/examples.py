@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from big_vit.data import files
-from big_vit.data.sources import folder, parquet, tar
+from big_vit.data.sources import folder, parquet, tar_format, tar_samples, tar_shards
 from big_vit.data.sources.base import Request, Source
 from big_vit.data.sources.media import kind_of
 from big_vit.data.sources.registry import SOURCES
@@ -131,7 +131,7 @@ def units(given: Given, first: int) -> list[Unit]:
                 for number, start in enumerate(range(0, source.length, _RANGE))
             ]
         splits = (
-            tar.shards_of_splits(given.path, _KEY)
+            tar_shards.shards_of_splits(given.path, _KEY)
             if given.source == 'tar'
             else parquet.shards_of_splits(files.place(given.path, given.flag), _KEY)
         )
@@ -248,14 +248,14 @@ def read(given: Given, unit: Unit, rows: Collection[int] | None = None) -> Itera
 def _read_tar(given: Given, unit: Unit, wanted: Callable[[int], bool]) -> Iterator[Example]:
     shard = files.place(unit.place, given.flag)
     take = files.forward(shard)
-    for row, (name, parts) in enumerate(tar.samples(shard, take)):
+    for row, (name, parts) in enumerate(tar_samples.samples(shard, take)):
         if not wanted(row):
             continue
         fields: dict[str, Any] = {ending: take(*at) for ending, at in parts.items()}
         # The picture is a.png rather than a.mask.png, whichever comes first.
         pictures = [('.' in part, part) for part in parts if kind_of(f'x.{part}') == 'image']
         ending = min(pictures, key=lambda picture: picture[0])[1] if pictures else ''
-        where = tar.place_of(shard, *parts[ending]) if ending else f'{shard}: {name}'
+        where = tar_format.place_of(shard, *parts[ending]) if ending else f'{shard}: {name}'
         yield Example(row, name, where, fields.pop(ending, None), ending, fields)
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from big_vit.data import files
-from big_vit.data.sources import tar
+from big_vit.data.sources import tar, tar_format, tar_index
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
 
@@ -34,7 +34,7 @@ def write(path, members, kind=tarfile.USTAR_FORMAT):
 
 def walked(path):
     place = files.place(str(path), 'data.path')
-    return list(tar._members(place, files.forward(place)))
+    return list(tar_format.members(place, files.forward(place)))
 
 
 def by_tarfile(path):
@@ -149,7 +149,7 @@ def test_hidden_files_and_masks_are_no_images(tmp_path):
     members = [('./._a.jpg', b'mac'), mask, image, ('./a.cls', b'1')]
     path = write(tmp_path / 'x.tar', members)
     place = files.place(path, 'data.path')
-    index = tar.indexed(files.stored([place]), 'cls')
+    index = tar_index.indexed(files.stored([place]), 'cls')
     assert [files.read_range(place, int(o), 2) for o in index['offset']] == [b'it']
 
 
@@ -365,7 +365,7 @@ def test_a_member_is_named_as_tarfile_names_it_or_not_at_all(tmp_path, kind):
         offsets = {member.offset_data: member.name for member in archive}
     shard, named = files.place(str(tmp_path / 'a.tar'), 'a'), 0
     for offset, name in offsets.items():
-        place = tar._place(shard, offset, 4)
+        place = tar_format.place_of(shard, offset, 4)
         named += place == f'{shard}: {name}'
         assert place in (f'{shard}: {name}', f'{shard} at byte {offset:,} (4 bytes)')
     assert named >= 2

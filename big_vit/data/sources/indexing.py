@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from big_vit.data import files
-from big_vit.data.sources import sidecars, tar, tfrecord
+from big_vit.data.sources import sidecars, tar_index, tar_shards, tfrecord
 from big_vit.data.sources.sidecars import Row
 from big_vit.errors import UserError, failure_at
 
@@ -105,7 +105,7 @@ def _find(path: str) -> tuple[str, list[files.Stored]]:
             )
         if records and not any(e.name.endswith('.tar') for e in entries):
             return 'tfrecord', [files.Stored(place / e.name, e.size, e.stamp) for e in records]
-    shards = tar.find_shards(path, KEY)
+    shards = tar_shards.find_shards(path, KEY)
     return 'tar', sorted(shards, key=lambda shard: shard.place.name)
 
 
@@ -192,7 +192,7 @@ def _index(job: tuple[files.Stored, bool], task: Task) -> Indexed:
         kept = _kept(file, shard, task)
         if kept is not None:
             return kept
-    make = tar.sidecar if task.kind == 'tar' else tfrecord.sidecar
+    make = tar_index.sidecar if task.kind == 'tar' else tfrecord.sidecar
     facts, arrays = make(shard.place, task.label_column)
     about = {
         **facts,
@@ -232,7 +232,7 @@ def _row(about: dict[str, Any], data: bytes) -> Row:
         tuple(about['unlabelled']),
         len(data),
         zlib.crc32(data),
-        tar.split_word(name),
+        tar_shards.split_word(name),
     )
 
 
