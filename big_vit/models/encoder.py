@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
-        config, batch, width = self.config, len(x), x.shape[2]
+        config, batch, width = self.config, x.shape[0], x.shape[2]
         packed = self._packed(x, context)
         if packed > 1:
             x = config.constrain(_side_by_side(x, packed))
@@ -265,7 +265,9 @@ class Encoder(nn.Module):
                 name: jnp.stack([block_captured[name] for block_captured in captures])
                 for name in self.capture
             }
-        x = x.reshape(batch, -1, width)[:, : self.outputs or None]
+        if packed > 1:
+            x = x.reshape(batch, -1, width)
+        x = x[:, : self.outputs or None]
         if self.final_norm:
             x = norm(config.style, 'encoder_norm')(x)
         return x, captured
@@ -280,7 +282,7 @@ class Encoder(nn.Module):
         if not devices or not fused or not self._plain(context._replace(rotation=None)):
             return 1
         counts = range(2, LANES // x.shape[1] + 1)
-        return max((n for n in counts if len(x) % (n * devices) == 0), default=1)
+        return max((n for n in counts if x.shape[0] % (n * devices) == 0), default=1)
 
 
 def _side_by_side(x: Float[Array, '#batch tokens *rest'], packed: int) -> Float[Array, '...']:

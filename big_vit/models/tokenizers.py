@@ -422,12 +422,12 @@ def _of_cut(scope: Scope, cut: Cut, grid: Grid, embedding_bias: bool) -> Tokens:
         scope.width, scope.stream.patch_size, scope.style, embedding_bias, name='embedding'
     )
     x = embedding(cut.pixels)
-    table, turns = _placed(scope, jnp.zeros((1, math.prod(grid), x.shape[-1]), x.dtype), grid)
-    if turns is not None:
-        index, batch = cut.place[..., None, None], len(x)
-        sin, cos = (jnp.broadcast_to(turn, (batch, *turn.shape[1:])) for turn in turns)
-        turns = jnp.take_along_axis(sin, index, 1), jnp.take_along_axis(cos, index, 1)
-    return Tokens(x + chosen(table, cut.place), rotation=turns)
+    table = _placed(scope, jnp.zeros((1, math.prod(grid), x.shape[-1]), x.dtype), grid)
+    rotation, places = None, None
+    if scope.stream.posemb == 'rope':
+        places = jnp.asarray(positions.centres(grid))[0][cut.place]
+        rotation = positions.rotation(places, scope.encoder.head_dim, scope.stream.rope_theta)
+    return Tokens(x + chosen(table, cut.place), rotation=rotation, places=places)
 
 
 def spt(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:

@@ -63,6 +63,9 @@ def tar(
         samples = samples_of(name)
         known = samples_of('train' if 'train' in splits else name)
         classes = _classes(known.values, request, title)
+        if samples.values is not None:  # Before a shard is read that has a wrong label.
+            key = settings.request.key
+            classes.numbers(samples.values, f'{key}.path: {title}', name, 'train', key)
         return _source(samples, name, classes, settings)
 
     return cut(title, splits, open_split, request)
