@@ -61,17 +61,23 @@ def plain_features(read: Callable[[np.ndarray, int], np.ndarray], places: Places
     return lambda images: {place: read(images, place[1]) for place in places}
 
 
+def normaliser(parts: Experiment) -> Callable[[Any], Any]:
+    """Return a function of bytes to the numbers that the model was trained with."""
+    mean, std = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in parts.data.transform.normalisation(3))
+    return lambda images: (images / 255 - mean) / std
+
+
 def network_features(config: Config, parts: Experiment, params: Any, places: Places) -> Features:
     """Return a function of images to the features of a network, by place."""
     shapes = {'image': (picture_sets.SIDE, picture_sets.SIDE, 3)}
     classes = parts.data.source.num_classes
     model = unplaced(build_scored_model(config, classes, shapes, parts.mesh))
     last = layers.norm(model.encoder.style, 'encoder_norm')
-    shift, scale = parts.data.transform.seen_once().normalisation(3)
+    normalised, params = normaliser(parts), jax.tree.map(jnp.asarray, params)
 
     @jax.jit
     def read_out(images: Any) -> list[Any]:
-        given = (images / 255 - jnp.asarray(shift)) / jnp.asarray(scale)
+        given = normalised(images)
         _, extra = model.apply({'params': params}, given, capture=('blocks',))
         vectors = []
         for block, grid in places:

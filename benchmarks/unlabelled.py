@@ -362,11 +362,11 @@ def fine_tuned(run: Run, params: Any, pool: str, sets: Sets, shots: int, workdir
         return {name: kept.get(name, leaf) for name, leaf in fresh.items()}
 
     parts, tuned, _ = train(config, start)
-    shift, scale = parts.data.transform.normalisation(3)
+    normalised, tuned = frozen_features.normaliser(parts), jax.tree.map(jnp.asarray, tuned)
 
     @jax.jit
     def answers(images: Any) -> Any:
-        given = (images / 255 - jnp.asarray(shift)) / jnp.asarray(scale)
+        given = normalised(images)
         return parts.model.apply({'params': tuned}, given)[0].argmax(-1)
 
     test = sets.fashion_test

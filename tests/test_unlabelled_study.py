@@ -146,7 +146,7 @@ def sets(rng):
 
 @pytest.mark.slow
 def test_a_study_is_judged_everywhere_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, 'STARTS', ('pixels', 'random', 'supervised', 'mae'))
+    monkeypatch.setattr(study, 'STARTS', ('pixels', 'random', 'mae'))
     monkeypatch.setattr(study, 'SELF_SUPERVISED', ('mae',))
     monkeypatch.setattr(study, 'BUDGET', 12e11)
     monkeypatch.setattr(study, 'TUNED_STEPS', 3)
@@ -158,15 +158,15 @@ def test_a_study_is_judged_everywhere_and_goes_on_where_it_stopped(tmp_path, mon
     first = study.Study(small, tmp_path, quick=True)
     first.all()
     results = {result['start']: result for result in first.results()}
-    assert list(results) == ['pixels', 'random', 'supervised', 'mae']
+    assert list(results) == ['pixels', 'random', 'mae']
     tuned = {'tuned_10', 'tuned_100'}
     assert set(results['pixels']['mean']) == set(study.QUESTIONS) - tuned
-    for start in ('random', 'supervised', 'mae'):
+    for start in ('random', 'mae'):
         assert set(results[start]['mean']) == set(study.QUESTIONS)
     assert all(0 <= x <= 1 for result in results.values() for x in result['mean'].values())
     study.draw(first.results(), tmp_path / 'figure.png')
     assert cv2.imread(str(tmp_path / 'figure.png')).shape[1] > 1000
-    assert study.table(first.results()).count('\n') == 5
+    assert study.table(first.results()).count('\n') == 4
 
     rows = (tmp_path / 'runs.jsonl').read_text().splitlines()
     # Of the last line only what was learned from openclipart is there; one is of another config.
