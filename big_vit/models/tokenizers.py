@@ -392,12 +392,10 @@ def _with_positions(scope: Scope, x: Float[Array, 'batch *grid width']) -> Token
     if context.hidden is not None:
         assert context.mask_token is not None
         x = jnp.where(context.hidden[..., None], context.mask_token.astype(x.dtype), x)
-    x = _placed(scope, x, grid)
-    rotation, places = None, None
+    tokens = Tokens(_placed(scope, x, grid), grid)
     if scope.stream.posemb == 'rope':
-        places = jnp.asarray(positions.centres(grid))
-        rotation = positions.rotation(places, scope.encoder.head_dim, scope.stream.rope_theta)
-    return Tokens(x, grid, rotation=rotation, places=places)
+        return _turned(scope, tokens, jnp.asarray(positions.centres(grid)))
+    return tokens
 
 
 def patches(
@@ -423,11 +421,10 @@ def _of_cut(scope: Scope, cut: Cut, grid: Grid, embedding_bias: bool) -> Tokens:
     )
     x = embedding(cut.pixels)
     table = _placed(scope, jnp.zeros((1, math.prod(grid), x.shape[-1]), x.dtype), grid)
-    rotation, places = None, None
+    tokens = Tokens(x + chosen(table, cut.place))
     if scope.stream.posemb == 'rope':
-        places = jnp.asarray(positions.centres(grid))[0][cut.place]
-        rotation = positions.rotation(places, scope.encoder.head_dim, scope.stream.rope_theta)
-    return Tokens(x + chosen(table, cut.place), rotation=rotation, places=places)
+        return _turned(scope, tokens, jnp.asarray(positions.centres(grid))[0][cut.place])
+    return tokens
 
 
 def spt(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = True) -> Tokens:
@@ -505,7 +502,6 @@ def ragged(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = Tru
     segment = inputs['segment'].astype(jnp.int32)
     place = inputs['place'].astype(jnp.float32)
     sizes = jnp.maximum(inputs['grid'].astype(jnp.float32), 1)
-    rotation, places = None, None
     if stream.posemb == 'learned':
         init = nn.initializers.normal(width**-0.5)
         shape = (1, math.prod(stream.posemb_grid), width)
@@ -514,10 +510,10 @@ def ragged(scope: Scope, inputs: dict[str, Array], *, embedding_bias: bool = Tru
         x = x + positions.positions_at(table, stream.posemb_grid, share).astype(style.dtype)
     elif stream.posemb in positions.LAWS:
         x = x + positions.sincos_at(place, width, stream.posemb).astype(style.dtype)
-    elif stream.posemb == 'rope':
-        places = (place + 0.5) / sizes * 2 - 1
-        rotation = positions.rotation(places, scope.encoder.head_dim, stream.rope_theta)
-    return Tokens(x, None, segment > 0, segment, rotation, places)
+    tokens = Tokens(x, mask=segment > 0, segment=segment)
+    if stream.posemb == 'rope':
+        return _turned(scope, tokens, (place + 0.5) / sizes * 2 - 1)
+    return tokens
 
 
 TOKENIZERS = {
@@ -547,6 +543,12 @@ def _placed(scope: Scope, x: Array, grid: Grid) -> Array:
         table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
         x = x + table.astype(style.dtype)
     return x
+
+
+def _turned(scope: Scope, tokens: Tokens, places: Float[Array, 'batch tokens axes']) -> Tokens:
+    """Tokens with rotary positions at these places."""
+    rotation = positions.rotation(places, scope.encoder.head_dim, scope.stream.rope_theta)
+    return tokens._replace(rotation=rotation, places=places)
 
 
 def padded_rotation(
