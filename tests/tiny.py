@@ -21,6 +21,27 @@ RUN = {
     'checkpoint.every_steps': '2',
     'log.every_steps': '1',
 }
+# A run of self-distillation on digits; `task.prototypes` and `data.transform` are each test's own.
+SELF_DISTILLATION = {
+    'task.name': 'self_distillation',
+    'task.bottleneck': 8,
+    'task.head_width': 16,
+    'task.mask_group': 4,
+    'task.koleo_group': 4,
+    'model.variant': 'mu/2',
+    'model.dtype': 'float32',
+    'model.pool': 'cls',
+    'model.posemb': 'learned',
+    'model.posemb_prefix': 1,
+    'image_size': 8,
+    'batch_size': 16,
+    'total_steps': 6,
+    'log.every_steps': 1,
+    'lr': 1e-3,
+    'data.name': 'digits',
+    'data.split': 'train[:64]',
+    'schedule.name': 'constant',
+}
 
 
 def overrides(*parts: dict[str, str], evals: tuple[str, ...] = ()) -> list[tuple[str, str]]:

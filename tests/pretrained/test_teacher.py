@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import error_line, run
 from gate import mostly_slow
-from tiny import flags
+from tiny import SELF_DISTILLATION, flags
 
 from big_vit import checkpoint, config, metrics, sharding, state, trees
 from big_vit.build.experiment import build_experiment, fresh_state
@@ -19,28 +19,7 @@ from big_vit.pretrained.load import continued
 from big_vit.pretrained.standardise import start_params
 
 VIEWS = 'decode ; global: 2 * rrc(size) | flip_lr ; local: 2 * rrc(4, scale=(0.05, 0.4)) | flip_lr'
-STUDENT = {
-    'task.name': 'self_distillation',
-    'task.prototypes': 24,
-    'task.bottleneck': 8,
-    'task.head_width': 16,
-    'task.mask_group': 4,
-    'task.koleo_group': 4,
-    'model.variant': 'mu/2',
-    'model.dtype': 'float32',
-    'model.pool': 'cls',
-    'model.posemb': 'learned',
-    'model.posemb_prefix': 1,
-    'image_size': 8,
-    'batch_size': 16,
-    'total_steps': 6,
-    'log.every_steps': 1,
-    'lr': 1e-3,
-    'data.name': 'digits',
-    'data.split': 'train[:64]',
-    'data.transform': VIEWS,
-    'schedule.name': 'constant',
-}
+STUDENT = {**SELF_DISTILLATION, 'task.prototypes': 24, 'data.transform': VIEWS}
 # Wider, deeper, with two heads of other widths, and trained at another size.
 TEACHER = {
     'model.width': 48,
