@@ -203,13 +203,11 @@ def _check_group(batch_size: int, key: str, group: int) -> None:
 
 def _check_teacher(model: Any, teacher: Any, settings: Settings) -> None:
     """Refuses a teacher whose assignments the student cannot learn."""
-    heads = [teacher.dino_head.count]
-    if model.patches:
-        heads.append((teacher.ibot_head or teacher.dino_head).count)
-    if any(count != settings.prototypes for count in heads):
+    count = teacher.dino_head.count
+    if count != settings.prototypes:
         raise UserError(
-            f'config: task.prototypes={settings.prototypes}, but task.teacher has {heads[0]}: set '
-            f'task.prototypes={heads[0]}'
+            f'config: task.prototypes={settings.prototypes}, but task.teacher has {count}: set '
+            f'task.prototypes={count}'
         )
     if model.patches and not teacher.patches:
         raise UserError(
@@ -289,7 +287,9 @@ def _targets(model: SelfDistillation, run: Run, *, settings: Settings) -> Target
     """The teacher's rows, and what of the whole batch its assignments depend on."""
     teacher: Any = model if run.teacher is None else run.teacher
     _check_teacher(model, teacher, settings)
-    of_all = model.patches and settings.patch_centre == 'all'
+    # Sinkhorn has no centre: there, heads of all patches would be work for nothing.
+    centred = model.patches and settings.centering == 'centre'
+    of_all = centred and settings.patch_centre == 'all'
 
     def rows(task_state: Tree, batch: Batch, rng: Array, step: Array) -> dict[str, Array]:
         patches = _patches(model, batch, run, settings)

@@ -11,7 +11,7 @@ import pytest
 from commands import run, run_many, start
 from gate import mostly_slow
 from self_distillation_oracle import numbers
-from tiny import flags
+from tiny import SELF_DISTILLATION, flags
 
 from big_vit import checkpoint, config, metrics
 from big_vit.build.data import device_operations
@@ -22,28 +22,7 @@ from big_vit.tasks import block_masks
 from big_vit.tasks.self_distillation import teacher_rate, teacher_temperature
 
 VIEWS = 'decode ; global: 2 * rrc(size) | flip_lr ; local: 3 * rrc(4, scale=(0.05, 0.4)) | flip_lr'
-DIGITS = {
-    'task.name': 'self_distillation',
-    'task.prototypes': 32,
-    'task.bottleneck': 8,
-    'task.head_width': 16,
-    'task.mask_group': 4,
-    'task.koleo_group': 4,
-    'model.variant': 'mu/2',
-    'model.dtype': 'float32',
-    'model.pool': 'cls',
-    'model.posemb': 'learned',
-    'model.posemb_prefix': 1,
-    'image_size': 8,
-    'batch_size': 16,
-    'total_steps': 6,
-    'log.every_steps': 1,
-    'lr': 1e-3,
-    'data.name': 'digits',
-    'data.split': 'train[:64]',
-    'data.transform': VIEWS,
-    'schedule.name': 'constant',
-}
+DIGITS = {**SELF_DISTILLATION, 'task.prototypes': 32, 'data.transform': VIEWS}
 # All that depends on the whole batch: Sinkhorn, masks of groups, neighbours, two heads.
 WHOLE = {'task.centering': 'sinkhorn', 'task.patch_head': 'separate', 'task.gram_weight': 1.0}
 MESHES = {
@@ -216,6 +195,16 @@ def test_the_gram_teacher_sees_the_same_crops_in_twice_the_size():
     halved = large.reshape(16, 2, 8, 2, 8, 2, 1).mean((3, 5))
     # Bytes, of which the smaller ones are rounded once more.
     assert np.abs(halved - small).max() <= 1 and np.abs(small[:, 0] - small[:, 1]).mean() > 5
+
+
+@pytest.mark.slow
+def test_heads_of_all_patches_are_work_for_their_centre_alone():
+    def flops(centering, centre):
+        changes = {'task.centering': centering, 'task.patch_centre': centre}
+        return build_experiment(config.resolve({**DIGITS, **changes})).forward_flops
+
+    assert flops('sinkhorn', 'all') == flops('sinkhorn', 'hidden')
+    assert flops('centre', 'all') > flops('centre', 'hidden')
 
 
 @pytest.mark.slow
