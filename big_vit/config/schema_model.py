@@ -184,6 +184,7 @@ MODEL: dict[str, Field] = {
     'model.pack': Field(
         boolean,
         None,
-        'Lay sequences of up to 64 tokens side by side, which fills the tiles of TPUs.',
+        'Lay sequences of up to 64 tokens side by side, which fills the tiles of TPUs; no effect '
+        'on longer or masked ones, nor without attention=fused.',
     ),
 }
