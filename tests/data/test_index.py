@@ -6,7 +6,6 @@ import struct
 import tarfile
 import zlib
 
-import fsspec
 import numpy as np
 import pytest
 from stores import Store
@@ -24,14 +23,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
     # On a busy machine a request may be late, and another would be counted.
     monkeypatch.setattr(network._Lateness, 'may_double', lambda self: False)
-
-
-@pytest.fixture
-def store():
-    fsspec.register_implementation('counted', Store, clobber=True)
-    Store.reset()
-    yield Store
-    Store.reset()
 
 
 def shard(rows, kind=tarfile.USTAR_FORMAT):
