@@ -261,18 +261,23 @@ class _Blocks:
         copy = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            copy = _part(path).open('ab', buffering=0)
-            fcntl.flock(copy, fcntl.LOCK_EX)  # Let go when the process ends, however it does.
+            while copy is None:
+                copy = _part(path).open('ab', buffering=0)
+                fcntl.flock(copy, fcntl.LOCK_EX)  # Let go when the process ends, however it does.
+                if not _is_at(copy, _part(path)):  # Who had it before kept or removed it.
+                    copy.close()
+                    copy = None
         except OSError as error:
             self._refuse(error)
         try:
             yield copy
         finally:
             if copy is not None:
-                copy.close()
+                # Before others may have it: what they write would go with its name.
                 with contextlib.suppress(OSError):
-                    if not _part(path).stat().st_size:  # Another had made it.
+                    if _is_at(copy, _part(path)):  # Another had made it, or it cannot be made.
                         _part(path).unlink()
+                copy.close()
 
     def _keep(self, copy: BinaryIO, path: Path, data: bytes) -> None:
         try:
@@ -287,6 +292,8 @@ class _Blocks:
             self._refuse(error)
 
     def _refuse(self, error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # `forget` took the folder away meanwhile.
+            return
         self._limit = 0
         say_once(
             f'{self._folder}: cannot be written ({error.strerror}): parts of remote shards are not '
@@ -338,6 +345,13 @@ class _Blocks:
 
 def _part(path: Path) -> Path:
     return path.with_name(f'{path.name}.part')
+
+
+def _is_at(handle: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _mark(file: files.Stored) -> str:

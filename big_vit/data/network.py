@@ -1,7 +1,6 @@
 """Requests to stores in the network: repeated when they fail, doubled when late, and counted."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import random
 import threading
@@ -34,15 +33,18 @@ _BUCKET = ('NoSuchBucket', 'bucket does not exist', 'Invalid bucket name')
 _LASTING = (*_REGION, *_ACCESS, *_BUCKET)
 
 
-class ShortAnswerError(OSError):
+class BrokenAnswerError(OSError):
+    """What a store sent is not what it should be, though it answers: nothing to wait for."""
+
+
+class ShortAnswerError(BrokenAnswerError):
     """A store sent fewer bytes than it was asked for: a broken transfer, or a shorter object."""
 
 
-@dataclasses.dataclass
 class Traffic:
     """What a process has asked of stores in the network.
 
-    Attributes:
+    Counts:
       requests: answers waited for, listings among them, without those that were repeated.
       bytes: received.
       retries: requests that were sent again because they failed.
@@ -50,32 +52,26 @@ class Traffic:
       hits, misses: reads that the local copies of blocks could answer, and those they could not.
     """
 
-    requests: int = 0
-    bytes: int = 0
-    retries: int = 0
-    doubled: int = 0
-    hits: int = 0
-    misses: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken: dict[str, int] = {}
+        names = ('requests', 'bytes', 'retries', 'doubled', 'hits', 'misses')
+        self._counts = dict.fromkeys(names, 0)
+        self._taken = self._counts.copy()
 
     def add(self, **counts: int) -> None:
         with self._lock:
             for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
+                self._counts[name] += count
 
     def counts(self) -> dict[str, int]:
         with self._lock:
-            return dataclasses.asdict(self)
+            return self._counts.copy()
 
     def take(self) -> dict[str, int]:
         """Return what came since the last call; {} if that is nothing."""
-        now = self.counts()
         with self._lock:
-            news = {name: count - self._taken.get(name, 0) for name, count in now.items()}
-            self._taken = now
+            news = {name: count - self._taken[name] for name, count in self._counts.items()}
+            self._taken = self._counts.copy()
         return news if any(news.values()) else {}
 
 

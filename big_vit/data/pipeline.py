@@ -204,7 +204,7 @@ def _is_outage(place: str, error: Exception) -> bool:
     """Whether a store does not answer, of which nothing is damaged."""
     return (
         isinstance(error, OSError)
-        and not isinstance(error, network.ShortAnswerError)
+        and not isinstance(error, network.BrokenAnswerError)
         and failure_at(place, error) is Unavailable
     )
 
@@ -244,7 +244,7 @@ def _load_one(
         else f"repair or remove it, or set {section}.on_error='skip' to go on without it"
     )
     place = source.place(index)
-    kind = failure_at(place, first) if isinstance(first, OSError) else UserError
+    kind = Unavailable if _is_outage(place, first) else UserError
     raise kind(f'{place}: {first}; {hint}') from first
 
 

@@ -72,7 +72,9 @@ class Shards:
 
 def is_large(lengths: Int64[np.ndarray, ' shards'] | None) -> bool:
     """Whether the order of so many examples in shards has locality where nothing is said."""
-    return lengths is not None and len(lengths) >= AUTO_SHARDS and lengths.sum() >= AUTO_EXAMPLES
+    if lengths is None:
+        return False
+    return len(lengths) >= AUTO_SHARDS and int(lengths.sum()) >= AUTO_EXAMPLES
 
 
 def opened(lengths: Int64[np.ndarray, ' shards'], lanes: int | None = None) -> Shards:
@@ -298,12 +300,13 @@ def warning(shards: Shards, label_of: Callable[[np.ndarray], np.ndarray], seed: 
     seen, there = classes_at_a_time(shards, label_of, seed)
     if seen >= _FEW * there:
         return None
-    lanes = shards.lanes
-    would_see = seen
-    while would_see < _ENOUGH * there and lanes < min(_MOST_SET, shards.length // 2):
+    lanes, share = shards.lanes, seen / there
+    while share < _ENOUGH and lanes < min(_MOST_SET, shards.length // 2):
         lanes *= 2
-        would_see, _ = classes_at_a_time(Shards(shards.lengths, lanes), label_of, seed)
-    window = f'data.window={lanes}, ' if would_see >= _ENOUGH * there else ''
+        # A larger sample holds more classes, so that both are taken anew.
+        more, of_all = classes_at_a_time(Shards(shards.lengths, lanes), label_of, seed)
+        share = more / of_all
+    window = f'data.window={lanes}, ' if share >= _ENOUGH else ''
     return (
         f'shards are sorted by class: with {shards.lanes:,} of {len(shards.lengths):,} open, what '
         f'comes at a time is as diverse as {seen:.3g} classes, and all examples as {there:.3g}: '

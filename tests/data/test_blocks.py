@@ -1,20 +1,19 @@
 """Reading of remote shards: every byte and request is counted, and faults are injected."""
 
+import concurrent.futures
 import struct
 import threading
 import time
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import Store
 from test_index import fill, held, opened
 
-from big_vit.data import blocks, files, network, pipeline, windows
+from big_vit.data import blocks, files, network, pipeline, transforms, windows
 from big_vit.data.sources import arrow, indexing, parquet, tfrecord
-from big_vit.data.sources.base import Request
+from big_vit.data.sources.base import Request, Source
 from big_vit.errors import Unavailable, UserError
 
 BLOCK = 1 << 16
@@ -31,14 +30,6 @@ def cache(tmp_path, monkeypatch):
     blocks._opened.cache_clear()
     yield
     blocks._opened.cache_clear()
-
-
-@pytest.fixture
-def store():
-    fsspec.register_implementation('counted', Store, clobber=True)
-    Store.reset()
-    yield Store
-    Store.reset()
 
 
 DATA = np.random.default_rng(0).bytes(10 * BLOCK + 100)
@@ -334,6 +325,44 @@ def records_in(store, counts=(4, 3)):
     return [record for part in records for record in part], places
 
 
+def test_who_waited_for_a_fetch_that_failed_keeps_what_it_fetches(store, file, tmp_path, capsys):
+    # As two processes, which share the folder and nothing else.
+    first, second = (blocks._Blocks(tmp_path / 'shared', 1 << 30) for _ in range(2))
+    asked, waits = threading.Event(), threading.Event()
+    store.asked.clear()
+
+    def fault(operation, path, number):
+        if number == 0:
+            asked.set()
+            waits.wait(10)
+            time.sleep(0.1)  # The second comes to the lock.
+            raise PermissionError('not now')
+        time.sleep(0.1)  # The first has ended.
+
+    store.faults = fault
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(first.read, file, 0, 100, at_once=True)
+        assert asked.wait(10)
+        waiting = pool.submit(second.read, file, 0, 100, at_once=True)
+        waits.set()
+        assert waiting.result() == DATA[:100]
+        assert isinstance(failing.exception(), PermissionError)
+    assert second._limit
+    assert [path.name for path in (tmp_path / 'shared').glob('*/*')] == ['0']
+    assert 'cannot be written' not in capsys.readouterr().out
+
+
+def test_a_file_that_is_forgotten_while_it_is_fetched_is_no_full_disk(store, file, capsys):
+    store.faults = lambda operation, path, number: blocks.forget(file)
+    assert blocks.read_small(file) == DATA
+    store.faults = None
+    assert blocks.read_small(file) == DATA
+    assert 'cannot be written' not in capsys.readouterr().out
+    store.asked.clear()
+    assert blocks.read_small(file) == DATA
+    assert not gets(store)
+
+
 @pytest.mark.parametrize('has_index', [True, False])
 def test_records_in_a_store_are_indexed_when_they_are_needed(store, has_index):
     wanted, places = records_in(store)
@@ -358,6 +387,47 @@ def test_a_record_that_changed_is_noticed(store):
     assert records.read(0) == wanted[0]
     with pytest.raises(OSError, match='the record at byte 20,028 has another checksum'):
         records.read(1)
+
+
+def test_a_record_whose_copy_on_the_disk_is_damaged_is_read_again(store, tmp_path):
+    pytest.importorskip('google_crc32c')
+    wanted, places = records_in(store)
+    records = tfrecord.Records(places, [4, 3])
+    records.expect(np.arange(4))
+    assert [records.read(i) for i in range(4)] == wanted[:4]
+    (copy,) = (tmp_path / 'cache' / 'blocks').glob('*/0')
+    data = bytearray(copy.read_bytes())
+    data[25_000] ^= 1
+    copy.write_bytes(data)
+    assert records.read(1) == wanted[1]
+
+
+def test_a_damaged_record_in_a_store_is_no_outage(store):
+    pytest.importorskip('google_crc32c')
+    wanted, places = records_in(store)
+    indexing.index('counted://bucket/r', say=lambda line: None)
+    records = tfrecord.Records(places, [4, 3])
+    data = bytearray(store.store[places[0].path].getvalue())
+    data[25_000] ^= 1
+    store.store[places[0].path] = held(bytes(data))
+
+    def load(indices):
+        read = [np.frombuffer(records.read(int(i))[:3], np.uint8) for i in indices]
+        return {'image': np.stack(read)[:, None, None], 'label': np.zeros(len(read), np.int32)}
+
+    source = Source(
+        *('records', 'train', 7, 1, (1, 1, 3), load),
+        in_memory=False,
+        where=lambda index: f'{places[0]}, record {index}',
+    )
+    transform = transforms.parse('', size=(1, 1), key='data')
+    index = np.array([1])
+    loaded = pipeline.load(source, transform, index, 0, 0, skip_bad=True)
+    assert loaded['replaced'].tolist() == [1]
+    assert loaded['image'].tobytes() == wanted[2][:3]
+    with pytest.raises(UserError, match='another checksum; repair or remove it') as caught:
+        pipeline.load(source, transform, index, 0, 0)
+    assert caught.value.status == UserError.status
 
 
 def test_records_that_do_not_add_up(store):

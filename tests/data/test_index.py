@@ -6,7 +6,6 @@ import struct
 import tarfile
 import zlib
 
-import fsspec
 import numpy as np
 import pytest
 from stores import Store
@@ -24,14 +23,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('BIG_VIT_CACHE', str(tmp_path / 'cache'))
     # On a busy machine a request may be late, and another would be counted.
     monkeypatch.setattr(network._Lateness, 'may_double', lambda self: False)
-
-
-@pytest.fixture
-def store():
-    fsspec.register_implementation('counted', Store, clobber=True)
-    Store.reset()
-    yield Store
-    Store.reset()
 
 
 def shard(rows, kind=tarfile.USTAR_FORMAT):
@@ -239,6 +230,14 @@ def test_a_store_that_is_read_only_has_its_index_elsewhere(tmp_path, store):
         lambda: opened(path, index=str(tmp_path)),
         r'data\.index: no big_vit\.index in .*prepare index counted://bucket/set --to ',
     )
+
+
+def test_an_index_elsewhere_is_of_one_folder(tmp_path):
+    for number in range(2):
+        write(tmp_path / f'set{number}')
+    path = str(tmp_path / 'set{0..1}' / 'train-{0000..0002}.tar')
+    assert opened(path).length == 42
+    refused(lambda: opened(path, index=str(tmp_path)), r'data\.index: is of .* in 2: make each')
 
 
 def test_a_copy_of_shards_is_read_by_the_copy_of_their_index(tmp_path):
@@ -512,8 +511,8 @@ def generated(shards, samples):
     """A manifest of so many shards of so many samples, and the listing of their folder."""
     rows = [
         sidecars.Row(
-            f'train-{n:06d}.tar', 1 << 30, sidecars.stamp_number('e'), (samples, 0, 0, 0),
-            (0, 0, 0, 0), 300_000, n, 'train',
+            f'train-{n:06d}.tar', 1 << 30, sidecars.stamp_number(str(n)), (samples, 0, 0, 0),
+            (0, 0, 0, 0), 300_000, zlib.crc32(str(n).encode()), 'train',
         )
         for n in range(shards)
     ]  # fmt: skip
@@ -529,7 +528,10 @@ def test_a_billion_examples_are_opened_in_seconds(store, monkeypatch):
     data = generated(100_000, 10_000)
     store.store['/big/big_vit.index'] = held(data)
     names = [f'/big/train-{n:06d}.tar' for n in range(100_000)]
-    listing = [{'name': n, 'type': 'file', 'size': 1 << 30, 'etag': 'e'} for n in names]
+    listing = [
+        {'name': name, 'type': 'file', 'size': 1 << 30, 'etag': str(n)}
+        for n, name in enumerate(names)
+    ]
     monkeypatch.setattr(Store, 'ls', lambda self, path, detail=True: listing)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()  # Other programs are not waited for.

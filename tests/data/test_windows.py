@@ -321,6 +321,20 @@ def test_shards_sorted_by_class_are_noticed():
     assert windows.warning(shards, mixed.__getitem__, 0) is None
 
 
+@pytest.mark.parametrize('lanes', [1, 4])
+def test_the_window_that_is_advised_is_enough(lanes):
+    lengths = np.full(4000, 500)
+
+    def label_of(index):
+        return index * 1000 // 2_000_000
+
+    advised = re.search(
+        r'data\.window=(\d+)', windows.warning(windows.Shards(lengths, lanes), label_of, 0)
+    )
+    enough = windows.Shards(lengths, int(advised[1]))
+    assert windows.warning(enough, label_of, 0) is None
+
+
 def test_effective_numbers_are_exponentials_of_entropies():
     values = np.random.default_rng(0).integers(0, 50, 1000) ** 2
     counts = np.unique(values, return_counts=True)[1]

@@ -29,14 +29,12 @@ class Task(NamedTuple):
       folder: of the shards.
       target: folder of the indices.
       kind: 'tar' or 'tfrecord'.
-      again: whether indices that are there are made anew.
     """
 
     folder: files.Place
     target: files.Place
     kind: str
     label_column: str
-    again: bool = False
 
 
 class Indexed(NamedTuple):

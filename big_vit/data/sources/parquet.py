@@ -46,7 +46,7 @@ def parquet(
     """
     key = request.key
     root = files.place(path, f'{key}.path')
-    splits = _find_splits(root, key)
+    splits = shards_of_splits(root, key)
     title = f'parquet:{root.name}'
     label_columns = {label_column: 'label_column'}
 
@@ -176,8 +176,12 @@ def _declared_kind(feature: Any) -> str:
 # --- Splits ----------------------------------------------------------------------------
 
 
-def _find_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
-    """Return the files of each split, in order."""
+def shards_of_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
+    """Return the files of each split, in order.
+
+    Raises:
+      UserError: there is none, or one is missing.
+    """
     with files.reading(root, f'{key}.path'):
         if _GLOB.search(root.name) and not files.exists(root):
             parent = root._replace(path=root.path.rpartition('/')[0])
@@ -284,12 +288,3 @@ def _read_json(file: files.Place) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{file}: holds no JSON object: copy it again')
     return content
-
-
-def shards_of_splits(root: files.Place, key: str) -> dict[str, list[files.Place]]:
-    """Return the files of each split, in order.
-
-    Raises:
-      UserError: there is none.
-    """
-    return _find_splits(root, key)

@@ -73,9 +73,9 @@ def tfds(
     def open_split(name: str) -> Source:
         split = info.splits[name]
         _need_all_files(split, directory, name)
-        read, expect = _reader(builder, name, image, key)
-        ends = np.cumsum(split.shard_lengths)
         shards = [files.place(os.fspath(path), key) for path in split.filepaths]
+        read, expect = _reader(builder, name, image, shards)
+        ends = np.cumsum(split.shard_lengths)
 
         def where(index: int) -> str:
             shard, record = locate(index, ends)
@@ -232,7 +232,7 @@ def _need_all_files(split: Any, directory: Any, name: str) -> None:
 
 
 def _reader(
-    builder: Any, name: str, image: _Image, key: str
+    builder: Any, name: str, image: _Image, shards: list[files.Place]
 ) -> tuple[Callable[[list[int]], list[dict[str, Any]]], Callable[[np.ndarray], None] | None]:
     """Return a function that reads the examples of a split, and one that is told of them before.
 
@@ -247,9 +247,8 @@ def _reader(
     info = builder.info
     if _format(info) != 'tfrecord':
         return builder.as_data_source(name, decoders=skip).__getitems__, None
-    split, decode = info.splits[name], info.features.deserialize_example_np
-    shards = [files.place(os.fspath(path), key) for path in split.filepaths]
-    records = tfrecord.Records(shards, list(split.shard_lengths))
+    decode = info.features.deserialize_example_np
+    records = tfrecord.Records(shards, list(info.splits[name].shard_lengths))
     return lambda rows: [decode(records.read(i), decoders=skip) for i in rows], records.expect
 
 

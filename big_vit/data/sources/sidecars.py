@@ -144,9 +144,6 @@ class Manifest(NamedTuple):
     names: dict[str, int]
     arrays: Arrays
 
-    def row(self, name: str) -> int | None:
-        return self.names.get(name)
-
 
 def joined_facts(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Join the facts of several shards.
@@ -155,21 +152,28 @@ def joined_facts(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     them)}), and 'endings' ({ending: number of members by kind of the example they belong to}).
     """
     values: dict[str, Any] = {}
-    left: dict[str, tuple[int, str]] = {}
     endings: dict[str, list[int]] = {}
+    facts = list(facts)
     for fact in facts:
         values |= {json.dumps(value): value for value in fact['values']}
-        for ending, (count, example) in fact['left'].items():
-            before, first = left.get(ending, (0, example))
-            left[ending] = before + count, first
         for ending, counts in fact['endings'].items():
             so_far = endings.get(ending, [0] * len(counts))
             endings[ending] = [a + b for a, b in zip(so_far, counts, strict=True)]
     return {
         'values': [values[text] for text in sorted(values)],
-        'left': left,
+        'left': joined_left(fact['left'] for fact in facts),
         'endings': endings,
     }
+
+
+def joined_left(parts: Iterable[dict[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
+    """Join what cannot be read of several shards, {ending: (number, example)}."""
+    left: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        for ending, (count, example) in part.items():
+            before, first = left.get(ending, (0, example))
+            left[ending] = before + count, first
+    return left
 
 
 def pack_manifest(

@@ -124,19 +124,11 @@ def _join(indices: list[Index]) -> Index:
         for values, index in zip(values_of, indices, strict=True)
     ]
     shards = [np.full(len(index['size']), i, np.uint32) for i, index in enumerate(indices)]
+    left = sidecars.joined_left(json.loads(bytes(index['left'])) for index in indices)
     return {
         'shard': np.concatenate(shards),
         **{n: np.concatenate([i[n] for i in indices]) for n in ('offset', 'size', 'kind', 'words')},
         'label': np.concatenate(labels),
         'values': _pack_values(values),
-        'left': np.frombuffer(json.dumps(_joined_counts(indices)).encode(), np.uint8),
+        'left': np.frombuffer(json.dumps(left).encode(), np.uint8),
     }
-
-
-def _joined_counts(indices: list[Index]) -> dict[str, tuple[int, str]]:
-    left: dict[str, tuple[int, str]] = {}
-    for index in indices:
-        for ending, (count, example) in json.loads(bytes(index['left'])).items():
-            before, first = left.get(ending, (0, example))
-            left[ending] = before + count, first
-    return left

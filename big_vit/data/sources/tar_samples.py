@@ -61,21 +61,19 @@ def walk(
     Raises:
       UserError: the shard is damaged or cannot be read, or a sample is not as it should be.
     """
-    samples: list[tuple[Sample, dict[str, tuple[int, int]]]] = []
+    kept: list[tuple[Sample, dict[str, tuple[int, int]]]] = []
     left: dict[str, tuple[int, str]] = {}
     unlabelled_text: UserError | None = None
     try:
         take = files.forward(shard)
-        groups = itertools.groupby(_sample_members(shard, take), lambda member: member[0])
-        for name, group in groups:
-            parts = _parts(shard, name, group)
+        for name, parts in samples(shard, take):
             try:
                 sample = _sample(shard, name, parts, take, label_column, text_column, labelled)
             except _UnlabelledText as error:  # A README beside images, unless there are no images.
                 unlabelled_text = unlabelled_text or UserError(str(error))
                 continue
             if sample is not None:
-                samples.append((sample, parts))
+                kept.append((sample, parts))
                 continue
             missed = next((f'.{part}' for part in parts if is_missed(f'x.{part}')), None)
             if missed is not None:
@@ -84,7 +82,7 @@ def walk(
     except OSError as error:
         kind = failure_at(shard, error)
         raise kind(f'{shard}: cannot be read: {error.strerror or error}') from error
-    return samples, left, unlabelled_text
+    return kept, left, unlabelled_text
 
 
 class _UnlabelledText(UserError):

@@ -87,6 +87,11 @@ def samples_of(shards: list[files.Stored], name: str, settings: Settings) -> Sam
         counts = sidecars.read_counts(folder) if not shards[0].place.is_local else None
         if counts is not None and (settings.request.num_classes or not settings.needs_labels):
             return _counted(counts, shards, settings, str(folder))
+    elif settings.index_folder is not None:
+        raise UserError(
+            f'{settings.request.key}.index: is of the shards of one folder, and {settings.path} '
+            f'names shards in {len(folders)}: make each folder a part of `mixture`'
+        )
     return _walked(shards, name, settings)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vit.data import blocks, files
+from big_vit.data import blocks, files, network
 from big_vit.data.recent import Recent
 from big_vit.data.sources import sidecars
 from big_vit.data.sources.base import locate
@@ -160,14 +160,16 @@ class Records:
         stored = self._shards[shard]
         if stored.place.is_local:
             return files.read_range(stored.place, offset, size)
-        whole = blocks.read_range(stored, offset - _HEAD, _HEAD + size + _FOOT)
-        length, _ = struct.unpack('<QI', whole[:_HEAD])
-        data = whole[_HEAD:-_FOOT]
-        (wanted,) = struct.unpack('<I', whole[-_FOOT:])
-        if length != size or _fast_crc(data) not in (wanted, None):
+        for _ in range(2):  # It may be the copy on the local disk that is damaged.
+            whole = blocks.read_range(stored, offset - _HEAD, _HEAD + size + _FOOT)
+            (length,) = struct.unpack('<Q', whole[:8])
+            data = whole[_HEAD:-_FOOT]
+            (wanted,) = struct.unpack('<I', whole[-_FOOT:])
+            if length == size and _fast_crc(data) in (wanted, None):
+                return data
             blocks.forget(stored)
-            raise OSError(f'{stored.place}: the record at byte {offset:,} has another checksum')
-        return data
+        text = f'{stored.place}: the record at byte {offset:,} has another checksum'
+        raise network.BrokenAnswerError(text)
 
     def expect(self, indices: np.ndarray) -> None:
         """Begin to read the blocks of some records, if they are remote."""
