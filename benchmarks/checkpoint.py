@@ -8,18 +8,17 @@ the page cache before they are read.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks import machine
 from big_vit import checkpoint, metrics, sharding, state, trees
 from big_vit.checkpoint_hashes import hashes_of
 from big_vit.models import variants
@@ -131,14 +130,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def cpu() -> str:
-    try:
-        text = Path('/proc/cpuinfo').read_text()
-        return text.partition('model name')[2].partition(':')[2].partition('\n')[0].strip()
-    except OSError:
-        return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.checkpoint', allow_abbrev=False)
     parser.add_argument('--variants', default='B/16,L/16', help='sizes of ViT, with commas between')
@@ -150,12 +141,9 @@ def main() -> None:
     for variant in args.variants.split(','):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             results.append(measure(variant, args.devices, args.rounds, Path(folder)))
-    packages = ('jax', 'orbax-checkpoint', 'tensorstore', 'numpy')
     about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
+        **machine.about('jax', 'orbax-checkpoint', 'tensorstore', 'numpy'),
         'devices': f'{args.devices} x {jax.devices()[0].device_kind}',
-        'python': platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
         'host memory at the end, MB': round(metrics.host_memory_mb() or 0),
     }
     RESULTS.parent.mkdir(exist_ok=True)

@@ -11,12 +11,9 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import platform
 import re
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks.checkpoint import cpu
+from benchmarks import machine
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, sharding, state, steps, storage
 from big_vit.build.data import device_operations
@@ -670,12 +667,7 @@ def main(argv: list[str]) -> None:
     results = study.results()
     # A partial study must not replace the published results.
     folder = workdir if args.quick or args.report else RESULTS
-    about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
-        'python': platform.python_version(),
-        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
-        'emoji': study.sizes(),
-    }
+    about = {**machine.about('jax', 'flax', 'optax', 'numpy'), 'emoji': study.sizes()}
     text = json.dumps({'about': about, 'results': results}, indent=1)
     (folder / 'emoji.json').write_text(text + '\n')
     (folder / 'emoji.md').write_text(table(results) + '\n')

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 from benchmarks import step
-from benchmarks.checkpoint import cpu
 from benchmarks.chips import run_planner
+from benchmarks.machine import cpu
 from big_vit import sharding
 from big_vit.errors import UserError
 from big_vit.planning import topology

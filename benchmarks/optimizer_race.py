@@ -11,17 +11,15 @@ import difflib
 import json
 import math
 import os
-import platform
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from benchmarks.checkpoint import cpu
+from benchmarks import machine
 from big_vit import command_line, ledger, metrics, runtime, state, steps, storage
 from big_vit import config as config_lib
 from big_vit.build.evaluations import build_evaluators
@@ -366,10 +364,8 @@ def report(race: Race, folder: Path) -> None:
         return
     config = race.config('adamw', SETTINGS['adamw'][1], 0)
     about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
+        **machine.about('jax', 'flax', 'optax', 'numpy'),
         'load at the end': [round(value, 2) for value in os.getloadavg()],
-        'python': platform.python_version(),
-        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
         'rates': race.rates,
         'factor between rates': FACTOR,
         'seeds': race.seeds,

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.checkpoint import cpu
+from benchmarks.machine import cpu
 from big_vit import config as config_lib
 from big_vit import ledger, plan, sharding, state, trees
 from big_vit.build.experiment import abstract_batch, build_experiment

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import loader
-from benchmarks.checkpoint import cpu
+from benchmarks.machine import cpu
 from big_vit import config as config_lib
 from big_vit import predict, predictor, runtime, train
 from big_vit.build.evaluations import build_evaluators

@@ -10,11 +10,8 @@ again with other seeds. A restart continues where it stopped.
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from benchmarks.checkpoint import cpu
+from benchmarks import machine
 from benchmarks.optimizer_race import trial
 from big_vit import command_line, metrics, runtime, sharding, state, storage, trees
 from big_vit import config as config_lib
@@ -255,11 +252,7 @@ def main(argv: list[str]) -> None:
     # A partial study must not replace the published results.
     part = args.quick or args.report or args.only or overrides
     folder = workdir if part else RESULTS
-    about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
-        'python': platform.python_version(),
-        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
-    }
+    about = machine.about('jax', 'flax', 'optax', 'numpy')
     text = json.dumps({'about': about, 'results': results}, indent=1)
     (folder / 'small_data.json').write_text(text + '\n')
     (folder / 'small_data.md').write_text(table(results) + '\n')

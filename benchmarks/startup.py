@@ -7,16 +7,14 @@ ViT-S/16 at 224 px on eight fake CPU devices: cold, and with the program in JAX'
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
-from benchmarks.checkpoint import cpu
+from benchmarks import machine
 from big_vit import metrics
 from big_vit.errors import UserError
 
@@ -90,11 +88,7 @@ def main(argv: list[str]) -> None:
                 name = f'first step of S/16, {DEVICES} devices, {kind}'
                 spent = first_step(Path(folder) / 'cache', Path(folder) / f'{kind}{number}')
                 times.setdefault(name, []).append(spent)
-    about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
-        'python': platform.python_version(),
-        'jax': metadata.version('jax'),
-    }
+    about = machine.about('jax')
     FILE.write_text(json.dumps({'about': about, 'seconds': times}, indent=1) + '\n')
     rows = [
         (name, *(f'{value:.2f}' for value in (statistics.median(all_), min(all_), max(all_))))

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.checkpoint import cpu
+from benchmarks.machine import cpu
 from big_vit import config as config_lib
 from big_vit import runtime, sharding, state
 from big_vit.build.experiment import abstract_batch, build_experiment

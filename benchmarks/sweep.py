@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.checkpoint import cpu
+from benchmarks.machine import cpu
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, train, transfer
 from big_vit.config import Config

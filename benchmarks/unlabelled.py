@@ -14,12 +14,9 @@ import collections
 import dataclasses
 import functools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks import emoji, frozen_features, picture_sets
-from benchmarks.checkpoint import cpu
+from benchmarks import emoji, frozen_features, machine, picture_sets
 from benchmarks.emoji import categorised, recall, shrunk, standard_error, whitening
 from benchmarks.frozen_features import FOLDS, Features, Places, Readout, altered, rgb
 from big_vit import config as config_lib
@@ -621,12 +617,7 @@ def main(argv: list[str]) -> None:
     # A partial study must not replace the published results.
     folder = workdir if args.quick or args.report else RESULTS
     about = {
-        'cpu': f'{os.cpu_count()} x {cpu()}',
-        'python': platform.python_version(),
-        **{
-            name: metadata.version(name)
-            for name in ('jax', 'flax', 'optax', 'numpy', 'scikit-learn')
-        },
+        **machine.about('jax', 'flax', 'optax', 'numpy', 'scikit-learn'),
         'pictures': sizes,
     }
     text = json.dumps({'about': about, 'results': results}, indent=1)

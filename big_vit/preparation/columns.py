@@ -1,5 +1,6 @@
 """Rows of Parquet files, read a group at a time, and written."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,34 @@ _BATCH_ROWS = 64
 _GROUP_ROWS = 100
 
 
+@contextlib.contextmanager
+def _readable(file: files.Place) -> Iterator[None]:
+    """Name the file in errors of Arrow."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{file}: cannot be read ({reason}): copy it again') from error
+
+
 def rows(file: files.Place, wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, values by column) of the rows that are wanted, in order.
 
     Raises:
       UserError: the file is damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with file.system.open(file.path, 'rb') as handle:
-            parquet = pq.ParquetFile(handle)
-            first = 0
-            for group in range(parquet.metadata.num_row_groups):
-                count = parquet.metadata.row_group(group).num_rows
-                if any(map(wanted, range(first, first + count))):
-                    yield from _rows_of(parquet, group, first, wanted)
-                first += count
-    except pa.ArrowException as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'{file}: cannot be read ({reason}): copy it again') from error
+    with _readable(file), file.system.open(file.path, 'rb') as handle:
+        parquet = pq.ParquetFile(handle)
+        first = 0
+        for group in range(parquet.metadata.num_row_groups):
+            count = parquet.metadata.row_group(group).num_rows
+            if any(map(wanted, range(first, first + count))):
+                yield from _rows_of(parquet, group, first, wanted)
+            first += count
 
 
 def _rows_of(
@@ -49,8 +57,31 @@ def schema_of(file: files.Place) -> Any:
     """Return the schema of a Parquet file, as Arrow has it."""
     import pyarrow.parquet as pq
 
-    with file.system.open(file.path, 'rb') as handle:
+    with _readable(file), file.system.open(file.path, 'rb') as handle:
         return pq.read_schema(handle)
+
+
+def check_fits(file: files.Place, first: files.Place, image: str) -> None:
+    """Check that what a Parquet file holds has room in the columns of the first, which are written.
+
+    Args:
+      image: the column of pictures, which are written as the first has them.
+
+    Raises:
+      UserError: a column would be lost, or its values changed.
+    """
+    import pyarrow as pa
+
+    room = {field.name: field.type for field in schema_of(first)}
+    for field in schema_of(file):
+        if field.name == image or pa.types.is_null(field.type):
+            continue
+        if field.type != room.get(field.name):
+            there = f'{room[field.name]} in' if field.name in room else 'not in'
+            raise UserError(
+                f'{file}: column {field.name!r} is {field.type}, and {there} {first}: '
+                'write --format tar, or give all files the same columns'
+            )
 
 
 def schema_of_fields(fields: Sequence[str]) -> Any:

@@ -234,9 +234,7 @@ def read(given: Given, unit: Unit, rows: Collection[int] | None = None) -> Itera
       OSError: it cannot be read.
     """
     last = max(rows, default=-1) if rows is not None else None
-    wanted = rows.__contains__ if rows is not None else lambda row: True
-    if rows is not None:
-        wanted = frozenset(rows).__contains__
+    wanted = frozenset(rows).__contains__ if rows is not None else lambda row: True
     readers = {'tar': _read_tar, 'parquet': _read_parquet}
     with _named(given):
         for example in readers.get(given.source, _read_source)(given, unit, wanted):

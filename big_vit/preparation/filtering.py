@@ -90,7 +90,7 @@ def settings_of(args: Namespace) -> Settings:
 
 
 def _evaluation(text: str) -> Given:
-    path, _, split = text.partition('@') if '@' in text.rpartition('/')[2] else (text, '', '')
+    path, _, split = text.rpartition('@') if '@' in text.rpartition('/')[2] else (text, '', '')
     source = examples.source_of(path, '--evaluation')
     return Given('--evaluation', source, _absolute(path), split or None)
 

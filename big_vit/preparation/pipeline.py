@@ -29,6 +29,7 @@ from big_vit.data import files
 from big_vit.data.decode import DecodeError
 from big_vit.errors import UserError
 from big_vit.preparation import (
+    columns,
     duplicates,
     embeddings,
     examination,
@@ -124,7 +125,11 @@ def _examine(number: int, job: Job) -> Iterator[None]:
 
     def work() -> Iterator[None]:
         if not files.exists(file):
-            arrays = examination.examine(job.sets[of_set], unit, job.settings)
+            given = job.sets[of_set]
+            if of_set == 0 and given.source == job.settings.format == 'parquet':
+                shard, first = (files.place(path, given.flag) for path in (unit.place, job.first))
+                columns.check_fits(shard, first, given.image_column or 'image')
+            arrays = examination.examine(given, unit, job.settings)
             stored.write(file, stored.packed(arrays))
         yield from ()
 

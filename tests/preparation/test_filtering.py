@@ -34,6 +34,13 @@ def test_flags_as_settings(folder):
     assert found.reasons[5:7] == ['where a=1', 'where b>2']
 
 
+def test_the_split_of_an_evaluation_comes_after_the_last_at_sign(folder):
+    (folder / 'at@home' / 'a@2x' / 'val').mkdir(parents=True)
+    for path in (f'{folder}/at@home', f'{folder}/at@home/a@2x'):
+        found = settings(str(folder / 'set'), '--out', 'x', '--evaluation', f'{path}@val')
+        assert [(e.path, e.split) for e in found.evaluations] == [(path, 'val')]
+
+
 @pytest.mark.parametrize(
     ('words', 'message'),
     [

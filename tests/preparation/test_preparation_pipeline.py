@@ -281,6 +281,28 @@ def test_parquet_keeps_its_columns(inputs, tmp_path):
     assert source.length == len(kept) and source.num_classes == 2
 
 
+@pytest.mark.parametrize(
+    ('more', 'told'),
+    [
+        ({'n': 2, 'more': 7}, r"'more' is int64, and not in .*00000"),
+        ({'n': 2.5}, r"'n' is double, and int64 in .*00000"),
+    ],
+)
+def test_columns_that_the_first_file_has_not_are_not_lost_without_a_word(more, told, tmp_path):
+    (tmp_path / 'set').mkdir()
+    for number, columns in enumerate(({'n': 1, 'text': 'a'}, more)):
+        table = pa.Table.from_pylist([{'image': jpeg(picture(number)), **columns}])
+        pq.write_table(table, tmp_path / 'set' / f'train-{number:05d}.parquet')
+    words = [str(tmp_path / 'set'), '--out', str(tmp_path / 'out')]
+    with pytest.raises(UserError, match=rf'00001.parquet: column {told}.*write --format tar'):
+        filtering.main([*words, *HERE])
+    filtering.main([*words[:2], str(tmp_path / 'tar'), '--format', 'tar', *HERE])
+    (shard,) = (tmp_path / 'tar').glob('*.tar')
+    with tarfile.open(shard) as file:
+        kept = [json.load(file.extractfile(m)) for m in file.getmembers() if 'json' in m.name]
+    assert kept == [{'n': 1}, more]
+
+
 def test_a_folder_becomes_shards_of_either_format(tmp_path):
     for number in range(6):
         (folder := tmp_path / 'set' / ('cat', 'dog')[number % 2]).mkdir(parents=True, exist_ok=True)
