@@ -64,6 +64,19 @@ def test_a_tenth_is_held_out_by_families_and_no_large_one():
     assert 150 <= len(chosen) < 150 + most
 
 
+def test_nothing_is_chosen_on_copies_of_what_is_learned():
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    images[4] = images[1]  # A copy in another folder; the last but for one level is none.
+    images[5] = images[2]
+    images[5, 0, 0, 0] ^= 1
+    labels, names = np.arange(6), tuple('abcdef')
+    pictures = Pictures(images, labels, names)
+    learned, chosen = (study.rows_of(pictures, np.arange(*rows)) for rows in ((0, 3), (3, 6)))
+    left = study.unseen(chosen, learned)
+    assert left.families == ('d', 'f') and left.labels.tolist() == [3, 5]
+    assert (left.images == images[[3, 5]]).all()
+
+
 def test_colours_are_roots_of_the_shares_of_a_histogram():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     for image, row in zip(images, frozen_features.colours(images, 2), strict=True):
