@@ -254,15 +254,28 @@ def places(start: str) -> Places:
 class Judge:
     """The features of one start, and what they are worth on each set."""
 
-    def __init__(self, sets: Sets, features: Features, bank: np.ndarray):
+    def __init__(self, sets: Sets, features: Features):
         self._sets, self._features = sets, features
-        spread = np.linspace(0, len(bank) - 1, BANK).astype(int)
-        self._bank = features(rgb(bank[spread]))
 
-    def values(self, how: Readout, images: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """Return features of sets of images, whitened by what the start has learned from."""
+    def bank(self, pictures: picture_sets.Pictures) -> dict[tuple[int, int], np.ndarray]:
+        """Return features of pictures, spread over a set, by which those of others are whitened."""
+        spread = np.linspace(0, len(pictures.images) - 1, BANK).astype(int)
+        return self._features(rgb(pictures.images[spread]))
+
+    @functools.cached_property
+    def _learned(self) -> dict[tuple[int, int], np.ndarray]:
+        return self.bank(self._sets.learned)
+
+    def values(
+        self,
+        how: Readout,
+        images: Iterable[np.ndarray],
+        bank: dict[tuple[int, int], np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """Return features of sets of images, whitened by those of `bank`, else of openclipart."""
         place = how.block, how.grid
-        centre, matrix = whitening(self._bank[place], how.power)
+        bank = self._learned if bank is None else bank
+        centre, matrix = whitening(bank[place], how.power)
         centred = (self._features(rgb(x))[place] - centre for x in images)
         return [x if matrix is None else x @ matrix for x in centred]
 
@@ -275,7 +288,7 @@ class Judge:
         tried = []
         for place in places(start):
             for power in POWERS:
-                centre, matrix = whitening(self._bank[place], power)
+                centre, matrix = whitening(self._learned[place], power)
                 plain, changed = (x[place] - centre for x in features)
                 if matrix is not None:
                     plain, changed = plain @ matrix, changed @ matrix
@@ -323,7 +336,8 @@ class Judge:
         """Score probes of few labels a class on all test pictures, over draws of the labels."""
         known, test = self._sets.fashion, self._sets.fashion_test
         how = Readout(*readouts['linear'])
-        pool, scored = self.values(how, [known.images[:POOL], test.images])
+        # All starts know these pictures without labels, whatever they have learned from.
+        pool, scored = self.values(how, [known.images[:POOL], test.images], self.bank(known))
         figures = {}
         for shots in SHOTS:
             accuracies = []
@@ -484,8 +498,7 @@ class Study:
             features = frozen_features.plain_features(read_out[start], places(start))
         else:
             features = frozen_features.network_features(config, parts, params, places(start))
-        learned = self._sets.fashion if run.data == 'fashion' else self._sets.learned
-        judge = Judge(self._sets, features, learned.images)
+        judge = Judge(self._sets, features)
         if not run.seed:
             return row | judge.choose(start)
         choice = self.choice(start)
