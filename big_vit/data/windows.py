@@ -94,13 +94,17 @@ def opened(lengths: Int64[np.ndarray, ' shards'], lanes: int | None = None) -> S
 
 def line(parts: Sequence[Shards | int]) -> str:
     """Say how an order with locality is read."""
-    return '; '.join(
-        f'all {part:,} examples of a part shuffled'
-        if isinstance(part, int)
-        else f'{part.lanes:,} of {len(part.lengths):,} shards open at once, {WINDOW} neighbours of '
-        'each in random order'
-        for part in parts
-    )
+
+    def told(part: Shards | int) -> str:
+        if isinstance(part, int):
+            return f'all {part:,} examples of a part shuffled'
+        shards = f'{len(part.lengths):,} shards'
+        how = f'{part.lanes:,} of {shards} open at once, {WINDOW} neighbours of each'
+        if part.lanes > len(part.lengths):  # Several lanes begin in one shard.
+            how = f'{shards} read at {part.lanes:,} places at once, {WINDOW} neighbours at each'
+        return f'{how} in random order'
+
+    return '; '.join(map(told, parts))
 
 
 @functools.cache

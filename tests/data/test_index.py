@@ -484,7 +484,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out == f'indexed 3 shards with 21 examples\nwrote   {path}/big_vit.index: 3 shards\n'
     refused(lambda: prepare.main(['index', path, '--share', '3/3']), '--share must be I/N')
-    refused(lambda: prepare.main(['index', str(tmp_path)]), 'PATH.path: no .tar file in')
+    refused(lambda: prepare.main(['index', str(tmp_path)]), 'PATH: no .tar file in')
 
 
 def test_files_that_have_an_index_of_their_own(tmp_path):

@@ -28,7 +28,7 @@ def find_splits(path: str, key: str) -> dict[str, list[files.Stored]]:
     Raises:
       UserError: there is none.
     """
-    shards = find_shards(path, key)
+    shards = find_shards(path, f'{key}.path')
     splits: dict[str, list[files.Stored]] = {}
     words = [split_word(shard.place.name) for shard in shards]
     words = words if all(words) else ['train'] * len(shards)
@@ -46,10 +46,12 @@ def split_word(name: str) -> str:
 def find_shards(path: str, key: str) -> list[files.Stored]:
     """Find the shards of a path: a file, a folder, a glob or a range.
 
+    Args:
+      key: what the path is called in messages, such as 'data.path'.
+
     Raises:
       UserError: there is none, one is not there or compressed, or one is named twice.
     """
-    key = f'{key}.path'
     names = _expand_braces(path, key)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
