@@ -83,7 +83,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 SUPERVISED = 'rrc(size, scale=(0.3, 1)) | flip_lr | color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8)'
 SHOTS, DRAWS = (10, 100), 5
-TUNED_STEPS, TUNED_RATE = 150, 1e-3
+TUNED_STEPS, TUNED_RATE = 600, 1e-3
 BANK, POOL, LARGE_FAMILY = 3000, 5000, 60
 POWERS = (0.0, 0.25, 0.5)
 QUESTIONS = {
