@@ -1,5 +1,6 @@
 """The device mesh, and the one table that decides how every array is sharded over it."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -220,7 +221,7 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
     # A kernel inside the scan has the sharding of its stack without the layer axis.
     shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
     specs = {name: spec_for(name, shapes[name], mesh, min_shard_size) for name in shapes}
-    on_cpus = mesh.devices.flat[0].platform == 'cpu'
+    on_cpus, fsdp = mesh.devices.flat[0].platform == 'cpu', mesh.shape['fsdp']
 
     def gather(name: str, product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         spec = specs[name][len(shapes[name]) - kernel.ndim :]
@@ -233,25 +234,38 @@ def gather_weights(mesh: Mesh, params: Any, min_shard_size: int = 0):
             # XLA for CPUs aborts the process where devices sum gradients of this type.
             kernel = kernel.astype(jnp.float32)
 
-        shape = kernel.shape
-        as_matrix = _rows_of(x.ndim, axis, shape)
+        as_matrix = _rows_of(x.ndim, axis, kernel.shape)
 
-        def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        def gathered(kernel: jax.Array) -> jax.Array:
             kernel = jax.lax.pcast(kernel, ('replica',), to='varying')
+            shape = [n * fsdp if i == axis else n for i, n in enumerate(kernel.shape)]
             if as_matrix:
                 kernel = kernel.reshape(-1, math.prod(kernel.shape[as_matrix:]))
             along = axis if not as_matrix else int(axis > 0)
-            kernel = jax.lax.all_gather(kernel, 'fsdp', axis=along, tiled=True)
-            return product(x, kernel.reshape(shape).astype(dtype))
+            return jax.lax.all_gather(kernel, 'fsdp', axis=along, tiled=True).reshape(shape)
 
         # Axes that are not named here, i.e. `tensor`, are left to the partitioner.
-        return jax.shard_map(
-            local,
+        over_batch = functools.partial(jax.shard_map, mesh=mesh, axis_names=set(batch))
+        if mesh.shape['tensor'] == 1:
+            return over_batch(
+                lambda x, kernel: product(x, gathered(kernel).astype(dtype)),
+                in_specs=(BATCH, part),
+                out_specs=BATCH,
+            )(x, kernel)
+        # Left to itself, the partitioner would gather along `tensor` too, and cut again. So nothing
+        # is left to it here; each device has a copy of its own, along a new first axis.
+        of_tensor = (name if name == 'tensor' else None for name in spec)
+        copies = jax.shard_map(
+            lambda kernel: gathered(kernel)[None],
             mesh=mesh,
-            in_specs=(BATCH, part),
+            in_specs=PartitionSpec(*spec),
+            out_specs=PartitionSpec(batch, *of_tensor),
+        )(kernel)
+        return over_batch(
+            lambda x, kernel: product(x, kernel[0].astype(dtype)),
+            in_specs=(BATCH, BATCH),
             out_specs=BATCH,
-            axis_names=set(batch),
-        )(x, kernel)
+        )(x, copies)
 
     return gather
 

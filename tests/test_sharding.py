@@ -1,6 +1,7 @@
 """Where arrays lie: what the table promises holds for every size, on meshes small and large."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -372,6 +373,44 @@ def test_gathered_weights_change_neither_loss_nor_gradients(sizes, scan, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), have, want)
     if sizes[0] == 1:
         assert 'reduce-scatter' in step.lower(parts, batch).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    'name, shape',
+    [
+        ('MlpBlock_0/Dense_0/kernel', (64, 256)),
+        ('MlpBlock_0/Dense_1/kernel', (64, 128)),
+        ('MultiHeadDotProductAttention_0/query/kernel', (64, 4, 24)),
+        ('MultiHeadDotProductAttention_0/out/kernel', (4, 24, 64)),
+    ],
+)
+def test_kernels_and_their_gradients_stay_split_over_tensor(name, shape):
+    """What travels is the part of one of two devices; NumPy says what the gradient is."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    rng = np.random.default_rng(0)
+    inputs = shape[:2] if 'out' in name else shape[:1]
+    kernel, x = rng.standard_normal(shape), rng.standard_normal((16, 5, *inputs))
+    shapes = trees.unflatten({name: jax.ShapeDtypeStruct(shape, jnp.float32)})
+    gather = sharding.gather_weights(mesh, shapes)
+
+    def loss(kernel, x):
+        product = lambda x, kernel: jnp.tensordot(x, kernel, len(inputs))  # noqa: E731
+        return jnp.square(gather(name, product, x, kernel)).sum()
+
+    where = NamedSharding(mesh, sharding.spec_for(name, shape, mesh))
+    assert {'fsdp', 'tensor'} <= set(where.spec)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(jnp.asarray(kernel, jnp.float32), where)
+        rows = jax.device_put(jnp.asarray(x, jnp.float32), sharding.batch_sharding(mesh))
+        step = jax.jit(jax.grad(loss), out_shardings=where)
+        text, gradient = step.lower(given, rows).compile().as_text(), step(given, rows)
+    flat = x.reshape(-1, math.prod(inputs))
+    wanted = 2 * flat.T @ flat @ kernel.reshape(flat.shape[1], -1)
+    np.testing.assert_allclose(gradient, wanted.reshape(shape), rtol=1e-4, atol=1e-2)
+    travels = re.findall(r'= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(', text)
+    sizes = [math.prod(map(int, dims.split(','))) for dims in travels]
+    assert sizes == [math.prod(shape) // 2]
+    assert 'reduce-scatter' in text
 
 
 def test_gradients_of_bfloat16_kernels_are_summed_over_fake_devices_too():
