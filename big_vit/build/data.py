@@ -289,6 +289,7 @@ def train_data(
     taken = tuple(transform.groups) or parts_read(config)
     skip = whole.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
+    _check_needs(example_spec, task)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -384,6 +385,16 @@ def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: in
     assert part.labels is not None
     if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
         say_once(f'WARNING {part.name}: its {text}')
+
+
+def _check_needs(example_spec: transforms.ExampleSpec, task: Task) -> None:
+    """Raise UserError where examples lack what the loss is of."""
+    missing = [part for part in task.needs if part not in example_spec.parts]
+    if missing:
+        raise UserError(
+            f'config: task.name={task.name!r} learns from {" and ".join(missing)}, but data gives '
+            f'{", ".join(sorted(example_spec.parts))}: docs/tasks.md says which data has them'
+        )
 
 
 def _check_views(transform: transforms.Transform, task: Task) -> None:
@@ -523,6 +534,8 @@ _USES = {
     'logits': 'needs logits over classes',
     'features': 'needs features',
     'pairs': 'compares two streams',
+    'boxes': 'needs boxes of objects',
+    'pixels': 'needs classes of pixels',
 }
 
 
@@ -616,8 +629,10 @@ def _held_out(
     spec = replace(spec, known=known if lines else None, least_classes=0)
     _check_length(section, key, source)
     skip = section.on_error == 'skip'
-    example_spec = transforms.check(host, source, config.image_size, taken, skip)
-    _check_same_parts(example_spec, train, taken, key)
+    # Windows slide over pictures of any size.
+    size = None if needs.output == 'pixels' else config.image_size
+    example_spec = transforms.check(host, source, size, taken, skip)
+    _check_same_parts(example_spec, train, taken, key, size is None)
     _check_same_range(example_spec, transform, train, key)
     device = transform.device or train.evaluation_device
     found = Data(source, host, example_spec, device, (spec,), skip, reads=taken)
@@ -657,7 +672,11 @@ def _free_of_labels(config: Config) -> list[str]:
 
 
 def _check_same_parts(
-    example_spec: transforms.ExampleSpec, train: Data, taken: tuple[str, ...], key: str
+    example_spec: transforms.ExampleSpec,
+    train: Data,
+    taken: tuple[str, ...],
+    key: str,
+    any_size: bool = False,
 ) -> None:
     """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
     for part in taken:
@@ -667,7 +686,7 @@ def _check_same_parts(
                 f'config: {key}.transform gives images of {found[2]} channel(s), the '
                 f'model takes {wanted[2]}: add rgb or grayscale to it'
             )
-        if found != wanted:
+        if found != wanted and not (any_size and part == 'image'):
             shown = ' and '.join('x'.join(map(str, shape)) for shape in (found, wanted))
             raise UserError(
                 f'config: {key}.transform gives {part} of another shape than data.transform '

@@ -7,6 +7,7 @@ from big_vit.tasks import (
     contrastive,
     joint_embedding,
     masked,
+    segmentation,
     self_distillation,
 )
 from big_vit.tasks.task import Task
@@ -16,5 +17,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     'contrastive': contrastive.contrastive,
     'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
+    'segmentation': segmentation.segmentation,
     'self_distillation': self_distillation.self_distillation,
 }

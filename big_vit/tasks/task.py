@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch
@@ -89,6 +89,22 @@ Pictures = Callable[
 ]
 
 
+class Detections(NamedTuple):
+    """Objects that a model sees in pictures; all of them, likely or not.
+
+    Attributes:
+      scores: how sure it is of each, higher is surer.
+      labels: class of each, whole numbers.
+      boxes: (centre x, centre y, width, height) as shares of the picture without its padding.
+      masks: logits of each object's pixels over the whole canvas, at any resolution; None without.
+    """
+
+    scores: Float[Array, 'batch objects']
+    labels: Int[Array, 'batch objects']
+    boxes: Float[Array, 'batch objects 4']
+    masks: Float[Array, 'batch objects rows columns'] | None = None
+
+
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -112,7 +128,7 @@ class Task(NamedTuple):
       loss: (model, run) -> `Loss`.
       headline: the training metric that console and explore show beside the loss.
       provides: what evaluations may ask for: 'logits' of classes, 'features' of examples, 'pairs'
-        of embeddings of two streams.
+        of embeddings of two streams, 'boxes' of objects, 'pixels' with classes.
       additions: first names of parameter paths that the task adds to the trunk; a transfer or an
         export leaves them.
       trunk: model -> the module that gives features; it is applied to the same parameters.
@@ -120,6 +136,7 @@ class Task(NamedTuple):
       least_classes: how many classes the data must have.
       mixes_labels: whether mixup and cutmix make sense.
       logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
+      needs: parts of a batch that the loss reads beside what the model does.
       views: names of groups of views that the loss can read. Views of the first group, which must
         be there, are of the configured size. () where it sees examples once, as they are.
       state: parameters -> the task's own state, such as a batch's running mean; None without one.
@@ -134,6 +151,9 @@ class Task(NamedTuple):
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
+      detect: model -> a function (parameters, batch) that finds objects; None without 'boxes'.
+      segment: model -> a function (parameters, batch) that gives logits of classes over the canvas,
+        [batch, rows, columns, classes] at any resolution; None without 'pixels'.
       whole_batch: whether the loss is of all examples of a batch together, with gradients between
         them, so that a batch cannot be learned from in parts.
     """
@@ -149,6 +169,7 @@ class Task(NamedTuple):
     least_classes: int = 0
     mixes_labels: bool = False
     logits_loss: str = 'softmax'
+    needs: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
@@ -158,6 +179,10 @@ class Task(NamedTuple):
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
     pictures: Callable[[Any], Pictures] | None = None
+    detect: Callable[[Any], Callable[[Tree, Batch], Detections]] | None = None
+    segment: (
+        Callable[[Any], Callable[[Tree, Batch], Float[Array, 'batch rows columns classes']]] | None
+    ) = None
     whole_batch: bool = False
 
     def is_addition(self, path: str) -> bool:

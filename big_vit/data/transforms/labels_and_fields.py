@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from big_vit.data import decode as decode_lib
+from big_vit.data import label_maps
 from big_vit.data.preprocessing import Step
 from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
@@ -212,6 +213,22 @@ def rename(**names) -> Operation:
     return Operation(apply, step=None if 'image' in {*names, *names.values()} else 'keeps')
 
 
+def reduce_zero_label() -> Operation:
+    """Number the classes of label maps from 0 that are numbered from 1; 0 is ignored (ADE20K)."""
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        _need(columns, 'segmentation')
+        reduced = []
+        for row, value in enumerate(columns['segmentation']):
+            try:
+                reduced.append(label_maps.without_zero(label_maps.read(value)))
+            except label_maps.LabelMapError as error:
+                raise BadExampleError(row, str(error)) from error
+        return {**columns, 'segmentation': stacked(reduced)}
+
+    return Operation(apply, step='keeps')
+
+
 def _need(columns: Columns, name: str) -> None:
     if name not in columns:
         raise UnfitError(f'needs {name!r}, but these examples have {", ".join(sorted(columns))}')
@@ -230,5 +247,6 @@ OPERATIONS = {
         multihot,
         keep,
         rename,
+        reduce_zero_label,
     )
 }

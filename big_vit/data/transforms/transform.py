@@ -494,7 +494,7 @@ _SIZED = {'image': (3, 0), 'video': (4, 1)}
 def check(
     transform: Transform,
     source: Source,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     reads: tuple[str, ...] = ('image',),
     skip_bad: bool = False,
 ) -> ExampleSpec:
@@ -503,7 +503,7 @@ def check(
     Args:
       transform: from `parse`.
       source: the examples that it will be applied to.
-      size: (height, width) of images and videos that the model needs.
+      size: (height, width) of images and videos that the model needs; None for any.
       reads: names of the parts that the model takes.
       skip_bad: try the next examples where the first are damaged.
 
@@ -519,7 +519,7 @@ def check(
         {name: (column.shape[1:], column.dtype) for name, column in columns.items()},
         float(np.max(columns['image'], initial=0)) if 'image' in columns else 0.0,
     )
-    if transform.views:
+    if transform.views and size is not None:
         first = next(iter(transform.groups))
         _check_size(transform, first, example_spec.parts[first][0][1:], size)
     for part in reads:
@@ -528,7 +528,7 @@ def check(
             raise UserError(
                 f'{transform.key} gives {has} but no {part}, {_NEEDS.get(part, _OTHER)}'
             )
-        if part in _SIZED:
+        if part in _SIZED and size is not None:
             _check_size(transform, part, example_spec.parts[part][0], size)
     return example_spec
 
