@@ -152,7 +152,7 @@ def update(
         rows = in_parts(lambda part, key: targets.rows(task_state, part, key, step), batch, rng)
         shared = targets.shared(task_state, rows, step)
         rows, shared = jax.lax.stop_gradient((rows, shared))
-        return {**batch, 'targets': rows}, ({**task_state, 'targets': shared}, step)
+        return {**batch, 'targets': rows}, ({**(task_state or {}), 'targets': shared}, step)
 
     def gradient(params: Any, extra: Extra, batch: Batch, rng: jax.Array):
         task_state, step = extra

@@ -289,6 +289,7 @@ def train_data(
     taken = tuple(transform.groups) or parts_read(config)
     skip = whole.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
+    _check_reads(example_spec, task)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -318,6 +319,17 @@ def train_data(
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
+
+
+def _check_reads(example_spec: transforms.ExampleSpec, task: Task) -> None:
+    """UserError where examples lack a part that the loss needs."""
+    missing = [part for part in task.reads if part not in example_spec.parts]
+    if missing:
+        has = ', '.join(sorted(example_spec.parts))
+        raise UserError(
+            f'config: data.transform gives {has} but no {missing[0]}, from which task.name='
+            f'{task.name!r} learns: end its part for the host with boxes(N), with data of objects'
+        )
 
 
 def _check_lost(parts: Sequence[sources.Source], specs: Sequence[dataset.Spec], skip: bool) -> None:

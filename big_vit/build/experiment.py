@@ -311,7 +311,10 @@ def loss_flops(
         given = jax.eval_shape(rows, task_state, batch, key, step)
         of_targets = flops.count(rows, task_state, batch, key, step)
         of_targets += flops.count(shared, task_state, given, step)
-        task_state = {**task_state, 'targets': jax.eval_shape(shared, task_state, given, step)}
+        task_state = {
+            **(task_state or {}),
+            'targets': jax.eval_shape(shared, task_state, given, step),
+        }
         batch = {**batch, 'targets': given}
     of_loss = flops.count(task.loss(plain, run), params, task_state, batch, key, step)
     return of_loss / batch_size, of_targets / batch_size
