@@ -289,7 +289,7 @@ def train_data(
     taken = tuple(transform.groups) or parts_read(config)
     skip = whole.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
-    _check_needs(example_spec, task)
+    _check_reads(example_spec, task)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -319,6 +319,21 @@ def train_data(
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
+
+
+_OF_OBJECTS = 'end its part for the host with boxes(N), with data of objects'
+_SOURCES_OF = {'segmentation': 'name data that has label maps, a class for each pixel'}
+
+
+def _check_reads(example_spec: transforms.ExampleSpec, task: Task) -> None:
+    """UserError where examples lack a part that the loss needs."""
+    missing = [part for part in task.reads if part not in example_spec.parts]
+    if missing:
+        has = ', '.join(sorted(example_spec.parts))
+        raise UserError(
+            f'config: data.transform gives {has} but no {missing[0]}, from which task.name='
+            f'{task.name!r} learns: {_SOURCES_OF.get(missing[0], _OF_OBJECTS)}'
+        )
 
 
 def _check_lost(parts: Sequence[sources.Source], specs: Sequence[dataset.Spec], skip: bool) -> None:
@@ -385,16 +400,6 @@ def _warn_of_sorted(part: sources.Source, shards: windows.Shards | int, seed: in
     assert part.labels is not None
     if (text := windows.warning(shards, part.labels().__getitem__, seed)) is not None:
         say_once(f'WARNING {part.name}: its {text}')
-
-
-def _check_needs(example_spec: transforms.ExampleSpec, task: Task) -> None:
-    """Raise UserError where examples lack what the loss is of."""
-    missing = [part for part in task.needs if part not in example_spec.parts]
-    if missing:
-        raise UserError(
-            f'config: task.name={task.name!r} learns from {" and ".join(missing)}, but data gives '
-            f'{", ".join(sorted(example_spec.parts))}: docs/tasks.md says which data has them'
-        )
 
 
 def _check_views(transform: transforms.Transform, task: Task) -> None:

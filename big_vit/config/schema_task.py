@@ -30,6 +30,24 @@ TASK: dict[str, Field] = {
     'task.normalise_pixels': Field(
         boolean, None, 'Predict each patch less its mean, by its standard deviation.'
     ),
+    'task.queries': Field(integer(1, WIDEST), None, 'How many objects can be found in a picture.'),
+    'task.query_place': Field(
+        choice('decoder', 'trunk'),
+        None,
+        "Queries are in a decoder (DETR), or tokens of the trunk's sequence (YOLOS).",
+    ),
+    'task.class_layers': Field(integer(1, 16), None, 'Dense layers of the head of classes.'),
+    'task.l1_weight': Field(
+        number(0, 1000), None, 'Factor of the distance of boxes, in loss and matching.'
+    ),
+    'task.giou_weight': Field(
+        number(0, 1000), None, 'Factor of their overlap, in loss and matching.'
+    ),
+    'task.no_object_weight': Field(
+        number(0, 1000, excluded=0),
+        None,
+        'What a query without object counts in the cross-entropy, beside 1 of one with an object.',
+    ),
     'task.method': Field(
         choice('ijepa', 'lejepa'),
         None,

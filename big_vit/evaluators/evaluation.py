@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from big_vit.data.sources import Source
 from big_vit.data.transforms import ExampleSpec, Transform
 from big_vit.evaluators.features import Embedding, Features
 from big_vit.tasks.batch import Batch
-from big_vit.tasks.task import Detections
+from big_vit.tasks.task import Detect, Segment
 
 # Features that evaluations of the same parameters share, by the split and the embedding.
 SharedFeatures = dict[Any, Features]
@@ -100,8 +100,8 @@ class Evaluation(NamedTuple):
     training: Source
     image_size: tuple[int, int]
     model: Any  # The task's trunk, a ViT or, where it provides 'pairs', `TwoTowers`.
-    detect: Callable[[Any, Batch], Detections] | None
-    segment: Callable[[Any, Batch], Float[Array, 'batch rows columns classes']] | None
+    detect: Detect | None
+    segment: Segment | None
     loss: str
     seed: int
     mesh: Mesh

@@ -4,7 +4,7 @@ Arrays have one size for all pictures of a batch, and pictures their own within 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from big_vit.tasks.batch import Batch, normalise
 from big_vit.tasks.segmentation import upsample
+from big_vit.tasks.task import Segment
 
-Segment = Callable[[Any, Batch], Float[Array, 'batch rows columns classes']]
 Size = tuple[int, int]
 PRECISION = jax.lax.Precision.HIGHEST
 

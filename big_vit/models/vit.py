@@ -126,15 +126,20 @@ class Body(nn.Module):
             context = context._replace(relative=index)
         if train and stream is not None and tokens.places is not None:
             context = context._replace(variation=self._variation(stream, tokens.places, length))
+        placed = tokens.positions
+        if placed is not None and length:
+            placed = jnp.pad(placed, ((0, 0), (length, 0), (0, 0)))
         if rotation is not None and length:
             rotation = tokenizers.padded_rotation(rotation, length, 0, self.encoder.head_dim)
-        context = context._replace(rotation=rotation, mask=_visible(tokens.segment, mask, length))
+        visible = _visible(tokens.segment, mask, length)
+        context = context._replace(rotation=rotation, mask=visible, positions=placed)
         return Encoder(
             self.encoder,
             relative=rows,
             cross=self.cross,
             capture=capture,
-            final_norm=not self.head.norm_after_pool,
+            # The last block of those that normalise their sums ends with a norm.
+            final_norm=not (self.head.norm_after_pool or self.encoder.post_norm),
             name='Transformer',
         )(x, not train, context)
 
@@ -391,6 +396,7 @@ def select_tokens(tokens: Tokens, index: Array) -> Tokens:
         maybe(tokens.segment),
         None if rotation is None else (take(rotation[0]), take(rotation[1])),
         maybe(tokens.places),
+        maybe(tokens.positions),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from big_vit.tasks import (
     classification,
     contrastive,
+    detection,
     joint_embedding,
     masked,
     segmentation,
@@ -15,6 +16,7 @@ from big_vit.tasks.task import Task
 TASKS: dict[str, Callable[..., Task]] = {
     'classification': classification.classification,
     'contrastive': contrastive.contrastive,
+    'detection': detection.detection,
     'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
     'segmentation': segmentation.segmentation,

@@ -13,7 +13,7 @@ from big_vit.models import heads, layers
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Targets, Task, Tree
+from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Segment, Targets, Task, Tree
 
 # The label of pixels that do not count; no class may have this number.
 IGNORED = 255
@@ -44,7 +44,7 @@ def segmentation(*, last_blocks: int = 1, dropout: float = 0.0) -> Task:
         provides=frozenset({'pixels', 'features'}),
         additions=('decode_head',),
         trunk=lambda model: model.trunk,
-        needs=('segmentation',),
+        reads=('segmentation',),
         targets=valid_pixels,
         segment=segment,
     )
@@ -125,13 +125,20 @@ class LinearSegmenter(nn.Module):
         capture = ('blocks',) if several else ()
         x, captured = self.trunk.encode(tokens, context, train=train, capture=capture)
         if several:
-            last = layers.norm(self.trunk.encoder.style, 'encoder_norm').clone(parent=None)
-            weights = self.get_variable('params', 'Transformer')['encoder_norm']
-            blocks = captured['blocks'][-self.last_blocks :]
-            x = jnp.concatenate([last.apply({'params': weights}, one) for one in blocks], axis=-1)
+            blocks = list(captured['blocks'][-self.last_blocks :])
+            x = jnp.concatenate([*map(self._normed, blocks[:-1]), x], axis=-1)
         rows, columns = grid_of(stream, image.shape[1:])
         logits = self.decode_head(x[:, self.trunk.prefix_tokens :], not train)
         return logits.reshape(len(logits), rows, columns, -1)
+
+    def _normed(self, x: Float[Array, 'batch tokens width']) -> Float[Array, 'batch tokens width']:
+        """Tokens of a block through the last norm, unless its blocks end with one."""
+        config = self.trunk.encoder
+        if config.post_norm:
+            return x
+        weights = self.get_variable('params', 'Transformer')['encoder_norm']
+        last = layers.norm(config.style, 'encoder_norm').clone(parent=None)
+        return last.apply({'params': weights}, x)
 
 
 def upsample(
@@ -193,7 +200,7 @@ def segmentation_loss(model: Any) -> Loss:
     return loss
 
 
-def segment(model: Any) -> Any:
+def segment(model: Any) -> Segment:
     """`Task.segment` of logits of patches."""
 
     def logits(params: Tree, batch: Batch) -> Float[Array, 'batch rows columns classes']:

@@ -90,19 +90,25 @@ Pictures = Callable[
 
 
 class Detections(NamedTuple):
-    """Objects that a model sees in pictures; all of them, likely or not.
+    """Objects that a model finds in each picture, in no order.
 
     Attributes:
-      scores: how sure it is of each, higher is surer.
-      labels: class of each, whole numbers.
-      boxes: (centre x, centre y, width, height) as shares of the picture without its padding.
-      masks: logits of each object's pixels over the whole canvas, at any resolution; None without.
+      scores: probability of the class, from 0 to 1.
+      labels: the class.
+      boxes: (centre x, centre y, width, height) in shares of the picture without its padding.
+      masks: logits of the pixels of each over the whole canvas, at any resolution; None without.
     """
 
     scores: Float[Array, 'batch objects']
     labels: Int[Array, 'batch objects']
     boxes: Float[Array, 'batch objects 4']
     masks: Float[Array, 'batch objects rows columns'] | None = None
+
+
+# (parameters, batch) -> what a model finds in its pictures.
+Detect = Callable[[Tree, Batch], Detections]
+# (parameters, batch) -> logits of classes over the canvas, at any resolution.
+Segment = Callable[[Tree, Batch], Float[Array, 'batch rows columns classes']]
 
 
 class ExampleShape(NamedTuple):
@@ -134,9 +140,9 @@ class Task(NamedTuple):
       trunk: model -> the module that gives features; it is applied to the same parameters.
       needs_labels: whether each example must have a label.
       least_classes: how many classes the data must have.
+      reads: parts of a batch that the loss needs beside the model's inputs.
       mixes_labels: whether mixup and cutmix make sense.
       logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
-      needs: parts of a batch that the loss reads beside what the model does.
       views: names of groups of views that the loss can read. Views of the first group, which must
         be there, are of the configured size. () where it sees examples once, as they are.
       state: parameters -> the task's own state, such as a batch's running mean; None without one.
@@ -150,10 +156,9 @@ class Task(NamedTuple):
       draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
+      detect: model -> `Detect`; None where it finds no objects.
+      segment: model -> `Segment`; None where it tells no classes of pixels.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
-      detect: model -> a function (parameters, batch) that finds objects; None without 'boxes'.
-      segment: model -> a function (parameters, batch) that gives logits of classes over the canvas,
-        [batch, rows, columns, classes] at any resolution; None without 'pixels'.
       whole_batch: whether the loss is of all examples of a batch together, with gradients between
         them, so that a batch cannot be learned from in parts.
     """
@@ -167,9 +172,9 @@ class Task(NamedTuple):
     trunk: Callable[[Any], Any] = lambda model: model
     needs_labels: bool = False
     least_classes: int = 0
+    reads: tuple[str, ...] = ()
     mixes_labels: bool = False
     logits_loss: str = 'softmax'
-    needs: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
     state: Callable[[Tree], Tree] | None = None
     after_update: AfterUpdate | None = None
@@ -178,11 +183,9 @@ class Task(NamedTuple):
     continues: tuple[str, ...] = ()
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
+    detect: Callable[[Any], Detect] | None = None
+    segment: Callable[[Any], Segment] | None = None
     pictures: Callable[[Any], Pictures] | None = None
-    detect: Callable[[Any], Callable[[Tree, Batch], Detections]] | None = None
-    segment: (
-        Callable[[Any], Callable[[Tree, Batch], Float[Array, 'batch rows columns classes']]] | None
-    ) = None
     whole_batch: bool = False
 
     def is_addition(self, path: str) -> bool:
