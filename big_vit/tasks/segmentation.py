@@ -32,7 +32,7 @@ def segmentation(*, last_blocks: int = 1, dropout: float = 0.0) -> Task:
         if last_blocks > trunk.encoder.depth:
             raise UserError(
                 f'config: task.last_blocks={last_blocks}, but the model has '
-                f'{trunk.encoder.depth} blocks'
+                f'{trunk.encoder.depth} block(s)'
             )
         return LinearSegmenter(trunk, example.num_classes, last_blocks, dropout)
 
@@ -136,8 +136,8 @@ class LinearSegmenter(nn.Module):
         config = self.trunk.encoder
         if config.post_norm:
             return x
-        weights = self.get_variable('params', 'Transformer')['encoder_norm']
-        last = layers.norm(config.style, 'encoder_norm').clone(parent=None)
+        weights: Any = self.get_variable('params', 'Transformer')['encoder_norm']
+        last: Any = layers.norm(config.style, 'encoder_norm').clone(parent=None)
         return last.apply({'params': weights}, x)
 
 
