@@ -77,8 +77,13 @@ _LATER = (
     'schedule.start',
     'data.index',
     'data.window',
+    'data.annotations',
+    'data.corners',
 )
-_LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
+_LATER_OF_EVALS = (
+    *('index', 'examples', 'window', 'views', 'lidar'),
+    *('annotations', 'corners'),
+)
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.data.sources import Source
+from big_vit.data.sources.base import Annotation
 from big_vit.distributed import hosts
 from big_vit.errors import UserError
 from big_vit.evaluators import sliding_window
@@ -70,19 +71,18 @@ def detection(evaluation: Evaluation, *, per_class: str = 'none') -> Evaluator:
     return evaluate
 
 
-def annotations_of(source: Source, key: str = 'evals') -> Callable[[np.ndarray], list[Any]]:
+def annotations_of(source: Source, key: str = 'evals') -> Callable[[np.ndarray], list[Annotation]]:
     """Return what gives the objects in the pictures of a source.
 
     Raises:
       UserError: it has none.
     """
-    annotations = getattr(source, 'annotations', None)
-    if annotations is None:
+    if source.annotations is None:
         raise UserError(
             f'config: {key}: {source.name} {source.split} has no boxes of objects: name data that '
             'has them, see docs/data.md'
         )
-    return annotations
+    return source.annotations
 
 
 class Found:
@@ -116,7 +116,7 @@ class Truth:
         return made
 
 
-def image_ids(annotations: Sequence[Any]) -> list[int]:
+def image_ids(annotations: Sequence[Annotation]) -> list[int]:
     """Return the numbers of pictures; where two have the same, as of several files, new ones."""
     ids = [int(one.image_id) for one in annotations]
     return ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
@@ -152,7 +152,7 @@ def ground_truth(source: Source, examples: Sequence[int], names: Sequence[str]) 
     return Truth(dataset, bool(objects) and all('segmentation' in entry for entry in objects))
 
 
-def xywh(annotation: Any) -> Float[np.ndarray, 'n 4']:
+def xywh(annotation: Annotation) -> Float[np.ndarray, 'n 4']:
     """Return boxes as (x, y, width, height), the numbers of the file where it has such."""
     if annotation.xywh is not None:
         return annotation.xywh

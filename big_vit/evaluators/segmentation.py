@@ -26,7 +26,8 @@ OVERLAP = 1 / 3
 # Operations that change which label a pixel has, and those that move pixels, whose inverse nobody
 # knows; of all others the whole picture is seen.
 RELABELLING = frozenset({'rename', 'reduce_zero_label'})
-MOVING = geometry.OPERATIONS.keys() - {'resize', 'resize_small', 'resize_long', 'pad_to'}
+WHOLE = frozenset({'resize', 'resize_small', 'resize_long', 'resize_short'})
+MOVING = geometry.OPERATIONS.keys() - WHOLE
 
 Labels = Int[np.ndarray, 'height width']
 

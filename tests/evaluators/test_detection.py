@@ -1,9 +1,9 @@
 """COCO's figures against pycocotools on files, and cases whose figures are known."""
 
 import contextlib
+import dataclasses
 import io
 import json
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from big_vit import sharding
 from big_vit.data import transforms
-from big_vit.data.sources.base import Source
+from big_vit.data.sources.base import Annotation, Source
 from big_vit.errors import UserError
 from big_vit.evaluators import detection
 from big_vit.evaluators.evaluation import Evaluation, Split
@@ -29,27 +29,12 @@ NAMES = ('ant', 'bee', 'cat', 'dog')
 CANVAS, BATCH, QUERIES, GRID = (32, 32), 8, 12, (8, 8)
 
 
-class Objects(NamedTuple):
-    """The fields of an annotation that evaluators read."""
-
-    height: int
-    width: int
-    boxes: Any
-    labels: Any
-    crowd: Any
-    area: Any
-    masks: Any
-    identity: str
-    image_id: int
-    xywh: Any = None
-
-
 def picture(number, objects, size=(100, 100), masks=None):
     """Annotation of a picture: objects are (label, x0, y0, x1, y1), with area and crowd behind."""
     rows = [(*one, (one[3] - one[1]) * (one[4] - one[2]), False)[:7]
             if len(one) == 5 else one for one in objects]  # fmt: skip
     table = np.array([one[1:5] for one in rows], np.float64).reshape(-1, 4)
-    return Objects(
+    return Annotation(
         *size, table, np.array([one[0] for one in rows], np.int32),
         np.array([one[6] for one in rows], bool), np.array([one[5] for one in rows], np.float64),
         masks, f'{number}.jpg', number,
@@ -90,7 +75,7 @@ def evaluated(pictures, found, devices=1, masks=None, bad=(), **settings):
         return Detections(scores, labels, boxes, given)
 
     made = source(pictures)
-    object.__setattr__(made, 'annotations', lambda index: [pictures[i] for i in index])
+    made = dataclasses.replace(made, annotations=lambda index: [pictures[i] for i in index])
     spec = transforms.ExampleSpec({'image': ((*CANVAS, 3), np.dtype(np.uint8))}, 255)
     split = Split(
         made, transforms.parse('', size=CANVAS), spec, ('image',), 0, (), lambda x: x, batches
@@ -319,7 +304,7 @@ def test_numbers_of_a_file_are_kept_as_they_are():
     x, width = 0.1, 0.7000000000000001
     one = picture(1, [(0, x, 0, x + width, 1)])._replace(xywh=np.array([[x, 0, width, 1.0]]))
     made = source([one])
-    object.__setattr__(made, 'annotations', lambda index: [one for _ in index])
+    made = dataclasses.replace(made, annotations=lambda index: [one for _ in index])
     (entry,) = detection.ground_truth(made, [0], NAMES).dataset['annotations']
     assert entry['bbox'] == [x, 0, width, 1] and entry['id'] == 1
 

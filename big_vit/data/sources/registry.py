@@ -9,6 +9,7 @@ from collections.abc import Callable
 from big_vit.data.sources import (
     arrays,
     captions,
+    coco,
     digits,
     fdsl,
     folder,
@@ -23,6 +24,8 @@ from big_vit.data.sources import (
     table,
     tar,
     tones,
+    voc,
+    yolo,
 )
 from big_vit.data.sources.base import Source
 
@@ -44,4 +47,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'parquet': parquet.parquet,
     'tfds': prepared.tfds,
     'records': records.records,
+    'coco': coco.coco,
+    'voc': voc.voc,
+    'yolo': yolo.yolo,
 }
