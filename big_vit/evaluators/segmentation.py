@@ -23,6 +23,8 @@ from big_vit.tasks.batch import Batch
 # Of windows, whose logits are averaged where they overlap, a third overlaps, as in DINOv3.
 OVERLAP = 1 / 3
 
+# Sizes that scores are fetched in are multiples of this, for each is compiled.
+_STEP = 128
 # Operations that change which label a pixel has, and those that move pixels, whose inverse nobody
 # knows; of all others the whole picture is seen.
 RELABELLING = frozenset({'rename', 'reduce_zero_label'})
@@ -154,14 +156,15 @@ def figures(
 
 def at_size(
     scores: Float[np.ndarray, 'rows columns channels'],
-    canvas: tuple[int, int],
+    canvas: tuple[int, int] | None,
     picture: tuple[int, int],
     size: tuple[int, int],
 ) -> Float[np.ndarray, 'height width channels']:
     """Return scores of a picture in its own size, resized bilinearly by way of the canvas.
 
     Args:
-      scores: over the canvas, at any resolution.
+      scores: over the canvas, at any resolution; or of its first pixels.
+      canvas: height and width of the canvas; None where each score is of a pixel of it.
       picture: height and width of the picture within the canvas.
       size: height and width of what is returned.
     """
@@ -175,7 +178,8 @@ def at_size(
         made = [cv2.resize(part, to[::-1], interpolation=cv2.INTER_LINEAR) for part in parts]
         return np.concatenate([one.reshape(*to, -1) for one in made], axis=2)
 
-    seen = resized(scores.astype(np.float32), canvas)[: picture[0], : picture[1]]
+    scores = scores.astype(np.float32)
+    seen = (scores if canvas is None else resized(scores, canvas))[: picture[0], : picture[1]]
     return resized(seen, size)
 
 
@@ -183,13 +187,33 @@ def local_rows(tree: dict[str, jax.Array]) -> Iterator[tuple[int, dict[str, Any]
     """Yield number and values of the rows of a batch that are this host's; one host has each."""
     parts: dict[int, dict[str, Any]] = {}
     for name, array in tree.items():
-        for shard in array.addressable_shards:
-            if shard.replica_id:
-                continue
-            start = shard.index[0].start or 0
-            for row, value in enumerate(jax.device_get(shard.data), start):
+        for start, data in _local_shards(array):
+            for row, value in enumerate(jax.device_get(data), start):
                 parts.setdefault(row, {})[name] = value
     yield from sorted(parts.items())
+
+
+def _local_shards(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
+    """Yield the first row and the data of the shards that are this host's alone."""
+    for shard in array.addressable_shards:
+        if not shard.replica_id:
+            yield shard.index[0].start or 0, shard.data
+
+
+def _fetched(
+    scores: jax.Array, sizes: dict[int, tuple[int, int]]
+) -> Iterator[tuple[int, Float[np.ndarray, 'rows columns classes']]]:
+    """Yield number and scores of the rows with given sizes, of pixels up to there and a few more.
+
+    A canvas may be far larger than most pictures on it, and scores are large.
+    """
+    for start, data in _local_shards(scores):
+        for row in range(start, start + len(data)):
+            if row in sizes:
+                pairs = zip(sizes[row], data.shape[1:3], strict=True)
+                ends = (min(-(-int(side) // _STEP) * _STEP, most) for side, most in pairs)
+                limits = (row - start + 1, *ends, data.shape[3])
+                yield row, jax.device_get(jax.lax.slice(data, (row - start, 0, 0, 0), limits))[0]
 
 
 def count_all(
@@ -202,15 +226,16 @@ def count_all(
     """Return the confusion matrix of a split over all hosts, and how many pictures it is of."""
     counts, total = np.zeros((classes, classes), np.int64), 0
 
-    def count_row(example: int, row: dict[str, Any]) -> np.ndarray:
+    def count_row(example: int, row: dict[str, Any], scores: np.ndarray, fine: bool) -> np.ndarray:
         rows, columns = map(int, row['size'])
         try:
             labels = stored_labels(split, example)
             if labels is None:
                 labels = row['segmentation'][:rows, :columns]
             height, width = labels.shape
-            scores = at_size(row['scores'], canvas, (rows, columns), (height, width))
-            return confusion(labels, scores.argmax(-1), classes)
+            over = None if fine else canvas
+            said = at_size(scores, over, (rows, columns), (height, width)).argmax(-1)
+            return confusion(labels, said, classes)
         except label_maps.LabelMapError as error:
             raise UserError(f'{split.source.place(example)}: {error}') from None
 
@@ -220,9 +245,17 @@ def count_all(
         def fetch() -> None:
             nonlocal counts, total
             first, outputs = waiting.pop(0)
-            kept = [(first + at, row) for at, row in local_rows(outputs) if row['mask'] > 0]
-            for matrix in pool.map(lambda pair: count_row(*pair), kept):
-                counts, total = counts + matrix, total + 1
+            scores = outputs.pop('scores')
+            fine = scores.shape[1:3] == canvas
+            kept = {at: row for at, row in local_rows(outputs) if row['mask'] > 0}
+            ends = canvas if fine else scores.shape[1:3]
+            sizes = {at: tuple(row['size']) if fine else ends for at, row in kept.items()}
+            tasks = [
+                pool.submit(count_row, first + at, kept[at], own, fine)
+                for at, own in _fetched(scores, sizes)
+            ]
+            for task in tasks:
+                counts, total = counts + task.result(), total + 1
 
         start = 0
         for batch in split.batches():
@@ -233,7 +266,8 @@ def count_all(
         while waiting:
             fetch()
     parts = hosts.gather([total, counts.tolist()])
-    return sum(np.array(matrix, np.int64) for _, matrix in parts), sum(n for n, _ in parts)
+    matrices = np.array([matrix for _, matrix in parts], np.int64)
+    return matrices.sum(0), sum(pictures for pictures, _ in parts)
 
 
 def stored_labels(split: Split, example: int) -> Labels | None:

@@ -116,16 +116,20 @@ def windowed(
     if len(places) == 1:
         return logits_of(top[0], left[0])
 
-    def add(total: Array, place: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def add(total: Array, place: tuple[Array, Array, Array]) -> Array:
         y, x, used = place
         real = used[:, None, None, None]
         logits = jnp.where(real, logits_of(y, x), 0)
         one = jnp.broadcast_to(real, (*logits.shape[:3], 1)).astype(jnp.float32)
-        return jax.vmap(put)(total, jnp.concatenate([logits, one], -1), y, x), None
+        return jax.vmap(put)(total, jnp.concatenate([logits, one], -1), y, x)
+
+    def add_needed(total: Array, place: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        # A canvas has room for more windows than most pictures need.
+        return jax.lax.cond(place[2].any(), add, lambda total, place: total, total, place), None
 
     classes = jax.eval_shape(logits_of, top[0], left[0]).shape[-1]
     zeros = jnp.zeros((len(image), *canvas, classes + 1), jnp.float32)
-    total, _ = jax.lax.scan(add, zeros, (top, left, used))
+    total, _ = jax.lax.scan(add_needed, zeros, (top, left, used))
     return total[..., :-1] / jnp.maximum(total[..., -1:], 1)
 
 

@@ -125,7 +125,7 @@ class LinearSegmenter(nn.Module):
         capture = ('blocks',) if several else ()
         x, captured = self.trunk.encode(tokens, context, train=train, capture=capture)
         if several:
-            blocks = list(captured['blocks'][-self.last_blocks :])
+            blocks: list[Any] = list(captured['blocks'][-self.last_blocks :])
             x = jnp.concatenate([*map(self._normed, blocks[:-1]), x], axis=-1)
         rows, columns = grid_of(stream, image.shape[1:])
         logits = self.decode_head(x[:, self.trunk.prefix_tokens :], not train)
@@ -138,7 +138,8 @@ class LinearSegmenter(nn.Module):
             return x
         weights: Any = self.get_variable('params', 'Transformer')['encoder_norm']
         last: Any = layers.norm(config.style, 'encoder_norm').clone(parent=None)
-        return last.apply({'params': weights}, x)
+        normed: Array = last.apply({'params': weights}, x)
+        return normed
 
 
 def upsample(

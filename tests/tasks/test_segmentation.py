@@ -56,13 +56,15 @@ def test_logits_are_those_of_a_linear_layer_on_the_tokens_of_the_last_blocks(las
     got = segmentation.segment(model)(params, batch)
     assert got.shape == (3, 4, 6, K)
     _, extra = model.trunk.apply({'params': params}, image, capture=('blocks',))
-    last = params['Transformer']['encoder_norm']
+    trunk, head = (
+        jax.tree.map(np.asarray, params[name]) for name in ('Transformer', 'decode_head')
+    )
+    last = trunk['encoder_norm']
     tokens = [
         standardised(np.asarray(x, np.float64)) * last['scale'] + last['bias']
         for x in extra['blocks'][-last_blocks:]
     ]
     joined = np.concatenate([x[:, 3:] for x in tokens], axis=-1)
-    head = params['decode_head']
     joined = standardised(joined) * head['norm']['scale'] + head['norm']['bias']
     want = joined @ head['classifier']['kernel'] + head['classifier']['bias']
     np.testing.assert_allclose(np.asarray(got).reshape(3, 24, K), want, atol=2e-5)
@@ -203,7 +205,7 @@ def test_a_run_learns_and_windows_see_larger_pictures(source):
         ({'model.patch_dropout': 0.5}, 'needs all patches'),
         (
             {'data.name': 'digits'},
-            'but no segmentation, from which task.name=.segmentation. learns',
+            'but no segmentation, which the task learns',
         ),
         ({'evals.val.type': 'classification'}, 'needs logits over classes'),
         ({'evals.val.name': 'digits', 'evals.val.split': 'test'}, 'gives no label map'),
@@ -217,9 +219,7 @@ def test_what_cannot_be_learned_is_refused_by_its_key(changes, message, source):
 
 
 def test_more_classes_than_label_maps_can_hold_are_refused():
-    with pytest.raises(
-        UserError, match='256 classes of pixels, but 255 stands for what is ignored'
-    ):
+    with pytest.raises(UserError, match='256 classes of pixels, but 255 stands for'):
         segmentation.segmentation().model(make_vit(0, **SIZES), ExampleShape({'image': IMAGE}, 256))
 
 
