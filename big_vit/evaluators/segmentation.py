@@ -25,9 +25,7 @@ OVERLAP = 1 / 3
 
 # Sizes that scores are fetched in are multiples of this, for each is compiled.
 _STEP = 128
-# Operations that change which label a pixel has, and those that move pixels, whose inverse nobody
-# knows; of all others the whole picture is seen.
-RELABELLING = frozenset({'rename', 'reduce_zero_label'})
+# Operations that move pixels, whose inverse nobody knows; of all others the whole picture is seen.
 WHOLE = frozenset({'resize', 'resize_small', 'resize_long', 'resize_short'})
 MOVING = geometry.OPERATIONS.keys() - WHOLE
 
@@ -273,15 +271,10 @@ def count_all(
 def stored_labels(split: Split, example: int) -> Labels | None:
     """Return the label map of an example as it is stored, with the numbers of the transform.
 
-    None if the source holds none, or if the transform moves pixels.
+    None if the source has none at hand, or if the transform moves pixels.
     """
-    names, operations = split.transform.names, split.transform.operations
-    if MOVING.intersection(names):
+    names, stored = split.transform.names, split.source.label_maps
+    if stored is None or MOVING.intersection(names):
         return None
-    columns = split.source.load(np.array([example], np.int64))
-    for name, operation in zip(names, operations, strict=True):
-        if name in RELABELLING:
-            columns = operation.apply(columns, lambda k: np.zeros(1))
-    if 'segmentation' not in columns:
-        return None
-    return label_maps.read(columns['segmentation'][0])
+    (labels,) = stored(np.array([example], np.int64))
+    return label_maps.without_zero(labels) if 'reduce_zero_label' in names else labels

@@ -12,33 +12,49 @@ from big_vit.errors import UserError
 from big_vit.models import heads, layers
 from big_vit.models.tokenizers import grid_of
 from big_vit.models.vit import ViT
+from big_vit.tasks import mask_transformer
 from big_vit.tasks.batch import Batch, model_inputs
+from big_vit.tasks.mask_transformer import IGNORED
 from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Segment, Targets, Task, Tree
 
-# The label of pixels that do not count; no class may have this number.
-IGNORED = 255
 
-
-def segmentation(*, last_blocks: int = 1, dropout: float = 0.0) -> Task:
-    """Learns the class of each pixel by a linear layer on patch tokens (DINOv2's protocol).
+def segmentation(
+    *,
+    head: str = 'linear',
+    last_blocks: int | None = None,
+    dropout: float | None = None,
+    queries: int | None = None,
+    query_blocks: int | None = None,
+    points: int | None = None,
+) -> Task:
+    """Learns the class of each pixel.
 
     Args:
-      last_blocks: how many last blocks give the features, joined.
-      dropout: share of the features that are left out of all patches of an image.
+      head: a 'linear' layer on patch tokens (DINOv2's protocol), or 'mask': queries among the
+        tokens of the last blocks, with a mask each (EoMT).
+      last_blocks: of the linear head, how many last blocks give the features, joined; 1.
+      dropout: share of these that are left out of all patches of an image; 0.
+      queries: of the mask transformer, how many; 100.
+      query_blocks: how many last blocks see the queries; 4.
+      points: at how many points masks are compared in training; 12,544.
+
+    Raises:
+      UserError: an option is of the other head.
     """
-
-    def model(trunk: ViT, example: ExampleShape) -> LinearSegmenter:
-        check_trunk(trunk, example)
-        if last_blocks > trunk.encoder.depth:
-            raise UserError(
-                f'config: task.last_blocks={last_blocks}, but the model has '
-                f'{trunk.encoder.depth} block(s)'
-            )
-        return LinearSegmenter(trunk, example.num_classes, last_blocks, dropout)
-
-    return Task(
+    of_head = {
+        'linear': {'last_blocks': last_blocks, 'dropout': dropout},
+        'mask': {'queries': queries, 'query_blocks': query_blocks, 'points': points},
+    }
+    (other,) = of_head.keys() - {head}
+    strange = next((name for name, value in of_head[other].items() if value is not None), None)
+    if strange is not None:
+        raise UserError(
+            f'config: task.{strange} is read with task.head={other!r}, but it is {head!r}: remove '
+            'it, or set that head'
+        )
+    task = Task(
         name='segmentation',
-        model=model,
+        model=lambda trunk, example: _linear(trunk, example, last_blocks or 1, dropout or 0.0),
         loss=lambda model, run: segmentation_loss(model),
         headline='pixel_accuracy',
         provides=frozenset({'pixels', 'features'}),
@@ -48,6 +64,51 @@ def segmentation(*, last_blocks: int = 1, dropout: float = 0.0) -> Task:
         targets=valid_pixels,
         segment=segment,
     )
+    if head == 'linear':
+        return task
+    return task._replace(
+        model=lambda trunk, example: _mask(trunk, example, queries or 100, query_blocks or 4),
+        loss=lambda model, run: mask_transformer.mask_loss(model, run, points or 12_544),
+        headline='mask',
+        targets=mask_transformer.classes_of_batch,
+        segment=mask_transformer.segment,
+    )
+
+
+def _linear(trunk: ViT, example: ExampleShape, last_blocks: int, dropout: float) -> Any:
+    check_trunk(trunk, example)
+    if last_blocks > trunk.encoder.depth:
+        raise UserError(
+            f'config: task.last_blocks={last_blocks}, but the model has {trunk.encoder.depth} '
+            'block(s)'
+        )
+    return LinearSegmenter(trunk, example.num_classes, last_blocks, dropout)
+
+
+def _mask(trunk: ViT, example: ExampleShape, queries: int, blocks: int) -> Any:
+    check_trunk(trunk, example)
+    stream, encoder = trunk.single, trunk.encoder
+    assert stream is not None
+    if blocks > encoder.depth:
+        raise UserError(
+            f'config: task.query_blocks={blocks}, but the model has {encoder.depth} block(s)'
+        )
+    if encoder.scan:
+        raise UserError(
+            "config: task.head='mask' has queries in the last blocks alone, which are not scanned "
+            'with the others: set model.scan=false'
+        )
+    if stream.posemb == 'relative' or encoder.post_norm:
+        raise UserError(
+            "config: task.head='mask': queries have no relative positions, and need the last norm: "
+            "take another model.posemb than 'relative', without model.post_norm"
+        )
+    if any((stream.rope_shift, stream.rope_jitter, stream.rope_rescale)):
+        raise UserError(
+            'config: model.rope_shift, rope_jitter and rope_rescale turn all tokens, and queries '
+            "have no place: leave them out, or set task.head='linear'"
+        )
+    return mask_transformer.MaskSegmenter(trunk, example.num_classes, queries, blocks)
 
 
 def check_trunk(trunk: ViT, example: ExampleShape) -> None:
@@ -137,9 +198,11 @@ class LinearSegmenter(nn.Module):
         if config.post_norm:
             return x
         weights: Any = self.get_variable('params', 'Transformer')['encoder_norm']
-        last: Any = layers.norm(config.style, 'encoder_norm').clone(parent=None)
-        normed: Array = last.apply({'params': weights}, x)
-        return normed
+        scale, style = jnp.asarray(weights['scale']), config.style
+        if style.norm == 'rmsnorm':
+            return layers.rms_norm(x, scale, style.norm_eps, style.dtype)
+        bias = jnp.asarray(weights['bias'])
+        return layers.layer_norm(x, scale, bias, style.norm_eps, style.dtype)
 
 
 def upsample(

@@ -474,6 +474,7 @@ GROUPS = {
     'scales': 'numbers', 'flips': 'bool',
     'profile': 'int', 'init_tower': 'str', 'init_architecture': 'str', 'text_column': 'str',
     'prompts': 'texts',
+    'task.head': 'choice', 'task.query_blocks': 'int', 'task.points': 'int',
     'task.last_blocks': 'int', 'task.dropout': 'below one',
     'task.embedding_dim': 'int', 'task.mask_ratio': 'below one', 'task.decoder_width': 'int',
     'task.decoder_depth': 'int', 'task.decoder_heads': 'int', 'task.normalise_pixels': 'bool',

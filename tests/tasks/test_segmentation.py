@@ -208,7 +208,7 @@ def test_a_run_learns_and_windows_see_larger_pictures(source):
             'but no segmentation, which the task learns',
         ),
         ({'evals.val.type': 'classification'}, 'needs logits over classes'),
-        ({'evals.val.name': 'digits', 'evals.val.split': 'test'}, 'gives no label map'),
+        ({'evals.val.name': 'digits', 'evals.val.split': 'test'}, 'evals.val: digits test'),
     ],
 )
 def test_what_cannot_be_learned_is_refused_by_its_key(changes, message, source):

@@ -128,6 +128,9 @@ class Source:
       annotations: returns the objects in the pictures of these examples, without reading a picture;
         None of a source without boxes. `load` then has 'boxes', 'box_label' and 'box_crowd' and may
         have 'box_mask', as `moves.moved` takes them.
+      label_maps: returns the classes of the pixels of these examples as they are stored, integers
+        [height, width] each, without reading a picture; None of a source without. `load` then has
+        'segmentation'.
     """
 
     name: str
@@ -145,6 +148,7 @@ class Source:
     expect: Callable[[np.ndarray], None] | None = None
     shards: Callable[[], Sequence[Shard]] | None = None
     annotations: Callable[[Int64[np.ndarray, ' n']], list[Annotation]] | None = None
+    label_maps: Callable[[Int64[np.ndarray, ' n']], list[np.ndarray]] | None = None
 
     @property
     def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:
@@ -167,6 +171,7 @@ class Source:
 def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndarray]) -> Source:
     """Return the source whose example i is example `position(i)` of another; i is int64 [B]."""
     labels, expect, annotations = source.labels, source.expect, source.annotations
+    label_maps = source.label_maps
     return replace(
         source,
         length=length,
@@ -179,6 +184,9 @@ def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndar
         annotations=None
         if annotations is None
         else lambda indices: annotations(position(np.asarray(indices, np.int64))),
+        label_maps=None
+        if label_maps is None
+        else lambda indices: label_maps(position(np.asarray(indices, np.int64))),
     )
 
 
@@ -222,6 +230,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
     lengths = [source.shard_lengths for source in sources if source.shard_lengths is not None]
     shards = [source.shards for source in sources if source.shards is not None]
     annotated = [source.annotations for source in sources if source.annotations is not None]
+    mapped = [source.label_maps for source in sources if source.label_maps is not None]
 
     def load(indices: np.ndarray) -> Columns:
         indices = np.asarray(indices, np.int64)
@@ -251,6 +260,10 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         places = [locate(index, ends) for index in np.asarray(indices).tolist()]
         return [annotated[part](np.array([within]))[0] for part, within in places]
 
+    def label_maps(indices: np.ndarray) -> list[np.ndarray]:
+        places = [locate(index, ends) for index in np.asarray(indices).tolist()]
+        return [mapped[part](np.array([within]))[0] for part, within in places]
+
     return Source(
         name=name,
         split=split,
@@ -271,6 +284,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         if len(shards) < len(sources)
         else lambda: [shard for listed in shards for shard in listed()],
         annotations=annotations if len(annotated) == len(sources) else None,
+        label_maps=label_maps if len(mapped) == len(sources) else None,
     )
 
 

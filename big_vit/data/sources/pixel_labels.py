@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from big_vit.data import files
+from big_vit.data import files, label_maps
 from big_vit.data.sources.annotated import need_no_labels
 from big_vit.data.sources.base import Columns, Request, Source
 from big_vit.data.sources.media import Names, kind_of
@@ -72,6 +72,10 @@ def pixel_labels(request: Request, *, path: str) -> Source:
                 'label': np.zeros(len(rows), np.int32),
             }
 
+        def stored(indices: np.ndarray) -> list[np.ndarray]:
+            rows = np.asarray(indices).tolist()
+            return [label_maps.read(files.read(maps / below / pairs.maps[row])) for row in rows]
+
         return Source(
             name=title,
             split=name,
@@ -82,6 +86,7 @@ def pixel_labels(request: Request, *, path: str) -> Source:
             in_memory=False,
             class_names=names,
             where=place,
+            label_maps=stored,
         )
 
     return cut(title, splits or ['train'], functools.cache(open_split), request)
