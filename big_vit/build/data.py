@@ -833,13 +833,14 @@ def asked_data(config: Config) -> sources.Source:
 def fitting_data(
     source: sources.Source,
     transform: transforms.Transform,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     reads: tuple[str, ...],
     device: tuple[tuple[str, Any], ...] = (),
 ) -> Data:
     """Check a source without labels, by its first example, and what prepares it for a model.
 
     Args:
+      size: (height, width) of images; None for any.
       reads: the parts of a batch that the model takes.
       device: the devices' part, where the transform has none.
 

@@ -226,7 +226,8 @@ def test_more_classes_than_label_maps_can_hold_are_refused():
 def test_targets_are_those_of_the_whole_batch():
     targets = segmentation.valid_pixels(None, Run(1, 3))
     batch = batch_of()
-    rows = targets.rows((), batch, jax.random.key(0), 0)
+    step = jnp.int32(0)
+    rows = targets.rows((), batch, jax.random.key(0), step)
     counts = (np.asarray(batch['segmentation']) != 255).sum((1, 2))
     np.testing.assert_array_equal(rows['pixels'], counts)
-    assert float(targets.shared((), rows, 0)['pixels']) == pytest.approx(counts.mean())
+    assert float(targets.shared((), rows, step)['pixels']) == pytest.approx(counts.mean())
