@@ -37,6 +37,7 @@ from big_vit.data.moves import PLACED
 from big_vit.data.sources.base import Columns, Source, select
 from big_vit.data.sources.media import kind_of, loader
 from big_vit.data.transforms import audio, text, video
+from big_vit.data.transforms.operations import decoded_row
 from big_vit.errors import UserError
 from big_vit.evaluators import segmentation, sliding_window, zero_shot
 from big_vit.inspection import loaded_model
@@ -642,6 +643,11 @@ def stored_size(source: Source, row: int) -> tuple[int, int]:
     """Return height and width of a picture as it is stored."""
     height, width = source.load(np.array([row], np.int64))['image'][0].shape[:2]
     return int(height), int(width)
+
+
+def stored_picture(source: Source, row: int) -> np.ndarray:
+    """Return the pixels of a picture as it is stored, [height, width, channels]."""
+    return np.asarray(decoded_row(source.load(np.array([row], np.int64))['image'], 0))
 
 
 def _opened(source: Source, kinds: tuple[str, ...]) -> Source:
