@@ -68,7 +68,9 @@ class Move(NamedTuple):
 
 
 def _nearest(start: float, length: float, count: int, side: int, turned: bool) -> np.ndarray:
-    at = np.floor(start + (np.arange(count) + 0.5) * (length / count)).astype(np.int64)
+    # Between two pixels the first is taken, as OpenCV and Pillow do.
+    middle = start + (np.arange(count) + 0.5) * (length / count)
+    at = np.ceil(middle - 1e-6).astype(np.int64) - 1
     at[(at < 0) | (at >= side)] = -1
     return at[::-1] if turned else at
 
