@@ -68,7 +68,9 @@ class Move(NamedTuple):
 
 
 def _nearest(start: float, length: float, count: int, side: int, turned: bool) -> np.ndarray:
-    at = np.floor(start + (np.arange(count) + 0.5) * (length / count)).astype(np.int64)
+    # Between two pixels the first is taken, as OpenCV and Pillow do.
+    middle = start + (np.arange(count) + 0.5) * (length / count)
+    at = np.ceil(middle - 1e-6).astype(np.int64) - 1
     at[(at < 0) | (at >= side)] = -1
     return at[::-1] if turned else at
 
@@ -98,6 +100,52 @@ def moved_pixels(values: Shaped[np.ndarray, 'height width'], move: Move, fill: i
     taken[rows < 0] = fill
     taken[:, columns < 0] = fill
     return taken
+
+
+def runs_of(counts: bytes) -> Int64[np.ndarray, ' runs']:
+    """Read compressed runs: how many pixels are outside, inside, outside and so on.
+
+    Numbers have five bits a character, the lowest first, and 0x20 where more follow; from the
+    fourth on they are what a run differs by from the one before the last.
+
+    Raises:
+      ValueError: they are cut off.
+    """
+    bits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((bits & 0x20) == 0)
+    if (
+        not bits.size
+        or ends[-1:].tolist() != [bits.size - 1]
+        or not ((bits >= 0) & (bits < 64)).all()
+    ):
+        raise ValueError('its runs cannot be read')
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _MOST_DIGITS:
+        raise ValueError('its runs are too long')
+    place = np.arange(bits.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((bits & 0x1F) << (5 * place), starts)
+    values -= np.where(bits[ends] & 0x10, 1 << (5 * lengths), 0)
+    values[1::2], values[2::2] = np.cumsum(values[1::2]), np.cumsum(values[2::2])
+    return values
+
+
+# Five bits each; no mask has more than 2^28 pixels.
+_MOST_DIGITS = 7
+
+
+def decoded_mask(rle: Rle) -> UInt8[np.ndarray, 'height width']:
+    """Decode a mask, column by column, to 1 where the object is.
+
+    Raises:
+      ValueError: its runs are not of its size.
+    """
+    height, width = rle['size']
+    runs = runs_of(rle['counts'])
+    if runs.min() < 0 or runs.sum() != height * width:
+        raise ValueError(f'its runs are not of {height * width:,} pixels in all')
+    values = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs)
+    return values.reshape(width, height).T
 
 
 class Masks:
@@ -147,16 +195,12 @@ class Masks:
         Raises:
           ValueError: a mask is damaged.
         """
-        from pycocotools import mask
-
-        shape = (len(self), len(self._rows), len(self._columns))
-        if not len(self):
-            return np.zeros(shape, np.uint8)
-        whole = mask.decode([self._rles[k] for k in self._chosen.tolist()])  # [height, width, n]
-        taken = whole[self._rows[:, None], self._columns[None]]
-        taken[self._rows < 0] = 0
-        taken[:, self._columns < 0] = 0
-        return np.ascontiguousarray(taken.transpose(2, 0, 1))
+        masks = np.zeros((len(self), len(self._rows), len(self._columns)), np.uint8)
+        for number, own in enumerate(self._chosen.tolist()):
+            masks[number] = decoded_mask(self._rles[own])[self._rows[:, None], self._columns[None]]
+        masks[:, self._rows < 0] = 0
+        masks[:, :, self._columns < 0] = 0
+        return masks
 
 
 # What an example has of the objects in its picture; `box_crowd` and `box_mask` may be missing.

@@ -61,7 +61,9 @@ def uncompressed(mask):
     """Return the runs of a mask, of its columns one after the other, by NumPy alone."""
     flat = mask.ravel(order='F')
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [0]]))).tolist()
-    return np.diff([0, *edges, *([flat.size] if not edges or edges[-1] < flat.size else [])]).tolist()
+    return np.diff(
+        [0, *edges, *([flat.size] if not edges or edges[-1] < flat.size else [])]
+    ).tolist()
 
 
 def coco_json(scenes=SCENES, masks='runs', ids=(3, 17, 90)):
@@ -113,7 +115,8 @@ def write_voc(root: Path, scenes=SCENES, split='train', less=1):
             for t in scene.things
         )
         size = f'<width>{scene.size[1]}</width><height>{scene.size[0]}</height><depth>3</depth>'
-        text = f'<annotation><filename>{scene.name}</filename><size>{size}</size>{objects}</annotation>'
+        file = f'<filename>{scene.name}</filename>'
+        text = f'<annotation>{file}<size>{size}</size>{objects}</annotation>'
         (root / 'Annotations' / f'{Path(scene.name).stem}.xml').write_text(text)
     stems = '\n'.join(Path(scene.name).stem for scene in scenes)
     (root / 'ImageSets' / 'Main' / f'{split}.txt').write_text(f'{stems}\n')

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from big_vit.data import decode, files
-from big_vit.data.moves import Masks
+from big_vit.data.moves import Masks, runs_of
 from big_vit.data.sources.base import Annotation, Columns, Request, Source
 from big_vit.data.sources.media import KINDS, say_once
-from big_vit.data.transforms.operations import BadExampleError
+from big_vit.data.transforms.operations import BadExampleError, Real
 from big_vit.errors import UserError
 
 
@@ -210,13 +210,14 @@ def mask_fault(segmentation: Any, height: int, width: int) -> str | None:
     if size != [height, width]:
         shown = 'x'.join(map(str, size[::-1])) if isinstance(size, list) else size
         return f'mask is of {shown} pixels, its picture of {width}x{height}'
-    if isinstance(counts, list):
-        if not all(type(run) is int and run >= 0 for run in counts):
-            return 'mask has runs that are no whole numbers'
-        if sum(counts) != height * width:
-            return f'mask has runs of {sum(counts):,} pixels in all, of {height * width:,}'
-    elif not counts.isascii():
-        return 'mask has runs that cannot be read'
+    if isinstance(counts, list) and not all(type(run) is int and run >= 0 for run in counts):
+        return 'mask has runs that are no whole numbers'
+    try:
+        runs = counts if isinstance(counts, list) else runs_of(counts.encode()).tolist()
+    except ValueError as error:
+        return f'mask is damaged: {error}'
+    if sum(runs) != height * width or min(runs, default=0) < 0:
+        return f'mask has runs of {sum(runs):,} pixels in all, of {height * width:,}'
     return None
 
 
@@ -227,7 +228,7 @@ _FAR = 1 << 20
 # --- Checks ----------------------------------------------------------------------------
 
 
-def box_fault(box: Sequence[float], height: float, width: float) -> str | None:
+def box_fault(box: Sequence[Real], height: Real, width: Real) -> str | None:
     """Say what is wrong with a box (x0, y0, x1, y1) in a picture; None for nothing.
 
     Public sets have many boxes that reach over the edge a little, which is no fault.

@@ -1,6 +1,7 @@
 """Pictures with boxes or polygons as YOLO has them: data.yaml, and labels/ beside images/."""
 
 import functools
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def _base(file: files.Place, about: dict[str, Any]) -> files.Place:
     said = about.get('path')
     if not isinstance(said, str) or said in _NOTHING:
         return parent
-    place = parent._replace(path=said) if said.startswith('/') else parent / said
+    place = parent._replace(path=said) if said.startswith('/') else _below(parent, said)
     return place if files.is_folder(place) else parent
 
 
@@ -223,9 +224,13 @@ def _resolved(base: files.Place, entry: str) -> files.Place:
     """Return the place of an entry; exports write ../train/images where train/images is meant."""
     if entry.startswith('/'):
         return base._replace(path=entry)
-    place = base / entry.removeprefix('./')
-    inner = re.sub(r'^(\.\./)+', '', entry)
-    return base / inner if inner != entry and not files.exists(place) else place
+    place, inner = _below(base, entry), re.sub(r'^(\.\./)+', '', entry)
+    return _below(base, inner) if inner != entry and not files.exists(place) else place
+
+
+def _below(base: files.Place, entry: str) -> files.Place:
+    path = posixpath.normpath(f'{base.path}/{entry}')
+    return base._replace(path=path)
 
 
 def _listed(file: files.Place, key: str) -> Iterator[files.Place]:
@@ -305,10 +310,10 @@ def _values(line: str, polygons: bool, known: dict[int, int]) -> np.ndarray | st
         return f'has {len(values)} numbers, not 5: class, centre x and y, width, height'
     if polygons and (len(values) % 2 == 0 or len(values) < 7):
         return f'has {len(values) - 1} coordinates, and other rows are polygons of pairs'
-    if not values[0].is_integer() or int(values[0]) not in known:
-        return f'there is no class {values[0]:g} among {len(known)} names'
     if not np.isfinite(values).all():
         return 'has numbers that are none'
+    if not values[0].is_integer() or int(values[0]) not in known:
+        return f'there is no class {values[0]:g} among {len(known)} names'
     if (values[1:] < -_SLACK).any() or (values[1:] > 1 + _SLACK).any():
         return 'has numbers beyond 0 to 1: they are shares of the picture'
     return box_fault(_corners(values, polygons).tolist(), 1, 1) or values
