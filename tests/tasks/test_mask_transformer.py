@@ -191,7 +191,8 @@ def test_most_points_are_where_a_mask_is_least_certain():
 
 
 def test_masked_attention_ends_block_after_block():
-    shares = [np.asarray(mask_transformer.masking_shares(4, at)) for at in (0.0, 1 / 6, 1.5 / 6, 1.0)]
+    times = (0.0, 1 / 6, 1.5 / 6, 1.0)
+    shares = [np.asarray(mask_transformer.masking_shares(4, at)) for at in times]
     np.testing.assert_allclose(shares[0], 1)
     np.testing.assert_allclose(shares[1], 1, atol=1e-6)
     np.testing.assert_allclose(shares[2], [0.5**0.9, 1, 1, 1], atol=1e-6)
