@@ -276,5 +276,6 @@ def stored_labels(split: Split, example: int) -> Labels | None:
     names, stored = split.transform.names, split.source.label_maps
     if stored is None or MOVING.intersection(names):
         return None
-    (labels,) = stored(np.array([example], np.int64))
+    (values,) = stored(np.array([example], np.int64))
+    labels = np.asarray(values, np.int32)
     return label_maps.without_zero(labels) if 'reduce_zero_label' in names else labels
