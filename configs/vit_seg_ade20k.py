@@ -56,7 +56,7 @@ def get_config(size: str = 's14', path: str = '', multiscale: bool = False):
                 'num_examples': 20_210,
                 'num_classes': 150,
                 'transform': (
-                    'reduce_zero_label | large_scale_jitter(size, scale=(0.5, 2.0)) | flip_lr | '
+                    'reduce_zero_label | flip_lr | large_scale_jitter(size, scale=(0.5, 2.0)) | '
                     'color_jitter(0.125, 0.5, 0.5, 0.07) | normalize'
                 ),
             },

@@ -225,9 +225,9 @@ def reduce_zero_label() -> Operation:
                 reduced.append(label_maps.without_zero(label_maps.read(value)))
             except label_maps.LabelMapError as error:
                 raise BadExampleError(row, str(error)) from error
-        return {**columns, 'segmentation': stacked(reduced)}
+        return {**columns, 'segmentation': reduced}
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def _need(columns: Columns, name: str) -> None:
