@@ -501,9 +501,11 @@ class Predictor:
                 yield Seen(first + row, stored_size(asked.data.source, first + row), own, None)
 
     def _pixels(self, asked: Asked, unread: Unread | None) -> Iterator[Seen]:
-        model = self._loaded.task_model(self._mesh, asked.data.inputs)
+        window, (shape, dtype) = self._loaded.image_size, asked.data.inputs['image']
+        inputs = {**asked.data.inputs, 'image': ((*window, shape[2]), dtype)}
+        model = self._loaded.task_model(self._mesh, inputs)
         assert self._task is not None and self._task.segment is not None
-        segment, window = self._task.segment(model), self._loaded.image_size
+        segment = self._task.segment(model)
         stride = round(window[0] * _STRIDE), round(window[1] * _STRIDE)
 
         def compute(params: Any, batch: Batch) -> tuple[Array, Array]:

@@ -166,7 +166,9 @@ def trained(changes=()):
             now, found = jax.block_until_ready(step(now, next(batches)))
             losses.append([float(found[name]) for name in ('loss', 'pixel_accuracy', 'grad_norm')])
     evaluators = build_evaluators(settings, parts)
-    return np.array(losses), {name: run(now['params'], {}) for name, run in evaluators.items()}
+    with jax.transfer_guard('disallow'):  # As in training.
+        metrics = {name: run(now['params'], {}) for name, run in evaluators.items()}
+    return np.array(losses), metrics
 
 
 MESHES = {
