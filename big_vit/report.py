@@ -474,8 +474,9 @@ def operations(run: Run) -> str:
     loaded, config = run.loaded, run.loaded.config
     assert config is not None and loaded.run is not None
     task = build_task(config.task)
-    if task.views or list(config.streams) or parts_read(config) != ('image',):
-        train = train_data(config)  # Only the data knows the shapes of other inputs.
+    plain = parts_read(config) == ('image',) and not task.reads and not task.views
+    if list(config.streams) or not plain:
+        train = train_data(config)  # Only the data knows the shapes of other parts.
         parts, classes = train.example_spec.parts, train.source.num_classes
         shapes = train.shapes
     else:
@@ -543,7 +544,10 @@ def data(run: Run) -> str:
     train, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
     source, labelled = train.source, build_task(config.task).needs_labels
     words = f'{source.name} {source.split}: {source.length:,} examples'
-    words += f' of {source.num_classes:,} classes. ' if labelled else ', learned without labels. '
+    has_classes = labelled or build_task(config.task).reads
+    words += (
+        f' of {source.num_classes:,} classes. ' if has_classes else ', learned without labels. '
+    )
     if build_task(config.task).views:
         return html_pages.paragraph(words) + views(config)
     if 'image' not in batch:
