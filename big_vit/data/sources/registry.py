@@ -18,7 +18,6 @@ from big_vit.data.sources import (
     orbit,
     parquet,
     phrases,
-    pixel_labels,
     prepared,
     questions,
     records,
@@ -51,5 +50,4 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'coco': coco.coco,
     'voc': voc.voc,
     'yolo': yolo.yolo,
-    'pixel_labels': pixel_labels.pixel_labels,
 }
