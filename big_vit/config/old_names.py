@@ -79,10 +79,12 @@ _LATER = (
     'data.window',
     'data.annotations',
     'data.corners',
+    'data.objects_column',
+    'data.box_format',
 )
 _LATER_OF_EVALS = (
     *('index', 'examples', 'window', 'views', 'lidar'),
-    *('annotations', 'corners'),
+    *('annotations', 'corners', 'objects_column', 'box_format'),
 )
 
 

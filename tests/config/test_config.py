@@ -433,7 +433,7 @@ GROUPS = {
     'model.num_heads': 'int', 'model.pool': 'choice', 'model.posemb': 'choice',
     'model.dropout': 'below one', 'model.dtype': 'choice', 'model.scan': 'bool',
     'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
-    'annotations': 'str', 'corners': 'choice',
+    'annotations': 'str', 'corners': 'choice', 'objects_column': 'str', 'box_format': 'choice',
     'data.window': 'power', 'index': 'str', 'model.pack': 'bool',
     'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'positive',
     'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',
