@@ -56,10 +56,10 @@ def drawn(
     # Small boxes come last, or large ones would hide their names.
     order = sorted(range(len(boxes)), key=lambda k: -float(np.prod(boxes[k, 2:] - boxes[k, :2])))
     for k in order:
-        corners = (boxes[k] * scale).tolist()
+        corners = np.rint(boxes[k] * scale).tolist()
         pen.rectangle(corners, outline=colour_of(labels[k]), width=1 if crowds[k] else 3)
     for k in order:
-        _write(pen, font, printable(names[k]), (boxes[k] * scale).tolist(), labels[k], size)
+        _write(pen, font, printable(names[k]), np.rint(boxes[k] * scale).tolist(), labels[k], size)
     return np.asarray(canvas)
 
 
