@@ -79,12 +79,13 @@ _LATER = (
     'data.window',
     'data.annotations',
     'data.corners',
+    'data.zero_label',
     'data.objects_column',
     'data.box_format',
 )
 _LATER_OF_EVALS = (
     *('index', 'examples', 'window', 'views', 'lidar'),
-    *('annotations', 'corners', 'objects_column', 'box_format'),
+    *('annotations', 'corners', 'zero_label', 'objects_column', 'box_format'),
 )
 
 

@@ -128,6 +128,8 @@ class Source:
       annotations: returns the objects in the pictures of these examples, without reading a picture;
         None of a source without boxes. `load` then has 'boxes', 'box_label' and 'box_crowd' and may
         have 'box_mask', as `moves.moved` takes them.
+      is_segmented: whether classes are those of pixels, which `load` has as 'segmentation', a list
+        of integers [H, W] where 255 is no class.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Source:
     expect: Callable[[np.ndarray], None] | None = None
     shards: Callable[[], Sequence[Shard]] | None = None
     annotations: Callable[[Int64[np.ndarray, ' n']], list[Annotation]] | None = None
+    is_segmented: bool = False
 
     @property
     def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:
@@ -271,6 +274,7 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         if len(shards) < len(sources)
         else lambda: [shard for listed in shards for shard in listed()],
         annotations=annotations if len(annotated) == len(sources) else None,
+        is_segmented=all(source.is_segmented for source in sources),
     )
 
 
