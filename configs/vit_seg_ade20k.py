@@ -3,7 +3,8 @@
     python -m big_vit.train --config configs/vit_seg_ade20k.py:s14,path=DIR \
         --config.init=CHECKPOINT --workdir runs/ade20k
 
-DIR is ADEChallengeData2016 of the challenge's own archive, with `images` and `annotations`.
+DIR is ADEChallengeData2016 of the challenge's own archive, with `images`, `annotations` and
+`objectInfo150.txt`.
 CHECKPOINT is a run that learned without labels, or a released file: `dinov2_vits14_pretrain.pth`
 for s14, `dinov2_vitb14_pretrain.pth` for b14, `dinov2_vitl14_pretrain.pth` for l14. Published with
 these: 44.3, 47.3 and 47.7 % mean IoU (one scale); they have not been reproduced here. What differs:
@@ -70,13 +71,13 @@ def get_config(size: str = 's14', path: str = '', multiscale: bool = False, head
                 'scan': head == 'linear',
             },
             'data': {
-                'name': 'pixel_labels',
+                'name': 'segmentation',
                 'path': path or None,
                 'split': 'training',
                 'num_examples': 20_210,
                 'num_classes': 150,
                 'transform': (
-                    'reduce_zero_label | flip_lr | large_scale_jitter(size, scale=(0.5, 2.0)) | '
+                    'flip_lr | large_scale_jitter(size, scale=(0.5, 2.0)) | '
                     'color_jitter(0.125, 0.5, 0.5, 0.07) | normalize'
                 ),
             },
@@ -85,10 +86,7 @@ def get_config(size: str = 's14', path: str = '', multiscale: bool = False, head
                     'type': 'segmentation',
                     'split': 'validation',
                     'num_examples': 2_000,
-                    'transform': (
-                        f'reduce_zero_label | resize_short({crop}, most=1400) | pad_to(1400) | '
-                        'normalize'
-                    ),
+                    'transform': (f'resize_short({crop}, most=1400) | pad_to(1400) | normalize'),
                     'stride': 341,
                     'every_percent': 25,
                     **seen,

@@ -248,6 +248,8 @@ def write_ade20k(root):
             labels[: size[0] // 2] = rng.integers(0, 151)
             cv2.imwrite(str(root / 'images' / split / f'ADE_{i}.jpg'), picture)
             cv2.imwrite(str(root / 'annotations' / split / f'ADE_{i}.png'), labels)
+    rows = ''.join(f'{k}\t0.1\t1\t1\t1\tclass {k}\n' for k in range(1, 151))
+    (root / 'objectInfo150.txt').write_text('Idx\tRatio\tTrain\tVal\tStuff\tName\n' + rows)
     return root
 
 
@@ -259,7 +261,7 @@ def test_the_recipe_of_ade20k_trains_and_is_scored_by_windows(head, tmp_path):
         'image_size': 28, 'batch_size': 8, 'total_steps': 2, 'schedule.warmup_steps': 1,
         'data.num_examples': None, 'evals.val.num_examples': None, 'evals.val.stride': 20,
         'evals.val.transform': (
-            'reduce_zero_label | resize_short(28, most=56) | pad_to(56) | normalize'
+            'resize_short(28, most=56) | pad_to(56) | normalize'
         ),
         'mesh.replica': 8,
     }  # fmt: skip

@@ -360,6 +360,8 @@ def renumbered(
     """Map labels by `targets`; leave out examples, or of pictures the objects, mapped to -1."""
     if source.annotations is not None:
         return _renumbered_objects(source, targets, count, names)
+    if source.is_segmented:
+        return _renumbered_pixels(source, targets, count, names)
     if (targets < 0).any():
         if source.labels is None:
             raise UserError(f'{key}: the labels of {source.name} cannot be listed')
@@ -409,4 +411,28 @@ def _renumbered_objects(
         class_names=names,
         load=lambda indices: renumber(load(indices)),
         annotations=annotate,
+    )
+
+
+def _renumbered_pixels(
+    source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None
+) -> Source:
+    """Map the classes of pixels; those that are left out are ignored."""
+    load, stored = source.load, source.label_maps
+    assert stored is not None
+
+    def mapped(values: np.ndarray) -> np.ndarray:
+        is_known = values != moves.IGNORED
+        found = targets[np.where(is_known, values, 0)]
+        return np.where(is_known & (found >= 0), found, moves.IGNORED)
+
+    def renumber(columns: Columns) -> Columns:
+        return {**columns, 'segmentation': [mapped(own) for own in columns['segmentation']]}
+
+    return replace(
+        source,
+        num_classes=count,
+        class_names=names,
+        load=lambda indices: renumber(load(indices)),
+        label_maps=lambda indices: [mapped(own) for own in stored(indices)],
     )

@@ -21,6 +21,7 @@ from big_vit.data.sources import (
     prepared,
     questions,
     records,
+    segmentation,
     table,
     tar,
     tones,
@@ -50,4 +51,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'coco': coco.coco,
     'voc': voc.voc,
     'yolo': yolo.yolo,
+    'segmentation': segmentation.segmentation,
 }
