@@ -298,7 +298,8 @@ def _resized(source: Source, spec: Spec) -> Source:
     settings = dict(spec.settings)
     if source.annotations is not None or source.is_segmented:
         raise UserError(
-            f"config: {spec.key}.cache='resized' keeps no boxes or classes of pixels: set it to 'auto'"
+            f"config: {spec.key}.cache='resized' keeps no boxes or classes of pixels: set it to "
+            "'auto'"
         )
     if settings.pop('text_column', None) is not None:
         raise UserError(
