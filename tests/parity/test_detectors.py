@@ -43,15 +43,15 @@ def randomised(model):
 
 def theirs(kind, folder, **more):
     transformers = peer('transformers')
+    names = {'id2label': NAMES, 'label2id': {'person': 1}}
     if kind == 'detr':
         peer('timm')
-        config = transformers.DetrConfig(**DETR, **more)
+        config = transformers.DetrConfig(**DETR, **names, **more)
         model = transformers.DetrForObjectDetection(config)
     else:
-        config = transformers.YolosConfig(**YOLOS, use_mid_position_embeddings=False, **more)
+        more = {'use_mid_position_embeddings': False, **more}
+        config = transformers.YolosConfig(**YOLOS, **names, **more)
         model = transformers.YolosForObjectDetection(config)
-    model.config.id2label = NAMES
-    model.config.label2id = {'person': 1}
     model = randomised(model)
     model.save_pretrained(folder)
     return model
