@@ -35,7 +35,7 @@ CAPTURES = ('blocks', 'attention')
 LANES = 128
 
 
-def identity(x: Array) -> Array:
+def identity(x: Any) -> Any:
     return x
 
 
