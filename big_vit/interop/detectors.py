@@ -282,6 +282,8 @@ _COEFFICIENTS = {
     'giou_weight': 'giou_loss_coefficient',
     'no_object_weight': 'eos_coefficient',
 }
+# Here they are those of the matching too.
+_COSTS = {'l1_weight': 'bbox_cost', 'giou_weight': 'giou_cost'}
 
 
 def layout_shape(arrays: Arrays, name: str, where: str) -> tuple[int, ...]:
@@ -426,12 +428,12 @@ def config_of(
     settings, task, meta = model.settings, learnt.task, model.meta
     classes = classes_of(learnt)
     names = class_names.complete(meta, classes) or [f'LABEL_{i}' for i in range(classes)]
-    config: dict[str, Any] = {
-        theirs: task[ours] for ours, theirs in _COEFFICIENTS.items() if task.get(ours) is not None
-    }
-    for ours, theirs in (('l1_weight', 'bbox_cost'), ('giou_weight', 'giou_cost')):
-        if task.get(ours) is not None:
-            config[theirs] = task[ours]
+    config: dict[str, Any] = {}
+    for ours, theirs in (*_COEFFICIENTS.items(), *_COSTS.items()):
+        value = task.get(ours)
+        # Theirs takes whole numbers alone for all but one; they are read in training only.
+        if value is not None and (value == int(value) or theirs == 'eos_coefficient'):
+            config[theirs] = float(value) if theirs == 'eos_coefficient' else int(value)
     config['id2label'] = {str(i): name for i, name in enumerate(names)}
     config['label2id'] = {name: names.index(name) for name in names}
     if format == 'hf_yolos':
