@@ -41,11 +41,11 @@ class Move(NamedTuple):
 
     def row_of(self, height: int) -> Int64[np.ndarray, ' rows']:
         """Return the nearest row of the old picture, of this height, for each new one; or -1."""
-        return _nearest(self.top, self.height, self.rows, height, self.upturned)
+        return _nearest(float(self.top), float(self.height), self.rows, height, self.upturned)
 
     def column_of(self, width: int) -> Int64[np.ndarray, ' columns']:
         """Return the nearest column of the old picture, of this width, for each; or -1."""
-        return _nearest(self.left, self.width, self.columns, width, self.mirrored)
+        return _nearest(float(self.left), float(self.width), self.columns, width, self.mirrored)
 
     def boxes(
         self, boxes: Float[np.ndarray, 'n 4']
