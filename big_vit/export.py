@@ -24,13 +24,13 @@ from big_vit import config as config_lib
 from big_vit.build.data import DEVICE_OPERATIONS, evaluation_transform
 from big_vit.build.model import build_scored_model
 from big_vit.build.task import build_task
-from big_vit.config import Config
+from big_vit.config import Config, registries
 from big_vit.data import transforms
 from big_vit.data.transforms import Transform
 from big_vit.errors import UserError
 from big_vit.inspection import loaded_model
-from big_vit.interop import Weights, class_names, fit, google, pictures
-from big_vit.interop.weights import ORIGIN, PREPARED
+from big_vit.interop import Weights, class_names, detectors, fit, google, pictures
+from big_vit.interop.weights import ORIGIN, PREPARED, Learnt
 from big_vit.models.encoder import merge_lora, stack_blocks, unstack_blocks
 from big_vit.models.vit import settings_of
 from big_vit.pretrained.load import (
@@ -88,7 +88,8 @@ def from_checkpoint(
     if list(config.streams):
         raise UserError(f'{path}: a model of several inputs has no place in other formats')
     flat = trees.flatten(params)
-    first = 'stem/conv_root/kernel' if 'stem/conv_root/kernel' in flat else 'embedding/kernel'
+    stems = ('stem/conv_root/kernel', 'stem/root/conv/kernel')
+    first = next((name for name in stems if name in flat), 'embedding/kernel')
     if first not in flat or flat[first].ndim != 4:
         raise UserError(f'{path}: only models of patches of images have a place in other formats')
     channels = int(flat[first].shape[2])
@@ -99,19 +100,26 @@ def from_checkpoint(
     model = build_scored_model(config, classes, shape, mesh)
     settings = {name: x for name, x in settings_of(model).items() if name in fit.FIELDS}
     settings['num_classes'] = classes
-    params, _ = task_parameters(params, task)
+    params, left = task_parameters(params, task)
     known = storage.place(workdir) / ORIGIN
     meta = json.loads(known.read_text()) if known.exists() else {}
     mean, std = image_normalisation(config, channels)
     meta |= {'image_size': tuple(config.image_size), 'channels': channels}
     meta |= {'mean': mean, 'std': std, 'multi_label': task.logits_loss == 'sigmoid' or None}
-    names = checkpoint.class_names(sidecar)
-    meta |= {'class_names': names if names and len(names) == classes else None}
+    names, learnt = checkpoint.class_names(sidecar), None
+    if task.detect is not None:
+        keys = {name: config.task.peek(name) for name in registries.TASKS.keys(task.name)}
+        keys = {name: value for name, value in keys.items() if value is not None}
+        beside = trees.flatten(unstack_blocks(trees.unflatten({n: flat[n] for n in left})))
+        learnt = Learnt({'name': task.name, **keys}, beside)
+    named = classes or detectors.classes_of(learnt)
+    meta |= {'class_names': names if names and len(names) == named else None}
     default = None if known.exists() or to in (None, *google.FORMATS) else PREPARED
     prepared = evaluation_transform(config, path, transform, default=default)
     if prepared is not None:
         meta |= _preparation(prepared, config.image_size, channels, to)
-    return Weights(unstack_blocks(params), settings, {**dict.fromkeys(interop.META), **meta})
+    meta = {**dict.fromkeys(interop.META), **meta}
+    return Weights(unstack_blocks(params), settings, meta, learnt)
 
 
 def _preparation(

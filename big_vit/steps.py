@@ -152,7 +152,7 @@ def update(
         rows = in_parts(lambda part, key: targets.rows(task_state, part, key, step), batch, rng)
         shared = targets.shared(task_state, rows, step)
         rows, shared = jax.lax.stop_gradient((rows, shared))
-        return {**batch, 'targets': rows}, ({**task_state, 'targets': shared}, step)
+        return {**batch, 'targets': rows}, ({**(task_state or {}), 'targets': shared}, step)
 
     def gradient(params: Any, extra: Extra, batch: Batch, rng: jax.Array):
         task_state, step = extra
@@ -284,5 +284,18 @@ def make_eval_step(
         sums,
         in_shardings=(shardings(abstract_state)['params'], sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
+        compiler_options=compiler.options(mesh),
+    )
+
+
+def make_rows_step(
+    rows: Callable[[Any, Batch], tuple[Any, Any]], abstract_state: State, mesh: Mesh
+) -> Callable[[Any, Batch], tuple[Any, Any]]:
+    """The jitted step `(params, batch) -> (what every host gets, what stays with the rows)`."""
+    where = sharding.batch_sharding(mesh)
+    return jax.jit(
+        rows,
+        in_shardings=(shardings(abstract_state)['params'], where),
+        out_shardings=(sharding.replicated(mesh), where),
         compiler_options=compiler.options(mesh),
     )

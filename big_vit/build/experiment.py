@@ -70,8 +70,15 @@ class Experiment(NamedTuple):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes that the head tells apart, in order; None if it has no names."""
-        return self.data.source.class_names if 'logits' in self.task.provides else None
+        """Names of the classes that the head tells apart, in order; None if it has no names.
+
+        Of boxes and of pixels there always are, if only numbers: nothing else in a checkpoint says
+        how many classes there are.
+        """
+        source = self.data.source
+        if self.task.provides & {'boxes', 'pixels'}:
+            return source.class_names or tuple(map(str, range(source.num_classes)))
+        return source.class_names if 'logits' in self.task.provides else None
 
 
 class Seen(NamedTuple):
@@ -146,7 +153,12 @@ def build_experiment(
     schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
     gather = sharding.gather_weights(mesh, shapes, m.min_shard_size)
-    model = placed(model, gather=gather, collect=sharding.collect_kernel(mesh))
+    model = placed(
+        model,
+        gather=gather,
+        collect=sharding.collect_kernel(mesh),
+        by_device=sharding.by_device(mesh),
+    )
     made = build_optimizer(config, shapes, schedule, mesh, Length(train.source, total, ahead))
     schedule_free = 'schedule_free_adamw' in made.settings
     _check_teacher(config, task, schedule_free)
@@ -311,7 +323,10 @@ def loss_flops(
         given = jax.eval_shape(rows, task_state, batch, key, step)
         of_targets = flops.count(rows, task_state, batch, key, step)
         of_targets += flops.count(shared, task_state, given, step)
-        task_state = {**task_state, 'targets': jax.eval_shape(shared, task_state, given, step)}
+        task_state = {
+            **(task_state or {}),
+            'targets': jax.eval_shape(shared, task_state, given, step),
+        }
         batch = {**batch, 'targets': given}
     of_loss = flops.count(task.loss(plain, run), params, task_state, batch, key, step)
     return of_loss / batch_size, of_targets / batch_size

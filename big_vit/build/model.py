@@ -68,6 +68,8 @@ def _stream(section: Config, key: str, variant: dict[str, Any]) -> Stream:
     taken = set(registries.TOKENIZERS.keys(tokenizer))
     if section.posemb == 'learned':
         taken |= {'posemb_prefix'} | ({'posemb_grid'} if tokenizer == 'ragged' else set())
+    if section.posemb in ('learned', 'sincos2d_detr', *positions.LAWS) and tokenizer != 'ragged':
+        taken |= {'posemb_per_block'}
     if section.posemb == 'rope':
         taken |= {'rope_theta', 'rope_shift', 'rope_jitter', 'rope_rescale'}
     options = {name: section[name] for name in sorted(taken) if name in section}
@@ -75,7 +77,7 @@ def _stream(section: Config, key: str, variant: dict[str, Any]) -> Stream:
         options['resnet'] = variant.get('resnet')
         if options['resnet'] is None:
             raise UserError(
-                f"config: {key}.tokenizer='resnet' needs a hybrid as model.variant, "
+                f'config: {key}.tokenizer={tokenizer!r} needs a hybrid as model.variant, '
                 "such as 'R50+B/16'"
             )
     if tokenizer in ('conv', 'cct'):
@@ -107,6 +109,10 @@ def build_trunk(config: Config, shapes: dict[str, tuple[int, ...]], mesh: Mesh) 
         if stream.reads not in shapes:  # Of two towers one may be asked alone.
             continue
         _check_stream(config, stream, shapes, width, m.head_dim or width // heads)
+    if m.post_norm and m.parallel:
+        raise UserError(
+            'config: model.post_norm has no place in blocks of model.parallel=True: leave one out'
+        )
     _check_device(m, mesh)
     trunk = make_vit(
         0,
@@ -195,7 +201,12 @@ def _check_stream(
             else f'config: {key}: {error}'
         ) from error
     axes = 2 if stream.tokenizer == 'ragged' else len(grid)
-    if stream.posemb in positions.LAWS and not positions.divides(width, axes):
+    if stream.posemb == 'sincos2d_detr' and (axes != 2 or stream.tokenizer == 'ragged'):
+        raise UserError(
+            f"config: {key}.posemb='sincos2d_detr' is of images of one grid: take 'sincos2d'"
+        )
+    fixed = (*positions.LAWS, 'sincos2d_detr')
+    if stream.posemb in fixed and not positions.divides(width, axes):
         raise UserError(
             f'config: model.width={width} must be divisible by {2 * axes} for '
             f'{key}.posemb={stream.posemb!r}'

@@ -218,6 +218,9 @@ def _rate_by_step(
     more: dict[str, Any] = {}
     if section.name in ('cosine', 'linear', *schedules.COSINES):
         more['end'] = section.end
+    elif section.name == 'step':
+        more['end'] = section.end
+        more['drop_steps'] = in_steps(section, 'drop', config, source, total) or 0
     elif section.name != schedules.RISING:
         more['cooldown_steps'] = in_steps(section, 'cooldown', config, source, total) or 0
     if section.name == 'rsqrt':

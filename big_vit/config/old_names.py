@@ -75,10 +75,22 @@ _LATER = (
     'optim.clip_by',
     'optim.freeze_',
     'schedule.start',
+    'schedule.drop_',
     'data.index',
     'data.window',
+    'data.annotations',
+    'data.corners',
+    'data.zero_label',
+    'data.boxes_column',
+    'data.box_format',
 )
-_LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
+_LATER_OF_EVALS = (
+    *('index', 'examples', 'window', 'views', 'lidar'),
+    *('annotations', 'corners', 'zero_label', 'boxes_column', 'box_format'),
+    *('stride', 'scales', 'flips'),
+)
+# Of these False is unset.
+_LATER_SWITCHES = ('model.post_norm', 'model.posemb_per_block')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +111,12 @@ def former_dump(flat: dict[str, Any]) -> dict[str, Any]:
         if former.get(key) == now:
             former[key] = then
     # Keys that came later, where nothing is set.
-    return {k: v for k, v in former.items() if not (_came_later(k) and v is None)}
+    return {
+        key: value
+        for key, value in former.items()
+        if not (_came_later(key) and value is None)
+        and not (key in _LATER_SWITCHES and value is False)
+    }
 
 
 def _came_later(key: str) -> bool:

@@ -43,9 +43,16 @@ MODEL: dict[str, Field] = {
     'model.vocab': Field(integer(1, 2**24), 259, 'Vocabulary size; 259 is that of byte_tokens.'),
     'model.embedding_bias': Field(boolean, True, 'Use a bias in the patch embedding.'),
     'model.posemb': Field(
-        choice('sincos2d', 'sincos2d_mae', 'learned', 'rope', 'relative', 'none'),
+        choice(
+            *('sincos2d', 'sincos2d_mae', 'sincos2d_detr', 'learned', 'rope', 'relative', 'none')
+        ),
         'sincos2d',
         'Type of position embeddings.',
+    ),
+    'model.posemb_per_block': Field(
+        boolean,
+        False,
+        'Add positions to queries and keys of each block, as in DETR, and not once to the tokens.',
     ),
     'model.posemb_prefix': Field(
         integer(0, 4097),
@@ -85,6 +92,9 @@ MODEL: dict[str, Field] = {
     'model.pre_norm': Field(boolean, False, 'Normalize before the first block, as in CLIP.'),
     'model.norm_after_pool': Field(
         boolean, False, 'Apply the last norm after pooling instead of before.'
+    ),
+    'model.post_norm': Field(
+        boolean, False, 'Blocks normalize their sums, as in DETR, and not what branches read.'
     ),
     'model.activation': Field(
         choice('gelu_tanh', 'gelu', 'quick_gelu', 'relu', 'silu'),
@@ -168,9 +178,9 @@ MODEL: dict[str, Field] = {
     ),
     'model.dropout': Field(below_one, 0.0, 'Dropout rate in the residual branches.'),
     'model.weight_init': Field(
-        choice('vit', 'mae'),
+        choice('vit', 'mae', 'detr'),
         None,
-        "Law of initial values: that of big_vision ('vit'), or of MAE's code.",
+        "Law of initial values: that of big_vision ('vit'), or of MAE's or DETR's code.",
     ),
     'model.dtype': Field(choice('bfloat16', 'float32'), 'bfloat16', 'Computation type.'),
     'model.scan': Field(

@@ -184,6 +184,7 @@ OPTIMIZATION: dict[str, Field] = {
             'linear',
             'constant',
             'rsqrt',
+            'step',
             'cosine_dino',
             'cosine_dinov3',
             'cosine_ijepa',
@@ -199,9 +200,10 @@ OPTIMIZATION: dict[str, Field] = {
         'Learning rate at the start of the warmup as a share of the peak; 0 if unset.',
     ),
     'schedule.end': Field(
-        number(0, 1), 0.0, 'Final learning rate as a share of the peak (cosines, linear).'
+        number(0, 1), 0.0, 'Final learning rate as a share of the peak (cosines, linear, step).'
     ),
     **durations('schedule.cooldown', 'Linear decay to 0 at the end (constant, rsqrt)'),
+    **durations('schedule.drop', 'When the rate falls (step)'),
     **durations(
         'schedule.timescale',
         'Timescale of rsqrt: at t after the warmup the rate is peak x '

@@ -30,6 +30,24 @@ TASK: dict[str, Field] = {
     'task.normalise_pixels': Field(
         boolean, None, 'Predict each patch less its mean, by its standard deviation.'
     ),
+    'task.queries': Field(integer(1, WIDEST), None, 'How many objects can be found in a picture.'),
+    'task.query_place': Field(
+        choice('decoder', 'trunk'),
+        None,
+        "Queries are in a decoder (DETR), or tokens of the trunk's sequence (YOLOS).",
+    ),
+    'task.class_layers': Field(integer(1, 16), None, 'Dense layers of the head of classes.'),
+    'task.l1_weight': Field(
+        number(0, 1000), None, 'Factor of the distance of boxes, in loss and matching.'
+    ),
+    'task.giou_weight': Field(
+        number(0, 1000), None, 'Factor of their overlap, in loss and matching.'
+    ),
+    'task.no_object_weight': Field(
+        number(0, 1000, excluded=0),
+        None,
+        'What a query without object counts in the cross-entropy, beside 1 of one with an object.',
+    ),
     'task.method': Field(
         choice('ijepa', 'lejepa'),
         None,
@@ -70,6 +88,21 @@ TASK: dict[str, Field] = {
     'task.sigreg_weight': Field(number(0, 1), None, 'Share of the loss that is SIGReg.'),
     'task.sigreg_directions': Field(
         integer(1, WIDEST), None, 'Random directions of SIGReg in each step.'
+    ),
+    'task.head': Field(
+        choice('linear', 'mask'),
+        None,
+        'Classes of pixels by a linear layer on patches, or by queries with a mask each.',
+    ),
+    'task.query_blocks': Field(integer(1, DEEPEST), None, 'How many last blocks see the queries.'),
+    'task.points': Field(
+        integer(4, 2**20), None, 'At how many points masks are compared in training.'
+    ),
+    'task.last_blocks': Field(
+        integer(1, DEEPEST), None, 'How many last blocks give the features of pixels, joined.'
+    ),
+    'task.dropout': Field(
+        below_one, None, 'Share of the features of patches that are left out of a whole image.'
     ),
     'task.prototypes': Field(integer(2, 2**20), None, 'Number of prototypes.'),
     'task.bottleneck': Field(

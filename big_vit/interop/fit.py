@@ -121,6 +121,8 @@ def require(model: Model, to: str, **allowed: Any) -> None:
     Raises:
       UserError: names the unsupported settings and what would help.
     """
+    # What no ViT of another codebase has.
+    allowed = {'post_norm': (False,), 'posemb_per_block': (False,), **allowed}
     unsupported = [
         f'{name}={model.settings[name]!r} (it has {" or ".join(map(repr, values))})'
         for name, values in allowed.items()

@@ -3,12 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from big_vit.interop import google, huggingface, openclip, timm_vit
+from big_vit.interop import detectors, google, huggingface, openclip, timm_vit
 from big_vit.interop.layout import Rule, Shapes
 
-READ = (*google.FORMATS, *timm_vit.FORMATS, *huggingface.FORMATS, *openclip.FORMATS)
+READ = (
+    *(*google.FORMATS, *timm_vit.FORMATS, *huggingface.FORMATS, *openclip.FORMATS),
+    *detectors.FORMATS,
+)
 # MAE, DeiT-III and DINOv2 released pickled files; timm reads the same names as safetensors.
-WRITE = (*google.FORMATS, 'timm', *huggingface.FORMATS, *openclip.FORMATS)
+WRITE = (
+    *(*google.FORMATS, 'timm', *huggingface.FORMATS, *openclip.FORMATS),
+    *detectors.FORMATS,
+)
 
 
 def rules_of(
@@ -21,4 +27,6 @@ def rules_of(
         return timm_vit.rules_of(format, settings, shapes, file_layout)
     if format in openclip.FORMATS:
         return openclip.rules_of(settings, shapes, file_layout)
+    if format in detectors.FORMATS:
+        return detectors.rules_of(format, settings, shapes, file_layout)
     return huggingface.rules_of(format, settings, shapes, file_layout)

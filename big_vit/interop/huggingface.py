@@ -41,7 +41,7 @@ _PREFIXES = {
     'hf_dinov3': ('dinov3_vit.', 'model.'),
 }
 PREFIXES = tuple(dict.fromkeys(prefix for some in _PREFIXES.values() for prefix in some))
-_ACTIVATIONS = {
+ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_python': 'gelu',
     'gelu_pytorch_tanh': 'gelu_tanh',
@@ -52,7 +52,7 @@ _ACTIVATIONS = {
     'silu': 'silu',
     'swish': 'silu',
 }
-_TO_ACTIVATION = {
+TO_ACTIVATION = {
     'gelu': 'gelu',
     'gelu_tanh': 'gelu_pytorch_tanh',
     'quick_gelu': 'quick_gelu',
@@ -244,7 +244,7 @@ def settings_of(
     defaults = {'hf_siglip': 1e-6, 'hf_dinov2': 1e-6, 'hf_dinov2_reg': 1e-6, 'hf_dinov3': 1e-5}
     defaults['hf_ijepa'] = 1e-6
     activation = config.get('hidden_act', 'gelu_pytorch_tanh' if format == 'hf_siglip' else 'gelu')
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise UserError(f'{where}: hidden_act {activation!r} is not one that big_vit has')
     settings: Settings = {
         'patch_size': _pair(_required(config, 'patch_size', where)),
@@ -253,7 +253,7 @@ def settings_of(
         'num_heads': _required(config, 'num_attention_heads', where),
         'mlp_dim': config.get('intermediate_size'),
         'norm_eps': float(config.get('layer_norm_eps', defaults.get(format, 1e-12))),
-        'activation': _ACTIVATIONS[activation],
+        'activation': ACTIVATIONS[activation],
         'qkv_bias': bool(config.get('qkv_bias', True)),
         'posemb': 'learned',
         'class_token': True,
@@ -478,7 +478,7 @@ def config_of(format: str, model: Model, layout: Mapping[str, Any]) -> dict[str,
         'image_size': int_or_pair(meta['image_size']),
         'patch_size': int_or_pair(settings['patch_size']),
         'num_channels': meta['channels'],
-        'hidden_act': _TO_ACTIVATION[settings['activation']],
+        'hidden_act': TO_ACTIVATION[settings['activation']],
         'layer_norm_eps': settings['norm_eps'],
     }
     if format in ('hf_dinov2', 'hf_dinov2_reg'):

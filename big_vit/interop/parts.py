@@ -25,6 +25,8 @@ _SIGNS = (
         r'(patch_embeddings(\.projection)?|patch_embedding)\.weight',
         None,
     ),
+    (('hf_detr',), r'(model\.)?input_projection\.weight', None),
+    (('hf_yolos',), r'(vit\.)?embeddings\.detection_tokens', None),
 )
 # Keys and names of moving averages of the parameters, which codebases evaluate where they have one.
 _AVERAGE = re.compile(r'(?!.*(no|non|not|without)_ema)(.*_)?ema(_.*)?|teacher|target_encoder')

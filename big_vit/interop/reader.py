@@ -11,6 +11,7 @@ from big_vit import trees
 from big_vit.errors import UserError
 from big_vit.interop import (
     class_names,
+    detectors,
     files,
     fit,
     formats,
@@ -102,6 +103,7 @@ def read(
     filled = [n for n in recorded.get('filled', ()) if n in arrays]
     if not any(arrays[n].any() for n in filled):
         arrays = {n: array for n, array in arrays.items() if n not in filled}
+    arrays, finding = detectors.split(format, arrays, where)
     arrays, beside = mae_decoder.split(format, arrays)
     beside = beside or encoder.predictor or {}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -128,14 +130,13 @@ def read(
     meta |= {'dropped': dropped, 'part': encoder.part}
     if source.origin:
         meta['source'] = source.origin
-    if fields['num_classes']:
-        meta |= class_names.of_config(source.config, source.labels, fields['num_classes'])
-    else:
-        meta |= dict.fromkeys(('class_names', 'class_descriptions'))
     _check_sizes(fields, len(arrays), where)
     rules = formats.rules_of(format, fields, layout.shapes_of(fields, meta), file_layout)
     layout.check(rules, arrays, where)
     learnt = None
+    if finding:
+        finding = {n: files.as_float(a, f'{where}: {n}') for n, a in finding.items()}
+        learnt = detectors.read(format, finding, fields, source.config, where)
     if beside:
         beside = {n: files.as_float(a, f'{where}: {n}') for n, a in beside.items()}
         learnt = (
@@ -143,6 +144,9 @@ def read(
             if format == 'ijepa'
             else mae_decoder.read(format, beside, fields, meta, source.config, where)
         )
+    classes = fields['num_classes'] or detectors.classes_of(learnt)
+    names = class_names.of_config(source.config, source.labels, classes)
+    meta |= names if classes else dict.fromkeys(('class_names', 'class_descriptions'))
     arrays = {n: files.as_float(a, f'{where}: {n}') for n, a in arrays.items()}
     return Weights(trees.unflatten(layout.to_ours(rules, arrays)), fields, meta, learnt)
 
@@ -225,10 +229,11 @@ def _format_of_config(source: _SourceFile) -> str | None:
     kind = config.get('model_type')
     if kind is None:
         return None
-    if not isinstance(kind, str) or kind not in huggingface.TYPES:
-        known = ', '.join(huggingface.TYPES)
+    types = {**huggingface.TYPES, **detectors.TYPES}
+    if not isinstance(kind, str) or kind not in types:
+        known = ', '.join(types)
         raise UserError(f'{source.path}: model_type {kind!r} is not one of {known}')
-    return huggingface.TYPES[kind]
+    return types[kind]
 
 
 def _settings_of(
@@ -249,6 +254,8 @@ def _settings_of(
             return timm_vit.settings_of(format, shapes, config, given, where)
         if format in openclip.FORMATS:
             return openclip.settings_of(shapes, source.config, given, where)
+        if format in detectors.FORMATS:
+            return detectors.settings_of(format, shapes, source.config, given, where)
         return huggingface.settings_of(format, shapes, source.config, given, where)
     except UserError as error:
         raise UserError(str(error) if where in str(error) else f'{where}: {error}') from None

@@ -8,7 +8,17 @@ import numpy as np
 
 from big_vit import trees
 from big_vit.errors import UserError
-from big_vit.interop import files, fit, formats, google, huggingface, layout, openclip, timm_vit
+from big_vit.interop import (
+    detectors,
+    files,
+    fit,
+    formats,
+    google,
+    huggingface,
+    layout,
+    openclip,
+    timm_vit,
+)
 from big_vit.interop.fit import Model
 from big_vit.interop.formats import WRITE
 from big_vit.interop.layout import Arrays
@@ -37,6 +47,8 @@ def _convert(
         return openclip.convert(model, architecture)
     if to in huggingface.FORMATS:
         return huggingface.convert(to, model)
+    if to in detectors.FORMATS:
+        return detectors.convert(to, model, weights.learnt)
     raise UserError(f'--to {to}: not a format that is written; these are: {", ".join(WRITE)}')
 
 
@@ -86,12 +98,15 @@ def write(
         model = fit.without_dropped(
             Model(left, fit.complete(weights.settings), weights.meta), dropped
         )
-        weights = Weights(trees.unflatten(model.params), model.settings, weights.meta)
+        weights = weights._replace(params=trees.unflatten(model.params), settings=model.settings)
     model, file_layout = _convert(weights, to, architecture)
     arrays = _peer_arrays(model, to, file_layout)
     constants = {}
     if to in huggingface.FORMATS:
         constants = huggingface.constants(to, model, file_layout)
+    if to in detectors.FORMATS:
+        assert weights.learnt is not None
+        arrays, constants = detectors.arrays_of(to, arrays, model.settings, weights.learnt)
     about = {
         'format': to,
         'settings': model.settings,
@@ -110,6 +125,9 @@ def write(
         config_files = timm_vit.config_of(model, file_layout)
     elif to in openclip.FORMATS:
         config_files = openclip.config_of(model, file_layout)
+    elif to in detectors.FORMATS:
+        assert weights.learnt is not None
+        config_files = detectors.config_of(to, model, file_layout, weights.learnt)
     else:
         config_files = huggingface.config_of(to, model, file_layout)
     name = openclip.WEIGHTS if to in openclip.FORMATS else 'model.safetensors'

@@ -1,4 +1,4 @@
-"""Transformer encoder of pre-norm blocks (arXiv 2010.11929), scanned or unrolled.
+"""Transformer encoder (arXiv 2010.11929), scanned or unrolled.
 
 With `scan`, parameters of all blocks are stacked along a leading axis of length `depth` under
 `encoderblock`; without it they are under `encoderblock_0` and so on. `stack_blocks` and
@@ -31,11 +31,16 @@ POLICIES = {
     ),
 }
 CAPTURES = ('blocks', 'attention')
+# What changes tokens before a block: (number of the block, tokens, what they attend to, the last
+# norm) -> tokens and what they attend to.
+Between = Callable[
+    [int, Array, AttentionContext, Callable[[Array], Array]], tuple[Array, AttentionContext]
+]
 # What tiles of TPUs are wide: an array whose last axis is shorter is padded to it.
 LANES = 128
 
 
-def identity(x: Array) -> Array:
+def identity(x: Any) -> Any:
     return x
 
 
@@ -51,6 +56,8 @@ class EncoderConfig:
       style: see `layers.Style`.
       parallel: attention and MLP read the same norm and are added together (ViT-22B, arXiv
         2302.05442).
+      post_norm: a block normalises what each branch was added to (arXiv 1706.03762), and not what
+        the branch reads.
       layer_scale: initial value of a learned factor on each branch's features (CaiT, arXiv
         2103.17239); 0 has none.
       drop_path: rate at which the last block is left out; earlier ones less, on a line from 0.
@@ -69,6 +76,7 @@ class EncoderConfig:
     num_heads: int
     style: Style = PLAIN
     parallel: bool = False
+    post_norm: bool = False
     layer_scale: float = 0.0
     drop_path: float = 0.0
     scan: bool = True
@@ -105,7 +113,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block. Returns (x, captured values), the form that `nn.scan` requires.
+    """Encoder block. Returns (x, captured values), the form that `nn.scan` requires.
 
     Attributes:
       relative: rows of the relative bias table.
@@ -146,7 +154,13 @@ class Block(nn.Module):
                 y = DropPath(self.packed, name=f'DropPath_{number}')(y, drop_path)
             return y
 
-        y = norm(style, 'LayerNorm_0')(x)
+        def before(x: Array, name: str) -> Array:
+            return x if config.post_norm else norm(style, name)(x)
+
+        def after(x: Array, name: str) -> Array:
+            return norm(style, name)(x) if config.post_norm else x
+
+        y = before(x, 'LayerNorm_0')
         attention = Attention(
             config.num_heads,
             style,
@@ -159,16 +173,20 @@ class Block(nn.Module):
         if self.outputs:
             x, y, memory = x[:, : self.outputs], y[:, : self.outputs], y
         z, weights = attention(y, memory, context)
-        x = x + checkpoint_name(branch(z), 'attention_out')
+        x = after(x + checkpoint_name(branch(z), 'attention_out'), 'LayerNorm_0')
         if self.cross:
-            z = norm(style, 'LayerNorm_2')(x)
-            memory_context = AttentionContext(mask=context.memory_mask)
+            z = before(x, 'LayerNorm_2')
+            memory_context = AttentionContext(
+                mask=context.memory_mask,
+                positions=context.positions,
+                memory_positions=context.memory_positions,
+            )
             z, _ = Attention(config.num_heads, style, name='CrossAttention_0')(
                 z, context.memory, memory_context
             )
-            x = x + checkpoint_name(branch(z), 'attention_out')
-        y = y if config.parallel else norm(style, 'LayerNorm_1')(x)
-        x = config.constrain(x + branch(mlp(y, deterministic)))
+            x = after(x + checkpoint_name(branch(z), 'attention_out'), 'LayerNorm_2')
+        y = y if config.parallel else before(x, 'LayerNorm_1')
+        x = config.constrain(after(x + branch(mlp(y, deterministic)), 'LayerNorm_1'))
         captured: dict[str, Array] = {}
         if 'blocks' in self.capture:
             captured['blocks'] = x
@@ -214,9 +232,12 @@ class Encoder(nn.Module):
         x: Float[Array, 'batch tokens width'],
         deterministic: bool = True,
         context: AttentionContext = NO_CONTEXT,
+        between: Between | None = None,
     ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
+        """Tokens after the blocks; `between`, of blocks that are not scanned, may change them."""
         config, batch, width = self.config, x.shape[0], x.shape[2]
-        packed = self._packed(x, context)
+        last = norm(config.style, 'encoder_norm') if self.final_norm else identity
+        packed = 1 if between is not None else self._packed(x, context)
         if packed > 1:
             x = config.constrain(_side_by_side(x, packed))
             if context.rotation is not None:
@@ -256,6 +277,8 @@ class Encoder(nn.Module):
         else:
             captures = []
             for i in range(config.depth):
+                if between is not None:
+                    x, context = between(i, x, context, last)
                 rate = None if rates is None else rates[i]
                 outputs = last_outputs if i == config.depth - 1 else 0
                 unrolled_block = block(name=f'encoderblock_{i}', outputs=outputs, **fields)
@@ -267,10 +290,7 @@ class Encoder(nn.Module):
             }
         if packed > 1:
             x = x.reshape(batch, -1, width)
-        x = x[:, : self.outputs or None]
-        if self.final_norm:
-            x = norm(config.style, 'encoder_norm')(x)
-        return x, captured
+        return last(x[:, : self.outputs or None]), captured
 
     def _plain(self, context: AttentionContext) -> bool:
         """Whether attention is of tokens alone, and nobody looks at its weights."""

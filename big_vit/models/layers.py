@@ -56,7 +56,12 @@ class InitialLaws(NamedTuple):
     token: float | None = None
 
 
-def _torch_bias(inputs: int) -> Init:
+def torch_uniform(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
+    """PyTorch's law of kernels [inputs, outputs], which is that of their biases."""
+    return torch_bias(shape[0])(key, tuple(shape), dtype)
+
+
+def torch_bias(inputs: int) -> Init:
     """PyTorch's law of biases: uniform within one over the root of the inputs."""
     bound = inputs**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
@@ -65,14 +70,22 @@ def _torch_bias(inputs: int) -> Init:
 
 
 # 'vit' is that of google-research/vision_transformer, 'mae' that of facebookresearch/mae, whose
-# queries, keys and values are one matrix and whose patch embedding keeps PyTorch's bias.
+# queries, keys and values are one matrix and whose patch embedding keeps PyTorch's bias; 'detr'
+# that of facebookresearch/detr, which keeps PyTorch's kernel there too.
 INITIAL_LAWS = {
     'vit': InitialLaws(),
     'mae': InitialLaws(
         qkv=joined_xavier,
         mlp_bias=nn.initializers.zeros,
         patches=nn.initializers.xavier_uniform(),
-        patch_bias=_torch_bias,
+        patch_bias=torch_bias,
+        token=0.02,
+    ),
+    'detr': InitialLaws(
+        qkv=joined_xavier,
+        mlp_bias=nn.initializers.zeros,
+        patches=torch_uniform,
+        patch_bias=torch_bias,
         token=0.02,
     ),
 }
@@ -134,6 +147,9 @@ class AttentionContext(NamedTuple):
       relative: row of the relative bias table per (query, key), int32 [tokens, tokens].
       memory: tokens to cross-attend to, [batch, memory tokens, width].
       memory_mask: as `mask`, [batch, 1, 1, memory tokens].
+      memory_positions: added to keys that are of `memory`, [1 or batch, memory tokens, width].
+      positions: added to queries, and to keys that are of the same tokens, [1 or batch, tokens,
+        width]; values have none.
       variation: from which each block draws a rotation of its own, in place of `rotation`.
     """
 
@@ -142,6 +158,8 @@ class AttentionContext(NamedTuple):
     relative: Array | None = None
     memory: Array | None = None
     memory_mask: Array | None = None
+    memory_positions: Array | None = None
+    positions: Array | None = None
     variation: Variation | None = None
 
 
@@ -535,9 +553,11 @@ class Attention(nn.Module):
         dense = partial(Dense, dtype=style.dtype, gather=style.gather, lora=style.lora)
         projection = partial(dense, heads, kernel_init=style.laws.qkv)
         query_or_value = partial(projection, use_bias=style.qkv_bias)
+        x = _moved(x, context.positions)
+        keyed = x if self_attention else _moved(memory, context.memory_positions)
         query = checkpoint_name(query_or_value(name='query')(x), 'qkv')
         key_bias = style.qkv_bias and style.key_bias
-        key = checkpoint_name(projection(use_bias=key_bias, name='key')(memory), 'qkv')
+        key = checkpoint_name(projection(use_bias=key_bias, name='key')(keyed), 'qkv')
         value = checkpoint_name(query_or_value(name='value')(memory), 'qkv')
         if style.qk_norm:
             query, key = norm(style, 'query_norm')(query), norm(style, 'key_norm')(key)
@@ -569,6 +589,12 @@ class Attention(nn.Module):
         mixed = checkpoint_name(mixed, 'mixed')
         weights = attention_weights(query, key, bias, mask) if self.capture else None
         return dense((width,), in_axes=2, name='out')(mixed), weights
+
+
+def _moved(
+    x: Float[Array, 'batch tokens width'], positions: Float[Array, '#batch tokens width'] | None
+) -> Float[Array, 'batch tokens width']:
+    return x if positions is None else x + positions.astype(x.dtype)
 
 
 class Mlp(nn.Module):

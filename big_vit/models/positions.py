@@ -62,6 +62,31 @@ def sincos(grid: Grid, width: int, kind: str = 'sincos2d') -> Float[np.ndarray, 
     return np.pad(table, ((0, 0), (0, width - table.shape[1])))[None].astype(np.float32)
 
 
+def sincos_of_pictures(
+    real: Bool[Array, 'batch rows columns'], width: int
+) -> Float[Array, 'batch tokens width']:
+    """Return DETR's fixed positions (arXiv 2005.12872), which span the real part of a canvas.
+
+    Along each axis a token's place is its number among the real ones, from 1, as a share of a turn;
+    places beyond these are the last one. Sines and cosines alternate, and rows come before columns.
+
+    Args:
+      real: which tokens are of the picture, which lies at the top left.
+
+    Raises:
+      ValueError: the width is not divisible by four.
+    """
+    waves = []
+    for axis in (1, 2):
+        count = real.cumsum(axis, dtype=jnp.float32)
+        last = jax.lax.slice_in_dim(count, -1, None, axis=axis)
+        omega = jnp.asarray(frequencies(width, 2, 'sincos2d_detr'), jnp.float32)
+        angle = (count / (last + 1e-6) * (2 * math.pi))[..., None] * omega.reshape(1, 1, 1, -1)
+        pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+        waves.append(pairs.reshape(*real.shape, -1))
+    return jnp.concatenate(waves, -1).reshape(real.shape[0], -1, width)
+
+
 def sincos_at(
     places: Float[Array, 'batch tokens axes'], width: int, kind: str = 'sincos2d'
 ) -> Float[Array, 'batch tokens width']:

@@ -1,4 +1,4 @@
-"""Convolutional stems: early convolutions, CCT, and the ResNet of hybrid models."""
+"""Convolutional stems: early convolutions, CCT, and the ResNets of hybrid models."""
 
 import math
 from functools import partial
@@ -16,6 +16,7 @@ RESNETS: dict[str, tuple[tuple[int, ...], ...]] = {
     'R': ((),),
     'R26': ((2, 2, 2, 2),),
     'R50': ((3, 4, 6, 3), (3, 4, 9)),
+    'R101': ((3, 4, 23, 3),),
 }
 CCT_CHANNELS = 64
 
@@ -158,6 +159,83 @@ class ResNet(nn.Module):
         for i, units in enumerate(self.layers):
             stage = Stage(units, root * 2**i, 2 if i else 1, style, name=f'block{i + 1}')
             x = stage(x)
+        return x
+
+
+class ScaledConv(nn.Module):
+    """Convolution without bias, then a factor and an offset for each channel, in float32.
+
+    These are a batch norm whose statistics are frozen. They are parameters, which a run holds as
+    they are or trains, as its rules for rates say.
+    """
+
+    features: int
+    size: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        border = self.size // 2
+        x = Conv(
+            self.features,
+            self.size,
+            self.stride,
+            padding=((border, border), (border, border)),
+            dtype=self.style.dtype,
+            gather=self.style.gather,
+            name='conv',
+        )(x)
+        scale = jnp.asarray(self.param('scale', nn.initializers.ones, (self.features,)))
+        bias = jnp.asarray(self.param('bias', nn.initializers.zeros, (self.features,)))
+        lead = (1, 1, 1, self.features)
+        x = x.astype(jnp.float32) * scale.reshape(lead) + bias.reshape(lead)
+        return x.astype(self.style.dtype)
+
+
+class FrozenUnit(nn.Module):
+    """Bottleneck unit of torchvision's ResNet, whose 3x3 convolution has the stride (v1.5)."""
+
+    features: int
+    stride: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch new_height new_width features']:
+        style, out = self.style, 4 * self.features
+        y = jax.nn.relu(ScaledConv(self.features, 1, 1, style, name='conv1')(x))
+        y = jax.nn.relu(ScaledConv(self.features, 3, self.stride, style, name='conv2')(y))
+        y = ScaledConv(out, 1, 1, style, name='conv3')(y)
+        if x.shape[-1] != out or self.stride > 1:
+            x = ScaledConv(out, 1, self.stride, style, name='shortcut')(x)
+        return jax.nn.relu(x + y)
+
+
+class FrozenResNet(nn.Module):
+    """The first stages of torchvision's ResNet with frozen batch norms (arXiv 1512.03385).
+
+    Parameters are below `root` and `stage1_unit1` and so on.
+    """
+
+    layers: tuple[int, ...]
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, 'batch height width channels']
+    ) -> Float[Array, 'batch rows columns features']:
+        root = 64
+        x = jax.nn.relu(ScaledConv(root, 7, 2, self.style, name='root')(image))
+        x = _max_pool(x, _SYMMETRIC)
+        for stage, units in enumerate(self.layers):
+            for unit in range(units):
+                stride = 2 if stage and not unit else 1
+                name = f'stage{stage + 1}_unit{unit + 1}'
+                x = FrozenUnit(root * 2**stage, stride, self.style, name=name)(x)
         return x
 
 

@@ -40,7 +40,8 @@ class Stream:
       vocab: words that there are.
       resnet: units of each stage of the hybrid's ResNet.
       embedding_bias: whether the projection has a bias.
-      posemb: 'sincos2d', 'sincos2d_mae', 'learned', 'rope', 'relative' or 'none'.
+      posemb: 'sincos2d', 'sincos2d_mae', 'sincos2d_detr', 'learned', 'rope', 'relative' or 'none'.
+      posemb_per_block: add them to queries and keys of each block, and not once to the tokens.
       posemb_prefix: prefix tokens that have a row of their own in front of a learned table.
       posemb_grid: (rows, columns) of the learned table of 'ragged', whose images have any.
       rope_theta: see `positions.rotation`.
@@ -58,6 +59,7 @@ class Stream:
     resnet: tuple[int, ...] = ()
     embedding_bias: bool = True
     posemb: str = 'sincos2d'
+    posemb_per_block: bool = False
     posemb_prefix: int = 0
     posemb_grid: tuple[int, int] = (16, 16)
     rope_theta: float = 100.0
@@ -72,12 +74,14 @@ class Stream:
 
 
 class Tokens(NamedTuple):
-    """Tokens [batch, tokens, width] with positions added, and what attention needs to know.
+    """Tokens [batch, tokens, width], and what attention needs to know.
 
     grid: how they lie, where that is the same in all examples.
     mask: which of them are real, [batch, tokens].
     segment: of 'ragged', which image each belongs to, from 1; 0 is padding.
     rotation, places: of rotary positions, see `positions.rotation`.
+    positions: what is added in each block, [1 or batch, tokens, width]; None where they are added
+      to the tokens already.
     """
 
     x: Array
@@ -86,6 +90,7 @@ class Tokens(NamedTuple):
     segment: Array | None = None
     rotation: tuple[Array, Array] | None = None
     places: Array | None = None
+    positions: Array | None = None
 
 
 class Cut(NamedTuple):
@@ -109,6 +114,9 @@ class EmbeddingContext(NamedTuple):
       interpolated.
     offset: what interpolation adds to the grid's size, see `positions.resize_matrix`.
     cut: patches that are embedded in place of the image, of which only the size is read then.
+    real: (height, width) in pixels of each picture, [batch, 2], on a canvas that it does not fill:
+      tokens that begin beyond it are padding.
+    canvas: (height, width) of the canvas.
     """
 
     hidden: Array | None = None
@@ -116,6 +124,8 @@ class EmbeddingContext(NamedTuple):
     table: Grid | None = None
     offset: float = 0.0
     cut: Cut | None = None
+    real: Array | None = None
+    canvas: Grid = ()
 
 
 NO_EMBEDDING_CONTEXT = EmbeddingContext()
@@ -378,7 +388,10 @@ def tokenize(
     Raises:
       ValueError: the input does not divide into patches.
     """
-    grid_of(stream, inputs[stream.reads].shape[1:])  # Its error says which sizes would do.
+    shape = inputs[stream.reads].shape[1:]
+    grid_of(stream, shape)  # Its error says which sizes would do.
+    if 'picture_size' in inputs and stream.reads == 'image':
+        context = context._replace(real=inputs['picture_size'], canvas=shape[:2])
     tokens = TOKENIZERS[stream.tokenizer].tokens
     keys = list(inspect.signature(tokens).parameters)[2:]
     options = {key: getattr(stream, key) for key in keys}
@@ -392,7 +405,14 @@ def _with_positions(scope: Scope, x: Float[Array, 'batch *grid width']) -> Token
     if context.hidden is not None:
         assert context.mask_token is not None
         x = jnp.where(context.hidden[..., None], context.mask_token.astype(x.dtype), x)
-    tokens = Tokens(_placed(scope, x, grid), grid)
+    mask = None if context.real is None else real_tokens(context.real, context.canvas, grid)
+    table = _table(scope, grid, x.shape[-1], mask)
+    if scope.stream.posemb_per_block:
+        tokens = Tokens(x, grid, positions=table)
+    else:
+        tokens = Tokens(x if table is None else x + table.astype(x.dtype), grid)
+    if mask is not None:
+        tokens = tokens._replace(mask=mask.reshape(len(mask), -1))
     if scope.stream.posemb == 'rope':
         return _turned(scope, tokens, jnp.asarray(positions.centres(grid)))
     return tokens
@@ -420,8 +440,11 @@ def _of_cut(scope: Scope, cut: Cut, grid: Grid, embedding_bias: bool) -> Tokens:
         scope.width, scope.stream.patch_size, scope.style, embedding_bias, name='embedding'
     )
     x = embedding(cut.pixels)
-    table = _placed(scope, jnp.zeros((1, math.prod(grid), x.shape[-1]), x.dtype), grid)
-    tokens = Tokens(x + chosen(table, cut.place))
+    tokens, table = Tokens(x), _table(scope, grid, x.shape[-1])
+    if table is not None:
+        placed = chosen(table.astype(x.dtype), cut.place)
+        per_block = scope.stream.posemb_per_block
+        tokens = Tokens(x, positions=placed) if per_block else Tokens(x + placed)
     if scope.stream.posemb == 'rope':
         return _turned(scope, tokens, jnp.asarray(positions.centres(grid))[0][cut.place])
     return tokens
@@ -458,6 +481,19 @@ def resnet(
     """The hybrid: stages of a ResNet, then patches of its features (arXiv 2010.11929)."""
     shrunk, (height, width) = stems.resnet_stride(resnet), scope.stream.patch_size
     x = stems.ResNet(resnet, scope.style, name='stem')(inputs[scope.stream.reads])
+    return _after_stem(scope, x, (height // shrunk, width // shrunk), embedding_bias)
+
+
+def frozen_resnet(
+    scope: Scope,
+    inputs: dict[str, Array],
+    *,
+    resnet: tuple[int, ...] = (),
+    embedding_bias: bool = True,
+) -> Tokens:
+    """Stages of torchvision's ResNet, then patches of its features, as in DETR (2005.12872)."""
+    shrunk, (height, width) = stems.resnet_stride(resnet), scope.stream.patch_size
+    x = stems.FrozenResNet(resnet, scope.style, name='stem')(inputs[scope.stream.reads])
     return _after_stem(scope, x, (height // shrunk, width // shrunk), embedding_bias)
 
 
@@ -520,6 +556,7 @@ TOKENIZERS = {
     'patches': Tokenizer('image', _patch_grid, patches),
     'conv': Tokenizer('image', _patch_grid, conv),
     'resnet': Tokenizer('image', _patch_grid, resnet),
+    'frozen_resnet': Tokenizer('image', _patch_grid, frozen_resnet),
     'cct': Tokenizer('image', _patch_grid, cct),
     'spt': Tokenizer('image', _patch_grid, spt),
     'tubelets': Tokenizer('video', _tubelet_grid, tubelets),
@@ -528,9 +565,29 @@ TOKENIZERS = {
 }
 
 
-def _placed(scope: Scope, x: Array, grid: Grid) -> Array:
-    """Tokens with the positions of their grid, where these are added."""
-    stream, style, width = scope.stream, scope.style, x.shape[-1]
+def real_tokens(
+    real: Int[Array, 'batch 2'], canvas: Grid, grid: Grid
+) -> Bool[Array, 'batch rows columns']:
+    """Which tokens of a grid begin within the picture, whose (height, width) is `real`.
+
+    A token's first pixel decides, as where a mask of pixels is resized by nearest neighbours.
+    """
+    rows, columns = (
+        (jnp.arange(tokens) * pixels // tokens)[None] < real[:, axis, None]
+        for axis, (tokens, pixels) in enumerate(zip(grid, canvas, strict=True))
+    )
+    return rows[:, :, None] & columns[:, None]
+
+
+def _table(
+    scope: Scope, grid: Grid, width: int, real: Array | None = None
+) -> Float[Array, '#batch tokens width'] | None:
+    """The positions of a grid; None where they are not added.
+
+    Args:
+      real: which tokens are of the picture, [batch, *grid]; None is all.
+    """
+    stream = scope.stream
     if stream.posemb == 'learned':
         init, own = nn.initializers.normal(width**-0.5), scope.context.table or grid
         shape = (1, stream.posemb_prefix + math.prod(own), width)
@@ -538,11 +595,15 @@ def _placed(scope: Scope, x: Array, grid: Grid) -> Array:
         table = table[:, stream.posemb_prefix :]
         if own != grid:
             table = positions.interpolated(table, own, grid, scope.context.offset)
-        x = x + table.astype(style.dtype)
-    elif stream.posemb in positions.LAWS:
-        table = jnp.asarray(positions.sincos(grid, width, stream.posemb))
-        x = x + table.astype(style.dtype)
-    return x
+        return table
+    if stream.posemb == 'sincos2d_detr':
+        if real is not None:
+            return positions.sincos_of_pictures(real, width)
+        with jax.ensure_compile_time_eval():
+            return positions.sincos_of_pictures(jnp.ones((1, *grid), bool), width)
+    if stream.posemb in positions.LAWS:
+        return jnp.asarray(positions.sincos(grid, width, stream.posemb))
+    return None
 
 
 def _turned(scope: Scope, tokens: Tokens, places: Float[Array, 'batch tokens axes']) -> Tokens:

@@ -10,6 +10,7 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     'mu': (32, 1, 128, 2),  # for tests
     'Ti': (192, 12, 768, 3),  # DeiT, arXiv 2012.12877
     'S': (384, 12, 1536, 6),  # DeiT
+    'DETR': (256, 6, 2048, 8),  # arXiv 2005.12872, behind a ResNet: R50+DETR/32
     'M': (512, 12, 2048, 8),
     'B': (768, 12, 3072, 12),  # ViT, arXiv 2010.11929
     'L': (1024, 24, 4096, 16),  # ViT

@@ -44,7 +44,7 @@ COSINES = {
 }
 # DINOv3's last phase: a warmup on a cosine with both ends, then the peak.
 RISING = 'constant_dinov3'
-NAMES = ('cosine', 'linear', 'constant', 'rsqrt', *COSINES, RISING)
+NAMES = ('cosine', 'linear', 'constant', 'rsqrt', 'step', *COSINES, RISING)
 
 
 def make(
@@ -57,14 +57,16 @@ def make(
     end: float = 0.0,
     cooldown_steps: int = 0,
     timescale: int = 10_000,
+    drop_steps: int = 0,
 ) -> Schedule:
     """Builds a linear warmup from `start * peak` to `peak`, followed by the schedule `name`.
 
     Args:
-      name: 'cosine' or 'linear', which reach `end * peak` at `total_steps`; 'constant'; or
+      name: 'cosine' or 'linear', which reach `end * peak` at `total_steps`; 'constant'; 'step',
+        `peak` before step `drop_steps` and `end * peak` from it on; or
         'rsqrt', `peak * sqrt(timescale / (timescale + t))` at t steps after the warmup
-        (arXiv 2106.04560). These two ignore `end`, and so does `RISING`, whose warmup is half a
-        period of a cosine. The others are `COSINES`, as public code counts them.
+        (arXiv 2106.04560). This and 'constant' ignore `end`, and so does `RISING`, whose warmup
+        is half a period of a cosine. The others are `COSINES`, as public code counts them.
       peak: rate at the end of the warmup.
       total_steps: steps of the entire training.
       warmup_steps: length of the warmup, part of `total_steps`.
@@ -73,6 +75,7 @@ def make(
       cooldown_steps: length of a linear decay to 0 that multiplies the rate at the end of
         training; for 'constant' and 'rsqrt'.
       timescale: steps, of 'rsqrt'.
+      drop_steps: of 'step'.
 
     Returns:
       A function from the step to the rate, a float32 scalar.
@@ -88,6 +91,11 @@ def make(
             f'config: {keys} {verb} to {warmup_steps + cooldown_steps} steps, '
             f'more than the {total_steps} of the whole training'
         )
+    if name == 'step' and not (warmup_steps < drop_steps < total_steps and end):
+        raise UserError(
+            f"config: schedule.name='step' falls at {drop_steps} of {total_steps} steps, to "
+            f'{end:g} of the peak: set schedule.drop_* between warmup and end, and schedule.end'
+        )
     if timescale < 1:
         raise UserError('config: schedule.timescale_* must be above 0')
     if name in COSINES:
@@ -101,6 +109,7 @@ def make(
         'cosine': lambda: optax.cosine_decay_schedule(peak, remaining, alpha=end),
         'linear': lambda: optax.linear_schedule(peak, end * peak, remaining),
         'constant': lambda: optax.constant_schedule(peak),
+        'step': lambda: lambda t: jnp.where(t < drop_steps - warmup_steps, peak, end * peak),
         'rsqrt': lambda: lambda t: peak * jnp.sqrt(timescale / (timescale + t)),
     }[name]()
     warmup = optax.linear_schedule(start * peak, peak, max(warmup_steps, 1))

@@ -413,7 +413,7 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
     size = next((name for name, known in variants.SIZES.items() if known == sizes), 'mu')
     patch = 'x'.join(map(str, dict.fromkeys(settings['patch_size'])))
     hybrid = ''
-    if settings['tokenizer'] == 'resnet':
+    if settings['tokenizer'] in ('resnet', 'frozen_resnet'):
         names = [name for name, all_ in stems.RESNETS.items() if settings['resnet'] in all_]
         if not names:
             raise UserError(f'model.variant: no hybrid has stages of {settings["resnet"]} units')
@@ -435,7 +435,7 @@ def config_of_weights(weights: Weights, overrides: Sequence[tuple[str, str]] = (
         key = f'model.{name}'
         if name in (*_SIZES, 'patch_size', 'resnet', 'num_classes'):
             continue
-        if name == 'tokenizer' and hybrid:
+        if name == 'tokenizer' and settings[name] == 'resnet':  # As the variant has it.
             continue
         if key not in SCHEMA:
             if settings[name] != fit.complete({})[name]:

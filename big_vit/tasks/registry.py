@@ -5,8 +5,10 @@ from collections.abc import Callable
 from big_vit.tasks import (
     classification,
     contrastive,
+    detection,
     joint_embedding,
     masked,
+    segmentation,
     self_distillation,
 )
 from big_vit.tasks.task import Task
@@ -14,7 +16,9 @@ from big_vit.tasks.task import Task
 TASKS: dict[str, Callable[..., Task]] = {
     'classification': classification.classification,
     'contrastive': contrastive.contrastive,
+    'detection': detection.detection,
     'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
+    'segmentation': segmentation.segmentation,
     'self_distillation': self_distillation.self_distillation,
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch
@@ -89,6 +89,28 @@ Pictures = Callable[
 ]
 
 
+class Detections(NamedTuple):
+    """Objects that a model finds in each picture, in no order.
+
+    Attributes:
+      scores: probability of the class, from 0 to 1.
+      labels: the class.
+      boxes: (centre x, centre y, width, height) in shares of the picture without its padding.
+      masks: logits of the pixels of each over the whole canvas, at any resolution; None without.
+    """
+
+    scores: Float[Array, 'batch objects']
+    labels: Int[Array, 'batch objects']
+    boxes: Float[Array, 'batch objects 4']
+    masks: Float[Array, 'batch objects rows columns'] | None = None
+
+
+# (parameters, batch) -> what a model finds in its pictures.
+Detect = Callable[[Tree, Batch], Detections]
+# (parameters, batch) -> logits of classes over the canvas, at any resolution.
+Segment = Callable[[Tree, Batch], Float[Array, 'batch rows columns classes']]
+
+
 class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
@@ -112,12 +134,13 @@ class Task(NamedTuple):
       loss: (model, run) -> `Loss`.
       headline: the training metric that console and explore show beside the loss.
       provides: what evaluations may ask for: 'logits' of classes, 'features' of examples, 'pairs'
-        of embeddings of two streams.
+        of embeddings of two streams, 'boxes' of objects, 'pixels' with classes.
       additions: first names of parameter paths that the task adds to the trunk; a transfer or an
         export leaves them.
       trunk: model -> the module that gives features; it is applied to the same parameters.
       needs_labels: whether each example must have a label.
       least_classes: how many classes the data must have.
+      reads: parts of a batch that the loss needs beside the model's inputs.
       mixes_labels: whether mixup and cutmix make sense.
       logits_loss: whether logits compete ('softmax') or stand alone ('sigmoid').
       views: names of groups of views that the loss can read. Views of the first group, which must
@@ -133,6 +156,8 @@ class Task(NamedTuple):
       draw: model -> a function (batch, key) of the whole batch that gives random numbers, a row for
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
+      detect: model -> `Detect`; None where it finds no objects.
+      segment: model -> `Segment`; None where it tells no classes of pixels.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
       whole_batch: whether the loss is of all examples of a batch together, with gradients between
         them, so that a batch cannot be learned from in parts.
@@ -147,6 +172,7 @@ class Task(NamedTuple):
     trunk: Callable[[Any], Any] = lambda model: model
     needs_labels: bool = False
     least_classes: int = 0
+    reads: tuple[str, ...] = ()
     mixes_labels: bool = False
     logits_loss: str = 'softmax'
     views: tuple[str, ...] = ()
@@ -157,6 +183,8 @@ class Task(NamedTuple):
     continues: tuple[str, ...] = ()
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
+    detect: Callable[[Any], Detect] | None = None
+    segment: Callable[[Any], Segment] | None = None
     pictures: Callable[[Any], Pictures] | None = None
     whole_batch: bool = False
 

@@ -123,7 +123,25 @@ def np_kernel(p):
     return kernel
 
 
-def np_attention(x, memory, p, net, prefix=0, grid=GRID, mask=None):
+def np_detr_positions(size, canvas, grid, width):
+    """DETR's, number by number, of a picture at the top left of a canvas."""
+    real = np.array(
+        [[r * canvas[0] // grid[0] < size[0] and c * canvas[1] // grid[1] < size[1]
+          for c in range(grid[1])] for r in range(grid[0])]
+    )  # fmt: skip
+    table, half = np.zeros((*grid, width)), width // 2
+    for r, c in np.ndindex(grid):
+        counts = real[: r + 1, c].sum(), real[r, : c + 1].sum()
+        totals = real[:, c].sum(), real[r].sum()
+        for axis in range(2):
+            place = 2 * np.pi * counts[axis] / (totals[axis] + 1e-6)
+            for i in range(half):
+                angle = place / 10_000 ** (i // 2 * 2 / half)
+                table[r, c, axis * half + i] = np.cos(angle) if i % 2 else np.sin(angle)
+    return table.reshape(-1, width), real.reshape(-1)
+
+
+def np_attention(x, memory, p, net, prefix=0, grid=GRID, mask=None, moved=0):
     to_itself = memory is x
     kernels = {name: np_kernel(p[name]) for name in ('query', 'key', 'value', 'out')}
     width = p['query']['kernel'].shape[2]
@@ -131,7 +149,7 @@ def np_attention(x, memory, p, net, prefix=0, grid=GRID, mask=None):
     for h in range(p['query']['kernel'].shape[1]):
         q, k, v = (
             y @ kernels[name][:, h] + (p[name]['bias'][h] if 'bias' in p[name] else 0)
-            for name, y in (('query', x), ('key', memory), ('value', memory))
+            for name, y in (('query', x + moved), ('key', memory + moved), ('value', memory))
         )
         if net.qk_norm:
             q, k = np_norm(q, p['query_norm'], net), np_norm(k, p['key_norm'], net)
@@ -158,22 +176,29 @@ def np_mlp(x, p, net):
     return dense(ACTIVATIONS[net.activation](dense(x, 'Dense_0')), 'Dense_1')
 
 
-def np_blocks(x, p, net, depth, prefix=0, mask=None, memory=None):
+def np_blocks(x, p, net, depth, prefix=0, mask=None, memory=None, moved=0):
+    def before(x, name):
+        return x if net.post_norm else np_norm(x, b[name], net)
+
+    def after(x, name):
+        return np_norm(x, b[name], net) if net.post_norm else x
+
     def scaled(y, number):
         return y * b[f'LayerScale_{number}']['scale'] if net.layer_scale else y
 
     for i in range(depth):
         b = p[f'encoderblock_{i}']
-        y = np_norm(x, b['LayerNorm_0'], net)
-        z = np_attention(y, y, b['MultiHeadDotProductAttention_0'], net, prefix, mask=mask)
-        x = x + scaled(z, 0)
+        y = before(x, 'LayerNorm_0')
+        attention = b['MultiHeadDotProductAttention_0']
+        z = np_attention(y, y, attention, net, prefix, mask=mask, moved=moved)
+        x = after(x + scaled(z, 0), 'LayerNorm_0')
         number = 1
         if memory is not None:
             z = np_norm(x, b['LayerNorm_2'], net)
             x = x + scaled(np_attention(z, memory, b['CrossAttention_0'], net), 1)
             number = 2
-        y = y if net.parallel else np_norm(x, b['LayerNorm_1'], net)
-        x = x + scaled(np_mlp(y, b['MlpBlock_0'], net), number)
+        y = y if net.parallel else before(x, 'LayerNorm_1')
+        x = after(x + scaled(np_mlp(y, b['MlpBlock_0'], net), number), 'LayerNorm_1')
     return x
 
 
@@ -205,13 +230,21 @@ def np_vit(params, image, net):
         x = x + table[net.posemb_prefix :]
         before[: net.posemb_prefix] += table[: net.posemb_prefix]
     elif net.posemb.startswith('sincos'):
-        x = x + positions.sincos(GRID, net.width, net.posemb)[0]
+        table = (
+            np_detr_positions(IMAGE[1:3], IMAGE[1:3], GRID, net.width)
+            if net.posemb == 'sincos2d_detr'
+            else positions.sincos(GRID, net.width, net.posemb)
+        )[0]
+        x = x + (0 if net.posemb_per_block else table)
+    moved = 0
+    if net.posemb_per_block:
+        moved = np.concatenate([np.zeros_like(before), table])
     x = np.concatenate([before, x])
     if net.pre_norm:
         x = np_norm(x, p['pre_norm'], net)
     prefix, t = len(before), p['Transformer']
-    x = np_blocks(x, t, net, net.depth, prefix)
-    if not net.norm_after_pool:
+    x = np_blocks(x, t, net, net.depth, prefix, moved=moved)
+    if not (net.norm_after_pool or net.post_norm):
         x = np_norm(x, t['encoder_norm'], net)
     patches = x[prefix:]
     if net.pool == 'seq':
@@ -280,6 +313,10 @@ OPTIONS = {
     'relative behind a prefix': dict(posemb='relative', registers=1, pool='cls'),
     'MAE positions': dict(posemb='sincos2d_mae'),
     'no positions': dict(posemb='none'),
+    'post_norm': dict(post_norm=True, layer_scale=0.1),
+    'DETR': dict(posemb='sincos2d_detr', posemb_per_block=True, post_norm=True, class_token=True),
+    'DETR positions': dict(posemb='sincos2d_detr'),
+    'positions in each block': dict(posemb_per_block=True),
     'lsa': dict(lsa=True),
     'xla': dict(attention='xla'),
     'lora': dict(lora=3, pool='map'),
@@ -289,7 +326,7 @@ OPTIONS = {
 # A program each; the gate has those that share least with the others.
 FAST = (
     'rmsnorm', 'swiglu', 'head_dim', 'no biases', 'parallel and scaled', 'pre_norm', 'seq',
-    'distilled', 'rope behind a prefix', 'relative behind a prefix', 'lsa', 'lora',
+    'distilled', 'DETR', 'rope behind a prefix', 'relative behind a prefix', 'lsa', 'lora',
 )  # fmt: skip
 
 

@@ -77,6 +77,21 @@ def test_steps_of_a_long_run_do_not_lose_precision():
     assert float(cooling(total * 3 // 4)) == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize('warmup', [0, 10])
+def test_a_step_falls_once(warmup):
+    made = make('step', warmup_steps=warmup, end=0.1, drop_steps=40)
+    wanted = [
+        PEAK * min(1, t / warmup if warmup else 1) * (0.1 if t >= 40 else 1) for t in range(50)
+    ]
+    np.testing.assert_allclose([made(t) for t in range(50)], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize('more', [{'drop_steps': 0}, {'drop_steps': 50}, {'end': 0.0}])
+def test_a_step_that_never_falls_or_trains_nothing_is_refused(more):
+    with pytest.raises(UserError, match=r'set schedule\.drop_\* between warmup and end'):
+        make('step', **{'drop_steps': 40, 'end': 0.1, **more})
+
+
 def test_a_warmup_longer_than_the_training_is_refused():
     with pytest.raises(UserError, match=r'schedule\.warmup_\* comes to 11 steps.* 10 '):
         schedules.make('cosine', peak=1.0, total_steps=10, warmup_steps=11)

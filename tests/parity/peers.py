@@ -33,6 +33,10 @@ def _torch():
             with contextlib.suppress(OSError):
                 torch.ops.load_library(str(compiled))
                 return torch
+        # From 0.28 on it does so itself.
+        registrations = [Path(place) / '_meta_registrations.py' for place in places]
+        if any('library.define(' in file.read_text() for file in registrations if file.is_file()):
+            return torch
         library = torch.library.Library('torchvision', 'DEF')
         library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')

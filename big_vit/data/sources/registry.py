@@ -9,6 +9,7 @@ from collections.abc import Callable
 from big_vit.data.sources import (
     arrays,
     captions,
+    coco,
     digits,
     fdsl,
     folder,
@@ -20,9 +21,12 @@ from big_vit.data.sources import (
     prepared,
     questions,
     records,
+    segmentation,
     table,
     tar,
     tones,
+    voc,
+    yolo,
 )
 from big_vit.data.sources.base import Source
 
@@ -44,4 +48,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'parquet': parquet.parquet,
     'tfds': prepared.tfds,
     'records': records.records,
+    'coco': coco.coco,
+    'voc': voc.voc,
+    'yolo': yolo.yolo,
+    'segmentation': segmentation.segmentation,
 }
