@@ -27,11 +27,13 @@ class Operation:
       apply: the function; it does not change its arguments.
       normalisation: the map of pixel values that it is, or None if it does not rescale them.
       states_levels: whether it was given which values are black and white.
+      moves: whether pixels move, and boxes and classes of pixels would stay behind.
     """
 
     apply: Function
     normalisation: Normalisation | None = None
     states_levels: bool = False
+    moves: bool = False
 
     def __call__(self, batch: Batch, rng: Array) -> Batch:
         return self.apply(batch, rng)
@@ -182,7 +184,7 @@ def _flip(p: object, axis: int) -> Operation:
         turned = turned.reshape(-1, 1, 1, 1)
         return {**batch, 'image': jnp.where(turned, jnp.flip(image, axis), image)}
 
-    return Operation(apply)
+    return Operation(apply, moves=True)
 
 
 def flip_lr(p=0.5) -> Operation:

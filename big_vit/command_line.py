@@ -326,7 +326,18 @@ def predict() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out',
         metavar='OUT',
-        help='write there instead: .csv, .jsonl, .parquet, or a folder; a restart goes on with it',
+        help='write there instead: .csv, .jsonl, .parquet, or a folder; a restart goes on with it. '
+        'Boxes: .json, as COCO has results; classes of pixels: a folder of PNG files',
+    )
+    parser.add_argument(
+        '--draw', metavar='FOLDER', help='draw boxes, or classes of pixels, over the pictures there'
+    )
+    parser.add_argument(
+        '--threshold',
+        type=_number(0, 1, float),
+        default=0.5,
+        metavar='P',
+        help='name and draw objects of at least this score (0.5)',
     )
     parser.add_argument(
         '--embed',

@@ -5,6 +5,9 @@
     python -m big_vit.predict runs/pets holiday/ --embed a.npz   feature vectors
     python -m big_vit.predict runs/pets --config.data.name=tar --config.data.path=shards --embed out
 
+    python -m big_vit.predict runs/coco holiday/ --out found.json --draw drawn    boxes of objects
+    python -m big_vit.predict runs/ade20k holiday/ --out maps --draw drawn        label maps
+
 Examples are prepared as the run's own evaluation does. Those that cannot be read are named, and the
 others answered. What is written is written in parts: the same command goes on where it stopped.
 """
@@ -19,6 +22,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -37,8 +41,10 @@ from big_vit.data.sources.base import Source
 from big_vit.data.sources.media import LeftOut, Names, sniffed_kind
 from big_vit.distributed import hosts
 from big_vit.errors import UserError, printable
+from big_vit.evaluators import detection
+from big_vit.inspection import objects, sightings
 from big_vit.interop.files import replacing
-from big_vit.predictor import NOUNS, Asked, Predictor, Unread
+from big_vit.predictor import NOUNS, Asked, Predictor, Seen, Unread
 from big_vit.pretrained.load import config_of_weights
 
 _TABLES, _FEATURES = ('.csv', '.jsonl', '.parquet'), ('.npz', '.npy', '.parquet')
@@ -364,6 +370,86 @@ def tell_unread(unread: Row, total: int, noun: str) -> None:
         print(f'WARNING: {len(unread):,} of {total:,} {noun} cannot be read', file=sys.stderr)
 
 
+# What is seen.
+
+
+def see(model: Predictor, source: Source, args: Any, out: Path | None) -> None:
+    """Say what a model finds in pictures, write it, and draw it.
+
+    Args:
+      out: a file of COCO's results, or a folder of label maps.
+
+    Raises:
+      UserError: `out` is of another kind, or nothing can be read or written.
+    """
+    boxes = model.sees == 'boxes'
+    if out is not None and out.suffix != ('.json' if boxes else ''):
+        raise UserError(
+            f'--out {out}: boxes are written to a file of COCO results: give it the ending .json'
+            if boxes
+            else f'--out {out}: label maps are written into a folder: give it no ending'
+        )
+    asked, unread = model.asked(source, skip_bad=True), Unread()
+    folders = [folder for folder in (None if boxes else out, _drawings(args)) if folder is not None]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    entries: list[Row] = []
+    for seen in model.see(asked, unread):
+        place, name = _name(source, seen.row), _stem(source, seen.row)
+        if seen.objects is not None:
+            own = seen.objects
+            found = sightings.Objects(own.scores, own.labels, seen.corners())
+            likely = found.likely(args.threshold)
+            line = likely.words(model.seen_names)
+            entries += _coco_entries(model, source, seen)
+        else:
+            assert seen.labels is not None
+            line = sightings.shares(seen.labels, model.seen_names, args.top)
+            if out is not None:
+                png = sightings.label_png(seen.labels, len(model.seen_names))
+                (out / f'{name}.png').write_bytes(png)
+        print(printable(f'{place}  {line}'), flush=True)
+        if (folder := _drawings(args)) is not None:
+            picture = predictor.stored_picture(asked.data.source, seen.row)
+            drawn = (
+                likely.drawn(picture, model.seen_names)
+                if seen.objects is not None
+                else objects.coloured(picture, seen.labels)
+            )
+            (folder / f'{name}.jpg').write_bytes(sightings.jpeg(drawn))
+    if boxes and out is not None:
+        interop.files.write_json(out, entries)
+        print(f'wrote   {out}: {len(entries):,} objects', flush=True)
+    places = {_name(source, row): why for row, why in sorted(unread.items())}
+    tell_unread(places, source.length, model.noun)
+
+
+def _drawings(args: Any) -> Path | None:
+    return None if args.draw is None else Path(args.draw).expanduser()
+
+
+def _stem(source: Source, row: int) -> str:
+    """Return a name for what is made of an example: its number and the name of its file."""
+    name = re.sub(r'[^\w.-]+', '_', Path(_name(source, row)).stem)[-80:]
+    return f'{row + 1:06d}_{name}'
+
+
+def _coco_entries(model: Predictor, source: Source, seen: Seen) -> list[Row]:
+    """Return all objects of a picture as COCO has results, with the names of file and category."""
+    assert seen.objects is not None
+    image, file = seen.row + 1, _name(source, seen.row)
+    if source.annotations is not None:
+        (own,) = source.annotations(np.array([seen.row]))
+        image, file = own.image_id, own.identity
+    found = seen.objects
+    entries = detection.results(found.scores, found.labels, found.boxes, seen.size, image)
+    names = [model.seen_names[label] for label in found.labels.tolist()]
+    return [
+        {**entry, 'category': name, 'file_name': file}
+        for entry, name in zip(entries, names, strict=True)
+    ]
+
+
 # The command.
 
 
@@ -413,6 +499,14 @@ def run(args: Any, overrides: Sequence[tuple[str, str]], out: Path | None) -> No
     )
     if args.classes is not None:
         model = model.with_classes(_classes(args.classes), args.prompts or ['{}'])
+    if model.sees and not args.embed:
+        if jax.process_count() > 1:
+            raise UserError('one process says what is seen in pictures: start one')
+        see(model, named(model, args.pictures, overrides), args, out)
+        return
+    if args.draw is not None or (out is not None and out.suffix == '.json'):
+        flag = '--draw' if args.draw is not None else f'--out {out}'
+        raise UserError(f'{flag}: {model.name} finds neither objects nor classes of pixels')
     if not args.embed:
         model.require_classes()
     source = named(model, args.pictures, overrides)
@@ -442,7 +536,8 @@ def run(args: Any, overrides: Sequence[tuple[str, str]], out: Path | None) -> No
 
 def main(argv: list[str]) -> None:
     args, overrides = command_line.parse(command_line.predict(), argv)
-    out = _check_suffix('--out', args.out, _TABLES)
+    out = _check_suffix('--out', args.out, (*_TABLES, '.json'))
+    _check_suffix('--draw', args.draw, ())
     features = _check_suffix('--embed', args.embed, _FEATURES)
     if out and features:
         raise UserError('--out and --embed: ask for one of them at a time')

@@ -16,7 +16,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int64
+from jaxtyping import Array, Float, Int, Int64
 
 from big_vit import sharding, storage, trees
 from big_vit.build import data as build_data
@@ -33,17 +33,19 @@ from big_vit.build.model import build_streams
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.data import files, pipeline, to_device, transforms
+from big_vit.data.moves import PLACED
 from big_vit.data.sources.base import Columns, Source, select
 from big_vit.data.sources.media import kind_of, loader
 from big_vit.data.transforms import audio, text, video
+from big_vit.data.transforms.operations import decoded_row
 from big_vit.errors import UserError
-from big_vit.evaluators import zero_shot
+from big_vit.evaluators import segmentation, sliding_window, zero_shot
 from big_vit.inspection import loaded_model
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.interop import class_names
 from big_vit.models.two_towers import MOST_SCALE
 from big_vit.tasks.batch import Batch, model_inputs
-from big_vit.tasks.task import Task
+from big_vit.tasks.task import Detections, Task
 
 # A path, or a picture: an array uint8 [H, W] or [H, W, 1, 3 or 4], or an image of Pillow. For a
 # model of words, a text; for one of several inputs, a dictionary of them by name.
@@ -51,7 +53,9 @@ Given = Any
 # Examples that could not be read, and why, by their row.
 Unread = dict[int, str]
 # Operations on labels, which nothing that is asked about has.
-_OF_LABELS = frozenset({'onehot', 'multihot'})
+_OF_LABELS = frozenset({'onehot', 'multihot', 'boxes', 'reduce_zero_label'})
+# Of windows that slide over a picture a third overlaps.
+_STRIDE = 2 / 3
 _KINDS: dict[str, dict[str, Any]] = {
     'video': video.OPERATIONS,
     'audio': audio.OPERATIONS,
@@ -72,6 +76,30 @@ class Answers(NamedTuple):
     rows: Int64[np.ndarray, ' examples']
     features: Float[np.ndarray, 'examples width']
     probabilities: Float[np.ndarray, 'examples classes'] | None
+
+
+class Seen(NamedTuple):
+    """What a model finds in a picture.
+
+    Attributes:
+      row: which of the examples it is.
+      size: height and width of the picture as it is stored.
+      objects: arrays of all objects, likely or not; None of a model of pixels.
+      labels: class of each pixel; None of a model of boxes.
+    """
+
+    row: int
+    size: tuple[int, int]
+    objects: Detections | None
+    labels: Int[np.ndarray, 'height width'] | None
+
+    def corners(self) -> Float[np.ndarray, 'objects 4']:
+        """Return boxes of the objects, (x0, y0, x1, y1) in pixels."""
+        assert self.objects is not None
+        shares = np.asarray(self.objects.boxes, np.float64)
+        low, high = shares[:, :2] - shares[:, 2:] / 2, shares[:, :2] + shares[:, 2:] / 2
+        height, width = self.size
+        return np.concatenate([low, high], axis=1) * [[width, height, width, height]]
 
 
 class Asked(NamedTuple):
@@ -121,6 +149,7 @@ class Predictor:
     Attributes:
       name: of the checkpoint or file.
       class_names: of the head, in order; their numbers where classes have no names.
+      seen_names: of the classes of objects or of pixels, in order; () of a model of neither.
       transform: the operations by which examples are prepared.
       kinds: what an example is made of: 'image', 'video', 'audio', 'text'.
     """
@@ -147,6 +176,7 @@ class Predictor:
             loaded.params,
         )
         self.class_names = self._names(labels)
+        self.seen_names = self._seen_names()
         self._words: np.ndarray | None = None
         self._steps: dict[Any, Any] = {}
 
@@ -192,6 +222,16 @@ class Predictor:
             names[number] if number < len(names) and names[number] else str(number)
             for number in range(count)
         )
+
+    @property
+    def sees(self) -> str | None:
+        """What the model finds in pictures: 'boxes' of objects, classes of 'pixels', or nothing."""
+        found = self._task.provides & {'boxes', 'pixels'} if self._task is not None else ()
+        return next(iter(found), None)
+
+    def _seen_names(self) -> tuple[str, ...]:
+        names = (self._loaded.class_names or ()) if self.sees else ()
+        return tuple(name or str(number) for number, name in enumerate(names))
 
     @property
     def _has_head(self) -> bool:
@@ -349,11 +389,36 @@ class Predictor:
             yield from self._answers(self.asked(examples, unread is not None), unread)
 
     def _answers(self, asked: Asked, unread: Unread | None) -> Iterator[Answers]:
-        """Yield answers, at most three batches behind the loader, which works ahead."""
+        """Yield answers, batch by batch."""
+        for first, outputs in self._computed(asked, unread, self._step(asked.data)):
+            mask, features, probabilities = outputs
+            real = mask > 0
+            if not np.isfinite(features[real]).all():
+                raise self._not_finite()
+            likely = None if probabilities is None else probabilities[real]
+            yield Answers(first + np.flatnonzero(real), features[real], likely)
+
+    def _not_finite(self) -> UserError:
+        return UserError(
+            f'{self.name}: makes numbers that are not finite: its run had diverged, or '
+            'its transform does not fit; take another checkpoint'
+        )
+
+    def _computed(
+        self, asked: Asked, unread: Unread | None, step: Any, most: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the first row of each batch and what a step makes of it, as NumPy arrays.
+
+        It is at most three batches behind the loader, which works ahead.
+
+        Args:
+          step: of (params, batch).
+          most: examples of a batch, if less than usual.
+        """
         data, blank = asked
         devices, where = self._mesh.size, sharding.batch_sharding(self._mesh)
         # Few sizes, as each is compiled.
-        size = min(self._batch_size, 1 << (data.source.length - 1).bit_length())
+        size = min(most or self._batch_size, 1 << (data.source.length - 1).bit_length())
         size = math.ceil(size / devices) * devices
 
         def instead(row: int, error: Exception) -> Columns:
@@ -371,20 +436,12 @@ class Predictor:
             skip_bad=True,
             instead=instead,
         )
-        step, start = self._step(data), 0
+        start = 0
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
 
-        def fetch() -> Answers:
+        def fetch() -> tuple[int, Any]:
             first, outputs = waiting.popleft()
-            mask, features, probabilities = jax.device_get(outputs)
-            real = mask > 0
-            if not np.isfinite(features[real]).all():
-                raise UserError(
-                    f'{self.name}: makes numbers that are not finite: its run had diverged, or '
-                    'its transform does not fit; take another checkpoint'
-                )
-            likely = None if probabilities is None else probabilities[real]
-            return Answers(first + np.flatnonzero(real), features[real], likely)
+            return first, jax.device_get(outputs)
 
         with to_device.to_device(batches, where, batch_size=size) as on_device:
             for batch in on_device:
@@ -395,6 +452,77 @@ class Predictor:
                     yield fetch()
         while waiting:
             yield fetch()
+
+    def see(
+        self, examples: Asked | Source | Sequence[Given], unread: Unread | None = None
+    ) -> Iterator[Seen]:
+        """Yield what the model finds in each picture, in order.
+
+        Pictures larger than the model's are looked at by windows where it tells classes of pixels.
+
+        Args: as for `answers`.
+
+        Raises:
+          UserError: the model finds nothing in pictures; as `asked`; without `unread`, for any.
+        """
+        if self.sees is None:
+            raise UserError(
+                f'{self.name}: finds no objects and no classes of pixels: take a run with '
+                "task.name='detection' or 'segmentation'"
+            )
+        if not isinstance(examples, Asked | Source) and not len(examples):
+            return
+        asked = (
+            examples if isinstance(examples, Asked) else self.asked(examples, unread is not None)
+        )
+        see = self._objects if self.sees == 'boxes' else self._pixels
+        yield from see(asked, unread)
+
+    def _jitted(self, data: Data, compute: Callable[[Any, Batch], Any]) -> Any:
+        prepare = build_data.eval_device_operations(data)
+        everywhere = sharding.replicated(self._mesh)
+        where = everywhere, sharding.batch_sharding(self._mesh)
+
+        def step(params: Any, batch: Batch) -> tuple[Array, Any]:
+            batch = prepare(batch)
+            return batch['mask'], compute(params, batch)
+
+        return jax.jit(step, in_shardings=where, out_shardings=everywhere)
+
+    def _objects(self, asked: Asked, unread: Unread | None) -> Iterator[Seen]:
+        model = self._loaded.task_model(self._mesh, asked.data.inputs)
+        assert self._task is not None and self._task.detect is not None
+        step = self._jitted(asked.data, self._task.detect(model))
+        for first, (mask, found) in self._computed(asked, unread, step):
+            for row in np.flatnonzero(mask > 0).tolist():
+                own = Detections(*(None if x is None else x[row] for x in found))
+                if not all(np.isfinite(x).all() for x in (own.scores, own.boxes)):
+                    raise self._not_finite()
+                yield Seen(first + row, stored_size(asked.data.source, first + row), own, None)
+
+    def _pixels(self, asked: Asked, unread: Unread | None) -> Iterator[Seen]:
+        window, (shape, dtype) = self._loaded.image_size, asked.data.inputs['image']
+        inputs = {**asked.data.inputs, 'image': ((*window, shape[2]), dtype)}
+        model = self._loaded.task_model(self._mesh, inputs)
+        assert self._task is not None and self._task.segment is not None
+        segment = self._task.segment(model)
+        stride = round(window[0] * _STRIDE), round(window[1] * _STRIDE)
+
+        def compute(params: Any, batch: Batch) -> tuple[Array, Array]:
+            scores = sliding_window.scores(segment, params, batch, window, stride)
+            return sliding_window.picture_sizes(batch), scores
+
+        height, width = asked.data.example_spec.parts['image'][0][:2]
+        step, canvas = self._jitted(asked.data, compute), (height, width)
+        # Scores of all classes are large.
+        for first, (mask, (sizes, scores)) in self._computed(asked, unread, step, most=1):
+            for row in np.flatnonzero(mask > 0).tolist():
+                if not np.isfinite(scores[row]).all():
+                    raise self._not_finite()
+                size = stored_size(asked.data.source, first + row)
+                rows, columns = map(int, sizes[row])
+                made = segmentation.at_size(scores[row], canvas, (rows, columns), size)
+                yield Seen(first + row, size, None, made.argmax(-1))
 
     def _channels(self) -> int:
         """Return to how many channels files are decoded: in colour, if the transform takes that."""
@@ -428,8 +556,9 @@ class Predictor:
             words = ' | '.join(filter(None, (prefix, self._host_text)))
             host = transforms.parse(words, size=size, key=self._key)
             host = replace(host, key=self._parsed.key, device=self._parsed.device)
+            any_size = None if self.sees == 'pixels' else size  # Windows slide over pictures.
             try:
-                data = build_data.fitting_data(example, host, size, self._reads)
+                data = build_data.fitting_data(example, host, any_size, self._reads)
             except UserError as error:
                 if isinstance(error.__cause__, transforms.BadExampleError | OSError):
                     raise _Unreadable(str(error)) from error
@@ -475,6 +604,11 @@ class Predictor:
 
     def require_classes(self) -> None:
         """Raise UserError if the model tells no classes apart."""
+        if self.sees:
+            raise UserError(
+                f'{self._loaded.path}: finds {self.sees} in pictures, and has no class for a whole '
+                'one: ask what it sees (model.see), or for its features (--embed, model.embed)'
+            )
         if not self.class_names:
             raise UserError(
                 f'{self._loaded.path}: compares pictures with words: name classes to choose from '
@@ -507,9 +641,20 @@ def _kinds(transform: transforms.Transform, reads: tuple[str, ...]) -> tuple[str
     return tuple(kind for kind in NOUNS if kind in made)
 
 
+def stored_size(source: Source, row: int) -> tuple[int, int]:
+    """Return height and width of a picture as it is stored."""
+    height, width = source.load(np.array([row], np.int64))['image'][0].shape[:2]
+    return int(height), int(width)
+
+
+def stored_picture(source: Source, row: int) -> np.ndarray:
+    """Return the pixels of a picture as it is stored, [height, width, channels]."""
+    return np.asarray(decoded_row(source.load(np.array([row], np.int64))['image'], 0))
+
+
 def _opened(source: Source, kinds: tuple[str, ...]) -> Source:
     """Read the headers of encoded images, drop other media, and let labels be 0."""
-    others = {'image', *_KINDS}.difference(kinds)
+    others = {'image', *_KINDS}.difference(kinds) | PLACED
 
     def load(index: np.ndarray) -> Columns:
         columns = {name: x for name, x in source.load(index).items() if name not in others}

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -26,15 +27,28 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from big_vit import checkpoint, evaluate, ledger, metrics, runtime, sharding, storage, trees
+from big_vit import (
+    checkpoint,
+    evaluate,
+    ledger,
+    metrics,
+    predictor,
+    runtime,
+    sharding,
+    storage,
+    trees,
+)
 from big_vit import config as config_lib
-from big_vit.build.data import host_batches, train_data
+from big_vit.build.data import asked_data, completed_section, host_batches, train_data
 from big_vit.build.experiment import loss_flops
 from big_vit.build.model import build_model, parts_read
 from big_vit.build.steps import batch_seen
 from big_vit.build.task import build_task
 from big_vit.config import Config
+from big_vit.config.registries import SOURCES
+from big_vit.data import label_maps, sources
 from big_vit.errors import UserError
+from big_vit.evaluators.registry import requirements
 from big_vit.inspection import (
     attention_maps,
     comparison,
@@ -46,6 +60,7 @@ from big_vit.inspection import (
     mistakes,
     patch_components,
     plots,
+    sightings,
     task_pictures,
     weight_statistics,
 )
@@ -307,6 +322,47 @@ def errors(run: Run) -> str:
         + mistakes.section(judged, data)
         for name, (judged, data) in answered.items()
     )
+
+
+def sights(run: Run) -> str:
+    """Show the pictures of each evaluation of boxes or of pixels that are mistaken most."""
+    config = run.loaded.config
+    assert config is not None and run.loaded.run is not None
+    body = ''
+    for name in config.evals:
+        section = completed_section(config, 'evals', name)
+        if requirements(section.type).output not in ('boxes', 'pixels'):
+            continue
+        model = predictor.load(run.loaded.path, which=run.loaded.part, transform=section.transform)
+        keys = ('name', 'split', 'num_classes', 'classes', 'label_map')
+        changes = {key: section[key] for key in (*keys, *SOURCES.keys(section.name))}
+        source = asked_data(config.replacing({f'data.{k}': x for k, x in changes.items()}))
+        body += html_pages.heading(name) + _sights(model, source, section.transform)
+    return body
+
+
+def _sights(model: predictor.Predictor, source: sources.Source, transform: str) -> str:
+    """Judge pictures of a split, the first that come in a minute."""
+    began, judged, count = time.monotonic(), list[sightings.Judged](), 0
+    asked, names = model.asked(source, skip_bad=True), model.seen_names
+    for one in model.see(asked, {}):
+        count += 1
+        picture = predictor.stored_picture(asked.data.source, one.row)
+        at, place = np.array([one.row]), source.place(one.row)
+        if one.objects is not None and source.annotations is not None:
+            found = sightings.Objects(one.objects.scores, one.objects.labels, one.corners())
+            (truth,) = source.annotations(at)
+            judged.append(sightings.judge_objects(picture, found, truth, names, place))
+        elif one.labels is not None and source.label_maps is not None:
+            (true,) = source.label_maps(at)
+            true = label_maps.without_zero(true) if 'reduce_zero_label' in transform else true
+            own = sightings.judge_labels(picture, one.labels, true, place)
+            judged += [] if own is None else [own]
+        # Pictures that are drawn take memory.
+        judged = sorted(judged, key=lambda each: -each.badness)[: sightings.MOST_PICTURES]
+        if time.monotonic() - began > JUDGED_S:
+            break
+    return sightings.section(judged, count, source.length)
 
 
 # What is drawn of learning without labels: see `metrics.collapse`.
@@ -708,6 +764,7 @@ def document(path: str) -> str:
         ('Curves', curves(runs)),
         ('Evaluations', for_each_run(runs, evaluations, 'Evaluations')),
         ('Mistakes', for_each_run(runs, errors, 'Mistakes cannot be shown')),
+        ('Worst pictures', for_each_run(runs, sights, 'Pictures cannot be shown')),
         ('Warnings', for_each_run(runs, warnings, 'Warnings')),
         ('Training data', guarded(lambda: data(runs[0]), gone)),
         ('Predictions', for_each_run(runs, predictions, 'Predictions cannot be shown')),

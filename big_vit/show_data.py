@@ -2,7 +2,7 @@
 
 Draws three rows of pictures: as stored in the dataset, after the transform on the host, and after
 the device transform with mixup and cutmix, exactly as the train step sees them. Of several views of
-an example each has a row, as the train step sees it.
+an example each has a row, as the train step sees it. Boxes, masks and classes are drawn over them.
 """
 
 from big_vit import command_line
@@ -24,7 +24,10 @@ from big_vit.build.steps import batch_seen
 from big_vit.config import Config
 from big_vit.data import dataset, pipeline, transforms, windows
 from big_vit.errors import UserError
-from big_vit.inspection import examples, plots
+from big_vit.inspection import examples, objects, plots
+
+# Inches of a picture with names of classes in it.
+_LARGE = 3.6
 
 
 def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
@@ -47,9 +50,35 @@ def originals(data: Data, index: np.ndarray) -> list[np.ndarray]:
 
 def titles(data: Data, batch: dict[str, np.ndarray], count: int) -> list[str]:
     """Describe the labels of the first examples; empty strings without labels."""
-    if 'label' not in batch:
+    if 'box_label' in batch:
+        counts = (np.asarray(batch['box_label'][:count]) >= 0).sum(axis=1).tolist()
+        return [f'{number} object{"" if number == 1 else "s"}' for number in counts]
+    if 'label' not in batch or data.source.annotations is not None:
         return [''] * count
     return [examples.title(data, label) for label in batch['label'][:count]]
+
+
+def with_objects(
+    data: Data, pictures: list[np.ndarray], batch: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Draw what a batch says of objects, or of classes of pixels, over its first pictures."""
+    names = data.source.class_names
+    if 'box_label' in batch:
+        shown = enumerate(plots.as_bytes(pictures))
+        pictures = [objects.transformed(picture, batch, row, names) for row, picture in shown]
+    elif 'segmentation' in batch:
+        pairs = zip(plots.as_bytes(pictures), batch['segmentation'], strict=False)
+        pictures = [objects.coloured(picture, np.asarray(classes)) for picture, classes in pairs]
+    return pictures
+
+
+def stored_objects(data: Data, pictures: list[np.ndarray], index: np.ndarray) -> list[np.ndarray]:
+    """Draw what the dataset says of the objects in pictures as they are stored."""
+    if data.source.annotations is None:
+        return pictures
+    pairs = zip(plots.as_bytes(pictures), data.source.annotations(index), strict=False)
+    names = data.source.class_names
+    return [objects.annotated(picture, own, names) for picture, own in pairs]
 
 
 def draw(config: Config, path: Path, step: int, count: int) -> Data:
@@ -79,15 +108,18 @@ def draw(config: Config, path: Path, step: int, count: int) -> Data:
         ': '.join(filter(None, pair))
         for pair in zip(numbers, titles(data, batch, count), strict=False)
     ]
-    rows = [('in the dataset', originals(data, index[:count]), named)]
+    stored = stored_objects(data, originals(data, index[:count]), index[:count])
+    rows = [('in the dataset', stored, named)]
     if not data.transform.views:
-        rows += [('after the host', list(batch['image'][:count]), titles(data, batch, count))]
+        pictures = with_objects(data, list(batch['image'][:count]), batch)
+        rows += [('after the host', pictures, titles(data, batch, count))]
     for name, pictures in examples.views(data, mixed).items():
-        line = name or 'what the model sees'
-        rows.append(
-            (line, pictures[:count], titles(data, mixed, count) if not name else [''] * count)
+        line, said = (
+            (name, [''] * count) if name else ('what the model sees', titles(data, mixed, count))
         )
-    plots.picture_rows(rows).save(path)
+        rows.append((line, with_objects(data, pictures[:count], {} if name else mixed), said))
+    is_drawn = data.source.annotations is not None or 'segmentation' in batch
+    plots.picture_rows(rows, _LARGE if is_drawn else plots.WIDTH).save(path)
     return data
 
 

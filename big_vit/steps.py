@@ -286,3 +286,16 @@ def make_eval_step(
         out_shardings=sharding.replicated(mesh),
         compiler_options=compiler.options(mesh),
     )
+
+
+def make_rows_step(
+    rows: Callable[[Any, Batch], tuple[Any, Any]], abstract_state: State, mesh: Mesh
+) -> Callable[[Any, Batch], tuple[Any, Any]]:
+    """The jitted step `(params, batch) -> (what every host gets, what stays with the rows)`."""
+    where = sharding.batch_sharding(mesh)
+    return jax.jit(
+        rows,
+        in_shardings=(shardings(abstract_state)['params'], where),
+        out_shardings=(sharding.replicated(mesh), where),
+        compiler_options=compiler.options(mesh),
+    )

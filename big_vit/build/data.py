@@ -23,6 +23,7 @@ from big_vit.data import (
     transforms,
     windows,
 )
+from big_vit.data.moves import PLACED
 from big_vit.data.sources.base import concatenate, select
 from big_vit.data.sources.classes import shown
 from big_vit.data.sources.known import Known, has_other_words, known_of
@@ -31,6 +32,7 @@ from big_vit.data.transforms import text
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import DEFAULT, EVALUATORS, requirements
 from big_vit.models import tokenizers
+from big_vit.tasks.batch import TARGETS
 from big_vit.tasks.registry import TASKS
 from big_vit.tasks.task import Task
 
@@ -68,11 +70,11 @@ class Data(NamedTuple):
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """What the model is given: shape and type of each part, without the batch."""
-        return {n: p for n, p in self.example_spec.parts.items() if n not in ('label', 'mask')}
+        return {n: p for n, p in self.example_spec.parts.items() if n not in TARGETS}
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in self.shapes.items() if name != 'label'}
+        return {name: shape for name, shape in self.shapes.items() if name not in TARGETS}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -125,7 +127,7 @@ def _spec(
         label_map=section.label_map,
         cache=section.cache,
         cache_side=section.cache_side if section.cache == 'resized' else 0,
-        skip_bad=section.cache == 'resized' and section.on_error == 'skip',
+        skip_bad=section.on_error == 'skip',
         ledger=ledger,
     )
 
@@ -195,6 +197,13 @@ def _check_device(found: Data, key: str) -> None:
     """UserError where the devices' part cannot be applied to what the host's part gives."""
     if not found.device:
         return
+    placed = sorted(PLACED & found.example_spec.parts.keys())
+    moving = [name for name, operation in found.device if operation.moves]
+    if placed and moving:
+        raise UserError(
+            f'config: {key}.transform: on the devices {moving[0]} moves pixels and cannot take '
+            f'{placed[0]} along: put it before to_device'
+        )
     one = {
         name: jax.ShapeDtypeStruct((1, *shape), jax.dtypes.canonicalize_dtype(dtype))
         for name, (shape, dtype) in found.example_spec.parts.items()
@@ -242,7 +251,7 @@ def train_data(
     transform = transforms.parse(
         whole.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
     )
-    known = known if task.needs_labels else None
+    known = known if task.needs_labels or 'boxes' in task.provides else None
     specs = tuple(
         _spec(
             section,
@@ -289,7 +298,8 @@ def train_data(
     taken = tuple(transform.groups) or parts_read(config)
     skip = whole.on_error == 'skip'
     example_spec = transforms.check(host, source, config.image_size, taken, skip)
-    _check_reads(example_spec, task)
+    for part in task.reads:
+        transforms.need_part(host, example_spec, part)
     if config.batch_size % whole.repeats:
         raise UserError(
             f'config: batch_size={config.batch_size} must be a multiple of '
@@ -319,17 +329,6 @@ def train_data(
     )
     _check_fit(found, 'data', labelled=task.needs_labels)
     return found
-
-
-def _check_reads(example_spec: transforms.ExampleSpec, task: Task) -> None:
-    """UserError where examples lack a part that the loss needs."""
-    missing = [part for part in task.reads if part not in example_spec.parts]
-    if missing:
-        has = ', '.join(sorted(example_spec.parts))
-        raise UserError(
-            f'config: data.transform gives {has} but no {missing[0]}, from which task.name='
-            f'{task.name!r} learns: end its part for the host with boxes(N), with data of objects'
-        )
 
 
 def _check_lost(parts: Sequence[sources.Source], specs: Sequence[dataset.Spec], skip: bool) -> None:
@@ -535,6 +534,8 @@ _USES = {
     'logits': 'needs logits over classes',
     'features': 'needs features',
     'pairs': 'compares two streams',
+    'boxes': 'needs boxes of objects',
+    'pixels': 'needs classes of pixels',
 }
 
 
@@ -597,7 +598,7 @@ def _held_out(
     if section.name is None:
         raise UserError(f'config: {key}.name must be set')
     _check_provided(config, key, section.type)
-    of_head = needs.output == 'logits'
+    of_head = needs.output in ('logits', 'boxes', 'pixels')
     taken = parts_read(config)
     if 'pairs' in build_task(config.task).provides and not needs.all_streams:
         taken = tuple(s.reads for s in build_streams(config) if s.tokenizer != 'words')
@@ -628,8 +629,10 @@ def _held_out(
     spec = replace(spec, known=known if lines else None, least_classes=0)
     _check_length(section, key, source)
     skip = section.on_error == 'skip'
-    example_spec = transforms.check(host, source, config.image_size, taken, skip)
-    _check_same_parts(example_spec, train, taken, key)
+    # Windows slide over pictures of any size.
+    size = None if needs.output == 'pixels' else config.image_size
+    example_spec = transforms.check(host, source, size, taken, skip)
+    _check_same_parts(example_spec, train, taken, key, size is None)
     _check_same_range(example_spec, transform, train, key)
     device = transform.device or train.evaluation_device
     found = Data(source, host, example_spec, device, (spec,), skip, reads=taken)
@@ -669,7 +672,11 @@ def _free_of_labels(config: Config) -> list[str]:
 
 
 def _check_same_parts(
-    example_spec: transforms.ExampleSpec, train: Data, taken: tuple[str, ...], key: str
+    example_spec: transforms.ExampleSpec,
+    train: Data,
+    taken: tuple[str, ...],
+    key: str,
+    any_size: bool = False,
 ) -> None:
     """Raises UserError where an evaluation gives the model inputs of other shapes than training."""
     for part in taken:
@@ -679,7 +686,7 @@ def _check_same_parts(
                 f'config: {key}.transform gives images of {found[2]} channel(s), the '
                 f'model takes {wanted[2]}: add rgb or grayscale to it'
             )
-        if found != wanted:
+        if found != wanted and not (any_size and part == 'image'):
             shown = ' and '.join('x'.join(map(str, shape)) for shape in (found, wanted))
             raise UserError(
                 f'config: {key}.transform gives {part} of another shape than data.transform '
@@ -826,13 +833,14 @@ def asked_data(config: Config) -> sources.Source:
 def fitting_data(
     source: sources.Source,
     transform: transforms.Transform,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     reads: tuple[str, ...],
     device: tuple[tuple[str, Any], ...] = (),
 ) -> Data:
     """Check a source without labels, by its first example, and what prepares it for a model.
 
     Args:
+      size: (height, width) of images; None for any.
       reads: the parts of a batch that the model takes.
       device: the devices' part, where the transform has none.
 

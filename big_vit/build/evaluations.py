@@ -27,6 +27,7 @@ from big_vit.evaluators.confusion import Judge, Judged, make_judge
 from big_vit.evaluators.evaluation import (
     Evaluation,
     Evaluator,
+    Rows,
     SharedFeatures,
     Split,
     Sums,
@@ -46,11 +47,16 @@ def build_evaluators(config: Config, parts: Experiment) -> dict[str, Evaluator]:
       UserError: a key does not fit the type of its evaluation, or the data does not; before
         anything is computed if that can be known.
     """
-    extractor, compiled = FeatureExtractor(parts.abstract_state, parts.mesh), dict[Any, Sums]()
+    extractor, compiled = FeatureExtractor(parts.abstract_state, parts.mesh), dict[Any, Any]()
 
     def compile_sums(key: Any, sums: Sums) -> Sums:
         if key not in compiled:
             compiled[key] = steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
+        return compiled[key]
+
+    def compile_rows(key: Any, rows: Rows) -> Rows:
+        if key not in compiled:
+            compiled[key] = steps.make_rows_step(rows, parts.abstract_state, parts.mesh)
         return compiled[key]
 
     evaluators: dict[str, Evaluator] = {}
@@ -58,7 +64,8 @@ def build_evaluators(config: Config, parts: Experiment) -> dict[str, Evaluator]:
         key, kind = f'evals.{name}', completed_section(config, 'evals', name).type
         settings = _settings(config, name, kind)
         _check_one_input(parts.task.trunk(parts.model), key, kind)
-        evaluation = _evaluation(config, parts, name, extractor, compile_sums)
+        compilers = compile_sums, compile_rows
+        evaluation = _evaluation(config, parts, name, extractor, *compilers)
         evaluators[name] = EVALUATORS[kind](evaluation, **settings)
     return evaluators
 
@@ -82,6 +89,9 @@ def build_judges(
     def compile_sums(key: Any, sums: Sums) -> Sums:
         return steps.make_eval_step(sums, parts.abstract_state, parts.mesh)
 
+    def compile_rows(key: Any, rows: Rows) -> Rows:
+        return steps.make_rows_step(rows, parts.abstract_state, parts.mesh)
+
     def judge(params: Any, name: str, make: Judge) -> tuple[Judged, Data]:
         data = parts.evals[name]
         if seconds is not None:
@@ -94,7 +104,8 @@ def build_judges(
     for name in parts.evals:
         kind = completed_section(config, 'evals', name).type
         if requirements(kind).head_top1:
-            evaluation = _evaluation(config, parts, name, extractor, compile_sums)
+            compilers = compile_sums, compile_rows
+            evaluation = _evaluation(config, parts, name, extractor, *compilers)
             settings = _settings(config, name, kind)
             make = make_judge(evaluation, seconds=seconds, **settings)
             judges[name] = functools.partial(judge, name=name, make=make)
@@ -157,8 +168,14 @@ def _check_one_input(model: Any, key: str, kind: str) -> None:
 
 
 def _evaluation(
-    config: Config, parts: Experiment, name: str, extractor: FeatureExtractor, compile_sums: Any
+    config: Config,
+    parts: Experiment,
+    name: str,
+    extractor: FeatureExtractor,
+    compile_sums: Any,
+    compile_rows: Any,
 ) -> Evaluation:
+    task = parts.task
     key, reference, own = f'evals.{name}', parts.references.get(name), parts.evals[name]
 
     def compute_features(
@@ -186,12 +203,16 @@ def _evaluation(
         split=_split(parts, own),
         reference=None if reference is None else _split(parts, reference),
         training=parts.data.source,
-        model=parts.task.trunk(parts.model),
-        loss=parts.task.logits_loss,
+        image_size=config.image_size,
+        model=task.trunk(parts.model),
+        detect=None if task.detect is None else task.detect(parts.model),
+        segment=None if task.segment is None else task.segment(parts.model),
+        loss=task.logits_loss,
         seed=config.seed,
         mesh=parts.mesh,
         compute_features=compute_features,
         compile_sums=compile_sums,
+        compile_rows=compile_rows,
         as_split=as_split,
         sample=sample,
         views=views,
@@ -214,6 +235,7 @@ def _split(parts: Experiment, data: Data) -> Split:
     spec = dataclasses.replace(data.specs[0], key='')
     return Split(
         source=data.source,
+        transform=data.transform,
         example_spec=data.example_spec,
         reads=data.reads,
         identity=(spec, data.skip_bad),

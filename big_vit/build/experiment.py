@@ -70,8 +70,14 @@ class Experiment(NamedTuple):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes that the head tells apart, in order; None if it has no names."""
-        return self.data.source.class_names if 'logits' in self.task.provides else None
+        """Names of the classes that the head tells apart, in order; None if it has no names.
+
+        Of boxes and of pixels there is one for each class, '' where it has none.
+        """
+        source = self.data.source
+        if self.task.provides & {'boxes', 'pixels'}:
+            return source.class_names or ('',) * source.num_classes
+        return source.class_names if 'logits' in self.task.provides else None
 
 
 class Seen(NamedTuple):

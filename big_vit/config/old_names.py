@@ -78,10 +78,15 @@ _LATER = (
     'schedule.drop_',
     'data.index',
     'data.window',
+    'data.annotations',
+    'data.corners',
+)
+_LATER_OF_EVALS = (
+    *('index', 'examples', 'window', 'views', 'lidar'),
+    *('annotations', 'corners', 'stride', 'scales', 'flips'),
 )
 # Of these False is unset.
 _LATER_SWITCHES = ('model.post_norm', 'model.posemb_per_block')
-_LATER_OF_EVALS = ('index', 'examples', 'window', 'views', 'lidar')
 
 
 def former_dump(flat: dict[str, Any]) -> dict[str, Any]:

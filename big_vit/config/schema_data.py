@@ -13,6 +13,14 @@ DATASET = {
     'index': Field(
         check_text, None, 'Folder of the indices of shards, if they are not beside them.'
     ),
+    'annotations': Field(
+        check_text, None, 'JSON file of COCO, or several: a pattern with a * for the split.'
+    ),
+    'corners': Field(
+        choice('inclusive', 'exclusive'),
+        None,
+        "Corners of VOC's boxes: pixels from 1 of which the last is inside, or ends from 0.",
+    ),
     'tfds_name': Field(check_text, None, "Name of the TFDS dataset, such as 'cifar10'."),
     'image_column': Field(check_text, None, 'Column of images.'),
     'label_column': Field(

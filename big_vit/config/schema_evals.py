@@ -13,6 +13,7 @@ from big_vit.config.fields import (
     integer,
     number,
     several,
+    size,
 )
 from big_vit.config.registries import EVALUATORS
 
@@ -88,7 +89,8 @@ EVALUATION = {
     'per_class': Field(
         choice('none', 'mean', 'all'),
         None,
-        'Also the mean of the accuracies of the classes, or each of them too.',
+        'Also the mean of the accuracies of the classes, or each of them too; of boxes and of '
+        'pixels the mean is always there.',
     ),
     'subset': Field(
         _subset,
@@ -140,6 +142,18 @@ EVALUATION = {
     'severities': Field(
         several(integer(1, 5), 'whole number from 1 to 5'), None, 'How much of it.'
     ),
+    'stride': Field(
+        size,
+        None,
+        'Pixels from one window to the next, of pictures larger than the images of the model; by '
+        'default two thirds of these.',
+    ),
+    'scales': Field(
+        several(number(0.05, 16), 'number'),
+        None,
+        'Factors by which pictures are resized, whose probabilities are averaged.',
+    ),
+    'flips': Field(boolean, None, 'Also see the mirror image of each picture.'),
     'examples': Field(
         integer(2), None, 'Most examples, spread evenly over the split; those of LiDAR are apart.'
     ),

@@ -89,6 +89,21 @@ TASK: dict[str, Field] = {
     'task.sigreg_directions': Field(
         integer(1, WIDEST), None, 'Random directions of SIGReg in each step.'
     ),
+    'task.head': Field(
+        choice('linear', 'mask'),
+        None,
+        'Classes of pixels by a linear layer on patches, or by queries with a mask each.',
+    ),
+    'task.query_blocks': Field(integer(1, DEEPEST), None, 'How many last blocks see the queries.'),
+    'task.points': Field(
+        integer(4, 2**20), None, 'At how many points masks are compared in training.'
+    ),
+    'task.last_blocks': Field(
+        integer(1, DEEPEST), None, 'How many last blocks give the features of pixels, joined.'
+    ),
+    'task.dropout': Field(
+        below_one, None, 'Share of the features of patches that are left out of a whole image.'
+    ),
     'task.prototypes': Field(integer(2, 2**20), None, 'Number of prototypes.'),
     'task.bottleneck': Field(
         integer(1, WIDEST), None, 'Width of the rows that are compared with prototypes.'

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from big_vit.data import cache, files, shard_ledger, transforms
+from big_vit.data.moves import OBJECTS
 from big_vit.data.sources import records
 from big_vit.data.sources.base import Columns, Request, Source, concatenate
 from big_vit.data.sources.classes import relabel, shown, subset
@@ -42,7 +43,7 @@ class Spec:
       seed: of generated sources.
       settings: (key, value) of the config keys that this source reads; None is not set.
       labelled, least_classes: as in `Request`.
-      skip_bad: whether damaged examples are left out of a resized copy.
+      skip_bad: whether damaged examples are skipped, and left out of a resized copy.
       known: classes whose numbers the labels become, those of a model; None keeps the dataset's.
       num_classes: as the config key, like the rest.
       ledger: of the shards that the run had when it began, if it is gone on with.
@@ -121,6 +122,8 @@ def _says_numbers(spec: Spec) -> bool:
 def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Transform]:
     """Apply the first part of a transform and cache what it makes; returns the rest too."""
     transform = transforms.parse(spec.transform, size=spec.image_size, key=spec.key)
+    if 'boxes' not in transform.names:
+        source = _without_boxes(source)
     if is_small(source):
         return source, transform
     before, after = transform.split()
@@ -132,6 +135,18 @@ def _transform_first(source: Source, spec: Spec, share: int) -> tuple[Source, Tr
             source = cache.decoded(source, limit // share)
     # Large images are worth several threads, small ones are faster as whole batches.
     return replace(source, in_memory=False), after
+
+
+def _without_boxes(source: Source) -> Source:
+    """Leave out the objects of pictures, which nothing asks for; evaluations still find them."""
+    if source.annotations is None:
+        return source
+
+    def load(indices: np.ndarray) -> Columns:
+        columns = source.load(indices)
+        return {name: column for name, column in columns.items() if name not in OBJECTS}
+
+    return replace(source, load=load)
 
 
 def open_mixture(
@@ -167,7 +182,8 @@ def open_mixture(
 
 def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:
     """Return the classes of the part with the most; of parts with a label map, of all together."""
-    if len(specs) == 1 or not specs[0].labelled:
+    has_boxes = all(source.annotations is not None for source in sources)
+    if len(specs) == 1 or not (specs[0].labelled or has_boxes):
         return None
     parts = list(zip(sources, specs, strict=True))
     mapped = [source for source, spec in parts if _says_numbers(spec)]
@@ -236,6 +252,7 @@ def _open(spec: Spec) -> Source:
         spec.seed,
         spec.labelled,
         spec.least_classes,
+        spec.skip_bad,
     )
     return source(request, **settings)
 
@@ -276,9 +293,11 @@ def _resized(source: Source, spec: Spec) -> Source:
     """Open the copy with smaller images on the local disk, after writing it if it is missing.
 
     Raises:
-      UserError: the images have texts, which the copy cannot store.
+      UserError: the images have texts or boxes, which the copy cannot store.
     """
     settings = dict(spec.settings)
+    if source.annotations is not None:
+        raise UserError(f"config: {spec.key}.cache='resized' keeps no boxes: set it to 'auto'")
     if settings.pop('text_column', None) is not None:
         raise UserError(
             f"config: {spec.key}.cache='resized' keeps no words (text_column): set it to 'auto'"

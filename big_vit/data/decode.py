@@ -15,7 +15,7 @@ import threading
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Integer, Shaped
 
 Pixels = Shaped[np.ndarray, 'height width channels']
 # The values of black and white.
@@ -160,6 +160,42 @@ class Encoded:
         rows = slice(top // scale, max(top // scale + 1, round((top + height) / scale)))
         columns = slice(left // scale, max(left // scale + 1, round((left + width) / scale)))
         return pixels[rows, columns]
+
+
+# The eight ways to turn and mirror an image, by the number that EXIF and TIFF have for them.
+_TURNS = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image[::-1].swapaxes(0, 1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image[:, ::-1].swapaxes(0, 1),
+}
+
+
+def upright(image: Pixels, orientation: int) -> Pixels:
+    """Turn an image as viewers do, by the number that EXIF has for its orientation."""
+    return np.ascontiguousarray(_TURNS[orientation](image)) if orientation != 1 else image
+
+
+def stored_values(data: bytes) -> Integer[np.ndarray, 'height width']:
+    """Decode an image of classes: its numbers, of colours those of the palette.
+
+    Raises:
+      DecodeError: not an image, damaged, or one of several channels.
+    """
+    header = _read_header(data)
+    if not 0 < header.height * header.width <= MAX_PIXELS:
+        raise DecodeError(f'{header.height}x{header.width} pixels are more than {MAX_PIXELS:,}')
+    try:
+        with _pillow_image(data) as image:
+            values = np.asarray(image)
+    except Exception as error:  # Pillow raises anything for damaged data.
+        raise DecodeError(f'damaged image ({error})') from error
+    if values.ndim != 2 or values.dtype.kind not in 'biu':
+        raise DecodeError('has colours, and not one number a pixel, which is its class')
+    return values.astype(np.int32) if values.dtype.itemsize > 1 else values.astype(np.uint8)
 
 
 # Colour spaces that libjpeg-turbo converts to gray or RGB, as simplejpeg names them.

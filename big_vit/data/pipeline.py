@@ -360,7 +360,8 @@ def eval_batches(
 
     Yields:
       Arrays [rows, ...], among them 'mask', float32 [rows]: 1 for examples and 0 for the zeros
-      that fill the last batch.
+      that fill the last batch. Of sources with `annotations` also 'example', int32 [rows], the
+      numbers of the examples.
     """
     _tune_process()
     numbers = np.arange(batch_size)[rows]
@@ -378,6 +379,8 @@ def eval_batches(
                 batch[name] = column * real.reshape(-1, *[1] * (column.ndim - 1)).astype(
                     column.dtype
                 )
+        if source.annotations is not None:  # What is said of an example is looked up by its number.
+            batch['example'] = np.where(real, position, 0).astype(np.int32)
         return {**batch, 'mask': real.astype(np.float32)}
 
     steps = eval_steps(source.length, batch_size)

@@ -26,6 +26,7 @@ from big_vit.models.tokenizers import PICTURES, Stream
 from big_vit.models.two_towers import MOST_SCALE, TwoTowers
 from big_vit.models.vit import make_vit
 from big_vit.pretrained.load import task_parameters
+from big_vit.tasks.batch import TARGETS
 
 # By name: the shape without the batch, and the type.
 Inputs = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -149,7 +150,7 @@ def _inputs(loaded: LoadedModel, config: Config) -> Inputs:
             found |= _cut(loaded)
         else:
             parts = train_data(config, to_train=False).example_spec.parts
-            return {n: spec for n, spec in parts.items() if n not in ('label', 'mask')}
+            return {n: spec for n, spec in parts.items() if n not in TARGETS}
     return found
 
 
@@ -159,7 +160,7 @@ def _cut(loaded: LoadedModel) -> Inputs:
     shape = (1, *loaded.image_size, loaded.channels)
     columns = {'image': np.zeros(shape, np.uint8), 'label': np.zeros(1, np.int32)}
     parts = prepared(columns, np.zeros(1, np.uint64))
-    return {n: (x.shape[1:], x.dtype) for n, x in parts.items() if n not in ('label', 'mask')}
+    return {n: (x.shape[1:], x.dtype) for n, x in parts.items() if n not in TARGETS}
 
 
 def pair_logits(loaded: LoadedModel) -> dict[str, float]:

@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from big_vit.data.sources import Source
-from big_vit.data.transforms import ExampleSpec
+from big_vit.data.transforms import ExampleSpec, Transform
 from big_vit.evaluators.features import Embedding, Features
 from big_vit.tasks.batch import Batch
+from big_vit.tasks.task import Detect, Segment
 
 # Features that evaluations of the same parameters share, by the split and the embedding.
 SharedFeatures = dict[Any, Features]
@@ -22,6 +23,9 @@ Evaluator = Callable[[Any, SharedFeatures], dict[str, float]]
 
 # A function of (params, batch) that sums metrics over the real examples of the batch.
 Sums = Callable[[Any, Batch], dict[str, Array]]
+# A function of (params, batch) that returns what every host gets of all examples, and what each
+# host gets only of those that it loads.
+Rows = Callable[[Any, Batch], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Split(NamedTuple):
 
     Attributes:
       source: class names, labels where they can be listed, and the length.
+      transform: what the host does to examples.
       example_spec: shape and type of each part of an example.
       reads: the parts of a batch that the model takes.
       identity: equal for splits that hold the same examples, loaded alike.
@@ -53,6 +58,7 @@ class Split(NamedTuple):
     """
 
     source: Source
+    transform: Transform
     example_spec: ExampleSpec
     reads: tuple[str, ...]
     identity: Hashable
@@ -69,7 +75,9 @@ class Evaluation(NamedTuple):
       split: the split to score on.
       reference: the split to learn from or to search, if the evaluator requires one.
       training: the source of the training data, whose classes the logits are over.
+      image_size: (height, width) of the images that the model was trained on.
       model: the model, whose parameters come with each call of the evaluator.
+      detect, segment: functions of (params, batch), see `Task`; None if the task has none.
       loss: the kind of loss, 'softmax' or 'sigmoid'.
       seed: the seed of the run.
       mesh: the devices.
@@ -77,6 +85,8 @@ class Evaluation(NamedTuple):
         (split, embedding, params, shared) -> features. All hosts must call it.
       compile_sums: jits sums over a batch, once for all evaluations that give the same key:
         (key, sums) -> step of (params, batch).
+      compile_rows: jits what is computed of each example, once for equal keys: (key, rows) -> step
+        of (params, batch).
       as_split: sentences as a split, tokenized as the training data is; example i is sentence i.
       sample: the split with at most so many examples, spread evenly.
       views: random views of some examples as a split, from (most examples, views of each, transform
@@ -88,12 +98,16 @@ class Evaluation(NamedTuple):
     split: Split
     reference: Split | None
     training: Source
+    image_size: tuple[int, int]
     model: Any  # The task's trunk, a ViT or, where it provides 'pairs', `TwoTowers`.
+    detect: Detect | None
+    segment: Segment | None
     loss: str
     seed: int
     mesh: Mesh
     compute_features: Callable[[Split, Embedding, Any, SharedFeatures], Features]
     compile_sums: Callable[[Hashable, Sums], Sums]
+    compile_rows: Callable[[Hashable, Rows], Rows]
     as_split: Callable[[list[str]], Split]
     sample: Callable[[int], Split]
     views: Callable[[int, int, str | None], Split | None]

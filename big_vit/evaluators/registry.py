@@ -8,6 +8,7 @@ it needs of the task and the data. `config/registries.py` reads both names and k
 from collections.abc import Callable
 
 from big_vit.evaluators.classification import classification
+from big_vit.evaluators.detection import detection
 from big_vit.evaluators.evaluation import Evaluator
 from big_vit.evaluators.fewshot import fewshot
 from big_vit.evaluators.knn import knn
@@ -18,6 +19,7 @@ from big_vit.evaluators.representation import representation
 from big_vit.evaluators.requirements import Requirements, requirements_of
 from big_vit.evaluators.retrieval import retrieval
 from big_vit.evaluators.robustness import robustness
+from big_vit.evaluators.segmentation import segmentation
 from big_vit.evaluators.zero_shot import zero_shot
 
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {
@@ -31,6 +33,8 @@ EVALUATORS: dict[str, Callable[..., Evaluator]] = {
     'robustness': robustness,
     'zero_shot': zero_shot,
     'matching': matching,
+    'detection': detection,
+    'segmentation': segmentation,
 }
 # The type of an evaluation that names none.
 DEFAULT = 'classification'

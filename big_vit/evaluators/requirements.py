@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
-Output = Literal['logits', 'features', 'pairs']
+Output = Literal['logits', 'features', 'pairs', 'boxes', 'pixels']
 Labels = Literal['numbers', 'any', 'none']
 Factory = TypeVar('Factory', bound=Callable[..., Any])
 
@@ -13,8 +13,9 @@ class Requirements(NamedTuple):
 
     Attributes:
       output: what the task must provide: 'logits' over the classes it is trained on, 'features'
-        of one example, or 'pairs' of features from two streams that stay apart. Only logits tie
-        the classes of the evaluated data to those of the training data.
+        of one example, 'pairs' of features from two streams that stay apart, 'boxes' of objects,
+        or classes of 'pixels'. Only logits tie the labels of the evaluated data to those of the
+        training data; evaluators of boxes and pixels compare the classes themselves.
       labels: 'numbers' (one class per example), 'any' (a number, or a vector over the classes),
         or 'none'.
       reference: the config key that names a second split of the same dataset, to learn from or to

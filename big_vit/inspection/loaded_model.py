@@ -131,6 +131,14 @@ class LoadedModel:
         """
         return self._build({}, mesh, inputs)
 
+    def task_model(self, mesh: jax.sharding.Mesh, inputs: Inputs) -> Any:
+        """Return the whole module that was trained, for the devices of a mesh.
+
+        Raises:
+          UserError: the parameters do not match the config, or the inputs.
+        """
+        return self._build({}, mesh, inputs, whole=True)
+
     def _build(
         self,
         changes: dict[str, Any],
@@ -150,7 +158,9 @@ class LoadedModel:
                 raise UserError(f'{self.path}: its model reads {reads}, not one image')
             inputs = {'image': ((*self.image_size, self.channels), np.dtype(np.uint8))}
         flat = trees.flatten(self.params)
-        classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else 0
+        # Heads of boxes and of pixels are tasks' own; their classes are those of the data.
+        known = 0 if self.class_names is None else len(self.class_names)
+        classes = flat['head/kernel'].shape[-1] if 'head/kernel' in flat else known
         shapes = {name: shape for name, (shape, _) in inputs.items()}
         build = build_model if whole else build_scored_model
         model = build(config, classes, shapes, mesh)

@@ -112,15 +112,21 @@ def grid(
     return Picture(figure)
 
 
-def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]]) -> Picture:
+WIDTH = 1.7  # Of a picture among others, in inches.
+
+
+def picture_rows(
+    rows: list[tuple[str, list[np.ndarray], list[str]]], width: float = WIDTH
+) -> Picture:
     """Show rows of pictures with a name per row and a title per picture.
 
     Args:
       rows: (name, pictures [h, w, c] of any size and type, titles). Pictures that are not uint8 are
         rescaled, all pictures of a row alike.
+      width: of a picture, in inches.
     """
     columns = max(len(pictures) for _, pictures, _ in rows)
-    figure, axes = canvas(columns, len(rows), 1.7, 1.95)
+    figure, axes = canvas(columns, len(rows), width, width + 0.25)
     for line, (name, pictures, titles) in zip(axes, rows, strict=True):
         for axis in line:
             axis.set_xticks([])
@@ -130,7 +136,8 @@ def picture_rows(rows: list[tuple[str, list[np.ndarray], list[str]]]) -> Picture
         for axis, picture, text in zip(line, as_bytes(pictures), titles, strict=False):
             grey = picture.shape[-1] < 3
             shown = picture[..., 0] if grey else picture[..., :3]
-            axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+            smooth = 'antialiased' if width > WIDTH else 'nearest'  # Letters are not enlarged.
+            axis.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation=smooth)
             # A class may be called $5.
             axis.set_title(text, fontsize=7, pad=2, parse_math=False)
     return Picture(figure)

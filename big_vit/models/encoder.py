@@ -31,6 +31,11 @@ POLICIES = {
     ),
 }
 CAPTURES = ('blocks', 'attention')
+# What changes tokens before a block: (number of the block, tokens, what they attend to, the last
+# norm) -> tokens and what they attend to.
+Between = Callable[
+    [int, Array, AttentionContext, Callable[[Array], Array]], tuple[Array, AttentionContext]
+]
 # What tiles of TPUs are wide: an array whose last axis is shorter is padded to it.
 LANES = 128
 
@@ -227,9 +232,12 @@ class Encoder(nn.Module):
         x: Float[Array, 'batch tokens width'],
         deterministic: bool = True,
         context: AttentionContext = NO_CONTEXT,
+        between: Between | None = None,
     ) -> tuple[Float[Array, 'batch outputs width'], dict[str, Array]]:
+        """Tokens after the blocks; `between`, of blocks that are not scanned, may change them."""
         config, batch, width = self.config, x.shape[0], x.shape[2]
-        packed = self._packed(x, context)
+        last = norm(config.style, 'encoder_norm') if self.final_norm else identity
+        packed = 1 if between is not None else self._packed(x, context)
         if packed > 1:
             x = config.constrain(_side_by_side(x, packed))
             if context.rotation is not None:
@@ -269,6 +277,8 @@ class Encoder(nn.Module):
         else:
             captures = []
             for i in range(config.depth):
+                if between is not None:
+                    x, context = between(i, x, context, last)
                 rate = None if rates is None else rates[i]
                 outputs = last_outputs if i == config.depth - 1 else 0
                 unrolled_block = block(name=f'encoderblock_{i}', outputs=outputs, **fields)
@@ -280,10 +290,7 @@ class Encoder(nn.Module):
             }
         if packed > 1:
             x = x.reshape(batch, -1, width)
-        x = x[:, : self.outputs or None]
-        if self.final_norm:
-            x = norm(config.style, 'encoder_norm')(x)
-        return x, captured
+        return last(x[:, : self.outputs or None]), captured
 
     def _plain(self, context: AttentionContext) -> bool:
         """Whether attention is of tokens alone, and nobody looks at its weights."""

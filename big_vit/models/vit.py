@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from big_vit.models import heads, positions, tokenizers
-from big_vit.models.encoder import Encoder, EncoderConfig
+from big_vit.models.encoder import Between, Encoder, EncoderConfig
 from big_vit.models.fusion import Fusion
 from big_vit.models.layers import NO_CONTEXT, AttentionContext, Dense, Style, norm
 from big_vit.models.tokenizers import (
@@ -109,6 +109,7 @@ class Body(nn.Module):
         context: AttentionContext,
         train: bool,
         capture: tuple[str, ...],
+        between: Between | None = None,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
         style, stream = self.encoder.style, self.stream
         x, mask, rotation = tokens.x, tokens.mask, tokens.rotation
@@ -141,7 +142,7 @@ class Body(nn.Module):
             # The last block of those that normalise their sums ends with a norm.
             final_norm=not (self.head.norm_after_pool or self.encoder.post_norm),
             name='Transformer',
-        )(x, not train, context)
+        )(x, not train, context, between)
 
     def _variation(
         self, stream: Stream, places: Float[Array, 'batch tokens axes'], prefix: int
@@ -329,9 +330,14 @@ class ViT(nn.Module):
         *,
         train: bool = False,
         capture: tuple[str, ...] = (),
+        between: Between | None = None,
     ) -> tuple[Float[Array, 'batch tokens width'], dict[str, Array]]:
-        """Encoded tokens, the `prefix_tokens` in front, and what was captured."""
-        return self.body(tokens, context, train, capture)
+        """Encoded tokens, the `prefix_tokens` in front, and what was captured.
+
+        Args:
+          between: may change tokens before each block, where these are not scanned.
+        """
+        return self.body(tokens, context, train, capture, between)
 
     def pool(
         self, x: Float[Array, 'batch tokens width'], tokens: Tokens, images: int = 0

@@ -11,6 +11,14 @@ from big_vit.models.tokenizers import PICTURES
 
 Batch = dict[str, Any]
 
+# Parts of a batch that no model takes: what is learned of an example, and what says which it is.
+TARGETS = frozenset(
+    (
+        *('label', 'mask', 'example', 'boxes', 'box_label', 'box_mask', 'picture_size'),
+        'segmentation',
+    )
+)
+
 
 def normalise(
     image: UInt[Array, '*shape'] | Float[Array, '*shape'],
@@ -26,7 +34,7 @@ def model_inputs(batch: Batch) -> Any:
     given = {
         name: normalise(x) if name in PICTURES else x
         for name, x in batch.items()
-        if name not in ('label', 'mask')
+        if name not in TARGETS
     }
     return given['image'] if set(given) == {'image'} else given
 

@@ -8,6 +8,7 @@ from big_vit.tasks import (
     detection,
     joint_embedding,
     masked,
+    segmentation,
     self_distillation,
 )
 from big_vit.tasks.task import Task
@@ -18,5 +19,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     'detection': detection.detection,
     'joint_embedding': joint_embedding.joint_embedding,
     'masked': masked.masked,
+    'segmentation': segmentation.segmentation,
     'self_distillation': self_distillation.self_distillation,
 }

@@ -96,15 +96,19 @@ class Detections(NamedTuple):
       scores: probability of the class, from 0 to 1.
       labels: the class.
       boxes: (centre x, centre y, width, height) in shares of the picture without its padding.
+      masks: logits of the pixels of each over the whole canvas, at any resolution; None without.
     """
 
     scores: Float[Array, 'batch objects']
     labels: Int[Array, 'batch objects']
     boxes: Float[Array, 'batch objects 4']
+    masks: Float[Array, 'batch objects rows columns'] | None = None
 
 
 # (parameters, batch) -> what a model finds in its pictures.
 Detect = Callable[[Tree, Batch], Detections]
+# (parameters, batch) -> logits of classes over the canvas, at any resolution.
+Segment = Callable[[Tree, Batch], Float[Array, 'batch rows columns classes']]
 
 
 class ExampleShape(NamedTuple):
@@ -130,7 +134,7 @@ class Task(NamedTuple):
       loss: (model, run) -> `Loss`.
       headline: the training metric that console and explore show beside the loss.
       provides: what evaluations may ask for: 'logits' of classes, 'features' of examples, 'pairs'
-        of embeddings of two streams, 'boxes' of objects.
+        of embeddings of two streams, 'boxes' of objects, 'pixels' with classes.
       additions: first names of parameter paths that the task adds to the trunk; a transfer or an
         export leaves them.
       trunk: model -> the module that gives features; it is applied to the same parameters.
@@ -153,6 +157,7 @@ class Task(NamedTuple):
         each example. The loss finds those of its microbatch as batch['drawn'], so that nothing
         depends on accumulation; a loss that is called by itself draws its own. None without.
       detect: model -> `Detect`; None where it finds no objects.
+      segment: model -> `Segment`; None where it tells no classes of pixels.
       pictures: model -> `Pictures` of what it makes of images, for reports; None without.
       whole_batch: whether the loss is of all examples of a batch together, with gradients between
         them, so that a batch cannot be learned from in parts.
@@ -179,6 +184,7 @@ class Task(NamedTuple):
     targets: Callable[[Any, Run], Targets] | None = None
     draw: Callable[[Any], Callable[[Batch, Array], dict[str, Array]]] | None = None
     detect: Callable[[Any], Detect] | None = None
+    segment: Callable[[Any], Segment] | None = None
     pictures: Callable[[Any], Pictures] | None = None
     whole_batch: bool = False
 

@@ -1,11 +1,11 @@
 """The `Source` that every format yields, and how sources are selected from and joined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 
 # The parts of a batch of examples by name: arrays [B, ...], or lists of length B where shapes
 # differ. Encoded images, videos and sounds are `bytes`.
@@ -25,6 +25,8 @@ class Request(NamedTuple):
         has none.
       least_classes: numbers below this are labels even where the data has none of them, because a
         model has so many classes; only where `num_classes` is not set.
+      skip_bad: whether wrong examples are skipped when they come to be loaded, rather than refused
+        at once.
     """
 
     split: str
@@ -34,6 +36,49 @@ class Request(NamedTuple):
     seed: int = 0
     labelled: bool = True
     least_classes: int = 0
+    skip_bad: bool = False
+
+
+class Annotation(NamedTuple):
+    """The objects in a picture, as a dataset has them.
+
+    Attributes:
+      height: of the picture, in pixels.
+      width: of the picture.
+      boxes: (x0, y0, x1, y1) in pixels from the top left corner, float64 [n, 4]; x1 - x0 is the
+        width. They may reach beyond the picture.
+      labels: classes, int32 [n].
+      crowd: whether a box is of many objects, or of one too difficult to be scored, bool [n].
+      area: in pixels, of the mask where there is one, float64 [n].
+      masks: of each object as pycocotools has them, {'size': [height, width], 'counts': bytes}.
+      identity: name of the file.
+      image_id: number of the picture in the dataset.
+      xywh: (x, y, width, height) as COCO writes them, of which `boxes` are rounded sums; None where
+        the dataset has corners.
+    """
+
+    height: int
+    width: int
+    boxes: Float64[np.ndarray, 'n 4']
+    labels: Int32[np.ndarray, ' n']
+    crowd: Bool[np.ndarray, ' n']
+    area: Float64[np.ndarray, ' n']
+    masks: Sequence[Mapping[str, Any]] | None
+    identity: str
+    image_id: int
+    xywh: Float64[np.ndarray, 'n 4'] | None = None
+
+    def of(self, which: Bool[np.ndarray, ' n']) -> 'Annotation':
+        """Return some of the objects."""
+        some = np.flatnonzero(which).tolist()
+        return self._replace(
+            boxes=self.boxes[which],
+            labels=self.labels[which],
+            crowd=self.crowd[which],
+            area=self.area[which],
+            masks=None if self.masks is None else tuple(self.masks[k] for k in some),
+            xywh=None if self.xywh is None else self.xywh[which],
+        )
 
 
 class Shard(NamedTuple):
@@ -80,6 +125,12 @@ class Source:
         neighbours, so that it can fetch them in large pieces; returns at once. None if that would
         be of no use.
       shards: returns the shards, in the same order; None if they are not known.
+      annotations: returns the objects in the pictures of these examples, without reading a picture;
+        None of a source without boxes. `load` then has 'boxes', 'box_label' and 'box_crowd' and may
+        have 'box_mask', as `moves.moved` takes them.
+      label_maps: returns the classes of the pixels of these examples as they are stored, integers
+        [height, width] each, without reading a picture; None of a source without. `load` then has
+        'segmentation'.
     """
 
     name: str
@@ -96,6 +147,8 @@ class Source:
     shard_lengths: Int64[np.ndarray, ' shards'] | None = None
     expect: Callable[[np.ndarray], None] | None = None
     shards: Callable[[], Sequence[Shard]] | None = None
+    annotations: Callable[[Int64[np.ndarray, ' n']], list[Annotation]] | None = None
+    label_maps: Callable[[Int64[np.ndarray, ' n']], list[np.ndarray]] | None = None
 
     @property
     def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:
@@ -117,7 +170,8 @@ class Source:
 
 def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndarray]) -> Source:
     """Return the source whose example i is example `position(i)` of another; i is int64 [B]."""
-    labels, expect = source.labels, source.expect
+    labels, expect, annotations = source.labels, source.expect, source.annotations
+    label_maps = source.label_maps
     return replace(
         source,
         length=length,
@@ -127,6 +181,12 @@ def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndar
         shards=None,
         labels=None if labels is None else lambda: labels()[position(np.arange(length))],
         where=lambda index: source.place(int(position(np.array([index], np.int64))[0])),
+        annotations=None
+        if annotations is None
+        else lambda indices: annotations(position(np.asarray(indices, np.int64))),
+        label_maps=None
+        if label_maps is None
+        else lambda indices: label_maps(position(np.asarray(indices, np.int64))),
     )
 
 
@@ -169,6 +229,8 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
     labels = [source.labels for source in sources]
     lengths = [source.shard_lengths for source in sources if source.shard_lengths is not None]
     shards = [source.shards for source in sources if source.shards is not None]
+    annotated = [source.annotations for source in sources if source.annotations is not None]
+    mapped = [source.label_maps for source in sources if source.label_maps is not None]
 
     def load(indices: np.ndarray) -> Columns:
         indices = np.asarray(indices, np.int64)
@@ -194,6 +256,14 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         part, within = locate(index, ends)
         return sources[part].place(within)
 
+    def annotations(indices: np.ndarray) -> list[Annotation]:
+        places = [locate(index, ends) for index in np.asarray(indices).tolist()]
+        return [annotated[part](np.array([within]))[0] for part, within in places]
+
+    def label_maps(indices: np.ndarray) -> list[np.ndarray]:
+        places = [locate(index, ends) for index in np.asarray(indices).tolist()]
+        return [mapped[part](np.array([within]))[0] for part, within in places]
+
     return Source(
         name=name,
         split=split,
@@ -213,6 +283,8 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
         shards=None
         if len(shards) < len(sources)
         else lambda: [shard for listed in shards for shard in listed()],
+        annotations=annotations if len(annotated) == len(sources) else None,
+        label_maps=label_maps if len(mapped) == len(sources) else None,
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vit.data.sources.base import Columns, Request, Source, select
+from big_vit.data import label_maps, moves
+from big_vit.data.sources.base import Annotation, Columns, Request, Source, select
 from big_vit.errors import UserError
 
 # Labels are int32.
@@ -356,7 +357,11 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
 def renumbered(
     source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None, key: str
 ) -> Source:
-    """Map labels by `targets` and leave out examples that it maps to -1."""
+    """Map labels by `targets`; leave out examples, objects or pixels mapped to -1."""
+    if source.annotations is not None:
+        return _renumbered_objects(source, targets, count, names)
+    if source.label_maps is not None:
+        return _renumbered_pixels(source, targets, count, names)
     if (targets < 0).any():
         if source.labels is None:
             raise UserError(f'{key}: the labels of {source.name} cannot be listed')
@@ -381,4 +386,54 @@ def renumbered(
         class_names=names,
         load=lambda indices: renumber(load(indices)),
         labels=None if labels is None else lambda: targets[labels()],
+    )
+
+
+def _renumbered_objects(
+    source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None
+) -> Source:
+    """Map the classes of objects; pictures whose objects are all left out are empty ones."""
+    load, annotations = source.load, source.annotations
+    assert annotations is not None
+
+    def renumber(columns: Columns) -> Columns:
+        labels = [targets[label] for label in columns['box_label']]
+        kept = [label >= 0 for label in labels]
+        return moves.chosen({**columns, 'box_label': labels}, kept)
+
+    def annotate(indices: np.ndarray) -> list[Annotation]:
+        mapped = [own._replace(labels=targets[own.labels]) for own in annotations(indices)]
+        return [own.of(own.labels >= 0) for own in mapped]
+
+    return replace(
+        source,
+        num_classes=count,
+        class_names=names,
+        load=lambda indices: renumber(load(indices)),
+        annotations=annotate,
+    )
+
+
+def _renumbered_pixels(
+    source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None
+) -> Source:
+    """Map the classes of pixels; those that are left out are ignored."""
+    load, stored = source.load, source.label_maps
+    assert stored is not None
+    table = np.full(label_maps.IGNORED + 1, label_maps.IGNORED, np.int32)
+    table[: len(targets)] = np.where(targets < 0, label_maps.IGNORED, targets)
+
+    def renumber(values: Any) -> np.ndarray:
+        return table[np.clip(label_maps.read(values), 0, label_maps.IGNORED)]
+
+    def loaded(indices: np.ndarray) -> Columns:
+        columns = load(indices)
+        return {**columns, 'segmentation': [renumber(own) for own in columns['segmentation']]}
+
+    return replace(
+        source,
+        num_classes=count,
+        class_names=names,
+        load=loaded,
+        label_maps=lambda indices: [renumber(own) for own in stored(indices)],
     )

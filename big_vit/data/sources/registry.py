@@ -9,6 +9,7 @@ from collections.abc import Callable
 from big_vit.data.sources import (
     arrays,
     captions,
+    coco,
     digits,
     fdsl,
     folder,
@@ -17,12 +18,15 @@ from big_vit.data.sources import (
     orbit,
     parquet,
     phrases,
+    pixel_labels,
     prepared,
     questions,
     records,
     table,
     tar,
     tones,
+    voc,
+    yolo,
 )
 from big_vit.data.sources.base import Source
 
@@ -44,4 +48,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'parquet': parquet.parquet,
     'tfds': prepared.tfds,
     'records': records.records,
+    'coco': coco.coco,
+    'voc': voc.voc,
+    'yolo': yolo.yolo,
+    'pixel_labels': pixel_labels.pixel_labels,
 }

@@ -222,7 +222,7 @@ def three_augment(color_jitter=0.3) -> Operation:
                 image = pixels.ENHANCEMENTS[kinds[kind]](image, factor)
         return image
 
-    return per_image(augment, 6)
+    return per_image(augment, 6, carries=True)
 
 
 # --- AugMix: levels in [0, 10] ----------------------------------------------------------

@@ -50,7 +50,7 @@ def _sometimes(
             return function(image, numbers)
         return function(image, numbers[1:]) if numbers[0] < probability else image
 
-    return per_image(apply, draws if probability == 1 else 1 + draws)
+    return per_image(apply, draws if probability == 1 else 1 + draws, carries=True)
 
 
 def factor_bounds(name: str, value: Any) -> tuple[float, float]:

@@ -1,20 +1,24 @@
 """Resizing, cropping, flipping and padding of images of any type and number of channels.
 
-Sizes are (height, width), or one number for both. Crops of images that are still encoded decode
-only the window that they need (`decode.Encoded.window`).
+Each operation says of what window of an image another is made (`Moves`), by which boxes, masks and
+classes of pixels move as well. Sizes are (height, width), or one number for both. Crops of images
+that are still encoded decode only the window that they need (`decode.Encoded.window`).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from big_vit.data import decode
-from big_vit.data.preprocessing import CentralCrop, Resize
+from big_vit.data.moves import Moves, moved
+from big_vit.data.preprocessing import CentralCrop, Resize, Step
 from big_vit.data.transforms.operations import (
     MOST_SIDE,
     BadExampleError,
+    Columns,
     Draw,
     Images,
     Operation,
@@ -23,6 +27,7 @@ from big_vit.data.transforms.operations import (
     choice,
     decoded,
     decoded_row,
+    need_images,
     need_room,
     number,
     on_images,
@@ -39,6 +44,25 @@ _MOST_CHANNELS = 4  # OpenCV resizes no more at once.
 _RRC_ATTEMPTS = 10
 
 Rows = Int64[np.ndarray, ' batch']
+
+
+def geometric(
+    function: Callable[[Images, Draw], tuple[Images, Moves]],
+    random: bool = False,
+    step: Step | None = None,
+) -> Operation:
+    """Make an operation from a function that returns images, and how their pixels moved."""
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        need_images(columns)
+        if 'picture_size' in columns:
+            raise UnfitError(
+                'moves the picture: put it before pad_to, large_scale_jitter and boxes'
+            )
+        images, moves = function(columns['image'], draw)
+        return moved({**columns, 'image': images}, moves)
+
+    return Operation(apply, random, step=step, carries=True)
 
 
 def resized(
@@ -125,6 +149,12 @@ def _cropped(
     return out
 
 
+def _cut(
+    images: Images, windows: tuple[Rows, Rows, Rows, Rows], size: tuple[int, int], method: str
+) -> tuple[Images, Moves]:
+    return _cropped(images, windows, size, method), Moves(*windows, *size)
+
+
 def _whole_images(images: Images) -> tuple[Rows, Rows, Rows, Rows]:
     heights, widths = sizes(images)
     zeros = np.zeros_like(heights)
@@ -136,28 +166,45 @@ def resize(size, method='area') -> Operation:
     size = pair(size)
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        whole = _whole_images(images)
         if isinstance(images, np.ndarray) and images.shape[1:3] == size:
-            return images
-        return _cropped(images, _whole_images(images), size, method)
+            return images, Moves(*whole, *size)
+        return _cut(images, whole, size, method)
 
-    return on_images(apply, step=Resize(size, method))
+    return geometric(apply, step=Resize(size, method))
 
 
-def _resized_to(images: Images, targets: list[tuple[int, int]], method: str) -> Images:
-    """Resize every image to its own target (height, width)."""
+def cut_to(
+    images: Images,
+    windows: tuple[Rows, Rows, Rows, Rows],
+    targets: list[tuple[int, int]],
+    method: str,
+) -> tuple[Images, Moves]:
+    """Resize a window (top, left, height, width) of every image to its own (height, width)."""
     for row, target in enumerate(targets):
         need_room(row, *target)
     if len(set(targets)) == 1:
-        return _cropped(images, _whole_images(images), targets[0], method)
-    return [_resized_row(images, i, target, method) for i, target in enumerate(targets)]
+        return _cut(images, windows, targets[0], method)
+    made = [
+        _cut_row(images, row, tuple(side[row : row + 1] for side in windows), target, method)
+        for row, target in enumerate(targets)
+    ]
+    return made, Moves(*windows, *np.array(targets).T)
 
 
-def _resized_row(images: Images, row: int, size: tuple[int, int], method: str) -> np.ndarray:
+def _cut_row(images: Images, row: int, window: Any, size: tuple[int, int], method: str) -> Any:
     try:
-        return _cropped([images[row]], _whole_images([images[row]]), size, method)[0]
+        return _cropped([images[row]], window, size, method)[0]
     except BadExampleError as error:
         raise BadExampleError(row, str(error)) from error
+
+
+def _resized_to(
+    images: Images, targets: list[tuple[int, int]], method: str
+) -> tuple[Images, Moves]:
+    """Resize every image to its own target (height, width)."""
+    return cut_to(images, _whole_images(images), targets, method)
 
 
 def _sides(heights: Rows, widths: Rows, scale: np.ndarray, least: int) -> list[tuple[int, int]]:
@@ -171,12 +218,12 @@ def resize_small(n, method='area') -> Operation:
     n = whole_number('n', n, 1, MOST_SIDE)
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
         heights, widths = sizes(images)
         scale = n / np.minimum(heights, widths)
         return _resized_to(images, _sides(heights, widths, scale, n), method)
 
-    return on_images(apply, step=Resize(n, method))
+    return geometric(apply, step=Resize(n, method))
 
 
 def resize_long(n, method='area') -> Operation:
@@ -184,12 +231,83 @@ def resize_long(n, method='area') -> Operation:
     n = whole_number('n', n, 1, MOST_SIDE)
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
         heights, widths = sizes(images)
         scale = n / np.maximum(heights, widths)
         return _resized_to(images, _sides(heights, widths, scale, 1), method)
 
-    return on_images(apply)
+    return geometric(apply)
+
+
+def resize_short(sides, most=None, method='area') -> Operation:
+    """Resize the shorter side to one of `sides`, drawn at random, with a limit for the longer one.
+
+    Proportions are kept; lengths are rounded as DETR does (arXiv 2005.12872).
+
+    Args:
+      sides: one length, or several of which one is drawn.
+      most: the longest longer side, for which the shorter one becomes shorter.
+      method: of resizing.
+    """
+    lengths = _lengths('sides', sides)
+    most = MOST_SIDE if most is None else whole_number('most', most, max(lengths), MOST_SIDE)
+    choice('method', method, *METHODS)
+
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        heights, widths = sizes(images)
+        short, long = np.minimum(heights, widths), np.maximum(heights, widths)
+        side = _drawn(lengths, draw, 0, len(heights))
+        side = np.where(long / short * side > most, np.rint(most * short / long), side)
+        side = np.maximum(1, side).astype(np.int64)
+        other = np.maximum(1, side * long // short)
+        tall = np.where(heights > widths, other, side)
+        wide = np.where(heights > widths, side, other)
+        return _resized_to(images, list(zip(tall.tolist(), wide.tolist(), strict=True)), method)
+
+    step = Resize(lengths[0], method) if len(lengths) == 1 and most == MOST_SIDE else None
+    return geometric(apply, random=len(lengths) > 1, step=step)
+
+
+def _lengths(name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, tuple | list) and value else (value,)
+    return tuple(whole_number(name, each, 1, MOST_SIDE) for each in values)
+
+
+def _drawn(values: tuple[int, ...], draw: Draw, stream: int, count: int) -> np.ndarray:
+    """Draw one of some values for each image; nothing is drawn of one."""
+    if len(values) == 1:
+        return np.full(count, values[0])
+    return np.array(values)[(draw(stream) * len(values)).astype(np.int64)]
+
+
+def scaled_crop(sides=(400, 500, 600), low=384, high=600, p=0.5) -> Operation:
+    """With probability p cut out a window of random sides, as DETR does (arXiv 2005.12872).
+
+    Height and width are uniform from `low` to `high` pixels of a copy whose shorter side is one of
+    `sides`, and the window lies anywhere. It is cut from the picture as it is, so that a resize
+    follows.
+    """
+    lengths, p = _lengths('sides', sides), number('p', p, 0, 1)
+    low = whole_number('low', low, 1, min(lengths))
+    high = whole_number('high', high, low, MOST_SIDE)
+
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        is_cut = draw(0) < p
+        short = np.minimum(*sizes(images))
+        side = _drawn(lengths, draw, 1, len(short))
+        windows = []
+        for axis, old in enumerate(sizes(images)):
+            copy = side * old // short
+            length = low + (draw(2 + axis) * (np.minimum(copy, high) - low + 1)).astype(np.int64)
+            start = (draw(4 + axis) * (copy - length + 1)).astype(np.int64)
+            first = np.where(is_cut, np.rint(start * old / copy), 0).astype(np.int64)
+            cut = np.clip(np.rint(length * old / copy), 1, old - first).astype(np.int64)
+            windows.append((first, np.where(is_cut, cut, old)))
+        (tops, tall), (lefts, wide) = windows
+        targets = list(zip(tall.tolist(), wide.tolist(), strict=True))
+        return cut_to(images, (tops, lefts, tall, wide), targets, 'area')
+
+    return geometric(apply, random=p > 0)
 
 
 def _slack(images: Images, size: tuple[int, int]) -> tuple[Rows, Rows]:
@@ -208,23 +326,26 @@ def _slack(images: Images, size: tuple[int, int]) -> tuple[Rows, Rows]:
     return heights - size[0], widths - size[1]
 
 
-def _windows(images: Images, tops: Rows, lefts: Rows, size: tuple[int, int]) -> Images:
+def _windows(
+    images: Images, tops: Rows, lefts: Rows, size: tuple[int, int]
+) -> tuple[Images, Moves]:
     same = np.ones_like(tops)
-    return _cropped(images, (tops, lefts, same * size[0], same * size[1]), size, 'area')
+    return _cut(images, (tops, lefts, same * size[0], same * size[1]), size, 'area')
 
 
 def central_crop(size) -> Operation:
     """Cut a window from the middle of the image."""
     size = pair(size)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
         down, right = _slack(images, size)
         if isinstance(images, np.ndarray):
             top, left = int(down[0]) // 2, int(right[0]) // 2
-            return images[:, top : top + size[0], left : left + size[1]]
+            middle = images[:, top : top + size[0], left : left + size[1]]
+            return middle, Moves(top, left, *size, *size)
         return _windows(images, down // 2, right // 2, size)
 
-    return on_images(apply, step=CentralCrop(size))
+    return geometric(apply, step=CentralCrop(size))
 
 
 def _padded(images: Images, n: int, value: int, mode: str) -> Images:
@@ -242,7 +363,13 @@ def pad(n, value=0, mode='constant') -> Operation:
     n = whole_number('n', n, 0, MOST_SIDE)
     choice('mode', mode, 'constant', 'reflect', 'edge')
     whole_number('value', value, 0, 255)
-    return on_images(lambda images, draw: _padded(images, n, value, mode))
+
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        heights, widths = sizes(images)
+        size = heights + 2 * n, widths + 2 * n
+        return _padded(images, n, value, mode), Moves(-n, -n, *size, *size)
+
+    return geometric(apply)
 
 
 def random_crop(size, pad=0) -> Operation:
@@ -250,14 +377,15 @@ def random_crop(size, pad=0) -> Operation:
     size = pair(size)
     pad = whole_number('pad', pad, 0, MOST_SIDE)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
         images = _padded(images, pad, 0, 'constant') if pad else images
         down, right = _slack(images, size)
         tops = (draw(0) * (down + 1)).astype(np.int64)
         lefts = (draw(1) * (right + 1)).astype(np.int64)
-        return _windows(images, tops, lefts, size)
+        images, _ = _windows(images, tops, lefts, size)
+        return images, Moves(tops - pad, lefts - pad, *size, *size)
 
-    return on_images(apply, random=True)
+    return geometric(apply, random=True)
 
 
 def inception_boxes(
@@ -318,10 +446,10 @@ def inception_crop(size, min_area=0.05, max_area=1.0, method='bilinear') -> Oper
     low, high = _areas(min_area, max_area)
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
-        return _cropped(images, inception_boxes(*sizes(images), draw, low, high), size, method)
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        return _cut(images, inception_boxes(*sizes(images), draw, low, high), size, method)
 
-    return on_images(apply, random=True)
+    return geometric(apply, random=True)
 
 
 def _areas(min_area, max_area) -> tuple[float, float]:
@@ -387,11 +515,11 @@ def rrc(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='area') -> Operati
     narrow, broad = span('ratio', ratio, 1e-3, 1e3)
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
-        boxes = rrc_boxes(*sizes(images), draw, (low, high), (narrow, broad))
-        return _cropped(images, boxes, size, method)
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        windows = rrc_boxes(*sizes(images), draw, (low, high), (narrow, broad))
+        return _cut(images, windows, size, method)
 
-    return on_images(apply, random=True)
+    return geometric(apply, random=True)
 
 
 def resmall_crop(size, small=None, method='area') -> Operation:
@@ -404,7 +532,7 @@ def resmall_crop(size, small=None, method='area') -> Operation:
     )
     choice('method', method, *METHODS)
 
-    def apply(images: Images, draw: Draw) -> Images:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
         heights, widths = sizes(images)
         # The window is cut from the original, so that nothing else is decoded and resized.
         scale = np.minimum(heights, widths) / small
@@ -412,9 +540,9 @@ def resmall_crop(size, small=None, method='area') -> Operation:
         w = np.clip(np.rint(size[1] * scale), 1, widths).astype(np.int64)
         tops = (draw(0) * (heights - h + 1)).astype(np.int64)
         lefts = (draw(1) * (widths - w + 1)).astype(np.int64)
-        return _cropped(images, (tops, lefts, h, w), size, method)
+        return _cut(images, (tops, lefts, h, w), size, method)
 
-    return on_images(apply, random=True)
+    return geometric(apply, random=True)
 
 
 def _flipped(images: Images, which: np.ndarray, axis: int) -> Images:
@@ -445,35 +573,31 @@ def exif_transpose() -> Operation:
     return on_images(apply, step='upright')
 
 
-# The eight ways to turn and mirror an image, by the number that EXIF and TIFF have for them.
-_TURNS = {
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: image[::-1].swapaxes(0, 1),
-    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
-    8: lambda image: image[:, ::-1].swapaxes(0, 1),
-}
-
-
 def _upright(images: Images, row: int) -> Any:
     image = images[row]
     if not isinstance(image, decode.Encoded) or image.orientation == 1:
         return image
-    return np.ascontiguousarray(_TURNS[image.orientation](decoded_row(images, row)))
+    return decode.upright(decoded_row(images, row), image.orientation)
 
 
 def flip_lr(p=0.5) -> Operation:
     """Mirror left to right with probability p."""
-    p = number('p', p, 0, 1)
-    return on_images(lambda images, draw: _flipped(images, draw(0) < p, 1), random=0 < p < 1)
+    return _flip(number('p', p, 0, 1), 1)
 
 
 def flip_ud(p=0.5) -> Operation:
     """Mirror top to bottom with probability p."""
-    p = number('p', p, 0, 1)
-    return on_images(lambda images, draw: _flipped(images, draw(0) < p, 0), random=0 < p < 1)
+    return _flip(number('p', p, 0, 1), 0)
+
+
+def _flip(p: float, axis: int) -> Operation:
+    def apply(images: Images, draw: Draw) -> tuple[Images, Moves]:
+        which = draw(0) < p
+        whole = _whole_images(images)
+        turned = (which, False) if axis == 1 else (False, which)
+        return _flipped(images, which, axis), Moves(*whole, *whole[2:], *turned)
+
+    return geometric(apply, random=0 < p < 1)
 
 
 OPERATIONS = {
@@ -483,6 +607,8 @@ OPERATIONS = {
         resize,
         resize_small,
         resize_long,
+        resize_short,
+        scaled_crop,
         central_crop,
         random_crop,
         resmall_crop,

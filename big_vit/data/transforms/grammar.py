@@ -21,7 +21,12 @@ class Call(NamedTuple):
 
 # Views of an example are many at most, and named as nothing else in a batch.
 MOST_VIEWS = 64
-_TAKEN = frozenset({'image', 'label', 'mask', 'replaced', 'targets', 'text', 'text_mask'})
+_TAKEN = frozenset(
+    (
+        *('image', 'label', 'mask', 'replaced', 'targets', 'text', 'text_mask', 'example'),
+        *('boxes', 'box_label', 'box_crowd', 'box_mask', 'picture_size', 'segmentation'),
+    )
+)
 # What is in quotes, or else a semicolon.
 _SEMICOLON = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(;)""")
 _NAME = '[a-z][a-z0-9_]*'

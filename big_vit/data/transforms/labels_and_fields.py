@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from big_vit.data import decode as decode_lib
+from big_vit.data import label_maps
 from big_vit.data.preprocessing import Step
 from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
@@ -52,7 +53,7 @@ def decode(channels=None, black=None, white=None) -> Operation:
         return stacked(made) if isinstance(images, np.ndarray) else made
 
     step: Step | None = 'grey' if channels == 1 else 'keeps'
-    return on_images(apply, step=step if levels is None else None)
+    return on_images(apply, step=step if levels is None else None, carries=True)
 
 
 def _decoding(image, channels: int | None, levels: tuple[float, float] | None, row: int):
@@ -79,7 +80,7 @@ def rgb() -> Operation:
     def convert(image: np.ndarray) -> np.ndarray:
         return image if need_channels(image, 1, 3) == 3 else np.repeat(image, 3, axis=-1)
 
-    return on_images(lambda images, draw: _map_images(images, convert), step='keeps')
+    return on_images(lambda images, draw: _map_images(images, convert), step='keeps', carries=True)
 
 
 def grayscale() -> Operation:
@@ -96,7 +97,7 @@ def grayscale() -> Operation:
             grey = np.rint(grey)
         return grey.astype(image.dtype)[..., None]
 
-    return on_images(lambda images, draw: _map_images(images, convert), step='grey')
+    return on_images(lambda images, draw: _map_images(images, convert), step='grey', carries=True)
 
 
 def over(background=255) -> Operation:
@@ -114,7 +115,7 @@ def over(background=255) -> Operation:
         blended = image[..., :3] * alpha + colour.reshape(shape) * (255 - alpha)
         return ((blended + 127) // 255).astype(np.uint8)
 
-    return on_images(lambda images, draw: _map_images(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert), carries=True)
 
 
 def invert() -> Operation:
@@ -124,7 +125,7 @@ def invert() -> Operation:
         need_bytes(image)
         return pixels.invert(image)
 
-    return on_images(lambda images, draw: _map_images(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert), carries=True)
 
 
 def channels(*numbers) -> Operation:
@@ -138,7 +139,7 @@ def channels(*numbers) -> Operation:
             raise UnfitError(f'takes channels below {image.shape[-1]}, not {max(chosen)}')
         return image[..., chosen]
 
-    return on_images(lambda images, draw: _map_images(images, convert))
+    return on_images(lambda images, draw: _map_images(images, convert), carries=True)
 
 
 def _labels(columns: Columns, name: str, num_classes: int) -> list[np.ndarray]:
@@ -168,7 +169,7 @@ def onehot(num_classes, key='label') -> Operation:
             out[row, label] = 1 / len(np.unique(label))
         return {**columns, key: out}
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def multihot(num_classes, key='label') -> Operation:
@@ -182,7 +183,7 @@ def multihot(num_classes, key='label') -> Operation:
             out[row, label] = 1
         return {**columns, key: out}
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def keep(*names) -> Operation:
@@ -195,7 +196,7 @@ def keep(*names) -> Operation:
             _need(columns, name)
         return {name: columns[name] for name in names}
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def rename(**names) -> Operation:
@@ -209,7 +210,24 @@ def rename(**names) -> Operation:
         kept = {name: column for name, column in columns.items() if name not in names}
         return {**kept, **{new: columns[old] for old, new in names.items()}}
 
-    return Operation(apply, step=None if 'image' in {*names, *names.values()} else 'keeps')
+    step: Step | None = None if 'image' in {*names, *names.values()} else 'keeps'
+    return Operation(apply, step=step, carries=True)
+
+
+def reduce_zero_label() -> Operation:
+    """Number the classes of label maps from 0 that are numbered from 1; 0 is ignored (ADE20K)."""
+
+    def apply(columns: Columns, draw: Draw) -> Columns:
+        _need(columns, 'segmentation')
+        reduced = []
+        for row, value in enumerate(columns['segmentation']):
+            try:
+                reduced.append(label_maps.without_zero(label_maps.read(value)))
+            except label_maps.LabelMapError as error:
+                raise BadExampleError(row, str(error)) from error
+        return {**columns, 'segmentation': reduced}
+
+    return Operation(apply, step='keeps', carries=True)
 
 
 def _need(columns: Columns, name: str) -> None:
@@ -230,5 +248,6 @@ OPERATIONS = {
         multihot,
         keep,
         rename,
+        reduce_zero_label,
     )
 }

@@ -39,12 +39,15 @@ class Operation(NamedTuple):
       random: whether it calls `draw`.
       normalisation: the map of pixel values that it is, or None if it does not rescale them.
       step: what it is to other codebases, or None if they have no such operation.
+      carries: whether boxes, masks and classes of pixels fit its pictures: it moves no pixels, or
+        moves these as well.
     """
 
     apply: Callable[[Columns, Draw], Columns]
     random: bool = False
     normalisation: Normalisation | None = None
     step: Step | None = None
+    carries: bool = False
 
 
 class UnfitError(ValueError):
@@ -59,28 +62,38 @@ class BadExampleError(ValueError):
         self.row = row
 
 
+def need_images(columns: Columns) -> None:
+    """Raise UnfitError where examples have no images."""
+    if 'image' not in columns:
+        raise UnfitError(f'needs images, but these examples have {", ".join(sorted(columns))}')
+
+
 def on_images(
-    function: Callable[[Images, Draw], Images], random: bool = False, step: Step | None = None
+    function: Callable[[Images, Draw], Images],
+    random: bool = False,
+    step: Step | None = None,
+    carries: bool = False,
 ) -> Operation:
     """Make an operation from a function of the column 'image', an array [B, H, W, C] or a list."""
 
     def apply(columns: Columns, draw: Draw) -> Columns:
-        if 'image' not in columns:
-            has = ', '.join(sorted(columns))
-            raise UnfitError(f'needs images, but these examples have {has}')
+        need_images(columns)
         return {**columns, 'image': function(columns['image'], draw)}
 
-    return Operation(apply, random, step=step)
+    return Operation(apply, random, step=step, carries=carries)
 
 
 def per_image(
-    function: Callable[[np.ndarray, np.ndarray], np.ndarray], draws: int = 0
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    draws: int = 0,
+    carries: bool = False,
 ) -> Operation:
     """Make an operation from a function of one image [H, W, C].
 
     Args:
       function: of (image, random numbers in [0, 1), float64 [draws]); must not change the image.
       draws: how many random numbers an image needs, at most STREAMS.
+      carries: whether no pixel is moved.
     """
     assert draws <= STREAMS
 
@@ -90,7 +103,7 @@ def per_image(
             numbers[:, k] = draw(k)
         return stacked([function(decoded_row(images, i), numbers[i]) for i in range(len(images))])
 
-    return on_images(apply, random=draws > 0)
+    return on_images(apply, random=draws > 0, carries=carries)
 
 
 def decoded_row(images: Images, row: int) -> np.ndarray:

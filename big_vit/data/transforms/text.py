@@ -40,7 +40,7 @@ def lower() -> Operation:
     def apply(columns: Columns, draw: Draw) -> Columns:
         return {**columns, 'text': [text.lower() for text in _need(columns)]}
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def _padded(columns: Columns, rows: list[list[int]], length: int, padding: int) -> Columns:
@@ -66,7 +66,7 @@ def byte_tokens(length) -> Operation:
         ]
         return _padded(columns, rows, length, PADDING)
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 def tokenize(path, length) -> Operation:
@@ -89,7 +89,7 @@ def tokenize(path, length) -> Operation:
         encoded = tokenizer.encode_batch_fast(_need(columns))
         return _padded(columns, [encoding.ids for encoding in encoded], length, padding)
 
-    return Operation(apply, step='keeps')
+    return Operation(apply, step='keeps', carries=True)
 
 
 @functools.lru_cache(maxsize=8)

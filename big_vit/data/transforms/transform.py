@@ -18,10 +18,13 @@ import numpy as np
 from jaxtyping import UInt64
 
 from big_vit.data import decode, normalisation, order, preprocessing
+from big_vit.data.moves import OBJECTS, PLACED
 from big_vit.data.sources.base import Source, stand_ins
 from big_vit.data.transforms import (
     audio,
     autoaugment,
+    boxes,
+    canvas,
     colour,
     geometry,
     grammar,
@@ -46,6 +49,8 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     for module in (
         labels_and_fields,
         geometry,
+        canvas,
+        boxes,
         colour,
         randaug,
         autoaugment,
@@ -62,8 +67,8 @@ TRIED = 17
 BOUNDARY = 'to_device'
 # Operations on what only files have, which come before any other.
 OF_FILES = frozenset({'decode', 'exif_transpose'})
-# Operations that need a file or an optional library as soon as they are parsed.
-EXTERNAL = frozenset({'decode_audio', 'decode_video', 'tokenize'})
+# Operations that pictures alone do not need: they ask for a file, an optional library, or objects.
+EXTERNAL = frozenset({'decode_audio', 'decode_video', 'tokenize', 'boxes'})
 
 
 class DeviceOperations(NamedTuple):
@@ -233,6 +238,7 @@ class Transform:
             def draw(k: int, first: int = first) -> np.ndarray:
                 return order.uniform(keys, first + k)
 
+            self._check_carries(name, operation, columns)
             try:
                 columns = operation.apply(columns, draw)
             except BadExampleError:
@@ -241,6 +247,14 @@ class Transform:
                 raise UserError(f'{self.key}: {name} {error}') from error
         return self._views(columns, keys) if self.views else columns
 
+    def _check_carries(self, name: str, operation: Operation, columns: Columns) -> None:
+        placed = sorted(PLACED & columns.keys())
+        if placed and not operation.carries:
+            raise UserError(
+                f'{self.key}: {name} may move pixels and cannot take {placed[0]} along: leave it '
+                'out, or use operations that do, which docs/data.md lists'
+            )
+
     def _views(self, columns: Columns, keys: UInt64[np.ndarray, ' batch']) -> Columns:
         """All views of the images, [B, views, H, W, C] for each group, in place of the images."""
         if 'image' not in columns:
@@ -248,6 +262,8 @@ class Transform:
                 f'{self.key}: views are of pictures, but these examples have '
                 f'{", ".join(sorted(columns))}'
             )
+        if placed := sorted(PLACED & columns.keys()):
+            raise UserError(f'{self.key}: views cannot take {placed[0]} along: leave them out')
         images = {'image': decoded(columns['image'])}
         groups: dict[str, list[np.ndarray]] = {group: [] for group in self.groups}
         # A view's randomness depends on its place alone, so one added at the end moves no other.
@@ -265,7 +281,7 @@ class Transform:
         return rest | {group: np.stack(views, axis=1) for group, views in groups.items()}
 
 
-_unchanged = Operation(lambda columns, draw: columns)
+_unchanged = Operation(lambda columns, draw: columns, carries=True)
 
 
 def parse(
@@ -415,17 +431,36 @@ def opened(columns: Columns, channels: int) -> Columns:
       BadExampleError: a file is not an image.
     """
     images = columns.get('image')
-    if not isinstance(images, list) or not any(isinstance(x, bytes) for x in images):
-        return columns
-    opened_images: list[Any] = []
-    for row, image in enumerate(images):
+    opened_columns = dict(columns)
+    if isinstance(images, list) and any(isinstance(x, bytes) for x in images):
+        opened_columns['image'] = _each(images, lambda image: decode.Encoded(image, channels))
+    if 'segmentation' in columns:
+        opened_columns['segmentation'] = _opened_segmentation(opened_columns)
+    return opened_columns
+
+
+def _each(files: list[Any], read: Callable[[bytes], Any]) -> list[Any]:
+    """Read those that are files; BadExampleError."""
+    opened_files: list[Any] = []
+    for row, file in enumerate(files):
         try:
-            opened_images.append(
-                decode.Encoded(image, channels) if isinstance(image, bytes) else image
-            )
+            opened_files.append(read(file) if isinstance(file, bytes) else file)
         except decode.DecodeError as error:
             raise BadExampleError(row, str(error)) from error
-    return {**columns, 'image': opened_images}
+    return opened_files
+
+
+def _opened_segmentation(columns: Columns) -> list[np.ndarray]:
+    """Decode the classes of pixels to integers [height, width] of their pictures' sizes."""
+    read = _each(list(columns['segmentation']), decode.stored_values)
+    values = [own[..., 0] if own.ndim == 3 else own for own in read]
+    for row, (own, image) in enumerate(zip(values, columns['image'], strict=True)):
+        if own.shape != tuple(image.shape[:2]):
+            shown = ' and '.join(
+                'x'.join(map(str, shape[:2])) for shape in (own.shape, image.shape)
+            )
+            raise BadExampleError(row, f'classes of pixels and picture differ in size ({shown})')
+    return values
 
 
 def finished(columns: Columns, transform: Transform) -> Columns:
@@ -444,7 +479,7 @@ def finished(columns: Columns, transform: Transform) -> Columns:
                 column = None
             if column is None or column.dtype.kind not in 'biuf':
                 raise UserError(f'{transform.key}: {_ragged(name, columns[name], transform)}')
-        result[name] = column
+        result[name] = column.astype(np.int32) if name == 'segmentation' else column
     return result
 
 
@@ -463,6 +498,10 @@ def _ragged(name: str, column: Any, transform: Transform) -> str:
         return 'sounds have to become arrays: add decode_audio(RATE, SECONDS)'
     if name == 'video':
         return 'videos have to become arrays of one shape: add decode_video(FRAMES)'
+    if name in OBJECTS:
+        return 'pictures have different numbers of objects: add boxes(MOST) as the last operation'
+    if name == 'segmentation':
+        return 'classes of pixels differ in size: add a crop or pad_to(size)'
     return f"{name!r} is no array of one shape: leave it out with keep('image', 'label')"
 
 
@@ -494,7 +533,7 @@ _SIZED = {'image': (3, 0), 'video': (4, 1)}
 def check(
     transform: Transform,
     source: Source,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     reads: tuple[str, ...] = ('image',),
     skip_bad: bool = False,
 ) -> ExampleSpec:
@@ -503,7 +542,7 @@ def check(
     Args:
       transform: from `parse`.
       source: the examples that it will be applied to.
-      size: (height, width) of images and videos that the model needs.
+      size: (height, width) of images and videos that the model needs; None for any.
       reads: names of the parts that the model takes.
       skip_bad: try the next examples where the first are damaged.
 
@@ -519,18 +558,21 @@ def check(
         {name: (column.shape[1:], column.dtype) for name, column in columns.items()},
         float(np.max(columns['image'], initial=0)) if 'image' in columns else 0.0,
     )
-    if transform.views:
+    if transform.views and size is not None:
         first = next(iter(transform.groups))
         _check_size(transform, first, example_spec.parts[first][0][1:], size)
     for part in reads:
-        if part not in example_spec.parts:
-            has = ', '.join(sorted(example_spec.parts)) or 'nothing'
-            raise UserError(
-                f'{transform.key} gives {has} but no {part}, {_NEEDS.get(part, _OTHER)}'
-            )
-        if part in _SIZED:
+        need_part(transform, example_spec, part)
+        if part in _SIZED and size is not None:
             _check_size(transform, part, example_spec.parts[part][0], size)
     return example_spec
+
+
+def need_part(transform: Transform, example_spec: ExampleSpec, part: str) -> None:
+    """Raise UserError where transformed examples lack a part."""
+    if part not in example_spec.parts:
+        has = ', '.join(sorted(example_spec.parts)) or 'nothing'
+        raise UserError(f'{transform.key} gives {has} but no {part}, {_NEEDS.get(part, _OTHER)}')
 
 
 _OTHER = 'which is what the model takes'
@@ -539,6 +581,9 @@ _NEEDS = {
     'video': f'{_OTHER}: add decode_video(FRAMES)',
     'tokens': f"{_OTHER}: add byte_tokens(LENGTH) or tokenize('FILE', LENGTH)",
     'patches': f'{_OTHER}: add ragged_patches(PATCH, TOKENS)',
+    'boxes': 'which the task learns: add boxes(MOST), to data with boxes',
+    'box_label': 'which the task learns: add boxes(MOST), to data with boxes',
+    'segmentation': 'which the task learns: take data with classes of pixels',
 }
 
 
