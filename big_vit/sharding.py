@@ -287,6 +287,18 @@ def collect_kernel(mesh: Mesh):
     return collect
 
 
+def by_device(mesh: Mesh):
+    """Returns what makes a function of rows one that each device applies to its own alone.
+
+    A loop whose length depends on the rows then ends on each device by itself.
+    """
+
+    def wrap(function):
+        return jax.shard_map(function, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+
+    return wrap
+
+
 def constrain_replicated(mesh: Mesh):
     """Returns a function that keeps an array in full on every device."""
     sharding = replicated(mesh)

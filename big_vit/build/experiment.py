@@ -152,7 +152,12 @@ def build_experiment(
     schedule = rate_schedule(config, train.source, total, ahead=ahead)
     shapes = _abstract_params(config, model, train)
     gather = sharding.gather_weights(mesh, shapes, m.min_shard_size)
-    model = placed(model, gather=gather, collect=sharding.collect_kernel(mesh))
+    model = placed(
+        model,
+        gather=gather,
+        collect=sharding.collect_kernel(mesh),
+        by_device=sharding.by_device(mesh),
+    )
     made = build_optimizer(config, shapes, schedule, mesh, Length(train.source, total, ahead))
     schedule_free = 'schedule_free_adamw' in made.settings
     _check_teacher(config, task, schedule_free)

@@ -4,8 +4,8 @@ DETR (arXiv 2005.12872), and without a decoder YOLOS (arXiv 2106.00666), whose q
 the trunk's own sequence.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from big_vit.models import positions
-from big_vit.models.encoder import Encoder, EncoderConfig
+from big_vit.models.encoder import Encoder, EncoderConfig, identity
 from big_vit.models.layers import AttentionContext, Dense, Style, norm, torch_bias, torch_uniform
 from big_vit.models.tokenizers import Tokens, real_tokens
 from big_vit.models.vit import ViT
@@ -98,6 +98,8 @@ class Detector(nn.Module):
       queries: how many objects can be found.
       num_classes: without the one that means no object.
       class_layers: dense layers of the head of classes.
+      by_device: applied to functions of rows that devices need not wait for each other in; a mesh
+        replaces it.
     """
 
     trunk: ViT
@@ -105,6 +107,7 @@ class Detector(nn.Module):
     queries: int
     num_classes: int
     class_layers: int = 1
+    by_device: Callable[..., Any] = identity
 
     def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Tokens that the trunk sees, for inputs of these shapes without the batch."""

@@ -12,13 +12,15 @@ Model = TypeVar('Model', bound=nn.Module)
 
 
 def placed(model: Model, **functions: Any) -> Model:
-    """A copy with other `constrain`, `gather` or `collect`, wherever a module or part has one."""
+    """A copy with other `constrain`, `gather`, `collect` or `by_device`, where a part has one."""
     return _replaced(model, functions)
 
 
 def unplaced(model: Model) -> Model:
     """A copy that knows of no mesh."""
-    return placed(model, constrain=identity, gather=ungathered, collect=identity)
+    return placed(
+        model, constrain=identity, gather=ungathered, collect=identity, by_device=identity
+    )
 
 
 def _replaced(node: Any, functions: dict[str, Any]) -> Any:

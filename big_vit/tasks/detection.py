@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from big_vit.errors import UserError
 from big_vit.models.detector import Detector, Predictions
-from big_vit.models.encoder import EncoderConfig
+from big_vit.models.encoder import EncoderConfig, identity
 from big_vit.models.tokenizers import chosen
 from big_vit.models.vit import ViT
 from big_vit.tasks import matching
@@ -174,9 +174,8 @@ def detection_loss(model: Detector, run: Run, weights: Weights) -> Loss:
         if 'targets' in state:
             parts, objects = run.batch_size / len(label), state['targets']['objects']
         examples = round(len(label) * parts)
-        values = jax.vmap(lambda one: set_loss(one, label, boxes, objects, examples, weights))(
-            predicted
-        )
+        given = label, boxes, objects, examples, weights, model.by_device
+        values = jax.vmap(lambda one: set_loss(one, *given))(predicted)
         values = {name: parts * value for name, value in values.items()}
         total = values['class'] + weights.l1 * values['l1'] + weights.giou * values['giou']
         return total.sum(), Aux({name: value[-1] for name, value in values.items()})
@@ -191,6 +190,7 @@ def set_loss(
     objects: Int[Array, ''],
     examples: int,
     weights: Weights,
+    by_device: Callable[..., Any] = identity,
 ) -> dict[str, Float[Array, '']]:
     """The losses of one block, as parts of those of a whole batch.
 
@@ -200,6 +200,7 @@ def set_loss(
     Args:
       label: -1 where there is no object.
       objects, examples: how many of them the whole batch has.
+      by_device: see `matching.assign`.
 
     Returns:
       Losses 'class', 'l1' and 'giou'; 'found', the share of objects whose query has their class;
@@ -208,7 +209,7 @@ def set_loss(
     logits, nothing, real = predicted.logits, predicted.logits.shape[-1] - 1, label >= 0
     queries = logits.shape[1]
     cost = matching.costs(logits, predicted.boxes, label, boxes, weights.l1, weights.giou)
-    query, unusable = matching.assign(cost, real)
+    query, unusable = matching.assign(cost, real, by_device)
     wanted = jnp.full(logits.shape[:2], nothing)
     wanted = wanted.at[jnp.arange(len(label))[:, None], query].set(jnp.where(real, label, nothing))
     weight = jnp.where(wanted == nothing, weights.no_object, 1.0)

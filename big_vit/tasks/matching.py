@@ -4,11 +4,15 @@ Bipartite matching as in DETR (arXiv 2005.12872), without gradient. `optax.assig
 O(objects² predictions), so objects are the rows of the costs and predictions the columns.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from optax import assignment
 
+from big_vit.models.encoder import identity
 from big_vit.tasks.boxes import generalised_iou
 
 # What a cost counts that is not finite. Of 100 objects all others cost less together (classes,
@@ -40,13 +44,17 @@ def costs(
 
 
 def assign(
-    cost: Float[Array, 'batch objects queries'], real: Bool[Array, 'batch objects']
+    cost: Float[Array, 'batch objects queries'],
+    real: Bool[Array, 'batch objects'],
+    by_device: Callable[..., Any] = identity,
 ) -> tuple[Int[Array, 'batch objects'], Int[Array, '']]:
     """The query of each object in the assignment of least total cost.
 
     Args:
       cost: any numbers; those that are not finite are only taken where nothing else is left.
       real: which rows are objects. The others get queries too, which mean nothing.
+      by_device: see `sharding.by_device`; without it each iteration of the solver asks all
+        devices whether one of them goes on.
 
     Returns:
       Distinct queries of each row, and how many costs of objects were not finite.
@@ -69,4 +77,4 @@ def assign(
         rows, columns = assignment.hungarian_algorithm(cost[order])
         return jnp.zeros(objects, jnp.int32).at[order[rows]].set(columns.astype(jnp.int32))
 
-    return jax.vmap(one)(cost, order), unusable.sum()
+    return by_device(jax.vmap(one))(cost, order), unusable.sum()

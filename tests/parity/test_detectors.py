@@ -33,6 +33,9 @@ def randomised(model):
 
     randomise(model, stem=2**0.5)
     generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if 'query_position' in name:  # As large as theirs, so that queries differ.
+            parameter.data.normal_(generator=generator)
     for name, buffer in model.named_buffers():
         if name.endswith(('running_mean', '.weight', '.bias')):
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
@@ -60,7 +63,7 @@ def theirs(kind, folder, **more):
 def batch(masked):
     rng = np.random.default_rng(1)
     image = rng.normal(size=(2, *CANVAS, 3)).astype(np.float32)
-    size = np.array([[64, 96], [33, 70]] if masked else [CANVAS] * 2, np.int32)
+    size = np.array([[64, 96], [30, 60]] if masked else [CANVAS] * 2, np.int32)
     for picture, (height, width) in zip(image, size, strict=True):
         picture[height:] = picture[:, width:] = 0
     return image, size

@@ -51,9 +51,9 @@ def test_detections_are_the_last_block_s_best_classes():
     task, model = made(decoder_depth=2, classes=3)
     image = jnp.asarray(np.random.default_rng(2).normal(size=(2, *CANVAS, 3)), jnp.float32)
     params = drawn(model, image)
-    predicted = model.apply({'params': params}, image)
+    predicted = jax.jit(model.apply)({'params': params}, image)
     assert predicted.logits.shape == (2, 2, 4, 4)
-    found = task.detect(model)(params, {'image': image})
+    found = jax.jit(task.detect(model))(params, {'image': image})
     weights = np.exp(np.float64(predicted.logits[-1]))
     shares = (weights / weights.sum(-1, keepdims=True))[..., :-1]  # The last is no object.
     np.testing.assert_allclose(found.scores, shares.max(-1), rtol=1e-5)
@@ -66,8 +66,9 @@ def test_a_batch_without_objects_has_a_loss_of_classes_alone():
     image = jnp.asarray(np.random.default_rng(3).normal(size=(2, *CANVAS, 3)), jnp.float32)
     batch = {'image': image, 'boxes': jnp.zeros((2, 3, 4)), 'box_label': jnp.full((2, 3), -1)}
     params = drawn(model, image)
-    value, aux = task.loss(model, Run(1, 2))(params, (), batch, None, 0)
-    logits = np.float64(model.apply({'params': params}, image).logits[-1])
+    loss = jax.jit(lambda batch: task.loss(model, Run(1, 2))(params, (), batch, None, 0))
+    value, aux = loss(batch)
+    logits = np.float64(jax.jit(model.apply)({'params': params}, image).logits[-1])
     nothing = np.log(np.exp(logits).sum(-1)) - logits[..., -1]
     assert float(value) == pytest.approx(nothing.mean(), rel=1e-5)
     assert float(aux.metrics['l1']) == float(aux.metrics['giou']) == 0
@@ -108,9 +109,10 @@ def test_queries_of_the_trunk_are_behind_its_tokens():
     assert model.sequence_length({'image': (*CANVAS, 3)}) == 2 + 6 + 4
     image = jnp.asarray(np.random.default_rng(4).normal(size=(1, *CANVAS, 3)), jnp.float32)
     params = drawn(model, image)
-    found = model.apply({'params': params}, image)
+    answer = jax.jit(model.apply)
+    found = answer({'params': params}, image)
     assert found.logits.shape == (1, 1, 4, 3)
     order = jnp.array([2, 0, 3, 1])
     swapped = {**params, 'detection_tokens': params['detection_tokens'][:, order]}
-    other = model.apply({'params': swapped}, image)
+    other = answer({'params': swapped}, image)
     np.testing.assert_allclose(other.logits, found.logits[:, :, order], atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 
 from big_vit import sharding, steps, trees
 from big_vit.models.encoder import stack_blocks, unstack_blocks
+from big_vit.models.placement import placed
 from big_vit.state import from_params
 from big_vit.tasks.task import Run
 
@@ -40,6 +41,7 @@ def run():
     def train(devices, accumulation, count):
         task, model, params, about, _ = start()
         mesh = sharding.make_mesh(devices, 1, 1, jax.devices()[:devices])
+        model = placed(model, by_device=sharding.by_device(mesh))
         schedule = optax.constant_schedule(about['lr'])
         optimizer = optax.chain(
             optax.clip_by_global_norm(about['clip']),
