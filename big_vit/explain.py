@@ -26,7 +26,8 @@ def summary(settings: config.Config, parts: Experiment) -> list[str]:
     assert data.order is not None
     positions = data.order.shift + parts.total_steps * data.order.positions
     epochs = positions * data.order.repeats / data.source.length
-    labels = f'{data.source.num_classes} classes' if parts.task.needs_labels else 'without labels'
+    known = parts.task.needs_labels or parts.task.reads
+    labels = f'{data.source.num_classes} classes' if known else 'without labels'
     return [
         f'mesh    {mesh}',
         f'state   {memory}',

@@ -53,7 +53,7 @@ Given = Any
 # Examples that could not be read, and why, by their row.
 Unread = dict[int, str]
 # Operations on labels, which nothing that is asked about has.
-_OF_LABELS = frozenset({'onehot', 'multihot', 'boxes', 'reduce_zero_label'})
+_OF_LABELS = frozenset({'onehot', 'multihot', 'boxes'})
 # Of windows that slide over a picture a third overlaps.
 _STRIDE = 2 / 3
 _KINDS: dict[str, dict[str, Any]] = {

@@ -46,7 +46,7 @@ from big_vit.build.steps import batch_seen
 from big_vit.build.task import build_task
 from big_vit.config import Config
 from big_vit.config.registries import SOURCES
-from big_vit.data import label_maps, sources
+from big_vit.data import sources
 from big_vit.errors import UserError
 from big_vit.evaluators.registry import requirements
 from big_vit.inspection import (
@@ -337,11 +337,11 @@ def sights(run: Run) -> str:
         keys = ('name', 'split', 'num_classes', 'classes', 'label_map')
         changes = {key: section[key] for key in (*keys, *SOURCES.keys(section.name))}
         source = asked_data(config.replacing({f'data.{k}': x for k, x in changes.items()}))
-        body += html_pages.heading(name) + _sights(model, source, section.transform)
+        body += html_pages.heading(name) + _sights(model, source)
     return body
 
 
-def _sights(model: predictor.Predictor, source: sources.Source, transform: str) -> str:
+def _sights(model: predictor.Predictor, source: sources.Source) -> str:
     """Judge pictures of a split, the first that come in a minute."""
     began, judged, count = time.monotonic(), list[sightings.Judged](), 0
     asked, names = model.asked(source, skip_bad=True), model.seen_names
@@ -355,7 +355,6 @@ def _sights(model: predictor.Predictor, source: sources.Source, transform: str) 
             judged.append(sightings.judge_objects(picture, found, truth, names, place))
         elif one.labels is not None and source.label_maps is not None:
             (true,) = source.label_maps(at)
-            true = label_maps.without_zero(true) if 'reduce_zero_label' in transform else true
             own = sightings.judge_labels(picture, one.labels, true, place)
             judged += [] if own is None else [own]
         # Pictures that are drawn take memory.
@@ -474,8 +473,9 @@ def operations(run: Run) -> str:
     loaded, config = run.loaded, run.loaded.config
     assert config is not None and loaded.run is not None
     task = build_task(config.task)
-    if task.views or list(config.streams) or parts_read(config) != ('image',):
-        train = train_data(config)  # Only the data knows the shapes of other inputs.
+    plain = parts_read(config) == ('image',) and not task.reads and not task.views
+    if list(config.streams) or not plain:
+        train = train_data(config)  # Only the data knows the shapes of other parts.
         parts, classes = train.example_spec.parts, train.source.num_classes
         shapes = train.shapes
     else:
@@ -543,7 +543,10 @@ def data(run: Run) -> str:
     train, batch = examples.batch(config, min(EXAMPLES, config.batch_size))
     source, labelled = train.source, build_task(config.task).needs_labels
     words = f'{source.name} {source.split}: {source.length:,} examples'
-    words += f' of {source.num_classes:,} classes. ' if labelled else ', learned without labels. '
+    has_classes = labelled or build_task(config.task).reads
+    words += (
+        f' of {source.num_classes:,} classes. ' if has_classes else ', learned without labels. '
+    )
     if build_task(config.task).views:
         return html_pages.paragraph(words) + views(config)
     if 'image' not in batch:

@@ -251,7 +251,7 @@ def train_data(
     transform = transforms.parse(
         whole.transform, size=config.image_size, key='data', device=DEVICE_OPERATIONS
     )
-    known = known if task.needs_labels or 'boxes' in task.provides else None
+    known = known if task.needs_labels or task.provides & {'boxes', 'pixels'} else None
     specs = tuple(
         _spec(
             section,

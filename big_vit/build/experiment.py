@@ -72,11 +72,12 @@ class Experiment(NamedTuple):
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes that the head tells apart, in order; None if it has no names.
 
-        Of boxes and of pixels there is one for each class, '' where it has none.
+        Of boxes and of pixels there always are, if only numbers: nothing else in a checkpoint says
+        how many classes there are.
         """
         source = self.data.source
         if self.task.provides & {'boxes', 'pixels'}:
-            return source.class_names or ('',) * source.num_classes
+            return source.class_names or tuple(map(str, range(source.num_classes)))
         return source.class_names if 'logits' in self.task.provides else None
 
 

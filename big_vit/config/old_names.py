@@ -80,10 +80,14 @@ _LATER = (
     'data.window',
     'data.annotations',
     'data.corners',
+    'data.zero_label',
+    'data.objects_column',
+    'data.box_format',
 )
 _LATER_OF_EVALS = (
     *('index', 'examples', 'window', 'views', 'lidar'),
-    *('annotations', 'corners', 'stride', 'scales', 'flips'),
+    *('annotations', 'corners', 'zero_label', 'objects_column', 'box_format'),
+    *('stride', 'scales', 'flips'),
 )
 # Of these False is unset.
 _LATER_SWITCHES = ('model.post_norm', 'model.posemb_per_block')

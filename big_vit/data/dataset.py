@@ -182,8 +182,8 @@ def open_mixture(
 
 def _classes_of_mixture(specs: tuple[Spec, ...], sources: list[Source]) -> Known | None:
     """Return the classes of the part with the most; of parts with a label map, of all together."""
-    has_boxes = all(source.annotations is not None for source in sources)
-    if len(specs) == 1 or not (specs[0].labelled or has_boxes):
+    placed = all(source.annotations is not None or source.is_segmented for source in sources)
+    if len(specs) == 1 or not (specs[0].labelled or placed):
         return None
     parts = list(zip(sources, specs, strict=True))
     mapped = [source for source, spec in parts if _says_numbers(spec)]
@@ -296,8 +296,11 @@ def _resized(source: Source, spec: Spec) -> Source:
       UserError: the images have texts or boxes, which the copy cannot store.
     """
     settings = dict(spec.settings)
-    if source.annotations is not None:
-        raise UserError(f"config: {spec.key}.cache='resized' keeps no boxes: set it to 'auto'")
+    if source.annotations is not None or source.is_segmented:
+        raise UserError(
+            f"config: {spec.key}.cache='resized' keeps no boxes or classes of pixels: set it to "
+            "'auto'"
+        )
     if settings.pop('text_column', None) is not None:
         raise UserError(
             f"config: {spec.key}.cache='resized' keeps no words (text_column): set it to 'auto'"

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Int64
 
-from big_vit.data import label_maps, pipeline
-from big_vit.data.label_maps import IGNORED
+from big_vit.data import pipeline
+from big_vit.data.moves import IGNORED
 from big_vit.data.sources import Source
 from big_vit.data.transforms import geometry
 from big_vit.distributed import hosts
@@ -110,13 +110,13 @@ def confusion(labels: Labels, predicted: Labels, classes: int) -> Int64[np.ndarr
     """Count the pixels of each true class (row) by predicted class, without ignored pixels.
 
     Raises:
-      LabelMapError: a label is none of the classes.
+      ValueError: a label is none of the classes.
     """
     kept = labels != IGNORED
     true = labels[kept].astype(np.int64)
     if true.size and not 0 <= true.min() <= true.max() < classes:
         wrong = int(true.min() if true.min() < 0 else true.max())
-        raise label_maps.LabelMapError(
+        raise ValueError(
             f'the label map has the class {wrong}, but there are {classes} classes, from 0 to '
             f'{classes - 1}, and {IGNORED} for what is ignored'
         )
@@ -236,7 +236,7 @@ def count_all(
             over = None if fine else canvas
             said = at_size(scores, over, (rows, columns), (height, width)).argmax(-1)
             return confusion(labels, said, classes)
-        except label_maps.LabelMapError as error:
+        except ValueError as error:
             raise UserError(f'{split.source.place(example)}: {error}') from None
 
     with concurrent.futures.ThreadPoolExecutor(pipeline.default_threads()) as pool:
@@ -271,13 +271,12 @@ def count_all(
 
 
 def stored_labels(split: Split, example: int) -> Labels | None:
-    """Return the label map of an example as it is stored, with the numbers of the transform.
+    """Return the label map of an example as it is stored.
 
     None if the source has none at hand, or if the transform moves pixels.
     """
-    names, stored = split.transform.names, split.source.label_maps
-    if stored is None or MOVING.intersection(names):
+    stored = split.source.label_maps
+    if stored is None or MOVING.intersection(split.transform.names):
         return None
-    (values,) = stored(np.array([example], np.int64))
-    labels = np.asarray(values, np.int32)
-    return label_maps.without_zero(labels) if 'reduce_zero_label' in names else labels
+    (labels,) = stored(np.array([example], np.int64))
+    return np.asarray(labels, np.int32)

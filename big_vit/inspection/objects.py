@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from big_vit.data.moves import IGNORED
+from big_vit.data.moves import IGNORED, Masks
 from big_vit.data.sources.base import Annotation
 from big_vit.errors import printable
 
@@ -56,10 +56,10 @@ def drawn(
     # Small boxes come last, or large ones would hide their names.
     order = sorted(range(len(boxes)), key=lambda k: -float(np.prod(boxes[k, 2:] - boxes[k, :2])))
     for k in order:
-        corners = (boxes[k] * scale).tolist()
+        corners = np.rint(boxes[k] * scale).tolist()
         pen.rectangle(corners, outline=colour_of(labels[k]), width=1 if crowds[k] else 3)
     for k in order:
-        _write(pen, font, printable(names[k]), (boxes[k] * scale).tolist(), labels[k], size)
+        _write(pen, font, printable(names[k]), np.rint(boxes[k] * scale).tolist(), labels[k], size)
     return np.asarray(canvas)
 
 
@@ -97,8 +97,6 @@ def annotated(
     class_names: Sequence[str] | None,
 ) -> UInt8[np.ndarray, 'rows columns 3']:
     """Draw the objects of a picture as its dataset has them, over the picture as it is stored."""
-    from big_vit.data.moves import Masks
-
     labels = own.labels.tolist()
     masks = None
     if own.masks is not None:
@@ -139,4 +137,4 @@ def coloured(
 
 
 def _name(label: int, class_names: Sequence[str] | None) -> str:
-    return (class_names and class_names[label]) or str(label)
+    return class_names[label] if class_names and class_names[label] else str(label)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from big_vit.data.label_maps import IGNORED
+from big_vit.data.moves import IGNORED
 from big_vit.data.sources.base import Annotation
 from big_vit.inspection import html_pages, objects
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
 from big_vit import sharding
-from big_vit.data import label_maps, transforms
+from big_vit.data import transforms
 from big_vit.data.sources.base import Source
 from big_vit.errors import UserError
 from big_vit.evaluators import segmentation, sliding_window
@@ -50,7 +50,7 @@ def test_figures_are_those_of_scikit_learn_without_ignored_pixels_and_absent_cla
 
 
 def test_a_label_that_is_no_class_is_refused_and_a_set_without_labels_has_no_figures():
-    with pytest.raises(label_maps.LabelMapError, match='has the class 7, but there are 5'):
+    with pytest.raises(ValueError, match='has the class 7, but there are 5'):
         segmentation.confusion(np.array([[7]]), np.array([[0]]), K)
     got = segmentation.figures(np.zeros((K, K), np.int64))
     assert all(np.isnan(value) for value in got.values())
@@ -234,26 +234,6 @@ def test_what_was_cropped_is_scored_as_it_was_loaded(text, stored):
     got = segmentation.segmentation(evaluation(1, text, stored))(jnp.asarray(WEIGHTS), {})
     true, said = by_hand(stored=False)
     assert got['miou'] == pytest.approx(jaccard_score(true, said, average='macro'), abs=1e-15)
-
-
-def test_stored_labels_get_the_numbers_of_the_transform():
-    split = evaluation(1, 'reduce_zero_label').split
-    found = segmentation.stored_labels(split, 2)
-    plain = LABELS[2][..., 0].astype(int)
-    want = np.where((plain == 0) | (plain == 255), 255, plain - 1)
-    np.testing.assert_array_equal(found, want)
-
-
-def test_label_maps_of_a_palette_are_numbers_and_colours_are_refused(tmp_path):
-    palette = Image.fromarray(LABELS[0][..., 0], 'P')
-    palette.putpalette(RNG.integers(0, 256, 768).astype(np.uint8).tobytes())
-    palette.save(tmp_path / 'a.png')
-    read = label_maps.read((tmp_path / 'a.png').read_bytes())
-    np.testing.assert_array_equal(read, LABELS[0][..., 0])
-    np.testing.assert_array_equal(label_maps.read(np.repeat(LABELS[0], 3, 2)), LABELS[0][..., 0])
-    for wrong in (PICTURES[0], np.zeros((3, 3)), b'no picture'):
-        with pytest.raises(label_maps.LabelMapError, match='label map'):
-            label_maps.read(wrong)
 
 
 @pytest.mark.parametrize(

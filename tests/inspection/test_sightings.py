@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from big_vit.data import label_maps
+from big_vit.data import decode
 from big_vit.data.sources.base import Annotation
 from big_vit.inspection import objects, sightings
 
@@ -63,7 +63,7 @@ def test_likely_objects_are_named_the_surest_first():
 def test_label_maps_are_written_as_numbers_and_shares_are_told():
     labels = np.array([[0, 1, 1, 1], [2, 1, 1, 1]])
     png = sightings.label_png(labels, 3)
-    np.testing.assert_array_equal(label_maps.read(png), labels)
+    np.testing.assert_array_equal(decode.stored_values(png), labels)
     shown = np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
     assert tuple(shown[1, 0]) == objects.colour_of(2)
     assert sightings.shares(labels, NAMES, 2) == 'bee 75.0%  ant 12.5%'

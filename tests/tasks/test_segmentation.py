@@ -233,3 +233,52 @@ def test_targets_are_those_of_the_whole_batch():
     counts = (np.asarray(batch['segmentation']) != 255).sum((1, 2))
     np.testing.assert_array_equal(rows['pixels'], counts)
     assert float(targets.shared((), rows, step)['pixels']) == pytest.approx(counts.mean())
+
+
+def write_ade20k(root):
+    """Write a few pictures and label maps as the challenge has them."""
+    rng = np.random.default_rng(0)
+    for split, count in (('training', 6), ('validation', 3)):
+        for kind in ('images', 'annotations'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            size = rng.integers(30, 60, 2)
+            picture = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+            labels = np.full(size, rng.integers(1, 151), np.uint8)
+            labels[: size[0] // 2] = rng.integers(0, 151)
+            cv2.imwrite(str(root / 'images' / split / f'ADE_{i}.jpg'), picture)
+            cv2.imwrite(str(root / 'annotations' / split / f'ADE_{i}.png'), labels)
+    rows = ''.join(f'{k}\t0.1\t1\t1\t1\tclass {k}\n' for k in range(1, 151))
+    (root / 'objectInfo150.txt').write_text('Idx\tRatio\tTrain\tVal\tStuff\tName\n' + rows)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head', ['linear', 'mask'])
+def test_the_recipe_of_ade20k_trains_and_is_scored_by_windows(head, tmp_path):
+    small = {
+        'model.width': 16, 'model.depth': 4, 'model.mlp_dim': 16, 'model.num_heads': 2,
+        'image_size': 28, 'batch_size': 8, 'total_steps': 2, 'schedule.warmup_steps': 1,
+        'data.num_examples': None, 'evals.val.num_examples': None, 'evals.val.stride': 20,
+        'evals.val.transform': (
+            'resize_short(28, most=56) | pad_to(56) | normalize'
+        ),
+        'mesh.replica': 8,
+    }  # fmt: skip
+    if head == 'mask':
+        small |= {'task.queries': 9, 'task.query_blocks': 2, 'task.points': 32}
+    name = f'configs/vit_seg_ade20k.py:s14,head={head},path={write_ade20k(tmp_path / "data")}'
+    settings = config.load(name, [(key, str(value)) for key, value in small.items()])
+    parts = build_experiment(settings)
+    now, step = fresh_state(parts, 0), build_train_step(settings, parts)
+    before = jax.device_get(now['params'])
+    with train_batches(settings, parts, 0) as batches:
+        for _ in range(2):
+            now, found = jax.block_until_ready(step(now, next(batches)))
+    assert np.isfinite(float(found['loss'])) and found['skipped'] == 0
+    after = jax.device_get(now['params'])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    trunk_moved = any(jax.tree.leaves({n: x for n, x in moved.items() if n != 'decode_head'}))
+    assert any(jax.tree.leaves(moved['decode_head'])) and trunk_moved == (head == 'mask')
+    scores = build_evaluators(settings, parts)['val'](now['params'], {})
+    assert scores['count'] == 3 and 0 <= scores['miou'] <= 1

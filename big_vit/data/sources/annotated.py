@@ -136,6 +136,30 @@ def objects(annotations: Sequence[Annotation], has_masks: bool) -> Columns:
     return columns
 
 
+def read_of(row: int, read: Callable[..., Annotation], *of: Any) -> Annotation:
+    """Call a function that reads the objects of a picture; BadExampleError where it cannot."""
+    try:
+        return read(*of)
+    except ValueError as error:
+        raise BadExampleError(row, str(error)) from error
+
+
+def checked_objects(annotations: Sequence[Annotation], num_classes: int) -> Columns:
+    """Check objects as they are read, and return their columns.
+
+    Raises:
+      BadExampleError: a box or a class is wrong.
+    """
+    for row, own in enumerate(annotations):
+        for box, label in zip(own.boxes.tolist(), own.labels.tolist(), strict=True):
+            fault = box_fault(box, own.height, own.width)
+            if not 0 <= label < num_classes:
+                fault = f'class {label} is not one of {num_classes}'
+            if fault is not None:
+                raise BadExampleError(row, fault)
+    return objects(annotations, has_masks=False)
+
+
 def _clipped(own: Annotation) -> Float64[np.ndarray, 'n 4']:
     return np.clip(own.boxes, 0, [own.width, own.height, own.width, own.height])
 

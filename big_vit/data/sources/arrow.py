@@ -446,6 +446,67 @@ class Labels:
         return [numbers[self.codes[start:end]] for start, end in rows]
 
 
+class Objects:
+    """A column of the objects in pictures: a struct of lists, or a list of structs.
+
+    Attributes:
+      ends: where the objects of each row end, int64 [rows].
+      boxes: four numbers each, float64 [n, 4].
+      labels: their classes.
+      crowd: whether each is a crowd, bool [n].
+      area: of each, float64 [n], or None.
+    """
+
+    def __init__(self, table: Any, column: str, place: str, split: str):
+        """Read a column; UserError if it has no boxes with classes."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        stored = table.column(column)
+        is_listed = pa.types.is_list(stored.type) or pa.types.is_large_list(stored.type)
+        kind = stored.type.value_type if is_listed else stored.type
+        fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+        names = {part: fields & names for part, names in _FIELDS.items()}
+        what = f'{place}: column {column!r}'
+        if not names['boxes'] or not names['labels']:
+            raise UserError(f'{what} has no bbox with category (it has {kind})')
+
+        def values(part: str) -> Any:
+            name = min(names[part])
+            if is_listed:
+                return pc.struct_field(pc.list_flatten(stored), name)
+            return pc.list_flatten(pc.struct_field(stored, name))
+
+        lists = stored if is_listed else pc.struct_field(stored, min(names['boxes']))
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+        self.ends = np.cumsum(lengths, dtype=np.int64)
+        boxes, count = values('boxes'), int(lengths.sum())
+        sides = np.unique(pc.list_value_length(boxes).fill_null(0).to_numpy())
+        if sides.tolist() not in ([], [4]):
+            raise UserError(f'{what} has boxes that are not of four numbers')
+        self.boxes = pc.list_flatten(boxes).to_numpy().astype(np.float64).reshape(-1, 4)
+        # Read as a column of labels is.
+        self.labels = Labels(pa.table({'category': values('labels')}), 'category', what, split)
+        crowd = (
+            values('crowd').cast(pa.int64()).fill_null(0).to_numpy()
+            if names['crowd']
+            else np.zeros(count)
+        )
+        self.crowd = crowd.astype(bool)
+        self.area = values('area').to_numpy().astype(np.float64) if names['area'] else None
+        if not len(self.boxes) == len(self.labels.codes) == len(self.crowd) == count:
+            raise UserError(f'{what} has lists of different lengths in a row')
+
+
+# What published sets call the parts of an object.
+_FIELDS = {
+    'boxes': {'bbox', 'bboxes', 'boxes'},
+    'labels': {'category', 'categories', 'category_id', 'label', 'labels'},
+    'crowd': {'iscrowd', 'is_crowd'},
+    'area': {'area'},
+}
+
+
 class Column:
     """Values of a chunked column by row."""
 

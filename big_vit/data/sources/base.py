@@ -129,8 +129,8 @@ class Source:
         None of a source without boxes. `load` then has 'boxes', 'box_label' and 'box_crowd' and may
         have 'box_mask', as `moves.moved` takes them.
       label_maps: returns the classes of the pixels of these examples as they are stored, integers
-        [height, width] each, without reading a picture; None of a source without. `load` then has
-        'segmentation'.
+        [height, width] where 255 is no class, without reading a picture; None of a source whose
+        classes are not those of pixels. `load` then has them as 'segmentation'.
     """
 
     name: str
@@ -149,6 +149,11 @@ class Source:
     shards: Callable[[], Sequence[Shard]] | None = None
     annotations: Callable[[Int64[np.ndarray, ' n']], list[Annotation]] | None = None
     label_maps: Callable[[Int64[np.ndarray, ' n']], list[np.ndarray]] | None = None
+
+    @property
+    def is_segmented(self) -> bool:
+        """Whether classes are those of pixels."""
+        return self.label_maps is not None
 
     @property
     def shard_bounds(self) -> Int64[np.ndarray, ' bounds'] | None:

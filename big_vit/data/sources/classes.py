@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vit.data import label_maps, moves
+from big_vit.data import moves
 from big_vit.data.sources.base import Annotation, Columns, Request, Source, select
 from big_vit.errors import UserError
 
@@ -357,10 +357,10 @@ def relabel(source: Source, mapping: dict[str, Any], key: str) -> Source:
 def renumbered(
     source: Source, targets: np.ndarray, count: int, names: tuple[str, ...] | None, key: str
 ) -> Source:
-    """Map labels by `targets`; leave out examples, objects or pixels mapped to -1."""
+    """Map labels by `targets`; leave out examples, or of pictures the objects, mapped to -1."""
     if source.annotations is not None:
         return _renumbered_objects(source, targets, count, names)
-    if source.label_maps is not None:
+    if source.is_segmented:
         return _renumbered_pixels(source, targets, count, names)
     if (targets < 0).any():
         if source.labels is None:
@@ -420,20 +420,19 @@ def _renumbered_pixels(
     """Map the classes of pixels; those that are left out are ignored."""
     load, stored = source.load, source.label_maps
     assert stored is not None
-    table = np.full(label_maps.IGNORED + 1, label_maps.IGNORED, np.int32)
-    table[: len(targets)] = np.where(targets < 0, label_maps.IGNORED, targets)
 
-    def renumber(values: Any) -> np.ndarray:
-        return table[np.clip(label_maps.read(values), 0, label_maps.IGNORED)]
+    def mapped(values: np.ndarray) -> np.ndarray:
+        is_known = values != moves.IGNORED
+        found = targets[np.where(is_known, values, 0)]
+        return np.where(is_known & (found >= 0), found, moves.IGNORED)
 
-    def loaded(indices: np.ndarray) -> Columns:
-        columns = load(indices)
-        return {**columns, 'segmentation': [renumber(own) for own in columns['segmentation']]}
+    def renumber(columns: Columns) -> Columns:
+        return {**columns, 'segmentation': [mapped(own) for own in columns['segmentation']]}
 
     return replace(
         source,
         num_classes=count,
         class_names=names,
-        load=loaded,
-        label_maps=lambda indices: [renumber(own) for own in stored(indices)],
+        load=lambda indices: renumber(load(indices)),
+        label_maps=lambda indices: [mapped(own) for own in stored(indices)],
     )

@@ -5,13 +5,14 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from big_vit.data import files
-from big_vit.data.sources import arrow
-from big_vit.data.sources.base import Columns, Request, Source, locate
+from big_vit.data import decode, files
+from big_vit.data.sources import annotated, arrow
+from big_vit.data.sources.base import Annotation, Columns, Request, Source, locate
 from big_vit.data.sources.classes import infer_classes, named_classes
 from big_vit.data.sources.splits import cut, training_split
 from big_vit.errors import UserError
@@ -23,8 +24,18 @@ _GLOB = re.compile(r'[*?[]')
 _DECLARED_KINDS = {'Audio': 'audio', 'Video': 'video'}
 
 
+# Boxes are (x, y, width, height) as in COCO, or two corners.
+BOX_FORMATS = ('xywh', 'xyxy')
+
+
 def parquet(
-    request: Request, *, path: str, image_column: str = 'image', label_column: str = 'label'
+    request: Request,
+    *,
+    path: str,
+    image_column: str = 'image',
+    label_column: str = 'label',
+    objects_column: str | None = None,
+    box_format: str = 'xywh',
 ) -> Source:
     """Open Parquet files, or Arrow files as `Dataset.save_to_disk` leaves them.
 
@@ -40,11 +51,18 @@ def parquet(
       path: a file, a folder, or a glob of files; local or any URL that fsspec reads.
       image_column: column of images, or of other media.
       label_column: column of labels.
+      objects_column: column of the objects in pictures, whose classes are those of the source where
+        pictures need no labels: lists of bbox, category, and area and iscrowd where they are
+        there; by default `objects`, where there is one.
+      box_format: 'xywh' as in COCO, or 'xyxy' for two corners; in pixels.
 
     Raises:
       UserError: files are missing or damaged, or a column is missing or of another kind.
     """
     key = request.key
+    if box_format not in BOX_FORMATS:
+        shown = ' or '.join(map(repr, BOX_FORMATS))
+        raise UserError(f'{key}.box_format: takes {shown}, not {box_format!r}')
     root = files.place(path, f'{key}.path')
     splits = shards_of_splits(root, key)
     title = f'parquet:{root.name}'
@@ -62,6 +80,28 @@ def parquet(
                 raise
             table, rows = arrow.read_table(shards, columns, key)
             return table, rows, arrow.Labels.none(len(table))
+
+    def objects_of(name: str) -> tuple[arrow.Objects, Any] | None:
+        """Read the objects of a split, and what `datasets` recorded of them."""
+        if request.labelled:
+            return None
+        column, option = (
+            objects_column or 'objects',
+            {objects_column or 'objects': 'objects_column'},
+        )
+        try:
+            table, _ = arrow.read_table(splits[name], option, key)
+        except UserError:
+            if objects_column is not None:
+                raise
+            return None
+        own = arrow.Objects(table, column, str(splits[name][0]), name)
+        return own, _features(table.schema).get(column)
+
+    def with_objects(source: Source, own: arrow.Objects, feature: Any) -> Source:
+        alone = first in (None, source.split)
+        known = own if alone else (objects_of(str(first)) or (own, None))[0]
+        return _with_objects(source, own, known, feature, box_format, request, first)
 
     @functools.cache
     def train_labels() -> arrow.Labels:
@@ -102,7 +142,7 @@ def parquet(
             values = [read_row(index) for index in indices.tolist()]
             return {kind: values, 'label': labels.numbered(indices, numbers)}
 
-        return Source(
+        source = Source(
             name=title,
             split=name,
             length=len(table),
@@ -116,8 +156,72 @@ def parquet(
             shard_lengths=grouped.lengths if grouped else np.array(rows, np.int64),
             expect=grouped.expect if grouped else None,
         )
+        listed = objects_of(name) if kind == 'image' else None
+        return source if listed is None else with_objects(source, *listed)
 
     return cut(title, splits, open_split, request)
+
+
+def _with_objects(
+    source: Source,
+    own: arrow.Objects,
+    training: arrow.Objects,
+    feature: Any,
+    box_format: str,
+    request: Request,
+    train: str | None,
+) -> Source:
+    """Give a source of pictures their objects, and the classes of these.
+
+    Args:
+      training: objects of the split that the classes are of.
+      feature: what `datasets` recorded of the column.
+      train: the name of that split.
+    """
+    names = _class_names(feature) or _first_names(feature)
+    if names and all(type(value) is int for value in own.labels.values):
+        classes = named_classes(names)
+        plain = classes._replace(names=None)
+    else:
+        plain = classes = infer_classes(training.labels.values, request, source.name)
+    numbers = plain.numbers(
+        own.labels.values, source.name, source.split, train or source.split, request.key
+    )
+    labels = numbers[own.labels.codes]
+    load = source.load
+
+    def annotation(row: int, data: Any) -> Annotation:
+        some = slice(int(own.ends[row - 1]) if row else 0, int(own.ends[row]))
+        boxes = own.boxes[some].copy()
+        xywh = boxes.copy() if box_format == 'xywh' else None
+        if xywh is not None:
+            boxes[:, 2:] += boxes[:, :2]
+        area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) if own.area is None else own.area[some]
+        height, width = decode.Encoded(data).shape[:2]
+        crowd = own.crowd[some]
+        name = f'row {row}'
+        return Annotation(height, width, boxes, labels[some], crowd, area, None, name, row, xywh)
+
+    def annotate(indices: np.ndarray) -> list[Annotation]:
+        rows = np.asarray(indices, np.int64)
+        return [annotation(*pair) for pair in zip(rows.tolist(), load(rows)['image'], strict=True)]
+
+    def load_all(indices: np.ndarray) -> Columns:
+        columns = load(indices)
+        pairs = list(zip(np.asarray(indices).tolist(), columns['image'], strict=True))
+        found = [annotated.read_of(row, annotation, *pair) for row, pair in enumerate(pairs)]
+        none = np.zeros(len(pairs), np.int32)
+        checked = annotated.checked_objects(found, classes.num_classes)
+        return {**columns, 'label': none, **checked}
+
+    return replace(
+        source,
+        load=load_all,
+        annotations=annotate,
+        labels=None,
+        num_classes=classes.num_classes,
+        class_names=classes.names,
+    )
 
 
 def _reader(
@@ -166,6 +270,17 @@ def _class_names(feature: Any) -> list[str] | None:
         return None
     names = feature.get('names')
     return names if isinstance(names, list) else _class_names(feature.get('feature'))
+
+
+def _first_names(feature: Any) -> list[str] | None:
+    """Return the class names of whichever part of a column of objects has some."""
+    if isinstance(feature, list):
+        return _first_names(feature[0]) if feature else None
+    if not isinstance(feature, dict):
+        return None
+    inside = feature.get('feature', feature)
+    parts = inside.values() if isinstance(inside, dict) else ()
+    return next((names for part in parts if (names := _class_names(part))), None)
 
 
 def _declared_kind(feature: Any) -> str:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vit.data import files
+from big_vit.data import decode, files
+from big_vit.data.sources import annotated, tfrecord
 from big_vit.data.sources import labels as labels_lib
-from big_vit.data.sources import tfrecord
-from big_vit.data.sources.base import Columns, Request, Shard, Source, locate
+from big_vit.data.sources.base import Annotation, Columns, Request, Shard, Source, locate
 from big_vit.data.sources.classes import label_name
 from big_vit.data.sources.splits import cut
 from big_vit.errors import UserError
@@ -42,6 +42,19 @@ class _Label(NamedTuple):
     names: tuple[str, ...] | None
 
 
+class _Objects(NamedTuple):
+    """The feature that lists the objects of a picture.
+
+    Attributes:
+      names: of their classes.
+      crowd: of its parts the one that marks what is not scored, or None.
+    """
+
+    num_classes: int
+    names: tuple[str, ...] | None
+    crowd: str | None
+
+
 def tfds(
     request: Request,
     *,
@@ -49,9 +62,10 @@ def tfds(
     path: str | None = None,
     label_column: str | None = None,
 ) -> Source:
-    """Open a classification dataset prepared by TensorFlow Datasets, in any of its file formats.
+    """Open a dataset of images prepared by TensorFlow Datasets, in any of its file formats.
 
-    Nothing is downloaded and TensorFlow is not needed.
+    Nothing is downloaded and TensorFlow is not needed. Where no labels are needed, and the dataset
+    has a feature `objects` with boxes, its classes are those of the objects.
 
     Args:
       request: the examples to open; `num_classes` defaults to the number in the dataset.
@@ -68,7 +82,12 @@ def tfds(
     builder = _open_builder(directory, key)
     info, features = builder.info, builder.info.features
     image = _image(features, info, tfds_name, key)
-    label = _label(features, info, label_column, tfds_name, request)
+    objects = None if request.labelled else _objects(features)
+    label = (
+        _label(features, info, label_column, tfds_name, request)
+        if objects is None
+        else _Label(lambda example: 0, False, objects.num_classes, objects.names)
+    )
 
     def open_split(name: str) -> Source:
         split = info.splits[name]
@@ -94,7 +113,20 @@ def tfds(
             images: Any = [example[image.feature] for example in examples]
             if not image.is_encoded and image.shape:
                 images = np.stack(images)
-            return {image.column: images, 'label': labels}
+            columns = {image.column: images, 'label': labels}
+            if objects is None:
+                return columns
+            pairs = zip(examples, indices.tolist(), strict=True)
+            own = [
+                annotated.read_of(row, _annotation, *pair, image, objects, where)
+                for row, pair in enumerate(pairs)
+            ]
+            return columns | annotated.checked_objects(own, objects.num_classes)
+
+        def annotate(indices: np.ndarray) -> list[Annotation]:
+            examples = _read_examples(read, np.asarray(indices), where)
+            pairs = zip(examples, np.asarray(indices).tolist(), strict=True)
+            return [_annotation(*pair, image, objects, where) for pair in pairs]
 
         @functools.cache
         def all_labels() -> np.ndarray:
@@ -113,13 +145,14 @@ def tfds(
             in_memory=False,
             channels=image.channels,
             class_names=label.names,
-            labels=None if label.multilabel else all_labels,
+            labels=None if label.multilabel or objects else all_labels,
             where=where,
             shard_lengths=np.array(split.shard_lengths, np.int64),
             shards=lambda: [
                 Shard(file.place.name, file.size, file.stamp) for file in files.stored(shards)
             ],
             expect=expect,
+            annotations=annotate if objects else None,
         )
 
     return cut(f'tfds:{tfds_name}', list(info.splits), open_split, request)
@@ -370,6 +403,47 @@ def label_columns(features: Any) -> list[str]:
         if all(_has(features, path) for path in label.needs)
     ]
     return sorted(plain) + derived
+
+
+def _objects(features: Any) -> _Objects | None:
+    """Find the objects of the pictures; None where a dataset has none with boxes and classes."""
+    if not (_has(features, 'objects/bbox') and _has(features, 'objects/label')):
+        return None
+    parts = features['objects'].feature
+    crowd = next((name for name in ('is_crowd', 'is_difficult') if name in parts), None)
+    count = getattr(parts['label'], 'num_classes', None)
+    return _Objects(count, _class_names(parts['label']), crowd) if count else None
+
+
+def _annotation(
+    example: dict[str, Any],
+    index: int,
+    image: _Image,
+    objects: _Objects | None,
+    where: Callable[[int], str],
+) -> Annotation:
+    """Read the objects of a picture, whose boxes are (top, left, bottom, right) in shares of it."""
+    assert objects is not None
+    stored = example[image.feature]
+    shape = decode.Encoded(stored).shape if image.is_encoded else np.shape(stored)
+    own = example['objects']
+    height, width = shape[:2]
+    shares = np.asarray(own['bbox'], np.float64).reshape(-1, 4)
+    boxes = shares[:, [1, 0, 3, 2]] * [width, height, width, height]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    crowd = own[objects.crowd] if objects.crowd else np.zeros(len(boxes))
+    name, number = example.get('image/filename'), example.get('image/id', index)
+    return Annotation(
+        height,
+        width,
+        boxes,
+        np.asarray(own['label'], np.int32).reshape(-1),
+        np.asarray(crowd, bool).reshape(-1),
+        np.asarray(own.get('area', np.prod(sides, axis=1)), np.float64).reshape(-1),
+        None,
+        name.decode() if isinstance(name, bytes) else str(name or where(index)),
+        int(number) if np.issubdtype(np.asarray(number).dtype, np.integer) else index,
+    )
 
 
 def _has(features: Any, path: str) -> bool:

@@ -18,10 +18,10 @@ from big_vit.data.sources import (
     orbit,
     parquet,
     phrases,
-    pixel_labels,
     prepared,
     questions,
     records,
+    segmentation,
     table,
     tar,
     tones,
@@ -51,5 +51,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     'coco': coco.coco,
     'voc': voc.voc,
     'yolo': yolo.yolo,
-    'pixel_labels': pixel_labels.pixel_labels,
+    'segmentation': segmentation.segmentation,
 }

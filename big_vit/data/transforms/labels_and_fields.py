@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 
 from big_vit.data import decode as decode_lib
-from big_vit.data import label_maps
 from big_vit.data.preprocessing import Step
 from big_vit.data.transforms import pixels
 from big_vit.data.transforms.operations import (
@@ -214,22 +213,6 @@ def rename(**names) -> Operation:
     return Operation(apply, step=step, carries=True)
 
 
-def reduce_zero_label() -> Operation:
-    """Number the classes of label maps from 0 that are numbered from 1; 0 is ignored (ADE20K)."""
-
-    def apply(columns: Columns, draw: Draw) -> Columns:
-        _need(columns, 'segmentation')
-        reduced = []
-        for row, value in enumerate(columns['segmentation']):
-            try:
-                reduced.append(label_maps.without_zero(label_maps.read(value)))
-            except label_maps.LabelMapError as error:
-                raise BadExampleError(row, str(error)) from error
-        return {**columns, 'segmentation': reduced}
-
-    return Operation(apply, step='keeps', carries=True)
-
-
 def _need(columns: Columns, name: str) -> None:
     if name not in columns:
         raise UnfitError(f'needs {name!r}, but these examples have {", ".join(sorted(columns))}')
@@ -248,6 +231,5 @@ OPERATIONS = {
         multihot,
         keep,
         rename,
-        reduce_zero_label,
     )
 }
