@@ -27,7 +27,8 @@ def drawn(model, image):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), shapes)
 
 
-@pytest.mark.parametrize('place', ['decoder', pytest.param('trunk', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('place', ['decoder', 'trunk'])
 def test_padding_changes_nothing(place):
     """What lies beyond a picture is not seen, and where it ends tokens end."""
     trunk = dict(posemb='sincos2d_detr', posemb_per_block=True, post_norm=True)
@@ -47,6 +48,7 @@ def test_padding_changes_nothing(place):
     assert np.abs(found.logits - answer({'params': params}, image).logits).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_detections_are_the_last_block_s_best_classes():
     task, model = made(decoder_depth=2, classes=3)
     image = jnp.asarray(np.random.default_rng(2).normal(size=(2, *CANVAS, 3)), jnp.float32)
@@ -61,6 +63,7 @@ def test_detections_are_the_last_block_s_best_classes():
     np.testing.assert_array_equal(found.boxes, predicted.boxes[-1])
 
 
+@pytest.mark.slow
 def test_a_batch_without_objects_has_a_loss_of_classes_alone():
     task, model = made()
     image = jnp.asarray(np.random.default_rng(3).normal(size=(2, *CANVAS, 3)), jnp.float32)
@@ -103,6 +106,7 @@ def test_what_does_not_fit_is_refused(options, message):
         made(**options)
 
 
+@pytest.mark.slow
 def test_queries_of_the_trunk_are_behind_its_tokens():
     """They see the patches and these see them, whatever their positions are."""
     _, model = made(dict(posemb='rope', pool='cls', registers=1), query_place='trunk')
