@@ -121,6 +121,19 @@ def test_drawn_boxes_are_those_of_the_dataset(root):
         np.testing.assert_array_equal(before, after)
 
 
+def test_decoded_pictures_are_cached_with_their_objects(root):
+    transform = 'flip_lr | pad_to(96) | boxes(6)'
+    made = []
+    for cache in ('decoded', 'none'):
+        found = train_data(load(root, transform, image_size=96, **{'data.cache': cache}))
+        batches = host_batches(found, 0, slice(None))
+        made.append([next(batches) for _ in range(4)])
+        batches.close()
+    for one, other in zip(*made, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
 @pytest.mark.slow
 def test_another_task_learns_from_pictures_with_boxes(root, tmp_path):
     loaded = load(

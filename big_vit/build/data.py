@@ -612,6 +612,8 @@ def _held_out(
         section.transform, size=config.image_size, key=key, device=DEVICE_OPERATIONS
     )
     transforms.require_deterministic(transform)
+    if needs.output == 'boxes':
+        transforms.need_whole(transform)
     labelled = needs.labels != 'none'
     known = known_of(train.source, 'the model') if of_head else None
     if reference is not None:

@@ -81,12 +81,12 @@ _LATER = (
     'data.annotations',
     'data.corners',
     'data.zero_label',
-    'data.objects_column',
+    'data.boxes_column',
     'data.box_format',
 )
 _LATER_OF_EVALS = (
     *('index', 'examples', 'window', 'views', 'lidar'),
-    *('annotations', 'corners', 'zero_label', 'objects_column', 'box_format'),
+    *('annotations', 'corners', 'zero_label', 'boxes_column', 'box_format'),
     *('stride', 'scales', 'flips'),
 )
 # Of these False is unset.

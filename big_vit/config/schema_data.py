@@ -24,11 +24,11 @@ DATASET = {
     'zero_label': Field(
         choice('class', 'ignored'), None, 'Whether 0 is a class of pixels, or none, as in ADE20K.'
     ),
-    'objects_column': Field(check_text, None, 'Column of the objects in pictures.'),
+    'boxes_column': Field(check_text, None, 'Column of the objects in pictures.'),
     'box_format': Field(
         choice('xywh', 'xyxy'),
         None,
-        'Boxes of `objects_column`: with sides as in COCO, or corners.',
+        'Boxes of `boxes_column`: with sides as in COCO, or corners.',
     ),
     'tfds_name': Field(check_text, None, "Name of the TFDS dataset, such as 'cifar10'."),
     'image_column': Field(check_text, None, 'Column of images.'),

@@ -434,7 +434,7 @@ GROUPS = {
     'model.dropout': 'below one', 'model.dtype': 'choice', 'model.scan': 'bool',
     'model.remat': 'choice', 'data.shuffle': 'bool', 'optim.name': 'choice',
     'annotations': 'str', 'corners': 'choice', 'zero_label': 'choice',
-    'objects_column': 'str', 'box_format': 'choice',
+    'boxes_column': 'str', 'box_format': 'choice',
     'data.window': 'power', 'index': 'str', 'model.pack': 'bool',
     'optim.b1': 'below one', 'optim.b2': 'below one', 'optim.eps': 'positive',
     'optim.mu_dtype': 'choice', 'optim.momentum': 'below one', 'optim.nesterov': 'bool',

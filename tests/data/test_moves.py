@@ -404,6 +404,25 @@ def test_arguments_that_cannot_be(text):
     assert WRONG[text] in str(error.value)
 
 
+def test_pictures_are_scored_whole():
+    for text in (
+        'resize(64)',
+        'resize_short(400, most=512) | pad_to(512)',
+        'decode(3) | resize_long(100) | pad_to(multiple=32) | rgb | boxes(1)',
+    ):
+        transforms.need_whole(parse(text))
+    for text in (
+        'central_crop(500)',
+        'resize_small(64) | central_crop(64)',
+        'flip_lr(1)',
+        'pad(3)',
+    ):
+        with pytest.raises(UserError, match='scored on whole pictures'):
+            transforms.need_whole(parse(text))
+    with pytest.raises(UserError, match='exif_transpose may move'):
+        transforms.need_whole(parse('exif_transpose | resize(64)'))
+
+
 def test_colours_leave_boxes_where_they_are():
     text = (
         'color_jitter(0.4) | random_grayscale(0.5) | three_augment | gaussian_blur | invert | rgb'

@@ -145,8 +145,8 @@ def test_columns_of_objects_that_are_wrong(tmp_path):
     write(tmp_path, 'corners')
     source = parquet(REQUEST, path=str(tmp_path))  # Corners, read as sides.
     assert source.load(np.array([0]))['boxes'][0].max() == 80
-    with pytest.raises(UserError, match=r'data\.objects_column'):
-        parquet(REQUEST, path=str(tmp_path), objects_column='things')
+    with pytest.raises(UserError, match=r'data\.boxes_column'):
+        parquet(REQUEST, path=str(tmp_path), boxes_column='things')
     with pytest.raises(UserError, match="box_format: takes 'xywh' or 'xyxy'"):
         parquet(REQUEST, path=str(tmp_path), box_format='cxcywh')
     rows = [{'image': {'bytes': png(SCENES[0])}, 'objects': {'bbox': [[0.0] * 3], 'category': [1]}}]

@@ -217,7 +217,7 @@ class _Table:
 
 def _kept(file: files.Place, key: str) -> dict[str, np.ndarray]:
     """Read a file once, into arrays that are mapped from then on: COCO's own has 450 MB of text."""
-    with files.reading(file, f'{key}.annotations: '.removesuffix(': ')):
+    with files.reading(file, f'{key}.annotations'):
         mark = files.fingerprint([file], _VERSION)
     return files.kept_arrays('coco', mark, functools.partial(_parsed, file))
 

@@ -34,7 +34,7 @@ def parquet(
     path: str,
     image_column: str = 'image',
     label_column: str = 'label',
-    objects_column: str | None = None,
+    boxes_column: str | None = None,
     box_format: str = 'xywh',
 ) -> Source:
     """Open Parquet files, or Arrow files as `Dataset.save_to_disk` leaves them.
@@ -51,7 +51,7 @@ def parquet(
       path: a file, a folder, or a glob of files; local or any URL that fsspec reads.
       image_column: column of images, or of other media.
       label_column: column of labels.
-      objects_column: column of the objects in pictures, whose classes are those of the source where
+      boxes_column: column of the objects in pictures, whose classes are those of the source where
         pictures need no labels: lists of bbox, category, and area and iscrowd where they are
         there; by default `objects`, where there is one.
       box_format: 'xywh' as in COCO, or 'xyxy' for two corners; in pixels.
@@ -86,13 +86,13 @@ def parquet(
         if request.labelled:
             return None
         column, option = (
-            objects_column or 'objects',
-            {objects_column or 'objects': 'objects_column'},
+            boxes_column or 'objects',
+            {boxes_column or 'objects': 'boxes_column'},
         )
         try:
             table, _ = arrow.read_table(splits[name], option, key)
         except UserError:
-            if objects_column is not None:
+            if boxes_column is not None:
                 raise
             return None
         own = arrow.Objects(table, column, str(splits[name][0]), name)

@@ -424,6 +424,26 @@ def require_deterministic(transform: Transform) -> None:
         )
 
 
+def need_whole(transform: Transform) -> None:
+    """Raise UserError where pictures are cropped, mirrored or turned before they are scored.
+
+    What is found in a picture is compared with the boxes of the dataset, in shares of the whole
+    picture, wherever it lies on a canvas.
+    """
+    wanted = np.array([[0.5, 0.5, 1, 1], [0.125, 0.125, 0.25, 0.25]])
+    host = transform.before(lambda name: name == 'boxes')
+    for height, width in ((600, 800), (800, 600)):
+        corners = np.array([[0, 0, width, height], [0, 0, width / 4, height / 4]], np.float32)
+        columns: Columns = {'image': np.zeros((1, height, width, 3), np.uint8)}
+        columns |= {'boxes': [corners], 'box_label': [np.zeros(2, np.int32)]}
+        moved = boxes.boxes(2).apply(host(columns, np.zeros(1, np.uint64)), lambda stream: wanted)
+        if not np.allclose(moved['boxes'][0], wanted, atol=1e-3):
+            raise UserError(
+                f'{transform.key}: boxes are scored on whole pictures, and this crops or mirrors '
+                'them: leave that out'
+            )
+
+
 def opened(columns: Columns, channels: int) -> Columns:
     """Wrap encoded images as `decode.Encoded`, reading their headers.
 
