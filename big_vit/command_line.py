@@ -462,8 +462,8 @@ def export() -> argparse.ArgumentParser:
     parser.add_argument(
         '--to',
         help='one of augreg, big_vision, timm, hf_vit, hf_deit, hf_mae, hf_ijepa, hf_dinov2, '
-        'hf_dinov2_reg, hf_siglip, hf_dinov3, open_clip; or a model that needs no big_vit: onnx, '
-        'stablehlo',
+        'hf_dinov2_reg, hf_siglip, hf_dinov3, open_clip, hf_detr, hf_yolos; or a model that needs '
+        'no big_vit: onnx, stablehlo',
     )
     parser.add_argument('--out', help='where the result goes: a folder, a .npz file, a workdir')
     parser.add_argument('--format', help='what --from is; recognised by default')

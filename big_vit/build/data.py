@@ -273,6 +273,7 @@ def train_data(
             sum(examples for examples, _ in declared),
             max(classes for _, classes in declared),
             config.image_size,
+            task.reads,
         )
         lengths: tuple[int, ...] = tuple(examples for examples, _ in declared)
         shards: tuple[windows.Shards | int, ...] = ()

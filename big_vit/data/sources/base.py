@@ -1,6 +1,6 @@
 """The `Source` that every format yields, and how sources are selected from and joined."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -311,13 +311,29 @@ def _interleave(parts: list[tuple[np.ndarray, Any]]) -> Any:
 
 
 def declared(
-    name: str, split: str, length: int, num_classes: int, image_size: tuple[int, int]
+    name: str,
+    split: str,
+    length: int,
+    num_classes: int,
+    image_size: tuple[int, int],
+    annotated: Collection[str] = (),
 ) -> Source:
-    """Return a stand-in of black RGB images, enough to plan a run without the dataset."""
+    """Return a stand-in of black RGB images, enough to plan a run without the dataset.
+
+    Args:
+      annotated: 'boxes', 'segmentation': with no objects, and with pixels of class 0.
+    """
 
     def load(indices: Int64[np.ndarray, ' b']) -> Columns:
-        shape = (len(indices), *image_size, 3)
-        return {'image': np.zeros(shape, np.uint8), 'label': np.zeros(len(indices), np.int32)}
+        count = len(indices)
+        columns: Columns = {'image': np.zeros((count, *image_size, 3), np.uint8)}
+        columns['label'] = np.zeros(count, np.int32)
+        if 'boxes' in annotated:
+            columns['boxes'] = [np.zeros((0, 4), np.float32)] * count
+            columns['box_label'] = [np.zeros(0, np.int32)] * count
+        if 'segmentation' in annotated:
+            columns['segmentation'] = np.zeros((count, *image_size, 1), np.uint8)
+        return columns
 
     return Source(name, split, length, num_classes, (*image_size, 3), load, in_memory=True)
 
