@@ -196,7 +196,13 @@ def _source(given: Given) -> Source:
         if getattr(given, name) is not None:
             more[name] = getattr(given, name)
     try:
-        return SOURCES[given.source](Request(split, labelled=False), path=path, **more)
+        source = SOURCES[given.source](Request(split, labelled=False), path=path, **more)
+        if given.flag == 'INPUT' and (source.annotations is not None or source.is_segmented):
+            raise UserError(
+                f'--source: what is written has no room for the boxes of {source.name}: filter the '
+                'pictures alone (--source folder)'
+            )
+        return source
     except TypeError as error:
         unknown = ', '.join(f'--{name}' for name in more if name in str(error))
         if not unknown:

@@ -112,6 +112,18 @@ CANVAS = (
 )
 def test_masks_and_boxes_are_where_their_pixels_are(some, moves, canvas, seed):
     """By the picture itself, whose every pixel says where it was."""
+    check_moves(some, moves, canvas, seed)
+
+
+@pytest.mark.parametrize('text', (*MOVES, *CANVAS))
+def test_every_operation_takes_boxes_and_masks_along(text):
+    things = (Thing(0, (5, 8, 31, 30)), Thing(1, (0, 20, 12, 41)), Thing(2, (20, 2, 38, 9)))
+    some = [Scene('a', (43, 39), things), Scene('b', (51, 67), things)]
+    for seed in range(4):
+        check_moves(some, [] if text in CANVAS else [text], text if text in CANVAS else None, seed)
+
+
+def check_moves(some, moves, canvas, seed):
     text = ' | '.join(filter(None, [*moves, canvas]))
     before = columns_of(some)
     try:
@@ -128,7 +140,7 @@ def test_masks_and_boxes_are_where_their_pixels_are(some, moves, canvas, seed):
         inside = classes != IGNORED
         at = tuple(image[inside][:, axis].astype(int) for axis in (0, 1))
         # OpenCV takes either of two pixels that are equally near, which a second move enlarges.
-        off = 1 if len(moves) == 1 and canvas != CANVAS[2] else 5
+        off = 1 if len(moves) + (canvas == CANVAS[2]) < 2 else 5
         square = np.ones((2 * off + 1, 2 * off + 1), np.uint8)
         parts = np.divmod(classes[inside].astype(int), 15)
         for part, place, period in zip(parts, at, (16, 15), strict=True):
@@ -144,7 +156,7 @@ def test_masks_and_boxes_are_where_their_pixels_are(some, moves, canvas, seed):
             assert (core[at] <= own[inside]).all() and (own[inside] <= grown[at]).all()
             assert not own[~inside].any()
             if own.any():
-                assert np.abs(box - _tight(own)).max() <= 0.51 + len(moves) * enlarged
+                assert np.abs(box - _tight(own)).max() <= 0.51 + max(len(moves), 1) * enlarged
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (boxes >= 0).all() and (boxes <= [*image.shape[1::-1]] * 2).all()
 

@@ -53,7 +53,7 @@ def parquet(
       label_column: column of labels.
       boxes_column: column of the objects in pictures, whose classes are those of the source where
         pictures need no labels: lists of bbox, category, and area and iscrowd where they are
-        there; by default `objects`, where there is one.
+        there; by default `objects`, where there is one and no column of labels.
       box_format: 'xywh' as in COCO, or 'xyxy' for two corners; in pixels.
 
     Raises:
@@ -156,7 +156,8 @@ def parquet(
             shard_lengths=grouped.lengths if grouped else np.array(rows, np.int64),
             expect=grouped.expect if grouped else None,
         )
-        listed = objects_of(name) if kind == 'image' else None
+        has_labels = label_column in table.schema.names and boxes_column is None
+        listed = objects_of(name) if kind == 'image' and not has_labels else None
         return source if listed is None else with_objects(source, *listed)
 
     return cut(title, splits, open_split, request)

@@ -65,7 +65,7 @@ def tfds(
     """Open a dataset of images prepared by TensorFlow Datasets, in any of its file formats.
 
     Nothing is downloaded and TensorFlow is not needed. Where no labels are needed, and the dataset
-    has a feature `objects` with boxes, its classes are those of the objects.
+    has none but a feature `objects` with boxes, its classes are those of the objects.
 
     Args:
       request: the examples to open; `num_classes` defaults to the number in the dataset.
@@ -82,7 +82,8 @@ def tfds(
     builder = _open_builder(directory, key)
     info, features = builder.info, builder.info.features
     image = _image(features, info, tfds_name, key)
-    objects = None if request.labelled else _objects(features)
+    has_label = label_column is not None or _plain_label(features, info) is not None
+    objects = None if request.labelled or has_label else _objects(features)
     label = (
         _label(features, info, label_column, tfds_name, request)
         if objects is None
@@ -367,13 +368,19 @@ def _label_name(
         if label_column in known:
             return label_column
         raise UserError(f'{key}.label_column: {tfds_name} has no label {label_column!r}: {choices}')
-    for name in ('label', _supervised_label(info)):
-        if isinstance(name, str) and name in features:
-            return name
+    name = _plain_label(features, info)
+    if name is not None:
+        return name
     raise UserError(
         f"{key}.tfds_name: {tfds_name} has no feature 'label' (only "
         f'{", ".join(sorted(features))}): {choices}'
     )
+
+
+def _plain_label(features: Any, info: Any) -> str | None:
+    """Return the feature that is the label where nothing is said; None if there is none."""
+    names = ('label', _supervised_label(info))
+    return next((name for name in names if isinstance(name, str) and name in features), None)
 
 
 def _supervised_label(info: Any) -> Any:
