@@ -1,14 +1,19 @@
 """Data in the emulators of two object stores, through a proxy that loses, delays and refuses."""
 
+import contextlib
+import itertools
+
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 from test_index import opened, rows, shard
+from tiny import png, write_features
 
 from benchmarks import emulators
-from big_vit.data import blocks, network, windows
+from big_vit.data import blocks, dataset, network, pipeline, windows
 from big_vit.data.sources import arrow, indexing, parquet
 from big_vit.data.sources.base import Request
 from big_vit.errors import UserError
@@ -102,6 +107,83 @@ def test_parquet(bucket, link, monkeypatch):
     assert source.shard_lengths.tolist() == [8] * 5
     order = random.permutation(40)
     assert source.load(order)['image'] == [pictures[i] for i in order]
+    assert link.done
+
+
+PICTURES, ROWS = 96, 12
+
+
+def write_set(folder, kind):
+    """Write the same pictures in shards or groups of twelve; returns the keys of `data`."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (PICTURES, 10, 8, 3), dtype=np.uint8)
+    files = [png(image).getvalue() for image in images]
+    folder.mkdir()
+    if kind == 'tar':
+        for start in range(0, PICTURES, ROWS):
+            members = [
+                (f'{i:04d}', {'png': files[i], 'cls': str(i % 3).encode()})
+                for i in range(start, start + ROWS)
+            ]
+            (folder / f'train-{start:04d}.tar').write_bytes(shard(members))
+        return {'name': 'tar'}
+    if kind == 'parquet':
+        table = pa.table({'image': files, 'label': [i % 3 for i in range(PICTURES)]})
+        pq.write_table(table, folder / 'train-00000-of-00001.parquet', row_group_size=ROWS)
+        return {'name': 'parquet'}
+    write_features(
+        folder,
+        'tiny',
+        {
+            'image': tfds.features.Image(shape=(10, 8, 3)),
+            'label': tfds.features.ClassLabel(names=[*'abc']),
+        },
+        {'train': PICTURES},
+        lambda i, _: {'image': png(images[i]), 'label': i % 3},
+        num_shards=PICTURES // ROWS,
+    )
+    return {'name': 'tfds', 'tfds_name': 'tiny'}
+
+
+def batches_of(path, settings, shuffle, steps=16):
+    settings = {**settings, 'path': path}
+    spec = dataset.Spec(
+        key='data',
+        name=settings.pop('name'),
+        split='train',
+        transform='decode | inception_crop(size) | flip_lr',
+        image_size=(8, 8),
+        settings=tuple(sorted(settings.items())),
+        num_classes=3,
+    )
+    source, transform = dataset.open_examples((spec,))
+    shards = (windows.opened(source.shard_lengths),) if shuffle == 'windows' else ()
+    order = pipeline.Order(batch_size=16, seed=5, shards=shards)
+    batches = pipeline.train_batches(source, transform, order, num_threads=2)
+    with contextlib.closing(batches):
+        return list(itertools.islice(batches, steps))
+
+
+@pytest.mark.parametrize('kind', ['tar', 'parquet', 'array_record'])
+def test_batches_are_those_of_local_files(bucket, link, tmp_path, monkeypatch, kind):
+    """Bit for bit, in both orders, over more than two epochs, whatever the store does."""
+    # Fits of patience are as long as those of real stores; here they would only take time.
+    monkeypatch.setattr(network, '_FIRST_PAUSE_S', 0.05)
+    folder = tmp_path / 'set'
+    settings = write_set(folder, kind)
+    monkeypatch.setattr(arrow, 'IN_MEMORY_BYTES', 1000)
+    for file in folder.rglob('*'):
+        if file.is_file():
+            put(bucket, f'set/{file.relative_to(folder)}', file.read_bytes())
+    link.fault = emulators.in_turn
+    for shuffle in (True, 'windows'):
+        ours = batches_of(f'{bucket}/set', settings, shuffle)
+        wanted = batches_of(str(folder), settings, shuffle)
+        for one, other in zip(ours, wanted, strict=True):
+            assert one.keys() == other.keys() >= {'image', 'label'}
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name])
+        assert len({batch['image'].tobytes() for batch in ours}) == len(ours)
     assert link.done
 
 
