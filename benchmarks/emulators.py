@@ -19,10 +19,10 @@ from typing import Any
 
 PACKAGES = {'s3': ('moto', 's3fs'), 'gs': ('gcp_storage_emulator', 'gcsfs')}
 _SERVE_GS = """
-import sys, time
+import sys
 from gcp_storage_emulator.server import create_server
 create_server('localhost', int(sys.argv[1]), in_memory=True, default_bucket='bucket').start()
-time.sleep(3600)
+sys.stdin.read()
 """
 _CHUNK = 1 << 18
 # Headers that the proxy writes itself.
@@ -206,7 +206,8 @@ def emulator(kind: str) -> Iterator[int]:
     port = _free_port()
     command = {'s3': ['-m', 'moto.server', '-p'], 'gs': ['-c', _SERVE_GS]}[kind]
     quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, *command, str(port)], **quiet)
+    # It ends with its input, if this process cannot end it.
+    server = subprocess.Popen([sys.executable, *command, str(port)], stdin=subprocess.PIPE, **quiet)
     try:
         deadline = time.monotonic() + 120
         while not _is_answering(port):
