@@ -56,9 +56,10 @@ def test_faults_come_in_their_shares():
 def test_the_command(tmp_path):
     if emulators.lacking('s3'):
         pytest.skip(f'needs {" and ".join(emulators.lacking("s3"))}')
-    command = '--shards 2 --pictures 40 --warm 0 --seconds 0.1 --rounds 1 --json'.split()
+    command = ['--shards', '2', '--pictures', '40', '--warm', '0', '--seconds', '0.1']
+    command += ['--rounds', '1', '--json', str(tmp_path / 'x'), '--peers']
     done = subprocess.run(
-        [sys.executable, '-m', 'benchmarks.slow_store', *command, str(tmp_path / 'x'), '--peers'],
+        [sys.executable, '-m', 'benchmarks.slow_store', *command],
         capture_output=True,
         text=True,
         check=False,

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ _DEFAULT_GB = 32.0
 _SPARE_BLOCKS, _SPARE = 64, 1 / 16
 # After so much of the limit was written, what is there is counted again: other processes write too.
 _COUNTED_AGAIN = 1 / 16
+
+# Names of blocks and of kept files; what else lies there is of others, or not complete.
+_IS_KEPT = re.compile(r'\d+(\.(?!part$)\w+)?')
 
 _Key = tuple[str, int]
 
@@ -365,7 +369,7 @@ class _Blocks:
             self._written = 0
         found = []
         for path in self._folder.glob('*/*'):
-            if path.suffix == '.part':
+            if not _IS_KEPT.fullmatch(path.name):
                 continue
             try:
                 info = path.stat()

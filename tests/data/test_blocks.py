@@ -1,6 +1,7 @@
 """Reading of remote shards: every byte and request is counted, and faults are injected."""
 
 import concurrent.futures
+import os
 import struct
 import threading
 import time
@@ -119,6 +120,19 @@ def test_what_was_used_least_lately_is_dropped(store, file, tmp_path, monkeypatc
     assert len(gets(store)) == asked
     blocks.read_range(file, BLOCK, BLOCK)
     assert len(gets(store)) == asked + 1
+
+
+def test_room_is_made_beside_files_of_others(store, file, tmp_path, monkeypatch):
+    monkeypatch.setenv('BIG_VIT_CACHE_GB', str(3 * BLOCK / 1e9))
+    blocks.read_range(file, 0, BLOCK)
+    (folder,) = (tmp_path / 'cache' / 'blocks').iterdir()
+    for name in ('notes.txt', '.DS_Store', 'x', '7.part'):
+        (folder / name).write_bytes(bytes(2 * BLOCK))
+        os.utime(folder / name, (0, 0))
+    for number in range(1, 6):
+        assert blocks.read_range(file, number * BLOCK, BLOCK) == DATA[number * BLOCK :][:BLOCK]
+    names = {path.name for path in folder.iterdir()}
+    assert {'notes.txt', '.DS_Store', 'x', '7.part', '5'} <= names and '0' not in names
 
 
 def test_a_changed_file_is_fetched_anew(store, file):
