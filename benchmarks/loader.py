@@ -199,7 +199,7 @@ def opencv(folder: Path, cores: int) -> Batches:
     return _threads(files_of(folder), load, cores)
 
 
-def _pil(file: str, rng: Any) -> np.ndarray:
+def pil_picture(file: Any, rng: Any) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as image:
@@ -211,16 +211,33 @@ def _pil(file: str, rng: Any) -> np.ndarray:
 
 
 def pillow(folder: Path, cores: int) -> Batches:
-    return _threads(files_of(folder), _pil, cores)
+    return _threads(files_of(folder), pil_picture, cores)
 
 
 def grain_pillow(folder: Path, cores: int) -> Batches:
     import grain
 
     files = files_of(folder)
-    data = grain.MapDataset.source(files).seed(0).shuffle().repeat().random_map(_pil)
+    data = grain.MapDataset.source(files).seed(0).shuffle().repeat().random_map(pil_picture)
     read = grain.ReadOptions(num_threads=cores, prefetch_buffer_size=BATCH)
     yield from data.to_iter_dataset(read).batch(BATCH)
+
+
+def tf_picture(data: Any) -> Any:
+    """Decode a window of an encoded picture, as an operation of TensorFlow."""
+    import tensorflow as tf
+
+    begin, size, _ = tf.image.sample_distorted_bounding_box(
+        tf.image.extract_jpeg_shape(data),
+        tf.zeros([0, 0, 4], tf.float32),
+        area_range=(0.05, 1),
+        min_object_covered=0,
+        use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], size[:2]], 0)
+    image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+    image = tf.image.resize(image, (SIZE, SIZE))
+    return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
 
 
 def tf_data(folder: Path, cores: int) -> Batches:
@@ -232,18 +249,7 @@ def tf_data(folder: Path, cores: int) -> Batches:
     files = files_of(folder)
 
     def load(file):
-        data = tf.io.read_file(file)
-        begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.image.extract_jpeg_shape(data),
-            tf.zeros([0, 0, 4], tf.float32),
-            area_range=(0.05, 1),
-            min_object_covered=0,
-            use_image_if_no_bounding_boxes=True,
-        )
-        window = tf.concat([begin[:2], size[:2]], 0)
-        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
-        image = tf.image.resize(image, (SIZE, SIZE))
-        return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
+        return tf_picture(tf.io.read_file(file))
 
     data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
     data = data.map(load, num_parallel_calls=cores).batch(BATCH).prefetch(1)

@@ -11,11 +11,12 @@ either order instead, also where the shards are sorted by class, with five seeds
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,14 +148,18 @@ def images_and_labels(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scores_of(
-    train: tuple[np.ndarray, np.ndarray],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
     test: tuple[np.ndarray, np.ndarray],
-    shards: windows.Shards | int,
+    steps: int,
     seed: int,
-) -> tuple[float, float]:
-    """Train a network with one hidden layer by SGD; return its error and loss on test examples."""
-    (images, labels), rng = train, np.random.default_rng(seed)
-    shapes = ((images.shape[1], WIDTH), (WIDTH,), (WIDTH, 10), (10,))
+) -> tuple[float, float, list[np.ndarray]]:
+    """Train a network with one hidden layer by SGD; return its test error, loss and parameters.
+
+    Args:
+      batches: of images, float32 [batch, pixels] of 0 to 1, and labels.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = ((test[0].shape[1], WIDTH), (WIDTH,), (WIDTH, 10), (10,))
     params = [rng.normal(0, shape[0] ** -0.5, shape) * (len(shape) > 1) for shape in shapes]
     params = [param.astype(np.float32) for param in params]
     moments = [np.zeros_like(param) for param in params]
@@ -165,12 +170,10 @@ def scores_of(
         logits -= logits.max(1, keepdims=True)
         return hidden, logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
-    steps = EPOCHS * len(images) // ROWS
-    for step in range(steps):
-        index, _ = windows.example_indices(step, parts=(shards,), batch_size=ROWS, seed=seed)
-        x, rate = images[index], RATE / 2 * (1 + np.cos(np.pi * step / steps))
+    for step, (x, labels) in enumerate(itertools.islice(batches, steps)):
+        rate = RATE / 2 * (1 + np.cos(np.pi * step / steps))
         hidden, logs = forward(x)
-        to_logits = (np.exp(logs) - np.eye(10, dtype=np.float32)[labels[index]]) / len(index)
+        to_logits = (np.exp(logs) - np.eye(10, dtype=np.float32)[labels]) / len(labels)
         to_hidden = (to_logits @ params[2].T) * (hidden > 0)
         gradients = (x.T @ to_hidden, to_hidden.sum(0), hidden.T @ to_logits, to_logits.sum(0))
         for param, moment, gradient in zip(params, moments, gradients, strict=True):
@@ -179,7 +182,16 @@ def scores_of(
             param -= np.float32(rate) * moment
     logs = forward(test[0])[1]
     loss = -logs[np.arange(len(logs)), test[1]].mean()
-    return float((logs.argmax(1) != test[1]).mean()), float(loss)
+    return float((logs.argmax(1) != test[1]).mean()), float(loss), params
+
+
+def batches_in_order(
+    train: tuple[np.ndarray, np.ndarray], shards: windows.Shards | int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of arrays forever."""
+    for step in itertools.count():
+        index, _ = windows.example_indices(step, parts=(shards,), batch_size=ROWS, seed=seed)
+        yield train[0][index], train[1][index]
 
 
 def training(folder: str) -> list[dict[str, Any]]:
@@ -191,7 +203,11 @@ def training(folder: str) -> list[dict[str, Any]]:
         stored = by_class if is_sorted else mixed
         shards = windows.Shards(np.full(SHARDS, ROWS), lanes) if lanes else SHARDS * ROWS
         train = images[stored], labels[stored]
-        scores = [scores_of(train, test, shards, seed) for seed in range(SEEDS)]
+        steps = EPOCHS * len(images) // ROWS
+        scores = [
+            scores_of(batches_in_order(train, shards, seed), test, steps, seed)[:2]
+            for seed in range(SEEDS)
+        ]
         errors, losses = np.array(scores).T
         warned = not isinstance(shards, int) and windows.warning(shards, train[1].__getitem__, 0)
         rows.append(

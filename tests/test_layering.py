@@ -65,7 +65,7 @@ ONLY_IN = {
     'orbax': {'checkpoint.py'},
     'grain': {'data/pipeline.py'},
     'tensorflow_datasets': {'data/sources/prepared.py', 'prepare.py'},
-    'array_record': {'data/sources/records.py'},
+    'array_record': {'data/sources/array_record.py', 'data/sources/records.py'},
     'pyarrow': {
         *('data/sources/arrow.py', 'predict.py'),
         *('preparation/columns.py', 'preparation/embeddings.py'),

@@ -149,7 +149,12 @@ def png(image: np.ndarray) -> io.BytesIO:
 
 
 def write_features(
-    folder: Path, name: str, features: dict, sizes: dict[str, int], example: Callable
+    folder: Path,
+    name: str,
+    features: dict,
+    sizes: dict[str, int],
+    example: Callable,
+    num_shards: int | None = None,
 ) -> Path:
     """Write a TFDS dataset with any features; `example(i, rng)` makes an example.
 
@@ -174,5 +179,7 @@ def write_features(
                 yield i, example(i, rng)
 
     *parents, Tiny.name = name.split('/')
-    Tiny(data_dir=folder.joinpath(*parents), file_format='array_record').download_and_prepare()
+    builder = Tiny(data_dir=folder.joinpath(*parents), file_format='array_record')
+    settings = tfds.download.DownloadConfig(num_shards=num_shards)
+    builder.download_and_prepare(download_config=settings)
     return folder

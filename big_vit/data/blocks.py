@@ -1,7 +1,8 @@
 """Parts of remote files on the local disk: fetched in large ranges, dropped when room is needed.
 
 A file is cut into blocks of `BLOCK_BYTES`. A block is fetched once for all threads and processes of
-a host: when it is expected (`expect`), or once small requests have read a part of it.
+a host: when it is expected (`expect`), or once small requests have read a part of it. What is read
+next (`expect_soon`) while its block is not there comes by small requests, many at once.
 """
 
 import collections
@@ -11,13 +12,14 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from big_vit.data import files, network
+from big_vit.data import files, network, read_ahead
 from big_vit.data.sources.media import say_once
 from big_vit.errors import UserError
 
@@ -27,8 +29,15 @@ _FETCHING = 16
 # little where all of it will be read, and no loss where examples are read at random.
 _ENOUGH = 1 / 16
 _DEFAULT_GB = 32.0
+# What small requests may read of blocks that are on their way: so many blocks when a run starts and
+# all have to come first, then this share of what has come, so that a store that is too slow for
+# the order does not get more to do.
+_SPARE_BLOCKS, _SPARE = 64, 1 / 16
 # After so much of the limit was written, what is there is counted again: other processes write too.
 _COUNTED_AGAIN = 1 / 16
+
+# Names of blocks and of kept files; what else lies there is of others, or not complete.
+_IS_KEPT = re.compile(r'\d+(\.(?!part$)\w+)?')
 
 _Key = tuple[str, int]
 
@@ -41,7 +50,12 @@ def read_range(file: files.Stored, offset: int, size: int) -> bytes:
     """
     if file.place.is_local:
         return files.read_range(file.place, offset, size)
-    data = _cache().read(file, offset, size)
+    cache = _cache()
+    data = cache.ahead.take(read_ahead.Range(_mark(file), offset, size))
+    if data is not None:
+        network.TRAFFIC.add(misses=1)
+        return data
+    data = cache.read(file, offset, size)
     network.TRAFFIC.add(hits=data is not None, misses=data is None)
     return files.read_range(file.place, offset, size) if data is None else data
 
@@ -57,6 +71,11 @@ def read_small(file: files.Stored) -> bytes:
 def expect(file: files.Stored, ranges: list[tuple[int, int]]) -> None:
     """Begin to fetch the blocks of (offset, size) of a remote file, which will be read soon."""
     _cache().expect(file, ranges)
+
+
+def expect_soon(file: files.Stored, ranges: list[tuple[int, int]]) -> None:
+    """Begin to read (offset, size) of a remote file, which are read next and in these pieces."""
+    _cache().expect_soon(file, ranges)
 
 
 def later(task: Callable[..., None], *args: Any) -> None:
@@ -140,6 +159,11 @@ class _Blocks:
         self._lock = threading.Lock()
         self._pool = concurrent.futures.ThreadPoolExecutor(_FETCHING, thread_name_prefix='blocks')
         self._coming: dict[_Key, concurrent.futures.Future[bytes]] = {}
+        self.ahead = read_ahead.ReadAhead()
+        # Blocks on their way of which small requests may read as much as they like: nobody has
+        # said that all of them is needed.
+        self._guessed: set[_Key] = set()
+        self._spare = _SPARE_BLOCKS * BLOCK_BYTES
         # Bytes that small requests read of blocks that are not here, the latest last.
         self._touched: collections.OrderedDict[_Key, int] = collections.OrderedDict()
         self._written = limit  # So that what is there is counted first.
@@ -165,17 +189,51 @@ class _Blocks:
         return b''.join(pieces)
 
     def expect(self, file: files.Stored, ranges: list[tuple[int, int]]) -> None:
-        mark = _mark(file)
-        numbers = {
-            number
-            for offset, size in ranges
-            for number in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1)
-        }
-        for key in ((mark, number) for number in sorted(numbers)):
+        for key in sorted({key for piece in ranges for key in _keys(file, *piece)}):
             if self._limit and not self._path(*key).exists():
                 with self._lock:
-                    if key not in self._coming:
-                        self._coming[key] = self._pool.submit(self._fetch, file, key)
+                    self._guessed.discard(key)
+                    self._send(file, key)
+
+    def expect_soon(self, file: files.Stored, ranges: list[tuple[int, int]]) -> None:
+        for offset, size in ranges:
+            missing = [
+                key
+                for key in _keys(file, offset, size)
+                if not self._limit or not self._path(*key).exists()
+            ]
+            if missing and self._may_read(file, missing, size):
+                what = read_ahead.Range(_mark(file), offset, size)
+                self.ahead.expect(
+                    what, functools.partial(files.read_range, file.place, offset, size)
+                )
+
+    def _may_read(self, file: files.Stored, missing: list[_Key], size: int) -> bool:
+        """Whether a range whose blocks are missing is worth a request of its own."""
+        with self._lock:
+            if any(key in self._coming and key not in self._guessed for key in missing):
+                may = size <= self._spare
+                self._spare -= size * may
+                return may
+            for key in missing:
+                if self._limit and key not in self._coming and self._touch(file, key, size):
+                    self._guessed.add(key)
+                    self._send(file, key)
+        return True
+
+    def _touch(self, file: files.Stored, key: _Key, size: int) -> bool:
+        """Count what small requests read of a block; whether it should be fetched now."""
+        read = self._touched.pop(key, 0) + size
+        if read >= _ENOUGH * min(BLOCK_BYTES, file.size):
+            return True
+        self._touched[key] = read
+        while len(self._touched) > self._limit // BLOCK_BYTES:
+            self._touched.popitem(last=False)
+        return False
+
+    def _send(self, file: files.Stored, key: _Key) -> None:
+        if key not in self._coming:
+            self._coming[key] = self._pool.submit(self._fetch, file, key)
 
     def _path(self, mark: str, number: int) -> Path:
         return self._folder / mark / str(number)
@@ -191,11 +249,10 @@ class _Blocks:
             if coming is not None and coming.cancel():  # It waits behind what is less urgent.
                 coming, at_once = None, True
             if coming is None:
-                read = self._touched.pop(key, 0) + stop - start
-                if not at_once and read < _ENOUGH * min(BLOCK_BYTES, file.size):
-                    self._touched[key] = read
-                    while len(self._touched) > self._limit // BLOCK_BYTES:
-                        self._touched.popitem(last=False)
+                kept = self._kept(key, start, stop)  # It may have come meanwhile.
+                if kept is not None:
+                    return kept
+                if not at_once and not self._touch(file, key, stop - start):
                     return None
                 ours = self._coming[key] = concurrent.futures.Future()
                 ours.set_running_or_notify_cancel()
@@ -241,6 +298,9 @@ class _Blocks:
         finally:
             with self._lock:
                 self._coming.pop(key, None)
+                self._guessed.discard(key)
+                most = _SPARE_BLOCKS * BLOCK_BYTES
+                self._spare = min(most, self._spare + int(size * _SPARE))
 
     def made(self, file: files.Stored, name: str, make: Callable[[], bytes]) -> Path | None:
         path = self._folder / _mark(file) / name
@@ -309,7 +369,7 @@ class _Blocks:
             self._written = 0
         found = []
         for path in self._folder.glob('*/*'):
-            if path.suffix == '.part':
+            if not _IS_KEPT.fullmatch(path.name):
                 continue
             try:
                 info = path.stat()
@@ -352,6 +412,11 @@ def _is_at(handle: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _keys(file: files.Stored, offset: int, size: int) -> list[_Key]:
+    mark = _mark(file)
+    return [(mark, n) for n in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1)]
 
 
 def _mark(file: files.Stored) -> str:

@@ -30,6 +30,10 @@ _PACKAGES = {
     'https': 'aiohttp',
 }
 
+# Else botocore sends ten requests at a time, whoever asks for more.
+fsspec.config.conf.setdefault('s3', {}).setdefault('config_kwargs', {}).setdefault(
+    'max_pool_connections', network.IN_FLIGHT
+)
 
 # Folders and files that systems put beside those of users, thumbnails among them.
 _CLUTTER = frozenset(

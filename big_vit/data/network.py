@@ -20,7 +20,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
 _PER_SECOND_REQUEST = 20
 # Before there is experience with requests of a size: seconds, and bytes a second.
 _LATE_S, _SLOW = 2.0, 10e6
-_IN_FLIGHT = 64
+# Blocks, what is read ahead of them, and second requests; threads start when they are needed.
+IN_FLIGHT = 160
 # Libraries of stores, which raise errors of their own.
 LIBRARIES = frozenset(('aiohttp', 'botocore', 'aiobotocore', 'gcsfs', 'google', 'requests'))
 # What stores say that another attempt cannot cure, in errors of no class of their own.
@@ -111,7 +112,7 @@ _lateness = _Lateness()
 
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix='request')
+    return concurrent.futures.ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix='request')
 
 
 def passes(error: BaseException) -> bool:

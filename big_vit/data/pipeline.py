@@ -27,9 +27,9 @@ from big_vit.errors import PERMANENT_ERRORS, Unavailable, UserError, failure_at
 # A few adjacent rows are loaded together: their random numbers are drawn at once, and the
 # bookkeeping for one row holds the interpreter lock as long as for sixteen.
 _ROWS_PER_TASK = 16
-# Batches after the one that is loaded, of which a source is told. An order with locality goes on
-# beside what it read before, so that a few are enough to fetch the next block in time.
-_STEPS_AHEAD = 8
+# Rows after those that are loaded, which a source begins to read one by one: enough for the
+# latency of a store, and where all examples come so also for requests that are repeated.
+_SOON_IN_WINDOWS, _SOON = 128, 512
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -282,18 +282,21 @@ def train_batches(
     numbers = np.arange(order.batch_size)[rows]
     meter = meter or Meter()
     indices = _kept_indices(order, source.length, numbers)
+    parts = _parts(len(numbers))
 
     def load_part(step: int, part: slice) -> Columns:
         index, view = indices(start_step + step)
-        if order.shards:
-            _expect(source, indices, start_step + step, part, is_first=step == 0)
+        if source.expect is not None:
+            threads = num_threads or default_threads()
+            number = step * len(parts) + part.start // _ROWS_PER_TASK
+            _expect(source.expect, order, indices, start_step, parts, number, threads)
         return load(source, transform, index[part], view[part], order.seed, skip_bad)
 
     if source.in_memory and not workers:
         batches = _in_turn(load_part, None, len(numbers), meter)
     elif workers:
         assert opener is not None
-        task = _WorkerTask(opener, order, start_step, numbers, skip_bad)
+        task = _WorkerTask(opener, order, start_step, numbers, skip_bad, workers)
         batches = _in_processes(task, len(numbers), workers, meter)
     else:
         batches = _threaded(load_part, None, len(numbers), num_threads, meter)
@@ -310,15 +313,41 @@ def train_batches(
 
 def _kept_indices(order: Order, length: int, numbers: np.ndarray) -> _Indices:
     """Return `order.indices` of these rows by the step; all at once take a tenth of the time."""
-    return functools.lru_cache(maxsize=64)(lambda step: order.indices(step, length, numbers))
+    return functools.lru_cache(maxsize=2 * windows.MOST_AHEAD)(
+        lambda step: order.indices(step, length, numbers)
+    )
 
 
-def _expect(source: Source, indices: _Indices, step: int, part: slice, is_first: bool) -> None:
-    """Tell a source which examples later batches have at some rows."""
-    if source.expect is None:
-        return
-    for later in range(1 if is_first else _STEPS_AHEAD, _STEPS_AHEAD + 1):
-        source.expect(indices(step + later)[0][part])
+def _expect(
+    told: Callable[..., None],
+    order: Order,
+    indices: _Indices,
+    start: int,
+    parts: list[slice],
+    number: int,
+    threads: int,
+    stride: int = 1,
+) -> None:
+    """Tell a source which examples come after a part of a batch.
+
+    Args:
+      told: `Source.expect`.
+      start: the first step of the run.
+      parts: of a batch.
+      number: of the part, counted from the start of the run.
+      threads: that load parts at once.
+      stride: from one part to the next of this process.
+    """
+    step, place = divmod(number, len(parts))
+    soon = _SOON_IN_WINDOWS if order.shards else _SOON
+    soon = threads + math.ceil(soon / (_ROWS_PER_TASK * stride))
+    for later in range(0 if number < stride else soon, soon + 1):
+        after, other = divmod(number + later * stride, len(parts))
+        told(indices(start + after)[0][parts[other]], True)
+    if order.shards:
+        ahead = windows.steps_ahead(order.shards, order.batch_size)
+        for later in range(1 if step == 0 else ahead, ahead + 1):
+            told(indices(start + step + later)[0][parts[place]])
 
 
 def _tell_lost(source: Source, index: np.ndarray, meter: Meter) -> None:
@@ -476,6 +505,10 @@ def _threaded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _worker_threads(workers: int) -> int:
+    return max(1, default_threads() // workers)
+
+
 class _WorkerTask:
     """Loads parts of batches in a worker process, which opens the source itself."""
 
@@ -486,7 +519,9 @@ class _WorkerTask:
         start_step: int,
         numbers: np.ndarray,
         skip_bad: bool,
+        workers: int,
     ):
+        self._workers, self._threads = workers, _worker_threads(workers)
         self._opener, self._order, self._start = opener, order, start_step
         self._numbers, self._skip_bad = numbers, skip_bad
         self._parts = _parts(len(numbers))
@@ -511,9 +546,17 @@ class _WorkerTask:
         step, part = divmod(int(number), len(self._parts))
         began = time.perf_counter()
         index, view = (rows[self._parts[part]] for rows in indices(self._start + step))
-        if self._order.shards:
-            rows = self._parts[part]
-            _expect(source, indices, self._start + step, rows, is_first=step == 0)
+        if source.expect is not None:
+            _expect(
+                source.expect,
+                self._order,
+                indices,
+                self._start,
+                self._parts,
+                int(number),
+                self._threads,
+                self._workers,
+            )
         try:
             loaded = load(source, transform, index, view, self._order.seed, self._skip_bad)
         except UserError as error:  # Only the text of an error crosses processes.
@@ -536,7 +579,7 @@ def _in_processes(
 
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nothing here parses.
         flags.FLAGS.mark_as_parsed()
-    threads = max(1, default_threads() // workers)
+    threads = _worker_threads(workers)
     meter.threads = workers * threads
     parts = _parts(batch)
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

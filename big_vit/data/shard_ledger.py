@@ -100,11 +100,11 @@ def with_lost(source: Source, ledger: Ledger | None) -> Source:
             raise FileNotFoundError(errno.ENOENT, 'it has vanished', ledger.shards[gone[0]].name)
         return source.load(indices + moves[which])
 
-    def expect(indices: np.ndarray) -> None:
+    def expect(indices: np.ndarray, *soon: bool) -> None:
         which = shard_of(indices)
         is_there = places[which] >= 0
         assert source.expect is not None
-        source.expect(indices[is_there] + moves[which[is_there]])
+        source.expect(indices[is_there] + moves[which[is_there]], *soon)
 
     def where(index: int) -> str:
         which = int(shard_of(np.array([index]))[0])

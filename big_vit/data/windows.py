@@ -33,6 +33,8 @@ AUTO_EXAMPLES, AUTO_SHARDS = 10_000_000, 64
 _PLACE_BITS = 20
 # Windows may begin at sixteenths where a lane does, so that lanes do not all need new ones at once.
 _PHASES = 16
+# Steps by which windows are begun before they are needed, at least and at most.
+_LEAST_AHEAD, MOST_AHEAD = 8, 64
 # Rows of one example are so many apart, if a batch has several views of it.
 _APART = 8
 # Most shards that may be open at once.
@@ -105,6 +107,17 @@ def line(parts: Sequence[Shards | int]) -> str:
         return f'{how} in random order'
 
     return '; '.join(map(told, parts))
+
+
+def steps_ahead(parts: Sequence[Shards | int], batch_size: int) -> int:
+    """Return how many steps ahead a window is begun to be read.
+
+    A sixteenth of the lanes come to new ones at a time. If these are begun when the sixteenth
+    before has come to its own, as many bytes are asked for at any time.
+    """
+    lanes = sum(part.lanes for part in parts if not isinstance(part, int))
+    steps = -(-lanes * WINDOW // (_PHASES * batch_size))
+    return min(max(_LEAST_AHEAD, steps), MOST_AHEAD)
 
 
 @functools.cache
@@ -240,7 +253,7 @@ def example_indices(
 
 
 # Rows of one batch are asked for a few at a time, by many threads.
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=2 * MOST_AHEAD)
 def _rows(
     step: int,
     parts: tuple[Shards | int, ...],

@@ -15,7 +15,8 @@ from big_vit.preparation.signatures import Signatures, distance
 
 _PLACE = [('id', '<u8'), ('pixels', '<u4'), ('bytes', '<u4')]
 EQUAL = np.dtype([('key', '<u8', 2), *_PLACE])
-ALIKE = np.dtype([('key', '<u4'), *_PLACE, ('colours', 'i1', 8), ('bits', '<u8', 4)])
+_SIGNATURE = [('colours', 'i1', 8), ('bits', '<u8', 4)]
+ALIKE = np.dtype([('key', '<u4'), *_PLACE, *_SIGNATURE])
 SOUGHT = np.dtype([('key', '<u8'), *_PLACE])
 # An example that is left out, and the one that it is left out for.
 EDGE = np.dtype([('id', '<u8'), ('of', '<u8'), ('reason', 'u1')])
@@ -25,7 +26,7 @@ OF_EVALUATION, OF_EQUAL, OF_ALIKE, WITHOUT = 0, 1, 2, 3
 _UNIT_BITS = np.uint64(32)
 # Mean difference of chroma, in levels, above which pictures of one shape are of other things.
 _MOST_COLOUR = 10
-# Comparisons at a time, and the most rows with one key that are compared beside others.
+# Comparisons at a time, and the most rows with one key that are compared beside other groups.
 _BLOCK, _SMALL = 1 << 20, 64
 
 
@@ -149,7 +150,7 @@ def alike(rows: np.ndarray, most: tuple[int, int], first_evaluation: int, keep: 
     found = [np.zeros((0, 2), np.uint64), *_side_by_side(rows, is_own, sizes, most)]
     for group in np.flatnonzero(sizes > _SMALL):
         some = slice(bounds[group], bounds[group + 1])
-        found.extend(_one_by_one(rows[some], is_own[some], most))
+        found.extend(_of_large(rows[some], is_own[some], most))
     pairs = np.unique(np.concatenate(found), axis=0)
     return _edges(pairs[:, 0], pairs[:, 1], first_evaluation, OF_ALIKE)
 
@@ -180,21 +181,29 @@ def _side_by_side(
             yield np.stack([other['id'][near], one['id'][near]], axis=1)
 
 
-def _one_by_one(
-    group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """Yield (left out, for which) of a large group, in which each is compared with all after it.
+def _of_large(group: np.ndarray, is_own: np.ndarray, most: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield (left out, for which) of a large group, in which each is compared with all before it.
 
-    What is left out is not compared with what follows, so that a picture that is there a hundred
-    thousand times costs no more than its number.
+    Of those of one signature only the first is compared, which is near whatever they are, so that a
+    picture that is there a hundred thousand times costs no more than its number.
     """
-    remain: np.ndarray = np.arange(len(group))
-    while len(remain):
-        count = max(1, min(1024, _BLOCK // len(remain)))
-        first, others = remain[:count], group[remain]
-        near = _near(group[first][:, None], is_own[first][:, None], others, most)
-        near &= (np.arange(len(first))[:, None] < np.arange(len(others))) & is_own[remain]
-        taken = np.asarray(near.any(0))
-        of = group['id'][first][near.argmax(0)[taken]]
-        yield np.stack([others['id'][taken], of], axis=1)
-        remain = remain[count:][~taken[count:]]
+    signatures = np.zeros(len(group), [*_SIGNATURE, ('is_own', '?')])
+    for name, _, _ in _SIGNATURE:
+        signatures[name] = group[name]
+    signatures['is_own'] = is_own
+    _, first, which = np.unique(signatures, return_index=True, return_inverse=True)
+    same = np.flatnonzero((first[which] != np.arange(len(group))) & is_own)
+    first_of = first[which[same]]
+    yield np.stack([group['id'][same], group['id'][first_of]], axis=1)
+    kept, evaluation = np.sort(first), np.full(len(group), -1)
+    step = max(1, min(1024, _BLOCK // len(kept)))
+    for start in range(0, len(kept), step):
+        some, others = kept[start : start + step], kept[start + 1 :]
+        near = _near(group[some][:, None], is_own[some][:, None], group[others], most)
+        near &= (some[:, None] < others) & is_own[others]
+        left_out, of = others[near.any(0)], some[near.argmax(0)[near.any(0)]]
+        yield np.stack([group['id'][left_out], group['id'][of]], axis=1)
+        evaluation[left_out[~is_own[of]]] = of[~is_own[of]]
+    near_one = evaluation[first_of] >= 0
+    of = evaluation[first_of[near_one]]
+    yield np.stack([group['id'][same[near_one]], group['id'][of]], axis=1)

@@ -577,6 +577,7 @@ def tell(made: dict[str, Any], out: str) -> None:
     if made['without_embedding']:
         print(f'without an embedding: {made["without_embedding"]:,}, compared with none')
     size = sum(shard['bytes'] for shard in made['shards'])
-    _say('wrote', f'{out}: {len(made["shards"]):,} shards, {size / 1e9:.3f} GB')
+    count = len(made['shards'])
+    _say('wrote', f'{out}: {count:,} shard{"s" * (count != 1)}, {size / 1e9:.3f} GB')
     if not made['kept']:
         print('nothing is left: see left_out/ for why', file=sys.stderr)

@@ -1,6 +1,7 @@
 """Reading of remote shards: every byte and request is counted, and faults are injected."""
 
 import concurrent.futures
+import os
 import struct
 import threading
 import time
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_index import fill, held, opened
 
-from big_vit.data import blocks, files, network, pipeline, transforms, windows
+from big_vit.data import blocks, files, network, pipeline, read_ahead, transforms, windows
 from big_vit.data.sources import arrow, indexing, parquet, tfrecord
 from big_vit.data.sources.base import Request, Source
 from big_vit.errors import Unavailable, UserError
@@ -121,6 +122,19 @@ def test_what_was_used_least_lately_is_dropped(store, file, tmp_path, monkeypatc
     assert len(gets(store)) == asked + 1
 
 
+def test_room_is_made_beside_files_of_others(store, file, tmp_path, monkeypatch):
+    monkeypatch.setenv('BIG_VIT_CACHE_GB', str(3 * BLOCK / 1e9))
+    blocks.read_range(file, 0, BLOCK)
+    (folder,) = (tmp_path / 'cache' / 'blocks').iterdir()
+    for name in ('notes.txt', '.DS_Store', 'x', '7.part'):
+        (folder / name).write_bytes(bytes(2 * BLOCK))
+        os.utime(folder / name, (0, 0))
+    for number in range(1, 6):
+        assert blocks.read_range(file, number * BLOCK, BLOCK) == DATA[number * BLOCK :][:BLOCK]
+    names = {path.name for path in folder.iterdir()}
+    assert {'notes.txt', '.DS_Store', 'x', '7.part', '5'} <= names and '0' not in names
+
+
 def test_a_changed_file_is_fetched_anew(store, file):
     assert blocks.read_range(file, 0, BLOCK) == DATA[:BLOCK]
     store.store['/bucket/x'] = held(bytes(len(DATA)))
@@ -141,6 +155,99 @@ def test_a_limit_that_is_none(store, file, monkeypatch, text):
     monkeypatch.setenv('BIG_VIT_CACHE_GB', text)
     with pytest.raises(UserError, match=r'BIG_VIT_CACHE_GB=.*: is not a number of gigabytes'):
         blocks.read_range(file, 0, 10)
+
+
+# --- Read ahead -------------------------------------------------------------------------
+
+
+def held_up(store, monkeypatch, wanted):
+    """Hold up small requests until so many are under way; returns whether they have been."""
+    under_way, lock, have_been = set(), threading.Lock(), threading.Event()
+    get = store.cat_file
+
+    def counted(self, path, start=None, end=None, **kwargs):
+        if path.endswith(('.tar', '/x')) and end is not None and end - start < BLOCK:
+            with lock:
+                under_way.add((path, start))
+                if len(under_way) >= wanted:
+                    have_been.set()
+            have_been.wait(10)
+        return get(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(store, 'cat_file', counted)
+    return have_been
+
+
+def test_what_is_read_soon_is_asked_for_at_once_and_kept_until_it_was_read(
+    store, file, monkeypatch
+):
+    monkeypatch.setattr(blocks, '_ENOUGH', 2)  # No block is fetched as well.
+    have_been = held_up(store, monkeypatch, read_ahead.IN_FLIGHT)
+    store.asked.clear()
+    ranges = [(7 * i, 100) for i in range(read_ahead.IN_FLIGHT)]
+    blocks.expect_soon(file, ranges)
+    blocks.expect_soon(file, ranges[:1])
+    for offset, size in [*ranges, ranges[0]]:
+        assert blocks.read_range(file, offset, size) == DATA[offset : offset + size]
+    assert gets(store) == [100] * read_ahead.IN_FLIGHT
+    assert have_been.is_set()
+    ahead = blocks._cache().ahead
+    assert not ahead._coming and not ahead._bytes
+
+
+def test_no_more_is_read_ahead_than_memory_is_given(store, file, monkeypatch):
+    monkeypatch.setattr(read_ahead, '_MOST_BYTES', 1000)
+    monkeypatch.setattr(read_ahead, '_FORGOTTEN', 20)
+    store.asked.clear()
+    blocks.expect_soon(file, [(7 * i, 100) for i in range(15)])
+    ahead = blocks._cache().ahead
+    assert [what.offset for what in ahead._coming] == [7 * i for i in range(10)]
+    assert blocks.read_range(file, 7 * 12, 100) == DATA[7 * 12 :][:100]
+    # What nobody came for gives way at last.
+    blocks.expect_soon(file, [(3 * i, 100) for i in range(100, 112)])
+    assert 3 * 111 in [what.offset for what in ahead._coming]
+    assert ahead._bytes == 100 * len(ahead._coming) <= 1000
+
+
+def test_who_needs_an_example_does_not_wait_for_its_block(store, file, monkeypatch):
+    monkeypatch.setattr(blocks, '_SPARE_BLOCKS', 1)
+    blocks._opened.cache_clear()
+    come = threading.Event()
+    get = store.cat_file
+
+    def slow_blocks(self, path, start=None, end=None, **kwargs):
+        assert end is None or end - start < BLOCK or come.wait(30)
+        return get(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(store, 'cat_file', slow_blocks)
+    blocks.expect(file, [(0, 3 * BLOCK)])
+    size = BLOCK // 4
+    ranges = [(number * size, size) for number in range(6)]
+    blocks.expect_soon(file, ranges)
+    for offset, _ in ranges[:4]:
+        assert blocks.read_range(file, offset, size) == DATA[offset : offset + size]
+    # As much as a block was spared; the rest comes with the blocks.
+    assert sorted(gets(store)) == [size] * 4
+    come.set()
+    for offset, _ in ranges[4:]:
+        assert blocks.read_range(file, offset, size) == DATA[offset : offset + size]
+    assert gets(store).count(size) == 4
+
+
+@pytest.mark.parametrize('shuffle', [True, 'windows'])
+def test_a_run_has_many_requests_under_way(store, shuffle, monkeypatch):
+    """With one thread of a loader: bytes under way, not threads, are what covers a latency."""
+    path = fill(store, 8, count=64)
+    indexing.index(path, say=lambda line: None)
+    source = opened(path, text_column=None)
+    shards = (windows.opened(source.shard_lengths, 4),) if shuffle == 'windows' else ()
+    kept = pipeline.Order(batch_size=16, seed=3, shards=shards)
+    have_been = held_up(store, monkeypatch, 48)
+    transform = transforms.parse("keep('label')", size=(8, 8))
+    batches = pipeline.train_batches(source, transform, kept, num_threads=1)
+    next(batches)
+    batches.close()
+    assert have_been.is_set()
 
 
 # --- Faults ----------------------------------------------------------------------------

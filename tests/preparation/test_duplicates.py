@@ -59,9 +59,12 @@ def alike_one_by_one(numbers, pixels, sizes, found, keep):
     return out
 
 
+# Groups of more than so many rows of one key are compared in another way.
+@pytest.mark.parametrize('small', [64, 2])
 @pytest.mark.parametrize('keep', ['largest', 'first'])
 @pytest.mark.parametrize('seed', range(3))
-def test_what_is_left_out_is_what_comparing_all_pairs_says(seed, keep):
+def test_what_is_left_out_is_what_comparing_all_pairs_says(seed, keep, small, monkeypatch):
+    monkeypatch.setattr(duplicates, '_SMALL', small)
     rng = np.random.default_rng(seed)
     given = examples_of(rng, 120, 12)
     rows = duplicates.alike_rows(*given)
@@ -139,6 +142,22 @@ def test_one_picture_many_times_costs_no_square():
     rows = duplicates.alike_rows(numbers, ones, ones, same)
     edges = duplicates.alike(rows, MOST, EVALUATION, 'first')
     assert edges['id'].tolist() == numbers[1:].tolist() and set(edges['of'].tolist()) == {1 << 32}
+
+
+@pytest.mark.parametrize('count', [3, 100])
+def test_each_goes_that_is_near_one_before_it_also_one_that_goes(count):
+    """A chain, of which each differs from the next by as much as it may."""
+    numbers, ones = duplicates.ids(1, np.arange(count)), np.ones(count, np.uint32)
+    bits = np.zeros((count, 256), np.uint8)
+    for i in range(count):
+        bits[i, MOST[0] * i % 256 : MOST[0] * i % 256 + MOST[0]] = 1
+    bits = np.bitwise_xor.accumulate(bits, axis=0)
+    words = np.packbits(bits, axis=1).view(np.uint64)[:, None]
+    bands = np.zeros((count, 1, 1), np.uint16)
+    found = Signatures(words, bands, np.zeros((count, 8), np.int8), np.ones(count, bool))
+    rows = duplicates.alike_rows(numbers, ones, ones, found)
+    edges = duplicates.alike(rows, MOST, EVALUATION, 'first')
+    assert np.unique(edges['id']).tolist() == numbers[1:].tolist()
 
 
 def test_nothing_has_no_duplicates():

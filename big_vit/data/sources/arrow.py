@@ -143,8 +143,10 @@ class GroupedTable:
         where = GroupedColumn(lambda group: parts(group)[1], self._ends)
         return kind, values, None if paths is None else where
 
-    def expect(self, indices: np.ndarray) -> None:
-        """Begin to read the groups of some rows."""
+    def expect(self, indices: np.ndarray, soon: bool = False) -> None:
+        """Begin to read the groups of some rows; nothing smaller could come `soon`."""
+        if soon:
+            return
         for group in np.unique(np.searchsorted(self._ends, indices, side='right')).tolist():
             blocks.later(self._table, group)
 

@@ -121,9 +121,10 @@ class Source:
         messages.
       shard_lengths: number of examples of each shard, int64 [shards], in the order of the
         examples; None if they do not lie in shards, or not in their order.
-      expect: is told the indices of examples that `load` will be asked for soon, with their
-        neighbours, so that it can fetch them in large pieces; returns at once. None if that would
-        be of no use.
+      expect: is told the indices of examples that `load` will be asked for with their neighbours,
+        so that it can fetch them in large pieces, or (`soon`, the second argument) of those that
+        come next, so that nobody waits for one after the other; returns at once. None if that
+        would be of no use.
       shards: returns the shards, in the same order; None if they are not known.
       annotations: returns the objects in the pictures of these examples, without reading a picture;
         None of a source without boxes. `load` then has 'boxes', 'box_label' and 'box_crowd' and may
@@ -145,7 +146,7 @@ class Source:
     labels: Callable[[], np.ndarray] | None = None
     where: Callable[[int], str] | None = None
     shard_lengths: Int64[np.ndarray, ' shards'] | None = None
-    expect: Callable[[np.ndarray], None] | None = None
+    expect: Callable[..., None] | None = None
     shards: Callable[[], Sequence[Shard]] | None = None
     annotations: Callable[[Int64[np.ndarray, ' n']], list[Annotation]] | None = None
     label_maps: Callable[[Int64[np.ndarray, ' n']], list[np.ndarray]] | None = None
@@ -182,7 +183,7 @@ def select(source: Source, length: int, position: Callable[[np.ndarray], np.ndar
         length=length,
         load=lambda indices: source.load(position(np.asarray(indices, np.int64))),
         shard_lengths=None,
-        expect=None if expect is None else lambda indices: expect(position(indices)),
+        expect=None if expect is None else lambda indices, *soon: expect(position(indices), *soon),
         shards=None,
         labels=None if labels is None else lambda: labels()[position(np.arange(length))],
         where=lambda index: source.place(int(position(np.array([index], np.int64))[0])),
@@ -250,12 +251,12 @@ def concatenate(sources: Sequence[Source], name: str, split: str) -> Source:
             for column in sorted(common)
         }
 
-    def expect(indices: np.ndarray) -> None:
+    def expect(indices: np.ndarray, *soon: bool) -> None:
         which = np.searchsorted(ends, indices, side='right')
         for k in np.unique(which).tolist():
             told = sources[k].expect
             if told is not None:
-                told(indices[which == k] - starts[k])
+                told(indices[which == k] - starts[k], *soon)
 
     def where(index: int) -> str:
         part, within = locate(index, ends)

@@ -250,7 +250,7 @@ def _join(
     kept = sum(indexed.is_kept for indexed in written)
     examples = sum(sum(indexed.row.counts) for indexed in written)
     say(
-        f'indexed {len(written):,} shards with {examples:,} examples'
+        f'indexed {len(written):,} shard{"s" * (len(written) != 1)} with {examples:,} examples'
         + (f'; {kept:,} of them were there' if kept else '')
     )
     rows, facts = _joined(written)

@@ -1,6 +1,6 @@
 """Datasets prepared by TensorFlow Datasets, read without TensorFlow.
 
-ArrayRecord and Parquet files are read by TFDS itself, TFRecord files through our own index.
+Local ArrayRecord and Parquet files are read by TFDS itself, TFRecord files through our own index.
 Images stay encoded: they are decoded by the transform, which may need only a part.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from big_vit.data import decode, files
-from big_vit.data.sources import annotated, tfrecord
+from big_vit.data.sources import annotated, array_record, tfrecord
 from big_vit.data.sources import labels as labels_lib
 from big_vit.data.sources.base import Annotation, Columns, Request, Shard, Source, locate
 from big_vit.data.sources.classes import label_name
@@ -279,10 +279,12 @@ def _reader(
     if image.is_encoded:
         skip = {image.feature: tensorflow_datasets.decode.SkipDecoding()}
     info = builder.info
-    if _format(info) != 'tfrecord':
+    is_stored = _format(info) == 'array_record' and not shards[0].is_local
+    if _format(info) != 'tfrecord' and not is_stored:
         return builder.as_data_source(name, decoders=skip).__getitems__, None
     decode = info.features.deserialize_example_np
-    records = tfrecord.Records(shards, list(info.splits[name].shard_lengths))
+    kind = array_record.Records if is_stored else tfrecord.Records
+    records = kind(shards, list(info.splits[name].shard_lengths))
     return lambda rows: [decode(records.read(i), decoders=skip) for i in rows], records.expect
 
 

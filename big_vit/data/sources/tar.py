@@ -128,15 +128,18 @@ def _source(samples: Samples, name: str, classes: Classes, settings: Settings) -
             columns['text'] = loader('text', read_text)(numbers)
         return columns
 
-    def expect(indices: np.ndarray) -> None:
+    def expect(indices: np.ndarray, soon: bool = False) -> None:
         which = np.searchsorted(ends, indices, side='right')
         for shard in np.unique(which).tolist():
-            blocks.later(fetch, shard, indices[which == shard] - starts[shard])
+            blocks.later(fetch, shard, indices[which == shard] - starts[shard], soon)
 
-    def fetch(shard: int, rows: np.ndarray) -> None:
+    def fetch(shard: int, rows: np.ndarray, soon: bool) -> None:
         part, _ = part_of(shard)
-        offsets, sizes = part.offset[rows].tolist(), part.size[rows].tolist()
-        blocks.expect(shards[shard], list(zip(offsets, sizes, strict=True)))
+        places = list(zip(part.offset[rows].tolist(), part.size[rows].tolist(), strict=True))
+        if part.words is not None:
+            places += map(tuple, part.words[rows].tolist())
+        told = blocks.expect_soon if soon else blocks.expect
+        told(shards[shard], [(offset - BLOCK, BLOCK + size) for offset, size in places])
 
     def where(index: int) -> str:
         shard, part, row, _ = find(np.array([index]))[0]

@@ -171,19 +171,20 @@ class Records:
         text = f'{stored.place}: the record at byte {offset:,} has another checksum'
         raise network.BrokenAnswerError(text)
 
-    def expect(self, indices: np.ndarray) -> None:
-        """Begin to read the blocks of some records, if they are remote."""
+    def expect(self, indices: np.ndarray, soon: bool = False) -> None:
+        """Begin to read some records with their blocks, or `soon` alone, if they are remote."""
         if self._shards[0].place.is_local:
             return
         which = np.searchsorted(self._ends, indices, side='right')
         starts = self._ends - self._lengths
         for shard in np.unique(which).tolist():
-            blocks.later(self._fetch, shard, indices[which == shard] - starts[shard])
+            blocks.later(self._fetch, shard, indices[which == shard] - starts[shard], soon)
 
-    def _fetch(self, shard: int, rows: np.ndarray) -> None:
+    def _fetch(self, shard: int, rows: np.ndarray, soon: bool) -> None:
         offset, size = self._part(shard)
-        ranges = list(zip(offset[rows].tolist(), size[rows].tolist(), strict=True))
-        blocks.expect(self._shards[shard], ranges)
+        places = zip(offset[rows].tolist(), size[rows].tolist(), strict=True)
+        told = blocks.expect_soon if soon else blocks.expect
+        told(self._shards[shard], [(at - _HEAD, _HEAD + count + _FOOT) for at, count in places])
 
 
 def _fast_crc(data: bytes) -> int | None:
