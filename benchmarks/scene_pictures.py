@@ -90,7 +90,7 @@ def shrunk(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def thing(path: Path) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """Read a picture with transparency, cut to what is seen; None if there is none, or a thin one."""
+    """Read a picture with transparency, cut to what is seen; None without one that is not thin."""
     try:
         pixels = Encoded(path.read_bytes(), channels=4).pixels()
     except DecodeError:

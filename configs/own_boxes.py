@@ -95,7 +95,9 @@ def get_config(
                 'val': {
                     'type': 'detection',
                     'split': val,
-                    'transform': f'resize_long({size}) | pad_to(size) | boxes({queries}) | normalize',
+                    'transform': (
+                        f'resize_long({size}) | pad_to(size) | boxes({queries}) | normalize'
+                    ),
                     'per_class': 'all',
                     'every_percent': 20,
                 }
