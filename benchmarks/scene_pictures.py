@@ -33,6 +33,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
 SIDE, OPAQUE = 96, 128
 # What fraction of a thing must be seen, and of its box's sides, for it to be in a scene.
 SEEN, LEAST = 0.4, 6
+# How often another thing is drawn where one does not fit.
+TRIES = 50
 
 
 class Things(NamedTuple):
@@ -226,8 +228,8 @@ def scene(
     """Paste one to `most` things onto a window of a photograph.
 
     Each class is as likely as another. Things are a fifth to three fifths as large as the scene,
-    may be mirrored, and may hide parts of each other; one of which too little is seen is not
-    pasted.
+    may be mirrored, and may hide parts of each other; one of which too little would be
+    seen is not pasted, and another is drawn.
 
     Args:
       rows: of the things.
@@ -242,7 +244,10 @@ def scene(
     masks: list[np.ndarray] = []
     whole: list[int] = []
     classes = np.unique(known.labels[rows])
-    for _ in range(int(rng.integers(1, most + 1))):
+    wanted = int(rng.integers(1, most + 1))
+    for _ in range(TRIES):
+        if len(labels) == wanted:
+            break
         label = int(rng.choice(classes))
         row = int(rng.choice(rows[known.labels[rows] == label]))
         height, width = known.sizes[row]
@@ -263,7 +268,7 @@ def scene(
         image[y : y + tall, x : x + wide] = pixels[..., :3] * alpha + there * (1 - alpha)
         masks, whole, labels = new, areas, [*labels, label]
     image = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
-    return Scene(image, np.array(labels, np.int32), np.array(masks).reshape(-1, size, size))
+    return Scene(image, np.array(labels, np.int32), np.array(masks, bool).reshape(-1, size, size))
 
 
 def is_seen(mask: np.ndarray, area: int) -> bool:
