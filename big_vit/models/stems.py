@@ -17,6 +17,7 @@ RESNETS: dict[str, tuple[tuple[int, ...], ...]] = {
     'R26': ((2, 2, 2, 2),),
     'R50': ((3, 4, 6, 3), (3, 4, 9)),
     'R101': ((3, 4, 23, 3),),
+    'R8': ((1, 1),),  # Two stages of one unit, for pictures of few pixels.
 }
 CCT_CHANNELS = 64
 
