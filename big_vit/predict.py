@@ -398,7 +398,9 @@ def see(model: Predictor, source: Source, args: Any, out: Path | None) -> None:
         place, name = _name(source, seen.row), _stem(source, seen.row)
         if seen.objects is not None:
             own = seen.objects
-            found = sightings.Objects(own.scores, own.labels, seen.corners())
+            found = sightings.Objects(
+                np.asarray(own.scores), np.asarray(own.labels), seen.corners()
+            )
             likely = found.likely(args.threshold)
             line = likely.words(model.seen_names)
             entries += _coco_entries(model, source, seen)
@@ -441,9 +443,9 @@ def _coco_entries(model: Predictor, source: Source, seen: Seen) -> list[Row]:
     if source.annotations is not None:
         (own,) = source.annotations(np.array([seen.row]))
         image, file = own.image_id, own.identity
-    found = seen.objects
-    entries = detection.results(found.scores, found.labels, found.boxes, seen.size, image)
-    names = [model.seen_names[label] for label in found.labels.tolist()]
+    scores, labels, boxes = map(np.asarray, seen.objects[:3])
+    entries = detection.results(scores, labels, boxes, seen.size, image)
+    names = [model.seen_names[label] for label in labels.tolist()]
     return [
         {**entry, 'category': name, 'file_name': file}
         for entry, name in zip(entries, names, strict=True)

@@ -495,7 +495,7 @@ class Predictor:
         step = self._jitted(asked.data, self._task.detect(model))
         for first, (mask, found) in self._computed(asked, unread, step):
             for row in np.flatnonzero(mask > 0).tolist():
-                own = Detections(*(None if x is None else x[row] for x in found))
+                own = jax.tree.map(lambda x, row=row: x[row], found)
                 if not all(np.isfinite(x).all() for x in (own.scores, own.boxes)):
                     raise self._not_finite()
                 yield Seen(first + row, stored_size(asked.data.source, first + row), own, None)

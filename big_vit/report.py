@@ -350,7 +350,8 @@ def _sights(model: predictor.Predictor, source: sources.Source) -> str:
         picture = predictor.stored_picture(asked.data.source, one.row)
         at, place = np.array([one.row]), source.place(one.row)
         if one.objects is not None and source.annotations is not None:
-            found = sightings.Objects(one.objects.scores, one.objects.labels, one.corners())
+            scores, labels = np.asarray(one.objects.scores), np.asarray(one.objects.labels)
+            found = sightings.Objects(scores, labels, one.corners())
             (truth,) = source.annotations(at)
             judged.append(sightings.judge_objects(picture, found, truth, names, place))
         elif one.labels is not None and source.label_maps is not None:

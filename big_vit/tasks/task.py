@@ -99,10 +99,10 @@ class Detections(NamedTuple):
       masks: logits of the pixels of each over the whole canvas, at any resolution; None without.
     """
 
-    scores: Float[Array, 'batch objects']
-    labels: Int[Array, 'batch objects']
-    boxes: Float[Array, 'batch objects 4']
-    masks: Float[Array, 'batch objects rows columns'] | None = None
+    scores: Float[Array, '*batch objects']
+    labels: Int[Array, '*batch objects']
+    boxes: Float[Array, '*batch objects 4']
+    masks: Float[Array, '*batch objects rows columns'] | None = None
 
 
 # (parameters, batch) -> what a model finds in its pictures.
