@@ -138,10 +138,10 @@ def test_decoded_pictures_are_cached_with_their_objects(root):
 def test_another_task_learns_from_pictures_with_boxes(root, tmp_path):
     loaded = load(
         root, 'flip_lr | large_scale_jitter(size) | boxes(6)',
-        **{'total_steps': 2, 'total_epochs': None, 'data.workers': 1, 'data.on_error': 'skip'},
+        **{'total_epochs': 6, 'batch_size': 8, 'data.workers': 1, 'data.on_error': 'skip'},
     )  # fmt: skip
     result = train.run(loaded, tmp_path / 'w')
-    assert result.step == 2
+    assert result.step >= 1
     assert np.isfinite(
         [row['train/loss'] for row in metrics.read(tmp_path / 'w') if 'train/loss' in row]
     ).all()

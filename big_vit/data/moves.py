@@ -67,7 +67,9 @@ class Move(NamedTuple):
         return moved.reshape(-1, 4), np.asarray(sides.min(axis=1) > 0)
 
 
-def _nearest(start: float, length: float, count: int, side: int, turned: bool) -> np.ndarray:
+def _nearest(
+    start: float | int, length: float | int, count: int, side: int, turned: bool
+) -> np.ndarray:
     # Between two pixels the first is taken, as OpenCV and Pillow do.
     middle = start + (np.arange(count) + 0.5) * (length / count)
     at = np.ceil(middle - 1e-6).astype(np.int64) - 1
