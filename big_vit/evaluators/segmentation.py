@@ -248,8 +248,11 @@ def count_all(
             scores = outputs.pop('scores')
             fine = scores.shape[1:3] == canvas
             kept = {at: row for at, row in local_rows(outputs) if row['mask'] > 0}
-            ends = canvas if fine else scores.shape[1:3]
-            sizes = {at: tuple(row['size']) if fine else ends for at, row in kept.items()}
+            whole = scores.shape[1], scores.shape[2]
+            sizes = {
+                at: (int(row['size'][0]), int(row['size'][1])) if fine else whole
+                for at, row in kept.items()
+            }
             tasks = [
                 pool.submit(count_row, first + at, kept[at], own, fine)
                 for at, own in _fetched(scores, sizes)
