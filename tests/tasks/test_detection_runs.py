@@ -16,7 +16,6 @@ SMALL = {
     'batch_size': 2,
     'total_steps': 2,
     'schedule.drop_steps': 1,
-    'schedule.drop_epochs': None,
     'log.every_steps': 1,
     'model.variant': 'R26+mu/32',
     'model.dtype': 'float32',
@@ -29,7 +28,6 @@ SMALL = {
     'evals.val.split': 'train',
     'evals.val.transform': TRANSFORM,
     'evals.val.every_steps': 2,
-    'evals.val.every_epochs': None,
 }
 RECIPE = 'configs/detr_r50_coco.py'
 
