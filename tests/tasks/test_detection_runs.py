@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, **changes):
-    found = [(key, str(value)) for key, value in {**SMALL, **changes}.items()]
+    wanted = {**SMALL, 'batch_size': 8, **changes}  # As many as there are devices here.
+    found = [(key, str(value)) for key, value in wanted.items()]
     return config.load(f'{RECIPE}:path={folder}', found)
 
 
