@@ -116,8 +116,8 @@ class ExampleShape(NamedTuple):
 
     Attributes:
       inputs: shape of each part of the model's input, and of `Task.reads` where a model is made to
-        be trained, without the batch; of views, which have one
-        axis more, also 'image', one of the first group.
+        be trained, without the batch; of views, which have one axis more, also 'image', one of the
+        first group.
       num_classes: number of classes, 0 without labels.
     """
 
