@@ -116,7 +116,8 @@ def from_checkpoint(
     meta |= {'class_names': names if names and len(names) == named else None}
     default = None if known.exists() or to in (None, *google.FORMATS) else PREPARED
     prepared = evaluation_transform(config, path, transform, default=default)
-    if prepared is not None:
+    # Detectors are given pictures of any shape, on a canvas.
+    if prepared is not None and to not in detectors.FORMATS:
         meta |= _preparation(prepared, config.image_size, channels, to)
     meta = {**dict.fromkeys(interop.META), **meta}
     return Weights(unstack_blocks(params), settings, meta, learnt)

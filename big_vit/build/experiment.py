@@ -143,7 +143,8 @@ def build_experiment(
     held_out, references = ({}, {}) if planning else _evaluated(config, train)
     task = build_task(config.task)
     _check_accumulation(config, task)
-    model = build_model(config, classes, train.input_shapes, mesh)
+    learnt = {part: train.shapes[part] for part in task.reads}
+    model = build_model(config, classes, {**train.input_shapes, **learnt}, mesh)
     _check_classes(task, train.source)
     order = train.order
     assert order is not None

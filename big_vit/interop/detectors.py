@@ -471,7 +471,9 @@ def config_of(
             own[f'{part}_ffn_dim'] = settings['mlp_dim']
             own[f'{part}_attention_heads'] = settings['num_heads']
         processor = {'image_processor_type': 'DetrImageProcessor'}
-    processor |= {'size': {'shortest_edge': 800, 'longest_edge': 1333}, 'do_pad': True}
+    short, long = min(meta['image_size']), max(meta['image_size'])
+    edges = {'shortest_edge': min(short, 800), 'longest_edge': min(long, 1333)}
+    processor |= {'size': edges, 'do_pad': True}
     mean, std = meta.get('mean'), meta.get('std')
     if mean and std:
         processor |= {'image_mean': list(mean), 'image_std': list(std)}

@@ -115,8 +115,9 @@ class ExampleShape(NamedTuple):
     """The examples that a task learns from.
 
     Attributes:
-      inputs: shape of each part of the model's input, without the batch; of views, which have one
-        axis more, also 'image', one of the first group.
+      inputs: shape of each part of the model's input, and of `Task.reads` where a model is made to
+        be trained, without the batch; of views, which have one axis more, also 'image', one of the
+        first group.
       num_classes: number of classes, 0 without labels.
     """
 

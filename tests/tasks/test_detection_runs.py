@@ -16,7 +16,6 @@ SMALL = {
     'batch_size': 2,
     'total_steps': 2,
     'schedule.drop_steps': 1,
-    'schedule.drop_epochs': None,
     'log.every_steps': 1,
     'model.variant': 'R26+mu/32',
     'model.dtype': 'float32',
@@ -29,7 +28,6 @@ SMALL = {
     'evals.val.split': 'train',
     'evals.val.transform': TRANSFORM,
     'evals.val.every_steps': 2,
-    'evals.val.every_epochs': None,
 }
 RECIPE = 'configs/detr_r50_coco.py'
 
@@ -42,7 +40,8 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, **changes):
-    found = [(key, str(value)) for key, value in {**SMALL, **changes}.items()]
+    wanted = {**SMALL, 'batch_size': 8, **changes}  # As many as there are devices here.
+    found = [(key, str(value)) for key, value in wanted.items()]
     return config.load(f'{RECIPE}:path={folder}', found)
 
 
