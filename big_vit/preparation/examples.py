@@ -331,19 +331,20 @@ def text_of(given: Given, example: Example) -> str | None:
 
 
 def value_of(example: Example, column: str) -> Any:
-    """Return the value of a column, of a member, or in a member .json; None if there is none."""
+    """Return the value of a column or member, or of a key in the one called json; else None."""
     if column in example.fields:
         value = example.fields[column]
         return value.decode('utf-8-sig', 'replace').strip() if isinstance(value, bytes) else value
-    found: Any = example.fields
-    if 'json' in found and isinstance(found['json'], bytes):
-        try:
-            found = json.loads(found['json'])
-        except (ValueError, RecursionError):
-            return None
-    for part in column.split('.'):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+    inside: Any = None
+    if isinstance(example.fields.get('json'), bytes | str):
+        with contextlib.suppress(ValueError, RecursionError):
+            inside = json.loads(example.fields['json'])
+    for found in (inside, example.fields):
+        for part in column.split('.'):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return None
 
 
 def columns_of(example: Example) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_index import fill, held, opened
+from tar_sets import fill, held, opened
 
 from big_vit.data import blocks, files, network, pipeline, read_ahead, transforms, windows
 from big_vit.data.sources import arrow, indexing, parquet, tfrecord

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from test_index import opened, rows, shard
+from tar_sets import opened, rows, shard
 from tiny import png, write_features
 
 from benchmarks import emulators

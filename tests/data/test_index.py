@@ -1,6 +1,5 @@
 """Indices beside shards: against Python's tarfile and the walk; requests of a store are counted."""
 
-import io
 import json
 import struct
 import tarfile
@@ -9,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from stores import Store
+from tar_sets import fill, held, opened, rows, shard, write
 
 from big_vit import prepare
 from big_vit.data import files, network
@@ -25,64 +25,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(network._Lateness, 'may_double', lambda self: False)
 
 
-def shard(rows, kind=tarfile.USTAR_FORMAT):
-    """A tar of (name, {ending: data}) rows."""
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode='w', format=kind) as archive:
-        for name, members in rows:
-            for ending, data in members.items():
-                info = tarfile.TarInfo(f'{name}.{ending}')
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return held.getvalue()
-
-
-def rows(number, count=7, picture=3000):
-    random = np.random.default_rng(number)
-    return [
-        (
-            f'{number:03d}{i:04d}',
-            {
-                'jpg': random.bytes(picture + 31 * i),
-                'cls': str((number + i) % 4).encode(),
-                'txt': f'a picture {number} {i}'.encode(),
-                'fr.txt': f'une image {number} {i}'.encode(),
-            },
-        )
-        for i in range(count)
-    ]
-
-
-def fill(store, shards=5, folder='bucket/set', **more):
-    for number in range(shards):
-        data = shard(rows(number, **more))
-        store.store[f'/{folder}/train-{number:04d}.tar'] = held(data, f'/{folder}/{number}')
-    store.asked.clear()
-    return f'counted://{folder}'
-
-
-def held(data, path='/x'):
-    from fsspec.implementations.memory import MemoryFile
-
-    return MemoryFile(Store(), path, data)
-
-
-def write(folder, count=3, **more):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        (folder / f'train-{number:04d}.tar').write_bytes(shard(rows(number, **more)))
-    return str(folder)
-
-
 def refused(call, message):
     with pytest.raises(UserError, match=message) as error:
         call()
     assert '\n' not in str(error.value)
-
-
-def opened(path, **more):
-    return tar.tar(Request(more.pop('split', 'train'), labelled=more.pop('labelled', True)),
-                   path=path, **more)  # fmt: skip
 
 
 def same(one, other):
@@ -451,6 +397,22 @@ def test_counts_that_do_not_add_up(store, content, message):
     path = fill(store)
     store.store['/bucket/set/sizes.json'] = held(json.dumps(content).encode())
     refused(lambda: opened(path, labelled=False).load(np.array([0])), message)
+
+
+def test_counts_of_samples_of_several_kinds_are_refused(store):
+    """webdataset counts all samples of a shard; a text alone would be read as a picture."""
+    path = fill(store)
+    texts = [(f'x{i}', {'txt': b'words', 'cls': b'1'}) for i in range(2)]
+    name = '/bucket/set/train-0003.tar'
+    store.store[name] = held(shard([*rows(3, count=5), *texts]), name)
+    sizes = {f'train-{number:04d}.tar': 7 for number in range(5)}
+    store.store['/bucket/set/sizes.json'] = held(json.dumps(sizes).encode())
+    source = opened(path, labelled=False)
+    assert source.load(np.array([0, 20]))['label'].tolist() == [0, 0]
+    refused(
+        lambda: source.load(np.array([21])),
+        r'train-0003\.tar: 2 of its 7 samples are no image, and .*sizes\.json counts them: run `',
+    )
 
 
 def test_without_an_index_shards_are_walked_and_that_is_told(store, capfd):

@@ -87,6 +87,21 @@ def test_parquet(tmp_path):
         read_all(given('parquet', tmp_path, image_column='picture'))
 
 
+@pytest.mark.parametrize('kind', ['string', 'binary'])
+def test_keys_of_a_json_column_of_parquet(tmp_path, kind):
+    texts = ['{"score": 5, "a": {"b": "x"}}', '[1]', '{broken', None]
+    columns = {
+        'image': [png(i) for i in range(4)],
+        'json': pa.array(texts, getattr(pa, kind)()),
+        'c': [{'d': i} for i in range(4)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / 'train-00000.parquet')
+    found = read_all(given('parquet', tmp_path))
+    for name, wanted in (('score', [5]), ('a.b', ['x']), ('c.d', [0, 1, 2, 3])):
+        values = [examples.value_of(example, name) for example in found]
+        assert values == wanted + [None] * (4 - len(wanted))
+
+
 def test_folders_and_arrays(tmp_path):
     for label, name in enumerate(('cat', 'dog')):
         (tmp_path / 'folder' / name).mkdir(parents=True)

@@ -226,6 +226,12 @@ def _counted(
                 f'{place.place}: has {len(index["size"]):,} samples, and {counts.file} says '
                 f'{lengths[shard]:,}: {sidecars.command(settings.path)}'
             )
+        others = int((index['kind'] != KINDS.index(kind)).sum())
+        if others:
+            raise UserError(
+                f'{place.place}: {others:,} of its {lengths[shard]:,} samples are no {kind}, and '
+                f'{counts.file} counts them: {sidecars.command(settings.path)}'
+            )
         words = None if settings.text_column is None else index['words']
         codes, values = index['label'], unpack_values(index['values'])
         if settings.request.num_classes is None:  # What other shards hold is not known.
