@@ -203,7 +203,7 @@ def of_pixels(run: Run, workdir: Path) -> Config:
             'optim.lr_rules': FROZEN,
             'schedule.warmup_steps': None,
             'schedule.warmup_percent': 5,
-            'transfer': None,
+            'transfer.published': None,
             'data.split': 'train',
             'data.num_examples': None,
             'data.num_classes': None,
