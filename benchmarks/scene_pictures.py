@@ -1,7 +1,7 @@
 """Scenes with known objects: drawings with transparency on photographs, and the files of datasets.
 
 Things are pictures of Debian's openclipart-png and tuxpaint-stamps-default, photographs those that
-scikit-learn and scikit-image bundle. A scene is the same whichever form it is written in.
+scikit-image bundles. A scene is the same whichever form it is written in.
 """
 
 import json
@@ -189,7 +189,7 @@ def divided(known: Things, shares: Sequence[float], seed: int = 0) -> list[np.nd
 
 
 def photographs() -> list[np.ndarray]:
-    """Return photographs in which there is little of what the classes are, as RGB.
+    """Return photographs in which there is nothing of what the classes are, as RGB.
 
     Raises:
       UserError: scikit-image is not installed.
@@ -198,11 +198,9 @@ def photographs() -> list[np.ndarray]:
         from skimage import data
     except ImportError as error:
         raise UserError('scenes need photographs: pip install scikit-image') from error
-    from sklearn.datasets import load_sample_image
-
-    names = ('astronaut', 'brick', 'coffee', 'grass', 'gravel', 'rocket', 'chelsea')
-    photos = [np.asarray(getattr(data, name)()) for name in names]
-    photos += [load_sample_image('china.jpg'), load_sample_image('flower.jpg')]
+    # All are in its wheel. Cats, flowers, houses and flags are left out.
+    names = ('brick', 'grass', 'gravel', 'hubble_deep_field', 'immunohistochemistry', 'moon')
+    photos = [np.asarray(getattr(data, name)()) for name in (*names, 'retina', 'rocket')]
     return [
         photo[..., :3] if photo.ndim == 3 else np.repeat(photo[..., None], 3, 2) for photo in photos
     ]

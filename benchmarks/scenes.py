@@ -192,9 +192,9 @@ def of_pixels(run: Run, workdir: Path) -> Config:
     return base.replacing(
         {
             **TRUNK,
-            'model.class_token': None,
-            'model.posemb_prefix': None,
-            'model.layer_scale': None,
+            'model.class_token': False,
+            'model.posemb_prefix': 0,
+            'model.layer_scale': 0.0,
             **STEMS.get(run.start, {}),
             'image_size': SIZE,
             'batch_size': BATCH,
@@ -203,7 +203,7 @@ def of_pixels(run: Run, workdir: Path) -> Config:
             'optim.lr_rules': FROZEN,
             'schedule.warmup_steps': None,
             'schedule.warmup_percent': 5,
-            'transfer': None,
+            'transfer.published': None,
             'data.split': 'train',
             'data.num_examples': None,
             'data.num_classes': None,

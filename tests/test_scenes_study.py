@@ -22,7 +22,7 @@ def things(count=8):
         if number % 2:
             shape = (y < 40) & (x < SIDE)
             sizes[number, 0] = 40
-        images[number][shape] = (30 * number, 255 - 20 * number, 128, 255)
+        images[number][shape] = (6 * number, 250 - 5 * number, 128, 255)
     labels = np.arange(count, dtype=np.int32) % 2
     return Things(images, sizes, labels, tuple(f'f{number}' for number in range(count)))
 
@@ -66,6 +66,7 @@ def test_scenes_are_the_same_again(made):
     assert not (again[0].image == again[1].image).all()
 
 
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # pycocotools'
 @pytest.mark.parametrize('form', ['coco', 'voc', 'yolo'])
 def test_scenes_come_back_from_the_files_of_each_form(made, tmp_path, form):
     for split, part in (('train', made[:8]), ('val', made[8:])):
@@ -142,7 +143,7 @@ def test_what_is_said_without_looking_is_right_where_all_scenes_are_alike(tmp_pa
     photos = [np.full((200, 300, 3), 7, np.uint8)]
     (one,) = scene_pictures.scenes(things(), np.arange(8), photos, 1, 3, size=64)
     for split, count in (('train', 5), ('test', 3)):
-        scene_pictures.write_coco(tmp_path, split, [one] * count, NAMES)
+        scene_pictures.write_coco(tmp_path / 'coco', split, [one] * count, NAMES)
     blind = scenes.without_looking(tmp_path)
     assert blind['AP50'] == pytest.approx(1)
     assert blind['AP'] == pytest.approx(1)
