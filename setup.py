@@ -93,6 +93,8 @@ setup(
         'opencv-python-headless>=4.11',
         'simplejpeg>=1.8',
         'pillow>=10.1',
+        'pycocotools>=2.0.8',
+        'pyyaml>=6.0',
         'pyarrow>=16',
         'fsspec>=2024.2',
         'scipy>=1.12',

@@ -390,9 +390,9 @@ def see(model: Predictor, source: Source, args: Any, out: Path | None) -> None:
             else f'--out {out}: label maps are written into a folder: give it no ending'
         )
     asked, unread = model.asked(source, skip_bad=True), Unread()
-    folders = [folder for folder in (None if boxes else out, _drawings(args)) if folder is not None]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+    for path in (None if boxes else out, _drawings(args)):
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
     entries: list[Row] = []
     for seen in model.see(asked, unread):
         place, name = _name(source, seen.row), _stem(source, seen.row)
@@ -413,11 +413,10 @@ def see(model: Predictor, source: Source, args: Any, out: Path | None) -> None:
         print(printable(f'{place}  {line}'), flush=True)
         if (folder := _drawings(args)) is not None:
             picture = predictor.stored_picture(asked.data.source, seen.row)
-            drawn = (
-                likely.drawn(picture, model.seen_names)
-                if seen.objects is not None
-                else objects.coloured(picture, seen.labels)
-            )
+            if seen.labels is not None:
+                drawn = objects.coloured(picture, seen.labels)
+            else:
+                drawn = likely.drawn(picture, model.seen_names)
             (folder / f'{name}.jpg').write_bytes(sightings.jpeg(drawn))
     if boxes and out is not None:
         interop.files.write_json(out, entries)

@@ -48,7 +48,7 @@ HEADS: dict[str, dict] = {
 def get_config(size: str = 's14', path: str = '', multiscale: bool = False, head: str = 'linear'):
     variant, published = SIZES[size]
     crop, steps, own = 518, 40_000, HEADS[head]
-    task = {'name': 'segmentation', 'head': head}
+    task: dict = {'name': 'segmentation', 'head': head}
     if head == 'linear':
         task['last_blocks'] = 4 if multiscale else 1
     seen = {'scales': SCALES, 'flips': True} if multiscale else {}

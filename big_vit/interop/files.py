@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -228,7 +228,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+def write_json(path: Path, tree: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a JSON file, indented; raises UserError if it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(tree, indent=2) + '\n', encoding='utf-8')

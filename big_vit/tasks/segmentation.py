@@ -41,7 +41,7 @@ def segmentation(
     Raises:
       UserError: an option is of the other head.
     """
-    of_head = {
+    of_head: dict[str, dict[str, Any]] = {
         'linear': {'last_blocks': last_blocks, 'dropout': dropout},
         'mask': {'queries': queries, 'query_blocks': query_blocks, 'points': points},
     }
