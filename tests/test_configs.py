@@ -19,8 +19,9 @@ from big_vit.errors import UserError
 CONFIGS = sorted(Path('configs').glob('*.py'))
 # Of other runs: tests/pretrained/test_mae_trunks.py trains them; of the last see test_teacher.py.
 OF_TRUNKS = ('mae_finetune', 'mae_linear', 'dinov2_distilled_i1k')
-# tests/tasks/test_segmentation_task.py and test_detection_runs.py train them.
-OF_TRUNKS += ('vit_seg_ade20k', 'detr_r50_coco')
+# tests/tasks/test_segmentation_task.py, test_detection_runs.py and journeys/test_own_boxes.py
+# train them.
+OF_TRUNKS += ('vit_seg_ade20k', 'detr_r50_coco', 'own_boxes')
 PRETRAIN = [path for path in CONFIGS if 'transfer' not in path.name and path.stem not in OF_TRUNKS]
 # Of configs/transfer.py every recipe has its test in test_recipes.py.
 TRANSFER = [path for path in CONFIGS if 'transfer_' in path.name]

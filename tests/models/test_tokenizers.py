@@ -428,7 +428,7 @@ def test_hybrids_by_name(variant, resnet, patch):
 @pytest.mark.parametrize('variant, parts', [
     ('R26+S/16', ('R26 shrinks images by 32',)),
     ('R50+B/24', ('by 32 or 16', 'multiple')),
-    ('R101+B/16', ("unknown ResNet 'R101'", 'R, R26, R50')),
+    ('R77+B/16', ("unknown ResNet 'R77'", 'R, R26, R50')),
 ])  # fmt: skip
 def test_hybrids_that_there_are_not(variant, parts):
     with pytest.raises(UserError) as caught:
