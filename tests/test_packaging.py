@@ -155,7 +155,7 @@ def test_recipes_are_the_configs_and_take_their_arguments(monkeypatch, tmp_path)
     ('spec', 'words'),
     [
         ('big_vit:fashon_mnist', 'no recipe big_vit:fashon_mnist; did you mean big_vit:fashion_m'),
-        ('big_vit:', 'the recipes are big_vit:contrastive, big_vit:dino_s16_i1k'),
+        ('big_vit:', 'the recipes are big_vit:contrastive, big_vit:detr_r50_coco'),
         ('big_vit:pretrain_fdsl:clases=7', "no argument 'clases'; did you mean classes?"),
         ('fashion_mnist', 'no file fashion_mnist; did you mean big_vit:fashion_mnist'),
         ('configs/vit_b16.py:x=1', 'no file configs/vit_b16.py; did you mean big_vit:vit_b16_i1k'),
@@ -181,7 +181,7 @@ def test_a_recipe_that_is_none_is_told_with_what_there_is(spec, words, monkeypat
         ('big-vit train --config big_vit:vit_g', ['big_vit:vit_g14']),
         ('big-vit train --config.init_t', ['--config.init_tower=']),
         ('big-vit train --config x --distributed ', ['auto', 'off', 'on']),
-        ('big-vit predict run --t', ['--top', '--transform']),
+        ('big-vit predict run --t', ['--threshold', '--top', '--transform']),
         ('big-vit predict run ', []),
         ('big-vit explore run --config.lr', []),
         ('big-vit nothing --h', []),

@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks import scene_pictures, scenes
 from benchmarks.scene_pictures import SIDE, Things
-from big_vit.data import decode, label_maps
-from big_vit.data.sources import coco, pixel_labels, voc, yolo
+from big_vit.data import decode
+from big_vit.data.sources import coco, segmentation, voc, yolo
 from big_vit.data.sources.base import Request
 
 NAMES = ('disc', 'bar')
@@ -98,11 +98,11 @@ def test_scenes_come_back_from_the_files_of_each_form(made, tmp_path, form):
 def test_classes_of_pixels_come_back(made, tmp_path):
     scene_pictures.write_label_maps(tmp_path, 'train', made)
     (tmp_path / 'classes.txt').write_text('nothing\ndisc\nbar\n')
-    source = pixel_labels.pixel_labels(Request('train', labelled=False), path=str(tmp_path))
+    source = segmentation.segmentation(Request('train', labelled=False), path=str(tmp_path))
     assert source.num_classes == 3
-    maps = source.load(np.arange(len(made)))['segmentation']
+    maps = source.label_maps(np.arange(len(made)))
     for one, data in zip(made, maps, strict=True):
-        np.testing.assert_array_equal(np.squeeze(label_maps.read(data)), one.classes_of_pixels())
+        np.testing.assert_array_equal(np.squeeze(data), one.classes_of_pixels())
 
 
 def test_parts_have_no_family_and_no_picture_in_common():

@@ -44,7 +44,7 @@ TASK: dict[str, Field] = {
         number(0, 1000), None, 'Factor of their overlap, in loss and matching.'
     ),
     'task.no_object_weight': Field(
-        number(0, 1000, excluded=0),
+        number(0, 1, excluded=0),
         None,
         'What a query without object counts in the cross-entropy, beside 1 of one with an object.',
     ),

@@ -526,7 +526,7 @@ def test_a_value_of_the_wrong_kind_is_refused_and_says_what_is_wanted(key, value
         config.resolve(REQUIRED | {key: value})
     message = str(caught.value)
     assert f'config: {key} must be ' in message
-    assert 'object' not in message, 'that is the text of a Python error'
+    assert 'object' not in message.replace(key, ''), 'that is the text of a Python error'
 
 
 @pytest.mark.parametrize('value', [float('inf'), 10**400], ids=['inf', '10**400'])

@@ -130,7 +130,7 @@ def test_chosen_tokens_keep_their_mask_segment_and_rotation(shared):
 
 def test_what_tokens_have_not_is_not_made_up():
     plain = Tokens(jnp.ones((2, 4, 3)), (2, 2))
-    assert vit.select_tokens(plain, jnp.array([[0, 1], [2, 3]]))[1:] == (None,) * 5
+    assert vit.select_tokens(plain, jnp.array([[0, 1], [2, 3]]))[1:] == (None,) * 6
 
 
 @pytest.mark.parametrize('rate, kept', [(0.0, 7), (0.3, 5), (0.5, 4), (0.99, 1)])

@@ -342,7 +342,10 @@ def test_pictures_need_no_labels_where_none_are_learnt(tmp_path):
     ('changes', 'words'),
     [
         ({'task.name': 'maskd'}, "did you mean 'masked'"),
-        ({'task.name': 'classification'}, "task.decoder_width is read by task 'masked'"),
+        (
+            {'task.name': 'classification'},
+            "task.decoder_width is read by task 'detection' or 'masked'",
+        ),
         ({'task.loss': 'sigmoid'}, "task.loss is read by task 'classification' or 'contrastive'"),
         ({'evals.test.type': 'classification'}, 'needs logits over classes'),
         ({'mixup': 0.2}, 'set both to 0'),
