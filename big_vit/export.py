@@ -88,7 +88,7 @@ def from_checkpoint(
     if list(config.streams):
         raise UserError(f'{path}: a model of several inputs has no place in other formats')
     flat = trees.flatten(params)
-    stems = ('stem/conv_root/kernel', 'stem/root/conv/kernel')
+    stems = ('stem/conv_root/kernel', 'stem/conv_root/conv/kernel')
     first = next((name for name in stems if name in flat), 'embedding/kernel')
     if first not in flat or flat[first].ndim != 4:
         raise UserError(f'{path}: only models of patches of images have a place in other formats')

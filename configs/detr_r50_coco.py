@@ -73,7 +73,7 @@ def get_config(path: str = '', epochs: int = 500):
                 'weight_decay_rules': (('.*', 1.0),),
                 # Batch norms are frozen, and the first stage is; the rest of the ResNet is slower.
                 'lr_rules': (
-                    ('stem/.*/(scale|bias)|stem/(root|stage1_).*', 0.0),
+                    ('stem/.*/(scale|bias)|stem/(conv_root|stage1_).*', 0.0),
                     ('stem/.*', 0.1),
                     ('.*', 1.0),
                 ),

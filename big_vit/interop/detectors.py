@@ -110,8 +110,8 @@ def _attention_rows(ours: str, theirs: str) -> list[Row]:
 
 def _backbone(layers: Sequence[int]) -> list[Row]:
     rows: list[Row] = [
-        ('stem/root/conv', f'{_BACKBONE}.conv1.{{leaf}}'),
-        ('stem/root', f'{_BACKBONE}.bn1.{{leaf}}'),
+        ('stem/conv_root/conv', f'{_BACKBONE}.conv1.{{leaf}}'),
+        ('stem/conv_root', f'{_BACKBONE}.bn1.{{leaf}}'),
     ]
     for stage, units in enumerate(layers):
         for unit in range(units):

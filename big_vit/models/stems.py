@@ -219,7 +219,7 @@ class FrozenUnit(nn.Module):
 class FrozenResNet(nn.Module):
     """The first stages of torchvision's ResNet with frozen batch norms (arXiv 1512.03385).
 
-    Parameters are below `root` and `stage1_unit1` and so on.
+    Parameters are below `conv_root` and `stage1_unit1` and so on.
     """
 
     layers: tuple[int, ...]
@@ -230,7 +230,7 @@ class FrozenResNet(nn.Module):
         self, image: Float[Array, 'batch height width channels']
     ) -> Float[Array, 'batch rows columns features']:
         root = 64
-        x = jax.nn.relu(ScaledConv(root, 7, 2, self.style, name='root')(image))
+        x = jax.nn.relu(ScaledConv(root, 7, 2, self.style, name='conv_root')(image))
         x = _max_pool(x, _SYMMETRIC)
         for stage, units in enumerate(self.layers):
             for unit in range(units):

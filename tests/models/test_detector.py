@@ -69,7 +69,7 @@ def test_the_recipe_trains_what_detr_trains():
     assert len(convolutions) == 53  # As many as a ResNet-50 has without its head.
     held = [n for n, factor in convolutions.items() if not factor]
     assert len(held) == 11
-    assert all(n.startswith(('stem/root', 'stem/stage1')) for n in held)
+    assert all(n.startswith(('stem/conv_root', 'stem/stage1')) for n in held)
     assert {f for n, f in convolutions.items() if n not in held} == {0.1}
     norms = [f for n, f in factors.items() if n.startswith('stem') and n not in convolutions]
     assert len(norms) == 106 and not any(norms)

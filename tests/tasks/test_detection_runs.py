@@ -57,7 +57,7 @@ def test_the_recipe_trains_is_evaluated_and_holds_what_does_not_move(folder, tmp
     scored = [row['val/AP'] for row in rows if 'val/AP' in row]
     assert len(scored) == 1 and -1 <= scored[0] <= 1
     params, _ = checkpoint.load_params(tmp_path / 'run', 2, 'params')
-    np.testing.assert_array_equal(params['stem']['root']['scale'], 1)
+    np.testing.assert_array_equal(params['stem']['conv_root']['scale'], 1)
     assert {'stem', 'embedding', 'Transformer', 'decoder', 'class_head', 'box_head'} == set(params)
 
 
