@@ -3,9 +3,10 @@
     python -m big_vit.train --config configs/own_boxes.py:path=PHOTOS --workdir runs/boxes
 
 PHOTOS has a data.yaml (YOLO). For others say format=coco or format=voc; docs/data.md has their
-folders. Classes come from the data. By default a small model learns from nothing on a laptop: 50
-pictures take some minutes on two CPU cores, and it finds what looks much alike in all of them. To
-find more start from pretrained weights, on one GPU:
+folders. Classes come from the data. By default a small model learns from nothing on a laptop, five
+minutes on two CPU cores. That is to see how it goes: after 40 pictures of two things it came to an
+AP50 of 0.24 on ten others, with boxes near the things and wrong ones beside. Detectors like this
+want many pictures, or pretrained weights and a GPU:
 
     python -m big_vit.train --config configs/own_boxes.py:path=PHOTOS,start=dinov2 \\
         --config.init=dinov2_vits14_pretrain.pth --workdir runs/boxes
