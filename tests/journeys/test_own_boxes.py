@@ -116,7 +116,7 @@ def test_from_fifty_photographs_to_boxes_that_are_drawn(photos, learnt, tmp_path
 def test_bad_starts_are_one_line(photos, tmp_path):
     to = ('--workdir', tmp_path / 'w')
     wrong = run('train', '--config', f'configs/own_boxes.py:path={photos},format=yollo', *to)
-    assert 'yolo, coco' in error_line(wrong)
+    assert 'did you mean yolo?' in error_line(wrong)
     missing = run('train', '--config', RECIPE.format(tmp_path / 'nowhere', 1), *to)
     assert 'nowhere' in error_line(missing)
     few = run('train', '--config', RECIPE.format(photos, 1) + ',queries=1', *to)
