@@ -20,6 +20,7 @@ from big_vit.tasks import matching
 from big_vit.tasks.batch import Batch, normalise
 from big_vit.tasks.boxes import generalised_iou
 from big_vit.tasks.task import Aux, Detections, ExampleShape, Loss, Run, Targets, Task, Tree
+from big_vit.tasks.trunk_checks import need_all_patches, need_fixed_rotations, need_simple_pool
 
 
 class Weights(NamedTuple):
@@ -106,7 +107,7 @@ def _decoder(trunk: ViT, width: int | None, depth: int, heads: int | None) -> En
 
 def _check(trunk: ViT, example: ExampleShape, queries: int, place: str) -> None:
     """Refuses what objects cannot be found with."""
-    stream, head = trunk.single, trunk.head
+    stream = trunk.single
     if stream is None or stream.reads != 'image':
         raise UserError(
             "config: task.name='detection' finds objects in images: set a model.tokenizer of "
@@ -117,18 +118,10 @@ def _check(trunk: ViT, example: ExampleShape, queries: int, place: str) -> None:
             "config: model.posemb='relative' has no positions for queries: set "
             "task.query_place='decoder'"
         )
-    if place == 'trunk' and any((stream.rope_shift, stream.rope_jitter, stream.rope_rescale)):
-        raise UserError(
-            'config: model.rope_shift, rope_jitter and rope_rescale turn all tokens, and those of '
-            "queries have no place: leave them out, or set task.query_place='decoder'"
-        )
-    if head.pool not in ('gap', 'cls', 'cls_gap') or head.norm_after_pool or head.representation:
-        raise UserError(
-            "config: task.name='detection' trains no pooling: set model.pool to 'gap', 'cls' or "
-            "'cls_gap', without model.norm_after_pool and model.representation"
-        )
-    if trunk.prefix.patch_dropout:
-        raise UserError("config: model.patch_dropout: task.name='detection' needs all patches")
+    if place == 'trunk':
+        need_fixed_rotations(stream, "task.query_place='decoder'")
+    need_simple_pool(trunk, 'detection')
+    need_all_patches(trunk, 'detection')
     most = example.inputs.get('boxes', (0,))[0]
     if most > queries:
         raise UserError(

@@ -28,6 +28,7 @@ from big_vit.models.tokenizers import (
 from big_vit.models.vit import ViT
 from big_vit.tasks.batch import Batch, model_inputs
 from big_vit.tasks.task import Aux, ExampleShape, Loss, Pictures, Task, Tree
+from big_vit.tasks.trunk_checks import need_simple_pool
 
 
 def masked(
@@ -95,12 +96,7 @@ def _check(trunk: ViT, example: ExampleShape, ratio: float, width: int, heads: i
             "config: model.posemb='relative' needs all tokens of a grid, and task.name='masked' "
             'hides some: take another'
         )
-    head = trunk.head
-    if head.pool not in ('gap', 'cls', 'cls_gap') or head.norm_after_pool or head.representation:
-        raise UserError(
-            "config: task.name='masked' trains no pooling: set model.pool to 'gap', 'cls' or "
-            "'cls_gap', without model.norm_after_pool and model.representation"
-        )
+    need_simple_pool(trunk, 'masked')
     if trunk.prefix.patch_dropout:
         raise UserError(
             "config: task.name='masked' leaves out patches itself: set task.mask_ratio and no "

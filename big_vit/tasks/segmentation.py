@@ -16,6 +16,7 @@ from big_vit.tasks import mask_transformer
 from big_vit.tasks.batch import Batch, model_inputs
 from big_vit.tasks.mask_transformer import IGNORED
 from big_vit.tasks.task import Aux, ExampleShape, Loss, Run, Segment, Targets, Task, Tree
+from big_vit.tasks.trunk_checks import need_all_patches, need_fixed_rotations, need_simple_pool
 
 
 def segmentation(
@@ -103,11 +104,7 @@ def _mask(trunk: ViT, example: ExampleShape, queries: int, blocks: int) -> Any:
             "config: task.head='mask': queries have no relative positions, and need the last norm: "
             "take another model.posemb than 'relative', without model.post_norm"
         )
-    if any((stream.rope_shift, stream.rope_jitter, stream.rope_rescale)):
-        raise UserError(
-            'config: model.rope_shift, rope_jitter and rope_rescale turn all tokens, and queries '
-            "have no place: leave them out, or set task.head='linear'"
-        )
+    need_fixed_rotations(stream, "task.head='linear'")
     return mask_transformer.MaskSegmenter(trunk, example.num_classes, queries, blocks)
 
 
@@ -119,16 +116,8 @@ def check_trunk(trunk: ViT, example: ExampleShape) -> None:
             "config: task.name='segmentation' is of the patches of one image: set "
             "model.tokenizer='patches', without streams"
         )
-    head = trunk.head
-    if head.pool not in ('gap', 'cls', 'cls_gap') or head.norm_after_pool or head.representation:
-        raise UserError(
-            "config: task.name='segmentation' trains no pooling: set model.pool to 'gap', 'cls' or "
-            "'cls_gap', without model.norm_after_pool and model.representation"
-        )
-    if trunk.prefix.patch_dropout:
-        raise UserError(
-            "config: task.name='segmentation' needs all patches: set no model.patch_dropout"
-        )
+    need_simple_pool(trunk, 'segmentation')
+    need_all_patches(trunk, 'segmentation')
     if example.num_classes > IGNORED:
         raise UserError(
             f'config: data: {example.num_classes} classes of pixels, but {IGNORED} stands for '
