@@ -73,9 +73,12 @@ def test_a_run_is_scored_asked_and_reported(tmp_path):
     assert asked.stdout.count('ground') == 6
     hits = kept = 0
     for i, labels in enumerate(truth):
-        said = np.asarray(Image.open(maps / f'{i + 1:06}_{i:02}.png'))
+        name = f'{i + 1:06}_{i:02}'
+        with Image.open(maps / f'{name}.png') as written:
+            said = np.asarray(written)
         assert said.shape == labels.shape and said.max() <= 2
-        assert Image.open(tmp_path / 'drawn' / f'{i + 1:06}_{i:02}.jpg').size[::-1] == labels.shape
+        with Image.open(tmp_path / 'drawn' / f'{name}.jpg') as drawn:
+            assert drawn.size[::-1] == labels.shape
         hits += (said == labels)[labels != 255].sum()
         kept += (labels != 255).sum()
     assert hits / kept == pytest.approx(scored['val/pixel_accuracy'], abs=0.005)
