@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from big_vit.models import layers
+from big_vit.models.encoder import identity
 from big_vit.models.layers import AttentionContext, Dense
 from big_vit.models.tokenizers import grid_of, padded_rotation
 from big_vit.models.vit import ViT
@@ -102,12 +103,14 @@ class MaskSegmenter(nn.Module):
 
     Attributes:
       query_blocks: how many last blocks see the queries.
+      by_device: see `matching.assign`; a mesh replaces it.
     """
 
     trunk: ViT
     num_classes: int
     queries: int
     query_blocks: int
+    by_device: Callable[..., Any] = identity
 
     def sequence_length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Tokens of the last blocks, for inputs of these shapes without the batch."""
@@ -312,12 +315,14 @@ def set_loss(
     points: int,
     key: Array,
     whole: Whole,
+    by_device: Callable[..., Any] = identity,
 ) -> dict[str, Float[Array, '']]:
     """The losses of one block, as parts of those of a whole batch.
 
     Args:
       labels: pixels that are ignored are in no mask.
       points: at how many masks are compared.
+      by_device: see `matching.assign`.
 
     Returns:
       'class', a weighted mean over queries; 'mask' and 'dice', means over the classes of pictures.
@@ -331,7 +336,8 @@ def set_loss(
         wanted = labels_at_points(labels, label, own)
         return costs(classes, at_points(masks, own), label, wanted)
 
-    query, _ = matching.assign(jax.vmap(cost)(classes, masks, labels, label, places), real)
+    given = jax.vmap(cost)(classes, masks, labels, label, places)
+    query, _ = matching.assign(given, real, by_device)
     goal = jnp.full((batch, queries), nothing)
     goal = goal.at[jnp.arange(batch)[:, None], query].set(jnp.where(real, label, nothing))
     weight = jnp.where(goal == nothing, NO_CLASS, 1.0)
@@ -401,7 +407,7 @@ def mask_loss(model: MaskSegmenter, run: Run, points: int) -> Loss:
         whole = Whole(classes, round(len(labels) * parts))
 
         def of_block(one: tuple[Array, Array, Array]) -> dict[str, Array]:
-            return set_loss(one[0], one[1], labels, points, one[2], whole)
+            return set_loss(one[0], one[1], labels, points, one[2], whole, model.by_device)
 
         keys = jax.random.split(sampled, len(predicted.classes))
         # One after the other: points of all at once would not fit.

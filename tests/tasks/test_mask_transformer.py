@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from big_vit import sharding
 from big_vit.errors import UserError
+from big_vit.models.placement import placed
 from big_vit.models.vit import make_vit
 from big_vit.tasks import mask_transformer, segmentation
 from big_vit.tasks.task import ExampleShape, Run
@@ -180,6 +182,32 @@ def test_the_loss_of_a_block_is_that_of_numpy_and_of_scipys_matching():
     found = mask_transformer.set_loss(*given, jnp.asarray(labels), points, key, whole)
     want = loss_by_hand(classes, masks, labels, points, key, count)
     assert {name: float(x) for name, x in found.items()} == pytest.approx(want, rel=2e-5)
+
+
+def test_devices_match_their_own_pictures_alone():
+    (classes, masks, labels), key = case(), jax.random.key(5)
+    given = (*(jnp.asarray(x, jnp.float32) for x in (classes, masks)), jnp.asarray(labels), 16, key)
+    whole = mask_transformer.Whole(jnp.array(5), 2)
+    want = mask_transformer.set_loss(*given, whole)
+    matchings = []
+
+    def by_device(function):
+        matchings.append(function)
+        return sharding.by_device(sharding.make_mesh(2, 1, 1, jax.devices()[:2]))(function)
+
+    with_mesh = jax.jit(lambda: mask_transformer.set_loss(*given, whole, by_device))()
+    assert {name: float(x) for name, x in with_mesh.items()} == pytest.approx(
+        {name: float(x) for name, x in want.items()}, rel=1e-5
+    )
+    assert len(matchings) == 1
+    # A mesh gives the function to the model, and its loss to the matching.
+    model = placed(model_of(), by_device=by_device)
+    image = jnp.zeros((2, 32, 32, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+    loss = mask_transformer.mask_loss(model, Run(1, 2), 16)
+    batch = {'image': image, 'segmentation': jnp.zeros((2, 32, 32), jnp.int32)}
+    jax.eval_shape(loss, params, (), batch, key, jnp.int32(0))
+    assert len(matchings) > 1
 
 
 def test_most_points_are_where_a_mask_is_least_certain():
