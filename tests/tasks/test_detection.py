@@ -81,9 +81,9 @@ def test_targets_are_the_objects_of_the_whole_batch():
     task, model = made()
     label = jnp.array([[0, 1, -1], [-1, -1, -1], [1, -1, -1]])
     targets = task.targets(model, Run(1, 3))
-    rows = targets.rows((), {'box_label': label}, jax.random.key(0), 0)
+    rows = targets.rows((), {'box_label': label}, jax.random.key(0), jnp.int32(0))
     assert rows['objects'].tolist() == [2, 0, 1]
-    assert int(targets.shared((), rows, 0)['objects']) == 3
+    assert int(targets.shared((), rows, jnp.int32(0))['objects']) == 3
 
 
 @pytest.mark.parametrize(
