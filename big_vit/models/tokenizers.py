@@ -479,9 +479,8 @@ def resnet(
     embedding_bias: bool = True,
 ) -> Tokens:
     """The hybrid: stages of a ResNet, then patches of its features (arXiv 2010.11929)."""
-    shrunk, (height, width) = stems.resnet_stride(resnet), scope.stream.patch_size
-    x = stems.ResNet(resnet, scope.style, name='stem')(inputs[scope.stream.reads])
-    return _after_stem(scope, x, (height // shrunk, width // shrunk), embedding_bias)
+    stem = stems.ResNet(resnet, scope.style, name='stem')
+    return _hybrid(scope, stem, inputs, embedding_bias)
 
 
 def frozen_resnet(
@@ -492,9 +491,19 @@ def frozen_resnet(
     embedding_bias: bool = True,
 ) -> Tokens:
     """Stages of torchvision's ResNet, then patches of its features, as in DETR (2005.12872)."""
-    shrunk, (height, width) = stems.resnet_stride(resnet), scope.stream.patch_size
-    x = stems.FrozenResNet(resnet, scope.style, name='stem')(inputs[scope.stream.reads])
-    return _after_stem(scope, x, (height // shrunk, width // shrunk), embedding_bias)
+    stem = stems.FrozenResNet(resnet, scope.style, name='stem')
+    return _hybrid(scope, stem, inputs, embedding_bias)
+
+
+def _hybrid(
+    scope: Scope,
+    stem: stems.ResNet | stems.FrozenResNet,
+    inputs: dict[str, Array],
+    embedding_bias: bool,
+) -> Tokens:
+    stride, (height, width) = stems.resnet_stride(stem.layers), scope.stream.patch_size
+    x = stem(inputs[scope.stream.reads])
+    return _after_stem(scope, x, (height // stride, width // stride), embedding_bias)
 
 
 def _halvings(stream: Stream) -> int:
