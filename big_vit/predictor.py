@@ -463,7 +463,8 @@ class Predictor:
         Args: as for `answers`.
 
         Raises:
-          UserError: the model finds nothing in pictures; as `asked`; without `unread`, for any.
+          UserError: the model finds nothing in pictures; the transform crops or mirrors them; as
+            `asked`; without `unread`, for any.
         """
         if self.sees is None:
             raise UserError(
@@ -475,6 +476,7 @@ class Predictor:
         asked = (
             examples if isinstance(examples, Asked) else self.asked(examples, unread is not None)
         )
+        transforms.need_whole(asked.data.transform)
         see = self._objects if self.sees == 'boxes' else self._pixels
         yield from see(asked, unread)
 

@@ -75,13 +75,18 @@ def test_a_run_is_scored_asked_and_reported(tmp_path):
     for i, labels in enumerate(truth):
         said = np.asarray(Image.open(maps / f'{i + 1:06}_{i:02}.png'))
         assert said.shape == labels.shape and said.max() <= 2
-        assert Image.open(tmp_path / 'drawn' / f'{i + 1:06}_{i:02}.jpg').size[::-1] == labels.shape
+        with Image.open(tmp_path / 'drawn' / f'{i + 1:06}_{i:02}.jpg') as drawn:
+            assert drawn.size[::-1] == labels.shape
         hits += (said == labels)[labels != 255].sum()
         kept += (labels != 255).sum()
     assert hits / kept == pytest.approx(scored['val/pixel_accuracy'], abs=0.005)
 
     refused = run('predict', workdir, pictures, '--out', tmp_path / 'a.csv')
     assert 'label maps are written into a folder' in error_line(refused)
+    refused = run(
+        'predict', workdir, pictures, '--transform', 'resize_small(40) | central_crop(32)'
+    )
+    assert 'crops or mirrors it' in error_line(refused)
     report = run('report', workdir, timeout=600)
     assert report.returncode == 0, report.stderr
     page = (workdir / 'report.html').read_text()
