@@ -32,7 +32,7 @@ from big_vit.data.decode import DecodeError
 from big_vit.data.sources import coco
 from big_vit.data.sources.base import Request
 from big_vit.evaluators import detection
-from big_vit.inspection import plots
+from big_vit.inspection import plots, sightings
 
 RESULTS = Path(__file__).parent / 'results'
 SIZE, DRAWING, PATCH, BATCH, QUERIES = 128, 64, 16, 16, 12
@@ -358,15 +358,6 @@ class Study:
         return summaries
 
 
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of boxes (x0, y0, x1, y1), [boxes, others]."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    both = np.prod(np.maximum(high - low, 0), axis=2)
-    areas, other_areas = (np.prod(x[:, 2:] - x[:, :2], axis=1) for x in (boxes, others))
-    return both / (areas[:, None] + other_areas[None] - both)
-
-
 def without_looking(workdir: Path, candidates: int = 500) -> dict[str, float]:
     """Score the same likely boxes in every test scene, and no object in any pixel.
 
@@ -378,12 +369,14 @@ def without_looking(workdir: Path, candidates: int = 500) -> dict[str, float]:
     boxes = np.concatenate([one.boxes for one in known])
     labels = np.concatenate([one.labels for one in known])
     drawn = np.random.default_rng(0).permutation(len(boxes))[:candidates]
-    hits = (overlaps(boxes[drawn], boxes) >= 0.5) & (labels[drawn][:, None] == labels[None])
+    hits = (sightings.overlap(boxes[drawn], boxes) >= 0.5) & (
+        labels[drawn][:, None] == labels[None]
+    )
     shares = hits.sum(1) / len(known)
     kept: list[int] = []
     for row in np.argsort(-shares):
         same = [one for one in kept if labels[drawn[one]] == labels[drawn[row]]]
-        if not same or overlaps(boxes[drawn[[row]]], boxes[drawn[same]]).max() < 0.5:
+        if not same or sightings.overlap(boxes[drawn[[row]]], boxes[drawn[same]]).max() < 0.5:
             kept.append(int(row))
     kept = kept[:100]
     test = coco.coco(Request('test', labelled=False), path=str(workdir / 'coco'))
