@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import machine, picture_sets, scene_pictures
-from benchmarks.emoji import standard_error
+from benchmarks.over_seeds import bars, cell, standard_error
 from benchmarks.scene_pictures import CLASSES
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, storage, train
@@ -403,11 +403,7 @@ def table(results: list[dict[str, Any]]) -> str:
     header = ' | '.join(['start', *(f'{name}, %' for name in FIGURES.values()), 'scenes seen'])
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
     for result in results:
-        cells = [result['start']]
-        for name in FIGURES:
-            mean, error = result['mean'].get(name), result['error'].get(name)
-            text = '' if mean is None else f'{100 * mean:.1f}'
-            cells.append(text + ('' if error is None else f' ± {100 * error:.1f}'))
+        cells = [result['start'], *(cell(result, name) for name in FIGURES)]
         lines.append(f'| {" | ".join([*cells, format(result["examples"], ",")])} |')
     return '\n'.join(lines)
 
@@ -417,15 +413,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plots.canvas(len(FIGURES), 1, 3.6, 3.2)
     for axis, (name, title) in zip(axes.flat, FIGURES.items(), strict=True):
         shown = [result for result in results if name in result['mean']]
-        for position, result in enumerate(shown):
-            axis.bar(position, 100 * result['mean'][name], 0.7, alpha=0.75)
-            dots = [100 * score for score in result.get('scores', {}).get(name, ())]
-            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+        bars(axis, shown, name, ('without looking', *STARTS))
         names = [result['start'] for result in shown]
         axis.set_xticks(range(len(names)), names, fontsize=7, rotation=45, ha='right')
         axis.set_title(f'{title}, things never seen', fontsize=9)
-        axis.grid(axis='y', alpha=0.25)
-        axis.spines[['top', 'right']].set_visible(False)
     figure.supylabel('%', fontsize=9)
     figure.savefig(path)
 
