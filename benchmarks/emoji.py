@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import machine
+from benchmarks.over_seeds import bars, cell, standard_error
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, sharding, state, steps, storage
 from big_vit.build.data import device_operations
@@ -604,11 +605,6 @@ class Study:
         return {**counts, 'test_no_flags': int((~flags).sum())}
 
 
-def standard_error(values: list[float]) -> float | None:
-    """Return the standard error of a mean over seeds; None for a single seed."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as Markdown, one line per start."""
     header = (
@@ -617,10 +613,7 @@ def table(results: list[dict[str, Any]]) -> str:
     )
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
     for result in results:
-        cells = [result['start']]
-        for name, mean in result['mean'].items():
-            error = result['error'][name]
-            cells.append(f'{100 * mean:.1f}' + ('' if error is None else f' ± {100 * error:.1f}'))
+        cells = [result['start'], *(cell(result, name) for name in result['mean'])]
         cells += [str(result['seeds']), f'{result["params"]:,}', f'{result["seconds"]:.0f}']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -634,16 +627,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         'category': f"category of Twitter's, {SHOTS} shots",
     }
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for position, result in enumerate(results):
-            axis.bar(position, 100 * result['mean'][name], 0.7, color=f'C{position}', alpha=0.75)
-            dots = [100 * score for score in result['scores'][name]]
-            axis.plot([position] * len(dots), dots, 'k.', ms=4)
         labels = [result['start'] for result in results]
+        bars(axis, results, name, labels)
         axis.set_xticks(range(len(results)), labels, fontsize=8)
         axis.set_ylabel('%')
         axis.set_title(title, fontsize=10)
-        axis.grid(axis='y', alpha=0.25)
-        axis.spines[['top', 'right']].set_visible(False)
     figure.savefig(path)
 
 

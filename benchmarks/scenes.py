@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import machine, picture_sets, scene_pictures
-from benchmarks.emoji import standard_error
+from benchmarks.over_seeds import bars, cell, standard_error
 from benchmarks.scene_pictures import CLASSES
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, storage, train
@@ -32,7 +32,7 @@ from big_vit.data.decode import DecodeError
 from big_vit.data.sources import coco
 from big_vit.data.sources.base import Request
 from big_vit.evaluators import detection
-from big_vit.inspection import plots
+from big_vit.inspection import plots, sightings
 
 RESULTS = Path(__file__).parent / 'results'
 SIZE, DRAWING, PATCH, BATCH, QUERIES = 128, 64, 16, 16, 12
@@ -358,15 +358,6 @@ class Study:
         return summaries
 
 
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of boxes (x0, y0, x1, y1), [boxes, others]."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    both = np.prod(np.maximum(high - low, 0), axis=2)
-    areas, other_areas = (np.prod(x[:, 2:] - x[:, :2], axis=1) for x in (boxes, others))
-    return both / (areas[:, None] + other_areas[None] - both)
-
-
 def without_looking(workdir: Path, candidates: int = 500) -> dict[str, float]:
     """Score the same likely boxes in every test scene, and no object in any pixel.
 
@@ -378,12 +369,14 @@ def without_looking(workdir: Path, candidates: int = 500) -> dict[str, float]:
     boxes = np.concatenate([one.boxes for one in known])
     labels = np.concatenate([one.labels for one in known])
     drawn = np.random.default_rng(0).permutation(len(boxes))[:candidates]
-    hits = (overlaps(boxes[drawn], boxes) >= 0.5) & (labels[drawn][:, None] == labels[None])
+    hits = (sightings.overlap(boxes[drawn], boxes) >= 0.5) & (
+        labels[drawn][:, None] == labels[None]
+    )
     shares = hits.sum(1) / len(known)
     kept: list[int] = []
     for row in np.argsort(-shares):
         same = [one for one in kept if labels[drawn[one]] == labels[drawn[row]]]
-        if not same or overlaps(boxes[drawn[[row]]], boxes[drawn[same]]).max() < 0.5:
+        if not same or sightings.overlap(boxes[drawn[[row]]], boxes[drawn[same]]).max() < 0.5:
             kept.append(int(row))
     kept = kept[:100]
     test = coco.coco(Request('test', labelled=False), path=str(workdir / 'coco'))
@@ -410,11 +403,7 @@ def table(results: list[dict[str, Any]]) -> str:
     header = ' | '.join(['start', *(f'{name}, %' for name in FIGURES.values()), 'scenes seen'])
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
     for result in results:
-        cells = [result['start']]
-        for name in FIGURES:
-            mean, error = result['mean'].get(name), result['error'].get(name)
-            text = '' if mean is None else f'{100 * mean:.1f}'
-            cells.append(text + ('' if error is None else f' ± {100 * error:.1f}'))
+        cells = [result['start'], *(cell(result, name) for name in FIGURES)]
         lines.append(f'| {" | ".join([*cells, format(result["examples"], ",")])} |')
     return '\n'.join(lines)
 
@@ -424,15 +413,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plots.canvas(len(FIGURES), 1, 3.6, 3.2)
     for axis, (name, title) in zip(axes.flat, FIGURES.items(), strict=True):
         shown = [result for result in results if name in result['mean']]
-        for position, result in enumerate(shown):
-            axis.bar(position, 100 * result['mean'][name], 0.7, alpha=0.75)
-            dots = [100 * score for score in result.get('scores', {}).get(name, ())]
-            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+        bars(axis, shown, name, ('without looking', *STARTS))
         names = [result['start'] for result in shown]
         axis.set_xticks(range(len(names)), names, fontsize=7, rotation=45, ha='right')
         axis.set_title(f'{title}, things never seen', fontsize=9)
-        axis.grid(axis='y', alpha=0.25)
-        axis.spines[['top', 'right']].set_visible(False)
     figure.supylabel('%', fontsize=9)
     figure.savefig(path)
 

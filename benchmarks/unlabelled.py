@@ -26,8 +26,9 @@ import numpy as np
 from etils import epath
 
 from benchmarks import emoji, frozen_features, machine, picture_sets
-from benchmarks.emoji import categorised, recall, shrunk, standard_error, whitening
+from benchmarks.emoji import categorised, recall, shrunk, whitening
 from benchmarks.frozen_features import FOLDS, Features, Places, Readout, altered, rgb
+from benchmarks.over_seeds import bars, cell, standard_error
 from big_vit import config as config_lib
 from big_vit import metrics, runtime, storage, trees
 from big_vit.build.experiment import Experiment, build_experiment, fresh_state, train_batches
@@ -556,11 +557,7 @@ def table(results: list[dict[str, Any]]) -> str:
     header = ' | '.join(['start', *QUESTIONS.values(), 'pictures seen', 'core seconds'])
     lines = [f'| {header} |', '|' + '---|' * (header.count('|') + 1)]
     for result in results:
-        cells = [result['start']]
-        for name in QUESTIONS:
-            mean, error = result['mean'].get(name), result['error'].get(name)
-            text = '' if mean is None else f'{100 * mean:.1f}'
-            cells.append(text + ('' if error is None else f' ± {100 * error:.1f}'))
+        cells = [result['start'], *(cell(result, name) for name in QUESTIONS)]
         cells += [f'{result["examples"]:,}', f'{result["seconds"]:.0f}']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -594,19 +591,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plots.canvas(4, 2, 3.6, 2.9)
     for axis, (name, title) in zip(axes.flat, QUESTIONS.items(), strict=True):
         shown = [result for result in results if name in result['mean']]
-        for position, result in enumerate(shown):
-            colour = f'C{STARTS.index(result["start"])}'
-            axis.bar(position, 100 * result['mean'][name], 0.7, color=colour, alpha=0.75)
-            dots = [100 * score for score in result['scores'][name]]
-            axis.plot([position] * len(dots), dots, 'k.', ms=4)
+        bars(axis, shown, name, STARTS)
         if shown:
             low = min(min(result['scores'][name]) for result in shown)
             axis.set_ylim(max(100 * low - 8, 0), None)
         names = [result['start'] for result in shown]
         axis.set_xticks(range(len(names)), names, fontsize=7, rotation=45, ha='right')
         axis.set_title(title.replace('100', 'Fashion, 100 labels a class'), fontsize=9)
-        axis.grid(axis='y', alpha=0.25)
-        axis.spines[['top', 'right']].set_visible(False)
     figure.supylabel('%', fontsize=9)
     figure.savefig(path)
 

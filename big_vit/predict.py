@@ -9,7 +9,8 @@
     python -m big_vit.predict runs/ade20k holiday/ --out maps --draw drawn        label maps
 
 Examples are prepared as the run's own evaluation does. Those that cannot be read are named, and the
-others answered. What is written is written in parts: the same command goes on where it stopped.
+others answered. Tables and vectors are written in parts: the same command goes on where it stopped.
+Boxes and label maps are written anew.
 """
 
 from big_vit import command_line

@@ -40,7 +40,7 @@ from big_vit.data.transforms import audio, text, video
 from big_vit.data.transforms.operations import decoded_row
 from big_vit.errors import UserError
 from big_vit.evaluators import segmentation, sliding_window, zero_shot
-from big_vit.inspection import loaded_model
+from big_vit.inspection import loaded_model, objects
 from big_vit.inspection.loaded_model import LoadedModel
 from big_vit.interop import class_names
 from big_vit.models.two_towers import MOST_SCALE
@@ -54,8 +54,6 @@ Given = Any
 Unread = dict[int, str]
 # Operations on labels, which nothing that is asked about has.
 _OF_LABELS = frozenset({'onehot', 'multihot', 'boxes'})
-# Of windows that slide over a picture a third overlaps.
-_STRIDE = 2 / 3
 _KINDS: dict[str, dict[str, Any]] = {
     'video': video.OPERATIONS,
     'audio': audio.OPERATIONS,
@@ -96,10 +94,7 @@ class Seen(NamedTuple):
     def corners(self) -> Float[np.ndarray, 'objects 4']:
         """Return boxes of the objects, (x0, y0, x1, y1) in pixels."""
         assert self.objects is not None
-        shares = np.asarray(self.objects.boxes, np.float64)
-        low, high = shares[:, :2] - shares[:, 2:] / 2, shares[:, :2] + shares[:, 2:] / 2
-        height, width = self.size
-        return np.concatenate([low, high], axis=1) * [[width, height, width, height]]
+        return objects.corners(np.asarray(self.objects.boxes), self.size)
 
 
 class Asked(NamedTuple):
@@ -463,7 +458,8 @@ class Predictor:
         Args: as for `answers`.
 
         Raises:
-          UserError: the model finds nothing in pictures; as `asked`; without `unread`, for any.
+          UserError: the model finds nothing in pictures; the transform crops or mirrors them; as
+            `asked`; without `unread`, for any.
         """
         if self.sees is None:
             raise UserError(
@@ -475,6 +471,7 @@ class Predictor:
         asked = (
             examples if isinstance(examples, Asked) else self.asked(examples, unread is not None)
         )
+        transforms.need_whole(asked.data.transform)
         see = self._objects if self.sees == 'boxes' else self._pixels
         yield from see(asked, unread)
 
@@ -506,7 +503,7 @@ class Predictor:
         model = self._loaded.task_model(self._mesh, inputs)
         assert self._task is not None and self._task.segment is not None
         segment = self._task.segment(model)
-        stride = round(window[0] * _STRIDE), round(window[1] * _STRIDE)
+        stride = sliding_window.default_stride(window)
 
         def compute(params: Any, batch: Batch) -> tuple[Array, Array]:
             scores = sliding_window.scores(segment, params, batch, window, stride)

@@ -131,12 +131,6 @@ def test_transparent_pixels_give_no_colour():
     assert scene_pictures.shrunk(pixels, 1, 1).tolist() == [[[200, 100, 0, 128]]]
 
 
-def test_overlaps_by_hand():
-    boxes = np.array([[0.0, 0, 2, 2]])
-    others = np.array([[0.0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [0, 0, 4, 1]])
-    np.testing.assert_allclose(scenes.overlaps(boxes, others), [[1, 1 / 7, 0, 2 / 6]])
-
-
 def test_what_is_said_without_looking_is_right_where_all_scenes_are_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, 'CLASSES', dict.fromkeys(NAMES))
     monkeypatch.setattr(scenes, 'SIZE', 64)

@@ -20,9 +20,6 @@ from big_vit.evaluators.evaluation import Evaluation, Evaluator, SharedFeatures,
 from big_vit.evaluators.requirements import requires
 from big_vit.tasks.batch import Batch
 
-# Of windows, whose logits are averaged where they overlap, a third overlaps, as in DINOv3.
-OVERLAP = 1 / 3
-
 # Sizes that scores are fetched in are multiples of this, for each is compiled.
 _STEP = 128
 # Operations that move pixels, whose inverse nobody knows; of all others the whole picture is seen.
@@ -63,7 +60,7 @@ def segmentation(
     if split.example_spec.parts['segmentation'][0] != split.example_spec.parts['image'][0][:2]:
         raise UserError(f'config: {key}.transform: images and label maps have other sizes')
     check_classes(split.source, evaluation.training, key)
-    stride = stride or (round(window[0] * (1 - OVERLAP)), round(window[1] * (1 - OVERLAP)))
+    stride = stride or sliding_window.default_stride(window)
     if stride[0] > window[0] or stride[1] > window[1]:
         raise UserError(
             f'config: {key}.stride={stride} leaves gaps between windows of '

@@ -17,6 +17,13 @@ from big_vit.tasks.task import Segment
 
 Size = tuple[int, int]
 PRECISION = jax.lax.Precision.HIGHEST
+# Of windows, whose logits are averaged where they overlap, a third overlaps, as in DINOv3.
+OVERLAP = 1 / 3
+
+
+def default_stride(window: Size) -> Size:
+    """Return how many pixels (down, across) one window is from the next."""
+    return round(window[0] * (1 - OVERLAP)), round(window[1] * (1 - OVERLAP))
 
 
 def weights(

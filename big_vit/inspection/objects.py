@@ -23,6 +23,18 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def corners(shares: Float[np.ndarray, 'n 4'], size: tuple[int, int]) -> Float[np.ndarray, 'n 4']:
+    """Return boxes (centre x, centre y, width, height) in shares as (x0, y0, x1, y1) in pixels.
+
+    Args:
+      size: height and width of the picture.
+    """
+    shares = shares.astype(np.float64)
+    low, high = shares[:, :2] - shares[:, 2:] / 2, shares[:, :2] + shares[:, 2:] / 2
+    height, width = size
+    return np.concatenate([low, high], axis=1) * [width, height, width, height]
+
+
 def drawn(
     picture: UInt8[np.ndarray, 'height width channels'],
     boxes: Float[np.ndarray, 'n 4'],
@@ -56,8 +68,8 @@ def drawn(
     # Small boxes come last, or large ones would hide their names.
     order = sorted(range(len(boxes)), key=lambda k: -float(np.prod(boxes[k, 2:] - boxes[k, :2])))
     for k in order:
-        corners = np.rint(boxes[k] * scale).tolist()
-        pen.rectangle(corners, outline=colour_of(labels[k]), width=1 if crowds[k] else 3)
+        place = np.rint(boxes[k] * scale).tolist()
+        pen.rectangle(place, outline=colour_of(labels[k]), width=1 if crowds[k] else 3)
     for k in order:
         _write(pen, font, printable(names[k]), np.rint(boxes[k] * scale).tolist(), labels[k], size)
     return np.asarray(canvas)
@@ -116,9 +128,7 @@ def transformed(
     real = np.asarray(batch['box_label'][row]) >= 0
     labels = np.asarray(batch['box_label'][row])[real].tolist()
     height, width = np.asarray(batch['picture_size'][row]).tolist()
-    shares = np.asarray(batch['boxes'][row], np.float64)[real]
-    low, high = shares[:, :2] - shares[:, 2:] / 2, shares[:, :2] + shares[:, 2:] / 2
-    boxes = np.concatenate([low, high], axis=1) * [width, height, width, height]
+    boxes = corners(np.asarray(batch['boxes'][row])[real], (height, width))
     masks = list(np.asarray(batch['box_mask'][row])[real]) if 'box_mask' in batch else None
     return drawn(picture, boxes, [_name(label, class_names) for label in labels], labels, masks)
 

@@ -429,7 +429,7 @@ def test_pictures_are_scored_whole():
         'flip_lr(1)',
         'pad(3)',
     ):
-        with pytest.raises(UserError, match='scored on whole pictures'):
+        with pytest.raises(UserError, match='crops or mirrors it'):
             transforms.need_whole(parse(text))
     with pytest.raises(UserError, match='exif_transpose may move'):
         transforms.need_whole(parse('exif_transpose | resize(64)'))

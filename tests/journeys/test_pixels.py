@@ -85,6 +85,10 @@ def test_a_run_is_scored_asked_and_reported(tmp_path):
 
     refused = run('predict', workdir, pictures, '--out', tmp_path / 'a.csv')
     assert 'label maps are written into a folder' in error_line(refused)
+    refused = run(
+        'predict', workdir, pictures, '--transform', 'resize_small(40) | central_crop(32)'
+    )
+    assert 'crops or mirrors it' in error_line(refused)
     report = run('report', workdir, timeout=600)
     assert report.returncode == 0, report.stderr
     page = (workdir / 'report.html').read_text()

@@ -427,8 +427,8 @@ def require_deterministic(transform: Transform) -> None:
 def need_whole(transform: Transform) -> None:
     """Raise UserError where pictures are cropped, mirrored or turned before they are scored.
 
-    What is found in a picture is compared with the boxes of the dataset, in shares of the whole
-    picture, wherever it lies on a canvas.
+    What is found in a picture is drawn over it as it is stored, or compared with the boxes of the
+    dataset, in shares of the whole picture, wherever it lies on a canvas.
     """
     wanted = np.array([[0.5, 0.5, 1, 1], [0.125, 0.125, 0.25, 0.25]])
     host = transform.before(lambda name: name == 'boxes')
@@ -439,8 +439,8 @@ def need_whole(transform: Transform) -> None:
         moved = boxes.boxes(2).apply(host(columns, np.zeros(1, np.uint64)), lambda stream: wanted)
         if not np.allclose(moved['boxes'][0], wanted, atol=1e-3):
             raise UserError(
-                f'{transform.key}: boxes are scored on whole pictures, and this crops or mirrors '
-                'them: leave that out'
+                f'{transform.key}: what is found has its place in the whole picture, and this '
+                'crops or mirrors it: leave that out'
             )
 
 
