@@ -1,6 +1,7 @@
 """The figures of the benchmark of a slow store, and its links."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -71,3 +72,23 @@ def test_the_command(tmp_path):
         assert by_place['local']['traffic']['bytes'] == 0
         assert by_place['store']['traffic']['bytes'] > 1e6
     assert done.stdout.count('\n| big_vit, ') == 2
+
+
+def _work(seconds, done, go):
+    while time.process_time() < seconds:
+        pass
+    done.set()
+    go.wait()
+
+
+def test_processor_time_is_also_that_of_workers_that_have_not_ended():
+    context = multiprocessing.get_context('spawn')
+    done, go = context.Event(), context.Event()
+    worker = context.Process(target=_work, args=(0.3, done, go))
+    before, own = slow_store.processor_seconds(), time.process_time()
+    worker.start()
+    assert done.wait(120)
+    spent = slow_store.processor_seconds() - before - (time.process_time() - own)
+    go.set()
+    worker.join()
+    assert spent >= 0.25

@@ -1,10 +1,14 @@
 """Stores in memory that count what is asked of them, and fail as they are told to."""
 
 import collections
+import contextlib
 import threading
 import time
 
 from fsspec.implementations.memory import MemoryFileSystem
+
+from big_vit.data import blocks
+from big_vit.errors import UserError
 
 
 class Store(MemoryFileSystem):
@@ -85,6 +89,17 @@ class Store(MemoryFileSystem):
         super().pipe_file(path, value, mode=mode, **kwargs)
         del self.asked[asked:]
         self.asked[number] = ('put', self._strip_protocol(path), len(value))
+
+
+def end_reading_ahead():
+    """Wait for what is announced, or drop it; else its requests would be those of the next test."""
+    blocks._helpers().shutdown(cancel_futures=True)  # First, for they announce more.
+    blocks._helpers.cache_clear()
+    with contextlib.suppress(UserError):  # Of a limit that is none.
+        kept = blocks._cache()
+        for pool in (kept._pool, kept.ahead._pool):
+            pool.shutdown(cancel_futures=True)
+    blocks._opened.cache_clear()
 
 
 def slowly(seconds):

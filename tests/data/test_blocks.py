@@ -1,7 +1,6 @@
 """Reading of remote shards: every byte and request is counted, and faults are injected."""
 
 import concurrent.futures
-import contextlib
 import os
 import struct
 import threading
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stores import end_reading_ahead
 from tar_sets import fill, held, opened
 
 from big_vit.data import blocks, files, network, pipeline, read_ahead, transforms, windows
@@ -31,12 +31,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(network._Lateness, 'may_double', lambda self: False)
     blocks._opened.cache_clear()
     yield
-    # What was announced and nobody came for would be counted with the requests of the next test.
-    with contextlib.suppress(UserError):  # Of a limit that is none.
-        kept = blocks._cache()
-        for pool in (kept._pool, kept.ahead._pool):
-            pool.shutdown(cancel_futures=True)
-    blocks._opened.cache_clear()
+    end_reading_ahead()
 
 
 DATA = np.random.default_rng(0).bytes(10 * BLOCK + 100)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from stores import end_reading_ahead
 from tar_sets import opened, rows, shard
 from tiny import png, write_features
 
@@ -46,6 +47,7 @@ def bucket(request, link, monkeypatch, tmp_path):
         fsspec.get_filesystem_class(request.param).clear_instance_cache()
         monkeypatch.setattr(blocks, 'BLOCK_BYTES', 1 << 16)
         yield f'{request.param}://bucket'
+        end_reading_ahead()
     fsspec.get_filesystem_class(request.param).clear_instance_cache()
 
 

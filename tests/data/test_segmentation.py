@@ -56,15 +56,34 @@ def test_ade20k_has_no_class_0(tmp_path):
         whole.load(np.array([0]))
 
 
+def test_255_is_no_class_where_0_is_none_and_256_is_no_255(tmp_path):
+    write(tmp_path, values=np.array([[0, 1, 255]], np.uint8))
+    write(tmp_path, 'images/wide', 'annotations/wide', values=np.array([[0, 1, 256]], np.uint16))
+
+    def pixels(split, count):
+        request = REQUEST._replace(split=split, num_classes=count)
+        source = segmentation(request, path=str(tmp_path), zero_label='ignored')
+        return source.load(np.array([0]))['segmentation'][0].tolist()
+
+    assert pixels('train', 3) == pixels('train', 254) == [[255, 0, 255]]
+    with pytest.raises(ValueError, match='class 256 of a pixel is not one of 3'):
+        pixels('wide', 3)
+    refused(lambda: pixels('train', 255), 'data.num_classes', 'at most 254')
+
+
 @pytest.mark.filterwarnings('ignore:.*mode.*:DeprecationWarning')
 def test_voc_has_palettes_and_lists(tmp_path):
     write(tmp_path, 'JPEGImages', 'SegmentationClass', palette=True)
     (tmp_path / 'ImageSets/Segmentation').mkdir(parents=True)
     (tmp_path / 'ImageSets/Segmentation/train.txt').write_text('2\n0\n')
+    (tmp_path / 'ImageSets/Segmentation/val.txt').write_text('\n')
+    (tmp_path / 'ImageSets/Segmentation/.DS_Store').write_bytes(b'\0\1')
     source = segmentation(REQUEST, path=str(tmp_path))
     assert (source.length, source.num_classes, source.class_names[20]) == (2, 21, 'tvmonitor')
     np.testing.assert_array_equal(source.load(np.array([1]))['segmentation'][0], VALUES)
     assert source.place(0).endswith('JPEGImages/2.png')
+    empty = REQUEST._replace(split='val')  # And not all pictures that there are.
+    refused(lambda: segmentation(empty, path=str(tmp_path)), 'no pictures')
 
 
 def test_a_batch_has_whole_numbers_and_what_is_padded_is_ignored(tmp_path):
@@ -86,6 +105,9 @@ def test_a_batch_has_whole_numbers_and_what_is_padded_is_ignored(tmp_path):
 
 def test_classes_meet_by_name_and_others_are_ignored(tmp_path):
     write(tmp_path)
+    (tmp_path / 'classes.txt').write_text('road, wet\nroad, dry\ntree\n')
+    names = segmentation(REQUEST, path=str(tmp_path)).class_names
+    assert names == ('road, wet', 'road, dry', 'tree')
     (tmp_path / 'classes.txt').write_text('road\ncar\ntree\n')
     source = segmentation(REQUEST, path=str(tmp_path))
     met, _ = meet(source, Known(4, ('tree', 'sky', 'car', 'road'), 'the model'), 'data')

@@ -279,6 +279,24 @@ def path_fault(name: Any) -> str | None:
     return None
 
 
+def listed_stems(file: files.Place, key: str) -> list[str]:
+    """Return the names of pictures in a list of VOC's, a line each, without their endings.
+
+    Raises:
+      UserError: it cannot be read, or a name is no path below a folder.
+    """
+    with files.reading(file, f'{key}.path'):
+        lines = files.read(file).decode('utf-8-sig', 'replace').splitlines()
+    stems = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            # Lists of one class have a second column, whether the class is there.
+            stems.append(line.split()[0])
+            if fault := path_fault(stems[-1]):
+                raise UserError(f'{file}, line {number}: {fault}')
+    return stems
+
+
 def with_ending(stem: str, listed: Collection[str]) -> str | None:
     """Return the name of the picture that is called so, whatever its ending; None for none."""
     endings = itertools.chain(KINDS['image'], map(str.upper, KINDS['image']))

@@ -1,13 +1,11 @@
 """Pictures with the class of each pixel, in an image of numbers of the same name."""
 
-import re
-
 import numpy as np
 from jaxtyping import Integer
 
 from big_vit.data import decode, files
 from big_vit.data.moves import IGNORED
-from big_vit.data.sources.annotated import need_no_labels, path_fault, with_ending
+from big_vit.data.sources.annotated import listed_stems, need_no_labels, with_ending
 from big_vit.data.sources.base import Columns, Request, Source
 from big_vit.data.sources.classes import Classes, named_classes
 from big_vit.data.sources.folder import list_folder
@@ -61,9 +59,9 @@ def segmentation(request: Request, *, path: str, zero_label: str | None = None) 
             f'annotations (it has {", ".join(sorted(below)[:6]) or "nothing"})'
         )
     classes = _classes(root, below, request)
-    if classes.num_classes > IGNORED:
-        raise UserError(f'{key}.num_classes: pixels have at most {IGNORED} classes')
     shift = (zero_label or ('ignored' if _ADE in below else 'class')) == 'ignored'
+    if classes.num_classes > IGNORED - shift:  # The last would be written as 255.
+        raise UserError(f'{key}.num_classes: pixels have at most {IGNORED - shift} classes')
     lists = _lists(root, key)
     splits = lists or _split_folders(root / pictures, key)
     title = f'segmentation:{root.name}'
@@ -72,7 +70,7 @@ def segmentation(request: Request, *, path: str, zero_label: str | None = None) 
         inner = f'/{name}' if not lists and files.is_folder(root / pictures / name) else ''
         folder, marks = (files.Place(root.system, f'{root.path}/{part}{inner}')
                          for part in (pictures, values))  # fmt: skip
-        stems = splits[name] or _stems(folder, key)
+        stems = splits[name] if lists else _stems(folder, key)
         pairs = _pairs(folder, marks, stems, key)
         return _opened(title, name, pairs, classes, shift)
 
@@ -87,8 +85,9 @@ def _classes(root: files.Place, below: set[str], request: Request) -> Classes:
             lines = files.read(root / listed).decode('utf-8-sig', 'replace').splitlines()
         rows = [line for line in lines if line.strip()]
         # Idx, Ratio, Train, Val, Stuff, Name
-        names = [line.split('\t')[-1] for line in rows[1:]] if listed == _ADE else rows
-        return named_classes(name.strip().partition(', ')[0] for name in names)
+        if listed == _ADE:  # Of names that mean the same the first.
+            rows = [line.split('\t')[-1].partition(', ')[0] for line in rows[1:]]
+        return named_classes(map(str.strip, rows))
     if 'SegmentationClass' in below:
         return named_classes(_VOC)
     if not request.num_classes:
@@ -104,15 +103,8 @@ def _lists(root: files.Place, key: str) -> dict[str, list[str]]:
     place = files.Place(root.system, f'{root.path}/{_LISTS}')
     if not files.is_folder(place):
         return {}
-    lists: dict[str, list[str]] = {}
-    for name, _ in list_folder(place, key):
-        with files.reading(place / name, f'{key}.path'):
-            lines = files.read(place / name).decode('utf-8-sig', 'replace').split()
-        for number, line in enumerate(lines, 1):
-            if fault := path_fault(line):
-                raise UserError(f'{place / name}, line {number}: {fault}')
-        lists[re.sub(r'\.txt$', '', name)] = lines
-    return lists
+    names = [name for name, _ in list_folder(place, key) if name.endswith('.txt')]
+    return {name.removesuffix('.txt'): listed_stems(place / name, key) for name in names}
 
 
 def _split_folders(pictures: files.Place, key: str) -> dict[str, list[str]]:
@@ -187,11 +179,12 @@ def _read(
         values = decode.stored_values(files.read(file))
     except decode.DecodeError as error:
         raise BadExampleError(row, f'{file}: {error}') from error
-    if shift:  # 0 becomes 255, as bytes do by themselves.
-        values = np.where(values == 0, IGNORED, values - 1).astype(values.dtype)
-    wrong = values[(values >= count) & (values != IGNORED)]
+    first, is_ignored = int(shift), values == IGNORED
+    if shift:
+        is_ignored |= values == 0
+    wrong = values[~is_ignored & ((values < first) | (values >= count + first))]
     if wrong.size:
         raise BadExampleError(
-            row, f'{file}: class {int(wrong[0]) + shift} of a pixel is not one of {count}'
+            row, f'{file}: class {int(wrong[0])} of a pixel is not one of {count}'
         )
-    return values
+    return np.where(is_ignored, IGNORED, values - first).astype(values.dtype) if shift else values

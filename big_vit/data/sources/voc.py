@@ -11,9 +11,9 @@ from big_vit.data import files
 from big_vit.data.sources.annotated import (
     Pictures,
     box_fault,
+    listed_stems,
     need_no_labels,
     open_pictures,
-    path_fault,
     size_of,
     with_ending,
 )
@@ -169,7 +169,7 @@ class _Tree:
         lists = self._root / 'ImageSets' / 'Main'
         named = list_folder(lists, self._key) if files.is_folder(lists) else []
         splits = {
-            name.removesuffix('.txt'): self._listed(lists / name)
+            name.removesuffix('.txt'): listed_stems(lists / name, self._key)
             for name, _ in named
             if name.endswith('.txt') and _LIST.fullmatch(name.removesuffix('.txt'))
         }
@@ -180,16 +180,6 @@ class _Tree:
         if not stems:
             raise UserError(f'{self._key}.path: no XML file in {self._folder}')
         return {'train': stems}
-
-    def _listed(self, file: files.Place) -> list[str]:
-        with files.reading(file, f'{self._key}.path'):
-            lines = files.read(file).decode('utf-8-sig', 'replace').splitlines()
-        # Lists of one class have a second column, whether the class is there.
-        stems = [line.split()[0] for line in lines if line.strip()]
-        for number, stem in enumerate(stems, 1):
-            if fault := path_fault(stem):
-                raise UserError(f'{file}, line {number}: {fault}')
-        return stems
 
     def read(self, stem: str) -> _Listed:
         nothing = _Listed('', 0, 0, (), None)
